@@ -1,0 +1,59 @@
+# The commands of the README. Each makes .venv and installs what it needs, when that is missing.
+#
+#   make reproduce                     the six notebooks, on the default profile
+#   make reproduce RUN_ARGS="--only 04 --force"
+#   make test      PYTEST_ARGS="-k steer"
+#
+# PYTHON: which Python makes .venv. PIP_ARGS: more words for pip, e.g. "--index-url ...".
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PROFILE := $(or $(PATCHSAE_PROFILE),openmoji)
+NOTEBOOKS := $(wildcard notebooks/0*.ipynb)
+STRIP := -m nbstripout --keep-output --keep-count --keep-id --extra-keys "metadata.widgets cell.metadata.execution cell.metadata.papermill metadata.papermill metadata.language_info.version"
+
+# The kernel "python3" is the one of .venv, whatever else is registered on the machine.
+export JUPYTER_PREFER_ENV_PATH := 1
+unexport JUPYTER_PATH
+export PIP_ARGS
+
+.PHONY: help reproduce test lab explore lint notebooks-clean notebooks-check clean-runs venv
+
+help:
+	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
+
+reproduce:
+	@$(PYTHON) tools/install.py
+	@$(PY) -m patchsae_utils.reproduce $(RUN_ARGS)
+
+test:
+	@$(PYTHON) tools/install.py test
+	env -u PATCHSAE_PROFILE -u PATCHSAE_SET $(PY) -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=900 $(PYTEST_ARGS)
+
+lab:
+	@$(PYTHON) tools/install.py explore
+	$(PY) -m jupyterlab --ServerApp.root_dir=notebooks
+
+explore:
+	@$(PYTHON) tools/install.py explore
+	$(PY) -m voila notebooks/06_latent_explorer.ipynb
+
+lint:
+	@$(PYTHON) tools/install.py test
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check patchsae_utils tests tools
+
+notebooks-clean:
+	@$(PYTHON) tools/install.py test
+	$(PY) $(STRIP) $(NOTEBOOKS)
+
+notebooks-check:
+	@$(PYTHON) tools/install.py test
+	$(PY) $(STRIP) --verify $(NOTEBOOKS)
+
+clean-runs:
+	rm -rf "runs/$(PROFILE)"
+
+venv:
+	@$(PYTHON) tools/install.py

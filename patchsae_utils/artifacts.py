@@ -1,0 +1,140 @@
+"""Artifacts of a run on disk: written under a temporary name and renamed, described by a manifest, recognised by a fingerprint.
+
+A stage takes a folder and its inputs. When the folder's manifest carries the fingerprint of the same inputs, the stage opens what
+is there instead of computing it again: that is how ``make reproduce`` resumes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def fingerprint(**inputs: Any) -> str:
+    """Name a set of inputs: the first 16 hex digits of the SHA-256 of their canonical JSON.
+
+    Parameters
+    ----------
+    **inputs
+        Dataclasses, named tuples, mappings, sequences, paths, numbers, strings, or None.
+
+    Raises
+    ------
+    TypeError
+        If a value is none of those.
+    """
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=_plain).encode()).hexdigest()[:16]
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; a damaged one is a ``ValueError`` that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). Delete it and run the stage that writes it again.") from error
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON under a temporary name, then rename: readers see the old file or the new one, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, default=_plain, ensure_ascii=False)
+            file.write("\n")
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_folder(out: str | Path) -> Iterator[Path]:
+    """A temporary folder beside ``out`` that takes its place when the block ends well, and disappears when it doesn't."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        yield temporary
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def is_current(folder: str | Path, fp: str, name: str = "manifest.json") -> bool:
+    """Whether a folder holds the finished artifact of these inputs (see :func:`fingerprint`)."""
+    path = Path(folder) / name
+    if not path.exists():
+        return False
+    manifest = read_json(path)
+    return manifest.get("fingerprint") == fp and manifest.get("complete", True)
+
+
+def results(profile: Any, notebook: str, **numbers: Any) -> dict[str, Any]:
+    """Merge numbers that a notebook quotes into ``runs/<profile>/results/<notebook>.json`` and return all of them.
+
+    Parameters
+    ----------
+    profile : Profile
+        Its ``folder("results")`` is written to.
+    notebook : str
+        The notebook's name without its ending, e.g. ``"01_activation_extraction"``.
+    **numbers
+        Plain values, arrays, tensors, data frames (as records), or nested mappings of them; floats are rounded to six digits.
+    """
+    path = Path(profile.folder("results")) / f"{notebook}.json"
+    known = read_json(path) if path.exists() else {}
+    known.update(_rounded(json.loads(json.dumps(numbers, default=_plain))))
+    write_json(path, known)
+    return known
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if hasattr(value, "to_dict") and hasattr(value, "columns"):  # a data frame
+        return value.reset_index(drop=True).to_dict("records")
+    if hasattr(value, "_asdict"):
+        return value._asdict()
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().tolist()
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, Path):
+        return value.as_posix()
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    raise TypeError(f"Cannot write a {type(value).__name__} as JSON: {value!r}")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return value

@@ -1,0 +1,385 @@
+"""Profiles: the settings of one reproduction, read from a small TOML file and checked.
+
+A profile names a model, its data and how the SAE and the adapters are trained. The files of the package lie in
+``patchsae_utils/profiles``; one's own is given by its path. Two environment variables reach every notebook without an edit:
+``PATCHSAE_PROFILE`` chooses the profile, ``PATCHSAE_SET="data.n_train_images=500; training.n_tokens=20000"`` changes settings of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+DEFAULT_PROFILE = "openmoji"
+
+_VARIABLE = re.compile(r"\$\{?([A-Za-z_][A-Za-z0-9_]*)\}?")
+
+
+def _positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value!r}.")
+
+
+def _not_negative(config: object, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name} must be 0 or more, got {getattr(config, name)!r}.")
+
+
+def _not_empty(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not value or (isinstance(value, tuple) and not all(value)):
+            raise ValueError(f"{name} must not be empty, got {value!r}.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which CLIP is studied, and where its residual stream is read."""
+
+    name: str = "ViT-B-16-quickgelu"
+    """``openmoji`` (ours, shipped with the package) or any vision transformer of open_clip."""
+    pretrained: str | None = None
+    """open_clip's name of the weights, or a local file; ``None`` for the shipped model."""
+    layer: int = -2
+    """Block whose output is read; -2 is the paper's, ``resblocks[-2]``."""
+
+    def __post_init__(self):
+        _not_empty(self, "name")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images are used, and how many. A spec is what :func:`patchsae_utils.load_dataset` takes."""
+
+    train: str
+    """Images on whose tokens the SAE is trained (split ``train``)."""
+    statistics: str
+    """Labelled images for the latents' statistics and reference images (split ``train``)."""
+    evaluation: str
+    """Labelled images, unseen by the SAE, on which accuracies are measured (split ``test``)."""
+    tasks: tuple[str, ...]
+    """Label sets that are compared with each other."""
+    n_train_images: int | None = None
+    """Images in ``train``; ``None`` ("all" in a file) takes every image of a folder."""
+    n_statistics_images: int | None = None
+    """Images in ``statistics``."""
+    n_evaluation_images: int | None = None
+    """Images in ``evaluation``."""
+    seed: int = 0
+    """Draws the scenes, or the subset of a folder's images."""
+
+    def __post_init__(self):
+        _not_empty(self, "train", "statistics", "evaluation", "tasks")
+        _positive(self, "n_train_images", "n_statistics_images", "n_evaluation_images")
+
+
+@dataclass(frozen=True)
+class SaeConfig:
+    """Shape of the sparse autoencoder."""
+
+    expansion_factor: int = 64
+    """d_sae / d_in; the paper's is 64."""
+    activation: str = "relu"
+    """The latents' nonlinearity; the paper's is ``relu``."""
+    k: int | None = None
+    """Latents kept a token, for ``topk``."""
+
+    def __post_init__(self):
+        _not_empty(self, "activation")
+        _positive(self, "expansion_factor", "k")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How an SAE is trained. Defaults are the paper's."""
+
+    n_tokens: int = 516_000_000
+    """Tokens in the whole run; the paper's 2,621,440 images have 197 each."""
+    lr: float = 4e-4
+    """Adam's learning rate after warm-up."""
+    warmup_steps: int = 500
+    """Steps over which the rate rises linearly from 0; constant afterwards."""
+    batch_tokens: int = 4096
+    """Tokens a step, mixed from many images."""
+    l1_coefficient: float = 8e-5
+    """Weight of the latents' sum: what makes them sparse."""
+    cls_coefficient: float = 1.0
+    """Weight of the CLS token's squared error."""
+    start: str = "random"
+    """Fresh weights: ``random`` (the paper's Kaiming-uniform), or ``data`` (every latent starts at a token; see ``start_from_data``)."""
+    dead_after_steps: int = 64
+    """A latent that has not fired for more than so many steps is dead and gets ghost gradients."""
+    log_every: int = 10
+    """Steps between two rows of the training log."""
+    checkpoint_every: int = 200
+    """Steps between two checkpoints, from which an interrupted run goes on."""
+    precision: str = "float32"
+    """Of the matrix products: ``float32``, or ``bfloat16`` (autocast; weights stay float32), about 1.7 times as fast on two CPU cores."""
+    seed: int = 0
+    """Initial weights and the order of the tokens."""
+
+    def __post_init__(self):
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision must be float32 or bfloat16, got {self.precision!r}.")
+        if self.start not in ("random", "data"):
+            raise ValueError(f"start must be random or data, got {self.start!r}.")
+        _positive(self, "n_tokens", "lr", "batch_tokens", "log_every", "checkpoint_every")
+        _not_negative(self, "warmup_steps", "l1_coefficient", "cls_coefficient", "dead_after_steps")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """How CLIP is adapted to a task. Defaults are MaPLe's, for ViT-B/16."""
+
+    tasks: tuple[str, ...]
+    """Data sets that CLIP is adapted to, one adapter each."""
+    kind: str = "maple"
+    """Which adapter."""
+    n_shots: int = 16
+    """Training images a base class."""
+    epochs: int = 5
+    """Passes over those images."""
+    lr: float = 0.0035
+    """SGD's learning rate after the warm-up epoch."""
+    batch_size: int = 4
+    """Images a step."""
+    n_ctx: int = 2
+    """Learned context vectors in the text, and prompt tokens in the image."""
+    template: str = "a photo of a {}."
+    """Prompt whose first ``n_ctx`` tokens are learned."""
+    depth: int = 9
+    """Blocks, counted from the input, that get prompts of their own."""
+    seeds: tuple[int, ...] = (1,)
+    """One adapter is trained for each: which shots, and their order."""
+
+    def __post_init__(self):
+        _not_empty(self, "tasks", "kind", "template")
+        _positive(self, "n_shots", "epochs", "lr", "batch_size", "n_ctx", "depth")
+        if not self.seeds:
+            raise ValueError("seeds must hold at least one seed, got ().")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """All settings of one reproduction, and where its artifacts lie."""
+
+    name: str
+    """Also the name of its folder under ``runs/``."""
+    model: ModelConfig
+    data: DataConfig
+    sae: SaeConfig
+    training: TrainConfig
+    adapters: AdapterConfig
+    root: Path = field(compare=False)
+    """``runs/<name>`` in the repository (or in the current folder, outside a repository); made by whoever writes into it."""
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(f"A profile's name is a folder's name of letters, digits, '.', '_' and '-', got {self.name!r}.")
+
+    def folder(self, stage: str) -> Path:
+        """Folder of one stage's artifacts, e.g. ``folder("activations")`` -> ``runs/openmoji/activations``; not created here."""
+        return self.root / stage
+
+    @property
+    def is_default(self) -> bool:
+        """Whether these are the very settings that the committed notebooks and figures show."""
+        return self == _build_profile(*_read(DEFAULT_PROFILE))
+
+
+_SECTIONS = {"model": ModelConfig, "data": DataConfig, "sae": SaeConfig, "training": TrainConfig, "adapters": AdapterConfig}
+
+
+def profile_names() -> list[str]:
+    """Names of the profiles that come with the package."""
+    folder = resources.files("patchsae_utils") / "profiles"
+    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+
+
+def load_profile(name_or_path: str | os.PathLike | None = None, overrides: Mapping[str, Any] | None = None) -> Profile:
+    """Read a profile, apply changes to it, and check it.
+
+    Parameters
+    ----------
+    name_or_path : str or path, optional
+        A name from :func:`profile_names`, or the path of a ``.toml`` file. Default: ``$PATCHSAE_PROFILE``, else ``openmoji``.
+    overrides : mapping, optional
+        Settings to change, by dotted name (``{"data.n_train_images": 500}``) or nested (``{"data": {"n_train_images": 500}}``).
+        They are applied after those of ``$PATCHSAE_SET`` ("data.n_train_images=500; training.n_tokens=20000").
+        ``{"name": "quick"}`` gives the changed profile a folder of its own under ``runs/``.
+
+    Returns
+    -------
+    Profile
+
+    Raises
+    ------
+    ValueError
+        For an unknown profile or setting (naming the valid ones), or a value of the wrong type or range.
+    FileNotFoundError
+        If the profile needs a folder that an environment variable should name, and that is not set or not there.
+    """
+    given = os.environ.get("PATCHSAE_PROFILE") or DEFAULT_PROFILE if name_or_path is None else name_or_path
+    label, settings = _read(given)
+    for change in (parse_settings(os.environ.get("PATCHSAE_SET", "")), overrides or {}):
+        _merge(settings, change, label)
+    return _build_profile(label, settings)
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """Changes written as ``"section.key=value; section.key=value"``; values as in TOML, strings without quotes.
+
+    Raises
+    ------
+    ValueError
+        If an item has no ``=``.
+    """
+    changes = {}
+    for item in filter(None, (part.strip() for part in text.split(";"))):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not (key and equals):
+            raise ValueError(f"A setting is written section.key=value (several are separated by ';'), got {item!r}.")
+        try:
+            changes[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            changes[key] = value
+    return changes
+
+
+def repository_root(start: str | os.PathLike | None = None) -> Path:
+    """The nearest folder, from ``start`` (the current one) upwards, that holds ``pyproject.toml`` and ``notebooks``; else ``start``."""
+    start = Path(start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / "pyproject.toml").is_file() and (folder / "notebooks").is_dir():
+            return folder
+    return start
+
+
+def figures_folder(profile: Profile | None = None) -> Path:
+    """Where a profile's figures go: ``figures/``, which is committed, for the default one as it is; else ``runs/<profile>/figures``.
+
+    Without ``profile``: the one that ``$PATCHSAE_PROFILE`` and ``$PATCHSAE_SET`` choose.
+    """
+    profile = profile or load_profile()
+    return repository_root() / "figures" if profile.is_default else profile.folder("figures")
+
+
+def _read(given: str | os.PathLike) -> tuple[str, dict]:
+    """A profile's label for messages, and what its file says."""
+    names = profile_names()
+    if str(given) in names:
+        text = (resources.files("patchsae_utils") / "profiles" / f"{given}.toml").read_text(encoding="utf-8")
+    elif file := next((path for path in (Path(given), repository_root() / given) if path.suffix == ".toml" and path.is_file()), None):
+        text = file.read_text(encoding="utf-8")  # notebooks run in a folder of the repository, paths are given from its root
+    else:
+        raise ValueError(f"Unknown profile {str(given)!r}. Valid: {', '.join(names)}, or the path of an existing .toml file.")
+    try:
+        settings = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"Profile {str(given)!r} is not valid TOML: {error}.") from error
+    settings.setdefault("name", Path(given).stem if Path(given).suffix == ".toml" else str(given))
+    return str(given), settings
+
+
+def _merge(settings: dict, change: Mapping[str, Any], label: str) -> None:
+    """Write dotted or nested changes into ``settings``."""
+    valid = ["name", *(f"{section}.{item.name}" for section, cls in _SECTIONS.items() for item in dataclasses.fields(cls))]
+    flat = {}
+    for key, value in change.items():
+        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value})
+    for key, value in flat.items():
+        if key not in valid:
+            raise ValueError(f"Profile {label!r} has no setting {key!r}. Valid: {', '.join(valid)}.")
+        section, _, name = key.rpartition(".")
+        if section:
+            settings.setdefault(section, {})[name] = value
+        else:
+            settings[name] = value if isinstance(value, str) else str(value)
+
+
+def _build_profile(label: str, settings: dict) -> Profile:
+    """Check a profile's settings and fill the classes."""
+    needs, name = settings.get("needs", {}), settings["name"]
+    unknown = sorted(set(settings) - {"name", "needs", *_SECTIONS})
+    if unknown:
+        raise ValueError(f"Profile {label!r}: unknown section {unknown[0]!r}. Valid: name, needs, {', '.join(_SECTIONS)}.")
+    parts = {key: _build(cls, settings.get(key, {}), f"Profile {label!r}, section [{key}]") for key, cls in _SECTIONS.items()}
+    parts = {key: _expand(part, label, needs) for key, part in parts.items()}
+    return Profile(name=name, root=repository_root() / "runs" / name, **parts)
+
+
+def _build(cls: type, values: Mapping[str, Any], where: str):
+    """Fill a settings class, checking names and types."""
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"{where}: unknown setting {unknown[0]!r}. Valid: {', '.join(hints)}.")
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise ValueError(f"{where}: {', '.join(missing)} must be given.")
+    try:
+        return cls(**{name: _coerce(value, hints[name], name) for name, value in values.items()})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _coerce(value: Any, hint: Any, name: str) -> Any:
+    """The value as the annotated type, where that loses nothing."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value is None or value == "all":
+            return None
+        (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        items = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        return tuple(_coerce(part, item, name) for part in (items if isinstance(items, (list, tuple)) else [items]))
+    if hint in (int, float) and isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # 2e6 tokens
+    if isinstance(value, hint) and not isinstance(value, bool):
+        return value
+    raise ValueError(f"{name} must be of type {hint.__name__}, got {value!r}.")
+
+
+def _expand(config: Any, label: str, needs: Mapping[str, str]) -> Any:
+    """Replace ``$VARIABLE`` in a section's strings; one that is not set, or names no folder, is an error that says what belongs there."""
+
+    def expand(text: str) -> str:
+        for variable in _VARIABLE.findall(text):
+            value = os.environ.get(variable, "")
+            if not value or not Path(value).expanduser().is_dir():
+                raise FileNotFoundError(
+                    f"Profile {label!r} needs the environment variable {variable}: {needs.get(variable, 'a folder')}. "
+                    + (f"It names {value!r}, which is not a folder. " if value else "It is not set. ")
+                    + f"Set it, e.g. `export {variable}=/path/to/folder`, or give other data by "
+                    'PATCHSAE_SET="data.train=...; data.statistics=...; data.evaluation=...; data.tasks=...; adapters.tasks=...".'
+                )
+        return os.path.expanduser(os.path.expandvars(text))
+
+    changed = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if isinstance(value, str) and "$" in value:
+            changed[item.name] = expand(value)
+        elif isinstance(value, tuple) and any(isinstance(part, str) and "$" in part for part in value):
+            changed[item.name] = tuple(expand(part) for part in value)
+    return dataclasses.replace(config, **changed)

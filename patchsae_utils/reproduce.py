@@ -1,0 +1,309 @@
+"""Run the notebooks in order: ``python -m patchsae_utils.reproduce``, which is what ``make reproduce`` calls.
+
+On the default profile the notebooks are executed in place; a run with other settings leaves the committed ones alone and saves its own
+under ``runs/<profile>/notebooks``. A notebook that has run with the same code and settings is skipped; within one, the stages
+skip what they have computed before. So an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import hashlib
+import itertools
+import os
+import re
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import nbformat
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbformat.v4 import new_output
+
+from .artifacts import file_sha256, fingerprint, read_json, write_json
+from .config import DEFAULT_PROFILE, Profile, figures_folder, load_profile, repository_root
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+_BAR = re.compile(r"\[\d\d:\d\d[<,]")  # "30%|###   | 3/10 [00:01<00:02, 2.9it/s]"
+_CELL_FILE = re.compile(r"[^\s\"']*[/\\]ipykernel_\d+[/\\]\d+\.py")
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class NotebookFailed(RuntimeError):
+    """A notebook did not run to its end; the message names the notebook, the cell and the error."""
+
+
+class _ThisPython(AsyncKernelManager):
+    """Starts kernels of the Python that runs this, whatever kernels are registered on the machine."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+        return KernelSpec(argv=command, display_name="Python 3", language="python")
+
+
+class _Client(NotebookClient):
+    """Runs one notebook, remembering where it is."""
+
+    def __init__(self, notebook, folder: Path, on_cell=None):
+        super().__init__(
+            notebook,
+            timeout=None,
+            record_timing=False,
+            store_widget_state=False,
+            kernel_manager_class=_ThisPython,
+            resources={"metadata": {"path": str(folder)}},
+            on_cell_start=self._start,
+        )
+        self.cell_number, self._on_cell = 0, on_cell
+
+    @asynccontextmanager
+    async def async_setup_kernel(self, **options):
+        async with super().async_setup_kernel(**options):
+            asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)  # nbclient's takes Ctrl-C for a dead kernel
+            yield
+
+    def _start(self, cell, cell_index: int) -> None:
+        self.cell_number = cell_index + 1
+        if self._on_cell is not None:
+            self._on_cell(self.cell_number, len(self.nb.cells))
+
+
+def run_notebook(source: Path, target: Path, failed: Path, on_cell=None) -> None:
+    """Execute a notebook in its folder and save it, tidied, as ``target``; only if it ran to its end.
+
+    Parameters
+    ----------
+    source, target : Path
+        May be the same file.
+    failed : Path
+        Where the partial notebook goes if it fails.
+    on_cell : callable, optional
+        Called with (number of the cell that starts, number of cells).
+
+    Raises
+    ------
+    NotebookFailed
+        If a cell raises or the kernel dies.
+    """
+    notebook = nbformat.read(source, as_version=4)
+    client = _Client(notebook, source.parent, on_cell)
+    try:
+        client.execute()
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    except (CellExecutionError, DeadKernelError) as error:
+        _save(tidy(notebook), failed)
+        if isinstance(error, CellExecutionError):
+            what = _COLOR.sub("", f"{error.ename}: {error.evalue}")
+        else:
+            what = "the kernel died, most often because memory ran out (or somebody ended the run)"
+        raise NotebookFailed(f"{source.stem}, cell {client.cell_number}: {what}\nThe notebook up to there: {failed}") from error
+    _save(tidy(notebook), target)
+    failed.unlink(missing_ok=True)
+
+
+def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Take out what differs between two runs or two machines, in place: widget state, progress bars, timings, versions, paths.
+
+    A widget needs its kernel; in its place stays a line that says what it is.
+    """
+    language = {key: value for key, value in notebook.metadata.get("language_info", {}).items() if key != "version"}
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": language})
+    for cell in notebook.cells:
+        for key in ("execution", "papermill"):
+            cell.metadata.pop(key, None)
+        if cell.cell_type == "code":
+            cell.outputs = _streams_in_order(output for output in map(_tidy_output, cell.outputs) if output is not None)
+    return notebook
+
+
+def _streams_in_order(outputs: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Neighbouring pieces of stderr and stdout, whose order is a matter of timing: one piece each, stderr first."""
+    tidied = []
+    for is_stream, group in itertools.groupby(outputs, lambda output: output.output_type == "stream"):
+        pieces = list(group)
+        for name in ("stderr", "stdout") if is_stream else ():
+            text = "".join(piece.text for piece in pieces if piece.name == name)
+            tidied += [new_output("stream", name=name, text=text)] if text else []
+        tidied += [] if is_stream else pieces
+    return tidied
+
+
+def _tidy_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
+    if output.output_type == "stream":
+        if output.name == "stderr" and _BAR.search(output.text):
+            return None
+        output.text = _without_paths(output.text)
+    elif output.output_type == "error":
+        output.traceback = [_without_paths(line) for line in output.traceback]
+    else:
+        plain = output.data.get("text/plain", "")
+        if output.data.pop(WIDGET, None) is not None:
+            if _BAR.search(plain):
+                return None
+            plain = f"{plain.partition('(')[0].strip() or 'A widget'}: run this notebook to use it."
+            output.data["text/plain"] = plain
+        for kind in ("text/plain", "text/markdown", "text/html"):
+            if kind in output.data:
+                output.data[kind] = _without_paths(output.data[kind])
+    return output
+
+
+def _without_paths(text: str) -> str:
+    text = _CELL_FILE.sub("<cell>", text)
+    for folder, name in ((repository_root(), "."), (Path.home(), "~")):
+        if len(folder.parts) > 1:
+            text = text.replace(f"{folder}{os.sep}", f"{name}{os.sep}")
+    return text
+
+
+def _save(notebook: nbformat.NotebookNode, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    nbformat.write(notebook, temporary)
+    temporary.replace(path)
+
+
+def run_key(source: Path, profile: Profile) -> str:
+    """Names everything a notebook's outputs depend on: its code, the package's files (weights included), the settings."""
+    package = Path(__file__).parent
+    kinds = (".py", ".toml", ".csv", ".json", ".js", ".css", ".safetensors")
+    files = sorted(path for path in package.rglob("*") if path.suffix in kinds and path.is_file())
+    code = hashlib.sha256("".join(f"{path.relative_to(package).as_posix()} {file_sha256(path)}\n" for path in files).encode()).hexdigest()
+    cells = [cell.source for cell in nbformat.read(source, as_version=4).cells if cell.cell_type == "code"]
+    settings = {item.name: getattr(profile, item.name) for item in dataclasses.fields(profile) if item.name != "root"}
+    return fingerprint(cells=cells, package=code, settings=settings)
+
+
+def is_up_to_date(source: Path, target: Path, profile: Profile) -> bool:
+    """Whether the notebook has run with this code and these settings, and all it left is still there."""
+    stamp = _stamp(source, profile)
+    if not stamp.exists() or not target.exists():
+        return False
+    note = read_json(stamp)
+    cells = [cell for cell in nbformat.read(target, as_version=4).cells if cell.cell_type == "code" and cell.source.strip()]
+    return (
+        note["key"] == run_key(source, profile)
+        and all(Path(profile.root, path).exists() for path in note["files"])
+        and all(cell.execution_count is not None for cell in cells)
+    )
+
+
+def _stamp(source: Path, profile: Profile) -> Path:
+    return profile.folder("stamps") / f"{source.stem}.json"
+
+
+def _left_behind(source: Path, profile: Profile) -> list[str]:
+    """A notebook's results and figures, relative to the profile's folder."""
+    figures = sorted(figures_folder(profile).glob(f"{source.stem[:2]}_*.png"))
+    files = [profile.folder("results") / f"{source.stem}.json", *figures]
+    return [os.path.relpath(path, profile.root) for path in files if path.exists()]
+
+
+def choose(folder: Path, only: Sequence[str] = ()) -> tuple[list[Path], list[Path]]:
+    """The notebooks of a folder in order, and those of them that ``only`` names by number or name.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there are none.
+    ValueError
+        If one in ``only`` is not there; the message names the valid ones.
+    """
+    notebooks = sorted(folder.glob("0*.ipynb"))
+    if not notebooks:
+        raise FileNotFoundError(f"No notebooks 0*.ipynb in {folder}. Run this in the repository, or give their folder by --notebooks.")
+    for name in only:
+        if not any(path.stem.startswith(name) for path in notebooks):
+            raise ValueError(f"There is no notebook {name!r}. Valid: {', '.join(path.stem for path in notebooks)}, or their numbers.")
+    return notebooks, [path for path in notebooks if not only or any(path.stem.startswith(name) for name in only)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m patchsae_utils.reproduce", description="Run the notebooks in order.")
+    parser.add_argument("--profile", help="name or .toml file of the settings (default: $PATCHSAE_PROFILE, else openmoji)")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting; may be repeated")
+    parser.add_argument("--only", action="append", default=[], metavar="NN", help="only this notebook, by number or name; may be repeated")
+    parser.add_argument("--force", action="store_true", help="run notebooks that are up to date too")
+    parser.add_argument("--notebooks", type=Path, metavar="FOLDER", help="default: the repository's")
+    options = parser.parse_args(arguments)
+    try:
+        return _run(options)
+    except (NotebookFailed, ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    changes = "; ".join(filter(None, [os.environ.get("PATCHSAE_SET", ""), *options.set]))
+    name = options.profile or os.environ.get("PATCHSAE_PROFILE") or DEFAULT_PROFILE
+    # The notebooks' kernels, which run in another folder, inherit both.
+    os.environ["PATCHSAE_PROFILE"] = str(Path(name).resolve()) if name.endswith(".toml") else name
+    os.environ["PATCHSAE_SET"] = changes
+    profile = load_profile()
+    folder = (options.notebooks or repository_root() / "notebooks").resolve()
+    notebooks, chosen = choose(folder, options.only)
+    for source in chosen:
+        label = f"[{notebooks.index(source) + 1}/{len(notebooks)}] {source.stem} ..."
+        target = source if profile.is_default else profile.folder("notebooks") / source.name
+        if not options.force and is_up_to_date(source, target, profile):
+            print(f"{label} up to date", file=sys.stderr)
+            continue
+        _stamp(source, profile).unlink(missing_ok=True)
+        key, start = run_key(source, profile), time.monotonic()
+        with _Line(label) as line:
+            run_notebook(source, target, profile.folder("failed") / source.name, line.cell)
+            seconds = time.monotonic() - start
+            line.end(_duration(seconds))
+        write_json(_stamp(source, profile), {"key": key, "seconds": round(seconds, 1), "files": _left_behind(source, profile)})
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, kilobytes elsewhere
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+    if peak:
+        print(f"Peak memory of a notebook: {peak / 1e9:.1f} GB", file=sys.stderr)
+    return 0
+
+
+class _Line:
+    """One line of progress; on a terminal it also counts cells."""
+
+    def __init__(self, label: str):
+        self.label, self.live = label, sys.stderr.isatty()
+
+    def __enter__(self) -> _Line:
+        print(self.label, end="", file=sys.stderr, flush=True)
+        return self
+
+    def cell(self, number: int, total: int) -> None:
+        if self.live:
+            print(f"\r\x1b[K{self.label} cell {number}/{total}", end="", file=sys.stderr, flush=True)
+
+    def end(self, text: str) -> None:
+        print(f"\r\x1b[K{self.label} {text}" if self.live else f" {text}", file=sys.stderr)
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is not None:
+            print(" failed" if issubclass(kind, Exception) else "", file=sys.stderr)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
