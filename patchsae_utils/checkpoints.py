@@ -1,0 +1,158 @@
+"""SAEs on disk: a folder with ``cfg.json`` and ``sae_weights.safetensors``, the form of SAELens v6, which opens ours as it is.
+
+What an SAE reads (model, layer, tokens) lies in the config's ``metadata``, together with a checksum of the weights.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .artifacts import file_sha256, read_json, write_json
+from .sae import SparseAutoencoder
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+_SAELENS_VERSION = "6.18.0"  # the form of the folder; older versions convert it and lose the metadata
+_ACTIVATIONS = {"standard": "relu", "topk": "topk"}
+_REFUSED = {".pt", ".pth", ".bin", ".pkl", ".ckpt"}
+
+
+def save_sae(sae: SparseAutoencoder, directory: str | Path) -> Path:
+    """Write an SAE as ``cfg.json`` and ``sae_weights.safetensors``, each under a temporary name first.
+
+    The weights are written as they are; :func:`~patchsae_utils.training.train_sae` leaves the decoder's rows at unit norm.
+
+    Parameters
+    ----------
+    sae : SparseAutoencoder
+    directory : str or Path
+        Made when missing.
+
+    Returns
+    -------
+    Path
+        The folder.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().float().cpu().contiguous() for name, value in sae.state_dict().items()}
+    handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{WEIGHTS}-", suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary)
+        checksum = file_sha256(temporary)
+        os.replace(temporary, directory / WEIGHTS)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    metadata = {"model_name": None, **sae.metadata, "sae_lens_version": _SAELENS_VERSION, "weights_sha256": checksum}
+    if metadata.get("layer") is not None:
+        metadata.setdefault("hook_name", f"visual.transformer.resblocks.{metadata['layer']}")
+    config = {
+        "architecture": {v: k for k, v in _ACTIVATIONS.items()}[sae.activation],
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": metadata,
+    }
+    if sae.activation == "topk":
+        config |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+    write_json(directory / CONFIG, config)
+    return directory
+
+
+def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
+    """Open an SAE that :meth:`SparseAutoencoder.save` or SAELens v6 wrote.
+
+    Parameters
+    ----------
+    path : str or Path
+        Folder with ``cfg.json`` and ``sae_weights.safetensors``.
+    device : str or torch.device
+
+    Returns
+    -------
+    SparseAutoencoder
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder, or a file is missing in it.
+    ValueError
+        If it is of another format or architecture, or damaged. Nothing is ever unpickled.
+    """
+    path = Path(path)
+    if path.suffix in _REFUSED:
+        raise ValueError(
+            f"{path} is a pickle, which could run code when opened. SAEs are read from a folder with {CONFIG} and {WEIGHTS}; "
+            f"convert its tensors W_enc, b_enc, W_dec, b_dec with a tool you trust, fill a SparseAutoencoder, and save that."
+        )
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"No SAE at {path}: expected a folder with {CONFIG} and {WEIGHTS}, as SparseAutoencoder.save or train_sae writes it."
+        )
+    missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
+    if missing:
+        found = ", ".join(sorted(file.name for file in path.iterdir())[:12]) or "nothing"
+        raise FileNotFoundError(
+            f"{path} holds no {' and no '.join(missing)}, so it is no SAE folder of ours or of SAELens v6 (found: {found})."
+        )
+    config = read_json(path / CONFIG)
+    sae = _from_config(config, path)
+    checksum = sae.metadata.pop("weights_sha256", None)
+    if checksum is not None and checksum != file_sha256(path / WEIGHTS):
+        raise ValueError(
+            f"{path / WEIGHTS} is damaged, or belongs to another {CONFIG}: its SHA-256 is not the one written there. "
+            f"Train or copy it again."
+        )
+    try:
+        tensors = load_file(path / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{path / WEIGHTS} is no valid safetensors file ({error}). Train or copy it again.") from error
+    _check_tensors(sae, tensors, path)
+    sae.load_state_dict({name: value.float() for name, value in tensors.items()})
+    return sae.to(device)
+
+
+def _from_config(config: Any, path: Path) -> SparseAutoencoder:
+    """An SAE of the config's sizes; its weights are still to come."""
+    keys = ("architecture", "d_in", "d_sae")
+    if not isinstance(config, dict) or any(key not in config for key in keys):
+        raise ValueError(f"{path / CONFIG} is no SAE config of SAELens v6: it needs the entries {', '.join(keys)}.")
+    architecture = config["architecture"]
+    if architecture not in _ACTIVATIONS:
+        raise ValueError(f"{path} holds an SAE of architecture {architecture!r}. Valid: {', '.join(_ACTIVATIONS)}.")
+    for key, only in {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}.items():
+        if config.get(key, only) != only:
+            raise ValueError(
+                f"{path / CONFIG} says {key}={config[key]!r}; only {only!r} is read. Such an SAE would give wrong latents here."
+            )
+    if architecture == "topk" and config.get("rescale_acts_by_decoder_norm", False):
+        raise ValueError(
+            f"{path / CONFIG} says rescale_acts_by_decoder_norm=true; fold the decoder's norms into the encoder before saving it."
+        )
+    sizes = (config["d_in"], config["d_sae"])
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"{path / CONFIG} says d_in={sizes[0]!r}, d_sae={sizes[1]!r}; both must be positive integers.")
+    return SparseAutoencoder(*sizes, _ACTIVATIONS[architecture], k=config.get("k"), metadata=config.get("metadata"))
+
+
+def _check_tensors(sae: SparseAutoencoder, tensors: dict[str, Tensor], path: Path) -> None:
+    expected = {name: tuple(value.shape) for name, value in sae.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if expected != found:
+        raise ValueError(f"{path / WEIGHTS} holds {found}; its {CONFIG} asks for {expected}. The two files don't belong together.")
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{path / WEIGHTS}: {name} holds NaN or infinite values. Train or copy it again.")

@@ -1,0 +1,365 @@
+"""What an explorer shows, as plain records: one card a latent, one card an image. The page and the static figure draw the same card."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..latents import TOKENS, select_latents
+from ..levels import seen_image
+
+ORDERS = {"frequency": True, "mean_activation": True, "label_entropy": False}
+"""Sort orders of latents, and whether the largest comes first."""
+
+
+class Name(NamedTuple):
+    """What a latent was called."""
+
+    name: str
+    kind: str = ""
+    """What sort of thing it names: object, color, class, ...; tells the colour orange from the fruit."""
+    score: float | None = None
+    """How well the name fits; None when not measured."""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.kind})" if self.kind else self.name
+
+
+class LatentCard(NamedTuple):
+    """One latent: its statistics and reference images. k images, grid H x W."""
+
+    latent: int
+    name: Name | None
+    dead: bool
+    """No image of the data set activates it."""
+    frequency: float
+    """Share of images where it is active."""
+    mean_activation: float
+    label_entropy: float
+    """In nats; low means that its reference images share few classes."""
+    label_std: float
+    """Standard deviation of the class indices of its reference images."""
+    images: np.ndarray
+    """[k] indices of the reference images, strongest first."""
+    values: np.ndarray
+    """[k] image-level activations."""
+    labels: list[str]
+    """[k] their classes."""
+    pictures: list[np.ndarray]
+    """[k] what CLIP saw, uint8 [h, w, 3]."""
+    heats: np.ndarray
+    """[k, H, W] activations of the patches."""
+    classes: list[tuple[str, float]]
+    """The classes with most of its tokens above tau, and their share of all such tokens."""
+
+
+class PatchCard(NamedTuple):
+    """One image, one of its patches, and one latent over it. Grid H x W."""
+
+    image: int
+    label: str
+    picture: np.ndarray
+    """What CLIP saw, uint8 [h, w, 3]."""
+    grid: tuple[int, int]
+    patch: int
+    """Counted row by row; -1 when none is chosen."""
+    patch_latents: list[tuple[int, float]]
+    """The patch's latents and activations, in order; empty without a patch."""
+    image_latents: list[tuple[int, float]]
+    """The image's latents and mean activations over its tokens, in order."""
+    latent: int
+    """-1 when none is chosen."""
+    heat: np.ndarray
+    """[H, W] activations of the chosen latent; zeros without one."""
+    cls: float
+    """Activation of the chosen latent at CLS, which has no place in the picture."""
+    names: dict[int, Name]
+    """Names of the latents above, where known."""
+
+
+def array(values: Any) -> np.ndarray:
+    """A tensor, an array or a sequence as an array."""
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def living(summary: Any, order: str) -> np.ndarray:
+    """Latents that some image activates, sorted.
+
+    Parameters
+    ----------
+    summary : LatentSummary
+    order : {"frequency", "mean_activation", "label_entropy"}
+        Most frequent, strongest, or most selective first; equal ones by index, unknown ones last.
+
+    Returns
+    -------
+    int array
+
+    Raises
+    ------
+    ValueError
+        For an unknown order.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"Unknown sort order {order!r}. Valid: {', '.join(ORDERS)}.")
+    key = array(getattr(summary, order)).astype(float)
+    key = np.where(np.isnan(key), np.inf, -key if ORDERS[order] else key)
+    order_of_all = np.argsort(key, kind="stable")
+    return order_of_all[~array(summary.dead)[order_of_all].astype(bool)]
+
+
+def read_names(names: Any, d_sae: int) -> dict[int, Name]:
+    """Names of latents, whatever form they come in.
+
+    Parameters
+    ----------
+    names : DataFrame, mapping, sequence of str, or None
+        As ``label_latents`` returns them (columns ``name`` and, if known, ``kind`` and ``score``; latents in a column ``latent`` or the
+        index), or latent -> name, or one name a latent. Empty names and "unnamed" are skipped.
+    d_sae : int
+
+    Raises
+    ------
+    ValueError
+        If a latent is outside range(d_sae), or a table has no column ``name``.
+    """
+    if names is None:
+        return {}
+    kinds = scores = None
+    if hasattr(names, "columns"):
+        if "name" not in names.columns:
+            has = ", ".join(map(str, names.columns))
+            raise ValueError(f"A table of names needs a column 'name'; this one has {has}. Pass the result of label_latents.")
+        latents = names["latent"] if "latent" in names.columns else names.index
+        kinds, scores = names.get("kind"), names.get("score")
+        words = names["name"]
+    elif isinstance(names, Mapping) or hasattr(names, "items"):
+        latents, words = zip(*names.items(), strict=True) if len(names) else ((), ())
+    else:
+        latents, words = range(len(names)), names
+    known = {}
+    kinds = [""] * len(words) if kinds is None else kinds
+    scores = [None] * len(words) if scores is None else scores
+    for latent, word, kind, score in zip(latents, words, kinds, scores, strict=True):
+        if not 0 <= int(latent) < d_sae:
+            raise ValueError(f"Names are given for latent {latent}, but the SAE has latents 0 to {d_sae - 1}.")
+        if isinstance(word, str) and word and word != "unnamed":
+            known[int(latent)] = Name(word, str(kind), None if score is None or not np.isfinite(score) else float(score))
+    return known
+
+
+class Reader:
+    """Images of a data set, as CLIP and the SAE read them. The last ones stay in memory.
+
+    Parameters
+    ----------
+    clip : ClipModel
+    sae : SparseAutoencoder
+    dataset : data set of ``Example``
+    layer : int
+    keep : int
+        Images whose residual stream is kept: 151 kB each for the embedded world's CLIP, 605 kB for ViT-B/16.
+
+    Raises
+    ------
+    ValueError
+        If the SAE reads another width than the CLIP's residual stream has, or there is no such layer.
+    """
+
+    def __init__(self, clip: Any, sae: Any, dataset: Any, layer: int = -2, keep: int = 256):
+        sae.check_source(d_in=clip.width, source=f"the residual stream of {clip.name!r}")
+        self.clip, self.sae, self.dataset, self.layer, self.keep = clip, sae, dataset, clip.layer_index(layer), keep
+        self.d_sae, self.grid = sae.W_enc.shape[1], tuple(clip.grid)
+        self._images: OrderedDict[int, tuple[np.ndarray, Tensor]] = OrderedDict()
+        self._latents: OrderedDict[int, Tensor] = OrderedDict()
+
+    def label(self, image: int) -> str:
+        """The class of an image."""
+        return self.dataset.class_names[int(self.dataset.labels[int(image)])]
+
+    def check(self, image: int) -> int:
+        """The index, if there is such an image.
+
+        Raises
+        ------
+        ValueError
+            If not.
+        """
+        if not 0 <= image < len(self.dataset):
+            raise ValueError(f"There is no image {image}; the data set has images 0 to {len(self.dataset) - 1}.")
+        return int(image)
+
+    def picture(self, image: int) -> np.ndarray:
+        """What CLIP saw of an image: uint8 [h, w, 3]. Reads the picture only."""
+        if image in self._images:
+            return self._images[image][0]
+        return seen_image(self.clip, self._preprocessed(image)).numpy()
+
+    def tokens(self, images: Sequence[int]) -> Tensor:
+        """The residual stream of images: CLS, then the patches [B, 1+P, D]."""
+        images = [self.check(i) for i in images]
+        missing = [i for i in dict.fromkeys(images) if i not in self._images]
+        found = {i: self._images[i] for i in images if i in self._images}
+        for start in range(0, len(missing), 32):
+            part = missing[start : start + 32]
+            batch = torch.stack([self._preprocessed(i) for i in part])
+            with torch.inference_mode():
+                residuals = self.clip.residual(batch, self.layer)[:, : self.clip.n_tokens].cpu()
+            for i, tensor, residual in zip(part, batch, residuals, strict=True):
+                found[i] = (seen_image(self.clip, tensor).numpy(), residual.clone())
+        for i in images:
+            _remember(self._images, i, found[i], self.keep)
+        return torch.stack([found[i][1] for i in images])
+
+    def heats(self, images: Sequence[int], latent: int) -> np.ndarray:
+        """Activations of one latent over images: float32 [B, H, W]."""
+        if not len(images):
+            return np.zeros((0, *self.grid), np.float32)
+        with torch.inference_mode():
+            h = select_latents(self.sae, self.tokens(images)[:, 1:], [latent])
+        return h.float().cpu().numpy().reshape(-1, *self.grid)
+
+    def latents(self, image: int) -> Tensor:
+        """Activations of all latents on an image's CLS and patches: [1+P, S]."""
+        if image not in self._latents:
+            with torch.inference_mode():
+                h = self.sae.encode(self.tokens([image])[0].to(self.sae.W_enc.device)).float().cpu()
+            _remember(self._latents, image, h, 4)
+        return self._latents[image]
+
+    def _preprocessed(self, image: int) -> Tensor:
+        return self.clip.preprocess(self.dataset[self.check(image)].image)
+
+
+def _remember(store: OrderedDict, key: int, value: Any, keep: int) -> None:
+    store[key] = value
+    store.move_to_end(key)
+    while len(store) > keep:
+        store.popitem(last=False)
+
+
+def latent_card(
+    reader: Reader, summary: Any, latent: int, names: Mapping[int, Name] | None = None, k: int = 10, n_classes: int = 6
+) -> LatentCard:
+    """Look a latent up.
+
+    Parameters
+    ----------
+    reader : Reader
+        On the data set that ``summary`` was made from.
+    summary : LatentSummary
+    latent : int
+    names : mapping of int to Name, optional
+    k : int
+        Reference images.
+    n_classes : int
+        Classes of the histogram.
+
+    Raises
+    ------
+    ValueError
+        If there is no such latent.
+    """
+    if not 0 <= latent < reader.d_sae:
+        raise ValueError(f"There is no latent {latent}; the SAE has latents 0 to {reader.d_sae - 1}.")
+    images, values = array(summary.top_images[latent])[:k], array(summary.top_values[latent])[:k]
+    real = (images >= 0) & (values > 0)  # the rest is padding
+    images, values = images[real].astype(int), values[real].astype(float)
+    heats = reader.heats(images, latent)
+    counts = array(summary.class_counts[:, latent]).astype(float)
+    top = [c for c in np.argsort(-counts, kind="stable")[:n_classes] if counts[c] > 0]
+    return LatentCard(
+        latent=latent,
+        name=(names or {}).get(latent),
+        dead=bool(summary.dead[latent]),
+        frequency=float(summary.frequency[latent]),
+        mean_activation=float(summary.mean_activation[latent]),
+        label_entropy=float(summary.label_entropy[latent]),
+        label_std=float(summary.label_std[latent]),
+        images=images,
+        values=values,
+        labels=[reader.label(i) for i in images],
+        pictures=[reader.picture(i) for i in images],
+        heats=heats,
+        classes=[(summary.class_names[c], float(counts[c] / counts.sum())) for c in top],
+    )
+
+
+def patch_card(
+    reader: Reader,
+    image: int,
+    patch: int = -1,
+    latent: int = -1,
+    names: Mapping[int, Name] | None = None,
+    weights: np.ndarray | None = None,
+    tokens: str = "all",
+    n: int = 8,
+) -> PatchCard:
+    """Look an image up, and one of its patches.
+
+    Parameters
+    ----------
+    reader : Reader
+    image : int
+    patch : int
+        Counted row by row; -1 for none.
+    latent : int
+        -1 for none.
+    names : mapping of int to Name, optional
+    weights : array [S], optional
+        Factors by which activations are multiplied before they are sorted; the activations shown stay as they are.
+    tokens : {"all", "patches", "cls"}
+        Over which the whole image's activations are averaged; a summary says in ``.tokens`` what it used.
+    n : int
+        Latents in each list.
+
+    Raises
+    ------
+    ValueError
+        If there is no such image, patch or latent.
+    """
+    n_patches = reader.grid[0] * reader.grid[1]
+    reader.check(image)
+    if not -1 <= patch < n_patches:
+        raise ValueError(f"There is no patch {patch}; images have patches 0 to {n_patches - 1}, or -1 for none.")
+    if not -1 <= latent < reader.d_sae:
+        raise ValueError(f"There is no latent {latent}; the SAE has latents 0 to {reader.d_sae - 1}, or -1 for none.")
+    h = reader.latents(image)
+    here = _strongest(h[1 + patch], weights, n) if patch >= 0 else []
+    whole = _strongest(h[TOKENS[tokens]].mean(0), weights, n)
+    heat = h[:, latent].numpy() if latent >= 0 else np.zeros(1 + n_patches, np.float32)
+    shown = {i for i, _ in here + whole} | {latent}
+    return PatchCard(
+        image=image,
+        label=reader.label(image),
+        picture=reader.picture(image),
+        grid=reader.grid,
+        patch=patch,
+        patch_latents=here,
+        image_latents=whole,
+        latent=latent,
+        heat=heat[1:].reshape(reader.grid),
+        cls=float(heat[0]),
+        names={i: name for i, name in (names or {}).items() if i in shown},
+    )
+
+
+def _strongest(h: Tensor, weights: np.ndarray | None, n: int) -> list[tuple[int, float]]:
+    score = h if weights is None else h * torch.as_tensor(weights, dtype=h.dtype)
+    top = score.topk(min(n, len(score))).indices
+    return [(int(i), float(h[i])) for i in top if h[i] > 0]
+
+
+def distinctiveness(summary: Any) -> np.ndarray:
+    """Weights that favour latents which few images activate: log(1 / frequency), float32 [S]; dead latents get 0.
+
+    The inverse document frequency of text retrieval (Sparck Jones, 1972), with images for documents: a latent that fires
+    everywhere says little about this patch.
+    """
+    frequency = array(summary.frequency).astype(float)
+    return -np.log(np.clip(frequency, 1e-6, 1), where=frequency > 0, out=np.zeros(len(frequency))).astype(np.float32)

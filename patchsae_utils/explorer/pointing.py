@@ -1,0 +1,163 @@
+"""Is the explorer's answer to be trusted? Ask a patch of an unseen image for a latent, and look what that latent finds in other images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..data import openmoji
+from ..latents import select_latents
+from .cards import Reader, distinctiveness
+
+ANSWERS = ("distinctive", "strongest", "random")
+"""The patch's latent of largest activation times log(1 / frequency); of largest activation; any latent active at the patch."""
+
+LEAST_SHARE = 0.5
+"""Share of a patch's pixels that an object or a colour must fill to be what the patch shows."""
+
+
+def point(
+    clip: Any,
+    sae: Any,
+    summary: Any,
+    dataset: Any,
+    layer: int = -2,
+    n_classes: int = 40,
+    per_class: int = 4,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How often a patch's latent finds the same thing elsewhere.
+
+    A patch is asked for a latent, and the latent is followed to the patch of *another* image where it is most active: does that patch
+    show the same? Where the data set knows its ground truth, two patches of each image are asked: the one that the main object
+    fills most, whether the other patch shows the same object, category and colour; and one of background alone, whether it shows the
+    same background. Elsewhere the patch in the middle is asked, whether the other image is of the same class. Object and class are
+    asked for only where a second image of the class was drawn.
+
+    Parameters
+    ----------
+    clip : ClipModel
+    sae : SparseAutoencoder
+    summary : LatentSummary
+        Says how frequent latents are.
+    dataset : data set of ``Example``
+        Images that neither the SAE nor ``summary`` has seen.
+    layer : int
+    n_classes, per_class : int
+        So many images of so many classes are drawn, fewer where there are fewer: every class comes back, so that it can be found.
+    n_bootstrap : int
+        Resamples of the images for the 95 % intervals.
+    seed : int
+        Of the draw, the random answers and the resamples.
+
+    Returns
+    -------
+    DataFrame
+        Columns ``kind`` ("object", "category", "color", "background"; or "class"), ``answer`` (one of ``ANSWERS``), ``hits`` (share of
+        asked patches), ``low``, ``high``, ``chance`` (that a random patch of another image shows the same), ``n`` (patches asked).
+
+    Raises
+    ------
+    ValueError
+        If the data set has fewer than two images.
+    """
+    if len(dataset) < 2:
+        raise ValueError(
+            f"Pointing compares images: {dataset.spec!r} ({dataset.split}) has {len(dataset)}; give a data set of two or more."
+        )
+    rng = np.random.default_rng(seed)
+    labels = np.asarray(dataset.labels)
+    classes = rng.permutation(np.unique(labels))[:n_classes]
+    images = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:per_class] for c in classes]).tolist()
+    reader = Reader(clip, sae, dataset, layer, keep=len(images))
+    tokens = reader.tokens(images)[:, 1:]
+    shown = [_shown(dataset, image, reader.grid) for image in images]
+    drawn = np.bincount(labels[images])
+
+    weights = torch.from_numpy(distinctiveness(summary))
+    asked = []  # (place among the images, patch, kinds it is asked about, latent by answer)
+    for place, kinds in enumerate(shown):
+        alone = {"object", "class"} if drawn[labels[images[place]]] == 1 else set()
+        for patch, about in _questions(kinds, reader.grid):
+            about = [kind for kind in about if kind not in alone]
+            here = sae.encode(tokens[place, patch].to(sae.W_enc.device)).detach().float().cpu()
+            active = here.nonzero().flatten().numpy()
+            if len(active):
+                answers = {
+                    "distinctive": int((here * weights).argmax()),
+                    "strongest": int(here.argmax()),
+                    "random": int(rng.choice(active)),
+                }
+                asked.append((place, patch, about, answers))
+
+    latents = sorted({latent for *_, answers in asked for latent in answers.values()})
+    h = select_latents(sae, tokens, latents).detach().float().cpu().numpy()
+    values = {kind: np.stack([kinds[kind] for kinds in shown]) for kind in shown[0]}
+    records = []
+    for place, patch, about, answers in asked:
+        for answer, latent in answers.items():
+            elsewhere = h[:, :, latents.index(latent)].copy()
+            elsewhere[place] = 0
+            other = np.unravel_index(elsewhere.argmax(), elsewhere.shape)
+            for kind in about:
+                same = values[kind] == values[kind][place, patch]
+                hit = bool(same[other]) and elsewhere[other] > 0
+                records.append((kind, answer, place, hit, np.delete(same, place, axis=0).mean()))
+    return _summarise(pd.DataFrame(records, columns=["kind", "answer", "place", "hit", "chance"]), len(images), n_bootstrap, seed)
+
+
+def quote(row: Any) -> str:
+    """A row of :func:`point` as text, in percent: ``"41 % [33, 48]"``."""
+    return f"{100 * row.hits:.0f} % [{100 * row.low:.0f}, {100 * row.high:.0f}]"
+
+
+def _summarise(records: pd.DataFrame, n_images: int, n_bootstrap: int, seed: int) -> pd.DataFrame:
+    draws = np.random.default_rng(seed).multinomial(n_images, np.full(n_images, 1 / n_images), n_bootstrap)  # the same for every row
+    rows = []
+    for (kind, answer), part in records.groupby(["kind", "answer"], sort=False):
+        times = draws[:, part["place"]]
+        with np.errstate(invalid="ignore"):
+            replicates = (times * part["hit"].to_numpy()).sum(1) / times.sum(1)
+        low, high = np.nanquantile(replicates, [0.025, 0.975])
+        rows.append((kind, answer, part["hit"].mean(), low, high, part["chance"].mean(), len(part)))
+    return pd.DataFrame(rows, columns=["kind", "answer", "hits", "low", "high", "chance", "n"])
+
+
+def _shown(dataset: Any, image: int, grid: tuple[int, int]) -> dict[str, np.ndarray]:
+    """What every patch shows, by kind: int [P], -1 where it shows nothing of the kind."""
+    label = int(dataset.labels[image])
+    if not hasattr(dataset, "truth"):
+        return {"class": np.full(grid[0] * grid[1], label)}
+    truth, table = dataset.truth(image), openmoji.class_table()
+    objects = _most(truth.object_share, np.asarray(truth.class_ids))
+    categories = pd.factorize(table["category"], sort=True)[0]
+    return {
+        "object": objects,
+        "category": np.where(objects < 0, -1, categories[objects]),
+        "color": _most(truth.color_share, np.arange(len(truth.color_share))),
+        "background": np.where(truth.background_share.ravel() == 1, truth.background, -1),
+        "main": (truth.object_share * (truth.class_ids == dataset.class_ids[label])[:, None, None]).sum(0).ravel(),
+    }
+
+
+def _most(shares: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    shares = shares.reshape(len(shares), -1)
+    return np.where(shares.max(0) >= LEAST_SHARE, ids[shares.argmax(0)], -1)
+
+
+def _questions(kinds: dict[str, np.ndarray], grid: tuple[int, int]) -> list[tuple[int, list[str]]]:
+    """The patches that are asked, and about what; of several that would do, the most central."""
+    rows, columns = np.mgrid[: grid[0], : grid[1]]
+    off_center = ((rows - (grid[0] - 1) / 2) ** 2 + (columns - (grid[1] - 1) / 2) ** 2).ravel()
+    if "main" not in kinds:
+        return [(int(off_center.argmin()), ["class"])]
+    patch = int((kinds["main"] - 1e-4 * off_center).argmax())
+    questions = [(patch, [kind for kind in ("object", "category", "color") if kinds[kind][patch] >= 0])]
+    bare = kinds["background"] >= 0
+    if bare.any():
+        questions.append((int(np.where(bare, off_center, np.inf).argmin()), ["background"]))
+    return questions

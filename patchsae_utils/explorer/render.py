@@ -1,0 +1,137 @@
+"""What travels to the page, as pure functions: pictures, heat maps and colours from arrays to bytes and back.
+
+A heat map travels as one byte a patch, 196 bytes on a 14x14 grid, and is coloured and blended in the page. The code is the
+square root of the activation, so that steps are fine near zero, where thresholds are, and coarse near the maximum:
+``value = scale * (byte / 255) ** 2``. :func:`blend` does in Python what the page does, for static figures.
+
+Two ways of showing it. *spotlight* darkens the picture where the latent is silent, less the more it is active: the picture keeps its
+colours, which matter when the latent means one. *heat* lays a colour map over the picture, which fades to grey under it.
+"""
+
+from __future__ import annotations
+
+import io
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+MODES = ("spotlight", "heat")
+"""How activations are shown: the rest of the picture darkened, or colours laid over it."""
+
+
+def encode_picture(picture: np.ndarray, quality: int = 92) -> bytes:
+    """A picture, uint8 [H, W, 3], as JPEG without chroma subsampling: crisp edges, a few kilobytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def encode_heats(heats: np.ndarray) -> tuple[bytes, float]:
+    """Heat maps as one byte a patch.
+
+    Parameters
+    ----------
+    heats : float array [n, H, W]
+        Activations >= 0. All maps share one scale, so that they can be compared.
+
+    Returns
+    -------
+    data : bytes
+        n * H * W bytes, map after map, row by row.
+    scale : float
+        The activation that byte 255 stands for; 1 when nothing is active.
+
+    Raises
+    ------
+    ValueError
+        If the array is not three-dimensional or holds negative or non-finite numbers.
+    """
+    heats = np.asarray(heats, np.float32)
+    if heats.ndim != 3:
+        raise ValueError(f"Heat maps have shape [n, rows, columns], got {list(heats.shape)}.")
+    if not np.isfinite(heats).all() or (heats < 0).any():
+        raise ValueError("Heat maps hold activations: finite and not negative. Pass latents after the SAE's nonlinearity.")
+    scale = float(heats.max(initial=0.0)) or 1.0
+    return np.round(255 * np.sqrt(heats / scale)).astype(np.uint8).tobytes(), scale
+
+
+def decode_heats(data: bytes, scale: float, grid: tuple[int, int]) -> np.ndarray:
+    """The inverse of :func:`encode_heats`, up to rounding: float32 [n, H, W]."""
+    codes = np.frombuffer(data, np.uint8).reshape(-1, *grid)
+    return (scale * (codes / np.float32(255)) ** 2).astype(np.float32)
+
+
+def palette(name: str = "magma") -> bytes:
+    """A matplotlib colour map as 256 RGB triples: 768 bytes."""
+    colors = matplotlib.colormaps[name](np.linspace(0, 1, 256))[:, :3]
+    return np.round(colors * 255).astype(np.uint8).tobytes()
+
+
+def overlay(heat: np.ndarray, scale: float, tau: float, opacity: float, mode: str = MODES[0], colors: bytes | None = None) -> np.ndarray:
+    """The layer that is laid over a picture, one pixel a patch.
+
+    Parameters
+    ----------
+    heat : float array [H, W]
+        Activations.
+    scale : float
+        Activation at the top of the colour map.
+    tau : float
+        Activations up to it are not shown.
+    opacity : float
+        In [0, 1].
+    mode : {"spotlight", "heat"}
+    colors : bytes, optional
+        As :func:`palette` makes them.
+
+    Returns
+    -------
+    uint8 array [H, W, 4]
+        RGBA, alpha not premultiplied.
+
+    Raises
+    ------
+    ValueError
+        For an unknown mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"Unknown mode {mode!r}. Valid: {', '.join(MODES)}.")
+    share = np.clip(heat / scale, 0, 1)
+    shown = heat > tau
+    layer = np.zeros((*heat.shape, 4), np.float32)
+    if mode == "heat":
+        table = np.frombuffer(colors or palette(), np.uint8).reshape(256, 3)
+        layer[..., :3] = table[np.round(255 * share).astype(int)]
+        layer[..., 3] = 255 * opacity * np.where(shown, np.sqrt(share), 0)
+    else:
+        layer[..., 3] = 255 * opacity * np.where(shown, 1 - np.sqrt(share), 1)
+    return np.round(layer).astype(np.uint8)
+
+
+def blend(
+    picture: np.ndarray, heat: np.ndarray, scale: float, tau: float, opacity: float, mode: str = MODES[0], size: int = 448
+) -> np.ndarray:
+    """A picture with a heat map over it, as the page shows it.
+
+    Parameters
+    ----------
+    picture : uint8 array [H, W, 3]
+    heat : float array [rows, columns]
+    scale, tau, opacity, mode
+        As in :func:`overlay`.
+    size : int
+        Width of the result, in pixels.
+
+    Returns
+    -------
+    uint8 array [size * H / W, size, 3]
+    """
+    shape = (size, round(size * picture.shape[0] / picture.shape[1]))
+    below = Image.fromarray(picture)
+    if mode == "heat":
+        below = Image.blend(below, below.convert("L").convert("RGB"), opacity)
+    below = below.resize(shape, Image.Resampling.BILINEAR).convert("RGBA")
+    layer = Image.fromarray(overlay(heat, scale, tau, opacity, mode))
+    layer = layer.convert("RGBa").resize(shape, Image.Resampling.BILINEAR).convert("RGBA")  # premultiplied: clear patches don't bleed
+    return np.asarray(Image.alpha_composite(below, layer).convert("RGB"))

@@ -1,0 +1,81 @@
+"""The stages of a profile, in one place: each call opens its artifact under ``runs/<profile>``, and makes it when it is missing or stale.
+
+The notebooks call these, so any of them runs alone in a fresh clone and none computes what another has left.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .activations import ActivationStore, extract_activations
+from .adapters import fit_adapter
+from .clip import ClipModel, load_clip
+from .concepts import ConceptReport, measure_concepts
+from .config import Profile
+from .data import ImageData, OpenMojiData, load_dataset
+from .grounding import has_truth
+from .latents import LatentSummary, summarize_latents
+from .sae import SparseAutoencoder
+from .training import train_sae
+
+
+def load_world(profile: Profile) -> tuple[ClipModel, int]:
+    """The profile's CLIP and the layer that is studied (the block whose output is read, counted from 0)."""
+    clip = load_clip(profile.model.name, profile.model.pretrained)
+    return clip, clip.layer_index(profile.model.layer)
+
+
+def training_data(profile: Profile) -> ImageData | OpenMojiData:
+    """Images on whose tokens the SAE is trained."""
+    return load_dataset(profile.data.train, "train", n_images=profile.data.n_train_images, seed=profile.data.seed)
+
+
+def statistics_data(profile: Profile) -> ImageData | OpenMojiData:
+    """Labelled images for statistics, reference images and rankings: the train split."""
+    return load_dataset(profile.data.statistics, "train", n_images=profile.data.n_statistics_images, seed=profile.data.seed)
+
+
+def evaluation_data(profile: Profile) -> ImageData | OpenMojiData:
+    """Labelled images that nothing was trained or ranked on: the test split."""
+    return load_dataset(profile.data.evaluation, "test", n_images=profile.data.n_evaluation_images, seed=profile.data.seed)
+
+
+def training_store(profile: Profile, clip: ClipModel) -> ActivationStore:
+    """Residual activations of the training images at the studied layer."""
+    return extract_activations(clip, training_data(profile), profile.model.layer, profile.folder("activations") / "train")
+
+
+def trained_sae(profile: Profile, clip: ClipModel) -> SparseAutoencoder:
+    """The PatchSAE, trained on :func:`training_store`."""
+    store = training_store(profile, clip)
+    sae = SparseAutoencoder(
+        clip.width, profile.sae.expansion_factor * clip.width, profile.sae.activation, k=profile.sae.k, seed=profile.training.seed
+    )
+    return train_sae(sae, store, profile.training, profile.folder("sae"))
+
+
+def latent_summary(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) -> LatentSummary:
+    """Statistics of every latent over :func:`statistics_data`."""
+    return summarize_latents(clip, sae, statistics_data(profile), profile.model.layer, out=profile.folder("latents") / "statistics")
+
+
+def concept_scenes(profile: Profile, split: str) -> ImageData | OpenMojiData:
+    """Scenes on which latents are chosen for concepts (``val``) and reported (``test``); the SAE has seen neither."""
+    return load_dataset(profile.data.train, split, n_images=1000, seed=profile.data.seed)
+
+
+def concept_report(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) -> ConceptReport | None:
+    """Which latents find which ground-truth concepts; None where the data set knows none."""
+    held_out = concept_scenes(profile, "test")
+    if not has_truth(held_out):
+        return None
+    choose = concept_scenes(profile, "val")
+    return measure_concepts(clip, sae, choose, held_out, profile.model.layer, out=profile.folder("latents") / "concepts")
+
+
+def adapter(profile: Profile, clip: ClipModel, task: str, kind: str | None = None, seed: int | None = None) -> ClipModel:
+    """CLIP adapted to the base classes of a task, by few shots of its train split."""
+    kind, seed = kind or profile.adapters.kind, profile.adapters.seeds[0] if seed is None else seed
+    data = load_dataset(task, "train", half="base", seed=profile.data.seed)
+    name = re.sub(r"[^A-Za-z0-9]+", "-", task).strip("-")
+    return fit_adapter(clip, kind, data, profile.adapters, out=profile.folder("adapters") / f"{name}-{kind}-{seed}", seed=seed)
