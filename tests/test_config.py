@@ -1,0 +1,205 @@
+"""Profiles: what they hold, how they are changed, and what bad input gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+from importlib import resources
+
+import pytest
+
+from patchsae_utils import config
+from patchsae_utils.config import figures_folder, load_profile, parse_settings, profile_names, repository_root
+
+
+@pytest.fixture
+def image_folders(tmp_path, monkeypatch):
+    """The variables that profiles other than the default need name a folder."""
+    for name in ("PATCHSAE_IMAGENET", "PATCHSAE_IMAGES"):
+        monkeypatch.setenv(name, str(tmp_path))
+    return tmp_path
+
+
+def write(folder, text, name="mine.toml"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def packaged(name):
+    return (resources.files("patchsae_utils") / "profiles" / f"{name}.toml").read_text()
+
+
+def test_default_profile_is_the_embedded_world():
+    profile = load_profile()
+    assert profile == load_profile("openmoji") and profile.is_default
+    assert profile.model.name == "openmoji" and profile.model.layer == -2
+    assert profile.data.train == "openmoji/scenes"
+    assert profile.root == repository_root() / "runs" / "openmoji"
+    assert profile.folder("activations") == profile.root / "activations"
+
+
+def test_loading_makes_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    load_profile().folder("sae")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_packaged_profiles_say_what_is_loaded(name, image_folders):
+    profile, written = load_profile(name), tomllib.loads(packaged(name))
+    for section in config._SECTIONS:
+        for setting, value in written[section].items():
+            if not (isinstance(value, (str, list)) and "$" in str(value)):
+                shown = getattr(getattr(profile, section), setting)
+                assert shown == (None if value == "all" else tuple(value) if isinstance(value, list) else value)
+
+
+def test_every_setting_is_documented():
+    for cls in (*config._SECTIONS.values(), config.Profile):
+        source = resources.files("patchsae_utils").joinpath("config.py").read_text()
+        body = source[source.index(f"class {cls.__name__}") :].partition("\n\n\n")[0]
+        for item in dataclasses.fields(cls):
+            if cls is config.Profile and item.name in config._SECTIONS:
+                continue
+            assert re.search(rf'^    {item.name}: .*\n    """.+"""', body, re.M), f"{cls.__name__}.{item.name} has no docstring"
+
+
+def test_imagenet_is_the_papers_recipe(image_folders):
+    profile = load_profile("imagenet")
+    assert (profile.model.name, profile.model.pretrained, profile.model.layer) == ("ViT-B-16-quickgelu", "openai", -2)
+    assert profile.sae.expansion_factor == 64
+    training = profile.training
+    assert (training.lr, training.l1_coefficient, training.warmup_steps) == (4e-4, 8e-5, 500)
+    assert training.n_tokens == 2_621_440 * 197 and training.batch_tokens == 128 * 197
+    assert (profile.adapters.depth, profile.adapters.n_ctx, profile.adapters.seeds) == (9, 2, (1, 2, 3))
+    assert profile.data.train == str(image_folders) and profile.data.n_train_images is None
+
+
+@pytest.mark.parametrize("name, variable", [("imagenet", "PATCHSAE_IMAGENET"), ("imagefolder", "PATCHSAE_IMAGES")])
+def test_missing_images_are_an_error_that_says_what_to_provide(name, variable, monkeypatch, tmp_path):
+    monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(FileNotFoundError) as error:
+        load_profile(name)
+    assert variable in str(error.value) and "It is not set" in str(error.value)
+    assert "<" in str(error.value), "the form of the folder is shown"
+    monkeypatch.setenv(variable, str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="nowhere', which is not a folder"):
+        load_profile(name)
+
+
+def test_other_data_need_no_variable(monkeypatch):
+    monkeypatch.delenv("PATCHSAE_IMAGENET", raising=False)
+    keys = ("data.train", "data.statistics", "data.evaluation", "data.tasks", "adapters.tasks")
+    profile = load_profile("imagenet", overrides=dict.fromkeys(keys, "hf:owner/flowers"))
+    assert profile.data.train == "hf:owner/flowers" and profile.data.tasks == ("hf:owner/flowers",)
+
+
+def test_overrides_dotted_or_nested():
+    dotted = load_profile(overrides={"data.n_train_images": 500, "training.lr": 1})
+    nested = load_profile(overrides={"data": {"n_train_images": 500}, "training": {"lr": 1.0}})
+    assert dotted == nested and not dotted.is_default
+    assert dotted.data.n_train_images == 500 and dotted.training.lr == 1.0
+    assert dotted.data.n_statistics_images == load_profile().data.n_statistics_images
+
+
+def test_name_gives_a_folder_of_its_own():
+    assert load_profile(overrides={"name": "quick"}).root == repository_root() / "runs" / "quick"
+
+
+def test_environment_chooses_and_changes(monkeypatch, image_folders):
+    monkeypatch.setenv("PATCHSAE_PROFILE", "imagenet")
+    assert load_profile().name == "imagenet"
+    assert load_profile("openmoji").name == "openmoji", "an argument wins"
+    monkeypatch.setenv("PATCHSAE_PROFILE", "")
+    monkeypatch.setenv("PATCHSAE_SET", "data.n_train_images=500; training.n_tokens=2e4; adapters.tasks=openmoji/tools, openmoji/meals")
+    profile = load_profile(overrides={"training.n_tokens": 10})
+    assert profile.data.n_train_images == 500
+    assert profile.training.n_tokens == 10, "an argument wins"
+    assert load_profile().training.n_tokens == 20_000
+    assert profile.adapters.tasks == ("openmoji/tools", "openmoji/meals")
+
+
+def test_settings_as_text():
+    assert parse_settings("") == {}
+    assert parse_settings("a.b=1;c.d=x/y ; e.f=[1, 2];g.h=true;") == {"a.b": 1, "c.d": "x/y", "e.f": [1, 2], "g.h": True}
+    with pytest.raises(ValueError, match="section.key=value"):
+        parse_settings("a.b")
+
+
+def test_own_file(tmp_path):
+    path = write(tmp_path, packaged("openmoji").replace("n_tokens = ", "n_tokens = 1"))
+    profile = load_profile(path)
+    assert profile.name == "mine" and profile.root.name == "mine"
+    assert profile.training.n_tokens == int(f"1{load_profile().training.n_tokens}")
+    assert load_profile(write(tmp_path, f'name = "other"\n{packaged("openmoji")}')).name == "other"
+
+
+def test_own_file_is_found_from_the_notebooks(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "pyproject.toml").touch()
+    write(tmp_path, packaged("openmoji"))
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert load_profile("mine.toml").root == tmp_path / "runs" / "mine"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data.n_images": 3}, "no setting 'data.n_images'. Valid: name, model.name, .*data.n_train_images"),
+        ({"dat": {"seed": 3}}, "no setting 'dat.seed'"),
+        ({"data.n_train_images": 0}, r"section \[data\]: n_train_images must be positive, got 0"),
+        ({"data.n_train_images": 2.5}, "n_train_images must be of type int, got 2.5"),
+        ({"data.n_train_images": "many"}, "n_train_images must be of type int, got 'many'"),
+        ({"training.lr": -1}, "lr must be positive, got -1.0"),
+        ({"training.lr": True}, "lr must be of type float, got True"),
+        ({"training.warmup_steps": -1}, "warmup_steps must be 0 or more"),
+        ({"model.name": ""}, "name must not be empty"),
+        ({"adapters.tasks": []}, "tasks must not be empty"),
+        ({"adapters.seeds": []}, "seeds must hold at least one seed"),
+        ({"name": "../elsewhere"}, "folder's name"),
+    ],
+)
+def test_bad_settings_are_named(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_profile(overrides=overrides)
+
+
+@pytest.mark.parametrize("given", ["imagenett", "nowhere.toml", "/tmp"])
+def test_unknown_profile_names_the_valid_ones(given):
+    with pytest.raises(ValueError, match="Valid: imagefolder, imagenet, openmoji, or the path of an existing .toml file"):
+        load_profile(given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("[sae]", "[autoencoder]"), "unknown section 'autoencoder'. Valid: name, needs, model, data, sae, training, adapters"),
+        (("lr = ", "learning_rate = "), "unknown setting 'learning_rate'. Valid: n_tokens, lr"),
+        (('train = "openmoji/scenes"', ""), "train must be given"),
+        (("[sae]", "[sae"), "not valid TOML"),
+    ],
+)
+def test_bad_file_is_named(tmp_path, change, message):
+    path = write(tmp_path, packaged("openmoji").replace(*change))
+    with pytest.raises(ValueError, match=message) as error:
+        load_profile(path)
+    assert "mine.toml" in str(error.value)
+
+
+def test_repository_is_found_from_a_folder_within_it(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    assert repository_root(tmp_path / "notebooks") == tmp_path / "notebooks", "no repository: the folder itself"
+    (tmp_path / "pyproject.toml").touch()
+    assert repository_root(tmp_path / "notebooks") == tmp_path
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert load_profile().root == tmp_path / "runs" / "openmoji"
+
+
+def test_committed_figures_are_written_by_the_default_profile_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert figures_folder() == tmp_path / "figures"
+    assert figures_folder(load_profile(overrides={"name": "quick"})) == tmp_path / "runs/quick/figures"
+    monkeypatch.setenv("PATCHSAE_SET", "training.n_tokens=10")
+    assert figures_folder() == tmp_path / "runs/openmoji/figures"
