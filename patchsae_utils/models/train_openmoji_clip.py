@@ -142,7 +142,7 @@ class Phase(NamedTuple):
     """Whether object and background patches weigh alike in the owner term; else each patch does, and backgrounds, which are easy, drown the objects."""
 
 
-# As the shipped weights were trained. The first phase taught two lessons, which the log shows: many scenes with few patches teach the
+# As the shipped weights were trained. The first phase taught two lessons: many scenes with few patches teach the
 # contrast, but at 75 % dropout too little of an object is left to tell it by, and background patches outnumber object patches three to one.
 PHASES = (
     Phase(scenes=128_000, batch=320, patch_dropout=0.75, balanced=False),
