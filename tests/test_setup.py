@@ -278,3 +278,15 @@ def test_broken_environment_is_said(clone, damage):
     result = install(clone)
     assert result.returncode == 1 and "is not usable" in result.stderr and "rm -rf" in result.stderr
     assert asked(clone) == []
+
+
+def test_nbval_redraws_progress_bars_seldom(tmp_path):
+    """Ten times a second, a bar of some minutes loses the message that its cell has ended: see notebooks/conftest.py."""
+    shutil.copy(ROOT / "notebooks" / "conftest.py", tmp_path)
+    cell = nbformat.v4.new_code_cell("from tqdm.auto import tqdm\nassert tqdm(range(1)).mininterval >= 5")
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    nbformat.write(notebook, tmp_path / "bar.ipynb")
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_MININTERVAL"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env", str(tmp_path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and "1 passed" in run.stdout, run.stdout + run.stderr
