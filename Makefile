@@ -3,6 +3,7 @@
 #   make reproduce                     the six notebooks, on the default profile
 #   make reproduce RUN_ARGS="--only 04 --force"
 #   make test      PYTEST_ARGS="-k steer"
+#   make ablations                     the grid of SAEs of notebook 02, trained and measured anew
 #
 # PYTHON: which Python makes .venv. PIP_ARGS: more words for pip, e.g. "--index-url ...".
 
@@ -18,7 +19,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 unexport JUPYTER_PATH
 export PIP_ARGS
 
-.PHONY: help reproduce test lab explore lint notebooks-clean notebooks-check clean-runs venv
+.PHONY: help reproduce test ablations lab explore lint notebooks-clean notebooks-check clean-runs venv
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -30,6 +31,11 @@ reproduce:
 test:
 	@$(PYTHON) tools/install.py test
 	env -u PATCHSAE_PROFILE -u PATCHSAE_SET $(PY) -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=900 $(PYTEST_ARGS)
+
+# An hour or two on two cores; goes on where it was stopped.
+ablations:
+	@$(PYTHON) tools/install.py
+	$(PY) -m patchsae_utils.ablations $(RUN_ARGS)
 
 lab:
 	@$(PYTHON) tools/install.py explore

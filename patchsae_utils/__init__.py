@@ -26,6 +26,7 @@ _PUBLIC = {
     "SparseAutoencoder": "sae",
     "load_sae": "checkpoints",
     "patchsae_loss": "losses",
+    "objective": "losses",
     "train_sae": "training",
     "training_log": "training",
     "evaluate_sae": "evaluation",
@@ -34,9 +35,12 @@ _PUBLIC = {
     "firing_rates": "evaluation",
     "patch_readings": "evaluation",
     "readings_by_place": "evaluation",
+    "dead_causes": "dead_latents",
     "summarize_latents": "latents",
     "LatentSummary": "latents",
     "latent_masks": "latents",
+    "write_features": "features",
+    "FeatureStore": "feature_store",
     "label_latents": "concepts",
     "sweep_masks": "interventions",
     "steer": "steering",
@@ -55,8 +59,12 @@ _PUBLIC = {
     "Remapping": "remapping",
     "LatentExplorer": "explorer",
     "PatchExplorer": "explorer",
+    "SteeringPanel": "explorer",
 }
-_MODULES = ("concepts", "data", "explorer", "interventions", "latents", "plots", "probes", "remapping", "stages", "zeroshot")
+_MODULES = (
+    "attribution", "baselines", "comparison", "concepts", "data", "domains", "effects", "explorer", "grounding", "interventions", "latents", "levels",
+    "localization", "monosemanticity", "naming", "overlays", "plots", "probes", "remapping", "stability", "stages", "statistics", "zeroshot",
+)  # fmt: skip
 
 __all__ = sorted([*_PUBLIC, *_MODULES])
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .artifacts import fingerprint, write_json
+from .artifacts import fingerprint, folder_lock, is_current, write_json
 from .data import batches
-from .store import DTYPES, FORMAT, FORMAT_VERSION, INDEX, MANIFEST, TOKENS, ActivationStore, StoreMetadata, read_manifest
+from .mixing import TOKENS, choose_tokens
+from .store import DTYPES, FORMAT, FORMAT_VERSION, INDEX, MANIFEST, ActivationStore, StoreMetadata, read_manifest
 
 __all__ = ["ActivationStore", "StoreMetadata", "extract_activations"]
 
@@ -63,43 +64,32 @@ def extract_activations(
     Raises
     ------
     ValueError
-        For an unknown layer, tokens or dtype (naming the valid ones); an empty data set; a folder whose manifest is another program's;
-        activations that the dtype can't hold.
+        For an unknown layer, tokens or dtype (naming the valid ones); an empty data set; a folder whose manifest is another program's, or
+        that another process writes; activations that the dtype can't hold.
     """
-    for name, value, valid in (("tokens", tokens, TOKENS), ("dtype", dtype, tuple(DTYPES))):
-        if value not in valid:
-            raise ValueError(f"Unknown {name} {value!r}. Valid: {', '.join(valid)}.")
     if batch_size < 1 or n_per_shard < 1:
         raise ValueError(f"batch_size and n_per_shard must be at least 1, got {batch_size} and {n_per_shard}.")
-    n_tokens = {"all": clip.n_tokens, "cls": 1, "patches": clip.n_tokens - 1}[tokens]
-    n_images = len(dataset)
-    if n_images == 0:
-        raise ValueError(f"The data set {dataset.spec!r} ({dataset.split}) is empty: there is nothing to extract.")
-    inputs = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "model": {
-            "name": clip.name,
-            "pretrained": clip.pretrained,
-            "weights": clip.weights_hash,
-            "fingerprint": clip.fingerprint,
-            "grid": list(clip.grid),
-        },
-        "layer": clip.layer_index(layer),
-        "tokens": tokens,
-        "dtype": dtype,
-        "preprocessing": re.sub(r" at 0x[0-9a-f]+", "", repr(clip.preprocess)),
-        "dataset": _describe(dataset),
-        "shape": [n_images, n_tokens, clip.width],
-    }
+    inputs = describe_activations(clip, dataset, layer, tokens, dtype)
     out = Path(out)
+    key = fingerprint(n_per_shard=n_per_shard, **inputs)
+    if not _is_whole(out, key):
+        # Processes that were launched together all come here: one extracts, the others wait and find the store finished.
+        with folder_lock(out, wait=int(os.environ.get("WORLD_SIZE", 1)) > 1):
+            _extract(clip, dataset, inputs, key, out, batch_size, workers, n_per_shard, progress)
+    return ActivationStore.open(out)
+
+
+def _extract(clip, dataset, inputs, key, out, batch_size, workers, n_per_shard, progress) -> None:
+    """Write what is missing of a store."""
+    layer, tokens, dtype = inputs["layer"], inputs["tokens"], inputs["dtype"]
+    n_images = inputs["shape"][0]
     starts = range(0, n_images, n_per_shard)
     sizes = {f"shard-{i:05d}.safetensors": min(n_per_shard, n_images - start) for i, start in enumerate(starts)}
-    manifest = _begin(out, {**inputs, "fingerprint": fingerprint(n_per_shard=n_per_shard, **inputs)}, sizes)
+    manifest = _begin(out, {**inputs, "fingerprint": key}, sizes)
 
     missing = [i for i, name in enumerate(sizes) if name not in manifest["files"]]
     rows = [row for i in missing for row in range(starts[i], starts[i] + sizes[f"shard-{i:05d}.safetensors"])]
-    kept = {"all": slice(None), "cls": slice(0, 1), "patches": slice(1, None)}[tokens]
+    kept = choose_tokens("all", tokens)
     bar = tqdm(
         total=n_images, initial=n_images - len(rows), desc=f"activations of {dataset.name}", unit="image", disable=not progress or not rows
     )
@@ -128,7 +118,38 @@ def extract_activations(
     if not manifest["complete"]:
         order = [*sizes, INDEX]
         write_json(out / MANIFEST, {**manifest, "complete": True, "files": {name: manifest["files"][name] for name in order}})
-    return ActivationStore.open(out)
+
+
+def describe_activations(clip, dataset, layer: int, tokens: str, dtype: str) -> dict[str, Any]:
+    """Everything that the activations of a data set depend on, and their shape, as a store's manifest says it.
+
+    Raises
+    ------
+    ValueError
+        For an unknown layer, tokens or dtype (naming the valid ones), or an empty data set.
+    """
+    for name, value, valid in (("tokens", tokens, TOKENS), ("dtype", dtype, tuple(DTYPES))):
+        if value not in valid:
+            raise ValueError(f"Unknown {name} {value!r}. Valid: {', '.join(valid)}.")
+    if len(dataset) == 0:
+        raise ValueError(f"The data set {dataset.spec!r} ({dataset.split}) is empty: there is nothing to extract.")
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model": {
+            "name": clip.name,
+            "pretrained": clip.pretrained,
+            "weights": clip.weights_hash,
+            "fingerprint": clip.fingerprint,
+            "grid": list(clip.grid),
+        },
+        "layer": clip.layer_index(layer),
+        "tokens": tokens,
+        "dtype": dtype,
+        "preprocessing": re.sub(r" at 0x[0-9a-f]+", "", repr(clip.preprocess)),
+        "dataset": _describe(dataset),
+        "shape": [len(dataset), len(range(clip.n_tokens)[choose_tokens("all", tokens)]), clip.width],
+    }
 
 
 def _describe(dataset) -> dict[str, Any]:
@@ -145,16 +166,21 @@ def _describe(dataset) -> dict[str, Any]:
     }
 
 
+def _is_whole(out: Path, key: str) -> bool:
+    """Whether a finished store of these inputs is there, with all its files."""
+    return is_current(out, key) and all(_is_there(out / name, entry) for name, entry in read_manifest(out / MANIFEST)["files"].items())
+
+
+def _is_there(path: Path, entry: dict[str, Any]) -> bool:
+    return path.exists() and path.stat().st_size == entry["bytes"]
+
+
 def _begin(out: Path, manifest: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
     """The manifest to go on from: the folder's own if it is of the same inputs, with the files that are still whole; else a new one."""
     path = out / MANIFEST
     found = read_manifest(path) if path.exists() else {}
     same = found.get("fingerprint") == manifest["fingerprint"]
-    files = {
-        name: entry
-        for name, entry in (found["files"] if same else {}).items()
-        if (out / name).exists() and (out / name).stat().st_size == entry["bytes"]
-    }
+    files = {name: entry for name, entry in (found["files"] if same else {}).items() if _is_there(out / name, entry)}
     complete = same and files.keys() == {*sizes, INDEX}
     begun = {**manifest, "complete": complete, "files": files}
     if not complete:

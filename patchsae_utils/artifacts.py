@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,6 +82,65 @@ def atomic_folder(out: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+_HELD: set[Path] = set()  # locks of this process: the system doesn't keep a process from locking twice
+
+
+@contextmanager
+def folder_lock(folder: str | Path, wait: bool = False) -> Iterator[None]:
+    """Keep other processes from writing into a folder while the block runs.
+
+    The folder gets a file ``.lock`` with this process's id and host, locked through the operating system, which lets go of it when the
+    process ends in whatever way: a lock file that a killed process has left is taken over.
+
+    Parameters
+    ----------
+    folder : path
+        Made when missing.
+    wait : bool
+        Wait until the other process has finished, instead of raising.
+
+    Raises
+    ------
+    ValueError
+        If the folder is locked; names the process that holds it.
+    """
+    import fcntl
+
+    path = Path(folder).resolve() / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path in _HELD:
+        raise ValueError(
+            f"{path.parent} is being written by this very process already. Choose another folder, or wait for the first to end."
+        )
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            if not wait:
+                raise ValueError(
+                    f"{path.parent} is being written by {holder}. Wait until it has finished, stop it, or choose another folder."
+                ) from None
+            time.sleep(0.2)
+            continue
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            break
+        file.close()  # its holder took the file away between our opening and locking it
+    _HELD.add(path)
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+    finally:
+        _HELD.discard(path)
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def is_current(folder: str | Path, fp: str, name: str = "manifest.json") -> bool:

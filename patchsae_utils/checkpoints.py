@@ -1,6 +1,7 @@
 """SAEs on disk: a folder with ``cfg.json`` and ``sae_weights.safetensors``, the form of SAELens v6, which opens ours as it is.
 
-What an SAE reads (model, layer, tokens) lies in the config's ``metadata``, together with a checksum of the weights.
+What an SAE reads (model, layer, tokens) lies in the config's ``metadata``, together with a checksum of the weights, and under ``patchsae``
+what SAELens has no key for: which variant was trained, and the statistics of its input. SAELens ignores those, and needs none of them.
 """
 
 from __future__ import annotations
@@ -20,14 +21,22 @@ from .sae import SparseAutoencoder
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _SAELENS_VERSION = "6.18.0"  # the form of the folder; older versions convert it and lose the metadata
-_ACTIVATIONS = {"standard": "relu", "topk": "topk"}
+_ACTIVATIONS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
+# BatchTopK and Matryoshka are, once trained, JumpReLU with one threshold for all latents.
+_ARCHITECTURES = {v: k for k, v in _ACTIVATIONS.items()} | {"batchtopk": "jumprelu", "matryoshka": "jumprelu"}
+_INPUT = ("input_mean", "input_scale", "input_norm")
+_UNIT = 1e-5  # how far from 1 a float32 row's norm may be
 _REFUSED = {".pt", ".pth", ".bin", ".pkl", ".ckpt"}
 
 
 def save_sae(sae: SparseAutoencoder, directory: str | Path) -> Path:
     """Write an SAE as ``cfg.json`` and ``sae_weights.safetensors``, each under a temporary name first.
 
-    The weights are written as they are; :func:`~patchsae_utils.training.train_sae` leaves the decoder's rows at unit norm.
+    The decoder's rows are written at unit norm. Where they are (:func:`~patchsae_utils.training.train_sae` leaves them so), all weights are
+    written as they are; else each norm goes into its latent's activation, which leaves the reconstruction what it was.
+
+    Statistics of the input (:meth:`~patchsae_utils.sae.SparseAutoencoder.set_normalization`) need no folding: the weights belong to the
+    residual stream's own units, so other programs give the same latents and reconstructions without knowing them.
 
     Parameters
     ----------
@@ -39,10 +48,15 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path) -> Path:
     -------
     Path
         The folder.
+
+    Raises
+    ------
+    ValueError
+        If the rows are not at unit norm and a latent's size decides which are kept (``topk``, ``batchtopk``, ``matryoshka``).
     """
+    tensors = {name: value.detach().float().cpu().contiguous() for name, value in _unit_rows(sae).items()}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().float().cpu().contiguous() for name, value in sae.state_dict().items()}
     handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{WEIGHTS}-", suffix=".tmp")
     os.close(handle)
     try:
@@ -55,8 +69,10 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path) -> Path:
     metadata = {"model_name": None, **sae.metadata, "sae_lens_version": _SAELENS_VERSION, "weights_sha256": checksum}
     if metadata.get("layer") is not None:
         metadata.setdefault("hook_name", f"visual.transformer.resblocks.{metadata['layer']}")
+    if own := _own_entries(sae):
+        metadata["patchsae"] = own
     config = {
-        "architecture": {v: k for k, v in _ACTIVATIONS.items()}[sae.activation],
+        "architecture": _ARCHITECTURES[sae.activation],
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "dtype": "float32",
@@ -84,6 +100,7 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAuto
     Returns
     -------
     SparseAutoencoder
+        In ``eval()`` mode: ``batchtopk`` and ``matryoshka`` apply their threshold.
 
     Raises
     ------
@@ -121,8 +138,60 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAuto
     except SafetensorError as error:
         raise ValueError(f"{path / WEIGHTS} is no valid safetensors file ({error}). Train or copy it again.") from error
     _check_tensors(sae, tensors, path)
-    sae.load_state_dict({name: value.float() for name, value in tensors.items()})
-    return sae.to(device)
+    tensors = {_IN_MEMORY.get(name, name): value.float() for name, value in tensors.items()}
+    if sae.activation in ("batchtopk", "matryoshka"):
+        tensors["threshold"] = tensors["threshold"][0]
+    sae.load_state_dict(tensors, strict=False)  # the input's statistics are set already, the rest was checked
+    return sae.eval().to(device)
+
+
+_IN_MEMORY = {"b_gate": "b_enc"}
+
+
+def _file_tensors(sae: SparseAutoencoder) -> dict[str, Tensor]:
+    """The weights under SAELens's names."""
+    tensors = {name: value for name, value in sae.state_dict().items() if name not in _INPUT}
+    if sae.activation == "gated":
+        tensors["b_gate"] = tensors.pop("b_enc")
+    if sae.activation in ("batchtopk", "matryoshka"):
+        tensors["threshold"] = tensors["threshold"].expand(sae.d_sae)
+    return tensors
+
+
+def _unit_rows(sae: SparseAutoencoder) -> dict[str, Tensor]:
+    """:func:`_file_tensors` with each decoder row's norm moved into what its latent reads: the same reconstruction from unit rows."""
+    tensors = _file_tensors(sae)
+    norms = tensors["W_dec"].double().norm(dim=1)
+    if ((norms - 1).abs() <= _UNIT).all():
+        return tensors
+    if sae.k is not None:
+        raise ValueError(
+            f"The decoder's rows have norms from {norms.min():.4g} to {norms.max():.4g}, and activation={sae.activation!r} keeps the largest "
+            "latents: moving the norms into them would change which. Call sae.normalize_decoder() before saving."
+        )
+    # A row of zeros says nothing: its latent is silenced, and any direction will do.
+    rows = tensors["W_dec"].double() / norms.where(norms > 0, 1.0)[:, None]
+    rows[norms == 0, 0] = 1
+    tensors["W_dec"] = rows
+    if sae.activation == "gated":
+        tensors["W_enc"] = tensors["W_enc"] * (norms > 0)
+        tensors["b_gate"] = tensors["b_gate"] * (norms > 0)
+        tensors["r_mag"] = tensors["r_mag"].double() + norms.where(norms > 0, 1.0).log()
+        scaled = ["b_mag"]
+    else:
+        scaled = ["W_enc", "b_enc", *(["threshold"] if "threshold" in tensors else [])]
+    return tensors | {name: tensors[name].double() * norms for name in scaled}
+
+
+def _own_entries(sae: SparseAutoencoder) -> dict[str, Any]:
+    """What the config's SAELens keys don't say, as plain values."""
+    entries = {}
+    if sae.activation in ("batchtopk", "matryoshka", "jumprelu"):
+        options = {"activation": sae.activation, "k": sae.k, "groups": sae.groups and list(sae.groups), "bandwidth": sae.bandwidth}
+        entries = {name: value for name, value in options.items() if value is not None}
+    if sae.normalizes or bool(sae.input_norm):
+        entries |= {name: getattr(sae, name).tolist() for name in _INPUT}
+    return entries
 
 
 def _from_config(config: Any, path: Path) -> SparseAutoencoder:
@@ -145,14 +214,35 @@ def _from_config(config: Any, path: Path) -> SparseAutoencoder:
     sizes = (config["d_in"], config["d_sae"])
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"{path / CONFIG} says d_in={sizes[0]!r}, d_sae={sizes[1]!r}; both must be positive integers.")
-    return SparseAutoencoder(*sizes, _ACTIVATIONS[architecture], k=config.get("k"), metadata=config.get("metadata"))
+    metadata = dict(config.get("metadata") or {})
+    own = metadata.pop("patchsae", {})
+    options = {"activation": _ACTIVATIONS[architecture], "k": config.get("k") if architecture == "topk" else None}
+    try:
+        if not isinstance(own, dict):
+            raise TypeError(f"the entry 'patchsae' of its metadata must be an object, got {own!r}")
+        options |= {name: own[name] for name in ("activation", "k", "groups", "bandwidth") if name in own}
+        if _ARCHITECTURES.get(options["activation"]) != architecture:
+            raise ValueError(f"activation {options['activation']!r} is not saved as architecture {architecture!r}")
+        sae = SparseAutoencoder(*sizes, **options, metadata=metadata)
+        for name in _INPUT:
+            if name in own:
+                buffer = getattr(sae, name)
+                buffer.copy_(torch.tensor(own[name], dtype=torch.float32).reshape(buffer.shape))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path / CONFIG} can't be read: {error}") from error
+    return sae
 
 
 def _check_tensors(sae: SparseAutoencoder, tensors: dict[str, Tensor], path: Path) -> None:
-    expected = {name: tuple(value.shape) for name, value in sae.state_dict().items()}
+    expected = {name: tuple(value.shape) for name, value in _file_tensors(sae).items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if expected != found:
         raise ValueError(f"{path / WEIGHTS} holds {found}; its {CONFIG} asks for {expected}. The two files don't belong together.")
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"{path / WEIGHTS}: {name} holds NaN or infinite values. Train or copy it again.")
+    if sae.activation in ("batchtopk", "matryoshka") and not (tensors["threshold"] == tensors["threshold"][0]).all():
+        raise ValueError(
+            f"{path / WEIGHTS} holds thresholds that differ between latents; {sae.activation!r}, which its {CONFIG} names, has one for all. "
+            "The two files don't belong together."
+        )

@@ -79,6 +79,8 @@ class ClipModel:
         self.device = torch.device(device)
         self.precision = precision
         self._tokenizer = tokenizer
+        if precision == "bf16":
+            _put_sequence_first(self.visual.transformer)
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -275,6 +277,18 @@ class ClipModel:
     def logits(self, features: Tensor, head: Tensor) -> Tensor:
         """Class logits [B, C]: ``logit_scale`` times the cosine of image features [B, d_embed] and head rows [C, d_embed]."""
         return self.logit_scale * F.normalize(features, dim=-1) @ head.T
+
+
+def _put_sequence_first(transformer: torch.nn.Module) -> None:
+    """Let attention read [T, B, d], which it computes in anyway: the same numbers, on a CPU in bfloat16 six times as fast.
+
+    Otherwise it transposes its input, and torch multiplies what is not contiguous token by token, each with a copy of the weights in bfloat16.
+    """
+    attention = [block.attn for block in transformer.resblocks]
+    if transformer.batch_first and all(isinstance(module, torch.nn.MultiheadAttention) for module in attention):
+        transformer.batch_first = False
+        for module in attention:
+            module.batch_first = False
 
 
 def load_clip(model: str = "openmoji", pretrained: str | None = None, device: str | None = None, precision: str = "fp32") -> ClipModel:

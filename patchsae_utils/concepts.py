@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from scipy import sparse, stats
+from scipy import sparse
 from tqdm.auto import tqdm
 
 from .artifacts import atomic_folder, fingerprint, is_current, write_json
@@ -29,12 +29,28 @@ from .grounding import (
     random_sae,
     sae_dictionary,
 )
-from .latents import LatentSummary, dataset_fingerprint
+from .latents import dataset_fingerprint
+from .naming import UNNAMED, label_latents, unique_names
 from .sae import SparseAutoencoder
+
+__all__ = [
+    "KINDS",
+    "UNNAMED",
+    "ConceptReport",
+    "centred_interval",
+    "common_concepts",
+    "compete",
+    "detect_concepts",
+    "images_with",
+    "label_latents",
+    "load_report",
+    "measure_concepts",
+    "save_report",
+    "unique_names",
+]
 
 FORMAT_VERSION = 1
 KINDS = ("object", "category", "color", "background", "outline")
-UNNAMED = "unnamed"
 _KEYS = {"SAE": "sae", "single dimensions": "best_dimension", "random SAE": "random_sae"}  # in results
 
 
@@ -199,14 +215,8 @@ def detect_concepts(
 ) -> ConceptReport:
     """:func:`measure_concepts` on patches that were read before, for any dictionaries; the first one's features get names."""
     rng = np.random.default_rng(seed)
-    common = np.flatnonzero(np.minimum(*(_images_with(p) for p in (choose, report))) >= min_images)
-    if not len(common):
-        raise ValueError(
-            f"No concept is shown by {min_images} images of both sets ({choose.n_images} and {report.n_images} images). Give more scenes."
-        )
+    common = common_concepts(choose, report, min_images=min_images)
     weights = rng.standard_exponential((report.n_images, n_bootstrap))
-    positives = [p.masks.tocsc() for p in (choose, report)]
-    n_images = _images_with(report)
     frames, replicates, names = [], [], None
     for number, dictionary in enumerate(tqdm(dictionaries, desc="dictionaries", disable=not progress, leave=False)):
         sums, shuffled = concept_sums(choose, dictionary, shuffled=rng.permutation(choose.n_images) if number == 0 else None)
@@ -214,32 +224,107 @@ def detect_concepts(
         if number == 0:
             held_out = concept_sums(report, dictionary)[0].correlation()
             names = _name_by_correlation(correlation, shuffled.correlation(), held_out, common, report.names)
-        n = min(n_candidates, dictionary.n)
-        candidates = np.argpartition(-correlation[common], n - 1, axis=1)[:, :n]
-        pairs = {(int(f), int(c)) for c, features in zip(common, candidates, strict=True) for f in features}
-        tried = _measure(dictionary, choose, positives[0], pairs)
-        best = {}
-        for feature, concept in sorted(tried):  # equal AP: the lower feature
-            if concept not in best or tried[feature, concept] > tried[best[concept], concept]:
-                best[concept] = feature
-        chosen = {(feature, concept) for concept, feature in best.items()}
-        reported = _measure(dictionary, report, positives[1], chosen, weights)
-        for concept in common:
-            feature = best[concept]
-            ap, resampled = reported[feature, concept]
-            kind, _, name = report.names[concept].partition(":")
-            frames.append(
-                {
-                    "dictionary": dictionary.name, "concept": report.names[concept], "kind": kind, "name": name or kind, "latent": feature,
-                    "ap_choose": tried[feature, concept], "ap": ap, "chance": positives[1][:, [concept]].nnz / len(report.tokens),
-                    "n_patches": positives[1][:, [concept]].nnz, "n_images": int(n_images[concept]),
-                }
-            )  # fmt: skip
-            replicates.append(resampled)
-    return ConceptReport(pd.DataFrame(frames), np.array(replicates), names)
+        rows, resampled = compete(dictionary, choose, report, common, weights, n_candidates, correlation)
+        frames += rows
+        replicates.append(resampled)
+    return ConceptReport(pd.DataFrame(frames), np.concatenate(replicates), names)
 
 
-def _images_with(patches: ConceptPatches) -> np.ndarray:
+def compete(
+    dictionary: Dictionary,
+    choose: ConceptPatches,
+    report: ConceptPatches,
+    concepts: np.ndarray,
+    weights: np.ndarray,
+    n_candidates: int = 8,
+    correlation: np.ndarray | None = None,
+) -> tuple[list[dict], np.ndarray]:
+    """The best feature of each concept on ``choose``, and its average precision on ``report``.
+
+    Parameters
+    ----------
+    dictionary : Dictionary
+    choose, report : ConceptPatches
+        Of scenes that differ.
+    concepts : int array [K']
+        Columns of the masks.
+    weights : float array [n_images of report, R]
+        For the resamples.
+    n_candidates : int
+        Features of highest correlation whose exact average precision is computed.
+    correlation : float array [K, S], optional
+        On ``choose``; computed when not given.
+
+    Returns
+    -------
+    rows : list of dict
+        One a concept, as in ``ConceptReport.detection``.
+    replicates : float array [K', R]
+    """
+    if correlation is None:
+        correlation = concept_sums(choose, dictionary)[0].correlation()
+    positives = [p.masks.tocsc() for p in (choose, report)]
+    n_images = images_with(report)
+    n = min(n_candidates, dictionary.n)
+    candidates = np.argpartition(-correlation[concepts], n - 1, axis=1)[:, :n]
+    pairs = {(int(f), int(c)) for c, features in zip(concepts, candidates, strict=True) for f in features}
+    tried = _measure(dictionary, choose, positives[0], pairs)
+    best = {}
+    for feature, concept in sorted(tried):  # equal AP: the lower feature
+        if concept not in best or tried[feature, concept] > tried[best[concept], concept]:
+            best[concept] = feature
+    reported = _measure(dictionary, report, positives[1], {(feature, concept) for concept, feature in best.items()}, weights)
+    rows = []
+    for concept in concepts:
+        feature = best[concept]
+        kind, _, name = report.names[concept].partition(":")
+        n_patches = int(np.diff(positives[1].indptr)[concept])
+        rows.append(
+            {
+                "dictionary": dictionary.name, "concept": report.names[concept], "kind": kind, "name": name or kind, "latent": feature,
+                "ap_choose": tried[feature, concept], "ap": reported[feature, concept][0], "chance": n_patches / len(report.tokens),
+                "n_patches": n_patches, "n_images": int(n_images[concept]),
+            }
+        )  # fmt: skip
+    return rows, np.array([reported[best[concept], concept][1] for concept in concepts])
+
+
+def centred_interval(draws: np.ndarray, value: float, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of resamples, moved so that their mean lies at the value.
+
+    Average precision and IoU of concepts that few images show are lower in the mean of their resamples, where fewer images carry the
+    weight, than in the data; left as they are, percentiles may exclude the value itself. The difference is the bootstrap's estimate of that
+    bias (Efron and Tibshirani, 1993, chapter 10).
+    """
+    tail = 50 * (1 - level)
+    low, high = np.nanpercentile(draws, [tail, 100 - tail]) + value - np.nanmean(draws)
+    return float(low), float(high)
+
+
+def common_concepts(choose: ConceptPatches, report: ConceptPatches, *, min_patches: int = 1, min_images: int = 2) -> np.ndarray:
+    """Concepts that enough patches of enough images show, in both sets: int array [K'], columns of the masks.
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+    """
+    images, patches = (
+        np.minimum(*pair) for pair in ([images_with(p) for p in (choose, report)], [_patches_with(p) for p in (choose, report)])
+    )
+    common = np.flatnonzero((images >= min_images) & (patches >= min_patches))
+    if not len(common):
+        least = f"{min_images} images of both sets" + (f" on {min_patches} patches" if min_patches > 1 else "")
+        raise ValueError(f"No concept is shown by {least} ({choose.n_images} and {report.n_images} images). Give more scenes.")
+    return common
+
+
+def _patches_with(patches: ConceptPatches) -> np.ndarray:
+    """[K] patches that show each concept."""
+    return np.asarray(patches.masks.sum(0)).ravel()
+
+
+def images_with(patches: ConceptPatches) -> np.ndarray:
     """[K] images that show each concept."""
     coo = patches.masks.tocoo()
     seen = sparse.coo_matrix((np.ones(coo.nnz), (patches.images[coo.row], coo.col)), (patches.n_images, coo.shape[1])).tocsr()
@@ -296,88 +381,6 @@ def _name_by_correlation(
             "p": p,
         }
     )
-
-
-# -- names --------------------------------------------------------------------------------------------------------------------
-
-
-def label_latents(
-    summary: LatentSummary, report: ConceptReport | None = None, *, max_p: float = 0.01, min_score: float | None = None
-) -> pd.DataFrame:
-    """Name latents, with a score, a margin and "unnamed" where nothing stands out.
-
-    With a report, a latent's name is the ground-truth concept whose mask its activation correlates with most; the score is that
-    correlation on held-out scenes, the margin its lead over the second concept where both were chosen, and p the share of living
-    latents that reach the score when pictures and masks are shuffled. Without one, the name is the class in whose images the latent is
-    active most above the base rate; the score is that lift, the margin its lead over the second class, and p the binomial tail of so
-    many active images, times the number of classes.
-
-    Parameters
-    ----------
-    summary : LatentSummary
-    report : ConceptReport, optional
-        Of the same SAE.
-    max_p : float
-        Names less certain than that become "unnamed".
-    min_score : float, optional
-        So do names that score less. Default: correlation 0.1, or lift 2.
-
-    Returns
-    -------
-    DataFrame
-        latent, name, kind, score, margin, p, runner_up, class_index (-1 where the name is no class), n_images (where it is active),
-        frequency. One row a latent; dead latents are unnamed, of kind "dead", with score and margin 0 and p 1.
-
-    Raises
-    ------
-    ValueError
-        If summary and report have different numbers of latents.
-    """
-    if report is not None and len(report.latents) != summary.n_latents:
-        raise ValueError(f"The summary has {summary.n_latents} latents, the report {len(report.latents)}: they are of different SAEs.")
-    frame = _names_from_labels(summary) if report is None else _names_from_truth(report)
-    least = min_score if min_score is not None else 2.0 if report is None else 0.1
-    frame["n_images"] = summary.class_hits.sum(0).long().numpy()
-    frame["frequency"] = summary.frequency.numpy()
-    frame.loc[(frame["p"] > max_p) | (frame["score"] < least), ["name", "kind", "class_index"]] = [UNNAMED, UNNAMED, -1]
-    dead = summary.dead.numpy()
-    frame.loc[dead, ["name", "kind", "class_index", "score", "margin", "p", "runner_up"]] = [UNNAMED, "dead", -1, 0.0, 0.0, 1.0, ""]
-    return frame
-
-
-def _names_from_truth(report: ConceptReport) -> pd.DataFrame:
-    kind = report.latents["concept"].str.partition(":")
-    frame = report.latents[["latent", "score", "margin", "p", "runner_up"]].copy()
-    frame.insert(1, "name", kind[2].where(kind[2] != "", kind[0]))
-    frame.insert(2, "kind", kind[0])
-    frame["class_index"] = -1
-    return frame
-
-
-def _names_from_labels(summary: LatentSummary) -> pd.DataFrame:
-    hits, per_class = summary.class_hits.double().numpy(), summary.class_images.double().numpy()
-    active = hits.sum(0)
-    base = per_class / max(per_class.sum(), 1)
-    expected = np.outer(base, active)
-    lift = np.divide(hits, expected, out=np.zeros_like(hits), where=expected > 0)
-    order = np.argsort(-lift, axis=0, kind="stable")[: min(2, len(lift))]
-    columns = np.arange(lift.shape[1])
-    best = order[0]
-    tail = stats.binom.sf(hits[best, columns] - 1, active, base[best]) * len(base)
-    second = lift[order[1], columns] if len(order) > 1 else np.zeros(len(columns))
-    names = unique_names(summary.class_names)
-    return pd.DataFrame(
-        {
-            "latent": columns, "name": names[best], "kind": "class", "score": lift[best, columns], "margin": lift[best, columns] - second,
-            "p": np.minimum(tail, 1.0), "runner_up": names[order[1]] if len(order) > 1 else "", "class_index": best,
-        }
-    )  # fmt: skip
-
-
-def unique_names(class_names: Sequence[str]) -> np.ndarray:
-    """Names that tell classes of equal name apart by their index: "missile (657)"; others stay as they are."""
-    count = pd.Series(list(class_names)).value_counts()
-    return np.array([f"{name} ({i})" if count[name] > 1 else name for i, name in enumerate(class_names)], dtype=object)
 
 
 # -- on disk ------------------------------------------------------------------------------------------------------------------

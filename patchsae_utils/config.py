@@ -94,11 +94,38 @@ class SaeConfig:
     activation: str = "relu"
     """The latents' nonlinearity; the paper's is ``relu``."""
     k: int | None = None
-    """Latents kept a token, for ``topk``."""
+    """Latents kept a token: of each (``topk``), or on average over a batch (``batchtopk``, ``matryoshka``)."""
+    groups: tuple[int, ...] = ()
+    """Sizes of the nested dictionaries, rising, the last d_sae itself; for ``matryoshka`` alone, where empty means its default."""
+    bandwidth: float | None = None
+    """Width of the kernel through which ``jumprelu`` learns its thresholds; ``None`` for its default."""
 
     def __post_init__(self):
         _not_empty(self, "activation")
-        _positive(self, "expansion_factor", "k")
+        _positive(self, "expansion_factor", "k", "bandwidth")
+        if any(size < 1 for size in self.groups) or list(self.groups) != sorted(set(self.groups)):
+            raise ValueError(f"groups must be rising positive numbers of latents, got {self.groups!r}.")
+        if self.groups and self.activation != "matryoshka":
+            raise ValueError(f"groups have no meaning for activation={self.activation!r}; leave them out, or use matryoshka.")
+        if self.bandwidth is not None and self.activation != "jumprelu":
+            raise ValueError(f"bandwidth has no meaning for activation={self.activation!r}; leave it out, or use jumprelu.")
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of :class:`~patchsae_utils.sae.SparseAutoencoder` beside its sizes, those that are set."""
+        given = {"activation": self.activation, "k": self.k, "groups": self.groups or None, "bandwidth": self.bandwidth}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+_CHOICES = {
+    "schedule": ("constant", "linear", "cosine"),
+    "start": ("random", "data"),
+    "b_dec_start": ("median", "mean", "zero"),
+    "tokens": ("all", "patches", "cls"),
+    "normalize": ("none", "mean", "mean_and_norm"),
+    "precision": ("float32", "bfloat16"),
+    "sparse": ("auto", "never", "always"),
+}
+_TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -110,33 +137,59 @@ class TrainConfig:
     lr: float = 4e-4
     """Adam's learning rate after warm-up."""
     warmup_steps: int = 500
-    """Steps over which the rate rises linearly from 0; constant afterwards."""
+    """Steps over which the rate rises linearly from 0."""
+    schedule: str = "constant"
+    """The rate after warm-up: ``constant``, or falling along a line (``linear``) or half a cosine (``cosine``) until the last step."""
+    lr_end: float = 0.0
+    """Share of ``lr`` at which a falling schedule ends."""
+    clip_gradient: float = 0.0
+    """Largest norm of the gradient of all weights together, longer ones are shortened to it; 0 leaves it as it is."""
     batch_tokens: int = 4096
     """Tokens a step, mixed from many images."""
     l1_coefficient: float = 8e-5
     """Weight of the latents' sum: what makes them sparse."""
+    l1_warmup_steps: int = 0
+    """Steps over which that weight rises linearly from 0."""
     cls_coefficient: float = 1.0
     """Weight of the CLS token's squared error."""
     start: str = "random"
     """Fresh weights: ``random`` (the paper's Kaiming-uniform), or ``data`` (every latent starts at a token; see ``start_from_data``)."""
+    b_dec_start: str = "median"
+    """Where a fresh b_dec of 0 is moved: the first batch's geometric ``median`` (the paper's) or its ``mean``; or left at ``zero``."""
     dead_after_steps: int = 64
     """A latent that has not fired for more than so many steps is dead and gets ghost gradients."""
+    ghost: bool = True
+    """Whether dead latents get a gradient at all: the ghost term of ``relu``, the auxiliary loss of ``topk`` and its kin."""
+    tokens: str = "all"
+    """Train on all tokens of the store, its ``patches`` or its ``cls`` tokens alone."""
+    normalize: str = "none"
+    """What is done to the SAE's input: ``none`` (the paper's), its ``mean`` taken off, or also its size scaled (``mean_and_norm``)."""
     log_every: int = 10
     """Steps between two rows of the training log."""
     checkpoint_every: int = 200
     """Steps between two checkpoints, from which an interrupted run goes on."""
     precision: str = "float32"
     """Of the matrix products: ``float32``, or ``bfloat16`` (autocast; weights stay float32), about 1.7 times as fast on two CPU cores."""
+    sparse: str = "auto"
+    """Compute with active latents alone: ``always``, ``never``, or ``auto``: when that is faster, from 8,192 latents on."""
+    trackers: tuple[str, ...] = ()
+    """Where the log also goes: ``tensorboard``, ``wandb``. The CSV is always written."""
     seed: int = 0
     """Initial weights and the order of the tokens."""
 
     def __post_init__(self):
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision must be float32 or bfloat16, got {self.precision!r}.")
-        if self.start not in ("random", "data"):
-            raise ValueError(f"start must be random or data, got {self.start!r}.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, got {getattr(self, name)!r}.")
         _positive(self, "n_tokens", "lr", "batch_tokens", "log_every", "checkpoint_every")
-        _not_negative(self, "warmup_steps", "l1_coefficient", "cls_coefficient", "dead_after_steps")
+        _not_negative(self, "warmup_steps", "l1_coefficient", "l1_warmup_steps", "cls_coefficient", "dead_after_steps", "clip_gradient")
+        if not 0 <= self.lr_end <= 1:
+            raise ValueError(f"lr_end is a share of lr, between 0 and 1, got {self.lr_end!r}.")
+        if self.lr_end and self.schedule == "constant":
+            raise ValueError(f"lr_end={self.lr_end} has no meaning for schedule='constant'; leave it out, or use linear or cosine.")
+        unknown = sorted(set(self.trackers) - set(_TRACKERS))
+        if unknown or len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"trackers may name {' and '.join(_TRACKERS)}, each once, got {self.trackers!r}.")
 
 
 @dataclass(frozen=True)
@@ -355,7 +408,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         value = float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
         value = int(value)  # 2e6 tokens
-    if isinstance(value, hint) and not isinstance(value, bool):
+    if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise ValueError(f"{name} must be of type {hint.__name__}, got {value!r}.")
 

@@ -1,4 +1,5 @@
-"""What single latents do: specificity, dose and response, removing an object from one place of a scene.
+"""What single latents do to the class logits: specificity, dose and response. Where a data set knows what every patch shows, see also
+:mod:`patchsae_utils.concept_effects` and :mod:`patchsae_utils.scene_effects` (their public names are here too).
 
 Every experiment keeps the reconstruction error, so nothing but the named latents changes, and every one has a control: other latents of
 the same image that were about as active. Latents are chosen on the train split (:func:`rank_latents`), effects are measured on test.
@@ -15,10 +16,34 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from .bootstrap import bootstrap_mean
+from .choosing import matched_latents
 from .clip import ClipModel, Residual
+from .concept_effects import ConceptLatents, concept_head, concept_prompts, concept_specificity, rank_concepts
 from .data import batches
-from .interventions import bootstrap_mean, check_models, dataset_head, match_by_weight, network_tail
 from .latents import LatentSummary
+from .scene_effects import color_swap_scenes, object_patches, remove_objects, swap_colors, two_object_scenes
+from .tails import check_models, contribution, dataset_head, decoder_of, network_tail
+
+__all__ = [
+    "SCENES",
+    "ConceptLatents",
+    "class_scores",
+    "color_swap_scenes",
+    "concept_head",
+    "concept_latents",
+    "concept_prompts",
+    "concept_specificity",
+    "dose_response",
+    "object_patches",
+    "rank_concepts",
+    "rank_latents",
+    "remove_objects",
+    "specificity",
+    "summarize_effects",
+    "swap_colors",
+    "two_object_scenes",
+]
 
 SCENES = ("show it", "show another")
 
@@ -134,6 +159,7 @@ def specificity(
         For a class or latent that doesn't exist, or classes without images.
     """
     head, latents = _prepare(clip, sae, dataset, latents, layer, head)
+    decoder = decoder_of(sae).rows
     longest = len(next(iter(latents.values())))
     if ks is not None and not all(1 <= k <= longest for k in ks):
         raise ValueError(f"ks must lie between 1 and the number of latents given for each class, {longest}; got {list(ks)}.")
@@ -143,11 +169,11 @@ def specificity(
         h = sae.encode(residual.tokens)
         own = torch.tensor([latents[label] for label in labels.tolist()])
         activation = h.sum(1).cpu()
-        draws = [_matched(own, activation, indices, seed + draw) for draw in range(n_controls)]
+        draws = [matched_latents(own, activation, indices, seed + draw) for draw in range(n_controls)]
         for k in ks or [own.shape[1]]:
             for kind, sets in (("own", [own[:, :k]]), ("control", [draw[:, :k] for draw in draws])):
                 mass = torch.stack([(activation.gather(1, chosen.clamp_min(0)) * (chosen >= 0)).sum(1) for chosen in sets]).mean(0)
-                change = torch.stack([effect(-_contribution(sae, h, chosen)) for chosen in sets]).mean(0)
+                change = torch.stack([effect(-contribution(decoder, h, chosen)) for chosen in sets]).mean(0)
                 values = zip(labels.tolist(), indices.tolist(), mass.tolist(), change.tolist(), strict=True)
                 rows.extend((kind, k, label, index, active, *changes) for label, index, active, changes in values)
 
@@ -202,13 +228,14 @@ def dose_response(
             f"dose_response needs two classes or more and doses that are not negative, got {len(latents)} classes and doses {list(doses)}."
         )
     head, latents = _prepare(clip, sae, dataset, latents, layer, head)
+    decoder = decoder_of(sae).rows
     by_class = [_some_images(dataset, [label], n_images) for label in sorted(latents)]
     order = [images[i] for i in range(n_images) for images in by_class if i < len(images)]  # neighbours differ in class
     rows = []
 
     def measure(residual: Residual, labels: Tensor, indices: Tensor, effect: Callable) -> None:
         h = sae.encode(residual.tokens)
-        pattern = _contribution(sae, h, torch.tensor([latents[label] for label in labels.tolist()]))
+        pattern = contribution(decoder, h, torch.tensor([latents[label] for label in labels.tolist()]))
         # The class of the picture in front of it: this is where the pattern of that picture goes.
         guests = labels.roll(1)
         for dose in doses:
@@ -225,82 +252,6 @@ def dose_response(
     raw = pd.DataFrame(rows, columns=["class", "image", "scenes", "dose", "own", "others"])
     table = summarize_effects(raw, ["own", "others"], ["class", "scenes", "dose"], "image", n_bootstrap, seed)
     return table.sort_values(["class", "scenes", "dose"], ignore_index=True)
-
-
-@torch.no_grad()
-def remove_objects(
-    clip: ClipModel,
-    sae: nn.Module,
-    dataset,
-    latents: Tensor,
-    layer: int = -2,
-    *,
-    head: Tensor | None = None,
-    n_scenes: int = 60,
-    min_patches: int = 10,
-    batch_size: int = 32,
-    seed: int = 0,
-    progress: bool = True,
-) -> pd.DataFrame:
-    """In scenes of two objects, turn one object's latents off on its own patches: does it go, and does the other stay?
-
-    Parameters
-    ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
-    dataset : OpenMojiData
-        ``openmoji/scenes``: the ground truth says where each object is.
-    latents : LongTensor [classes of the embedded world, k]
-        Each class's latents, from :func:`rank_latents`.
-    layer : int
-    head : Tensor [C, d_embed], optional
-    n_scenes : int
-        Scenes, from the front of the data set; both objects of each are removed in turn.
-    min_patches : int
-        Patches that each object must fill by half at least.
-    batch_size : int
-    seed : int
-    progress : bool
-
-    Returns
-    -------
-    DataFrame
-        Two rows for each scene and object, ``kind`` "own" and "control" (as many other latents that are about as active on
-        these patches): index, removed (class), stays (class), ``removed_before, removed_after, stays_before, stays_after`` (probabilities
-        among all classes), ``removed_change, stays_change`` (of the logits).
-
-    Raises
-    ------
-    ValueError
-        If the data set has no ground truth, or too few scenes of two objects.
-    """
-    check_models(clip, sae, layer)
-    scenes = two_object_scenes(dataset, n_scenes, min_patches)
-    head = dataset_head(clip, dataset) if head is None else head
-    tail, rows = None, []
-    for batch in batches(dataset, clip.preprocess, batch_size, indices=scenes, progress="removing objects" if progress else None):
-        residual = clip.run_to(batch.images, layer)
-        tail = tail or network_tail(clip, layer, residual)
-        h = sae.encode(residual.tokens)
-        before = clip.logits(tail(residual), head)
-        truths = [dataset.truth(index) for index in batch.indices.tolist()]
-        for which in range(2):
-            pairs = np.array([(t.class_ids[which], t.class_ids[1 - which]) for t in truths])
-            masks = torch.stack([object_patches(t, which) for t in truths]).to(h.device)
-            local = h[:, 1:] * masks[..., None]
-            own = latents[pairs[:, 0]].cpu()
-            controls = _matched(own, local.sum(1).cpu(), batch.indices, seed)
-            for kind, chosen in (("own", own), ("control", controls)):
-                edited = residual.tokens.clone()
-                edited[:, 1:] -= _contribution(sae, local, chosen)
-                after = clip.logits(tail(residual._replace(tokens=edited)), head)
-                for i, (removed, stays) in enumerate(pairs.tolist()):
-                    values = {"kind": kind, "index": int(batch.indices[i]), "removed": removed, "stays": stays}
-                    for name, label in (("removed", removed), ("stays", stays)):
-                        values |= {f"{name}_before": float(before[i].softmax(0)[label]), f"{name}_after": float(after[i].softmax(0)[label])}
-                        values[f"{name}_change"] = float(after[i, label] - before[i, label])
-                    rows.append(values)
-    return pd.DataFrame(rows)
 
 
 def summarize_effects(
@@ -334,38 +285,6 @@ def summarize_effects(
             row |= {name: float(mean), f"{name}_low": float(low), f"{name}_high": float(high)}
         rows.append(row | {"n": len(means)})
     return pd.DataFrame(rows)
-
-
-def two_object_scenes(dataset, n: int, min_patches: int = 10) -> list[int]:
-    """The first n scenes in colour that show exactly two objects, of different classes and each with ``min_patches`` patches or more.
-
-    Raises
-    ------
-    ValueError
-        If the data set has no ground truth, or fewer such scenes.
-    """
-    if not hasattr(dataset, "truth"):
-        raise ValueError(f"{dataset.spec!r} has no ground truth of places; use 'openmoji/scenes'.")
-    found = []
-    for index in range(len(dataset)):
-        if len(found) == n:
-            break
-        scene = dataset.scene(index)
-        if scene.domain != "color" or len(scene.placements) != 2 or scene.placements[0].class_id == scene.placements[1].class_id:
-            continue
-        truth = dataset.truth(index)
-        if all(int(object_patches(truth, which).sum()) >= min_patches for which in range(2)):
-            found.append(index)
-    if len(found) < n:
-        raise ValueError(
-            f"{n} scenes of two objects were asked for; the {len(dataset)} of {dataset.spec!r} hold {len(found)}. Take a larger n_images."
-        )
-    return found
-
-
-def object_patches(truth, which: int, share: float = 0.5) -> Tensor:
-    """Patches [P] (bool) that an object of a scene fills by ``share`` or more; ``truth`` is a ``SceneTruth``."""
-    return torch.from_numpy(truth.object_share[which].reshape(-1) >= share)
 
 
 # -- shared -----------------------------------------------------------------------------------------------------------
@@ -411,26 +330,3 @@ def _each_batch(clip, dataset, layer, head, indices, batch_size, progress, measu
             return torch.stack([own, (change.sum(1) - own) / max(change.shape[1] - 1, 1)], 1).cpu()
 
         measure(residual, batch.labels, batch.indices, effect)
-
-
-def _contribution(sae: nn.Module, h: Tensor, latents: Tensor) -> Tensor:
-    """What each image's latents ([B] or [B, k]; -1: none) add to the residual stream, given activations [B, T, S]: [B, T, D]."""
-    latents = latents.reshape(len(h), -1).to(h.device)
-    real = (latents >= 0).to(h.dtype)
-    columns = latents.clamp_min(0)
-    values = h.gather(2, columns[:, None].expand(-1, h.shape[1], -1)) * real[:, None]
-    return values @ sae.W_dec[columns]
-
-
-def _matched(own: Tensor, activation: Tensor, indices: Tensor, seed: int) -> Tensor:
-    """[B, k] for each of the image's own latents [B, k] another one about as active; -1 where it is silent."""
-    controls = np.full(tuple(own.shape), -1)
-    weights = activation.numpy()
-    for i, index in enumerate(indices.tolist()):
-        mine = own[i].numpy()
-        places = {latent: j for j, latent in enumerate(mine.tolist())}
-        active = mine[weights[i, mine] > 0]
-        pool = np.setdiff1d(np.flatnonzero(weights[i] > 0), mine)
-        for target, partner in match_by_weight(active, pool, weights[i], np.random.default_rng([seed, index])):
-            controls[i, places[target]] = partner
-    return torch.from_numpy(controls)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .bootstrap import bootstrap
 from .data import batches, templates_for
 from .losses import normalized_squared_error
 from .sae import SparseAutoencoder
@@ -21,6 +22,7 @@ from .sae import SparseAutoencoder
 TOKEN_TYPES = {"cls": slice(0, 1), "patch": slice(1, None), "all": slice(None)}
 RECONSTRUCTION_METRICS = ("mse", "l1", "l0", "explained_variance", "dead_fraction")
 CLASSIFICATION_METRICS = ("contrastive_loss", "zero_shot_top1", "zero_shot_change")
+_ENOUGH_IMAGES = 8  # to know their tokens' mean and spread
 _CHUNK = 3 << 20  # (token, latent) pairs encoded at once
 
 
@@ -68,17 +70,25 @@ def evaluate_sae(
         added back (``error_kept``: it must equal raw, and says that the splice itself is exact). ``tokens``: which tokens are measured,
         and which were replaced (``none`` for raw).
 
-        - ``mse``: mean over tokens and dimensions of (x_hat - x)^2 / ||x||, as in the loss; ``l1``: mean over tokens of the latents' sum;
-          ``l0``: mean number of active latents a token.
-        - ``explained_variance``: centred, 1 - sum ||x - x_hat||^2 / sum ||x - mean||^2, with the mean over tokens of that type.
-        - ``dead_fraction``: share of latents that fire on no token of that type in the whole data set.
-        - ``contrastive_loss``: cross-entropy, in nats, of CLIP's logits over the class prompts; ``zero_shot_top1``: accuracy in [0, 1];
-          ``zero_shot_change``: accuracy minus the raw one, image by image.
+        With x a token of that type, x_hat its reconstruction, h its latents, and sums over all N of them in the data set:
+
+        - ``mse`` = 1 / (N D) sum_x sum_d (x_hat_d - x_d)^2 / ||x||, as in the paper's loss, whatever the variant's.
+        - ``l1`` = 1 / N sum_x sum_s h_s; ``l0`` = 1 / N sum_x #{s: h_s > 0}.
+        - ``explained_variance`` = 1 - sum_x ||x - x_hat||^2 / sum_x ||x - m||^2, m = 1 / N sum_x x: centred, so that the mean explains
+          nothing, and of each type of token by its own mean.
+        - ``dead_fraction`` = 1 / S #{s: h_s = 0 for all x}; :func:`~patchsae_utils.dead_latents.dead_causes` says why.
+
+        And with an image's logits l over the class prompts (cosine times CLIP's temperature) and its class c:
+
+        - ``contrastive_loss``: mean over images of log sum_j exp(l_j) - l_c, in nats.
+        - ``zero_shot_top1``: share of images with argmax l = c; ``zero_shot_change``: that share minus the raw one, on the same images.
+          Rows with ``tokens == "all"`` have the SAE spliced in at all tokens, CLS and patches.
 
     Raises
     ------
     ValueError
-        If an SAE reads another width or layer, or the data set is empty.
+        If an SAE reads another width or layer, or was trained on normalised activations that these don't resemble (told from the first
+        batch, if it has eight images), or the data set is empty.
     """
     layer = clip.layer_index(layer)
     saes = {"SAE": sae} if isinstance(sae, SparseAutoencoder) else dict(sae)
@@ -87,7 +97,7 @@ def evaluate_sae(
     if len(dataset) == 0:
         raise ValueError(f"The data set {dataset.spec!r} ({dataset.split}) is empty: there is nothing to evaluate on.")
     head = clip.zero_shot_head(dataset.class_names, templates or templates_for(dataset.spec)).to(clip.device)
-    tallies = {name: _Tally(each) for name, each in saes.items()}
+    tallies, first = {name: _Tally(each) for name, each in saes.items()}, True
 
     for batch in batches(dataset, clip.preprocess, batch_size, workers, progress="evaluating the SAE" if progress else None):
         residual = clip.run_to(batch.images, layer)
@@ -96,6 +106,10 @@ def evaluate_sae(
             logits = clip.logits(clip.finish(residual._replace(tokens=tokens), layer), head).cpu()
             return torch.stack([F.cross_entropy(logits, labels, reduction="none"), (logits.argmax(1) == labels).float()], 1)
 
+        if first and len(batch.images) >= _ENOUGH_IMAGES:
+            for each in saes.values():
+                each.check_statistics(residual.tokens.to(each.W_enc.device), f"the activations of {clip.name!r} on {dataset.spec!r}")
+        first = False
         raw = outcome(residual.tokens)
         for tally in tallies.values():
             tally.add(residual.tokens, raw, outcome)
@@ -153,34 +167,6 @@ def evaluation_table(frame: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
     table = cells.pivot(index=keys, columns="metric", values="cell")
     columns = [metric for metric in (*RECONSTRUCTION_METRICS, *CLASSIFICATION_METRICS) if metric in table]
     return table.loc[list(dict.fromkeys(frame[keys].itertuples(index=False, name=None))), columns].fillna("")
-
-
-def bootstrap(
-    sums: np.ndarray, statistic, n_resamples: int = 1000, seed: int = 0, level: float = 0.95
-) -> dict[str, tuple[float, float, float]]:
-    """Estimates and percentile intervals of statistics that are functions of sums over images.
-
-    Parameters
-    ----------
-    sums : float array [N, m]
-        What each image adds.
-    statistic : callable
-        (totals [..., m], number of images [...]) -> mapping of name to array [...].
-    n_resamples, seed : int
-    level : float
-
-    Returns
-    -------
-    dict
-        Name -> (value, low, high).
-    """
-    n = len(sums)
-    value = statistic(sums.sum(0), np.array(n))
-    rng = np.random.default_rng(seed)
-    totals = [rng.multinomial(n, np.full(n, 1 / n), size=size) @ sums for size in _pieces(n_resamples, max(1, 10_000_000 // n))]
-    draws = statistic(np.concatenate(totals), np.full(n_resamples, n))
-    tail = 100 * (1 - level) / 2
-    return {name: (float(value[name]), *(float(v) for v in np.percentile(draws[name], [tail, 100 - tail]))) for name in value}
 
 
 class TokenReadings(NamedTuple):
@@ -296,7 +282,7 @@ def firing_rates(sae: SparseAutoencoder, tokens: Iterable[Tensor], n_tokens: int
     Tensor [S], in [0, 1]; 0 for latents that never fired
     """
     counts, seen = torch.zeros(sae.d_sae, dtype=torch.float64), 0
-    for chunk in _limited(tokens, n_tokens, max(1, _CHUNK // sae.d_sae)):
+    for chunk in limited_tokens(tokens, n_tokens, max(1, _CHUNK // sae.d_sae)):
         counts += (sae.encode(chunk.to(sae.W_enc.device)) > 0).sum(0).cpu()
         seen += len(chunk)
     if seen == 0:
@@ -366,13 +352,8 @@ def _classification_metrics(total: np.ndarray, n_images: np.ndarray) -> dict[str
     return {name: total[..., i] / n_images for i, name in enumerate(CLASSIFICATION_METRICS)}
 
 
-def _pieces(total: int, size: int) -> Iterator[int]:
-    for start in range(0, total, size):
-        yield min(size, total - start)
-
-
-def _limited(tokens: Iterable[Tensor], n_tokens: int, rows: int) -> Iterator[Tensor]:
-    """The first ``n_tokens`` tokens, ``rows`` at a time."""
+def limited_tokens(tokens: Iterable[Tensor], n_tokens: int, rows: int) -> Iterator[Tensor]:
+    """The first ``n_tokens`` tokens of batches [n, D], ``rows`` at a time."""
     for batch in tokens:
         yield from batch[:n_tokens].split(rows)
         n_tokens -= len(batch)

@@ -1,6 +1,12 @@
 """The training objective as plain functions of tensors, and the measures that go with it.
 
-Every function takes the activations ``x`` and what an SAE made of them, and returns a tensor; none keeps state.
+Every function takes the activations ``x`` and what an SAE made of them, and returns a tensor; none keeps state. Latents may be dense
+tensors or :class:`~patchsae_utils.sparse.SparseLatents`. :func:`objective` names the published loss of an SAE's variant; those of other
+variants than the paper's are in :mod:`patchsae_utils.variant_losses`.
+
+An SAE that normalises (:meth:`~patchsae_utils.sae.SparseAutoencoder.set_normalization`) is judged in the units of its normalised input:
+``x``, reconstruction, latents and pre-activations below are then (x - mean) / scale, and so on.
+
 Dimension letters: B batch, T tokens, N tokens of any images, D d_in, S d_sae.
 
 Source of the objective: Lim et al., ICLR 2025, section 3.1 and appendix A; ghost gradients: Jermyn and Templeton, "Ghost grads",
@@ -9,18 +15,25 @@ Transformer Circuits, January 2024.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .sae import SaeOutput, SparseAutoencoder
 
+if TYPE_CHECKING:
+    from .sparse import SparseLatents
+
 _EPSILON = 1e-6
 
 
+_SILENT = 1e-12  # norm below which the dead say nothing
+
+
 class SaeLoss(NamedTuple):
-    """Terms of the PatchSAE objective; each a scalar tensor."""
+    """Terms of an objective; each a scalar tensor. Below: the paper's; :mod:`patchsae_utils.variant_losses` says what others put there."""
 
     total: Tensor
     """mse + l1 + ghost: what the optimiser sees."""
@@ -32,6 +45,20 @@ class SaeLoss(NamedTuple):
     """Ghost-gradient term for dead latents; 0 when there are none."""
 
 
+def objective(sae: SparseAutoencoder) -> Callable[..., SaeLoss]:
+    """The published loss of the SAE's variant; all have the signature of :func:`patchsae_loss`."""
+    from . import variant_losses
+
+    return {
+        "relu": patchsae_loss,
+        "topk": variant_losses.topk_loss,
+        "batchtopk": variant_losses.topk_loss,
+        "jumprelu": variant_losses.jumprelu_loss,
+        "gated": variant_losses.gated_loss,
+        "matryoshka": variant_losses.matryoshka_loss,
+    }[sae.activation]
+
+
 def patchsae_loss(
     sae: SparseAutoencoder,
     x: Tensor,
@@ -41,6 +68,7 @@ def patchsae_loss(
     *,
     is_cls: Tensor | None = None,
     output: SaeOutput | None = None,
+    ghost: bool = True,
 ) -> SaeLoss:
     """PatchSAE's objective: (z_hat - z)^2 / ||z|| + lambda * L1 + ghost gradients.
 
@@ -59,7 +87,9 @@ def patchsae_loss(
     is_cls : bool Tensor [N], optional
         Which rows of mixed tokens are CLS; needed there when ``cls_coefficient`` is not 1.
     output : SaeOutput, optional
-        ``sae(x)``, if it is at hand already.
+        ``sae(x)`` or ``sae(x, sparse=True)``, if it is at hand already.
+    ghost : bool
+        False leaves the ghost term out.
 
     Returns
     -------
@@ -72,16 +102,32 @@ def patchsae_loss(
     """
     if output is None:
         output = sae(x)
-    error = normalized_squared_error(x, output.reconstruction)
+    z, z_hat = in_units(sae, x), in_units(sae, output.reconstruction)
+    error = normalized_squared_error(z, z_hat)
     if cls_coefficient != 1.0:
-        error = error * _token_weights(x, cls_coefficient, is_cls)
+        error = error * token_weights(x, cls_coefficient, is_cls)
     mse = error.mean()
-    l1 = l1_coefficient * l1_norm(output.latents)
-    if dead is not None and bool(dead.any()):
-        ghost = ghost_loss(x, output, sae.W_dec, dead, error)
+    l1 = l1_coefficient * (l1_norm(output.latents) / sae.input_scale)
+    if ghost and dead is not None and bool(dead.any()):
+        index = dead.nonzero().squeeze(-1)
+        ghost_term = ghost_loss(z, z_hat, dead_pre_activations(sae, x, output, index), sae.W_dec.index_select(0, index), error)
     else:
-        ghost = mse.new_zeros(())
-    return SaeLoss(mse + l1 + ghost, mse, l1, ghost)
+        ghost_term = mse.new_zeros(())
+    return SaeLoss(mse + l1 + ghost_term, mse, l1, ghost_term)
+
+
+def in_units(sae: SparseAutoencoder, x: Tensor) -> Tensor:
+    """(x - input_mean) / input_scale, of activations or reconstructions [..., D]; to the bit ``x`` where the SAE doesn't normalise."""
+    return (x - sae.input_mean) / sae.input_scale  # without asking whether it does: on a GPU the answer costs more than the sum
+
+
+def dead_pre_activations(sae: SparseAutoencoder, x: Tensor, output: SaeOutput, index: Tensor) -> Tensor:
+    """Pre-activations [..., n] of the latents ``index`` [n], in the loss's units: read from ``output``, or computed where it holds none."""
+    if output.pre_activations is None:
+        pre_activations = sae.pre_activations(x, latents=index)
+    else:
+        pre_activations = output.pre_activations.index_select(-1, index)
+    return pre_activations / sae.input_scale
 
 
 def normalized_squared_error(x: Tensor, reconstruction: Tensor, centre: Tensor | None = None) -> Tensor:
@@ -104,17 +150,28 @@ def normalized_squared_error(x: Tensor, reconstruction: Tensor, centre: Tensor |
     return (reconstruction - x).square() / norm.clamp_min(_EPSILON)
 
 
-def l1_norm(latents: Tensor) -> Tensor:
-    """Mean over tokens of the latents' sum: Tensor [..., S] -> scalar. Latents are not negative; summed in float32 at least."""
+def l1_norm(latents: Tensor | SparseLatents) -> Tensor:
+    """Mean over tokens of the latents' sum: [..., S] -> scalar. Latents are not negative; summed in float32 at least."""
+    if not isinstance(latents, Tensor):
+        return latents.values.sum(dtype=torch.promote_types(latents.values.dtype, torch.float32)) / (len(latents.offsets) - 1)
     return latents.sum(-1, dtype=torch.promote_types(latents.dtype, torch.float32)).mean()
 
 
-def l0_norm(latents: Tensor) -> Tensor:
-    """Mean over tokens of the number of active latents: Tensor [..., S] -> scalar."""
+def l0_norm(latents: Tensor | SparseLatents) -> Tensor:
+    """Mean over tokens of the number of active latents: [..., S] -> scalar."""
+    if not isinstance(latents, Tensor):
+        return latents.counts().float().mean()
     return latents.count_nonzero(dim=-1).float().mean()
 
 
-def ghost_loss(x: Tensor, output: SaeOutput, W_dec: Tensor, dead: Tensor, error: Tensor) -> Tensor:
+def fired(latents: Tensor | SparseLatents) -> Tensor:
+    """Which latents are active on any token: [..., S] -> bool [S]."""
+    if not isinstance(latents, Tensor):
+        return latents.fired()
+    return latents.flatten(0, -2).amax(0) > 0
+
+
+def ghost_loss(x: Tensor, reconstruction: Tensor, pre_activations: Tensor, rows: Tensor, error: Tensor) -> Tensor:
     """A gradient for latents that never fire: let them, exponentially, predict what the living ones leave over.
 
     r = x - x_hat; g = exp(pre[dead]) W_dec[dead]; g is scaled to half of ||r||, by a constant; the term is (g - r)^2 / ||r||, rescaled
@@ -123,26 +180,26 @@ def ghost_loss(x: Tensor, output: SaeOutput, W_dec: Tensor, dead: Tensor, error:
 
     Parameters
     ----------
-    x : Tensor [..., D]
-    output : SaeOutput
-        Of ``x``.
-    W_dec : Tensor [S, D]
-    dead : bool Tensor [S]
+    x, reconstruction : Tensor [..., D]
+    pre_activations : Tensor [..., n]
+        Of the dead latents.
+    rows : Tensor [n, D]
+        Their decoder rows.
     error : Tensor [..., D]
         Elementwise squared-error term, after the CLS coefficient.
 
     Returns
     -------
     Tensor, scalar
+        Finite for any finite pre-activations.
     """
-    index = dead.nonzero().squeeze(-1)
-    pre = output.pre_activations.index_select(-1, index)
-    residual = (x - output.reconstruction).detach()
+    residual = (x - reconstruction).detach()
     residual_norm = residual.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(residual.dtype).tiny)
     # The scale below cancels a constant factor of g, so a large exponent is taken out first: exp can't overflow.
-    shift = pre.detach().amax(-1, keepdim=True).clamp_min(0)
-    ghost = torch.exp(pre - shift) @ W_dec.index_select(0, index)
-    scale = residual_norm / (_EPSILON * torch.exp(-shift) + 2 * ghost.norm(dim=-1, keepdim=True))
+    shift = pre_activations.detach().amax(-1, keepdim=True).clamp_min(0)
+    ghost = torch.exp(pre_activations - shift) @ rows
+    size = _EPSILON * torch.exp(-shift) + 2 * ghost.norm(dim=-1, keepdim=True)
+    scale = residual_norm / size.clamp_min(_SILENT)
     squared = (ghost * scale.detach() - residual).square() / residual_norm
     ratio = (error / (squared + _EPSILON)).detach()
     return (ratio * squared).mean()
@@ -197,7 +254,7 @@ def geometric_median(x: Tensor, tolerance: float = 1e-6, max_iterations: int = 2
     return median.to(x.dtype)
 
 
-def _token_weights(x: Tensor, cls_coefficient: float, is_cls: Tensor | None) -> Tensor:
+def token_weights(x: Tensor, cls_coefficient: float, is_cls: Tensor | None = None) -> Tensor:
     """Factor of each token's error, [..., 1]: ``cls_coefficient`` for CLS, 1 for patches."""
     if is_cls is None:
         if x.ndim != 3:

@@ -10,6 +10,7 @@ import re
 from .activations import ActivationStore, extract_activations
 from .adapters import fit_adapter
 from .clip import ClipModel, load_clip
+from .comparison import ComparisonReport, measure_dictionaries
 from .concepts import ConceptReport, measure_concepts
 from .config import Profile
 from .data import ImageData, OpenMojiData, load_dataset
@@ -45,13 +46,14 @@ def training_store(profile: Profile, clip: ClipModel) -> ActivationStore:
     return extract_activations(clip, training_data(profile), profile.model.layer, profile.folder("activations") / "train")
 
 
+def fresh_sae(profile: Profile, clip: ClipModel) -> SparseAutoencoder:
+    """The PatchSAE before training, of the profile's size and variant."""
+    return SparseAutoencoder(clip.width, profile.sae.expansion_factor * clip.width, seed=profile.training.seed, **profile.sae.options())
+
+
 def trained_sae(profile: Profile, clip: ClipModel) -> SparseAutoencoder:
     """The PatchSAE, trained on :func:`training_store`."""
-    store = training_store(profile, clip)
-    sae = SparseAutoencoder(
-        clip.width, profile.sae.expansion_factor * clip.width, profile.sae.activation, k=profile.sae.k, seed=profile.training.seed
-    )
-    return train_sae(sae, store, profile.training, profile.folder("sae"))
+    return train_sae(fresh_sae(profile, clip), training_store(profile, clip), profile.training, profile.folder("sae"))
 
 
 def latent_summary(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) -> LatentSummary:
@@ -71,6 +73,17 @@ def concept_report(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) ->
         return None
     choose = concept_scenes(profile, "val")
     return measure_concepts(clip, sae, choose, held_out, profile.model.layer, out=profile.folder("latents") / "concepts")
+
+
+def concept_comparison(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) -> ComparisonReport | None:
+    """How well latents find ground-truth concepts beside other dictionaries and a supervised probe; None where the data set knows no concepts."""
+    choose, held_out = (concept_scenes(profile, split) for split in ("val", "test"))
+    if not has_truth(held_out):
+        return None
+    return measure_dictionaries(
+        clip, {"SAE": sae}, training_store(profile, clip), training_data(profile), choose, held_out, profile.model.layer,
+        out=profile.folder("latents") / "comparison",
+    )  # fmt: skip
 
 
 def adapter(profile: Profile, clip: ClipModel, task: str, kind: str | None = None, seed: int | None = None) -> ClipModel:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
-
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+
+from .bootstrap import Interval as Interval
+from .bootstrap import mean_interval as mean_interval
 
 
 def label_entropy(top_values: Tensor, top_labels: Tensor, n_classes: int) -> Tensor:
@@ -74,32 +73,48 @@ def label_std(top_values: Tensor, top_labels: Tensor) -> Tensor:
     return (((labels - mean[:, None]) ** 2 * real).sum(1) / n).sqrt().to(top_values.dtype)
 
 
-def merge_top(values: Tensor, images: Tensor, new_values: Tensor, new_images: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring the k largest values of each latent up to date with a batch of images.
+_PLACES = 2**32  # places that a key can name
 
-    Equal values keep the order in which they came, so the result depends neither on batch size nor on device. Images whose value is
-    not positive never enter: padding stays (0, -1).
+
+def pack_top(values: Tensor, places: Tensor) -> Tensor:
+    """One integer for a value and where it was found: larger for larger values and, among equal ones, for earlier places.
+
+    The bits of a positive float32, read as an integer, are in the order of the floats; they are the key's upper half, and the place,
+    counted backwards, is its lower half. The k largest keys are thus the top k with ties decided, whatever the batch size or device.
 
     Parameters
     ----------
-    values : Tensor [S, k]
-        Descending; padding is 0.
-    images : LongTensor [S, k]
-        Padding is -1.
-    new_values : Tensor [B, S]
-    new_images : LongTensor [B]
+    values : Tensor [...]
+        float32. What is not positive (or NaN) becomes key 0, which is padding.
+    places : LongTensor [...]
+        In ``range(2 ** 32)``.
 
     Returns
     -------
-    values : Tensor [S, k]
-    images : LongTensor [S, k]
+    LongTensor [...]
     """
-    k = values.shape[1]
-    joined = torch.cat([values, new_values.T], 1)
-    joined, order = joined.sort(dim=1, descending=True, stable=True)
-    candidates = torch.cat([images, new_images.expand(len(images), -1)], 1)
-    top, indices = joined[:, :k].clamp_min(0), candidates.gather(1, order[:, :k])
-    return top, indices.masked_fill(top <= 0, -1)
+    keys = (values.contiguous().view(torch.int32).long() << 32) + (_PLACES - 1 - places)
+    return keys.masked_fill(~(values > 0), 0)
+
+
+def unpack_top(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (float32) and places of :func:`pack_top`'s keys; padding gives (0, -1)."""
+    values = (keys >> 32).int().view(torch.float32)
+    return values, (_PLACES - 1 - (keys & (_PLACES - 1))).masked_fill(keys == 0, -1)
+
+
+def merge_keys(kept: Tensor, new: Tensor) -> None:
+    """Bring the k largest keys of each latent up to date, in place.
+
+    Parameters
+    ----------
+    kept : LongTensor [S, k]
+        Descending; padding is 0. See :func:`pack_top`.
+    new : LongTensor [S, n]
+    """
+    rows = (new.amax(1) > kept[:, -1]).nonzero().flatten()  # few, once many images were read
+    if len(rows):
+        kept[rows] = torch.cat([kept[rows], new[rows]], 1).topk(kept.shape[1], dim=1).values
 
 
 def shuffled_label_entropy(top_values: Tensor, top_images: Tensor, labels: Tensor, n_classes: int, seed: int = 0) -> Tensor:
@@ -158,32 +173,6 @@ def contrasting_latents(frame: pd.DataFrame) -> dict[int, str]:
         if len(rest):
             chosen[int(rest["latent"].iloc[0])] = title
     return chosen
-
-
-class Interval(NamedTuple):
-    """A mean with its 95 % interval; prints as "1.23 [1.10, 1.36]"."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
-
-
-def mean_interval(values: Iterable[float], n_bootstrap: int = 1000, seed: int = 0) -> Interval:
-    """Mean of some values, with a percentile bootstrap over them.
-
-    Raises
-    ------
-    ValueError
-        If there are none.
-    """
-    values = np.asarray(list(values), np.float64)
-    if not len(values):
-        raise ValueError("A mean needs at least one value, got none.")
-    draws = values[np.random.default_rng(seed).integers(len(values), size=(n_bootstrap, len(values)))].mean(1)
-    return Interval(float(values.mean()), *(float(v) for v in np.percentile(draws, [2.5, 97.5])))
 
 
 def _check_top(top_values: Tensor, top_labels: Tensor) -> Tensor:

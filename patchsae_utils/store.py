@@ -29,8 +29,6 @@ last whole shard.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -44,11 +42,11 @@ import torch
 from torch import Tensor
 
 from .artifacts import file_sha256, read_json
+from .mixing import TokenMixer, choose_tokens
 
 FORMAT = "patchsae_utils activations"
 FORMAT_VERSION = 1
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKENS = ("all", "cls", "patches")
 MANIFEST, INDEX = "manifest.json", "index.safetensors"
 
 _OPEN_SHARDS = 64  # memory maps kept at a time
@@ -204,6 +202,7 @@ class ActivationStore:
         epochs: int | None = 1,
         start_step: int = 0,
         positions: bool = False,
+        tokens: str = "all",
         buffer_bytes: int = 2**31,
     ) -> Iterator[Tensor] | Iterator[tuple[Tensor, Tensor]]:
         """Batches of single tokens, mixed from many images.
@@ -225,6 +224,8 @@ class ActivationStore:
             Skip so many batches, without reading them.
         positions : bool
             Also yield each token's place in the model's sequence, LongTensor [batch] (0 is CLS).
+        tokens : {"all", "cls", "patches"}
+            All that the store holds, or only those of a store that holds all.
         buffer_bytes : int
             At most so many bytes of shards are held at a time, but at least one shard.
 
@@ -236,47 +237,18 @@ class ActivationStore:
         Raises
         ------
         ValueError
-            If an argument is out of range, or a shard is damaged.
+            If an argument is out of range, the store lacks the tokens wanted, or a shard is damaged.
         """
-        if batch_size < 1 or start_step < 0 or (epochs is not None and epochs < 1):
-            raise ValueError(f"Needs batch_size >= 1, start_step >= 0, epochs >= 1 or None; got {batch_size}, {start_step}, {epochs}.")
-        return self._token_batches(batch_size, shuffle, seed, epochs, start_step * batch_size, positions, buffer_bytes)
-
-    def _token_batches(self, batch_size, shuffle, seed, epochs, skip, positions, buffer_bytes):
-        first = 1 if self.metadata.tokens == "patches" else 0
-        pending: list[tuple[Tensor, Tensor]] = []
-        needed = batch_size
-        for epoch in itertools.count() if epochs is None else range(epochs):
-            if skip >= len(self):
-                skip -= len(self)
-                continue
-            for number, members in enumerate(self._buffers(shuffle, seed, epoch, buffer_bytes)):
-                size = int(self._sizes[members].sum()) * self.n_tokens
-                if skip >= size:
-                    skip -= size
-                    continue
-                order = np.random.default_rng([seed, epoch, number]).permutation(size) if shuffle else np.arange(size)
-                order = torch.from_numpy(order[skip:])
-                skip = 0
-                buffer = torch.cat([self._shard(i) for i in members]).flatten(0, 1)
-                while len(order):
-                    rows, order = order[:needed], order[needed:]
-                    pending.append((buffer.index_select(0, rows).float(), rows % self.n_tokens + first))
-                    needed -= len(rows)
-                    if needed == 0:
-                        yield _joined(pending, positions)
-                        pending, needed = [], batch_size
-                del buffer
-        if pending:
-            yield _joined(pending, positions)
-
-    def _buffers(self, shuffle: bool, seed: int, epoch: int, buffer_bytes: int) -> list[np.ndarray]:
-        """The shards in the epoch's order, in groups that fit the buffer."""
-        n = len(self._shards)
-        order = np.random.default_rng([seed, epoch]).permutation(n) if shuffle else np.arange(n)
-        shard_bytes = 2 * int(self._sizes.max()) * self.n_tokens * self.d_in
+        kept = choose_tokens(self.metadata.tokens, tokens)
+        n = len(range(self.n_tokens)[kept])
+        mixer = TokenMixer(n, kept.start + (self.metadata.tokens == "patches"), batch_size, shuffle, seed, epochs, start_step, positions)
+        shard_bytes = 2 * int(self._sizes.max()) * n * self.d_in
         per_buffer = max(1, buffer_bytes // shard_bytes)
-        return np.array_split(order, math.ceil(n / per_buffer))
+
+        def load(shards: np.ndarray) -> Tensor:
+            return torch.cat([self._shard(i)[:, kept] for i in shards])
+
+        return mixer.batches(self._sizes, per_buffer, load)
 
     def images(self, indices: Sequence[int] | Tensor | None = None, batch_size: int = 64) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Whole images in order.
@@ -363,8 +335,3 @@ def read_manifest(path: Path) -> dict[str, Any]:
             "Delete the folder and extract again."
         )
     return manifest
-
-
-def _joined(pending: list[tuple[Tensor, Tensor]], positions: bool):
-    tokens, places = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*pending, strict=True))
-    return (tokens, places) if positions else tokens

@@ -1,39 +1,63 @@
-"""The trainer: Adam on the PatchSAE objective over a store of activations, resumable bit for bit.
+"""The trainer: Adam on an SAE's objective over activations, in one process or several, resumable bit for bit.
 
 Per step: the decoder's rows are scaled to unit norm, the loss is taken on a batch of tokens mixed from many images, the gradient
-loses its part along the decoder's rows, Adam moves. Rate: linear warm-up, then constant. Recipe: Lim et al., ICLR 2025, appendix A.
+loses its part along the decoder's rows, Adam moves. Where few latents are active, all of that touches those alone. Recipe: Lim et al., ICLR 2025, appendix A.
+
+A run depends on its settings, its seed and the step alone: no random number is drawn outside the token stream, which is itself a function of
+seed and step. So a checkpoint holds the weights, Adam's moments, the counters of silent latents and what the log knows, and nothing else.
 """
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 import math
 import os
 import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .artifacts import fingerprint, is_current, write_json
+from .artifacts import fingerprint, folder_lock, is_current, write_json
 from .checkpoints import CONFIG, WEIGHTS, load_sae
 from .config import TrainConfig
-from .losses import geometric_median, patchsae_loss
+from .logs import LOG_COLUMNS, SUMMARY, TrainingLog, training_log
+from .losses import objective
+from .processes import Processes
 from .sae import SparseAutoencoder
+from .schedules import l1_weight, learning_rate, n_steps
+from .sparse_adam import DeferredGradients
+from .starts import start_bias, start_from_data
 
-LOG, CHECKPOINT, MANIFEST = "training_log.csv", "checkpoint.pt", "manifest.json"
-LOG_COLUMNS = ("step", "tokens", "lr", "loss", "mse", "l1", "ghost", "l0", "explained_variance", "dead_fraction", "tokens_per_second")
-_FORMAT = 1
+__all__ = ["LOG_COLUMNS", "learning_rate", "start_from_data", "train_sae", "training_log"]
+
+CHECKPOINT, MANIFEST = "checkpoint.pt", "manifest.json"
+_FORMAT, _CHECKPOINT_FORMAT = 1, 2
 _ORIGIN = ("model_name", "weights_hash", "layer", "tokens", "grid", "preprocessing", "dataset", "split", "seed", "n_images")
+# Settings that came after the first SAEs were trained: at their defaults they change nothing, and leave those SAEs' fingerprints alone.
+_LATER = (
+    "schedule", "lr_end", "clip_gradient", "l1_warmup_steps", "b_dec_start", "ghost", "tokens", "normalize", "sparse", "trackers",
+)  # fmt: skip
 # Latents of so many (token, latent) pairs are computed at once: on a CPU what stays in its cache is twice as fast; either way memory is bounded.
 _CHUNK_CPU, _CHUNK_GPU = 3 << 20, 1 << 28
+# But of so many tokens at least: each chunk adds to the gradients of all weights.
+_CHUNK_TOKENS = 512
+# On the sparse path only the dead latents' pre-activations are computed whole, for the term that wakes them.
+_CHUNK_DEAD = 1 << 26
+# sparse="auto": a smaller dictionary's dense step is short (50 ms against 30 at 3,072 latents and 1,024 tokens, one core), and stays what it
+# was, bit for bit. Density is the mean over so many rows of the log.
+_SPARSE_FROM, _DENSITY_ROWS = 8192, 5
+_WHOLE_BATCH = ("batchtopk", "matryoshka")  # select among all tokens of a batch
 
 
-class TokenStore(Protocol):
-    """What the trainer needs of a store; an :class:`~patchsae_utils.activations.ActivationStore` has it."""
+class TokenSource(Protocol):
+    """What the trainer needs of its data; :class:`~patchsae_utils.activations.ActivationStore` and
+    :class:`~patchsae_utils.streaming.TokenStream` have it."""
 
     d_in: int
     fingerprint: str
@@ -55,143 +79,135 @@ class _Sums(NamedTuple):
 
 def train_sae(
     sae: SparseAutoencoder,
-    store: TokenStore,
+    store: TokenSource,
     config: TrainConfig,
     out: str | Path,
     resume: bool = True,
     progress: bool = True,
 ) -> SparseAutoencoder:
-    """Train an SAE on stored activations, or open it when it is there already.
+    """Train an SAE on activations, or open it when it is there already.
+
+    Under ``accelerate launch`` every process calls this alike, and takes its share of each batch: the loss curve is that of one process.
+    (``batchtopk`` and ``matryoshka`` then select within each process's share.) Only the main process writes.
 
     Parameters
     ----------
     sae : SparseAutoencoder
-        Fresh: ``b_dec`` at 0 is moved to the geometric median of the first batch. It is trained in place, on the device it is on.
-    store : ActivationStore
+        Fresh: ``b_dec`` at 0 is moved to the geometric median of the first batch. It is trained in place, on the GPU it is on, else on the
+        one that accelerate gives this process, else on the CPU.
+    store : ActivationStore or TokenStream
     config : TrainConfig
     out : str or Path
-        Folder for ``cfg.json``, ``sae_weights.safetensors``, ``training_log.csv``, ``manifest.json``; while training, ``checkpoint.pt``.
+        Folder for ``cfg.json``, ``sae_weights.safetensors``, ``training_log.csv``, ``manifest.json``, ``summary.json`` (the last row of the
+        log, wall time, tokens/s); while training, ``checkpoint.pt``.
     resume : bool
         Open the finished SAE of the same inputs, or go on from its checkpoint. False trains anew whatever is there.
     progress : bool
-        Show a bar with loss, L0, explained variance and the share of dead latents.
+        Show a bar with loss, L0, explained variance, the share of dead latents and tokens/s.
 
     Returns
     -------
     SparseAutoencoder
-        Trained, decoder rows at unit norm, ``metadata`` saying what it reads.
+        Trained, in evaluation mode, decoder rows at unit norm, ``metadata`` saying what it reads.
 
     Raises
     ------
     ValueError
-        If the store's activations are not those the SAE reads, the loss stops being finite, or a checkpoint is damaged.
+        If the store's activations are not those the SAE reads, or lack the tokens wanted; another process trains into ``out``; the loss
+        stops being finite; or a checkpoint is damaged.
+    ImportError
+        If a tracker's package is missing.
     """
     out = Path(out)
     sae.check_source(d_in=store.d_in, model_name=store.metadata.model_name, layer=store.metadata.layer)
-    key = fingerprint(stage="sae", format=_FORMAT, sae=sae.fingerprint, training=config, store=store.fingerprint)
-    if resume and is_current(out, key):
-        return load_sae(out, device=sae.W_enc.device)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (MANIFEST, CONFIG, WEIGHTS):  # another run's; what lies here from now on is not finished
-        (out / name).unlink(missing_ok=True)
-    sae.metadata = _origin(store) | sae.metadata
-    run = _Run(sae, store, config, out, key)
-    if resume:
-        run.restore()
-    run.train(progress)
-    sae.normalize_decoder()
-    sae.metadata |= {"n_training_tokens": run.n_steps * config.batch_tokens, "l1_coefficient": config.l1_coefficient}
-    sae.save(out)
-    last = training_log(out).iloc[-1]
-    final = {name: float(last[name]) for name in ("loss", "mse", "l0", "explained_variance", "dead_fraction")}
-    write_json(
-        out / MANIFEST, {"format": _FORMAT, "fingerprint": key, "complete": True, "steps": run.n_steps, "training": config, "final": final}
-    )
-    (out / CHECKPOINT).unlink(missing_ok=True)
+    kept = _kept_tokens(config, store)
+    processes = Processes(config.trackers, out)
+    device = sae.W_enc.device if processes.number == 1 and sae.W_enc.device.type != "cpu" else processes.device
+    key = fingerprint(stage="sae", format=_FORMAT, sae=sae.fingerprint, training=_recipe(config), store=store.fingerprint)
+
+    def finished() -> bool:
+        return resume and is_current(out, key)
+
+    if processes.on_main(finished):
+        return load_sae(out, device=device).eval()
+    with ExitStack() as stack:
+        processes.on_main(lambda: stack.enter_context(folder_lock(out)))
+        if processes.on_main(finished):  # by another process, meanwhile
+            return load_sae(out, device=device).eval()
+        processes.on_main(lambda: _clear(out))
+        sae.metadata = _origin(store) | ({"tokens": kept} if kept else {}) | sae.metadata
+        run = _Run(sae.to(device), store, config, out, key, processes)
+        if resume:
+            run.restore()
+        run.train(progress and processes.main)
+        sae.normalize_decoder()
+        sae.eval()
+        sae.metadata |= {"n_training_tokens": run.n_steps * config.batch_tokens, "l1_coefficient": config.l1_coefficient}
+        processes.on_main(run.finish)
     return sae
 
 
-def training_log(out: str | Path) -> pd.DataFrame:
-    """The log that :func:`train_sae` wrote into ``out``: one row every ``log_every`` steps, columns as in ``LOG_COLUMNS``.
-
-    ``l0`` and ``explained_variance`` (centred) are of the training batch, before the step; ``dead_fraction`` counts latents that have not
-    fired for more than ``dead_after_steps`` steps.
-    """
-    path = Path(out) / LOG
-    if not path.exists():
-        raise FileNotFoundError(f"No {LOG} in {out}: train an SAE there first, by train_sae(sae, store, config, {str(out)!r}).")
-    return pd.read_csv(path)
+def _recipe(config: TrainConfig) -> dict[str, Any]:
+    """The settings as a fingerprint sees them: all but the trackers, on which no result depends."""
+    fields = {field.name: field.default for field in dataclasses.fields(config)}
+    values = {name: getattr(config, name) for name in fields if name != "trackers"}
+    return {name: value for name, value in values.items() if not (name in _LATER and value == fields[name])}
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Adam's rate at a step, counted from 0: linear up to ``config.lr`` over ``warmup_steps``, then constant."""
-    return config.lr * min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else config.lr
-
-
-@torch.no_grad()
-def start_from_data(sae: SparseAutoencoder, x: Tensor, rate: float = 0.01) -> None:
-    """Start every latent at a token, instead of at random: k-means is started from data points for the same reason (Forgy, 1965).
-
-    ``b_dec`` is the geometric median of the tokens; decoder row i points from there to token i; encoder column i is parallel to it, with the
-    bias at which the latent fires on the share ``rate`` of the tokens; one common gain, the least-squares one, fits the sizes. From random
-    weights half of all latents fire on every token, the L1 term silences most before they have found anything to stand for, and
-    what is rare (here: each single object) is left to a few.
-
-    Parameters
-    ----------
-    sae : SparseAutoencoder
-        Changed in place.
-    x : Tensor [N, D]
-        At least as many tokens as latents, of many images.
-    rate : float
-        Share of tokens on which a latent fires at first.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer tokens than latents.
-    """
-    x = x.to(sae.W_dec)
-    if len(x) < sae.d_sae:
+def _kept_tokens(config: TrainConfig, store: TokenSource) -> str | None:
+    """``config.tokens`` where the store holds more than those, else None."""
+    if config.tokens in ("all", store.metadata.tokens):
+        return None
+    if store.metadata.tokens != "all":
         raise ValueError(
-            f"start='data' needs a token for each of the {sae.d_sae} latents; got {len(x)}. Extract more images, or use start='random'."
+            f"tokens={config.tokens!r} can't be had from a store of {store.metadata.tokens!r} tokens. Extract with tokens={config.tokens!r} or 'all'."
         )
-    sae.b_dec.copy_(geometric_median(x[:4096]))
-    sae.W_dec.copy_(x[: sae.d_sae] - sae.b_dec)
-    sae.normalize_decoder()
-    centred = x[-4096:] - sae.b_dec
-    projections = centred @ sae.W_dec.T
-    thresholds = projections.kthvalue(max(1, int(len(projections) * (1 - rate))), dim=0).values
-    guess = torch.relu(projections - thresholds) @ sae.W_dec
-    gain = (centred * guess).sum() / guess.square().sum().clamp_min(torch.finfo(guess.dtype).tiny)
-    sae.W_enc.copy_(gain * sae.W_dec.T)
-    sae.b_enc.copy_(-gain * thresholds)
+    return config.tokens
+
+
+def _origin(store: TokenSource) -> dict[str, Any]:
+    """What a store says of its activations, as plain JSON values."""
+    values = {name: getattr(store.metadata, name) for name in _ORIGIN} | {"store_fingerprint": store.fingerprint}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _clear(out: Path) -> None:
+    """Remove another run's results: what lies in the folder from now on is not finished."""
+    for name in (MANIFEST, SUMMARY, CONFIG, WEIGHTS):
+        (out / name).unlink(missing_ok=True)
 
 
 class _Run:
     """One training run: what a checkpoint must hold, and the loop."""
 
-    def __init__(self, sae: SparseAutoencoder, store: TokenStore, config: TrainConfig, out: Path, key: str):
-        self.sae, self.store, self.config, self.out, self.key = sae, store, config, out, key
+    def __init__(self, sae: SparseAutoencoder, store: TokenSource, config: TrainConfig, out: Path, key: str, processes: Processes):
+        self.sae, self.store, self.config, self.out, self.key, self.processes = sae, store, config, out, key, processes
         self.device = sae.W_enc.device
-        self.n_steps = max(1, round(config.n_tokens / config.batch_tokens))
+        self.loss = objective(sae)
+        self.n_steps = n_steps(config)
         self.step = 0
         self.silent_for = torch.zeros(sae.d_sae, dtype=torch.long, device=self.device)  # steps since each latent fired
-        self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
         self.rows: list[dict[str, Any]] = []
+        self.seconds, self.n_starts, self.n_sparse = 0.0, 0, 0  # wall time until the last checkpoint, starts, sparse steps
+        self.may_be_sparse = config.sparse == "always" or (config.sparse == "auto" and sae.d_sae >= _SPARSE_FROM)
+        self.deferred = DeferredGradients(sae) if self.may_be_sparse and sae.activation != "gated" else None
+        self.unit_rows = False  # whether the last step has left the decoder's rows at unit norm
+        self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Everything that the rest of the run depends on; the order of the tokens follows from seed and step."""
+    def save(self, seconds: float) -> None:
+        """Everything that the rest of the run depends on, under a temporary name first; the tokens' order follows from seed and step."""
         state = {
-            "format": _FORMAT,
+            "format": _CHECKPOINT_FORMAT,
             "fingerprint": self.key,
             "step": self.step,
             "sae": self.sae.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "silent_for": self.silent_for,
             "rows": self.rows,
+            "unit_rows": self.unit_rows,
+            "effort": [seconds, self.n_starts, self.n_sparse],
         }
         temporary = self.out / f".{CHECKPOINT}.tmp"
         torch.save(state, temporary)
@@ -203,76 +219,181 @@ class _Run:
         if not path.exists():
             return
         try:
+            with zipfile.ZipFile(path) as file:  # torch writes checksums, and doesn't read them
+                if damaged := file.testzip():
+                    raise zipfile.BadZipFile(f"{damaged} is damaged")
             state = torch.load(path, map_location=self.device, weights_only=True)
-            if state["fingerprint"] != self.key:
+            if state["fingerprint"] != self.key or state["format"] != _CHECKPOINT_FORMAT:
                 return
             self.sae.load_state_dict(state["sae"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.silent_for, self.step, self.rows = state["silent_for"], state["step"], state["rows"]
+            self.silent_for, self.step, self.rows, self.unit_rows = (state[name] for name in ("silent_for", "step", "rows", "unit_rows"))
+            self.seconds, self.n_starts, self.n_sparse = state["effort"]
         except Exception as error:  # whatever a damaged file makes torch raise
             raise ValueError(f"{path} can't be read ({type(error).__name__}). Delete it to train from the beginning.") from error
+
+    def finish(self) -> None:
+        """Write the SAE and what the run came to."""
+        self.sae.save(self.out)
+        last = training_log(self.out).iloc[-1]
+        final = {name: float(last[name]) for name in ("loss", "mse", "l0", "explained_variance", "dead_fraction")}
+        tokens = self.n_steps * self.config.batch_tokens
+        summary = {
+            "steps": self.n_steps,
+            "tokens": tokens,
+            "final": final,
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(tokens / self.seconds) if self.seconds else None,
+            "starts": self.n_starts,
+            "sparse_steps": self.n_sparse,
+            "processes": self.processes.number,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+        }
+        write_json(self.out / SUMMARY, summary)
+        manifest = {"format": _FORMAT, "fingerprint": self.key, "complete": True, "steps": self.n_steps, "training": self.config}
+        write_json(self.out / MANIFEST, manifest | {"final": final})
+        (self.out / CHECKPOINT).unlink(missing_ok=True)
+        (self.out / f".{CHECKPOINT}.tmp").unlink(missing_ok=True)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def train(self, progress: bool) -> None:
-        config = self.config
-        if self.step == 0 and config.start == "data":
-            n_tokens = max(20_000, 2 * self.sae.d_sae)
-            start_from_data(self.sae, next(self.store.tokens(n_tokens, seed=config.seed + 1, epochs=None, start_step=0, positions=False)))
-        stream = self.store.tokens(config.batch_tokens, seed=config.seed, epochs=None, start_step=self.step, positions=True)
-        log = _open_log(self.out / LOG, self.rows)
-        started, tokens = time.perf_counter(), 0
-        with log, tqdm(total=self.n_steps, initial=self.step, desc="training the SAE", unit="step", disable=not progress) as bar:
+        config, processes = self.config, self.processes
+        self.sae.train()
+        if self.step == 0:
+            self._start()
+        started, before, tokens = time.perf_counter(), self.seconds, 0
+        self.n_starts += 1
+        stream = self._tokens(config.batch_tokens, config.seed, self.step)
+        processes.begin_tracking(dataclasses.asdict(config))
+        with ExitStack() as stack:
+            stack.callback(processes.end_tracking)
+            log = stack.enter_context(TrainingLog(self.out, self.rows)) if processes.main else None
+            bar = stack.enter_context(
+                tqdm(total=self.n_steps, initial=self.step, desc="training the SAE", unit="step", disable=not progress)
+            )
             while self.step < self.n_steps:
-                x, positions = (tensor.to(self.device) for tensor in next(stream))
+                x, positions = next(stream)
                 tokens += len(x)
                 last = self.step + 1 == self.n_steps
                 logged = self.step % config.log_every == 0 or last
                 sums = self._step(x, positions == 0, logged)
                 if logged:
                     row = self._row(x, sums, tokens / (time.perf_counter() - started))
-                    log.write(row)
-                    bar.set_postfix(
-                        loss=f"{row['loss']:.4f}",
-                        L0=f"{row['l0']:.0f}",
-                        EV=f"{row['explained_variance']:.3f}",
-                        dead=f"{row['dead_fraction']:.0%}",
-                    )
+                    if log is not None:
+                        log.write(row)
+                    processes.log({name: row[name] for name in LOG_COLUMNS[1:]}, self.step)
+                    bar.set_postfix(_shown(row))
                 self.step += 1
                 bar.update()
-                if self.step % config.checkpoint_every == 0 and not last:
-                    self.save()
+                self.seconds = before + time.perf_counter() - started
+                if self.step % config.checkpoint_every == 0 and not last and processes.main:
+                    self.save(self.seconds)
+
+    def _tokens(self, batch_size: int, seed: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        kept = _kept_tokens(self.config, self.store)
+        return self.store.tokens(
+            batch_size, seed=seed, epochs=None, start_step=start_step, positions=True, **({"tokens": kept} if kept else {})
+        )
+
+    def _start(self) -> None:
+        """Before the first step: the input's statistics, and directions from the data; from tokens of another order than the training's."""
+        config, sae = self.config, self.sae
+        if config.start == "random" and config.normalize == "none":
+            return
+        x, _ = next(self._tokens(max(20_000, 2 * sae.d_sae), config.seed + 1, 0))
+        x = x.to(self.device)
+        sae.set_normalization(x, config.normalize)
+        if config.start == "data":
+            start_from_data(sae, x)
+
+    def _is_sparse(self) -> bool:
+        """Whether this step computes with active latents alone; follows from the settings and from rows of the log that a checkpoint holds."""
+        if self.deferred is None:
+            return False
+        if self.config.sparse == "always":
+            return True
+        from .sparse import worthwhile
+
+        recent = [row["l0"] / self.sae.d_sae for row in self.rows[-_DENSITY_ROWS:]]
+        return bool(recent) and worthwhile(sum(recent) / len(recent), self.device)
+
+    def _chunk(self, n: int, n_dead: int, sparse: bool) -> int:
+        """Tokens of n that are computed at once."""
+        if self.sae.activation in _WHOLE_BATCH:
+            return max(1, n)
+        if sparse:
+            return max(1, _CHUNK_DEAD // max(1, n_dead))
+        return max(_CHUNK_TOKENS, (_CHUNK_CPU if self.device.type == "cpu" else _CHUNK_GPU) // self.sae.d_sae)
 
     def _step(self, x: Tensor, is_cls: Tensor, logged: bool) -> _Sums | None:
         """One step of Adam on a batch [N, D]; chunk by chunk, since every term is a mean over tokens."""
-        sae, config = self.sae, self.config
-        if self.step == 0 and not sae.b_dec.detach().any():
-            sae.b_dec.data.copy_(geometric_median(x))
-        sae.normalize_decoder()
+        sae, config, processes = self.sae, self.config, self.processes
+        if self.step == 0:
+            start_bias(sae, x.to(self.device), config.b_dec_start)
+        if not self.unit_rows:
+            sae.normalize_decoder()
         dead = self.silent_for > config.dead_after_steps
-        dead = dead if bool(dead.any()) else None
+        n_dead = int(dead.sum()) if config.ghost else 0
+        dead = dead if n_dead else None
+        sparse = self._is_sparse()
+        self.n_sparse += sparse
         fired = torch.zeros_like(self.silent_for, dtype=torch.bool)
-        rows = max(1, (_CHUNK_CPU if self.device.type == "cpu" else _CHUNK_GPU) // sae.d_sae)
         sums = torch.zeros(len(_Sums._fields), dtype=torch.float64)
         self.optimizer.zero_grad(set_to_none=True)
-        for part, part_is_cls in zip(x.split(rows), is_cls.split(rows), strict=True):
-            share = len(part) / len(x)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                output = sae(part)
-                loss = patchsae_loss(sae, part, dead, config.l1_coefficient, config.cls_coefficient, is_cls=part_is_cls, output=output)
-            (loss.total * share).backward()
-            with torch.no_grad():
-                fired |= output.latents.amax(0) > 0
-                if logged:
-                    residual = (part - output.reconstruction).double().square().sum() / share
-                    l0 = output.latents.count_nonzero() / len(part)
-                    sums += share * torch.stack([*(term.double() for term in loss), l0.double(), residual]).cpu()
-        sae.remove_parallel_gradient()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, config)
-        self.optimizer.step()
+        own = processes.share(len(x))
+        tokens, own_is_cls = x[own].to(self.device), is_cls[own].to(self.device)
+        rows = self._chunk(len(tokens), n_dead, sparse)
+        with self.deferred if sparse else nullcontext():
+            for part, part_is_cls in zip(tokens.split(rows), own_is_cls.split(rows), strict=True):
+                share = len(part) / len(x)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                    output = sae(part, sparse=True) if sparse else sae(part)
+                    weight = l1_weight(self.step, config)
+                    loss = self.loss(sae, part, dead, weight, config.cls_coefficient, is_cls=part_is_cls, output=output, ghost=config.ghost)
+                (loss.total * share).backward()
+                with torch.no_grad():
+                    latents = output.latents
+                    fired |= (latents.amax(0) > 0) if isinstance(latents, Tensor) else latents.fired()
+                    if logged:
+                        n_active = latents.count_nonzero() if isinstance(latents, Tensor) else latents.counts().sum()
+                        residual = (part - output.reconstruction).double().square().sum() / share
+                        sums += share * torch.stack([*(term.double() for term in loss), (n_active / len(part)).double(), residual]).cpu()
+        self._move(fired, sums, sparse)
         self.silent_for = torch.where(fired, 0, self.silent_for + 1)
         return _Sums(*sums.tolist()) if logged else None
+
+    def _move(self, fired: Tensor, sums: Tensor, sparse: bool) -> None:
+        """Gradients of all processes together, projected and clipped, and Adam's step."""
+        sae, config = self.sae, self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, config)
+        self.unit_rows = sparse and self.processes.number == 1
+        if self.unit_rows:
+            self.deferred.step(self.optimizer, max_norm=config.clip_gradient or None)
+            return
+        if sparse:
+            self.deferred.materialize()
+        self._add_up(fired, sums)
+        sae.remove_parallel_gradient()
+        if config.clip_gradient:
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip_gradient)
+        self.optimizer.step()
+
+    def _add_up(self, fired: Tensor, sums: Tensor) -> None:
+        """Over all processes: gradients, running thresholds, which latents fired, and the log's terms."""
+        if self.processes.number == 1:
+            return
+        for parameter in self.sae.parameters():
+            if parameter.grad is None:  # a share without tokens
+                parameter.grad = torch.zeros_like(parameter)
+            self.processes.add_up(parameter.grad)
+        if self.sae.activation in _WHOLE_BATCH:
+            self.processes.average(self.sae.threshold)
+        counts = torch.cat([fired.double(), sums.to(fired.device)])
+        self.processes.add_up(counts)
+        fired.copy_(counts[: len(fired)] > 0)
+        sums.copy_(counts[len(fired) :])
 
     def _row(self, x: Tensor, sums: _Sums, speed: float) -> dict[str, Any]:
         """A row of the log; stops the run when the loss is no number, before a checkpoint could keep it."""
@@ -295,35 +416,12 @@ class _Run:
         return row
 
 
-class _open_log:  # noqa: N801 - used as a function
-    """A CSV that begins with the rows a checkpoint knows, so that a resumed run leaves no row twice; each row is on disk when written."""
-
-    def __init__(self, path: Path, rows: list[dict[str, Any]]):
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, LOG_COLUMNS)
-            writer.writeheader()
-            writer.writerows(_rounded(row) for row in rows)
-        os.replace(temporary, path)
-        self._file = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, LOG_COLUMNS)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._file.close()
-
-    def write(self, row: dict[str, Any]) -> None:
-        self._writer.writerow(_rounded(row))
-        self._file.flush()
-
-
-def _rounded(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-
-
-def _origin(store: TokenStore) -> dict[str, Any]:
-    """What a store says of its activations, as plain JSON values."""
-    values = {name: getattr(store.metadata, name) for name in _ORIGIN} | {"store_fingerprint": store.fingerprint}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+def _shown(row: dict[str, Any]) -> dict[str, str]:
+    """A row of the log, as the bar shows it."""
+    return {
+        "loss": f"{row['loss']:.4f}",
+        "L0": f"{row['l0']:.0f}",
+        "EV": f"{row['explained_variance']:.3f}",
+        "dead": f"{row['dead_fraction']:.0%}",
+        "tokens/s": f"{row['tokens_per_second']:,}",
+    }

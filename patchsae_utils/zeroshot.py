@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .bootstrap import bootstrap_share
 from .data import batches, openmoji, templates_for
 
 
@@ -150,44 +151,6 @@ def domains_of(spec: str) -> list[str]:
     task, _, given = spec.partition(":")
     given = given or "color"
     return [spec, *(task if domain == "color" else f"{task}:{domain}" for domain in openmoji.DOMAINS if domain != given)]
-
-
-def bootstrap_share(
-    hits: np.ndarray | Tensor,
-    images: np.ndarray | Tensor | None = None,
-    *,
-    n_bootstrap: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Share of hits with a percentile bootstrap interval over images.
-
-    Parameters
-    ----------
-    hits : bool array [n]
-    images : int array [n], optional
-        Image of each hit or miss. Tokens of one image are no independent evidence, so whole images are resampled; default: one each.
-    n_bootstrap : int
-    level : float
-    seed : int
-
-    Returns
-    -------
-    share, low, high : float
-        NaN where there is nothing to count.
-    """
-    hits = np.asarray(hits, float)
-    if not len(hits):
-        return (float("nan"),) * 3
-    _, groups = np.unique(np.arange(len(hits)) if images is None else np.asarray(images), return_inverse=True)
-    sums, counts = np.bincount(groups, hits), np.bincount(groups)
-    rng, even = np.random.default_rng(seed), np.full(len(sums), 1 / len(sums))
-    shares = np.empty(n_bootstrap)
-    for i in range(n_bootstrap):  # one resample at a time: ImageNet's 50,000 images times 1,000 would be 400 MB
-        drawn = rng.multinomial(len(sums), even)
-        shares[i] = (drawn @ sums) / (drawn @ counts)
-    low, high = np.quantile(shares, [(1 - level) / 2, (1 + level) / 2])
-    return float(hits.mean()), float(low), float(high)
 
 
 def _tasks(dataset) -> Tensor | None:

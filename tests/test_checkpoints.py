@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from patchsae_utils.checkpoints import CONFIG, WEIGHTS, load_sae
+from patchsae_utils.losses import objective
 from patchsae_utils.sae import SparseAutoencoder
 
 METADATA = {"model_name": "openmoji", "layer": 4, "tokens": "all", "grid": [14, 14]}
@@ -27,19 +28,104 @@ def change(directory, **entries):
     (directory / CONFIG).write_text(json.dumps({**config, **entries}))
 
 
-@pytest.mark.parametrize("options", [{}, {"activation": "topk", "k": 3}])
-def test_round_trip_gives_identical_outputs(tmp_path, options):
+VARIANTS = [
+    {},
+    {"activation": "topk", "k": 3},
+    {"activation": "batchtopk", "k": 3},
+    {"activation": "jumprelu", "bandwidth": 0.2},
+    {"activation": "gated"},
+    {"activation": "matryoshka", "k": 3, "groups": (5, 20)},
+]
+TOKENS = 4 + 2 * torch.randn(300, 6, generator=torch.Generator().manual_seed(4))
+
+
+def trained(options, normalize="none"):
+    """An SAE with no weight at its start, and a threshold where there is one."""
     sae = SparseAutoencoder(6, 20, metadata=METADATA, seed=1, **options)
+    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, parameter in sae.named_parameters():
+            if name != "b_dec":
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        sae.set_normalization(TOKENS, normalize)
+        sae.b_dec.add_(0.1 * torch.randn(6, generator=generator))
+    sae.normalize_decoder()
+    sae(TOKENS)
+    return sae
+
+
+@pytest.mark.parametrize("normalize", ["none", "mean", "mean_and_norm"])
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda options: options.get("activation", "relu"))
+def test_round_trip_gives_identical_outputs(tmp_path, options, normalize):
+    sae = trained(options, normalize)
     loaded = load_sae(sae.save(tmp_path / "sae"))
-    x = torch.randn(30, 6)
-    for before, after in zip(sae(x), loaded(x), strict=True):
-        torch.testing.assert_close(after, before, rtol=0, atol=0)
-    assert loaded.fingerprint == sae.fingerprint
+    x = TOKENS[:30]
+    assert not loaded.training
+    torch.testing.assert_close(loaded.encode(x), sae.encode(x), rtol=0, atol=0)
+    for mode in (False, True):  # and ready to be trained further
+        for before, after in zip(sae.train(mode)(x), loaded.train(mode)(x), strict=True):
+            torch.testing.assert_close(after, before, rtol=0, atol=0)
+    terms = [objective(each)(each, x, torch.ones(20, dtype=torch.bool), 0.1) for each in (sae, loaded)]
+    torch.testing.assert_close(terms[1], terms[0], rtol=0, atol=0)
+    assert loaded.fingerprint == sae.fingerprint and repr(loaded) == repr(sae)
     assert {name: loaded.metadata[name] for name in METADATA} == METADATA
+    assert "patchsae" not in loaded.metadata
     assert loaded.fingerprint == load_sae(loaded.save(tmp_path / "again")).fingerprint
+    if normalize != "none":
+        with pytest.raises(ValueError, match="trained on activations"):
+            loaded.check_statistics(10 * x)
+
+
+def read_as_saelens(directory, x):
+    """Latents and reconstruction by the equations of SAELens v6, from its keys alone."""
+    config, w = json.loads((directory / CONFIG).read_text()), load_file(directory / WEIGHTS)
+    x = x.double()
+    w = {name: value.double() for name, value in w.items()}
+    projection = (x - w["b_dec"]) @ w["W_enc"]
+    if config["architecture"] == "gated":
+        h = ((projection + w["b_gate"]) > 0) * torch.relu((x - w["b_dec"]) @ (w["W_enc"] * w["r_mag"].exp()) + w["b_mag"])
+    else:
+        pre = projection + w["b_enc"]
+        h = torch.relu(pre)
+        if config["architecture"] == "jumprelu":
+            h = h * (pre > w["threshold"])
+        if config["architecture"] == "topk":
+            h = h * (h >= h.topk(config["k"], dim=1).values[:, -1:])
+    return h, h @ w["W_dec"] + w["b_dec"]
+
+
+@pytest.mark.parametrize("normalize", ["none", "mean_and_norm"])
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda options: options.get("activation", "relu"))
+def test_other_readers_see_the_same_latents_and_reconstructions(tmp_path, options, normalize):
+    sae = trained(options, normalize).eval()
+    latents, reconstruction = read_as_saelens(sae.save(tmp_path), TOKENS)
+    torch.testing.assert_close(latents.float(), sae.encode(TOKENS), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(reconstruction.float(), sae(TOKENS).reconstruction, rtol=1e-4, atol=1e-4)
+    assert latents.count_nonzero() > 300
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["normalize_activations"] == "none" and config["apply_b_dec_to_input"] is True
+
+
+@pytest.mark.parametrize("options", [VARIANTS[0], VARIANTS[3], VARIANTS[4]], ids=["relu", "jumprelu", "gated"])
+def test_rows_are_saved_at_unit_norm_with_the_same_reconstruction(tmp_path, options):
+    sae = trained(options).double()
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.linspace(0.2, 3, 20)[:, None])
+        sae.W_dec[7] = 0
+    directory = sae.save(tmp_path)
+    assert (load_file(directory / WEIGHTS)["W_dec"].norm(dim=1) - 1).abs().max() < 1e-6
+    loaded, x = load_sae(directory), TOKENS.double()
+    torch.testing.assert_close(loaded.double()(x).reconstruction, sae(x).reconstruction, rtol=1e-4, atol=1e-4)
+    assert not loaded.encode(x)[:, 7].any()
+
+
+@pytest.mark.parametrize("options", [VARIANTS[1], VARIANTS[2], VARIANTS[5]], ids=["topk", "batchtopk", "matryoshka"])
+def test_rows_that_would_change_what_is_kept_are_not_saved(tmp_path, options):
+    sae = trained(options)
+    sae.W_dec.data *= 2
+    with pytest.raises(ValueError, match=r"norms from 2 to 2.*normalize_decoder\(\) before saving"):
+        sae.save(tmp_path / "sae")
+    assert not (tmp_path / "sae").exists()
 
 
 def test_the_folder_is_saelens_v6(folder):
@@ -62,6 +148,58 @@ def test_topk_adds_its_keys(tmp_path):
     assert (config["architecture"], config["k"], config["rescale_acts_by_decoder_norm"]) == ("topk", 3, False)
 
 
+@pytest.mark.parametrize(
+    ("options", "architecture", "more"),
+    [
+        (VARIANTS[2], "jumprelu", {"threshold": (20,)}),
+        (VARIANTS[3], "jumprelu", {"threshold": (20,)}),
+        (VARIANTS[5], "jumprelu", {"threshold": (20,)}),
+        (VARIANTS[4], "gated", {"b_gate": (20,), "b_mag": (20,), "r_mag": (20,)}),
+    ],
+)
+def test_variants_have_saelens_names(tmp_path, options, architecture, more):
+    directory = trained(options).save(tmp_path)
+    assert json.loads((directory / CONFIG).read_text())["architecture"] == architecture
+    shapes = {name: tuple(value.shape) for name, value in load_file(directory / WEIGHTS).items()}
+    bias = {} if architecture == "gated" else {"b_enc": (20,)}
+    assert shapes == {"W_enc": (6, 20), "W_dec": (20, 6), "b_dec": (6,)} | bias | more
+
+
+def test_another_programs_jumprelu_is_read_as_one(tmp_path):
+    directory = trained(VARIANTS[2]).save(tmp_path)
+    sae = load_sae(directory)
+    change(directory, metadata={})
+    other = load_sae(directory)
+    assert (sae.activation, other.activation, tuple(other.threshold.shape)) == ("batchtopk", "jumprelu", (20,))
+    torch.testing.assert_close(other.encode(TOKENS), sae.encode(TOKENS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"activation": "gated"}, "'gated' is not saved as architecture 'jumprelu'"),
+        ({"activation": "tanh"}, "'tanh' is not saved as"),
+        ({"activation": "batchtopk"}, "needs k between"),
+        ({"activation": "batchtopk", "k": "three"}, "can't be read"),
+        ({"activation": "matryoshka", "k": 3, "groups": [30]}, "rise from at least 1"),
+        ({"activation": "jumprelu", "input_mean": [1.0, 2.0]}, "can't be read"),
+        (["batchtopk"], "can't be read"),
+    ],
+)
+def test_own_entries_that_make_no_sense_are_refused(tmp_path, own, message):
+    directory = trained(VARIANTS[3]).save(tmp_path)
+    change(directory, metadata={"patchsae": own})
+    with pytest.raises(ValueError, match=message):
+        load_sae(directory)
+
+
+def test_a_single_threshold_must_be_single(tmp_path):
+    directory = trained(VARIANTS[3]).save(tmp_path)
+    change(directory, metadata={"patchsae": {"activation": "batchtopk", "k": 3}})
+    with pytest.raises(ValueError, match="thresholds that differ between latents"):
+        load_sae(directory)
+
+
 def test_half_precision_files_are_read(folder):
     _, directory = folder
     tensors = load_file(directory / WEIGHTS)
@@ -73,7 +211,8 @@ def test_half_precision_files_are_read(folder):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"architecture": "gated"}, "architecture 'gated'. Valid: standard, topk"),
+        ({"architecture": "temporal"}, "architecture 'temporal'. Valid: standard, topk, jumprelu, gated"),
+        ({"architecture": "gated"}, "don't belong together"),
         ({"apply_b_dec_to_input": False}, "apply_b_dec_to_input=False"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm'"),
         ({"architecture": "topk", "k": 3, "rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm"),

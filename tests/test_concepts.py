@@ -339,7 +339,6 @@ def test_figures_draw(report, tiny_clip, tiny_sae, scenes):
 
     from patchsae_utils.plots import latents as plots
 
-    plots.concept_detection(report.table())
     example = ConceptExample("object:a", 0, 0.5, 0, torch.zeros(112, 112, 3, dtype=torch.uint8), torch.eye(14) > 0, torch.rand(14, 14))
     plots.concept_masks([example] * 3)
     for number in plt.get_fignums():

@@ -203,3 +203,16 @@ def test_committed_figures_are_written_by_the_default_profile_only(tmp_path, mon
     assert figures_folder(load_profile(overrides={"name": "quick"})) == tmp_path / "runs/quick/figures"
     monkeypatch.setenv("PATCHSAE_SET", "training.n_tokens=10")
     assert figures_folder() == tmp_path / "runs/openmoji/figures"
+
+
+def test_yes_and_no_and_lists_are_settings():
+    changes = parse_settings(
+        "training.ghost=false; training.trackers=tensorboard, wandb; sae.activation=matryoshka; sae.k=4; sae.groups=[8, 16]"
+    )
+    profile = load_profile(overrides=changes)
+    assert profile.training.ghost is False and profile.training.trackers == ("tensorboard", "wandb")
+    assert profile.sae.groups == (8, 16) and profile.sae.bandwidth is None
+    with pytest.raises(ValueError, match="ghost must be of type bool, got 1"):
+        load_profile(overrides={"training.ghost": 1})
+    with pytest.raises(ValueError, match="k must be of type int, got True"):
+        load_profile(overrides={"sae.k": True})

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from patchsae_utils.data import load_dataset, templates_for
+from patchsae_utils.dead_latents import CAUSES, dead_causes
 from patchsae_utils.evaluation import (
-    bootstrap,
     evaluate_sae,
     evaluation_table,
     firing_rates,
@@ -144,17 +144,18 @@ def test_sae_of_another_layer_or_width_is_refused(tiny_clip, tiny_dataset):
         evaluate_sae(tiny_clip, SparseAutoencoder(31, 64), tiny_dataset, LAYER, progress=False)
 
 
+def test_activations_unlike_those_of_training_are_refused(tiny_clip, tiny_dataset, residual):
+    sae = SparseAutoencoder(32, 64)
+    sae.set_normalization(residual.flatten(0, 1))
+    measured(tiny_clip, sae, tiny_dataset)
+    sae.set_normalization(10 * residual.flatten(0, 1))
+    with pytest.raises(ValueError, match="the activations of 'tiny' on 'openmoji/tools' are"):
+        measured(tiny_clip, sae, tiny_dataset)
+
+
 def test_an_empty_data_set_is_refused(tiny_clip, tiny_sae):
     with pytest.raises(ValueError, match="is empty"):
         evaluate_sae(tiny_clip, tiny_sae, load_dataset("openmoji/tools", "test", n_images=0), LAYER, progress=False)
-
-
-def test_bootstrap_agrees_with_the_normal_approximation():
-    draws = (np.random.default_rng(0).random((2000, 1)) < 0.3).astype(float)
-    value, low, high = bootstrap(draws, lambda total, n: {"share": total[..., 0] / n}, 2000)["share"]
-    half = 1.96 * (value * (1 - value) / 2000) ** 0.5
-    assert (low, high) == (pytest.approx(value - half, abs=0.004), pytest.approx(value + half, abs=0.004))
-    assert bootstrap(np.ones((5, 1)), lambda total, n: {"share": total[..., 0] / n}, 10)["share"] == (1, 1, 1)
 
 
 def test_random_control_matches_sparsity_scale_and_centre(tiny_sae, residual):
@@ -196,6 +197,60 @@ def test_firing_rates_count_tokens(tiny_sae, residual):
     torch.testing.assert_close(rates, (tiny_sae.encode(x[:250]) > 0).float().mean(0))
     with pytest.raises(ValueError, match="no tokens"):
         firing_rates(tiny_sae, [])
+
+
+# -- why latents are dead -------------------------------------------------------------------------------------------------
+
+UP, RIGHT = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
+
+
+def five_causes(activation="relu", **options):
+    """Latents that each fire for one reason or not for another; train tokens lie up and right, test tokens right alone."""
+    sae = SparseAutoencoder(2, 5, activation, **options)
+    directions = torch.stack([RIGHT, UP, RIGHT, 0.02 * RIGHT, -RIGHT])
+    sae.W_enc.data.copy_(directions.T)
+    sae.W_dec.data.copy_(torch.nn.functional.normalize(directions, dim=1))
+    sae.b_enc.data.copy_(torch.tensor([-0.5, -0.5, -5.0, 0.0, -0.5]))
+    return sae, [torch.stack([3 * UP, 2 * RIGHT])], [torch.stack([RIGHT, 2 * RIGHT, 3 * RIGHT])]
+
+
+def test_every_cause_of_death_is_found():
+    sae, train, test = five_causes("jumprelu")
+    sae.threshold.data.fill_(0.1)
+    frame = dead_causes(sae, train, test)
+    assert frame["cause"].tolist() == ["alive", "train_only", "bias", "bias", "starved"]  # 0.02 * 3 < 0.1: no direction helps
+    assert frame["train_rate"].tolist() == [0.5, 0.5, 0, 0, 0]
+    assert frame["test_rate"].tolist() == [1, 0, 0, 0, 0]
+    np.testing.assert_allclose(frame["largest"], [3 - 0.6, 3 - 0.6, 3 - 5.1, 0.06 - 0.1, -0.6], atol=1e-6)
+    np.testing.assert_allclose(frame["bound"], [3 - 0.6, 3 - 0.6, 3 - 5.1, 0.06 - 0.1, 3 - 0.6], atol=1e-6)
+    sae, train, test = five_causes("topk", k=1)
+    assert dead_causes(sae, train, test)["cause"].tolist() == ["alive", "train_only", "bias", "outcompeted", "starved"]
+    sae, train, test = five_causes("relu")
+    assert dead_causes(sae, train, test)["cause"].tolist() == ["alive", "train_only", "bias", "alive", "starved"]
+
+
+def test_causes_agree_with_rates_on_real_activations(good_sae, residual):
+    x = residual.flatten(0, 1)
+    frame = dead_causes(good_sae, x[:2000].split(300), x[2000:].split(300), n_tokens=1500, chunk=6400)
+    torch.testing.assert_close(torch.tensor(frame["test_rate"]).float(), firing_rates(good_sae, [x[2000:]], 1500))
+    torch.testing.assert_close(torch.tensor(frame["train_rate"]).float(), firing_rates(good_sae, [x], 1500))
+    assert ((frame["cause"] == "alive") == (frame["test_rate"] > 0)).all()
+    assert (frame["bound"] >= frame["largest"] - 1e-4).all()  # a bound is a bound
+    assert frame["cause"].isin(CAUSES).all()
+    with pytest.raises(ValueError, match="no test tokens"):
+        dead_causes(good_sae, [x], [])
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu", "gated", "matryoshka"])
+def test_variants_are_measured_as_they_encode_single_tokens(tiny_clip, tiny_dataset, residual, activation):
+    sae = SparseAutoencoder(32, 64, activation, **({"k": 5} if "topk" in activation or activation == "matryoshka" else {}))
+    sae(residual)  # finds a threshold
+    frame = measured(tiny_clip, sae, tiny_dataset)  # in training mode, yet batches don't matter
+    l0 = (sae.encode(residual) > 0).sum(-1).float().mean().item()
+    assert frame.loc[("reconstruction", "all", "l0"), "value"] == pytest.approx(l0, rel=1e-5)
+    error = residual - sae.decode(sae.encode(residual))
+    explained = 1 - error.square().sum() / (residual - residual.flatten(0, 1).mean(0)).square().sum()
+    assert frame.loc[("reconstruction", "all", "explained_variance"), "value"] == pytest.approx(explained.item(), rel=1e-3, abs=1e-4)
 
 
 def test_figures_draw(frame, tiny_sae, tiny_dataset, residual):

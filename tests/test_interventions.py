@@ -1,4 +1,16 @@
-"""Masks and edits: exact, blind to labels, and the same for adapted models."""
+"""Masks and edits: exact, blind to labels, and the same for adapted models.
+
+Traps of PAPER.md section 4 that belong here, and their tests:
+
+1  masking an adapted model crashes            test_traps_1_and_4_adapted_models_run_and_their_prompts_are_left_alone
+2  a constant bias is added in masking         test_trap_2_masking_adds_no_constant
+3  oracle masks leak the label                 test_trap_3_only_the_oracle_reads_evaluation_labels
+4  prompt tokens leak into means and counts    test_traps_1_and_4_..., test_the_sae_never_sees_prompt_tokens
+12 averaged text features not renormalised     test_trap_12_the_head_is_renormalised_after_averaging_templates
+16 accuracies only with the reconstruction     test_trap_16_raw_reconstructed_and_error_kept_stand_side_by_side
+
+Trap 13 (classes keyed by name): test_rows_for_each_class_keep_equal_names_apart.
+"""
 
 from __future__ import annotations
 
@@ -139,6 +151,51 @@ def test_identity_mask_with_the_error_kept_changes_no_logit(kind, tiny_clip, map
     torch.testing.assert_close(identity.logits, steered.logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("layer", [-2, -3])
+@pytest.mark.parametrize("kind", ["base", "maple-1", "maple-2", "maple-3", "coop", "vpt-1", "vpt-3"])
+def test_identity_is_exact_for_every_model_and_adapter(kind, layer, tiny_clip, sae, tiny_dataset, tiny_images, head):
+    """Every logit of every image: nothing masked with the error kept, everything kept on, and a steer without edits."""
+    from patchsae_utils.adapters import CoOp, MaPLe, VisualPrompt
+
+    name, _, depth = kind.partition("-")
+    kinds = {
+        "maple": lambda: MaPLe(tiny_clip, 2, int(depth)),
+        "coop": lambda: CoOp(tiny_clip, 2),
+        "vpt": lambda: VisualPrompt(tiny_clip, 3, int(depth)),
+    }
+    clip = Recorder(kinds[name]() if depth or name == "coop" else tiny_clip)
+    counts = torch.rand(len(head), sae.d_sae, generator=torch.Generator().manual_seed(0))
+    options = {"choose": "dataset", "class_counts": counts, "head": head, "keep_error": True, "layer": layer, "batch_size": 8}
+    logits = []
+    clip_logits = clip._clip.logits
+    clip.logits = lambda features, rows: logits.append(clip_logits(features, rows)) or logits[-1]
+    sweep(clip, sae, _First(tiny_dataset, 8), [0, sae.d_sae], **options)
+    raw, _, error_kept, on_0, off_0, on_all, off_all = logits
+    expected = clip_logits(clip.encode_image(tiny_images), head)
+    for found in (raw, error_kept, off_0):
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * clip.logit_scale)
+    torch.testing.assert_close(on_all, expected, rtol=0, atol=2e-4 * clip.logit_scale)
+    torch.testing.assert_close(on_0, off_all, rtol=0, atol=2e-4 * clip.logit_scale)
+    assert (on_0 - expected).abs().max() > 0.1
+    assert torch.equal(
+        steer(clip._clip, sae, tiny_images, [], layer, head).logits_before, steer(clip._clip, sae, tiny_images, [], layer, head).logits
+    )
+
+
+class _First:
+    """The first images of a data set."""
+
+    def __init__(self, dataset, n):
+        self._dataset, self.labels, self._n = dataset, dataset.labels[:n], n
+        self.class_names, self.spec, self.split = dataset.class_names, dataset.spec, dataset.split
+
+    def __len__(self):
+        return self._n
+
+    def __getitem__(self, i):
+        return self._dataset[i]
+
+
 @pytest.mark.parametrize("kind", ["base", "maple"])
 def test_extreme_masks(kind, tiny_clip, maple, sae, tiny_dataset, counts):
     """off-0 is the identity; on-all is the reconstruction, and the identity where the error is kept."""
@@ -232,6 +289,74 @@ def test_matched_latents_are_others_of_similar_activation():
     assert len(list(match_by_weight(targets, pool[:4], weights, rng))) == 4
 
 
+def test_controls_match_in_activation_and_frequency():
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(400, 2)) * [1, 10]  # the second column must not drown the first
+    targets, pool = np.arange(20), np.arange(20, 400)
+    pairs = dict(match_by_weight(targets, pool, weights, rng))
+    assert list(pairs) == targets.tolist() and len(set(pairs.values())) == 20 and min(pairs.values()) >= 20
+    distance = np.array([np.abs((weights[a] - weights[b]) / weights.std(0)) for a, b in pairs.items()])
+    assert np.median(distance[:, 0]) < 0.25 and np.median(distance[:, 1]) < 0.25
+    assert np.median(np.abs(weights[targets] - weights[pool[:20]]) / weights.std(0)) > 0.4
+    assert len(dict(match_by_weight(targets, pool[:4], weights, rng))) == 4
+
+
+def test_matched_masks_read_the_train_splits_frequency(tiny_clip, sae, tiny_dataset, counts, head):
+    """Another frequency, with everything else the same, gives other partners."""
+    options = {"choose": "matched", "modes": "off", "keep_error": True, "head": head}
+    tables = []
+    for seed in (0, 1):
+        frequency = torch.rand(sae.d_sae, generator=torch.Generator().manual_seed(seed)) + 0.01
+        summary = SimpleNamespace(class_counts=counts, frequency=frequency, class_names=tiny_dataset.class_names)
+        tables.append(sweep(tiny_clip, sae, tiny_dataset, [5], class_counts=summary, **options)["logit"].iloc[3])
+    assert abs(tables[0] - tables[1]) > 1e-4
+
+
+# -- where ------------------------------------------------------------------------------------------------------------
+
+
+def test_chosen_patches_as_a_grid_one_an_image_or_a_function(tiny_clip, sae, tiny_dataset, counts, head):
+    grids = torch.rand(len(tiny_dataset), 14, 14, generator=torch.Generator().manual_seed(0)) < 0.3
+    where = {
+        "all": "all", "one": grids[0], "flat": grids[0].flatten().numpy(), "each": grids, "computed": lambda i: grids[i].numpy(),
+        "none": torch.zeros(14, 14, dtype=torch.bool), "every": torch.ones(196, dtype=torch.bool), "patches": "patches",
+    }  # fmt: skip
+    options = {"choose": "oracle", "class_counts": counts, "head": head, "keep_error": [True, False], "batch_size": 7}
+    table = sweep(tiny_clip, sae, tiny_dataset, [6], where=where, **options)
+    logit = table[table["choose"] != "none"].set_index(["mode", "error", "where"])["logit"].sort_index()
+    for mode in ("on", "off"):
+        for error, reference in (("kept", "raw"), ("dropped", "reconstructed")):
+            part = logit[mode, error]
+            assert part["one"] == pytest.approx(part["flat"], abs=1e-5) and part["each"] == pytest.approx(part["computed"], abs=1e-5)
+            assert part["every"] == pytest.approx(part["patches"], abs=1e-5)
+            assert part["none"] == pytest.approx(row(table, mode=reference)["logit"], abs=1e-4)
+            assert abs(part["one"] - part["each"]) > 1e-4 and abs(part["each"] - part["all"]) > 1e-4
+    # The error kept, off, on the grids of each image: against steer.
+    top = counts[tiny_dataset.labels].argsort(dim=1, descending=True, stable=True)[:, :6]
+    expected = []
+    for i in range(len(tiny_dataset)):
+        image = tiny_clip.preprocess(tiny_dataset[i].image)[None]
+        edits = [Edit(latent, "scale", 0.0, grids[i].flatten()) for latent in top[i].tolist()]
+        expected.append(float(steer(tiny_clip, sae, image, edits, LAYER, head).logits[0, tiny_dataset.labels[i]]))
+    assert logit["off", "kept", "each"] == pytest.approx(np.mean(expected), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({"here": torch.ones(14, 14)}, "boolean grid"),
+        ({"here": torch.ones(5, 196, dtype=torch.bool)}, "one for each of the 24 images"),
+        ({"here": lambda i: np.ones(5, dtype=bool)}, "196 patches"),
+        ({"cls": torch.ones(14, 14, dtype=torch.bool)}, "'cls' is taken"),
+        ({"here": "corner"}, "Valid: all, cls, patches"),
+        ({}, "mapping from names"),
+    ],
+)
+def test_places_that_do_not_exist_are_refused(where, message, tiny_clip, sae, tiny_dataset, counts, head):
+    with pytest.raises(ValueError, match=message):
+        sweep(tiny_clip, sae, tiny_dataset, [1], choose="dataset", class_counts=counts, head=head, where=where)
+
+
 def test_seeds_and_batch_sizes(tiny_clip, sae, tiny_dataset, counts, head):
     def run(seed, batch_size):
         return sweep(tiny_clip, sae, tiny_dataset, [2, 8], choose=CHOICES, class_counts=counts, head=head, seed=seed, batch_size=batch_size)
@@ -320,6 +445,19 @@ def test_table_has_a_row_for_every_condition_with_an_interval(tiny_clip, sae, ti
         .sum()
     )
     np.testing.assert_allclose(weighted["right"] / weighted["n"], total["accuracy"], atol=1e-9)
+
+
+def test_rows_for_each_class_keep_equal_names_apart(tiny_clip, sae, tiny_dataset, head):
+    twins = _First(tiny_dataset, 12)
+    twins.class_names = ["missile", "missile", *tiny_dataset.class_names[2:]]
+    table = sweep(tiny_clip, sae, twins, [3], choose="random", head=head, groups="class", modes="off")
+    each = table[table["class"] >= 0]
+    assert sorted(each["class"].unique()) == sorted(set(twins.labels.tolist()))
+    assert set(each.loc[each["group"] == "missile", "class"]) == {0, 1} & set(twins.labels.tolist())
+    raw = each[each["mode"] == "raw"]
+    assert (raw["accuracy"] * raw["n"]).sum() / raw["n"].sum() == pytest.approx(row(table[table["class"] < 0], mode="raw")["accuracy"])
+    with pytest.raises(ValueError, match="or 'class'"):
+        sweep(tiny_clip, sae, twins, [3], choose="random", head=head, groups="task")
 
 
 def test_bootstrap_mean():
@@ -425,7 +563,7 @@ def test_steer_reports_probabilities_and_what_moved(tiny_clip, sae, tiny_images,
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Edit(0, "swap"), "Valid: scale, set, add"),
+        (lambda: Edit(0, "turn"), "Valid: scale, set, add, swap, transplant"),
         (lambda: Edit(0, "scale", -1.0), "not negative"),
         (lambda: Edit(0, "add", float("nan")), "finite"),
         (lambda: Edit(0, patches="corner").apply(torch.ones(1, 5)), "Valid: None"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -14,8 +15,17 @@ from patchsae_utils import latents as module
 from patchsae_utils.data import ImageData
 from patchsae_utils.latents import LatentSummary, latent_chunks, latent_masks, select_latents, summarize_latents
 from patchsae_utils.levels import activation_levels, level_overlap, reference_images, seen_image, upsample_masks
-from patchsae_utils.sae import SparseAutoencoder
-from patchsae_utils.statistics import contrasting_latents, label_entropy, label_std, mean_interval, merge_top, shuffled_label_entropy
+from patchsae_utils.sae import ACTIVATIONS, SparseAutoencoder
+from patchsae_utils.statistics import (
+    contrasting_latents,
+    label_entropy,
+    label_std,
+    mean_interval,
+    merge_keys,
+    pack_top,
+    shuffled_label_entropy,
+    unpack_top,
+)
 
 LAYER = 1
 
@@ -107,18 +117,28 @@ def test_label_entropy_says_what_is_wrong(values, labels, message):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 20])
-def test_merge_top_keeps_the_first_of_equal_images_whatever_the_batch_size(batch):
+def test_merging_keeps_the_first_of_equal_images_whatever_the_batch_size(batch):
     rng = np.random.default_rng(1)
     all_values = torch.from_numpy(rng.integers(0, 4, (20, 7)).astype(np.float32))  # many ties, many zeros
     all_values[:, 2] = 0
-    values, images = torch.zeros(7, 5), torch.full((7, 5), -1)
+    kept = torch.zeros(7, 5, dtype=torch.long)
     for start in range(0, 20, batch):
-        new = all_values[start : start + batch]
-        values, images = merge_top(values, images, new, torch.arange(start, start + len(new)))
+        new = all_values[start : start + batch].T
+        merge_keys(kept, pack_top(new, torch.arange(start, start + new.shape[1]).expand(7, -1)))
+    values, images = unpack_top(kept)
     for latent in range(7):
         order = sorted((i for i in range(20) if all_values[i, latent] > 0), key=lambda i: (-all_values[i, latent].item(), i))[:5]
         assert images[latent].tolist() == order + [-1] * (5 - len(order))
         assert values[latent].tolist() == [all_values[i, latent].item() for i in order] + [0] * (5 - len(order))
+
+
+def test_keys_order_any_floats_and_come_back_unchanged():
+    values = torch.tensor([3e38, 1e-38, 1e-45, 0.0, -1.0, float("nan"), 2.5, 2.5])
+    places = torch.tensor([0, 2**32 - 1, 7, 1, 2, 3, 9, 4])
+    keys = pack_top(values, places)
+    found, at = unpack_top(keys)
+    assert found.tolist() == [*values[:3].tolist(), 0, 0, 0, 2.5, 2.5] and at.tolist() == [0, 2**32 - 1, 7, -1, -1, -1, 9, 4]
+    assert keys.argsort(descending=True, stable=True)[:5].tolist() == [0, 7, 6, 1, 2]
 
 
 def test_shuffled_labels_make_the_entropy_of_random_images():
@@ -201,6 +221,78 @@ def test_classes_of_equal_name_stay_two(summary, all_latents):
     assert summary.class_counts[2].tolist() == lonely.tolist() and summary.class_counts[1].sum() > lonely.sum()
 
 
+@pytest.mark.parametrize("per_image", [1, 2, 50])
+def test_top_patches_equal_the_slow_reference(tiny_clip, sae, data, all_latents, per_image):
+    found = summarize_latents(tiny_clip, sae, data, LAYER, k=6, patches_per_image=per_image, batch_size=5, progress=False)
+    patches = all_latents[:, 1:].float().numpy()
+    for latent in range(24):
+        candidates = []
+        for image in range(12):  # the strongest patches of each image, then the strongest of those
+            own = sorted((-patches[image, p, latent], image, p) for p in range(196) if patches[image, p, latent] > 0)
+            candidates += own[:per_image]
+        expected = sorted(candidates)[:6]
+        n = len(expected)
+        # Rounding may order two nearly equal patches otherwise, so values are compared, and each place must hold its value.
+        np.testing.assert_allclose(found.top_patch_values[latent, :n], [-v for v, _, _ in expected], rtol=1e-4)
+        assert (found.top_patch_images[latent, n:] == -1).all() and (found.top_patches[latent, n:] == -1).all()
+        assert (found.top_patch_values[latent, n:] == 0).all()
+        images, places = found.top_patch_images[latent, :n].numpy(), found.top_patches[latent, :n].numpy()
+        np.testing.assert_allclose(patches[images, places, latent], found.top_patch_values[latent, :n], rtol=1e-4)
+        assert len({*zip(images.tolist(), places.tolist(), strict=True)}) == n
+        assert n == 0 or np.bincount(images).max() <= per_image
+
+
+def test_equal_patches_keep_their_order(tiny_clip, data):
+    """A latent that is equally active everywhere: reference patches are the first ones, by image, then row by row."""
+    flat = SparseAutoencoder(tiny_clip.width, 2).requires_grad_(False)
+    flat.W_enc.zero_()
+    flat.b_enc.copy_(torch.tensor([1.5, -1.0]))
+    one = summarize_latents(tiny_clip, flat, data, LAYER, k=3, batch_size=7, progress=False)
+    assert one.top_patch_images[0].tolist() == [0, 1, 2] and one.top_patches[0].tolist() == [0, 0, 0]
+    assert one.top_images[0].tolist() == [0, 1, 2] and one.top_values[0].tolist() == [1.5] * 3
+    many = summarize_latents(tiny_clip, flat, data, LAYER, k=3, patches_per_image=3, progress=False)
+    assert many.top_patch_images[0].tolist() == [0, 0, 0] and many.top_patches[0].tolist() == [0, 1, 2]
+    assert one.dead.tolist() == [False, True] and one.top_patches[1].tolist() == [-1] * 3 and one.top_patch_values[1].tolist() == [0] * 3
+
+
+def test_no_value_is_ever_nan(summary):
+    for name in ("frequency", "mean_activation", "top_values", "top_patch_values", "class_counts", "class_hits"):
+        assert not getattr(summary, name).isnan().any()
+    assert summary.frequency.max() <= 1  # images over images: tokens would give up to 197
+
+
+def test_several_kinds_of_tokens_take_one_pass(tiny_clip, sae, data, tmp_path, monkeypatch):
+    alone = {kind: summarize_latents(tiny_clip, sae, data, LAYER, tokens=kind, progress=False) for kind in ("all", "patches", "cls")}
+    passes = []
+    real = module.read_latents
+    monkeypatch.setattr(module, "read_latents", lambda *args: passes.append(1) or real(*args))
+    together = summarize_latents(tiny_clip, sae, data, LAYER, tokens=["all", "patches", "cls"], out=tmp_path / "s", progress=False)
+    assert len(passes) == 1 and list(together) == ["all", "patches", "cls"]
+    for kind, found in together.items():
+        for field in dataclasses.fields(LatentSummary):
+            mine, other = getattr(found, field.name), getattr(alone[kind], field.name)
+            if isinstance(mine, torch.Tensor):
+                torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
+            else:
+                assert mine == other
+    assert together["cls"].top_patches is None and together["patches"].top_patches is not None
+    both = together["patches"].class_counts + together["cls"].class_counts
+    assert torch.equal(together["all"].class_counts, both)
+    again = summarize_latents(tiny_clip, sae, data, LAYER, tokens=["cls", "all"], out=tmp_path / "s", progress=False)
+    assert len(passes) == 1 and torch.equal(again["cls"].top_images, together["cls"].top_images)
+
+
+def test_images_may_be_read_in_any_batches(tiny_clip, sae, data, summary):
+    other = summarize_latents(tiny_clip, sae, data, LAYER, k=4, batch_size=1, progress=False)
+    assert torch.equal(other.top_images, summary.top_images) and torch.equal(other.class_counts, summary.class_counts)
+
+
+def test_an_empty_data_set_is_refused(tiny_clip, sae):
+    empty = ImageData("noise", "test", ["a"], torch.zeros(0, dtype=torch.long), lambda i: Image.new("RGB", (112, 112)))
+    with pytest.raises(ValueError, match="empty"):
+        summarize_latents(tiny_clip, sae, empty, LAYER, progress=False)
+
+
 @pytest.mark.parametrize("tokens, part", [("patches", slice(1, None)), ("cls", slice(0, 1))])
 def test_statistics_of_patches_or_cls_alone(tiny_clip, sae, data, all_latents, tokens, part):
     found = summarize_latents(tiny_clip, sae, data, LAYER, tokens=tokens, progress=False)
@@ -220,6 +312,7 @@ def test_prompt_tokens_of_adapted_models_do_not_count(tiny_clip, sae, data, summ
     found = summarize_latents(Prompted(), sae, data, LAYER, k=4, batch_size=12, progress=False)
     assert torch.equal(found.class_counts, summary.class_counts)
     torch.testing.assert_close(found.mean_activation, summary.mean_activation)
+    assert torch.equal(found.top_patches, summary.top_patches) and found.top_patch_values.max() == summary.top_patch_values.max()
     masks = latent_masks(Prompted(), sae, tiny_clip.preprocess(data[0].image)[None], [0], LAYER)
     assert masks.shape == (1, 1, 14, 14)
 
@@ -240,6 +333,20 @@ def test_no_block_is_larger_than_one_chunk(tiny_clip, data):
     assert len(list(latent_chunks(watched, residual, chunk_bytes=1))) == 6  # one image is the smallest chunk
 
 
+def test_a_whole_pass_never_encodes_more_than_a_chunk(tiny_clip, data, tmp_path, monkeypatch):
+    largest = []
+
+    class Watched(SparseAutoencoder):
+        def encode(self, x):
+            largest.append(x.shape[:-1].numel())
+            return super().encode(x)
+
+    monkeypatch.setattr(module, "CHUNK_BYTES", 3 * 197 * 24 * 4)
+    watched = Watched(tiny_clip.width, 24)
+    found = summarize_latents(tiny_clip, watched, data, LAYER, batch_size=12, features=tmp_path / "f", progress=False)
+    assert largest == [3 * 197] * 4 and found.n_images == 12
+
+
 def test_summary_survives_the_disk_and_is_not_made_twice(tiny_clip, sae, data, tmp_path, monkeypatch):
     first = summarize_latents(tiny_clip, sae, data, LAYER, k=4, out=tmp_path / "s", progress=False)
     monkeypatch.setattr(module, "batches", lambda *_, **__: pytest.fail("the images were read again"))
@@ -251,12 +358,36 @@ def test_summary_survives_the_disk_and_is_not_made_twice(tiny_clip, sae, data, t
         summarize_latents(tiny_clip, sae, data, LAYER, k=4, tau=0.5, out=tmp_path / "s", progress=False)
 
 
+def test_large_tables_are_written_sparse_and_come_back_whole(summary, tmp_path):
+    from safetensors.torch import load_file
+
+    counts = torch.zeros(4, 24)
+    counts[1, 5], counts[3, 0] = 7, 2
+    few = dataclasses.replace(summary, class_counts=counts)
+    few.save(tmp_path / "s")
+    names = set(load_file(tmp_path / "s" / "latents.safetensors"))
+    assert "class_counts.places" in names and "class_counts" not in names
+    assert torch.equal(LatentSummary.load(tmp_path / "s").class_counts, counts)
+    dense = dataclasses.replace(summary, class_counts=counts + 1)
+    dense.save(tmp_path / "d")
+    assert "class_counts" in load_file(tmp_path / "d" / "latents.safetensors")
+    assert torch.equal(LatentSummary.load(tmp_path / "d").class_counts, counts + 1)
+
+
+def test_a_damaged_summary_is_named(summary, tmp_path):
+    summary.save(tmp_path / "s")
+    path = tmp_path / "s" / "latents.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="latents.safetensors is damaged"):
+        LatentSummary.load(tmp_path / "s")
+
+
 def test_loading_says_what_is_missing_or_old(summary, tmp_path):
     with pytest.raises(FileNotFoundError, match="summarize_latents"):
         LatentSummary.load(tmp_path)
     summary.save(tmp_path / "s")
     manifest = tmp_path / "s" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 0'))
+    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 0'))
     with pytest.raises(ValueError, match="format version 0"):
         LatentSummary.load(tmp_path / "s")
 
@@ -291,9 +422,14 @@ def test_latent_masks_are_the_latents_on_the_grid(tiny_clip, data, activation, k
     torch.testing.assert_close(masks[:, 0], masks[:, 2])
 
 
-def test_select_latents_takes_any_leading_shape(sae):
-    x = torch.randn(2, 3, 32)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_select_latents_are_columns_of_the_encoding(activation, monkeypatch):
+    sae = SparseAutoencoder(32, 24, activation, k=5 if "topk" in activation or activation == "matryoshka" else None, seed=2)
+    sae.requires_grad_(False).b_enc.add_(0.1)
+    x = torch.randn(7, 3, 32, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 32 * 4)  # four tokens at a time
     torch.testing.assert_close(select_latents(sae, x, [4, 1]), sae.encode(x)[..., [4, 1]])
+    assert select_latents(sae, x[:0], [4, 1]).shape == (0, 3, 2)
 
 
 def test_upsampling_covers_the_image(tiny_clip):

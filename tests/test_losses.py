@@ -8,7 +8,9 @@ import torch
 from test_sae import perturbed
 
 from patchsae_utils.losses import (
+    dead_pre_activations,
     explained_variance,
+    fired,
     geometric_median,
     ghost_loss,
     l0_norm,
@@ -16,7 +18,8 @@ from patchsae_utils.losses import (
     normalized_squared_error,
     patchsae_loss,
 )
-from patchsae_utils.sae import SaeOutput, SparseAutoencoder
+from patchsae_utils.sae import SparseAutoencoder
+from patchsae_utils.sparse import SparseLatents
 
 LAMBDA = 0.03
 
@@ -117,16 +120,49 @@ def test_ghost_gradients_reach_the_dead_alone(case):
 
 def test_ghost_reads_pre_activations(case):
     sae, x, dead = case
+    index = dead.nonzero().squeeze(-1)
     out = sae(x)
     error = normalized_squared_error(x, out.reconstruction)
-    right = ghost_loss(x, out, sae.W_dec, dead, error)
-    right.backward()
+    ghost_loss(x, out.reconstruction, dead_pre_activations(sae, x, out, index), sae.W_dec[index], error).backward()
     assert sae.W_enc.grad[:, dead].abs().max() > 0
     again = sae(x)
-    wrong = SaeOutput(again.reconstruction, again.latents, again.latents)  # exp(0) = 1: the encoder of the dead would get nothing
+    wrong = again._replace(pre_activations=again.latents)  # exp(0) = 1: the encoder of the dead would get nothing
     sae.zero_grad()
-    ghost_loss(x, wrong, sae.W_dec, dead, error.detach()).backward()
+    ghost_loss(x, again.reconstruction, dead_pre_activations(sae, x, wrong, index), sae.W_dec[index], error.detach()).backward()
     assert not sae.W_enc.grad[:, dead].any()
+
+
+def test_ghost_asks_for_pre_activations_that_the_output_does_not_hold(case):
+    sae, x, dead = case
+    grads = []
+    for output in (sae(x), sae(x)._replace(pre_activations=None)):
+        sae.zero_grad()
+        loss = patchsae_loss(sae, x, dead, LAMBDA, output=output)
+        loss.total.backward()
+        grads.append([loss.ghost.detach(), *(p.grad.clone() for p in sae.parameters())])
+    for known, asked in zip(*grads, strict=True):
+        torch.testing.assert_close(asked, known, rtol=1e-12, atol=1e-14)
+
+
+def test_ghost_can_be_left_out(case):
+    sae, x, dead = case
+    loss, without = patchsae_loss(sae, x, dead, LAMBDA), patchsae_loss(sae, x, dead, LAMBDA, ghost=False)
+    assert loss.ghost > 0 and without.ghost == 0
+    assert without.total.item() == pytest.approx((loss.mse + loss.l1).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("bias", [1e30, 1e4, -1e4, -1e30])
+def test_ghost_is_finite_when_everything_is_dead(bias):
+    sae = SparseAutoencoder(6, 20)
+    sae.b_enc.data.fill_(-1e30)
+    sae.b_enc.data[3] = bias
+    sae.W_dec.data[4] = -sae.W_dec.data[3]
+    x = torch.randn(5, 6)
+    output = sae(x)._replace(reconstruction=sae.decode(torch.zeros(5, 20)))  # as if what is dead really didn't fire
+    loss = patchsae_loss(sae, x, torch.ones(20, dtype=torch.bool), 0.0, output=output)
+    loss.total.backward()
+    assert torch.isfinite(loss.total)
+    assert all(torch.isfinite(p.grad).all() for p in sae.parameters() if p.grad is not None)
 
 
 def test_ghost_survives_pre_activations_that_overflow_exp(case):
@@ -195,6 +231,16 @@ def test_norms():
     assert l1_norm(latents).item() == pytest.approx(1.75)
     assert l0_norm(latents).item() == pytest.approx(1.5)
     assert l1_norm(torch.full((2, 60_000), 0.1, dtype=torch.bfloat16)).dtype == torch.float32
+    assert fired(latents).tolist() == fired(latents[None]).tolist() == [True, True, True]
+    assert fired(latents[:1]).tolist() == [False, True, True]
+
+
+def test_norms_of_sparse_latents_are_those_of_the_same_latents_dense():
+    dense = torch.tensor([[0.0, 2.0, 0.5], [0.0, 0.0, 0.0], [0.0, 0.25, 0.0]])
+    latents = SparseLatents(torch.tensor([2.0, 0.5, 0.25]), torch.tensor([1, 2, 1]), torch.tensor([0, 2, 2, 3]), 3)
+    torch.testing.assert_close(latents.dense(), dense)
+    for measure in (l1_norm, l0_norm, fired):
+        torch.testing.assert_close(measure(latents), measure(dense))
 
 
 def test_centre_changes_only_the_norm_the_error_is_divided_by():

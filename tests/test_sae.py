@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from patchsae_utils.sae import SparseAutoencoder
+from patchsae_utils.sae import ACTIVATIONS, SparseAutoencoder
 
 
 def perturbed(d_in=6, d_sae=20, seed=0, **options):
@@ -51,6 +51,128 @@ def test_topk_keeps_the_largest_and_no_negative():
             assert pre[~kept].max() <= max(pre[kept].min().item(), 0) or kept.sum() == 4
 
 
+def test_batchtopk_keeps_the_largest_of_the_batch_in_training_and_what_exceeds_its_threshold_afterwards():
+    sae = perturbed(activation="batchtopk", k=3)
+    x = torch.randn(4, 10, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    out = sae(x)
+    pre = out.pre_activations.detach().flatten()
+    kept = torch.zeros_like(pre)
+    best = torch.from_numpy(np.argsort(-pre.numpy())[: 3 * 40].copy())
+    kept[best] = pre[best].clamp_min(0)
+    torch.testing.assert_close(out.latents.flatten(), kept)
+    assert out.latents.count_nonzero(-1).unique().numel() > 1  # tokens share the budget
+    assert sae.threshold.item() == pytest.approx(kept[kept > 0].min().item())
+    sae.eval()
+    expected = torch.where(out.pre_activations > sae.threshold, out.pre_activations, 0.0)
+    torch.testing.assert_close(sae(x).latents, expected)
+    torch.testing.assert_close(sae.train().encode(x), expected)  # of single tokens, in either mode
+    torch.testing.assert_close(sae.encode(x[1, 2]), expected[1, 2])
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_threshold_is_a_running_mean_and_moves_in_training_alone(sparse):
+    sae = perturbed(activation="matryoshka", k=3)
+    batches = [torch.randn(30, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    expected = None
+    for x in batches:
+        pre = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc).detach().flatten()
+        smallest = pre.clamp_min(0).sort(descending=True).values[:90]
+        smallest = smallest[smallest > 0].min().item()
+        expected = smallest if expected is None else 0.99 * expected + 0.01 * smallest
+        sae(x, sparse=sparse)
+        assert sae.threshold.item() == pytest.approx(expected, rel=1e-6)
+    with torch.no_grad():
+        sae(batches[0], sparse=sparse)
+    sae.eval()(batches[0], sparse=sparse)
+    sae.encode(batches[0])
+    assert sae.threshold.item() == pytest.approx(expected, rel=1e-6)
+    sae.train()
+    before = sae.threshold.item()
+    sae.b_enc.data.fill_(-1e9)
+    sae(batches[0], sparse=sparse)  # nothing is kept: nothing to learn from
+    assert sae.threshold.item() == before
+
+
+def test_gated_is_the_papers_equation():
+    sae = perturbed(activation="gated")
+    x = torch.randn(30, 6, dtype=torch.float64)
+    W_enc, b_gate, b_mag, r_mag, b_dec = (p.detach().numpy() for p in (sae.W_enc, sae.b_enc, sae.b_mag, sae.r_mag, sae.b_dec))
+    centred = x.numpy() - b_dec
+    gate, magnitude = centred @ W_enc + b_gate > 0, np.maximum(centred @ (np.exp(r_mag) * W_enc) + b_mag, 0)
+    np.testing.assert_allclose(sae.encode(x).detach(), gate * magnitude, rtol=1e-9, atol=1e-12)
+
+
+def test_prefixes_are_the_dictionarys_own_nested_parts():
+    sae = perturbed(activation="matryoshka", k=5, groups=(2, 7, 20))
+    x = torch.randn(3, 4, 6, dtype=torch.float64)
+    out = sae(x)
+    parts = sae.decode_prefixes(out.latents)
+    for size, part in zip((2, 7, 20), parts, strict=True):
+        kept = out.latents.clone()
+        kept[..., size:] = 0
+        torch.testing.assert_close(part, sae.decode(kept))
+    torch.testing.assert_close(parts[-1], out.reconstruction)
+    assert SparseAutoencoder(4, 64, "matryoshka", k=2).groups == (4, 8, 16, 32, 64)
+    assert SparseAutoencoder(4, 3, "matryoshka", k=2).groups == (1, 3)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_columns_alone_are_columns_of_all(activation):
+    sae = perturbed(activation=activation, **({"k": 3} if activation in ("topk", "batchtopk", "matryoshka") else {}))
+    x, some = torch.randn(5, 4, 6, dtype=torch.float64), torch.tensor([17, 2, 2, 9])
+    if sae.threshold is not None:
+        sae.threshold.data.abs_().add_(0.05)
+    torch.testing.assert_close(sae.pre_activations(x, latents=some), sae.pre_activations(x)[..., some])
+    torch.testing.assert_close(sae.encode(x, latents=some), sae.encode(x)[..., some])
+    if activation == "topk":
+        with pytest.raises(ValueError, match="compares all latents of a token"):
+            sae.activate(torch.zeros(3, 4), latents=some)
+
+
+def test_infinite_pre_activations_of_silent_latents_make_no_nan():
+    sae = SparseAutoencoder(6, 20, "jumprelu")
+    sae.b_enc.data[3] = -torch.inf
+    assert torch.isfinite(sae.encode(torch.randn(5, 6))).all()
+
+
+def test_normalisation_is_invisible_to_who_encodes_and_decodes():
+    sae = SparseAutoencoder(6, 20, "jumprelu", seed=1)
+    plain = SparseAutoencoder(6, 20, "jumprelu", seed=1)
+    x = 30 + 4 * torch.randn(2000, 6, generator=torch.Generator().manual_seed(0))
+    assert not sae.normalizes
+    sae.set_normalization(x)
+    assert sae.normalizes
+    torch.testing.assert_close(sae.input_mean, x.mean(0))
+    torch.testing.assert_close(((x - sae.input_mean) / sae.input_scale).square().mean().item(), 1.0, rtol=1e-4, atol=0)
+    torch.testing.assert_close(sae.b_dec.detach(), x.mean(0))
+    inside = (x - sae.input_mean) / sae.input_scale
+    torch.testing.assert_close(sae.encode(x), sae.input_scale * plain.encode(inside), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(sae(x).reconstruction, sae.input_mean + sae.input_scale * plain(inside).reconstruction, rtol=1e-3, atol=1e-3)
+    centred = SparseAutoencoder(6, 20)
+    centred.set_normalization(x, "mean")
+    assert centred.input_scale == 1 and centred.normalizes
+    centred.set_normalization(x, "none")
+    assert sae.fingerprint != plain.fingerprint
+    for bad, message in ((x[:1], "at least two finite tokens"), (x[:1].expand(9, 6), "at least two"), (x * torch.nan, "at least two")):
+        with pytest.raises(ValueError, match=message):
+            sae.set_normalization(bad)
+    with pytest.raises(ValueError, match="Unknown normalization 'layer_norm'. Valid: none, mean, mean_and_norm"):
+        sae.set_normalization(x, "layer_norm")
+
+
+@pytest.mark.parametrize("kind", ["mean", "mean_and_norm"])
+def test_activations_with_other_statistics_are_refused(kind):
+    x = 5 + torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
+    sae = SparseAutoencoder(6, 20, metadata={"model_name": "openmoji", "layer": 4})
+    sae.check_statistics(100 * x)  # nothing known, nothing refused
+    sae.set_normalization(x, kind)
+    sae.check_statistics(x[:100])
+    sae.check_statistics(x.view(50, 10, 6) * 1.02)
+    for other in (x / x.norm(dim=1, keepdim=True), 10 * x, x - x.mean(0), x.mean(0) + 0.01 * (x - x.mean(0)), x * torch.nan):
+        with pytest.raises(ValueError, match=r"trained on activations 2.4\d away .* of 'openmoji', layer 4; another model's are"):
+            sae.check_statistics(other, source="another model's")
+
+
 def test_fresh_weights_follow_the_recipe():
     sae = SparseAutoencoder(16, 64, seed=3)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
@@ -95,6 +217,24 @@ def test_fingerprint_follows_the_weights():
     sae.b_enc.data[3] += 1e-3
     assert sae.fingerprint != before
     assert SparseAutoencoder(4, 8, "topk", k=2).fingerprint != before
+    variants = [SparseAutoencoder(4, 8, "matryoshka", k=2, groups=groups) for groups in ((8,), (2, 8))]
+    variants += [SparseAutoencoder(4, 8, "jumprelu", bandwidth=width) for width in (0.1, 0.2)] + [SparseAutoencoder(4, 8, "gated")]
+    variants[0].threshold.fill_(0.3)
+    trained = variants[0].fingerprint
+    variants[0].threshold.fill_(0.4)
+    assert len({trained, *(sae.fingerprint for sae in variants)}) == 6
+
+
+def test_fingerprint_of_the_first_variants_is_what_it_always_was():
+    """Artifacts are recognised by it."""
+    assert constant("relu").fingerprint == "a5b41f01eaeef572" and constant("topk", k=2).fingerprint == "f06aa406365d08da"
+
+
+def constant(activation, **options):
+    sae = SparseAutoencoder(4, 8, activation, **options)
+    for i, parameter in enumerate(sae.parameters()):
+        parameter.data.copy_(torch.arange(parameter.numel()).view(parameter.shape) / 8 + i)
+    return sae
 
 
 @pytest.mark.parametrize(
@@ -105,6 +245,15 @@ def test_fingerprint_follows_the_weights():
         ({"d_in": 4, "d_sae": 4, "activation": "topk"}, "needs k between 1 and d_sae=4"),
         ({"d_in": 4, "d_sae": 4, "activation": "topk", "k": 5}, "needs k between 1 and d_sae=4"),
         ({"d_in": 4, "d_sae": 4, "k": 2}, "no meaning for activation='relu'"),
+        ({"d_in": 4, "d_sae": 4, "activation": "batchtopk"}, "activation='batchtopk' needs k between 1 and d_sae=4"),
+        ({"d_in": 4, "d_sae": 4, "groups": (2, 4)}, "groups=.* no meaning for activation='relu'.*'matryoshka'"),
+        ({"d_in": 4, "d_sae": 4, "bandwidth": 0.1}, "bandwidth=0.1 has no meaning"),
+        ({"d_in": 4, "d_sae": 4, "activation": "jumprelu", "bandwidth": -1.0}, "bandwidth must be positive"),
+        (
+            {"d_in": 4, "d_sae": 4, "activation": "matryoshka", "k": 1, "groups": (3, 2, 4)},
+            r"rise from at least 1 to d_sae=4, got \(3, 2, 4\)",
+        ),
+        ({"d_in": 4, "d_sae": 4, "activation": "matryoshka", "k": 1, "groups": (2, 3)}, "rise from at least 1 to d_sae=4"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_PUBLIC = {"LatentExplorer": "widgets", "PatchExplorer": "widgets", "link": "widgets", "point": "pointing"}
+_PUBLIC = {"LatentExplorer": "widgets", "PatchExplorer": "widgets", "SteeringPanel": "steering", "link": "widgets", "point": "pointing"}
 
 __all__ = sorted(_PUBLIC)
 

@@ -3,14 +3,18 @@
 
 const SIZE = { reference: 160, stage: 448 };
 
+// By the widget's kind. steering.js, which the steering panel puts behind this file, adds its own.
+const VIEWS = { latent: latentView, patch: patchView };
+
 export default {
   render({ model, el }) {
     const stops = [];
     const page = {
       model,
       get: (name) => model.get(name),
+      // One choice, or several at once: set({ name: value, ... }).
       set(name, value) {
-        model.set(name, value);
+        for (const [key, chosen] of Object.entries(typeof name === "string" ? { [name]: value } : name)) model.set(key, chosen);
         model.save_changes();
       },
       on(names, call) {
@@ -22,7 +26,7 @@ export default {
     };
     // Jupyter leaves keys alone inside such an element.
     const root = h("section", { class: `psx psx-${page.get("kind")}`, "data-lm-suppress-shortcuts": "true" });
-    stops.push({ latent: latentView, patch: patchView }[page.get("kind")](page, root));
+    stops.push(VIEWS[page.get("kind")](page, root));
     el.append(root);
     return () => {
       stops.forEach((stop) => stop());

@@ -39,7 +39,7 @@ def mask_curves(frame: pd.DataFrame, save: str | None = None) -> Figure:
     save : str, optional
         Name of the picture in ``figures/``.
     """
-    frame = frame[(frame["group"] == "all") & ((frame["where"] == "all") | (frame["choose"] == "none"))]
+    frame = _one_ranking(frame[(frame["group"] == "all") & ((frame["where"] == "all") | (frame["choose"] == "none"))])
     masked = frame[frame["choose"] != "none"]
     modes = [mode for mode in _MODES if mode in set(masked["mode"])]
     errors = [error for error in ("dropped", "kept") if error in set(masked["error"])]
@@ -69,7 +69,7 @@ def mask_places(frame: pd.DataFrame, choose: Sequence[str] = ("predicted", "rand
     choose : sequence of str
     save : str, optional
     """
-    frame = frame[frame["group"] == "all"]
+    frame = _one_ranking(frame[frame["group"] == "all"])
     masked = frame[frame["choose"].isin(choose)]
     error = masked["error"].iloc[0]
     masked = masked[masked["error"] == error]
@@ -85,6 +85,87 @@ def mask_places(frame: pd.DataFrame, choose: Sequence[str] = ("predicted", "rand
         ax.set(title=f"{_MODES[mode]}, error {error}", ylim=(0, None))
         _k_axis(ax, masked["k"])
     _finish_rows(fig, axes, "latents k", "zero-shot accuracy", columns=3)
+    return style.save(fig, save)
+
+
+@rc_context(STYLE)
+def mask_errors(frame: pd.DataFrame, choose: Sequence[str] = ("predicted", "random"), save: str | None = None) -> Figure:
+    """The same masks with the error term kept and dropped.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        As ``sweep_masks`` gives it with ``keep_error=[True, False]``; rows of all tokens are drawn.
+    choose : sequence of str
+    save : str, optional
+    """
+    lines = {"error kept": ("error", "kept", "-"), "error dropped": ("error", "dropped", "--")}
+    return _overlaid(frame[(frame["where"] == "all") | (frame["choose"] == "none")], choose, lines, ("raw", "reconstructed"), save)
+
+
+@rc_context(STYLE)
+def mask_rankings(frame: pd.DataFrame, choose: Sequence[str] = ("predicted", "matched"), save: str | None = None) -> Figure:
+    """Latents ranked by where they are active, and by what the class's logit owes to them.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        As ``sweep_masks`` gives it with ``rank_by=["count", "attribution"]``, one place and one setting of the error term.
+    choose : sequence of str
+    save : str, optional
+    """
+    lines = {"ranked by attribution": ("rank", "attribution", "-"), "ranked by count": ("rank", "count", "--")}
+    return _overlaid(frame, choose, lines, ("raw",), save)
+
+
+@rc_context(STYLE)
+def mask_tasks(
+    frame: pd.DataFrame,
+    choose: Sequence[str] = ("oracle", "predicted", "wrong", "matched", "random"),
+    mode: str = "off",
+    columns: int = 5,
+    save: str | None = None,
+) -> Figure:
+    """One small picture a task (or another group of classes): accuracy over k for each choice of latents.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        As ``sweep_masks`` gives it with ``groups``; where the error term was both kept and dropped, the rows that keep it are drawn.
+    choose : sequence of str
+        Those that are missing in the frame are left out.
+    mode : {"on", "off"}
+    columns : int
+    save : str, optional
+
+    Raises
+    ------
+    ValueError
+        If the frame has no groups.
+    """
+    groups = [group for group in frame["group"].drop_duplicates() if group != "all"]
+    if not groups:
+        raise ValueError("There are no groups to draw: call sweep_masks(..., groups=[a name for each class]).")
+    frame = _one_ranking(frame)
+    masked = frame[(frame["mode"] == mode) & (frame["where"] == "all") & (frame["choose"] != "none")]
+    masked = masked[masked["error"] == ("kept" if "kept" in set(masked["error"]) else "dropped")]
+    rows = -(-len(groups) // columns)
+    fig, axes = style.figure(height=0.7 + 1.75 * rows, nrows=rows, ncols=min(columns, len(groups)), sharex=True, sharey=True, squeeze=False)
+    for ax in axes.flat[len(groups) :]:
+        ax.set_visible(False)
+    for ax, group in zip(axes.flat, groups, strict=False):
+        part = frame[frame["group"] == group]
+        _reference_line(ax, part, "raw", "-")
+        for name, (label, color) in _CHOICES.items():
+            if name in choose:
+                _curve(ax, masked[(masked["group"] == group) & (masked["choose"] == name)], label, color)
+        ax.set(ylim=(0, 1))
+        ax.set_title(f"{group} ({int(part['n'].iloc[0])})".replace("_", " "), fontsize=9, weight="normal")
+        _k_axis(ax, masked["k"])
+        ticks = ax.get_xticks()
+        ax.set_xticks(ticks[::2], [f"{k:,}" for k in sorted(masked["k"].unique())[::2]], fontsize=7.5)
+    fig.suptitle(_MODES[mode], x=0.01, ha="left", fontsize=11, weight="bold")
+    _finish_rows(fig, axes, "latents k", "accuracy", columns=4)
     return style.save(fig, save)
 
 
@@ -255,6 +336,32 @@ def object_removal(frame: pd.DataFrame, overall: pd.DataFrame, dataset, scenes: 
     ax.grid(False, axis="x")
     ax.legend(loc="upper center", fontsize=8)
     return style.save(fig, save, credit=True)
+
+
+def _overlaid(frame: pd.DataFrame, choose: Sequence[str], lines: dict, references: Sequence[str], save: str | None) -> Figure:
+    """On and off side by side; a colour for each choice, a line style for each value of one column."""
+    frame = frame[frame["group"] == "all"]
+    masked = frame[frame["choose"].isin(choose)]
+    modes = [mode for mode in _MODES if mode in set(masked["mode"])]
+    fig, axes = style.figure(height=3.4, ncols=len(modes), sharey=True, squeeze=False)
+    for ax, mode in zip(axes[0], modes, strict=True):
+        for reference, dashes in zip(references, ("-", (0, (4, 3))), strict=False):
+            _reference_line(ax, frame, reference, dashes)
+        for name in choose:
+            label, color = _CHOICES[name]
+            for line_label, (column, value, dashes) in lines.items():
+                rows = masked[(masked["choose"] == name) & (masked["mode"] == mode) & (masked[column] == value)]
+                _curve(ax, rows, f"{label}, {line_label}", color, ls=dashes)
+        ax.set(title=_MODES[mode], ylim=(0, None))
+        _k_axis(ax, masked["k"])
+    _finish_rows(fig, axes, "latents k", "zero-shot accuracy", columns=3)
+    return style.save(fig, save)
+
+
+def _one_ranking(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of several rankings the first."""
+    ranks = frame["rank"][frame["rank"] != "none"]
+    return frame[frame["rank"].isin(["none", *ranks.iloc[:1]])]
 
 
 def _curve(ax, rows: pd.DataFrame, label: str, color: str, **line) -> None:

@@ -15,7 +15,6 @@ from matplotlib.patheffects import withStroke
 from .style import COLORS, HEAT, STYLE, figure, image_axes
 from .style import save as save_figure
 
-_DICTIONARY_COLORS = ("blue", "orange", "gray", "green", "purple")
 _SHARED_COLORS = ("blue", "orange", "green", "purple", "sky", "red", "yellow", "black")
 
 
@@ -103,6 +102,60 @@ def dimmed_image(ax, image: np.ndarray, mask: np.ndarray, top: float) -> None:
     ax.imshow(shade, extent=size, interpolation="nearest")
 
 
+def mask_styles(pictures: Mapping[str, np.ndarray], save: str | None = None, credit: bool = True) -> Figure:
+    """Pictures side by side, e.g. one mask as heat map, contour and dimmed picture (see :mod:`patchsae_utils.overlays`).
+
+    Parameters
+    ----------
+    pictures : mapping of str to uint8 array [H, W, 3]
+        Title -> picture.
+    save : str, optional
+    credit : bool
+        Whether the pictures are OpenMoji's.
+    """
+    widths = [picture.shape[1] / picture.shape[0] for picture in pictures.values()]
+    with plt.rc_context(STYLE):
+        fig, axes = figure(height=8.6 / sum(widths) + 0.35, ncols=len(pictures), width_ratios=widths, squeeze=False)
+        for ax, (title, picture) in zip(axes.flat, pictures.items(), strict=True):
+            image_axes(ax).imshow(picture)
+            ax.set_title(title, fontsize=9, fontweight="normal")
+    return save_figure(fig, save, credit=credit)
+
+
+def reference_patches(
+    references: Sequence, titles: Sequence[str], columns: int = 2, save: str | None = None, credit: bool = True
+) -> Figure:
+    """Latents' strongest patches, each within its surroundings.
+
+    Parameters
+    ----------
+    references : sequence of patchsae_utils.levels.PatchReferences
+    titles : sequence of str
+        One a latent.
+    columns : int
+        Latents side by side.
+    save : str, optional
+    credit : bool
+        Whether the pictures are OpenMoji's.
+    """
+    k = max((len(r.crops) for r in references), default=1) or 1
+    rows = -(-len(references) // columns)
+    with plt.rc_context(STYLE):
+        fig, _ = figure(height=0.95 * rows + 0.1)
+        fig.clear()
+        groups = np.atleast_1d(fig.subfigures(rows, columns, wspace=0.02)).reshape(rows, columns)
+        for group, reference, title in zip(groups.flat, references, titles, strict=False):
+            group.suptitle(title, x=0.01, ha="left", fontsize=9)
+            for column, ax in enumerate(np.atleast_1d(group.subplots(1, k))):
+                image_axes(ax)
+                if column < len(reference.crops):
+                    ax.imshow(reference.crops[column].numpy())
+                    top, left, height, width = reference.boxes[column].tolist()
+                    box = Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=COLORS["red"], linewidth=1.2)
+                    ax.add_patch(box)
+    return save_figure(fig, save, credit=credit)
+
+
 def levels(found, names: Mapping[int, str] | None = None, save: str | None = None, credit: bool = True) -> Figure:
     """One image from patch to data set: its top latents at each level; a latent that several levels share keeps its colour.
 
@@ -157,44 +210,6 @@ def levels(found, names: Mapping[int, str] | None = None, save: str | None = Non
 
 def _grid(found) -> tuple[int, int]:
     return next(iter(found.masks.values())).shape
-
-
-def concept_detection(table: pd.DataFrame, save: str | None = None) -> Figure:
-    """Mean average precision of the best feature by kind of concept, one colour a dictionary; grey ticks mark chance.
-
-    Parameters
-    ----------
-    table : DataFrame
-        ``ConceptReport.table()``: dictionary, kind, n_concepts, ap, low, high, chance.
-    save : str, optional
-    """
-    kinds, dictionaries = list(table["kind"].unique()), list(table["dictionary"].unique())
-    with plt.rc_context(STYLE):
-        fig, ax = figure(height=0.62 * len(kinds) + 1.0)
-        step = 0.62 / len(dictionaries)
-        for i, name in enumerate(dictionaries):
-            rows = table[table["dictionary"] == name].set_index("kind").loc[kinds]
-            y = np.arange(len(kinds)) + (i - (len(dictionaries) - 1) / 2) * step
-            color = COLORS[_DICTIONARY_COLORS[i % len(_DICTIONARY_COLORS)]]
-            ax.barh(y, rows["ap"], height=0.86 * step, color=color, label=name)
-            ax.hlines(y, rows["low"], rows["high"], color=COLORS["black"], linewidth=1.1)
-        chance = table.drop_duplicates("kind").set_index("kind").loc[kinds, "chance"]
-        ax.vlines(
-            chance,
-            np.arange(len(kinds)) - 0.36,
-            np.arange(len(kinds)) + 0.36,
-            color="#5A5A5A",
-            linestyle=":",
-            linewidth=1.2,
-            label="chance",
-        )
-        counts = table.drop_duplicates("kind").set_index("kind").loc[kinds, "n_concepts"]
-        ax.set_yticks(range(len(kinds)), [f"{kind} ({n})" for kind, n in counts.items()])
-        ax.set(xlim=(0, 1), xlabel="mean average precision of the best feature, on scenes it was not chosen on (95 % interval)")
-        ax.grid(axis="y", visible=False)
-        ax.invert_yaxis()
-        ax.legend(loc="lower right")
-    return save_figure(fig, save)
 
 
 def concept_masks(examples: Sequence, columns: int = 2, save: str | None = None, credit: bool = True) -> Figure:

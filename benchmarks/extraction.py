@@ -1,0 +1,147 @@
+"""The residual stream after one block: ours against the bare forward of those blocks, and against a whole forward pass of CLIP.
+
+    python -m benchmarks.extraction [--model ViT-B-16] [--images 8] [--layer -2] [--json PATH]
+
+Images are preprocessed and in memory, weights are random: what is timed is arithmetic. Sides, in bfloat16 by autocast: ``ours`` is
+``ClipModel.residual``, which checks its input, stops after the block and returns float32; ``bare`` is a loop over the same blocks with nothing
+around it; ``whole`` is a whole forward pass, both towers, of the images and as many texts. ``as it comes`` is the bare loop over open_clip's
+blocks without what ``ClipModel`` does for bfloat16 (attention with the sequence first); ``half`` is that with weights that are bfloat16
+themselves, which rounds layer norms and the residual stream, too. Rounds alternate between the sides, so that what else the machine does
+falls on all alike; memory is measured in a process for each. ``ratio`` is ours over whole, in images/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .common import in_subprocess, parser, peak_memory, report, timed
+
+SIDES = ("ours", "bare", "as it comes", "half", "whole")
+TARGETS = {"seconds of ours over bare": 1.15}
+
+
+def prepare(settings: dict, sides: Sequence[str] = SIDES) -> dict[str, Callable[[], Tensor]]:
+    """Each side as a function without arguments."""
+    from patchsae_utils.clip import load_clip
+
+    logging.disable(logging.WARNING)  # random weights are meant
+    device = settings["device"]
+    clip = load_clip(settings["model"], settings["pretrained"], device=device, precision="bf16")
+    images = torch.randn(settings["images"], 3, *clip.image_size, generator=torch.Generator().manual_seed(0)).to(device)
+    texts = clip.tokenize(["a photo of a bird."] * settings["images"])
+    layer = clip.layer_index(settings["layer"])
+    plain = copy.deepcopy(clip.visual) if {"as it comes", "half"} & set(sides) else None
+    for module in plain.modules() if plain else ():
+        if hasattr(module, "batch_first"):
+            module.batch_first = True
+    half = copy.deepcopy(plain).bfloat16() if "half" in sides else None
+    for module in clip.model.modules():  # the text tower, too
+        if hasattr(module, "batch_first"):
+            module.batch_first = False
+
+    def blocks(visual, x: Tensor) -> Tensor:
+        x, first = visual._embeds(x), visual.transformer.batch_first
+        x = x if first else x.transpose(0, 1)
+        for block in visual.transformer.resblocks[: layer + 1]:
+            x = block(x)
+        return x if first else x.transpose(0, 1)
+
+    def ours() -> Tensor:
+        return clip.residual(images, layer)
+
+    def bare() -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            return blocks(clip.visual, images)
+
+    def as_it_comes() -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            return blocks(plain, images)
+
+    def in_half() -> Tensor:
+        return blocks(half, images.bfloat16())
+
+    def whole() -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            return clip.model(images, texts)[0]
+
+    return {name: run for name, run in zip(SIDES, (ours, bare, as_it_comes, in_half, whole), strict=True) if name in sides}
+
+
+@torch.inference_mode()
+def measure_memory(side: str, settings: dict) -> dict:
+    """Peak memory of one side, in this process."""
+    if settings["device"] == "cpu":
+        torch.set_num_threads(settings["threads"])
+    run = prepare(settings, (side,))[side]
+    run()
+    return {"peak_memory_gb": peak_memory(settings["device"]) / 1e9}
+
+
+@torch.inference_mode()
+def measure_seconds(settings: dict) -> dict[str, list[float]]:
+    """Seconds of every round of every side; in each round every side has its turn."""
+    runs = prepare(settings)
+    torch.testing.assert_close(runs["ours"](), runs["bare"]().float())
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(1 + settings["repeats"]):
+        for name, run in runs.items():
+            taken = timed(run, repeats=1, warmup=0, device=settings["device"])["best"]
+            if i:  # the first round warms up
+                seconds[name].append(taken)
+    return seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> dict | None:
+    """Run the benchmark; see the module's docstring."""
+    options_of = parser(__doc__)
+    options_of.add_argument("--model", default="ViT-B-16")
+    options_of.add_argument("--pretrained", default="random")
+    options_of.add_argument("--images", type=int, default=8, help="in a batch")
+    options_of.add_argument("--layer", type=int, default=-2)
+    options_of.add_argument("--no-memory", action="store_true", help="leave out the process for each side")
+    options_of.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    options_of.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
+    options = options_of.parse_args(arguments)
+    if options.side:
+        print(json.dumps(measure_memory(options.side, options.settings)))
+        return None
+    if options.device == "cpu":
+        torch.set_num_threads(options.threads)
+    settings = {name: getattr(options, name) for name in ("model", "pretrained", "images", "layer", "device", "threads", "repeats")}
+    rows = []
+    for name, seconds in measure_seconds(settings).items():
+        best, median = min(seconds), statistics.median(seconds)
+        row = {
+            "side": name,
+            "images": options.images,
+            "seconds": best,
+            "median_seconds": median,
+            "images_per_second": options.images / best,
+        }
+        rows.append(row if options.no_memory else row | in_subprocess("benchmarks.extraction", name, settings))
+        print(f"{name:<11} {best:.3f} s, {row['images_per_second']:.1f} images/s", file=sys.stderr)
+    best, median = ({row["side"]: row[key] for row in rows} for key in ("seconds", "median_seconds"))
+    return report(
+        "extraction",
+        rows,
+        best["whole"] / best["ours"],
+        path=options.json,
+        over_bare={"best": best["ours"] / best["bare"], "median": median["ours"] / median["bare"]},
+        model=options.model,
+        layer=options.layer,
+        targets=TARGETS,
+        command="python -m benchmarks.extraction",
+    )
+
+
+if __name__ == "__main__":
+    main()

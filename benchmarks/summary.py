@@ -1,0 +1,189 @@
+"""Statistics of every latent in one pass: peak memory and images a second, and how long a query of the feature store takes.
+
+``python -m benchmarks.summary`` reads random pictures with a ViT-B/16 of random weights and an SAE of 49,152 latents, of which about 150 are
+active on a token (the paper's L0), at batch 128. On the other side stands the textbook way: encode the whole batch, keep every image's
+activations, sort at the end. It is run at a size where it fits, and so are we once more. Each side has a process of its own; on a CPU its
+``peak_bytes`` is that of the whole process, libraries and models included, and ``added_bytes`` what it needed beyond those.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.common import in_subprocess, parser, peak_memory, report
+
+MEMORY_LIMIT = 4e9
+"""Bytes: the target at batch 128 and 49,152 latents."""
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 112, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16},
+    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
+    command = parser(__doc__)
+    command.add_argument("--model", default="ViT-B-16", help="of open_clip, with random weights; or 'tiny'")
+    command.add_argument("--d-sae", type=int, default=49_152)
+    command.add_argument("--batch", type=int, default=128)
+    command.add_argument("--images", type=int, default=128)
+    command.add_argument("--classes", type=int, default=1000)
+    command.add_argument("--small-d-sae", type=int, default=12_288, help="where the textbook way fits")
+    command.add_argument("--small-batch", type=int, default=64)
+    command.add_argument("--small-images", type=int, default=64)
+    command.add_argument("--l0", type=int, default=150, help="latents active on a token")
+    command.add_argument("--side", choices=sorted(SIDES), help="run this side alone, here")
+    command.add_argument("--settings", help="its settings, as JSON")
+    options = command.parse_args(arguments)
+    if options.side:
+        settings = json.loads(options.settings)
+        if settings["device"] == "cpu":
+            torch.set_num_threads(settings["threads"])
+        print(json.dumps(SIDES[options.side](settings)))
+        return None
+    common = {name: getattr(options, name) for name in ("model", "device", "threads", "classes", "l0", "repeats")}
+    large = {**common, "d_sae": options.d_sae, "batch": options.batch, "images": options.images}
+    small = {**common, "d_sae": options.small_d_sae, "batch": options.small_batch, "images": options.small_images}
+    rows = []
+    for side, settings in (("ours", large), ("ours", small), ("textbook", small), ("queries", small)):
+        result = in_subprocess("benchmarks.summary", side, settings)
+        rows.append({"side": side, **{name: settings[name] for name in ("d_sae", "batch", "images")}, **result})
+    ours, textbook = rows[1], rows[2]
+    added = [row.get("added_bytes", 0) for row in (textbook, ours)]
+    ratio = added[0] / added[1] if min(added) > 0 else None
+    return report(
+        "summary", rows, ratio, path=options.json, ratio_of="memory above that of libraries and models, textbook to ours, at the small size", model=options.model,
+        memory_limit_bytes=MEMORY_LIMIT, within_limit="peak_bytes" in rows[0] and rows[0]["peak_bytes"] < MEMORY_LIMIT,
+    )  # fmt: skip
+
+
+# -- the world ------------------------------------------------------------------------------------------------------------
+
+
+def world(settings: dict[str, Any]):
+    """A CLIP and an SAE of random weights, and a data set of random pictures."""
+    import open_clip
+    from torchvision import transforms
+
+    from patchsae_utils.clip import ClipModel, load_clip
+    from patchsae_utils.data import ImageData
+    from patchsae_utils.sae import SparseAutoencoder
+
+    torch.manual_seed(0)
+    if settings["model"] == "tiny":
+        preprocess = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)])
+        clip = ClipModel(
+            open_clip.CLIP(**TINY), preprocess, open_clip.SimpleTokenizer(context_length=24), "tiny", device=settings["device"]
+        )
+    else:
+        clip = load_clip(settings["model"], "random", device=settings["device"])
+    sae = SparseAutoencoder(clip.width, settings["d_sae"]).requires_grad_(False).to(settings["device"])
+    height, width = clip.image_size
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(16)]
+    labels = [i % settings["classes"] for i in range(settings["images"])]
+    names = [f"class {c}" for c in range(settings["classes"])]
+    data = ImageData("noise", "test", names, labels, lambda i: pictures[i % len(pictures)])
+    with torch.no_grad():  # as sparse as a trained one
+        tokens = clip.residual(clip.preprocess(pictures[0])[None].to(settings["device"]), -2)[0, :8]
+        sae.b_enc.sub_(sae.pre_activations(tokens).flatten().kthvalue(tokens.shape[0] * (settings["d_sae"] - settings["l0"])).values)
+    return clip, sae, data
+
+
+def _measured(run, settings: dict[str, Any]) -> dict[str, Any]:
+    before = peak_memory(settings["device"])  # libraries and models
+    start = time.perf_counter()
+    run()
+    if settings["device"] != "cpu":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    peak = peak_memory(settings["device"])
+    return {"seconds": seconds, "images_per_second": settings["images"] / seconds, "peak_bytes": peak, "added_bytes": peak - before}
+
+
+def ours(settings: dict[str, Any]) -> dict[str, Any]:
+    """``summarize_latents``."""
+    from patchsae_utils.latents import summarize_latents
+
+    clip, sae, data = world(settings)
+    return _measured(lambda: summarize_latents(clip, sae, data, -2, batch_size=settings["batch"], progress=False), settings)
+
+
+def textbook(settings: dict[str, Any]) -> dict[str, Any]:
+    """The whole batch's latents at once; every image's activations kept and sorted at the end."""
+    from patchsae_utils.data import batches
+    from patchsae_utils.statistics import label_entropy, label_std
+
+    clip, sae, data = world(settings)
+
+    @torch.no_grad()
+    def run():
+        means, counts = [], []
+        for batch in batches(data, clip.preprocess, settings["batch"]):
+            h = sae.encode(clip.residual(batch.images, -2))
+            means.append(h.mean(1))
+            counts.append((h > 0.2).sum(1))
+        means, counts = torch.cat(means), torch.cat(counts).float()
+        values, images = means.sort(0, descending=True)
+        labels = data.labels.to(means.device)
+        values, top_labels = values[:10].T, labels[images[:10]].T
+        one_hot = torch.zeros(settings["classes"], len(means), device=means.device)
+        one_hot[labels, torch.arange(len(means), device=means.device)] = 1
+        active = (means > 0).float()
+        return (
+            active.mean(0), means.sum(0) / active.sum(0), label_entropy(values, top_labels, settings["classes"]),
+            label_std(values, top_labels), one_hot @ counts, one_hot @ active,
+        )  # fmt: skip
+
+    return _measured(run, settings)
+
+
+def queries(settings: dict[str, Any]) -> dict[str, Any]:
+    """Writing a feature store and asking it: milliseconds, median over random questions; ``first`` opens it and verifies what it reads."""
+    from patchsae_utils.features import FeatureStore, write_features
+
+    clip, sae, data = world(settings)
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "features"
+        start = time.perf_counter()
+        shard_images = max(1, settings["images"] // 4)
+        written = write_features(clip, sae, data, -2, out, batch_size=settings["batch"], shard_images=shard_images, progress=False)
+        seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        store = FeatureStore.open(out)
+        store.latent(0)
+        first = 1000 * (time.perf_counter() - start)
+        rows, columns = store.grid
+        asked = {
+            "latent": lambda: store.latent(rng.integers(store.n_latents)),
+            "image": lambda: store.image(rng.integers(store.n_images)),
+            "patch": lambda: store.patch(rng.integers(store.n_images), rng.integers(rows), rng.integers(columns)),
+            "class": lambda: store.of_class(rng.integers(len(store.class_names))),
+        }
+        result = {"seconds": seconds, "images_per_second": settings["images"] / seconds, "entries": written.n_entries}
+        result |= {"bytes_on_disk": written.n_bytes, "first_ms": first}
+        for name, ask in asked.items():
+            times = []
+            for _ in range(max(20, settings["repeats"])):
+                start = time.perf_counter()
+                ask()
+                times.append(1000 * (time.perf_counter() - start))
+            result[f"{name}_ms"] = float(np.median(times))
+    return result
+
+
+SIDES = {"ours": ours, "textbook": textbook, "queries": queries}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Why this layer, this size, this penalty? A grid of SAEs, each of which differs from the profile's in one thing.
+
+The counterpart of Table 2 of Lim et al. (ICLR 2025), with what their reviewers missed: centred explained variance, dead latents, seeds, and how well the
+latents of each SAE find concepts whose places are known. ``make ablations`` trains and measures the grid (an hour or two on two CPU cores;
+it goes on where it was stopped) and writes ``benchmarks/results/ablations.csv``, one row an SAE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from . import stages
+from .activations import extract_activations
+from .artifacts import fingerprint, is_current, read_json, write_json
+from .clip import ClipModel
+from .concepts import detect_concepts
+from .config import Profile, load_profile, repository_root
+from .data import load_dataset
+from .evaluation import evaluate_sae
+from .grounding import ConceptPatches, concept_patches, has_truth, sae_dictionary
+from .training import train_sae, training_log
+
+TABLE = Path("benchmarks") / "results" / "ablations.csv"
+N_TOKENS = 1_000_000
+"""Tokens each SAE of the grid is trained on; the main one of the notebooks sees more."""
+N_TEST = 720
+_FORMAT = 1
+
+
+class Cell(NamedTuple):
+    """One SAE of the grid."""
+
+    axis: str
+    """What is varied: ``layer``, ``expansion``, ``lambda``, ..."""
+    value: str
+    """The value it takes here, as a figure shows it."""
+    settings: Mapping[str, Any]
+    """Changes to the profile, by dotted name."""
+
+    @property
+    def name(self) -> str:
+        """A folder's name."""
+        return f"{self.axis}-{self.value}".replace(" ", "_").replace("/", "-")
+
+
+def grid(profile: Profile, n_layers: int) -> list[Cell]:
+    """The cells for a profile: one thing varied at a time around its own settings, and each variant over a range of sparsities.
+
+    Parameters
+    ----------
+    profile : Profile
+    n_layers : int
+        Blocks of its image tower.
+    """
+    training, main_layer = profile.training, profile.model.layer % n_layers
+    weight = training.l1_coefficient
+    cells = [Cell("seed", str(seed), {"training.seed": seed}) for seed in (0, 1, 2)]
+    cells += [Cell("layer", str(layer), {"model.layer": layer}) for layer in range(n_layers) if layer != main_layer]
+    cells += [Cell("expansion", f"x{n}", {"sae.expansion_factor": n}) for n in (8, 32, 64) if n != profile.sae.expansion_factor]
+    cells += [Cell("lambda", f"{factor * weight:.1e}", {"training.l1_coefficient": factor * weight}) for factor in (0.25, 0.5, 2, 4)]
+    cells += [
+        Cell("ghost", "off", {"training.ghost": False}),
+        Cell("start", "random weights", {"training.start": "random"}),
+        Cell("start", "random weights without ghost", {"training.start": "random", "training.ghost": False}),
+        Cell("b_dec", "mean", {"training.b_dec_start": "mean"}),
+        Cell("b_dec", "zero", {"training.b_dec_start": "zero"}),
+        Cell("tokens", "cls", {"training.tokens": "cls"}),
+        Cell("tokens", "patches", {"training.tokens": "patches"}),
+    ]
+    for activation in ("topk", "batchtopk", "matryoshka"):
+        cells += [Cell(activation, f"k {k}", {"sae.activation": activation, "sae.k": k}) for k in (16, 32, 64)]
+    for activation, weights in (("jumprelu", JUMPRELU), ("gated", GATED)):
+        cells += [Cell(activation, f"{w:.1e}", {"sae.activation": activation, "training.l1_coefficient": w}) for w in weights]
+    return cells
+
+
+JUMPRELU = (1e-3, 3e-3, 1e-2)
+GATED = (4e-4, 8e-4, 1.6e-3)
+
+
+class Grid:
+    """Trains and measures cells, and keeps what several cells share: the model, and the patches of one layer.
+
+    Parameters
+    ----------
+    profile : Profile
+        The settings that the cells vary.
+    clip : ClipModel
+    n_tokens : int
+        Training length of every cell.
+    progress : bool
+    """
+
+    def __init__(self, profile: Profile, clip: ClipModel, n_tokens: int = N_TOKENS, progress: bool = True):
+        self.profile, self.clip, self.n_tokens, self.progress = profile, clip, n_tokens, progress
+        self.folder = profile.folder("ablations")
+        data = profile.data
+        self.test = load_dataset(data.evaluation, "test", n_images=min(N_TEST, data.n_evaluation_images or N_TEST), seed=data.seed)
+        self._patches: tuple[int, list[ConceptPatches] | None] = (-1, None)
+
+    def row(self, cell: Cell) -> dict[str, Any]:
+        """Train a cell's SAE, or open it, and measure it: one row of the table. What was measured before is read, not measured again."""
+        profile = _changed(self.profile, {"training.n_tokens": self.n_tokens, **cell.settings})
+        layer = self.clip.layer_index(profile.model.layer)
+        out = self.folder / cell.name
+        key = fingerprint(
+            stage="ablations", format=_FORMAT, clip=self.clip.fingerprint, data=profile.data, sae=profile.sae, training=profile.training,
+            layer=layer,
+        )  # fmt: skip
+        if is_current(out, key, "measures.json"):
+            return read_json(out / "measures.json")["row"]
+        started = time.perf_counter()
+        sae = train_sae(stages.fresh_sae(profile, self.clip), self._store(profile, layer), profile.training, out, progress=self.progress)
+        row = {
+            "axis": cell.axis, "value": cell.value, "layer": layer, "expansion": profile.sae.expansion_factor, "activation": profile.sae.activation,
+            "k": profile.sae.k, "l1_coefficient": profile.training.l1_coefficient, "tokens": profile.training.tokens,
+            "seed": profile.training.seed, "n_training_tokens": profile.training.n_tokens, **self._quality(sae, layer), **self._concepts(sae, layer),
+            "dead_in_training": float(training_log(out)["dead_fraction"].iloc[-1]), "seconds": round(time.perf_counter() - started, 1),
+        }  # fmt: skip
+        write_json(out / "measures.json", {"fingerprint": key, "complete": True, "row": row})
+        return row
+
+    def _store(self, profile: Profile, layer: int):
+        if layer == self.clip.layer_index(self.profile.model.layer):
+            return stages.training_store(self.profile, self.clip)
+        return extract_activations(self.clip, stages.training_data(profile), layer, self.folder / "activations" / f"layer-{layer}")
+
+    def _quality(self, sae, layer: int) -> dict[str, float]:
+        table = evaluate_sae(self.clip, sae, self.test, layer, n_bootstrap=500, progress=False)
+        found = table[table["variant"] == "reconstruction"].set_index(["tokens", "metric"])
+        row = {}
+        for tokens in ("all", "cls", "patch"):
+            for metric in ("explained_variance", "l0"):
+                row |= {f"{metric}_{tokens}{end}": found.loc[(tokens, metric), column] for end, column in _ENDS.items()}
+        for metric in ("mse", "l1", "dead_fraction", "contrastive_loss", "zero_shot_change"):
+            ends = {"": "value"} if metric == "dead_fraction" else _ENDS
+            row |= {f"{metric}{end}": found.loc[("all", metric), column] for end, column in ends.items()}
+        return {name: float(value) for name, value in row.items()}
+
+    def _concepts(self, sae, layer: int) -> dict[str, float]:
+        if self._patches[0] != layer:
+            scenes = [stages.concept_scenes(self.profile, split) for split in ("val", "test")]
+            patches = [concept_patches(self.clip, each, layer, progress=False) for each in scenes] if has_truth(scenes[0]) else None
+            self._patches = (layer, patches)
+        if self._patches[1] is None:
+            return {}
+        report = detect_concepts([sae_dictionary(sae)], *self._patches[1], n_bootstrap=200, progress=False)
+        table = report.table().set_index("kind")
+        row = {}
+        for kind, values in table.iterrows():
+            row |= {f"{kind}_ap": float(values["ap"]), f"{kind}_ap_low": float(values["low"]), f"{kind}_ap_high": float(values["high"])}
+        return row
+
+
+_ENDS = {"": "value", "_low": "low", "_high": "high"}
+
+
+def _changed(profile: Profile, changes: Mapping[str, Any]) -> Profile:
+    """A profile with settings changed, given by dotted name."""
+    for name, value in changes.items():
+        section, _, setting = name.partition(".")
+        profile = dataclasses.replace(profile, **{section: dataclasses.replace(getattr(profile, section), **{setting: value})})
+    return profile
+
+
+def run(grid_: Grid, cells: Iterable[Cell], out: Path, commit: str) -> Iterator[dict[str, Any]]:
+    """Measure cells one after the other; the table is written anew after each, so that nothing is lost."""
+    rows = []
+    for cell in cells:
+        rows.append({**grid_.row(cell), "commit": commit})
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_name(f".{out.name}.tmp")
+        pd.DataFrame(rows).round(6).to_csv(temporary, index=False)
+        temporary.replace(out)
+        yield rows[-1]
+
+
+def load_ablations(path: str | Path | None = None) -> pd.DataFrame:
+    """The table that ``make ablations`` wrote, one row an SAE.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none, with the command that makes it.
+    """
+    path = Path(path) if path is not None else repository_root() / TABLE
+    if not path.exists():
+        raise FileNotFoundError(f"No table of ablations at {path}: `make ablations` trains and measures the grid (an hour or two).")
+    return pd.read_csv(path)
+
+
+def frontier(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of SAEs that read the same tokens at the main layer and size, for a picture of reconstruction against sparsity: by variant, from sparse to dense.
+
+    The ReLU's points are the runs of the main setting and those that vary lambda.
+    """
+    main = table[table["axis"] == "seed"].iloc[0]
+    same = table[(table["layer"] == main["layer"]) & (table["expansion"] == main["expansion"]) & (table["tokens"] == main["tokens"])]
+    variants = same[~same["axis"].isin(["ghost", "start", "b_dec"])]
+    return variants.sort_values(["activation", "l0_all"])
+
+
+def _commit() -> str:
+    """The commit of the code that runs, with a mark when files differ from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=repository_root(), capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "patchsae_utils")
+    return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("+changes" if changed else "")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """``python -m patchsae_utils.ablations``: train and measure the grid of a profile."""
+    parser = argparse.ArgumentParser(prog="python -m patchsae_utils.ablations", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--profile", help="name or path of a profile (default: openmoji)")
+    parser.add_argument(
+        "--axis", action="append", help="measure only cells of this axis; may be given several times; the table then holds these alone"
+    )
+    parser.add_argument(
+        "--n-tokens", type=lambda text: int(float(text)), default=N_TOKENS, help="training tokens of every cell (default: 1e6)"
+    )
+    parser.add_argument("--out", type=Path, help=f"the table (default: {TABLE} in the repository)")
+    options = parser.parse_args(arguments)
+    profile = load_profile(options.profile)
+    clip, _ = stages.load_world(profile)
+    cells = grid(profile, clip.n_layers)
+    axes = list(dict.fromkeys(cell.axis for cell in cells))
+    if unknown := set(options.axis or ()) - set(axes):
+        parser.error(f"unknown axis {sorted(unknown)[0]!r}; valid: {', '.join(axes)}")
+    cells = [cell for cell in cells if not options.axis or cell.axis in options.axis]
+    out = options.out or repository_root() / TABLE
+    for number, row in enumerate(run(Grid(profile, clip, options.n_tokens), cells, out, _commit()), 1):
+        print(
+            f"[{number}/{len(cells)}] {row['axis']} {row['value']}: EV {row['explained_variance_all']:.3f}, L0 {row['l0_all']:.1f}, "
+            f"dead {row['dead_fraction']:.1%}, object AP {row.get('object_ap', float('nan')):.3f} ({row['seconds']:.0f} s)",
+            flush=True,
+        )  # fmt: skip
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

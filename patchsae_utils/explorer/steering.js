@@ -1,0 +1,248 @@
+
+// -- the steering panel (joined behind explorer.js, whose small things it uses) ------------------------------------------------
+
+VIEWS.steering = steeringView;
+
+function steeringView(page, root) {
+  const [rows, columns] = page.get("grid");
+  const number = h("input", { type: "number", min: 0, max: page.get("n_images") - 1, step: 1, "aria-label": "Image, by its index" });
+  const back = h("button", { class: "psx-step", type: "button", "aria-label": "Previous image", onclick: () => turn(-1) }, "‹");
+  const forth = h("button", { class: "psx-step", type: "button", "aria-label": "Next image", onclick: () => turn(1) }, "›");
+  const where = select(page, "where", "Edit", { all: "all tokens", cls: "CLS only", patches: "all patches", selected: "selected patches" });
+  const stage = h("canvas", { class: "psx-stage", tabindex: 0, role: "application", "aria-roledescription": "grid of patches" });
+  const title = h("h3");
+  const hint = h("p", { class: "psx-status" }, "Click or drag over patches to select them; or arrow keys, and Space. Escape clears the selection.");
+  const live = h("p", { class: "psx-hidden", "aria-live": "polite" });
+  const said = h("p", { class: "psx-hidden", "aria-live": "polite" });
+  const sliders = h("ol", { class: "psx-sliders", "aria-label": "Latents" });
+  const adder = h("input", { type: "number", min: 0, max: page.get("n_latents") - 1, step: 1, "aria-label": "Add a latent, by its index", placeholder: "latent" });
+  const add = h("button", { class: "psx-step", type: "button", onclick: addLatent }, "Add");
+  const reset = h("button", { class: "psx-step", type: "button", onclick: () => page.set({ edits: [], patches: [], where: page.get("where") === "selected" ? "all" : page.get("where") }) }, "Reset");
+  const bars = h("ol", { class: "psx-odds", "aria-label": "Class probabilities before and after" });
+  const code = h("code", { tabindex: 0, "aria-label": "This edit as a line of Python" });
+  const copy = h("button", { class: "psx-step", type: "button", onclick: copyCode }, "Copy");
+  const legend = legendOf(page);
+  root.append(
+    h("div", { class: "psx-bar" }, back, h("label", {}, "Image", number), forth, where, reset),
+    h("div", { class: "psx-bar" }, ...controls(page), legend.element),
+    h(
+      "div",
+      { class: "psx-body" },
+      h("div", {}, title, stage, hint, live),
+      h(
+        "div",
+        { class: "psx-side" },
+        h("div", {}, h("h4", {}, "Latents: 1 leaves them as they are, 0 turns them off"), sliders, h("div", { class: "psx-bar" }, adder, add)),
+        h("div", {}, h("h4", {}, "Class probabilities"), h("p", { class: "psx-key" }, h("span", { class: "psx-before" }, "before"), h("span", { class: "psx-after" }, "after")), bars, said),
+        h("div", {}, h("h4", {}, "The same in Python"), h("div", { class: "psx-code" }, code, copy)),
+      ),
+    ),
+  );
+
+  let card = null;
+  let picture = null;
+  let cursor = -1;
+  let dragged = null; // patches that a drag has touched, and whether it selects or deselects
+  const rowsOf = [];
+  const odds = [];
+  const decoder = decoding();
+
+  async function showCard() {
+    const next = page.get("shown");
+    const pictures = await decoder([next.jpeg]);
+    if (!pictures) return; // overtaken by a later card
+    card = next;
+    picture = pictures[0];
+    title.textContent = `Image ${next.image} · ${next.label}`;
+    if (document.activeElement !== number || Number(number.value) !== next.image) number.value = next.image;
+    back.disabled = next.image <= 0;
+    forth.disabled = next.image >= page.get("n_images") - 1;
+    legend.show(next.scale);
+    code.textContent = next.code;
+    showSliders();
+    showBars();
+    stage.setAttribute("aria-label", `Image ${next.image}, ${next.label}. ${next.patches.length} of ${rows * columns} patches selected.`);
+    draw();
+  }
+
+  // -- sliders: rows are kept and filled anew, so that the focus stays where it is --
+  function showSliders() {
+    resize(sliders, rowsOf, card.sliders.length, () => {
+      const row = { number: h("b"), name: h("span"), range: h("input", { type: "range" }), value: h("output") };
+      row.pick = h("button", { class: "psx-pick", type: "button", onclick: () => page.set("latent", page.get("latent") === row.latent ? -1 : row.latent) }, row.number, row.name);
+      row.op = h("select", { onchange: () => change(row, row.op.value, row.op.value === "scale" ? 1 : 0) }, h("option", { value: "scale" }, "×"), h("option", { value: "add" }, "+"));
+      row.off = h("button", { class: "psx-step", type: "button", onclick: () => change(row, "scale", 0) }, "off");
+      row.remove = h("button", { class: "psx-step", type: "button", onclick: () => page.set("latents", page.get("latents").filter((l) => l !== row.latent)) }, "✕");
+      row.range.addEventListener("input", () => change(row, row.op.value, Number(row.range.value)));
+      row.element = h("li", {}, row.pick, row.op, row.range, row.value, row.off, row.remove);
+      return row;
+    });
+    rowsOf.forEach((row, i) => {
+      const slider = card.sliders[i];
+      const what = `latent ${slider.latent}${slider.name ? `, ${slider.name}` : ""}`;
+      row.latent = slider.latent;
+      row.number.textContent = slider.latent;
+      row.name.textContent = slider.name || `patches ${short(slider.most)}, CLS ${short(slider.cls)}`;
+      row.pick.title = `${what}: in this image at most ${short(slider.most)} on a patch, ${short(slider.cls)} at CLS`;
+      row.pick.setAttribute("aria-label", `Show where ${what} is active`);
+      row.pick.setAttribute("aria-pressed", card.latent === slider.latent);
+      row.op.setAttribute("aria-label", `Multiply or add: ${what}`);
+      row.off.setAttribute("aria-label", `Turn off ${what}`);
+      row.remove.setAttribute("aria-label", `Remove the slider of ${what}`);
+      row.range.setAttribute("aria-label", `Strength of ${what}`);
+      row.element.classList.toggle("psx-edited", slider.edited);
+      // A hand on the slider is ahead of the card that comes back.
+      const pending = page.get("edits").find((edit) => edit.latent === slider.latent);
+      showRow(row, pending?.op ?? "scale", pending?.value ?? 1, slider.limit);
+    });
+  }
+  function showRow(row, op, value, limit) {
+    row.limit = limit;
+    row.op.value = op;
+    const [min, max, step] = op === "scale" ? [0, 4, 0.1] : [-limit, 4 * limit, limit / 20];
+    Object.assign(row.range, { min, max, step });
+    row.range.value = value;
+    row.value.textContent = op === "scale" ? `×${value.toFixed(1)}` : `${value < 0 ? "−" : "+"}${short(Math.abs(value))}`;
+    row.range.setAttribute("aria-valuetext", op === "scale" ? `times ${value.toFixed(1)}` : `plus ${value.toPrecision(2)}`);
+  }
+  function change(row, op, value) {
+    const untouched = op === "scale" ? value === 1 : false;
+    const others = page.get("edits").filter((edit) => edit.latent !== row.latent);
+    showRow(row, op, value, row.limit);
+    page.set("edits", untouched ? others : [...others, { latent: row.latent, op, value }]);
+  }
+  function addLatent() {
+    const latent = Number(adder.value);
+    if (adder.value === "" || !Number.isInteger(latent) || latent < 0 || latent >= page.get("n_latents")) return;
+    if (!page.get("latents").includes(latent)) page.set("latents", [...page.get("latents"), latent]);
+    adder.value = "";
+  }
+
+  // -- probabilities --
+  function showBars() {
+    resize(bars, odds, card.bars.length, () => {
+      const row = { name: h("b"), before: fill(0), after: fill(0), values: h("i") };
+      row.before.classList.add("psx-before");
+      row.after.classList.add("psx-after");
+      row.element = h("li", {}, row.name, h("div", {}, row.before, row.after), row.values);
+      return row;
+    });
+    odds.forEach((row, i) => {
+      const [name, before, after] = card.bars[i];
+      row.name.textContent = name;
+      row.name.title = name;
+      row.before.style.setProperty("--share", before);
+      row.after.style.setProperty("--share", after);
+      row.values.textContent = `${percent(before)} → ${percent(after)}`;
+    });
+    said.textContent = card.sliders.some((slider) => slider.edited) ? card.bars.slice(0, 2).map(([name, before, after]) => `${name} ${percent(before)}, now ${percent(after)}`).join(". ") : "";
+  }
+  const percent = (share) => `${(100 * share).toFixed(share > 0.0995 || share === 0 ? 0 : 1)} %`;
+
+  // -- the picture and its patches --
+  function draw() {
+    if (!card) return;
+    paint(stage, SIZE.stage, picture, card.latent < 0 ? null : bytes(card.heat), lookOf(page, card.scale));
+    const context = stage.getContext("2d");
+    const side = [stage.width / columns, stage.height / rows];
+    const selected = dragged ? dragged.patches : new Set(page.get("patches"));
+    context.fillStyle = "rgba(230, 159, 0, 0.3)";
+    for (const patch of selected) context.fillRect((patch % columns) * side[0], Math.floor(patch / columns) * side[1], ...side);
+    border(context, selected, side);
+    if (document.activeElement === stage || dragged) outline(context, cursor, side, columns, 1);
+  }
+  // The edge of the selection, dark under white, so that it shows on any picture.
+  function border(context, selected, [width, height]) {
+    for (const [color, thickness] of [["#1a1a1a", 4], ["#ffffff", 2]]) {
+      context.strokeStyle = color;
+      context.lineWidth = (thickness * stage.width) / SIZE.stage;
+      context.beginPath();
+      for (const patch of selected) {
+        const [row, column] = [Math.floor(patch / columns), patch % columns];
+        const [x, y] = [column * width, row * height];
+        const line = (...points) => (context.moveTo(...points.slice(0, 2)), context.lineTo(...points.slice(2)));
+        if (row === 0 || !selected.has(patch - columns)) line(x, y, x + width, y);
+        if (row === rows - 1 || !selected.has(patch + columns)) line(x, y + height, x + width, y + height);
+        if (column === 0 || !selected.has(patch - 1)) line(x, y, x, y + height);
+        if (column === columns - 1 || !selected.has(patch + 1)) line(x + width, y, x + width, y + height);
+      }
+      context.stroke();
+    }
+  }
+  const patchAt = (event) => {
+    const box = stage.getBoundingClientRect();
+    const column = Math.min(columns - 1, Math.max(0, Math.floor(((event.clientX - box.left) / box.width) * columns)));
+    const row = Math.min(rows - 1, Math.max(0, Math.floor(((event.clientY - box.top) / box.height) * rows)));
+    return row * columns + column;
+  };
+  function touch(patch) {
+    cursor = patch;
+    dragged.selects ? dragged.patches.add(patch) : dragged.patches.delete(patch);
+    draw();
+  }
+  // A selection is made to be edited: the first one turns the edits to it.
+  function choose(patches) {
+    const turns = patches.length && !page.get("patches").length && page.get("where") !== "selected";
+    page.set(turns ? { patches, where: "selected" } : { patches });
+  }
+
+  stage.addEventListener("pointerdown", (event) => {
+    const patch = patchAt(event);
+    dragged = { patches: new Set(page.get("patches")), selects: !page.get("patches").includes(patch) };
+    stage.setPointerCapture(event.pointerId);
+    touch(patch);
+  });
+  stage.addEventListener("pointermove", (event) => dragged && patchAt(event) !== cursor && touch(patchAt(event)));
+  const drop = () => {
+    if (!dragged) return;
+    const patches = [...dragged.patches].sort((a, b) => a - b);
+    dragged = null;
+    choose(patches);
+  };
+  stage.addEventListener("pointerup", drop);
+  stage.addEventListener("pointercancel", () => ((dragged = null), draw()));
+  stage.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
+    if (!step && ![" ", "Enter", "Escape"].includes(event.key)) return;
+    event.preventDefault();
+    if (event.key === "Escape") return choose([]);
+    if (cursor < 0) cursor = Math.floor(rows / 2) * columns + Math.floor(columns / 2);
+    else if (step) {
+      const row = Math.min(rows - 1, Math.max(0, Math.floor(cursor / columns) + step[0]));
+      cursor = row * columns + Math.min(columns - 1, Math.max(0, (cursor % columns) + step[1]));
+    }
+    const chosen = new Set(page.get("patches"));
+    if (!step) {
+      chosen.delete(cursor) || chosen.add(cursor);
+      choose([...chosen].sort((a, b) => a - b));
+    }
+    live.textContent = `Row ${Math.floor(cursor / columns) + 1}, column ${(cursor % columns) + 1}, ${chosen.has(cursor) ? "selected" : "not selected"}`;
+    draw();
+  });
+  for (const event of ["focus", "blur"]) stage.addEventListener(event, draw);
+
+  function turn(step) {
+    page.set("image", Math.min(page.get("n_images") - 1, Math.max(0, page.get("image") + step)));
+  }
+  number.addEventListener("change", () => {
+    const image = Number(number.value);
+    if (number.value !== "" && Number.isInteger(image) && image >= 0 && image < page.get("n_images")) page.set("image", image);
+    else number.value = page.get("image");
+  });
+  adder.addEventListener("keydown", (event) => event.key === "Enter" && addLatent());
+  async function copyCode() {
+    try {
+      await navigator.clipboard.writeText(code.textContent);
+      copy.textContent = "Copied";
+    } catch {
+      // Without leave to write to the clipboard: marked, so that the keyboard can copy it.
+      getSelection().selectAllChildren(code);
+      copy.textContent = "Marked";
+    }
+    setTimeout(() => (copy.textContent = "Copy"), 1500);
+  }
+  page.on(["shown"], showCard);
+  page.on(["patches", "tau", "opacity", "mode"], draw);
+  showCard();
+  return () => decoder.close();
+}

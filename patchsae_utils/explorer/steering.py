@@ -1,0 +1,277 @@
+"""The steering panel: sliders for a few latents of one image, and what the network then says.
+
+A slider is a trait (``panel.edits``): move it in the page or set it in Python; either way one tail of the network runs and the class
+probabilities before and after stand beside each other. The network up to the hook runs once an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import traitlets as t
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..attribution import image_attribution
+from ..steering import Edit, Steered, steer
+from ..tails import dataset_head
+from .render import encode_heats, encode_picture
+from .widgets import HERE, SelectionError, _View, is_openmoji
+
+OPERATIONS = ("scale", "add")
+WHERE = ("all", "cls", "patches", "selected")
+DOSE = 4.0
+"""Largest factor of a slider, and largest amount in units of the latent's maximum in the image."""
+N_CLASSES = 6
+"""Classes with bars: the most probable ones before and after."""
+
+
+class SteeringPanel(_View):
+    """Steer one image by a few latents, and see the class probabilities before and after.
+
+    Parameters
+    ----------
+    clip : ClipModel
+        Or an adapted model.
+    sae : SparseAutoencoder
+    dataset : data set of ``Example``
+        Whose images are shown.
+    names : DataFrame, mapping or sequence, optional
+        Names of latents, such as ``label_latents`` returns.
+    layer : int
+    head : Tensor [C, d_embed], optional
+        By default from the data set's class names and templates.
+    latents : sequence of int, optional
+        Those with sliders. By default, and whenever the image changes, the ones to which the predicted class owes most in this image
+        (gradient times activation), ``n_sliders`` of them.
+    n_sliders : int
+    **traits
+        First choices: ``image``, ``edits``, ``where``, ``patches``, ``latent``, ``tau``, ``opacity``, ``mode``.
+
+    Attributes
+    ----------
+    image : int
+        The shown image.
+    latents : list of int
+        The latents with sliders. Setting it keeps them for all images.
+    edits : list of dict
+        One a slider that was moved: ``{"latent": 3, "op": "scale", "value": 0.0}``, with op "scale" or "add".
+    where : {"all", "cls", "patches", "selected"}
+        The tokens that all edits act on; "selected" are the ``patches``.
+    patches : list of int
+        Selected patches, counted row by row.
+    latent : int
+        The latent whose heat map is shown; -1 for none.
+
+    Raises
+    ------
+    ValueError
+        If SAE, model and data set don't fit together, or a choice does not exist.
+    """
+
+    _esm = (HERE / "explorer.js").read_text(encoding="utf-8") + (HERE / "steering.js").read_text(encoding="utf-8")
+    _css = (HERE / "explorer.css").read_text(encoding="utf-8") + (HERE / "steering.css").read_text(encoding="utf-8")
+
+    latents = t.List(t.Int(), help="The latents with sliders.").tag(sync=True)
+    edits = t.List(t.Dict(), help="One a slider that was moved.").tag(sync=True)
+    where = t.Enum(WHERE, WHERE[0], help="The tokens that all edits act on.").tag(sync=True)
+    patches = t.List(t.Int(), help="Selected patches, counted row by row.").tag(sync=True)
+    n_images = t.Int().tag(sync=True)
+
+    def __init__(
+        self,
+        clip: Any,
+        sae: Any,
+        dataset: Any,
+        names: Any = None,
+        layer: int = -2,
+        *,
+        head: Tensor | None = None,
+        latents: Sequence[int] | None = None,
+        n_sliders: int = 5,
+        **traits: Any,
+    ):
+        if len(dataset) == 0:
+            raise ValueError(f"{dataset.spec!r} ({dataset.split}) holds no images.")
+        if not 1 <= n_sliders <= 20:
+            raise ValueError(f"n_sliders must lie between 1 and 20, got {n_sliders}.")
+        self._ready = False
+        super().__init__(clip, sae, None, dataset, names, layer, kind="steering", n_images=len(dataset), **{"mode": "heat", **traits})
+        self._head = dataset_head(clip, dataset) if head is None else head
+        if len(self._head) != len(dataset.class_names):
+            raise ValueError(f"head must have a row for each of the {len(dataset.class_names)} classes, got {len(self._head)}.")
+        self._n_sliders, self._own = n_sliders, latents is not None
+        self._read: tuple[int, Any, Tensor] | None = None
+        self.image = max(0, self.image)
+        self.latents = self._check(latents) if self._own else self._suggested()
+        self._ready = True
+        self._show()
+        self.observe(self._new_image, "image")
+        self.observe(self._new_latents, "latents")
+        self.observe(lambda _: self._show(), ["edits", "where", "patches", "latent"])
+
+    # -- choices ------------------------------------------------------------------------------------------------------
+
+    @t.validate("image")
+    def _check_image(self, proposal: Any) -> int:
+        return max(0, self._within("image", proposal["value"], len(self.dataset)))  # there is always an image
+
+    @t.validate("latents")
+    def _check_latents(self, proposal: Any) -> list[int]:
+        return self._check(proposal["value"])
+
+    @t.validate("patches")
+    def _check_patches(self, proposal: Any) -> list[int]:
+        n, patches = self.grid[0] * self.grid[1], sorted(set(proposal["value"]))
+        if patches and not 0 <= patches[0] <= patches[-1] < n:
+            raise SelectionError(f"Patches are counted from 0 to {n - 1}, got {patches}.")
+        return patches
+
+    @t.validate("edits")
+    def _check_edits(self, proposal: Any) -> list[dict[str, Any]]:
+        edits: dict[int, dict[str, Any]] = {}
+        for edit in proposal["value"]:
+            if not isinstance(edit, Mapping) or set(edit) != {"latent", "op", "value"} or edit["op"] not in OPERATIONS:
+                raise SelectionError(
+                    f'An edit is {{"latent": number, "op": {" or ".join(map(repr, OPERATIONS))}, "value": number}}, got {edit!r}.'
+                )
+            latent, op, value = self._check([edit["latent"]])[0], edit["op"], edit["value"]
+            if not isinstance(value, int | float) or not np.isfinite(value) or (op == "scale" and value < 0):
+                raise SelectionError(f"The value of {op!r} must be a finite number{', 0 or more' if op == 'scale' else ''}; got {value!r}.")
+            edits[latent] = {"latent": latent, "op": op, "value": float(value)}
+        return list(edits.values())
+
+    def _check(self, latents: Sequence[int]) -> list[int]:
+        for latent in latents:
+            if not isinstance(latent, int | np.integer) or not 0 <= latent < self._reader.d_sae:
+                raise SelectionError(f"There is no latent {latent!r}; valid are 0 to {self._reader.d_sae - 1}.")
+        return list(dict.fromkeys(int(latent) for latent in latents))
+
+    # -- for code -----------------------------------------------------------------------------------------------------
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """What is chosen: image, latents, edits (as :class:`~patchsae_utils.steering.Edit`), where, patches."""
+        chosen = {name: getattr(self, name) for name in ("image", "where")}
+        return chosen | {"latents": list(self.latents), "patches": list(self.patches), "edits": self.to_edits()}
+
+    def to_edits(self) -> list[Edit]:
+        """The sliders' edits, for :func:`~patchsae_utils.steering.steer`."""
+        places = {"all": None, "cls": "cls", "patches": "patches", "selected": list(self.patches)}[self.where]
+        return [Edit(edit["latent"], edit["op"], edit["value"], places) for edit in self.edits]
+
+    @property
+    def code(self) -> str:
+        """The edit as a line of Python."""
+        places = {"all": "", "cls": ', "cls"', "patches": ', "patches"', "selected": f", {list(self.patches)}"}[self.where]
+        edits = ", ".join(f'ps.Edit({e["latent"]}, "{e["op"]}", {e["value"]:.4g}{places})' for e in self.edits)
+        return f"ps.steer(clip, sae, clip.preprocess(dataset[{self.image}].image)[None], [{edits}], layer={self._reader.layer}, head=head)"
+
+    @property
+    def steered(self) -> Steered:
+        """What the network says, before and after."""
+        residual, _ = self._reading()
+        return steer(self._reader.clip, self._reader.sae, residual, self.to_edits(), self._reader.layer, self._head)
+
+    def reset(self) -> None:
+        """Take all edits back, and the selected patches; edits then act on all tokens again if they acted on selected ones."""
+        with self.hold_trait_notifications():
+            self.edits, self.patches = [], []
+            self.where = "all" if self.where == "selected" else self.where
+
+    def figure(self, save: str | None = None) -> Figure:
+        """A static picture of what is on screen; ``save`` names a file in ``figures/``, without ending."""
+        from ..plots.steering import steering_panel
+
+        return steering_panel(self.card, tau=self.tau, opacity=self.opacity, mode=self.mode, credit=is_openmoji(self.dataset), save=save)
+
+    # -- what is shown ------------------------------------------------------------------------------------------------
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What is shown, as plain values: picture, heat, sliders (a dict each), bars (class, before, after), code."""
+        _, h = self._reading()
+        steered = self.steered
+        before, after = steered.probabilities_before[0].cpu().numpy(), steered.probabilities[0].cpu().numpy()
+        half = N_CLASSES // 2
+        top = list(
+            dict.fromkeys([*np.argsort(-before, kind="stable")[:half].tolist(), *np.argsort(-after, kind="stable")[:N_CLASSES].tolist()])
+        )
+        top = sorted(top[:N_CLASSES], key=lambda c: -max(before[c], after[c]))
+        edits = {edit["latent"]: edit for edit in self.edits}
+        sliders = []
+        for latent in self.latents:
+            edit, name = edits.get(latent), self._names.get(latent)
+            most = float(h[1:, latent].max())
+            sliders.append(
+                {
+                    "latent": latent,
+                    "name": str(name or ""),
+                    "op": "scale" if edit is None else edit["op"],
+                    "value": 1.0 if edit is None else edit["value"],
+                    "edited": edit is not None,
+                    "most": most,
+                    "cls": float(h[0, latent]),
+                    "limit": max(float(h[:, latent].max()), float(h.max()) / 4, 1e-3),
+                }
+            )
+        return {
+            "image": self.image,
+            "label": self._reader.label(self.image),
+            "picture": self._reader.picture(self.image),
+            "grid": self.grid,
+            "latent": self.latent,
+            "name": str(self._names.get(self.latent) or ""),
+            "heat": (h[1:, self.latent] if self.latent >= 0 else torch.zeros(len(h) - 1)).numpy().reshape(self.grid),
+            "where": self.where,
+            "patches": list(self.patches),
+            "sliders": sliders,
+            "bars": [(self.dataset.class_names[c], float(before[c]), float(after[c])) for c in top],
+            "code": self.code,
+        }
+
+    def _reading(self) -> tuple[Any, Tensor]:
+        """The shown image's residual stream and its latents [1 + P, S]; kept until another image is shown."""
+        if self._read is None or self._read[0] != self.image:
+            reader = self._reader
+            picture = reader.clip.preprocess(self.dataset[self.image].image)[None]
+            with torch.no_grad():
+                residual = reader.clip.run_to(picture, reader.layer)
+                self._read = (self.image, residual, reader.sae.encode(residual.tokens)[0].float().cpu())
+        return self._read[1:]
+
+    def _suggested(self) -> list[int]:
+        residual, _ = self._reading()
+        scores = image_attribution(self._reader.clip, self._reader.sae, residual, self._head, layer=self._reader.layer)[0]
+        top = scores.topk(min(self._n_sliders, len(scores)))
+        return [int(i) for i, score in zip(top.indices, top.values, strict=True) if score > 0] or top.indices[:1].tolist()
+
+    def _new_image(self, _: Any) -> None:
+        self._ready = False  # one picture for all that changes
+        self.edits, self.patches = [], []
+        if not self._own:
+            self.latents = self._suggested()
+        if self.latent >= 0 and self.latent not in self.latents:
+            self.latent = -1
+        self._ready = True
+        self._show()
+
+    def _new_latents(self, _: Any) -> None:
+        if self._ready:
+            self._own = True
+            self.edits = [edit for edit in self.edits if edit["latent"] in self.latents]
+            self._show()
+
+    def _show(self) -> None:
+        if self._ready:
+            self.shown = steering_message(self.card)
+
+
+def steering_message(card: Mapping[str, Any]) -> dict[str, Any]:
+    """A card as the page wants it: JPEG bytes, one byte a patch, texts."""
+    heat, scale = encode_heats(card["heat"][None])
+    plain = {name: card[name] for name in ("image", "label", "latent", "name", "where", "patches", "sliders", "code")}
+    return plain | {"jpeg": encode_picture(card["picture"]), "heat": heat, "scale": scale, "bars": [list(bar) for bar in card["bars"]]}

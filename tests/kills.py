@@ -1,0 +1,76 @@
+"""Run by test_resume.py: kills a training process at random moments until it has been killed often enough, then lets it finish.
+
+A parent that has imported torch, and nothing more, forks a child for every attempt: a fresh process in no time. The child trains as anybody
+would; the parent watches its log, waits until it has got some random way further, and sends SIGKILL. Prints how often, and where.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from test_training import Store, fresh
+
+from patchsae_utils.config import TrainConfig
+from patchsae_utils.training import train_sae
+
+torch.set_num_threads(1)  # a fork inherits no threads
+
+
+class SlowStore(Store):
+    """Two milliseconds a batch: time to be killed in."""
+
+    def tokens(self, *args, **kwargs):
+        for batch in super().tokens(*args, **kwargs):
+            time.sleep(0.002)
+            yield batch
+
+
+def attempt(out: Path, options: dict, settings: dict) -> int:
+    """A child that trains into ``out``; its process id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            train_sae(fresh(**options), SlowStore(), TrainConfig(**settings), out, progress=False)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def run(out: Path, n_kills: int, options: dict, settings: dict) -> dict:
+    """Train into ``out`` with so many kills."""
+    moments = random.Random(0)
+    n_steps = settings["n_tokens"] // settings["batch_tokens"]
+    killed_at = []
+    for kill in range(n_kills):
+        goal = 0.9 * n_steps * moments.uniform(kill, kill + 1) / n_kills  # rows of the log: later each time, so that the run gets on
+        child = attempt(out, options, settings)
+        while lines(out / "training_log.csv") - 1 < goal:
+            finished, status = os.waitpid(child, os.WNOHANG)
+            if finished:
+                raise SystemExit(f"the run ended before it could be killed, with status {status}")
+            time.sleep(0.0005)
+        time.sleep(moments.uniform(0, 0.006))  # somewhere in a step, a row or a checkpoint
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            killed_at.append(lines(out / "training_log.csv") - 1)
+    _, status = os.waitpid(attempt(out, options, settings), 0)
+    return {"killed_at": killed_at, "status": status}
+
+
+if __name__ == "__main__":
+    runs = json.loads(sys.argv[2])
+    print(json.dumps({name: run(Path(sys.argv[1]) / name, **arguments) for name, arguments in runs.items()}))
