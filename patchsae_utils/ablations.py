@@ -1,7 +1,7 @@
 """Why this layer, this size, this penalty? A grid of SAEs, each of which differs from the profile's in one thing.
 
 The counterpart of Table 2 of Lim et al. (ICLR 2025), with what their reviewers missed: centred explained variance, dead latents, seeds, and how well the
-latents of each SAE find concepts whose places are known. ``make ablations`` trains and measures the grid (an hour or two on two CPU cores;
+latents of each SAE find concepts whose places are known. ``make ablations`` trains and measures the grid (about an hour on two CPU cores;
 it goes on where it was stopped) and writes ``benchmarks/results/ablations.csv``, one row an SAE.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
 
 from . import stages
 from .activations import extract_activations
@@ -26,13 +27,18 @@ from .config import Profile, load_profile, repository_root
 from .data import load_dataset
 from .evaluation import evaluate_sae
 from .grounding import ConceptPatches, concept_patches, has_truth, sae_dictionary
+from .latents import summarize_latents
+from .stability import matched_cosine
 from .training import train_sae, training_log
 
 TABLE = Path("benchmarks") / "results" / "ablations.csv"
 N_TOKENS = 1_000_000
 """Tokens each SAE of the grid is trained on; the main one of the notebooks sees more."""
 N_TEST = 720
-_FORMAT = 1
+N_STATISTICS = 1080
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+"""Of the alive latents' log10 frequency, log10 mean activation and label entropy."""
+_FORMAT = 2
 
 
 class Cell(NamedTuple):
@@ -78,12 +84,15 @@ def grid(profile: Profile, n_layers: int) -> list[Cell]:
     for activation in ("topk", "batchtopk", "matryoshka"):
         cells += [Cell(activation, f"k {k}", {"sae.activation": activation, "sae.k": k}) for k in (16, 32, 64)]
     for activation, weights in (("jumprelu", JUMPRELU), ("gated", GATED)):
-        cells += [Cell(activation, f"{w:.1e}", {"sae.activation": activation, "training.l1_coefficient": w}) for w in weights]
+        scaled = {"sae.activation": activation, "training.normalize": "mean_and_norm"}
+        cells += [Cell(activation, f"{w:g}", {**scaled, "training.l1_coefficient": w}) for w in weights]
     return cells
 
 
-JUMPRELU = (1e-3, 3e-3, 1e-2)
-GATED = (4e-4, 8e-4, 1.6e-3)
+JUMPRELU = (0.3, 3, 10)
+"""Weights of the number of active latents; the input is scaled to unit size, as its authors train."""
+GATED = (0.1, 0.3, 0.6)
+"""Weights of the gate's L1, on the same scale."""
 
 
 class Grid:
@@ -104,6 +113,8 @@ class Grid:
         self.folder = profile.folder("ablations")
         data = profile.data
         self.test = load_dataset(data.evaluation, "test", n_images=min(N_TEST, data.n_evaluation_images or N_TEST), seed=data.seed)
+        n_statistics = min(N_STATISTICS, data.n_statistics_images or N_STATISTICS)
+        self.labelled = load_dataset(data.statistics, "train", n_images=n_statistics, seed=data.seed)
         self._patches: tuple[int, list[ConceptPatches] | None] = (-1, None)
 
     def row(self, cell: Cell) -> dict[str, Any]:
@@ -118,15 +129,19 @@ class Grid:
         if is_current(out, key, "measures.json"):
             return read_json(out / "measures.json")["row"]
         started = time.perf_counter()
-        sae = train_sae(stages.fresh_sae(profile, self.clip), self._store(profile, layer), profile.training, out, progress=self.progress)
+        sae = self._train(profile, layer, out)
         row = {
             "axis": cell.axis, "value": cell.value, "layer": layer, "expansion": profile.sae.expansion_factor, "activation": profile.sae.activation,
             "k": profile.sae.k, "l1_coefficient": profile.training.l1_coefficient, "tokens": profile.training.tokens,
             "seed": profile.training.seed, "n_training_tokens": profile.training.n_tokens, **self._quality(sae, layer), **self._concepts(sae, layer),
+            **self._statistics(sae, layer, profile.training.tokens), **(self._stability(sae) if cell.axis == "seed" and cell.value != "0" else {}),
             "dead_in_training": float(training_log(out)["dead_fraction"].iloc[-1]), "seconds": round(time.perf_counter() - started, 1),
         }  # fmt: skip
         write_json(out / "measures.json", {"fingerprint": key, "complete": True, "row": row})
         return row
+
+    def _train(self, profile: Profile, layer: int, out: Path):
+        return train_sae(stages.fresh_sae(profile, self.clip), self._store(profile, layer), profile.training, out, progress=self.progress)
 
     def _store(self, profile: Profile, layer: int):
         if layer == self.clip.layer_index(self.profile.model.layer):
@@ -144,6 +159,32 @@ class Grid:
             ends = {"": "value"} if metric == "dead_fraction" else _ENDS
             row |= {f"{metric}{end}": found.loc[("all", metric), column] for end, column in ends.items()}
         return {name: float(value) for name, value in row.items()}
+
+    def _statistics(self, sae, layer: int, tokens: str) -> dict[str, float]:
+        """Quantiles over alive latents of the three numbers of the paper's scatter; of the tokens that the SAE was trained on."""
+        summary = summarize_latents(self.clip, sae, self.labelled, layer, tokens=tokens, progress=False)
+        alive = ~summary.dead
+        numbers = {
+            "log_frequency": summary.frequency[alive].log10(), "log_mean_activation": summary.mean_activation[alive].log10(),
+            "label_entropy": summary.label_entropy[alive],
+        }  # fmt: skip
+        if not alive.any():
+            return {}
+        return {
+            f"{name}_q{round(100 * q)}": float(value)
+            for name, values in numbers.items()
+            for q, value in zip(QUANTILES, values.double().quantile(torch.tensor(QUANTILES, dtype=torch.float64)), strict=True)
+        }
+
+    def _stability(self, sae) -> dict[str, float]:
+        """Matched cosine with the SAE of seed 0."""
+        settings = {"training.n_tokens": self.n_tokens, "training.seed": 0}
+        first = self._train(_changed(self.profile, settings), self.clip.layer_index(self.profile.model.layer), self.folder / "seed-0")
+        found = matched_cosine(first, sae)
+        return {
+            "matched_cosine": found.mean.mean, "matched_cosine_low": found.mean.low, "matched_cosine_high": found.mean.high,
+            "matched_cosine_random": found.random_mean,
+        }  # fmt: skip
 
     def _concepts(self, sae, layer: int) -> dict[str, float]:
         if self._patches[0] != layer:
@@ -193,7 +234,7 @@ def load_ablations(path: str | Path | None = None) -> pd.DataFrame:
     """
     path = Path(path) if path is not None else repository_root() / TABLE
     if not path.exists():
-        raise FileNotFoundError(f"No table of ablations at {path}: `make ablations` trains and measures the grid (an hour or two).")
+        raise FileNotFoundError(f"No table of ablations at {path}: `make ablations` trains and measures the grid (about an hour).")
     return pd.read_csv(path)
 
 

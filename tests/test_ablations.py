@@ -7,6 +7,7 @@ import dataclasses
 import pandas as pd
 import pytest
 
+import patchsae_utils as ps
 from patchsae_utils import ablations
 from patchsae_utils.config import load_profile
 
@@ -46,6 +47,9 @@ def test_a_cell_is_trained_measured_and_kept(small, tiny_clip, tmp_path, monkeyp
     assert (table["n_training_tokens"] == 1024).all() and table.loc[1, "k"] == 16 and 0 < table.loc[1, "l0_all"] <= 16 + 1e-6
     for name in ("explained_variance_all", "zero_shot_change", "contrastive_loss", "object_ap"):
         assert (table[f"{name}_low"] <= table[name]).all() and (table[name] <= table[f"{name}_high"]).all()
+    for name in ("log_frequency", "log_mean_activation", "label_entropy"):
+        assert (table[f"{name}_q10"] <= table[f"{name}_q50"]).all() and (table[f"{name}_q50"] <= table[f"{name}_q90"]).all()
+    assert (table["log_frequency_q90"] <= 0).all() and (table["label_entropy_q10"] >= 0).all()
 
     def train(*args, **options):
         raise AssertionError("trained again")
@@ -53,6 +57,20 @@ def test_a_cell_is_trained_measured_and_kept(small, tiny_clip, tmp_path, monkeyp
     monkeypatch.setattr(ablations, "train_sae", train)
     again = list(ablations.run(ablations.Grid(small, tiny_clip, n_tokens=1024, progress=False), cells, out, commit="abc"))
     assert again == rows
+
+
+def test_seeds_are_matched_with_the_first(small, tiny_clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        ablations.stages, "concept_scenes", lambda profile, split: ablations.load_dataset("openmoji/tools", split, n_images=8)
+    )
+    monkeypatch.setattr(ablations, "has_truth", lambda dataset: False)
+    grid = ablations.Grid(small, tiny_clip, n_tokens=512, progress=False)
+    first, second = (grid.row(cell) for cell in ablations.grid(small, tiny_clip.n_layers)[:2])
+    assert "matched_cosine" not in first and "object_ap" not in first
+    assert second["matched_cosine_low"] <= second["matched_cosine"] <= second["matched_cosine_high"] <= 1
+    assert second["matched_cosine"] == pytest.approx(
+        ablations.matched_cosine(ps.load_sae(grid.folder / "seed-0"), ps.load_sae(grid.folder / "seed-1")).mean.mean
+    )
 
 
 def test_the_frontier_compares_like_with_like():
