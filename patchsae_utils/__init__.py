@@ -62,7 +62,7 @@ _PUBLIC = {
     "SteeringPanel": "explorer",
 }
 _MODULES = (
-    "attribution", "baselines", "comparison", "concepts", "data", "domains", "effects", "explorer", "grounding", "interventions", "latents", "levels",
+    "ablations", "attribution", "baselines", "comparison", "concepts", "data", "domains", "effects", "explorer", "grounding", "interventions", "latents", "levels",
     "localization", "monosemanticity", "naming", "overlays", "plots", "probes", "remapping", "stability", "stages", "statistics", "zeroshot",
 )  # fmt: skip
 

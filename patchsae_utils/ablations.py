@@ -11,10 +11,11 @@ import argparse
 import dataclasses
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -38,7 +39,7 @@ N_TEST = 720
 N_STATISTICS = 1080
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Of the alive latents' log10 frequency, log10 mean activation and label entropy."""
-_FORMAT = 2
+_FORMAT = 3
 
 
 class Cell(NamedTuple):
@@ -78,6 +79,7 @@ def grid(profile: Profile, n_layers: int) -> list[Cell]:
         Cell("start", "random weights without ghost", {"training.start": "random", "training.ghost": False}),
         Cell("b_dec", "mean", {"training.b_dec_start": "mean"}),
         Cell("b_dec", "zero", {"training.b_dec_start": "zero"}),
+        Cell("arithmetic", "dense float32", {"training.precision": "float32", "training.sparse": "never"}),
         Cell("tokens", "cls", {"training.tokens": "cls"}),
         Cell("tokens", "patches", {"training.tokens": "patches"}),
     ]
@@ -105,11 +107,13 @@ class Grid:
     clip : ClipModel
     n_tokens : int
         Training length of every cell.
+    commit : str
+        Of the code that measures, noted in the rows that it makes.
     progress : bool
     """
 
-    def __init__(self, profile: Profile, clip: ClipModel, n_tokens: int = N_TOKENS, progress: bool = True):
-        self.profile, self.clip, self.n_tokens, self.progress = profile, clip, n_tokens, progress
+    def __init__(self, profile: Profile, clip: ClipModel, n_tokens: int = N_TOKENS, commit: str = "", progress: bool = True):
+        self.profile, self.clip, self.n_tokens, self.commit, self.progress = profile, clip, n_tokens, commit, progress
         self.folder = profile.folder("ablations")
         data = profile.data
         self.test = load_dataset(data.evaluation, "test", n_images=min(N_TEST, data.n_evaluation_images or N_TEST), seed=data.seed)
@@ -136,6 +140,7 @@ class Grid:
             "seed": profile.training.seed, "n_training_tokens": profile.training.n_tokens, **self._quality(sae, layer), **self._concepts(sae, layer),
             **self._statistics(sae, layer, profile.training.tokens), **(self._stability(sae) if cell.axis == "seed" and cell.value != "0" else {}),
             "dead_in_training": float(training_log(out)["dead_fraction"].iloc[-1]), "seconds": round(time.perf_counter() - started, 1),
+            "commit": self.commit,
         }  # fmt: skip
         write_json(out / "measures.json", {"fingerprint": key, "complete": True, "row": row})
         return row
@@ -212,11 +217,11 @@ def _changed(profile: Profile, changes: Mapping[str, Any]) -> Profile:
     return profile
 
 
-def run(grid_: Grid, cells: Iterable[Cell], out: Path, commit: str) -> Iterator[dict[str, Any]]:
+def run(grid_: Grid, cells: Iterable[Cell], out: Path) -> Iterator[dict[str, Any]]:
     """Measure cells one after the other; the table is written anew after each, so that nothing is lost."""
     rows = []
     for cell in cells:
-        rows.append({**grid_.row(cell), "commit": commit})
+        rows.append(grid_.row(cell))
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_name(f".{out.name}.tmp")
         pd.DataFrame(rows).round(6).to_csv(temporary, index=False)
@@ -224,18 +229,55 @@ def run(grid_: Grid, cells: Iterable[Cell], out: Path, commit: str) -> Iterator[
         yield rows[-1]
 
 
-def load_ablations(path: str | Path | None = None) -> pd.DataFrame:
+def table_path(profile: Profile) -> Path:
+    """Where a profile's table lies: the default one's is committed, others' are kept in ``runs/<profile>/ablations``."""
+    return repository_root() / TABLE if profile.is_default else profile.folder("ablations") / TABLE.name
+
+
+def load_ablations(path: str | Path | None = None, *, profile: Profile | None = None) -> pd.DataFrame:
     """The table that ``make ablations`` wrote, one row an SAE.
+
+    Parameters
+    ----------
+    path : path, optional
+        Default: :func:`table_path` of the profile.
+    profile : Profile, optional
+        Default: the one that ``$PATCHSAE_PROFILE`` and ``$PATCHSAE_SET`` choose.
 
     Raises
     ------
     FileNotFoundError
         If there is none, with the command that makes it.
     """
-    path = Path(path) if path is not None else repository_root() / TABLE
+    path = Path(path) if path is not None else table_path(profile or load_profile())
     if not path.exists():
         raise FileNotFoundError(f"No table of ablations at {path}: `make ablations` trains and measures the grid (about an hour).")
     return pd.read_csv(path)
+
+
+def at_matched_l0(table: pd.DataFrame, l0: float, measures: Sequence[str] = ("explained_variance_all", "object_ap")) -> pd.DataFrame:
+    """What each variant reaches where as many latents are active: along its sparsities, linear in the logarithm of L0.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As :func:`frontier` gives it.
+    l0 : float
+        Active latents a token.
+    measures : sequence of str
+        Columns.
+
+    Returns
+    -------
+    DataFrame
+        Index: activation; the measures. NaN where none of a variant's SAEs is as sparse, or as dense.
+    """
+    found = {}
+    for activation, rows in table.groupby("activation", sort=False):
+        rows = rows.groupby("l0_all")[list(measures)].mean()
+        place = np.log(rows.index.to_numpy())
+        found[activation] = {name: np.interp(np.log(l0), place, rows[name], left=np.nan, right=np.nan) for name in measures}
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis("activation")
 
 
 def frontier(table: pd.DataFrame) -> pd.DataFrame:
@@ -245,7 +287,7 @@ def frontier(table: pd.DataFrame) -> pd.DataFrame:
     """
     main = table[table["axis"] == "seed"].iloc[0]
     same = table[(table["layer"] == main["layer"]) & (table["expansion"] == main["expansion"]) & (table["tokens"] == main["tokens"])]
-    variants = same[~same["axis"].isin(["ghost", "start", "b_dec"])]
+    variants = same[~same["axis"].isin(["ghost", "start", "b_dec", "arithmetic"])]
     return variants.sort_values(["activation", "l0_all"])
 
 
@@ -269,7 +311,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--n-tokens", type=lambda text: int(float(text)), default=N_TOKENS, help="training tokens of every cell (default: 1e6)"
     )
-    parser.add_argument("--out", type=Path, help=f"the table (default: {TABLE} in the repository)")
+    parser.add_argument("--out", type=Path, help=f"the table (default: {TABLE} in the repository, or runs/<profile>/ablations)")
     options = parser.parse_args(arguments)
     profile = load_profile(options.profile)
     clip, _ = stages.load_world(profile)
@@ -278,8 +320,8 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := set(options.axis or ()) - set(axes):
         parser.error(f"unknown axis {sorted(unknown)[0]!r}; valid: {', '.join(axes)}")
     cells = [cell for cell in cells if not options.axis or cell.axis in options.axis]
-    out = options.out or repository_root() / TABLE
-    for number, row in enumerate(run(Grid(profile, clip, options.n_tokens), cells, out, _commit()), 1):
+    out = options.out or table_path(profile)
+    for number, row in enumerate(run(Grid(profile, clip, options.n_tokens, _commit()), cells, out), 1):
         print(
             f"[{number}/{len(cells)}] {row['axis']} {row['value']}: EV {row['explained_variance_all']:.3f}, L0 {row['l0_all']:.1f}, "
             f"dead {row['dead_fraction']:.1%}, object AP {row.get('object_ap', float('nan')):.3f} ({row['seconds']:.0f} s)",

@@ -40,8 +40,8 @@ def test_a_cell_is_trained_measured_and_kept(small, tiny_clip, tmp_path, monkeyp
     )
     cells = [cell for cell in ablations.grid(small, tiny_clip.n_layers) if cell.name in ("layer-0", "topk-k_16")]
     out = tmp_path / "table.csv"
-    grid = ablations.Grid(small, tiny_clip, n_tokens=1024, progress=False)
-    rows = list(ablations.run(grid, cells, out, commit="abc"))
+    grid = ablations.Grid(small, tiny_clip, n_tokens=1024, commit="abc", progress=False)
+    rows = list(ablations.run(grid, cells, out))
     table = ablations.load_ablations(out)
     assert list(table["axis"]) == ["layer", "topk"] and list(table["layer"]) == [0, 1] and set(table["commit"]) == {"abc"}
     assert (table["n_training_tokens"] == 1024).all() and table.loc[1, "k"] == 16 and 0 < table.loc[1, "l0_all"] <= 16 + 1e-6
@@ -55,7 +55,7 @@ def test_a_cell_is_trained_measured_and_kept(small, tiny_clip, tmp_path, monkeyp
         raise AssertionError("trained again")
 
     monkeypatch.setattr(ablations, "train_sae", train)
-    again = list(ablations.run(ablations.Grid(small, tiny_clip, n_tokens=1024, progress=False), cells, out, commit="abc"))
+    again = list(ablations.run(ablations.Grid(small, tiny_clip, n_tokens=1024, progress=False), cells, out))
     assert again == rows
 
 
@@ -86,6 +86,22 @@ def test_the_frontier_compares_like_with_like():
     assert list(kept["axis"]) == ["lambda", "seed", "topk"]
 
 
+def test_variants_are_compared_where_they_are_as_sparse():
+    rows = [("relu", 10, 0.5), ("relu", 40, 0.7), ("topk", 16, 0.8), ("topk", 32, 0.9), ("gated", 50, 0.9)]
+    table = pd.DataFrame(rows, columns=["activation", "l0_all", "object_ap"])
+    found = ablations.at_matched_l0(table, 20, ["object_ap"])["object_ap"]
+    assert found["relu"] == pytest.approx(0.6)  # 20 is half-way between 10 and 40 on a logarithmic scale
+    assert 0.8 < found["topk"] < 0.9 and pd.isna(found["gated"])
+
+
+def test_tables_of_other_profiles_lie_with_their_runs():
+    default, other = load_profile(), load_profile(overrides={"training.seed": 3})
+    assert ablations.table_path(default).parts[-3:] == ("benchmarks", "results", "ablations.csv")
+    assert ablations.table_path(other) == other.folder("ablations") / "ablations.csv"
+    with pytest.raises(FileNotFoundError, match="make ablations"):
+        ablations.load_ablations(profile=load_profile(overrides={"training.seed": 3}))
+
+
 def test_a_missing_table_names_the_command(tmp_path):
     with pytest.raises(FileNotFoundError, match="make ablations"):
         ablations.load_ablations(tmp_path / "none.csv")
@@ -94,7 +110,7 @@ def test_a_missing_table_names_the_command(tmp_path):
 def test_figures_draw(tmp_path):
     import matplotlib.pyplot as plt
 
-    from patchsae_utils.plots.ablations import ablation_effects, frontier
+    from patchsae_utils.plots.ablations import ablation_effects, reconstruction_frontier
 
     measures = ("explained_variance_all", "l0_all", "zero_shot_change", "object_ap")
     rows = [
@@ -113,7 +129,7 @@ def test_figures_draw(tmp_path):
         )
     ]
     table = pd.DataFrame(rows)
-    figures = [ablation_effects(table), frontier(ablations.frontier(table))]
+    figures = [ablation_effects(table), reconstruction_frontier(ablations.frontier(table))]
     for fig in figures:
         fig.canvas.draw()
     assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["λ 1e-4", "ghost term off"]

@@ -1,6 +1,8 @@
 """One function a figure, one style. Figures draw what others computed; ``save="name"`` also writes ``figures/name.png``."""
 
+from .ablations import ablation_effects, reconstruction_frontier
 from .activations import embedded_world, patch_probe, residual_norms, residual_pca, zero_shot_accuracy
+from .benchmarks import step_costs
 from .concepts import concept_families, concept_sharing, coverage_curves, localization, monosemanticity, name_agreement
 from .domains import cross_domain, group_statistics, stability, text_and_image
 from .explorer import latent_explorer, patch_explorer, pointing
@@ -24,6 +26,7 @@ from .training import firing_rates, patch_maps, reconstruction_quality, training
 __all__ = [
     "COLORS",
     "HEAT",
+    "ablation_effects",
     "adaptation_accuracy",
     "class_scatter",
     "color_swap",
@@ -59,6 +62,7 @@ __all__ = [
     "patch_probe",
     "pointing",
     "raw_reconstructed_error",
+    "reconstruction_frontier",
     "reconstruction_quality",
     "reference_images",
     "reference_patches",
@@ -69,6 +73,7 @@ __all__ = [
     "stability",
     "steered",
     "steering_panel",
+    "step_costs",
     "text_and_image",
     "tower_head_cross",
     "training_curves",

@@ -20,7 +20,7 @@ _VARIANTS = {
     "gated": ("gated", "black", "P"),
 }
 _AXES = {
-    "layer": "layer", "expansion": "size", "lambda": "λ", "ghost": "ghost term", "start": "start", "b_dec": "b_dec starts at", "tokens": "tokens",
+    "layer": "layer", "expansion": "size", "lambda": "λ", "ghost": "ghost term", "start": "start", "b_dec": "b_dec starts at", "arithmetic": "arithmetic", "tokens": "tokens",
 }  # fmt: skip
 _MEASURES = {
     "explained_variance_all": "Explained variance",
@@ -32,7 +32,7 @@ _MEASURES = {
 
 
 @mpl.rc_context(style.STYLE)
-def frontier(table: pd.DataFrame, save: str | None = None) -> Figure:
+def reconstruction_frontier(table: pd.DataFrame, save: str | None = None) -> Figure:
     """Explained variance, and how well single latents find objects, against the number of active latents: one line a variant.
 
     Parameters
