@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def steered(
     fig, axes = style.figure(height=0.3 + 1.95 * len(pictures), nrows=len(pictures), ncols=3, width_ratios=[1, 1, 2.1], squeeze=False)
     for row, picture, one, title in zip(axes, pictures, results, titles, strict=True):
         style.image_axes(row[0]).imshow(picture)
-        row[0].set_title(title, fontsize=10)
+        row[0].set_title(fill(title, 24), fontsize=10)
         change = (one.activations - one.activations_before)[0].sum(-1).cpu().numpy()
         limit = float(np.abs(change).max()) or 1.0
         style.image_axes(row[1]).imshow(picture.mean(-1), cmap="gray", vmin=-120, vmax=300)
