@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import common, sae_step
+from benchmarks import common, end_to_end, extraction, mask_sweep, sae_step
 
 TINY = {"d_in": 24, "d_sae": 256, "tokens": 64, "l0": 8, "repeats": 1, "device": "cpu", "threads": 1}
 
@@ -103,3 +103,33 @@ def test_the_step_benchmark_prints_one_object(one_process, capsys, tmp_path):
     assert "No module named" in peers["sae_lens"]["error"] and peers["sae_lens"]["package"] == "sae-lens"
     assert "seconds" in peers["ours topk"]
     assert all(0 < row["dense_flops_per_second_over_matmul_peak"] for row in printed["rows"] if "seconds" in row)
+
+
+def test_both_sides_of_the_mask_sweep_find_the_same_logits():
+    setting = mask_sweep.Setting(model="openmoji", d_sae=64, n_images=2, l0=8, batch_size=2, n_classes=5)
+    rows, ratio, about = mask_sweep.compare(setting)
+    assert about["largest_logit_gap"] < 1e-3 < about["logit_range_over_masks"]  # equal, though the masks do change something
+    assert about["n_masks"] == 3 + 2 * len(mask_sweep.KS) and ratio == pytest.approx(rows[1]["seconds"] / rows[0]["seconds"])
+
+
+def test_the_mask_sweep_refuses_sides_that_disagree(monkeypatch):
+    setting = mask_sweep.Setting(model="openmoji", d_sae=64, n_images=1, l0=8, batch_size=1, n_classes=3)
+    whole = setting.whole
+    monkeypatch.setattr(setting, "whole", lambda: {key: logits + 0.1 for key, logits in whole().items()})
+    with pytest.raises(RuntimeError, match="disagree"):
+        mask_sweep.compare(setting)
+
+
+def test_extraction_and_end_to_end_print_one_object(monkeypatch, capsys):
+    small = ["--model", "openmoji", "--pretrained", "", "--images", "2", "--threads", "1"]
+    monkeypatch.setattr(end_to_end, "in_subprocess", lambda module, side, settings: end_to_end.measure(side, settings))
+    threads = torch.get_num_threads()
+    try:
+        result = extraction.main([*small, "--repeats", "1", "--no-memory"])
+        assert [row["side"] for row in result["rows"]] == list(extraction.SIDES) and result["over_bare"]["best"] > 0
+        assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(result))
+        result = end_to_end.main([*small, "--steps", "1", "--d-sae", "256", "--l0", "8"])
+        assert [row["side"] for row in result["rows"]] == list(end_to_end.SIDES)
+        assert result["rows"][0]["l0"] == pytest.approx(result["rows"][1]["l0"], rel=0.05)  # the same work, sparse and dense
+    finally:
+        torch.set_num_threads(threads)
