@@ -123,7 +123,7 @@ class Grid:
 
     def row(self, cell: Cell) -> dict[str, Any]:
         """Train a cell's SAE, or open it, and measure it: one row of the table. What was measured before is read, not measured again."""
-        profile = _changed(self.profile, {"training.n_tokens": self.n_tokens, **cell.settings})
+        profile = _changed(self.profile, {**self._common(), **cell.settings})
         layer = self.clip.layer_index(profile.model.layer)
         out = self.folder / cell.name
         key = fingerprint(
@@ -144,6 +144,10 @@ class Grid:
         }  # fmt: skip
         write_json(out / "measures.json", {"fingerprint": key, "complete": True, "row": row})
         return row
+
+    def _common(self) -> dict[str, Any]:
+        """What all cells share: their length, and that only active latents are computed, which is faster at every size here."""
+        return {"training.n_tokens": self.n_tokens, "training.sparse": "always"}
 
     def _train(self, profile: Profile, layer: int, out: Path):
         return train_sae(stages.fresh_sae(profile, self.clip), self._store(profile, layer), profile.training, out, progress=self.progress)
@@ -183,7 +187,7 @@ class Grid:
 
     def _stability(self, sae) -> dict[str, float]:
         """Matched cosine with the SAE of seed 0."""
-        settings = {"training.n_tokens": self.n_tokens, "training.seed": 0}
+        settings = {**self._common(), "training.seed": 0}
         first = self._train(_changed(self.profile, settings), self.clip.layer_index(self.profile.model.layer), self.folder / "seed-0")
         found = matched_cosine(first, sae)
         return {
