@@ -213,9 +213,7 @@ def test_half_precision_files_are_read(folder):
     [
         ({"architecture": "temporal"}, "architecture 'temporal'. Valid: standard, topk, jumprelu, gated"),
         ({"architecture": "gated"}, "don't belong together"),
-        ({"apply_b_dec_to_input": False}, "apply_b_dec_to_input=False"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm'"),
-        ({"architecture": "topk", "k": 3, "rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm"),
         ({"architecture": "topk"}, "needs k between"),
         ({"d_in": 7}, "don't belong together"),
         ({"d_in": "six"}, "positive integers"),
@@ -270,6 +268,6 @@ def test_a_pickle_is_never_opened(tmp_path):
 
     path = tmp_path / "sae.pt"
     path.write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(ValueError, match="is a pickle"):
+    with pytest.raises(ValueError, match="If it is a pickle, it could run code"):
         load_sae(path)
     assert not (tmp_path / "trap was sprung").exists()
