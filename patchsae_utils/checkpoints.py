@@ -19,9 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from . import __version__
 from .artifacts import file_sha256, read_json, write_json
 from .formats import READERS, build, centred, find, unit_rows
 from .sae import SparseAutoencoder
+from .sources import preprocessing_fingerprint
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _SAELENS_VERSION = "6.18.0"  # the form of the folder; older versions convert it and lose the metadata
@@ -78,7 +80,10 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, format: str = "saele
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    metadata = {"model_name": None, **sae.metadata, "sae_lens_version": _SAELENS_VERSION, "weights_sha256": checksum}
+    own = {"sae_lens_version": _SAELENS_VERSION, "patchsae_version": __version__, "weights_sha256": checksum}
+    metadata = {"model_name": None, **sae.metadata, **own}
+    if isinstance(metadata.get("preprocessing"), str):
+        metadata["preprocessing_fingerprint"] = preprocessing_fingerprint(metadata["preprocessing"])
     if metadata.get("layer") is not None:
         metadata.setdefault("hook_name", f"visual.transformer.resblocks.{metadata['layer']}")
     if own := _own_entries(sae):

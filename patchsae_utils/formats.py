@@ -208,7 +208,9 @@ def read_patchsae(path: Path) -> Weights:
     known = {"model_name": settings.get("model_name"), "layer": settings.get("block_layer")}
     metadata = settings.get("patchsae")
     if not isinstance(metadata, dict):
-        metadata = _model(known["model_name"], known["layer"]) | _plain(settings, "dataset_path", "l1_coefficient", "lr", "seed", "image_width")
+        metadata = _model(known["model_name"], known["layer"]) | _plain(
+            settings, "dataset_path", "l1_coefficient", "lr", "seed", "image_width"
+        )
     return Weights(_tensors(content["state_dict"], path, _FOUR), metadata=metadata)
 
 
@@ -251,7 +253,9 @@ def read_saev(path: Path) -> Weights:
         activation = header["cfg"].get("activation", {"cls": "Relu"})
         kind, params = activation["cls"], activation.get("params") or {}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} begins with no header of saev ({type(error).__name__}): a line of JSON with 'schema' and 'cfg'.") from error
+        raise ValueError(
+            f"{path} begins with no header of saev ({type(error).__name__}): a line of JSON with 'schema' and 'cfg'."
+        ) from error
     state = read_torch(path)
     names = {"Relu": "relu", "TopK": "topk", "BatchTopK": "batchtopk"}
     if kind not in names:
@@ -305,7 +309,9 @@ def read_dictionary_learning(path: Path) -> Weights:
     if "threshold" in tensors:
         tensors["threshold"] = tensors["threshold"].float().clamp_min(0)  # -1: not learned yet
     own = config.get("patchsae")
-    metadata = own if isinstance(own, dict) else _model(trainer.get("lm_name"), trainer.get("layer")) | _plain(trainer, "lr", "seed", "steps")
+    metadata = (
+        own if isinstance(own, dict) else _model(trainer.get("lm_name"), trainer.get("layer")) | _plain(trainer, "lr", "seed", "steps")
+    )
     return Weights(tensors, activation, k, groups, metadata=metadata)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import patchsae_utils
 from patchsae_utils.checkpoints import CONFIG, WEIGHTS, load_sae
 from patchsae_utils.losses import objective
 from patchsae_utils.sae import SparseAutoencoder
@@ -141,6 +142,15 @@ def test_the_folder_is_saelens_v6(folder):
     shapes = {name: tuple(value.shape) for name, value in load_file(directory / WEIGHTS).items()}
     assert shapes == {"W_enc": (6, 20), "b_enc": (20,), "W_dec": (20, 6), "b_dec": (6,)}
     assert sorted(path.name for path in directory.iterdir()) == [CONFIG, WEIGHTS]  # no temporary file left
+
+
+def test_a_folder_says_who_wrote_it_and_what_it_read(tmp_path):
+    sae = trained({}, "mean")
+    sae.metadata |= {"preprocessing": "Compose(Resize(112))", "metrics": {"l0": 3.5}}
+    metadata = json.loads((sae.save(tmp_path) / CONFIG).read_text())["metadata"]
+    assert metadata["patchsae_version"] == patchsae_utils.__version__ and len(metadata["preprocessing_fingerprint"]) == 8
+    assert metadata["metrics"] == {"l0": 3.5} and len(metadata["patchsae"]["input_mean"]) == 6
+    assert load_sae(tmp_path).metadata["metrics"] == {"l0": 3.5}
 
 
 def test_topk_adds_its_keys(tmp_path):

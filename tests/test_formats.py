@@ -23,7 +23,9 @@ NAMES = [options.get("activation", "relu") for options in VARIANTS]
 
 def some_weights(unit=True):
     generator = torch.Generator().manual_seed(5)
-    w = {name: torch.randn(shape, generator=generator) for name, shape in (("W_enc", (D, S)), ("b_enc", S), ("W_dec", (S, D)), ("b_dec", D))}
+    w = {
+        name: torch.randn(shape, generator=generator) for name, shape in (("W_enc", (D, S)), ("b_enc", S), ("W_dec", (S, D)), ("b_dec", D))
+    }
     if unit:
         w["W_dec"] /= w["W_dec"].norm(dim=1, keepdim=True)
     return w
@@ -205,7 +207,9 @@ def test_dictionary_learning(tmp_path):
     plain = torch.relu(X @ w["W_enc"] + w["b_enc"])
     assert_latents(dictionary(tmp_path, "AutoEncoderNew", linear(w) | {"decoder.bias": w["b_dec"]}), plain, decode(plain))
     few = topk(pre)
-    assert_latents(dictionary(tmp_path, "AutoEncoderTopK", linear(w, b_dec=w["b_dec"], k=whole, threshold=torch.tensor(-1.0))), few, decode(few))
+    assert_latents(
+        dictionary(tmp_path, "AutoEncoderTopK", linear(w, b_dec=w["b_dec"], k=whole, threshold=torch.tensor(-1.0))), few, decode(few)
+    )
     high = torch.where(pre > 1.5, pre, 0)
     state = {"b_dec": w["b_dec"], "k": whole, "threshold": torch.tensor(1.5)}
     sae = assert_latents(dictionary(tmp_path, "BatchTopKSAE", linear(w) | state), high, decode(high))

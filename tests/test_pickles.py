@@ -76,7 +76,9 @@ def test_tensors_and_plain_values_come_out_as_they_were(tmp_path):
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_objects_of_any_class_come_out_as_records(tmp_path, protocol):
-    torch.save({"cfg": Settings(d_in=768, path=PurePosixPath("a/b"), inner=Settings(x=[1, 2]))}, tmp_path / "x.pt", pickle_protocol=protocol)
+    torch.save(
+        {"cfg": Settings(d_in=768, path=PurePosixPath("a/b"), inner=Settings(x=[1, 2]))}, tmp_path / "x.pt", pickle_protocol=protocol
+    )
     record = read_torch(tmp_path / "x.pt")["cfg"]
     assert isinstance(record, Record) and record.name.endswith(".Settings")
     assert record.state["d_in"] == 768 and record.state["inner"].state == {"x": [1, 2]}
@@ -104,7 +106,11 @@ ATTACKS = {
 def test_malicious_pickles_run_nothing(tmp_path, trap, attack, place):
     thing = ATTACKS[attack](trap)
     w = {"W_enc": torch.zeros(2, 3), "b_enc": torch.zeros(3), "W_dec": torch.zeros(3, 2), "b_dec": torch.zeros(2)}
-    content = {"alone": thing, "as settings": {"cfg": {"x": thing}, "state_dict": w}, "among weights": {"cfg": {}, "state_dict": w | {"x": thing}}}
+    content = {
+        "alone": thing,
+        "as settings": {"cfg": {"x": thing}, "state_dict": w},
+        "among weights": {"cfg": {}, "state_dict": w | {"x": thing}},
+    }
     data = io.BytesIO()
     pickler = pickle._Pickler if attack == "a call of what a call gave" else pickle.Pickler  # the C pickler wants a callable
 
@@ -245,7 +251,11 @@ def test_a_missing_file_is_said(tmp_path):
 def test_random_pickles_end_in_a_value_or_a_documented_error(tmp_path):
     """Bytes of real pickles, cut and shuffled."""
     draw = random.Random(1)
-    sources = [pickle.dumps(value, protocol) for protocol in (2, 4) for value in ([1, (2, "x")], {"a": Settings(b=1)}, {1, 2}, b"abc", Calls(os.system, "true"))]
+    sources = [
+        pickle.dumps(value, protocol)
+        for protocol in (2, 4)
+        for value in ([1, (2, "x")], {"a": Settings(b=1)}, {1, 2}, b"abc", Calls(os.system, "true"))
+    ]
     for _ in range(300):
         code = bytearray(draw.choice(sources))
         for _ in range(draw.randrange(1, 4)):
