@@ -140,6 +140,8 @@ def _sweep(options: argparse.Namespace) -> dict[str, Any]:
     profile = _profile(options)
     ks = _integers(options.ks, "--ks")
     clip, layer = stages.load_world(profile)
+    if not clip.has_text:
+        return _skipped(clip, "sweep")
     sae = stages.trained_sae(profile, clip)
     summary = stages.latent_summary(profile, clip, sae)
     table = sweep_masks(
@@ -156,6 +158,8 @@ def _adapt(options: argparse.Namespace) -> dict[str, Any]:
 
     profile = _profile(options)
     clip, _ = stages.load_world(profile)
+    if not clip.has_text:
+        return _skipped(clip, "adapt")
     made = []
     for task in options.task or profile.adapters.tasks:
         for seed in profile.adapters.seeds:
@@ -163,6 +167,11 @@ def _adapt(options: argparse.Namespace) -> dict[str, Any]:
             accuracy = adapted.log[-1].get("accuracy") if adapted.log else None
             made.append({"task": task, "kind": adapted.kind, "seed": seed, "training_accuracy": accuracy})
     return {"adapters": made, "folder": str(profile.folder("adapters"))}
+
+
+def _skipped(clip: Any, command: str) -> dict[str, Any]:
+    """What a command says that needs class names in words."""
+    return {"skipped": f"{command} needs a text tower, and {clip.name!r} has none. extract, train and summarize work without."}
 
 
 def _info(options: argparse.Namespace) -> dict[str, Any]:
