@@ -210,10 +210,11 @@ def _from_config(config: Any, path: Path) -> SparseAutoencoder:
     keys = ("architecture", "d_in", "d_sae")
     if not isinstance(config, dict) or any(key not in config for key in keys):
         raise ValueError(f"{path / CONFIG} is no SAE config of SAELens v6: it needs the entries {', '.join(keys)}.")
-    architecture = config["architecture"]
+    architecture = str(config["architecture"])
     legacy = config.get("activation_fn_str", config.get("activation_fn", "relu"))  # SAELens before v6
     if architecture == "standard" and legacy == "topk":
-        architecture, config = "topk", {**(config.get("activation_fn_kwargs") or {}), **config}
+        kwargs = config.get("activation_fn_kwargs")
+        architecture, config = "topk", {**(kwargs if isinstance(kwargs, dict) else {}), **config}
     elif legacy not in ("relu", "topk") or config.get("finetuning_scaling_factor", False):
         raise ValueError(f"{path / CONFIG} says activation_fn_str={legacy!r} or finetuning_scaling_factor; such an SAE is not read.")
     if architecture not in _ACTIVATIONS:
@@ -226,7 +227,15 @@ def _from_config(config: Any, path: Path) -> SparseAutoencoder:
     sizes = (config["d_in"], config["d_sae"])
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"{path / CONFIG} says d_in={sizes[0]!r}, d_sae={sizes[1]!r}; both must be positive integers.")
-    metadata = dict(config.get("metadata") or {})
+    n_bytes = (path / WEIGHTS).stat().st_size
+    if sizes[0] * sizes[1] > n_bytes:  # before memory of that size is asked for
+        raise ValueError(
+            f"{path / CONFIG} says d_in={sizes[0]}, d_sae={sizes[1]}; {WEIGHTS} has {n_bytes:,} bytes, too few. The two files don't belong together."
+        )
+    metadata = config.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path / CONFIG}: metadata must be an object, got a {type(metadata).__name__}.")
+    metadata = dict(metadata)
     own = metadata.pop("patchsae", {})
     options = {"activation": _ACTIVATIONS[architecture], "k": config.get("k") if architecture == "topk" else None}
     try:

@@ -240,7 +240,8 @@ def read_prisma(path: Path) -> Weights:
         tensors = _tensors(state, file, ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"))
         tensors["b_enc"] = tensors.pop("b_gate")
         return Weights(tensors, "gated", metadata=metadata)
-    k = (settings.get("activation_fn_kwargs") or {}).get("k") if activation == "topk" else None
+    kwargs = settings.get("activation_fn_kwargs")
+    k = kwargs.get("k") if activation == "topk" and isinstance(kwargs, dict) else None
     return Weights(_tensors(state, file, _FOUR), activation, k, metadata=metadata)
 
 
@@ -251,7 +252,7 @@ def read_saev(path: Path) -> Weights:
     try:
         header = json.loads(line)
         activation = header["cfg"].get("activation", {"cls": "Relu"})
-        kind, params = activation["cls"], activation.get("params") or {}
+        kind, params = str(activation["cls"]), dict(activation.get("params") or {})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} begins with no header of saev ({type(error).__name__}): a line of JSON with 'schema' and 'cfg'."
@@ -291,7 +292,7 @@ def read_dictionary_learning(path: Path) -> Weights:
     file, config = path / "ae.pt", _object(path / "config.json")
     trainer = config.get("trainer")
     trainer = trainer if isinstance(trainer, dict) else {}
-    kind = trainer.get("dict_class")
+    kind = str(trainer.get("dict_class"))
     if kind not in _CLASSES:
         raise ValueError(f"{path / 'config.json'} says trainer.dict_class={kind!r}. Valid: {', '.join(_CLASSES)}.")
     activation, names = _CLASSES[kind]

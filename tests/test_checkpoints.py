@@ -244,7 +244,7 @@ def test_damage_is_noticed(folder):
     with pytest.raises(ValueError, match="damaged.*SHA-256"):
         load_sae(directory)
     change(directory, metadata={})
-    (directory / WEIGHTS).write_bytes(content[:40])
+    (directory / WEIGHTS).write_bytes(content[:200])
     with pytest.raises(ValueError, match="no valid safetensors"):
         load_sae(directory)
     (directory / CONFIG).write_text('{"architecture": ')
