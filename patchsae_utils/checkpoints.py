@@ -82,6 +82,7 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, format: str = "saele
         raise
     own = {"sae_lens_version": _SAELENS_VERSION, "patchsae_version": __version__, "weights_sha256": checksum}
     metadata = {"model_name": None, **sae.metadata, **own}
+    metadata.pop("sae_lens_training_version", None)
     if isinstance(metadata.get("preprocessing"), str):
         metadata["preprocessing_fingerprint"] = preprocessing_fingerprint(metadata["preprocessing"])
     if metadata.get("layer") is not None:
@@ -145,7 +146,8 @@ def _load_folder(path: Path) -> SparseAutoencoder:
     config = read_json(path / CONFIG)
     sae = _from_config(config, path)
     checksum = sae.metadata.pop("weights_sha256", None)
-    if checksum is not None and checksum != file_sha256(path / WEIGHTS):
+    rewritten = "sae_lens_training_version" in sae.metadata  # by SAELens, which hands our checksum on whatever it changed
+    if checksum is not None and not rewritten and checksum != file_sha256(path / WEIGHTS):
         raise ValueError(
             f"{path / WEIGHTS} is damaged, or belongs to another {CONFIG}: its SHA-256 is not the one written there. "
             f"Train or copy it again."

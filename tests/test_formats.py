@@ -369,6 +369,20 @@ def test_saelens_opens_ours_and_we_open_theirs(tmp_path, options):
     assert again.metadata["model_name"] == METADATA["model_name"] and again.metadata["layer"] == METADATA["layer"]
 
 
+def test_weights_that_saelens_has_changed_are_not_called_damaged(tmp_path):
+    """It copies our metadata, checksum included, and adds a version of its own."""
+    folder = trained({}).save(tmp_path / "ours")
+    w = load_file(folder / WEIGHTS)
+    save_file(w | {"b_dec": w["b_dec"] + 1}, folder / WEIGHTS)
+    with pytest.raises(ValueError, match="damaged"):
+        load_sae(folder)
+    metadata = json.loads((folder / CONFIG).read_text())["metadata"]
+    change(folder, metadata=metadata | {"sae_lens_training_version": "6.54.0"})
+    again = load_sae(load_sae(folder).save(tmp_path / "again"))
+    torch.testing.assert_close(again.b_dec, w["b_dec"] + 1, rtol=0, atol=0)
+    assert "sae_lens_training_version" not in again.metadata
+
+
 def test_sparsify_itself_opens_ours(tmp_path):
     sparsify = pytest.importorskip("sparsify", reason="the package eai-sparsify is not installed (extra: bench)")
     sae = trained(VARIANTS[1]).eval()
