@@ -25,6 +25,8 @@ _PUBLIC = {
     "zero_shot_accuracy": "zeroshot",
     "SparseAutoencoder": "sae",
     "load_sae": "checkpoints",
+    "save_sae": "checkpoints",
+    "push_sae": "hub",
     "patchsae_loss": "losses",
     "objective": "losses",
     "train_sae": "training",

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .artifacts import fingerprint, folder_lock, is_current, write_json
+from .artifacts import fingerprint, folder_lock, is_current
 from .data import batches
 from .mixing import TOKENS, choose_tokens
-from .store import DTYPES, FORMAT, FORMAT_VERSION, INDEX, MANIFEST, ActivationStore, StoreMetadata, read_manifest
+from .store import DTYPES, FORMAT, FORMAT_VERSION, INDEX, MANIFEST, ActivationStore, StoreMetadata, read_manifest, write_manifest
 
 __all__ = ["ActivationStore", "StoreMetadata", "extract_activations"]
 
@@ -109,7 +109,7 @@ def _extract(clip, dataset, inputs, key, out, batch_size, workers, n_per_shard, 
                         "Use dtype='bfloat16', or another layer."
                     )
                 manifest["files"][name] = _write(out / name, {"tokens": ready[: sizes[name]].contiguous()}) | {"n_images": sizes[name]}
-                write_json(out / MANIFEST, manifest)
+                write_manifest(out / MANIFEST, manifest)
                 waiting = [ready[sizes[name] :]]
                 shard = next(shards, None)
     if INDEX not in manifest["files"]:
@@ -117,7 +117,7 @@ def _extract(clip, dataset, inputs, key, out, batch_size, workers, n_per_shard, 
         manifest["files"][INDEX] = _write(out / INDEX, {"labels": labels, "indices": torch.arange(n_images)}) | {"n_images": n_images}
     if not manifest["complete"]:
         order = [*sizes, INDEX]
-        write_json(out / MANIFEST, {**manifest, "complete": True, "files": {name: manifest["files"][name] for name in order}})
+        write_manifest(out / MANIFEST, {**manifest, "complete": True, "files": {name: manifest["files"][name] for name in order}})
 
 
 def describe_activations(clip, dataset, layer: int, tokens: str, dtype: str) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def _begin(out: Path, manifest: dict[str, Any], sizes: dict[str, int]) -> dict[s
     complete = same and files.keys() == {*sizes, INDEX}
     begun = {**manifest, "complete": complete, "files": files}
     if not complete:
-        write_json(path, begun)  # before anything is deleted: no manifest ever promises a file of other inputs
+        write_manifest(path, begun)  # before anything is deleted: no manifest ever promises a file of other inputs
         for leftover in (*out.glob("shard-*.safetensors"), *out.glob(".shard-*.tmp"), *out.glob(".index.*.tmp")):
             if leftover.name not in files:
                 leftover.unlink()

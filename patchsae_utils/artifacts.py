@@ -49,7 +49,7 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file; a damaged one is a ``ValueError`` that names it."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}). Delete it and run the stage that writes it again.") from error
 
 

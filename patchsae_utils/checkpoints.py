@@ -1,5 +1,8 @@
 """SAEs on disk: a folder with ``cfg.json`` and ``sae_weights.safetensors``, the form of SAELens v6, which opens ours as it is.
 
+:func:`load_sae` and :func:`save_sae` also take the forms of other programs (:mod:`.formats`, :mod:`.exports`); the folder is what training
+writes, since it alone keeps everything.
+
 What an SAE reads (model, layer, tokens) lies in the config's ``metadata``, together with a checksum of the weights, and under ``patchsae``
 what SAELens has no key for: which variant was trained, and the statistics of its input. SAELens ignores those, and needs none of them.
 """
@@ -16,8 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from . import __version__
 from .artifacts import file_sha256, read_json, write_json
+from .formats import READERS, build, centred, find, unit_rows
 from .sae import SparseAutoencoder
+from .sources import preprocessing_fingerprint
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _SAELENS_VERSION = "6.18.0"  # the form of the folder; older versions convert it and lose the metadata
@@ -26,11 +32,10 @@ _ACTIVATIONS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gat
 _ARCHITECTURES = {v: k for k, v in _ACTIVATIONS.items()} | {"batchtopk": "jumprelu", "matryoshka": "jumprelu"}
 _INPUT = ("input_mean", "input_scale", "input_norm")
 _UNIT = 1e-5  # how far from 1 a float32 row's norm may be
-_REFUSED = {".pt", ".pth", ".bin", ".pkl", ".ckpt"}
 
 
-def save_sae(sae: SparseAutoencoder, directory: str | Path) -> Path:
-    """Write an SAE as ``cfg.json`` and ``sae_weights.safetensors``, each under a temporary name first.
+def save_sae(sae: SparseAutoencoder, directory: str | Path, format: str = "saelens", unit_norm: bool = True) -> Path:
+    """Write an SAE as ``cfg.json`` and ``sae_weights.safetensors``, each under a temporary name first; or in another program's form.
 
     The decoder's rows are written at unit norm. Where they are (:func:`~patchsae_utils.training.train_sae` leaves them so), all weights are
     written as they are; else each norm goes into its latent's activation, which leaves the reconstruction what it was.
@@ -42,19 +47,28 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path) -> Path:
     ----------
     sae : SparseAutoencoder
     directory : str or Path
-        Made when missing.
+        Made when missing. PatchSAE's and saev's forms are single files: a path that ends in ``.pt``, or ``sae.pt`` in this folder.
+    format : {"saelens", "patchsae", "prisma", "saev", "sparsify", "dictionary_learning"}
+        The others leave the rows as they are, and can't say every variant; see :func:`patchsae_utils.exports.export_sae`.
+    unit_norm : bool
+        False writes the rows as they are in SAELens's form too, so that the latents keep their sizes.
 
     Returns
     -------
     Path
-        The folder.
+        The folder, or the file: what :func:`load_sae` opens.
 
     Raises
     ------
     ValueError
-        If the rows are not at unit norm and a latent's size decides which are kept (``topk``, ``batchtopk``, ``matryoshka``).
+        If the rows are not at unit norm and a latent's size decides which are kept (``topk``, ``batchtopk``, ``matryoshka``); or the format
+        is unknown, or can't say this SAE's activation.
     """
-    tensors = {name: value.detach().float().cpu().contiguous() for name, value in _unit_rows(sae).items()}
+    if format != "saelens":
+        from .exports import export_sae
+
+        return export_sae(sae, directory, format)
+    tensors = {name: value.detach().float().cpu().contiguous() for name, value in (_unit_rows if unit_norm else _file_tensors)(sae).items()}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{WEIGHTS}-", suffix=".tmp")
@@ -66,7 +80,11 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path) -> Path:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    metadata = {"model_name": None, **sae.metadata, "sae_lens_version": _SAELENS_VERSION, "weights_sha256": checksum}
+    own = {"sae_lens_version": _SAELENS_VERSION, "patchsae_version": __version__, "weights_sha256": checksum}
+    metadata = {"model_name": None, **sae.metadata, **own}
+    metadata.pop("sae_lens_training_version", None)
+    if isinstance(metadata.get("preprocessing"), str):
+        metadata["preprocessing_fingerprint"] = preprocessing_fingerprint(metadata["preprocessing"])
     if metadata.get("layer") is not None:
         metadata.setdefault("hook_name", f"visual.transformer.resblocks.{metadata['layer']}")
     if own := _own_entries(sae):
@@ -89,12 +107,15 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path) -> Path:
 
 
 def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
-    """Open an SAE that :meth:`SparseAutoencoder.save` or SAELens v6 wrote.
+    """Open an SAE: ours, or one of SAELens, PatchSAE, ViT-Prisma, saev, sparsify or dictionary_learning; which, it finds out itself.
+
+    Other programs' SAEs come out in our equations, with the same latents. Nothing is ever unpickled: files of ``torch.save`` are read by
+    :mod:`patchsae_utils.pickles`, which knows tensors and plain values alone.
 
     Parameters
     ----------
     path : str or Path
-        Folder with ``cfg.json`` and ``sae_weights.safetensors``.
+        A folder, a file, or ``hf:<owner>/<repository>[/<folder>][@<revision>]`` for one on the Hugging Face hub.
     device : str or torch.device
 
     Returns
@@ -105,30 +126,28 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAuto
     Raises
     ------
     FileNotFoundError
-        If there is no such folder, or a file is missing in it.
+        If nothing is there, or files are missing in the folder.
     ValueError
-        If it is of another format or architecture, or damaged. Nothing is ever unpickled.
+        If it is of another format or architecture, damaged, or holds code.
     """
-    path = Path(path)
-    if path.suffix in _REFUSED:
-        raise ValueError(
-            f"{path} is a pickle, which could run code when opened. SAEs are read from a folder with {CONFIG} and {WEIGHTS}; "
-            f"convert its tensors W_enc, b_enc, W_dec, b_dec with a tool you trust, fill a SparseAutoencoder, and save that."
-        )
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"No SAE at {path}: expected a folder with {CONFIG} and {WEIGHTS}, as SparseAutoencoder.save or train_sae writes it."
-        )
-    missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
-    if missing:
-        found = ", ".join(sorted(file.name for file in path.iterdir())[:12]) or "nothing"
-        raise FileNotFoundError(
-            f"{path} holds no {' and no '.join(missing)}, so it is no SAE folder of ours or of SAELens v6 (found: {found})."
-        )
+    if str(path).startswith("hf:"):
+        from .hub import fetch
+
+        path = fetch(str(path))
+    form, path = find(Path(path))
+    if form == "saelens":
+        return _load_folder(path).to(device)
+    weights = READERS[form](path)
+    return build(weights._replace(metadata={**weights.metadata, "converted_from": form}), path).to(device)
+
+
+def _load_folder(path: Path) -> SparseAutoencoder:
+    """Our folder, or SAELens's."""
     config = read_json(path / CONFIG)
     sae = _from_config(config, path)
     checksum = sae.metadata.pop("weights_sha256", None)
-    if checksum is not None and checksum != file_sha256(path / WEIGHTS):
+    rewritten = "sae_lens_training_version" in sae.metadata  # by SAELens, which hands our checksum on whatever it changed
+    if checksum is not None and not rewritten and checksum != file_sha256(path / WEIGHTS):
         raise ValueError(
             f"{path / WEIGHTS} is damaged, or belongs to another {CONFIG}: its SHA-256 is not the one written there. "
             f"Train or copy it again."
@@ -141,11 +160,15 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAuto
     tensors = {_IN_MEMORY.get(name, name): value.float() for name, value in tensors.items()}
     if sae.activation in ("batchtopk", "matryoshka"):
         tensors["threshold"] = tensors["threshold"][0]
+    if not config.get("apply_b_dec_to_input", True):
+        tensors = centred(tensors)
+    if config.get("rescale_acts_by_decoder_norm", False):  # latents are what they are times their rows' norms
+        tensors = unit_rows(tensors)
     sae.load_state_dict(tensors, strict=False)  # the input's statistics are set already, the rest was checked
-    return sae.eval().to(device)
+    return sae.eval()
 
 
-_IN_MEMORY = {"b_gate": "b_enc"}
+_IN_MEMORY, _ON_DISK = {"b_gate": "b_enc"}, {"b_enc": "b_gate"}
 
 
 def _file_tensors(sae: SparseAutoencoder) -> dict[str, Tensor]:
@@ -169,18 +192,8 @@ def _unit_rows(sae: SparseAutoencoder) -> dict[str, Tensor]:
             f"The decoder's rows have norms from {norms.min():.4g} to {norms.max():.4g}, and activation={sae.activation!r} keeps the largest "
             "latents: moving the norms into them would change which. Call sae.normalize_decoder() before saving."
         )
-    # A row of zeros says nothing: its latent is silenced, and any direction will do.
-    rows = tensors["W_dec"].double() / norms.where(norms > 0, 1.0)[:, None]
-    rows[norms == 0, 0] = 1
-    tensors["W_dec"] = rows
-    if sae.activation == "gated":
-        tensors["W_enc"] = tensors["W_enc"] * (norms > 0)
-        tensors["b_gate"] = tensors["b_gate"] * (norms > 0)
-        tensors["r_mag"] = tensors["r_mag"].double() + norms.where(norms > 0, 1.0).log()
-        scaled = ["b_mag"]
-    else:
-        scaled = ["W_enc", "b_enc", *(["threshold"] if "threshold" in tensors else [])]
-    return tensors | {name: tensors[name].double() * norms for name in scaled}
+    unit = unit_rows({_IN_MEMORY.get(name, name): value for name, value in tensors.items()})
+    return {_ON_DISK.get(name, name) if sae.activation == "gated" else name: value for name, value in unit.items()}
 
 
 def _own_entries(sae: SparseAutoencoder) -> dict[str, Any]:
@@ -199,22 +212,32 @@ def _from_config(config: Any, path: Path) -> SparseAutoencoder:
     keys = ("architecture", "d_in", "d_sae")
     if not isinstance(config, dict) or any(key not in config for key in keys):
         raise ValueError(f"{path / CONFIG} is no SAE config of SAELens v6: it needs the entries {', '.join(keys)}.")
-    architecture = config["architecture"]
+    architecture = str(config["architecture"])
+    legacy = config.get("activation_fn_str", config.get("activation_fn", "relu"))  # SAELens before v6
+    if architecture == "standard" and legacy == "topk":
+        kwargs = config.get("activation_fn_kwargs")
+        architecture, config = "topk", {**(kwargs if isinstance(kwargs, dict) else {}), **config}
+    elif legacy not in ("relu", "topk") or config.get("finetuning_scaling_factor", False):
+        raise ValueError(f"{path / CONFIG} says activation_fn_str={legacy!r} or finetuning_scaling_factor; such an SAE is not read.")
     if architecture not in _ACTIVATIONS:
         raise ValueError(f"{path} holds an SAE of architecture {architecture!r}. Valid: {', '.join(_ACTIVATIONS)}.")
-    for key, only in {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}.items():
+    for key, only in {"normalize_activations": "none", "reshape_activations": "none"}.items():
         if config.get(key, only) != only:
             raise ValueError(
                 f"{path / CONFIG} says {key}={config[key]!r}; only {only!r} is read. Such an SAE would give wrong latents here."
             )
-    if architecture == "topk" and config.get("rescale_acts_by_decoder_norm", False):
-        raise ValueError(
-            f"{path / CONFIG} says rescale_acts_by_decoder_norm=true; fold the decoder's norms into the encoder before saving it."
-        )
     sizes = (config["d_in"], config["d_sae"])
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"{path / CONFIG} says d_in={sizes[0]!r}, d_sae={sizes[1]!r}; both must be positive integers.")
-    metadata = dict(config.get("metadata") or {})
+    n_bytes = (path / WEIGHTS).stat().st_size
+    if sizes[0] * sizes[1] > n_bytes:  # before memory of that size is asked for
+        raise ValueError(
+            f"{path / CONFIG} says d_in={sizes[0]}, d_sae={sizes[1]}; {WEIGHTS} has {n_bytes:,} bytes, too few. The two files don't belong together."
+        )
+    metadata = config.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path / CONFIG}: metadata must be an object, got a {type(metadata).__name__}.")
+    metadata = dict(metadata)
     own = metadata.pop("patchsae", {})
     options = {"activation": _ACTIVATIONS[architecture], "k": config.get("k") if architecture == "topk" else None}
     try:

@@ -55,6 +55,9 @@ class ClipModel:
         If the image tower is no vision transformer of open_clip, or the precision is unknown.
     """
 
+    has_text = True
+    """Whether there is a text tower: zero-shot heads, prompts."""
+
     def __init__(
         self,
         model: open_clip.CLIP,
@@ -297,8 +300,8 @@ def load_clip(model: str = "openmoji", pretrained: str | None = None, device: st
     Parameters
     ----------
     model : str
-        ``"openmoji"`` (the small CLIP of the embedded world), a name that open_clip knows, or a folder with
-        ``open_clip_config.json`` and weights.
+        ``"openmoji"`` (the small CLIP of the embedded world), a name that open_clip knows, a folder with
+        ``open_clip_config.json`` and weights, or ``timm:<name>`` for a vision transformer without text (:mod:`patchsae_utils.backbones`).
     pretrained : str, optional
         A tag that open_clip knows (``"openai"``), or a weight file (``.safetensors``, ``.pt``, ``.bin``).
         Without it, a named architecture keeps random weights only if ``pretrained="random"`` says so.
@@ -313,6 +316,10 @@ def load_clip(model: str = "openmoji", pretrained: str | None = None, device: st
     FileNotFoundError
         If a weight file or folder is missing, or weights can't be fetched; the message says what to provide and where.
     """
+    if model.startswith("timm:"):
+        from .backbones import load_timm
+
+        return load_timm(model, pretrained, device, precision)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if model == "openmoji" or Path(model).is_dir():
         folder = EMBEDDED if model == "openmoji" else Path(model)

@@ -191,7 +191,7 @@ def measure_concepts(
         )  # fmt: skip
         if is_current(out, fp):
             return load_report(out)
-    sae.check_source(d_in=clip.width, source=f"the residual stream of {clip.name!r}")
+    sae.check_model(clip, layer)
     data = [concept_patches(clip, d, layer, progress=progress) for d in (choose, report)]
     dictionaries = [sae_dictionary(sae), dimensions(sae.d_in), sae_dictionary(random_sae(sae, seed), "random SAE")]
     result = detect_concepts(

@@ -93,7 +93,7 @@ def evaluate_sae(
     layer = clip.layer_index(layer)
     saes = {"SAE": sae} if isinstance(sae, SparseAutoencoder) else dict(sae)
     for each in saes.values():
-        each.check_source(d_in=clip.width, layer=layer, source=f"the residual stream of {clip.name!r}")
+        each.check_model(clip, layer)
     if len(dataset) == 0:
         raise ValueError(f"The data set {dataset.spec!r} ({dataset.split}) is empty: there is nothing to evaluate on.")
     head = clip.zero_shot_head(dataset.class_names, templates or templates_for(dataset.spec)).to(clip.device)

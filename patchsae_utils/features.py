@@ -109,7 +109,7 @@ class FeatureWriter:
         shard_images: int = SHARD_IMAGES,
     ) -> FeatureWriter:
         """Begin, or take up, the store of these inputs; see :func:`write_features`."""
-        sae.check_source(d_in=clip.width, source=f"the residual stream of {clip.name!r}")
+        sae.check_model(clip, layer)
         for name, value, valid in (("tokens", tokens, TOKENS), ("dtype", dtype, DTYPES)):
             if value not in valid:
                 raise ValueError(f"Unknown {name} {value!r}. Valid: {', '.join(valid)}.")

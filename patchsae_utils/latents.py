@@ -100,7 +100,7 @@ def summarize_latents(
     ValueError
         If the widths of the SAE and the model differ, a label has no class name, or an argument is out of range.
     """
-    sae.check_source(d_in=clip.width, source=f"the residual stream of {clip.name!r}")
+    sae.check_model(clip, layer)
     kinds = (tokens,) if isinstance(tokens, str) else tuple(tokens)
     for kind in kinds:
         if kind not in TOKENS:
@@ -252,7 +252,7 @@ def latent_masks(clip, sae, images: Tensor, latents: Sequence[int] | Tensor, lay
     ValueError
         If a latent is outside range(S), or the widths of the SAE and the model differ.
     """
-    sae.check_source(d_in=clip.width, source=f"the residual stream of {clip.name!r}")
+    sae.check_model(clip, layer)
     latents = torch.as_tensor(latents, dtype=torch.long).flatten()
     n_latents = sae.W_enc.shape[1]
     if latents.numel() and (latents.min() < 0 or latents.max() >= n_latents):

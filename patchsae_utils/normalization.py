@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .sources import described
+
 if TYPE_CHECKING:
     from .sae import SparseAutoencoder
 
@@ -91,8 +93,3 @@ def check_statistics(sae: SparseAutoencoder, x: Tensor, source: str = "these act
         f"{source} are {norm:.3g} away from that mean, and their own mean {shift:.3g}. "
         f"Give residual activations of the model, layer and token types it was trained on, not scaled or centred, or train an SAE on these."
     )
-
-
-def described(model_name: str | None, layer: int | None) -> str:
-    """The words " of 'model', layer 3", or as many of them as are known."""
-    return ("" if model_name is None else f" of {model_name!r}") + ("" if layer is None else f", layer {layer}")

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .nonlinearities import centre_product, jump_relu, keep_batch_topk, keep_entries, keep_topk, smallest_positive
-from .normalization import check_statistics, described, set_normalization
+from .normalization import check_statistics, set_normalization
+from .sources import KNOWN, check_source
 
 if TYPE_CHECKING:
     from .sparse import SparseLatents
@@ -336,34 +337,23 @@ class SparseAutoencoder(nn.Module):
             digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
         return digest.hexdigest()[:16]
 
-    def check_source(self, *, d_in: int, model_name: str | None = None, layer: int | None = None, source: str = "this store") -> None:
-        """Refuse activations of another width, model or layer than the SAE was trained on.
+    def check_source(self, *, d_in: int, source: str = "this store", **known: Any) -> None:
+        """Refuse activations of another kind than those of training; see :func:`patchsae_utils.sources.check_source`."""
+        check_source(self, d_in=d_in, source=source, **known)
 
-        Parameters
-        ----------
-        d_in : int
-            Width of the activations at hand.
-        model_name, layer : optional
-            Where they come from; compared only where both sides know it.
-        source : str
-            How the message calls them: "this store", "this model", ...
+    def check_store(self, store: Any) -> None:
+        """:meth:`check_source` of an activation store, or a token stream, by all that its metadata says."""
+        self.check_source(d_in=store.d_in, **{name: getattr(store.metadata, name, None) for name in KNOWN})
 
-        Raises
-        ------
-        ValueError
-            Naming both sides and what to do.
-        """
-        own_name, own_layer = self.metadata.get("model_name"), self.metadata.get("layer")
-        wrong_name = None not in (model_name, own_name) and model_name != own_name
-        wrong_layer = None not in (layer, own_layer) and layer != own_layer
-        if d_in == self.d_in and not wrong_name and not wrong_layer:
-            return
-
-        where = "over" if own_layer is None else f"with layer={own_layer}"
-        raise ValueError(
-            f"The SAE reads {self.d_in}-dimensional activations{described(own_name, own_layer)}; "
-            f"{source} holds {d_in}-dimensional ones{described(model_name, layer)}. "
-            f"Extract again {where} from the model the SAE was trained on, or load the SAE that was trained on these."
+    def check_model(self, clip: Any, layer: int | None = None) -> None:
+        """:meth:`check_source` of a model's residual stream; an adapted model counts as its base, whose blocks it shares."""
+        base = getattr(clip, "base", clip)
+        self.check_source(
+            d_in=clip.width,
+            model_name=base.name,
+            layer=None if layer is None else clip.layer_index(layer),
+            weights_hash=base.weights_hash if self.metadata.get("weights_hash") else None,
+            source=f"the residual stream of {clip.name!r}",
         )
 
     def save(self, directory: str | Path) -> Path:

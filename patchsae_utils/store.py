@@ -20,7 +20,7 @@ the patches row by row (``tokens="all"``), 1 (``"cls"``), or P (``"patches"``).
      "layer": block whose output this is, from 0,        "tokens": "all" | "cls" | "patches",
      "dtype": "bfloat16" | "float16",                    "preprocessing": the transforms, as text,
      "dataset": {"spec", "split", "half", "seed", "n_images", "labels": hash of the labels, "class_names": [...]},
-     "shape": [N, T, d],
+     "shape": [N, T, d],                                 "checksum": of all this without itself (absent in older stores),
      "files": {"<file name>": {"n_images", "bytes", "sha256"}, ...}}
 
 Every file is written under a temporary name and renamed, and enters the manifest afterwards: an interrupted extraction goes on behind the
@@ -29,6 +29,8 @@ last whole shard.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -41,7 +43,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .artifacts import file_sha256, read_json
+from .artifacts import file_sha256, read_json, write_json
 from .mixing import TokenMixer, choose_tokens
 
 FORMAT = "patchsae_utils activations"
@@ -324,9 +326,26 @@ class ActivationStore:
         self._verified.add(name)
 
 
+_KEYS = {
+    "format", "format_version", "fingerprint", "complete", "model", "layer", "tokens", "dtype", "preprocessing", "dataset", "shape", "files",
+}  # fmt: skip
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest with its checksum."""
+    write_json(path, {**manifest, "checksum": _checksum(manifest)})
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    """First 16 hex digits of the SHA-256 of the canonical JSON."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest and check that it is one of ours."""
+    """Read a manifest and check that it is one of ours, and whole."""
     manifest = read_json(path)
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(manifest).__name__}. Delete the folder and extract again.")
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path} is not the manifest of an activation store (format {manifest.get('format')!r}). Choose another folder.")
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -334,4 +353,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path} has format version {manifest.get('format_version')!r}; this package reads {FORMAT_VERSION}. "
             "Delete the folder and extract again."
         )
+    checksum = manifest.pop("checksum", None)
+    if set(manifest) != _KEYS or (checksum is not None and checksum != _checksum(manifest)):
+        raise ValueError(f"{path} is damaged: it is not what was written there. Delete the folder and extract again.")
     return manifest

@@ -41,7 +41,7 @@ def network_tail(clip: ClipModel, layer: int, sample: Residual) -> Callable[[Res
     def whole(residual: Residual) -> Tensor:
         return clip.finish(residual, layer)
 
-    if clip.layer_index(layer) != clip.n_layers - 2 or clip.precision != "fp32" or clip.visual.proj is None:
+    if clip.layer_index(layer) != clip.n_layers - 2 or clip.precision != "fp32" or getattr(clip.visual, "proj", None) is None:
         return whole
     block, visual = clip.blocks[-1], clip.visual
     attention = getattr(block, "attn", None)

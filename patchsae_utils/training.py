@@ -119,7 +119,7 @@ def train_sae(
         If a tracker's package is missing.
     """
     out = Path(out)
-    sae.check_source(d_in=store.d_in, model_name=store.metadata.model_name, layer=store.metadata.layer)
+    sae.check_store(store)
     kept = _kept_tokens(config, store)
     processes = Processes(config.trackers, out)
     device = sae.W_enc.device if processes.number == 1 and sae.W_enc.device.type != "cpu" else processes.device
@@ -234,9 +234,10 @@ class _Run:
 
     def finish(self) -> None:
         """Write the SAE and what the run came to."""
-        self.sae.save(self.out)
         last = training_log(self.out).iloc[-1]
         final = {name: float(last[name]) for name in ("loss", "mse", "l0", "explained_variance", "dead_fraction")}
+        self.sae.metadata["metrics"] = final
+        self.sae.save(self.out)
         tokens = self.n_steps * self.config.batch_tokens
         summary = {
             "steps": self.n_steps,

@@ -168,7 +168,7 @@ def test_bad_settings_are_named(overrides, message):
 
 @pytest.mark.parametrize("given", ["imagenett", "nowhere.toml", "/tmp"])
 def test_unknown_profile_names_the_valid_ones(given):
-    with pytest.raises(ValueError, match="Valid: imagefolder, imagenet, openmoji, or the path of an existing .toml file"):
+    with pytest.raises(ValueError, match="Valid: dinov2, imagefolder, imagenet, openmoji, or the path of an existing .toml file"):
         load_profile(given)
 
 

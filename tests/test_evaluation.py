@@ -137,7 +137,7 @@ def test_the_table_reads(frame):
 def test_sae_of_another_layer_or_width_is_refused(tiny_clip, tiny_dataset):
     sae = SparseAutoencoder(32, 64, metadata={"model_name": "tiny", "layer": 0})
     with pytest.raises(
-        ValueError, match="activations of 'tiny', layer 0; the residual stream of 'tiny' holds 32-dimensional ones, layer 1"
+        ValueError, match="activations of 'tiny', layer 0; the residual stream of 'tiny' holds 32-dimensional ones of 'tiny', layer 1"
     ):
         evaluate_sae(tiny_clip, sae, tiny_dataset, LAYER, progress=False)
     with pytest.raises(ValueError, match="reads 31-dimensional"):

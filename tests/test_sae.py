@@ -278,6 +278,41 @@ def test_activations_of_another_source_are_refused(given):
         sae.check_source(**given)
 
 
+KNOWN = {"model_name": "ViT-B-16", "layer": 4, "weights_hash": "aaaa", "tokens": "patches", "preprocessing": "Resize(224)"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"weights_hash": "bbbb"}, "of 'ViT-B-16', layer 4, weights aaaa; this store holds .* layer 4, weights bbbb"),
+        ({"tokens": "cls"}, "tokens patches; this store .* tokens cls"),
+        ({"preprocessing": "Resize(\n  336)"}, r"preprocessing Resize\(224\); this store .* preprocessing Resize\( 336\)"),
+        ({"model_name": "ViT-L-14", "weights_hash": "bbbb"}, "of 'ViT-B-16', layer 4; this store holds .*'ViT-L-14'"),
+    ],
+)
+def test_what_an_sae_says_of_itself_is_compared(given, message):
+    sae = SparseAutoencoder(4, 8, metadata=KNOWN)
+    sae.check_source(d_in=4, **KNOWN)
+    sae.check_source(d_in=4, **(KNOWN | {"model_name": "the same/in another place", "tokens": "all"}))
+    with pytest.raises(ValueError, match=message):
+        sae.check_source(d_in=4, **(KNOWN | given))
+    with pytest.raises(TypeError, match="knows no colour"):
+        sae.check_source(d_in=4, colour="red")
+
+
+def test_a_model_of_other_weights_or_another_layer_is_refused(tiny_clip, tiny_dataset):
+    from patchsae_utils.latents import summarize_latents
+
+    metadata = {"model_name": "tiny", "weights_hash": tiny_clip.weights_hash, "layer": 1}
+    sae = SparseAutoencoder(tiny_clip.width, 64, metadata=metadata)
+    sae.check_model(tiny_clip, -2)
+    with pytest.raises(ValueError, match="layer 1; the residual stream of 'tiny' holds .* layer 2"):
+        summarize_latents(tiny_clip, sae, tiny_dataset, 2)
+    other = SparseAutoencoder(tiny_clip.width, 64, metadata=metadata | {"weights_hash": "0" * 16})
+    with pytest.raises(ValueError, match=f"weights 0{{16}}; .*weights {tiny_clip.weights_hash}"):
+        summarize_latents(tiny_clip, other, tiny_dataset, 1)
+
+
 def test_activations_of_the_same_or_an_unknown_source_pass():
     sae = SparseAutoencoder(4, 8, metadata={"model_name": "openmoji", "layer": 4})
     sae.check_source(d_in=4, model_name="openmoji", layer=4)

@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 from open_clip import IMAGENET_CLASSNAMES
-from PIL import Image
+from PIL import Image, ImageOps
 
 Opened = tuple[list[str], list[int], Callable[[int], Image.Image]]
 
@@ -55,7 +56,30 @@ def folder(root: Path, split: str, seed: int = 0) -> Opened:
         raise FileNotFoundError(
             f"{base} holds no images for split {split!r}: expected {base}/<class>/<image> with endings such as .jpg, .png, .webp."
         )
-    return _readable(classes), labels, lambda i: Image.open(paths[i])
+    return _readable(classes), labels, lambda i: open_image(paths[i])
+
+
+def open_image(path: Path) -> Image.Image:
+    """A picture from disk as RGB: turned as its camera says (EXIF), the first frame of an animation, 16 bits a channel scaled to 8.
+
+    Raises
+    ------
+    ValueError
+        If it can't be read, naming the file.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # convert would cut off all above 255
+                values = np.asarray(image).astype(np.float32)
+                image = Image.fromarray((values * (255 / 65535)).clip(0, 255).round().astype(np.uint8))
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size if path.exists() else 0:,} bytes) can't be read as an image: {error}. Replace it or take it away; "
+            "what was computed before it is kept."
+        ) from error
 
 
 def hugging_face(repository: str, split: str) -> Opened:

@@ -1,0 +1,266 @@
+"""The stages as commands, for clusters: ``python -m patchsae_utils train --profile imagenet --set training.n_tokens=20000000``.
+
+Each command calls what the notebooks call (:mod:`.stages`), so an artifact made by one is opened by the other, and an interrupted command
+goes on where it stopped when it is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .artifacts import _plain
+from .config import Profile, load_profile, parse_settings
+
+_EPILOG = """\
+Every command reads a profile (a name, or your own .toml file; default: $PATCHSAE_PROFILE, else openmoji) and writes into
+runs/<profile>. What is there already, and was made with the same settings, is opened and not made again.
+
+  python -m patchsae_utils extract --profile imagenet            activations of the training images
+  python -m patchsae_utils train --set training.n_tokens=200000 --set name=quick
+  python -m patchsae_utils summarize --json                      one JSON object on standard output
+  python -m patchsae_utils adapt --task openmoji/tools
+  python -m patchsae_utils info runs/openmoji/sae                any SAE, store or artifact, of ours or of another program
+  python -m patchsae_utils convert hf:owner/sae my_sae --format saelens
+
+Exit status: 0 done; 1 an error, which standard error explains; 2 the command line is not understood; 130 interrupted.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["notebooks"]:  # has options of its own
+        from .reproduce import main as notebooks
+
+        return notebooks(arguments[1:])
+    options = _parser().parse_args(arguments)
+    try:
+        result = options.run(options)
+    except (ValueError, OSError, ImportError) as error:  # what the package raises for bad input, and what a disk does
+        print(f"error: {error}", file=sys.stderr)
+        if options.json:
+            print(json.dumps({"error": str(error)}))
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+        return 130
+    print(json.dumps(result, default=_plain) if options.json else _text(result))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m patchsae_utils", description="PatchSAE's stages, one command each.", epilog=_EPILOG, formatter_class=layout
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    # Shown in the help and in errors; main hands them on.
+    commands.add_parser("notebooks", help="run the notebooks in order (the same as python -m patchsae_utils.reproduce)", add_help=False)
+    for name, (run, text) in _COMMANDS.items():
+        command = commands.add_parser(name, help=text.splitlines()[0], description=text, formatter_class=layout)
+        command.set_defaults(run=run)
+        command.add_argument(
+            "--json", action="store_true", help="print one JSON object on standard output; progress goes to standard error"
+        )
+        if name in ("info", "convert"):
+            command.add_argument("path", help="a folder, a file, or hf:<owner>/<repository>")
+        else:
+            command.add_argument("--profile", help="name or .toml file of the settings (default: $PATCHSAE_PROFILE, else openmoji)")
+            command.add_argument(
+                "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting; may be repeated"
+            )
+        if name == "convert":
+            from .formats import FORMATS
+
+            command.add_argument("out", help="folder, or a .pt file for patchsae and saev")
+            command.add_argument("--format", default="saelens", choices=FORMATS, help="default: saelens, which is also ours")
+        if name == "sweep":
+            command.add_argument("--ks", default="1,2,5,10,20,50,100", help="numbers of latents, with commas (default: %(default)s)")
+            command.add_argument("--choose", default="predicted,random", help="which latents, with commas (default: %(default)s)")
+        if name == "adapt":
+            command.add_argument("--task", action="append", metavar="SPEC", help="data set; may be repeated (default: adapters.tasks)")
+            command.add_argument("--kind", help="which adapter (default: adapters.kind)")
+    return parser
+
+
+def _profile(options: argparse.Namespace) -> Profile:
+    changes: dict[str, Any] = {}
+    for item in options.set:
+        changes |= parse_settings(item)
+    return load_profile(options.profile, changes)
+
+
+def _extract(options: argparse.Namespace) -> dict[str, Any]:
+    from . import stages
+
+    profile = _profile(options)
+    clip, _ = stages.load_world(profile)
+    store = stages.training_store(profile, clip)
+    return {"store": str(store.folder)} | store.describe().to_dict()
+
+
+def _train(options: argparse.Namespace) -> dict[str, Any]:
+    from . import stages
+
+    profile = _profile(options)
+    clip, _ = stages.load_world(profile)
+    sae = stages.trained_sae(profile, clip)
+    return {"sae": str(profile.folder("sae")), "fingerprint": sae.fingerprint, "size": f"{sae.d_in} -> {sae.d_sae}"} | {
+        name: value for name, value in sae.metadata.get("metrics", {}).items()
+    }
+
+
+def _summarize(options: argparse.Namespace) -> dict[str, Any]:
+    from . import stages
+
+    profile = _profile(options)
+    clip, _ = stages.load_world(profile)
+    summary = stages.latent_summary(profile, clip, stages.trained_sae(profile, clip))
+    path = profile.folder("results") / "latents.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame = summary.to_frame()
+    frame.to_csv(path)
+    alive = summary.frequency > 0
+    return {
+        "table": str(path),
+        "latents": len(alive),
+        "alive": int(alive.sum()),
+        "median_frequency_of_the_alive": float(summary.frequency[alive].median()) if alive.any() else None,
+    }
+
+
+def _sweep(options: argparse.Namespace) -> dict[str, Any]:
+    from . import stages
+    from .interventions import sweep_masks
+
+    profile = _profile(options)
+    ks = _integers(options.ks, "--ks")
+    clip, layer = stages.load_world(profile)
+    if not clip.has_text:
+        return _skipped(clip, "sweep")
+    sae = stages.trained_sae(profile, clip)
+    summary = stages.latent_summary(profile, clip, sae)
+    table = sweep_masks(
+        clip, sae, stages.evaluation_data(profile), ks=ks, choose=options.choose.split(","), layer=layer, class_counts=summary
+    )
+    path = profile.folder("results") / "sweep.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, index=False)
+    return {"table": str(path), "rows": table.to_dict("records")}
+
+
+def _adapt(options: argparse.Namespace) -> dict[str, Any]:
+    from . import stages
+
+    profile = _profile(options)
+    clip, _ = stages.load_world(profile)
+    if not clip.has_text:
+        return _skipped(clip, "adapt")
+    made = []
+    for task in options.task or profile.adapters.tasks:
+        for seed in profile.adapters.seeds:
+            adapted = stages.adapter(profile, clip, task, options.kind, seed)
+            accuracy = adapted.log[-1].get("accuracy") if adapted.log else None
+            made.append({"task": task, "kind": adapted.kind, "seed": seed, "training_accuracy": accuracy})
+    return {"adapters": made, "folder": str(profile.folder("adapters"))}
+
+
+def _skipped(clip: Any, command: str) -> dict[str, Any]:
+    """What a command says that needs class names in words."""
+    return {"skipped": f"{command} needs a text tower, and {clip.name!r} has none. extract, train and summarize work without."}
+
+
+def _info(options: argparse.Namespace) -> dict[str, Any]:
+    from .inspection import describe
+
+    return describe(options.path)
+
+
+def _convert(options: argparse.Namespace) -> dict[str, Any]:
+    from .checkpoints import load_sae, save_sae
+
+    sae = load_sae(options.path)
+    path = save_sae(sae, options.out, format=options.format, unit_norm=False)
+    return {"written": str(path), "format": options.format, "activation": sae.activation, "d_in": sae.d_in, "d_sae": sae.d_sae}
+
+
+def _integers(text: str, name: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} takes numbers with commas between them, such as 1,10,100; got {text!r}.") from None
+
+
+def _text(result: Any, indent: str = "") -> str:
+    """A result for people: one line a fact, lists of records as a table."""
+    lines = []
+    for name, value in result.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            import pandas as pd
+
+            lines.append(f"{indent}{name}:\n{pd.DataFrame(value).to_string(index=False)}")
+        elif isinstance(value, dict):
+            lines.append(f"{indent}{name}:\n{_text(value, indent + '  ')}")
+        else:
+            lines.append(f"{indent}{name}: {value}")
+    return "\n".join(lines)
+
+
+_COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], str]] = {
+    "extract": (
+        _extract,
+        """\
+write the activations of the training images
+
+Residual-stream tokens of data.train after block model.layer, into runs/<profile>/activations. An interrupted run goes on behind the last
+whole shard. Sizes: 2 bytes a number, so 300 KB an image of ViT-B/16, 390 GB for ImageNet.""",
+    ),
+    "train": (
+        _train,
+        """\
+train the SAE (extracts first, where that is missing)
+
+Settings: [sae] and [training] of the profile. A killed run goes on from its last checkpoint, bit for bit. On several GPUs:
+accelerate launch -m patchsae_utils train ...""",
+    ),
+    "summarize": (
+        _summarize,
+        """\
+statistics of every latent (trains first, where that is missing)
+
+How often and how strongly each latent fires on data.statistics, its labels' entropy and reference images: runs/<profile>/latents and
+results/latents.csv.""",
+    ),
+    "sweep": (
+        _sweep,
+        """\
+zero-shot accuracy with the top k latents kept or removed
+
+On data.evaluation, with latents ranked on data.statistics: runs/<profile>/results/sweep.csv.""",
+    ),
+    "adapt": (
+        _adapt,
+        """\
+adapt CLIP to tasks by learned prompts (MaPLe, CoOp)
+
+Few shots of each base class; one adapter a task and seed of [adapters]: runs/<profile>/adapters.""",
+    ),
+    "info": (
+        _info,
+        """\
+say what a checkpoint, store or other artifact is
+
+SAEs of any format, activation stores, and everything with a manifest. Reads descriptions, and checks what it can.""",
+    ),
+    "convert": (
+        _convert,
+        """\
+write an SAE in another program's format
+
+The latents stay what they are. Not every format can say every activation; the error names those that can.""",
+    ),
+}

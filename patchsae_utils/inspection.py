@@ -1,0 +1,86 @@
+"""What an artifact on disk is: an SAE of any program, an activation store, or anything with a manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .artifacts import read_json
+from .checkpoints import load_sae
+from .formats import find
+from .store import FORMAT, ActivationStore, read_manifest
+
+_LONG = 12  # entries of a list that are shown
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """Say what lies at a path, in plain values.
+
+    Parameters
+    ----------
+    path : str or Path
+        A folder or a file; or ``hf:<owner>/<repository>``.
+
+    Returns
+    -------
+    dict
+        ``what`` it is, and what it says of itself.
+
+    Raises
+    ------
+    FileNotFoundError
+        If nothing is there.
+    ValueError
+        If it is damaged, or nothing that is known.
+    """
+    if not str(path).startswith("hf:"):
+        path = Path(path)
+        if path.name == "manifest.json":
+            path = path.parent
+        if (path / "manifest.json").is_file() and not (path / "cfg.json").is_file():
+            return _manifest(path)
+    sae = load_sae(path)
+    form = sae.metadata.get("converted_from") if str(path).startswith("hf:") else find(Path(path))[0]
+    norms = sae.W_dec.detach().norm(dim=1)
+    facts = {
+        "what": "sparse autoencoder",
+        "format": form or "saelens",
+        "activation": sae.activation,
+        "k": sae.k,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "decoder_norms": [round(float(norms.min()), 4), round(float(norms.max()), 4)],
+        "normalised_input": sae.normalizes,
+        "fingerprint": sae.fingerprint,
+        "reads": {key: value for key, value in sae.metadata.items() if key != "converted_from"},
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """An activation store, checked file by file; of other artifacts, the manifest."""
+    manifest = read_json(path / "manifest.json")
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path / 'manifest.json'} must hold a JSON object, got a {type(manifest).__name__}.")
+    if manifest.get("format") == FORMAT:
+        if not read_manifest(path / "manifest.json")["complete"]:
+            return {
+                "what": "activation store, unfinished",
+                "files": len(manifest["files"]),
+                **_short(manifest, leave=("files", "complete")),
+            }
+        store = ActivationStore.open(path)
+        store.verify()
+        return {"what": "activation store", **store.describe().to_dict(), "files": "all whole, by their checksums"}
+    return {"what": "artifact", **_short(manifest)}
+
+
+def _short(manifest: dict[str, Any], leave: tuple[str, ...] = ()) -> dict[str, Any]:
+    def shown(value: Any) -> Any:
+        if isinstance(value, list) and len(value) > _LONG:
+            return f"{len(value)} entries"
+        if isinstance(value, dict):
+            return f"{len(value)} entries" if len(value) > _LONG else {key: shown(item) for key, item in value.items()}
+        return value
+
+    return {key: shown(value) for key, value in manifest.items() if key not in leave}

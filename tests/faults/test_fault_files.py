@@ -1,0 +1,175 @@
+"""Files as disks and people treat them: flipped bits, cut ends, NaN, two writers, no permission, odd names. What is damaged is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+
+import pytest
+import torch
+from test_checkpoints import TOKENS, trained
+
+from patchsae_utils import activations
+from patchsae_utils.activations import ActivationStore, extract_activations
+from patchsae_utils.artifacts import file_sha256, folder_lock, read_json
+from patchsae_utils.checkpoints import CONFIG, WEIGHTS, load_sae, save_sae
+from patchsae_utils.exports import _HOLDS
+
+
+def flipped(content: bytes, place: int, draw: random.Random) -> bytes:
+    damaged = bytearray(content)
+    damaged[place] ^= 1 << draw.randrange(8)
+    return bytes(damaged)
+
+
+@pytest.fixture(scope="module")
+def store(tiny_clip, tiny_dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store") / "mit Lücke und ß"
+    return extract_activations(tiny_clip, tiny_dataset, -2, folder, n_per_shard=8, progress=False).folder
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "index.safetensors", "shard-00001.safetensors"])
+def test_every_flipped_bit_of_a_store_is_noticed(store, name):
+    """In every region of every file: header, names, checksums, numbers."""
+    path, draw = store / name, random.Random(0)
+    whole = path.read_bytes()
+    try:
+        for i in range(100):
+            start = i * len(whole) // 100
+            path.write_bytes(flipped(whole, draw.randrange(start, max(start + 1, (i + 1) * len(whole) // 100)), draw))
+            with pytest.raises(ValueError, match="damaged|not valid JSON|not the manifest|format version|unfinished|JSON object"):
+                ActivationStore.open(store).verify()
+    finally:
+        path.write_bytes(whole)
+    ActivationStore.open(store).verify()
+
+
+def test_a_manifest_of_before_checksums_is_read(store):
+    path = store / "manifest.json"
+    whole = path.read_bytes()
+    try:
+        manifest = read_json(path)
+        del manifest["checksum"]
+        path.write_text(json.dumps(manifest))
+        ActivationStore.open(store).verify()
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])
+def test_a_truncated_shard_is_named(store, share):
+    path = store / "shard-00000.safetensors"
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(ValueError, match="shard-00000.safetensors is damaged.*only this file is written anew"):
+            next(ActivationStore.open(store).tokens(64, epochs=1))
+    finally:
+        path.write_bytes(whole)
+
+
+def test_every_flipped_bit_of_an_saes_weights_is_noticed(tmp_path):
+    path, draw = trained({"activation": "jumprelu"}).save(tmp_path) / WEIGHTS, random.Random(1)
+    whole = path.read_bytes()
+    for _ in range(250):
+        path.write_bytes(flipped(whole, draw.randrange(len(whole)), draw))
+        with pytest.raises(ValueError, match="damaged"):
+            load_sae(tmp_path)
+
+
+def test_a_flipped_bit_of_an_saes_config_is_an_error_or_changes_no_latent(tmp_path):
+    sae = trained({"activation": "batchtopk", "k": 3}).eval()
+    path, draw = sae.save(tmp_path) / CONFIG, random.Random(2)
+    whole, latents = path.read_bytes(), sae.encode(TOKENS)
+    for _ in range(250):
+        path.write_bytes(flipped(whole, draw.randrange(len(whole)), draw))
+        try:
+            found = load_sae(tmp_path)
+        except ValueError:
+            continue
+        torch.testing.assert_close(found.encode(TOKENS), latents, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", ["patchsae", "prisma", "saev", "sparsify", "dictionary_learning"])
+def test_flipped_bits_of_other_programs_files_end_in_a_documented_error(tmp_path, form):
+    """They carry no checksum of the whole; no other kind of error comes out."""
+    options = {"activation": "topk", "k": 3} if "relu" not in _HOLDS[form] else {}
+    path = save_sae(trained(options), tmp_path / "sae", format=form)
+    files, draw = [path] if path.is_file() else sorted(path.iterdir()), random.Random(3)
+    for file in files:
+        whole = file.read_bytes()
+        for _ in range(60):
+            file.write_bytes(flipped(whole, draw.randrange(len(whole)), draw))
+            try:
+                load_sae(path)
+            except (ValueError, FileNotFoundError):
+                pass
+        file.write_bytes(whole)
+
+
+class Spoiled:
+    """A model one of whose activations is no number."""
+
+    def __init__(self, clip, value):
+        self._clip, self._value = clip, value
+
+    def __getattr__(self, name):
+        return getattr(self._clip, name)
+
+    def residual(self, images, layer):
+        tokens = self._clip.residual(images, layer).clone()
+        tokens[0, 3, 5] = self._value
+        return tokens
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_activations_that_are_no_numbers_are_not_stored(tiny_clip, tiny_dataset, tmp_path, value):
+    with pytest.raises(ValueError, match="don't fit bfloat16"):
+        extract_activations(Spoiled(tiny_clip, value), tiny_dataset, -2, tmp_path / "store", progress=False)
+    assert not list((tmp_path / "store").glob("shard-*"))
+
+
+def test_two_runs_in_one_folder_are_not_mixed(tiny_clip, tiny_dataset, tmp_path):
+    with folder_lock(tmp_path), pytest.raises(ValueError, match="is being written by"):
+        extract_activations(tiny_clip, tiny_dataset, -2, tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_a_disk_that_fills_up_costs_the_shard_it_was_writing(tiny_clip, tiny_dataset, tmp_path, monkeypatch):
+    replace, n_written = os.replace, []
+
+    def full(source, target):
+        if str(target).endswith(".safetensors") and len(n_written) == 2:
+            raise OSError(28, "No space left on device", str(target))
+        n_written.append(target) if str(target).endswith(".safetensors") else None
+        replace(source, target)
+
+    extract = lambda: extract_activations(tiny_clip, tiny_dataset, -2, tmp_path, n_per_shard=5, progress=False)  # noqa: E731
+    monkeypatch.setattr(activations.os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        extract()
+    assert not list(tmp_path.glob(".*.tmp")), "nothing half written stays"
+    kept = {path.name: file_sha256(path) for path in tmp_path.glob("shard-*")}
+    assert len(kept) == 2
+    monkeypatch.undo()
+    store = extract()
+    store.verify()
+    assert {name: file_sha256(tmp_path / name) for name in kept} == kept and store.n_images == len(tiny_dataset)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_said(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(PermissionError):
+            trained({}).save(tmp_path / "sae")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize("name", ["mit Leerzeichen", "ünïcödé", "日本語", "a'b\"c", "100%", "-x"])
+def test_names_of_any_kind(tmp_path, name):
+    sae = trained({})
+    for form in ("saelens", "patchsae"):
+        assert load_sae(save_sae(sae, tmp_path / name / form, format=form)).W_enc.equal(sae.W_enc)

@@ -1,0 +1,106 @@
+"""Settings and file contents at random: only documented errors come out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_checkpoints import trained
+
+from patchsae_utils.activations import ActivationStore
+from patchsae_utils.checkpoints import CONFIG, load_sae, save_sae
+from patchsae_utils.config import _SECTIONS, Profile, load_profile, parse_settings
+
+NAMES = [f"{section}.{item.name}" for section, kind in _SECTIONS.items() for item in dataclasses.fields(kind)] + [
+    "name",
+    "training.speed",
+    "x.y",
+    "",
+]
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
+JSON = st.recursive(
+    PLAIN, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=12
+)
+LIGHT = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@LIGHT
+@given(st.dictionaries(st.sampled_from(NAMES), JSON, max_size=4))
+def test_any_edit_of_a_profile_is_taken_or_refused_in_words(edits):
+    try:
+        assert isinstance(load_profile("openmoji", edits), Profile)
+    except (ValueError, FileNotFoundError) as error:
+        assert len(str(error)) > 20
+
+
+@LIGHT
+@given(st.text(max_size=40))
+def test_any_text_of_settings_is_parsed_or_refused(text):
+    try:
+        assert isinstance(parse_settings(text), dict)
+    except ValueError as error:
+        assert "section.key=value" in str(error)
+
+
+@LIGHT
+@given(
+    st.sampled_from(
+        ["architecture", "d_in", "d_sae", "k", "apply_b_dec_to_input", "normalize_activations", "metadata", "activation_fn_str"]
+    ),
+    JSON,
+)
+def test_any_entry_of_an_saes_config_is_read_or_refused(tmp_path, name, value):
+    path = tmp_path / "sae" / CONFIG
+    if not path.exists():
+        trained({}).save(path.parent)
+        (tmp_path / "whole").write_bytes(path.read_bytes())
+    path.write_text(json.dumps(json.loads((tmp_path / "whole").read_text()) | {name: value}))
+    try:
+        load_sae(path.parent)
+    except ValueError as error:
+        assert "cfg.json" in str(error) or str(path.parent) in str(error)
+
+
+@LIGHT
+@given(
+    st.sampled_from(
+        ["architecture", "activation_fn_str", "activation_fn_kwargs", "normalize_activations", "trainer", "hook_point_layer", "model_name"]
+    ),
+    JSON,
+    st.sampled_from(["prisma", "dictionary_learning"]),
+)
+def test_any_entry_of_another_programs_config_is_read_or_refused(tmp_path, name, value, form):
+    folder = tmp_path / form
+    if not folder.exists():
+        save_sae(trained({}), folder, format=form)
+        (tmp_path / f"{form}.json").write_bytes((folder / "config.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps(json.loads((tmp_path / f"{form}.json").read_text()) | {name: value}))
+    try:
+        load_sae(folder)
+    except ValueError as error:
+        assert str(folder) in str(error)
+
+
+@LIGHT
+@given(JSON)
+def test_any_manifest_is_refused(tmp_path, value):
+    (tmp_path / "manifest.json").write_text(json.dumps(value))
+    try:
+        ActivationStore.open(tmp_path)
+        raise AssertionError("nothing of this is a store")
+    except ValueError as error:
+        assert "manifest" in str(error)
+
+
+@LIGHT
+@given(st.binary(max_size=200))
+def test_any_bytes_are_refused_as_an_sae(tmp_path, content):
+    for name in ("sae.pt", "x.bin"):
+        (tmp_path / name).write_bytes(content)
+        try:
+            load_sae(tmp_path / name)
+            raise AssertionError("nothing of this is an SAE")
+        except ValueError:
+            pass

@@ -1,0 +1,121 @@
+"""Pictures as people have them: every kind opens as it looks, and a broken one is named."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from patchsae_utils.activations import extract_activations
+from patchsae_utils.data import few_shot, load_dataset
+from patchsae_utils.data.images import open_image
+
+
+def pixel(path, place=(0, 0)):
+    image = open_image(path)
+    assert image.mode == "RGB"
+    return image.getpixel(place)
+
+
+def test_every_kind_of_picture_opens_as_it_looks(tmp_path):
+    red = Image.new("RGB", (30, 20), (200, 10, 20))
+    for mode in ("L", "P", "CMYK", "RGBA", "1", "LA"):
+        path = tmp_path / f"{mode}.{'tiff' if mode == 'CMYK' else 'png'}"
+        red.convert(mode).save(path)
+        color = pixel(path)
+        assert color == red.convert(mode).convert("RGB").getpixel((0, 0)), mode
+    red.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    assert np.abs(np.array(pixel(tmp_path / "cmyk.jpg")) - (200, 10, 20)).max() < 12
+
+
+def test_sixteen_bits_are_scaled_not_cut_off(tmp_path):
+    values = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)
+    for ending in ("png", "tiff"):
+        Image.fromarray(values).save(tmp_path / f"deep.{ending}")
+        found = np.asarray(open_image(tmp_path / f"deep.{ending}"))[..., 0]
+        np.testing.assert_allclose(found, np.arange(256).reshape(16, 16), atol=1)
+
+
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
+    image = Image.new("RGB", (40, 20))
+    image.paste((255, 0, 0), (0, 0, 10, 20))  # red at the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise: left comes to the top
+    image.save(tmp_path / "turned.png", exif=exif)
+    found = open_image(tmp_path / "turned.png")
+    assert found.size == (20, 40) and found.getpixel((10, 2)) == (255, 0, 0) and found.getpixel((10, 30)) == (0, 0, 0)
+
+
+def test_an_animation_is_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (16, 16), color) for color in ((250, 0, 0), (0, 250, 0))]
+    for ending in ("gif", "webp", "png"):
+        frames[0].save(
+            tmp_path / f"moving.{ending}", save_all=True, append_images=frames[1:], **({"lossless": True} if ending == "webp" else {})
+        )
+        assert pixel(tmp_path / f"moving.{ending}")[0] > 240
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "Bilder mit Lücken"
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (20, 20), (25 * i, 0, 0)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 10), (10, 20_000), (3000, 2)])
+def test_pictures_of_any_shape_reach_the_model(tiny_clip, tmp_path, size):
+    Image.new("RGB", size, (9, 99, 199)).save(tmp_path / "odd.png")
+    images = tiny_clip.preprocess(open_image(tmp_path / "odd.png"))[None]
+    assert tiny_clip.residual(images, -2).isfinite().all()
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", None], ids=["empty", "text", "cut in half"])
+def test_a_broken_picture_is_named_and_what_was_done_is_kept(tiny_clip, folder, tmp_path, content):
+    victim = folder / "b" / "7.png"
+    rows = [load_dataset(str(folder), "train")[i] for i in range(2)]
+    assert len(rows) == 2
+    whole = victim.read_bytes()
+    noise = np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(victim)
+    victim.write_bytes(victim.read_bytes()[:4000] if content is None else content)
+    for path in folder.rglob("*.png"):  # all into train, so that the victim is among them
+        target = folder / "train" / path.parent.name
+        target.mkdir(parents=True, exist_ok=True)
+        path.rename(target / path.name)
+    data = load_dataset(str(folder), "train")
+    extract = lambda: extract_activations(tiny_clip, data, -2, tmp_path / "store", n_per_shard=4, batch_size=4, progress=False)  # noqa: E731
+    with pytest.raises(ValueError, match=r"b/7\.png \([\d,]+ bytes\) can't be read as an image.*Replace it or take it away"):
+        extract()
+    shards = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store").glob("shard-*")}
+    assert len(shards) == 4
+    (folder / "train" / "b" / "7.png").write_bytes(whole)
+    store = extract()
+    assert store.n_images == 20
+    assert all((tmp_path / "store" / name).stat().st_mtime_ns == time for name, time in shards.items()), "nothing is done twice"
+
+
+def test_an_empty_class_keeps_its_number(folder):
+    (folder / "aa").mkdir()
+    data = load_dataset(str(folder), "train")
+    assert data.class_names == ["a", "aa", "b"] and data.labels.unique().tolist() == [0, 2]
+    with pytest.raises(ValueError, match=r"Class 1 \('aa'\).*has 0 train examples; 2 shots"):
+        few_shot(data, 2)
+
+
+def test_one_image_goes_through_extraction_and_statistics(tiny_clip, tiny_sae, tmp_path):
+    from patchsae_utils.latents import summarize_latents
+
+    (tmp_path / "train" / "only").mkdir(parents=True)
+    Image.new("RGB", (30, 30), (200, 0, 0)).save(tmp_path / "train" / "only" / "1.png")
+    data = load_dataset(str(tmp_path), "train")
+    store = extract_activations(tiny_clip, data, -2, tmp_path / "store", progress=False)
+    assert (store.n_images, len(next(store.tokens(1000, epochs=1)))) == (1, 197)
+    summary = summarize_latents(tiny_clip, tiny_sae, data, -2, progress=False)
+    assert summary.n_images == 1 and summary.frequency.max() == 1
+    with pytest.raises(FileNotFoundError, match="none for split 'test'"):
+        load_dataset(str(tmp_path), "test")
+    assert torch.isfinite(summary.mean_activation).all()
