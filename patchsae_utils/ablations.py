@@ -77,8 +77,9 @@ def grid(profile: Profile, n_layers: int) -> list[Cell]:
         Cell("ghost", "off", {"training.ghost": False}),
         Cell("start", "random weights", {"training.start": "random"}),
         Cell("start", "random weights without ghost", {"training.start": "random", "training.ghost": False}),
-        Cell("b_dec", "mean", {"training.b_dec_start": "mean"}),
-        Cell("b_dec", "zero", {"training.b_dec_start": "zero"}),
+        # start="data" puts b_dec at the median itself: these belong beside "random weights".
+        Cell("b_dec", "mean, random weights", {"training.start": "random", "training.b_dec_start": "mean"}),
+        Cell("b_dec", "zero, random weights", {"training.start": "random", "training.b_dec_start": "zero"}),
         Cell("arithmetic", "dense float32", {"training.precision": "float32", "training.sparse": "never"}),
         Cell("tokens", "cls", {"training.tokens": "cls"}),
         Cell("tokens", "patches", {"training.tokens": "patches"}),
