@@ -7,7 +7,9 @@ chosen and scored the same way, and a latent stays "unnamed" when it answers to 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ from tqdm.auto import tqdm
 
 from .artifacts import atomic_folder, fingerprint, is_current, write_json
 from .grounding import (
+    NEEDS_NO_THRESHOLD,
     ConceptPatches,
     Dictionary,
     Ranking,
@@ -45,6 +48,7 @@ __all__ = [
     "label_latents",
     "load_report",
     "measure_concepts",
+    "read_patches",
     "save_report",
     "unique_names",
 ]
@@ -144,6 +148,8 @@ def measure_concepts(
     n_bootstrap: int = 200,
     min_images: int = 2,
     seed: int = 0,
+    baselines: bool = True,
+    patches: Sequence[ConceptPatches] | None = None,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> ConceptReport:
@@ -169,6 +175,10 @@ def measure_concepts(
         Concepts in fewer images of either set are left out.
     seed : int
         Of the random dictionary, the shuffle and the weights.
+    baselines : bool
+        Whether dimensions and random dictionary are measured too; :func:`patchsae_utils.comparison.measure_dictionaries` compares with more.
+    patches : pair of ConceptPatches, optional
+        Of ``choose`` and ``report``, when they were read before (:func:`patchsae_utils.grounding.concept_patches`).
     out : path, optional
         Folder to keep the report in; when it already holds the one of the same inputs, that is returned.
 
@@ -188,18 +198,40 @@ def measure_concepts(
         fp = fingerprint(
             stage="concepts", version=FORMAT_VERSION, clip=clip.fingerprint, sae=sae.fingerprint, data=identities,
             layer=clip.layer_index(layer), n_candidates=n_candidates, n_bootstrap=n_bootstrap, min_images=min_images, seed=seed,
+            **({} if baselines else {"baselines": False}),
         )  # fmt: skip
         if is_current(out, fp):
             return load_report(out)
     sae.check_source(d_in=clip.width, source=f"the residual stream of {clip.name!r}")
-    data = [concept_patches(clip, d, layer, progress=progress) for d in (choose, report)]
-    dictionaries = [sae_dictionary(sae), dimensions(sae.d_in), sae_dictionary(random_sae(sae, seed), "random SAE")]
+    data = read_patches(clip, (choose, report), layer, patches, progress)
+    dictionaries = [sae_dictionary(sae)]
+    if baselines:
+        tokens = None if sae.activation in NEEDS_NO_THRESHOLD else data[0].tokens
+        dictionaries += [dimensions(sae.d_in), sae_dictionary(random_sae(sae, seed, tokens), "random SAE")]
     result = detect_concepts(
         dictionaries, *data, n_candidates=n_candidates, n_bootstrap=n_bootstrap, min_images=min_images, seed=seed, progress=progress
     )
     if out is not None:
         save_report(result, out, fp)
     return result
+
+
+def read_patches(
+    clip, datasets: Sequence, layer: int, patches: Sequence[ConceptPatches] | None = None, progress: bool = True
+) -> list[ConceptPatches]:
+    """Patches of some data sets with ground truth: those given, if they fit, or read here.
+
+    Raises
+    ------
+    ValueError
+        If the patches given are of other numbers of images, or of another width.
+    """
+    if patches is None:
+        return [concept_patches(clip, dataset, layer, progress=progress) for dataset in datasets]
+    found, wanted = [(p.n_images, p.tokens.shape[1]) for p in patches], [(len(dataset), clip.width) for dataset in datasets]
+    if found != wanted:
+        raise ValueError(f"The patches are of (images, width) {found}, the scenes and the model of {wanted}: read these scenes.")
+    return list(patches)
 
 
 def detect_concepts(
@@ -340,22 +372,35 @@ def _measure(
     weights=None,
     block: int = 128,
 ) -> dict:
-    """Exact AP of (feature, concept) pairs, each feature sorted once; with weights also its resamples."""
+    """Exact AP of (feature, concept) pairs, each feature sorted once; with weights also its resamples.
+
+    Features are independent and numpy lets go of the interpreter while it sorts and multiplies: a thread for each core.
+    """
     by_feature: dict[int, list[int]] = {}
     for feature, concept in sorted(pairs):
         by_feature.setdefault(feature, []).append(concept)
     features = list(by_feature)
+
+    def one(feature: int, scores: np.ndarray) -> dict:
+        ranking, results = Ranking(scores), {}
+        for concept in by_feature[feature]:
+            rows = positives.indices[positives.indptr[concept] : positives.indptr[concept + 1]]
+            ap = ranking.precision(rows)
+            results[feature, concept] = ap if weights is None else (ap, bootstrap_precision(scores, rows, patches.images, weights))
+        return results
+
     found = {}
-    for start in range(0, len(features), block):
-        some = features[start : start + block]
-        activations = dictionary.encode(patches.tokens, np.array(some)).T.contiguous().cpu().numpy()
-        for feature, scores in zip(some, activations, strict=True):
-            ranking = Ranking(scores)
-            for concept in by_feature[feature]:
-                rows = positives.indices[positives.indptr[concept] : positives.indptr[concept + 1]]
-                ap = ranking.precision(rows)
-                found[feature, concept] = ap if weights is None else (ap, bootstrap_precision(scores, rows, patches.images, weights))
+    with ThreadPoolExecutor(_n_threads()) as pool:
+        for start in range(0, len(features), block):
+            some = features[start : start + block]
+            activations = dictionary.encode(patches.tokens, np.array(some)).T.contiguous().cpu().numpy()
+            for results in pool.map(one, some, activations):
+                found |= results
     return found
+
+
+def _n_threads() -> int:
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _name_by_correlation(
