@@ -7,7 +7,6 @@ chosen and scored the same way, and a latent stays "unnamed" when it answers to 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +28,7 @@ from .grounding import (
     concept_patches,
     concept_sums,
     dimensions,
+    n_threads,
     random_sae,
     sae_dictionary,
 )
@@ -372,10 +372,7 @@ def _measure(
     weights=None,
     block: int = 128,
 ) -> dict:
-    """Exact AP of (feature, concept) pairs, each feature sorted once; with weights also its resamples.
-
-    Features are independent and numpy lets go of the interpreter while it sorts and multiplies: a thread for each core.
-    """
+    """Exact AP of (feature, concept) pairs, each feature sorted once, on all cores; with weights also its resamples."""
     by_feature: dict[int, list[int]] = {}
     for feature, concept in sorted(pairs):
         by_feature.setdefault(feature, []).append(concept)
@@ -390,17 +387,13 @@ def _measure(
         return results
 
     found = {}
-    with ThreadPoolExecutor(_n_threads()) as pool:
+    with ThreadPoolExecutor(n_threads()) as pool:
         for start in range(0, len(features), block):
             some = features[start : start + block]
             activations = dictionary.encode(patches.tokens, np.array(some)).T.contiguous().cpu().numpy()
             for results in pool.map(one, some, activations):
                 found |= results
     return found
-
-
-def _n_threads() -> int:
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _name_by_correlation(

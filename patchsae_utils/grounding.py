@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -259,6 +260,11 @@ def bootstrap_precision(
     precision = np.divide(reach_mine, reach_every, out=np.zeros_like(reach_mine), where=reach_every > 0)
     total = reach_mine[0]
     return np.where(total > 0, (mine * precision).sum(0) / np.where(total > 0, total, 1), np.nan)
+
+
+def n_threads() -> int:
+    """Threads for work on single features: numpy lets go of the interpreter while it sorts and multiplies. The cores at hand, at most eight."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 class ConceptSums(NamedTuple):
