@@ -32,7 +32,7 @@ def by_layer(rows: pd.DataFrame, save: str | None = None) -> Figure:
             ax.set_title(title, fontsize=9.5)
         axes[-1].vlines(layers, rows["object_ap_low"], rows["object_ap_high"], color=colors, linewidth=1.6)
         axes[-1].scatter(layers, rows["object_ap"], color=colors, s=22, zorder=3)
-        axes[-1].set_title("object AP (95 % interval)", fontsize=9.5)
+        axes[-1].set_title("object AP, 95 % interval", fontsize=9)
         axes[-1].set_ylim(bottom=0)
         for ax in axes:
             ax.set_xticks(layers)
