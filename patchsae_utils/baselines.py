@@ -268,7 +268,7 @@ def random_weights_sae(
     if is_current(out / "sae", key, "random_weights.json"):
         return control, load_sae(out / "sae").requires_grad_(False)
     store = extract_activations(control, dataset, layer, out / "activations", progress=progress)
-    fresh = SparseAutoencoder(sae.d_in, sae.d_sae, sae.activation, k=sae.k, seed=config.seed)
+    fresh = SparseAutoencoder(sae.d_in, sae.d_sae, sae.activation, k=sae.k, groups=sae.groups, bandwidth=sae.bandwidth, seed=config.seed)
     trained = train_sae(fresh, store, config, out / "sae", progress=progress)
     write_json(out / "sae" / "random_weights.json", {"fingerprint": key, "complete": True, "seed": seed})
     return control, trained.requires_grad_(False)

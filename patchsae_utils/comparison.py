@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from .artifacts import atomic_folder, fingerprint, is_current, read_json, write_json
 from .baselines import ica_dictionary, kmeans_dictionary, nmf_dictionary, pca_dictionary, random_weights_sae, sample_patches
 from .concept_probe import fit_probes
-from .concepts import centred_interval, common_concepts, compete
-from .grounding import ConceptPatches, Dictionary, concept_patches, dimensions, random_sae, sae_dictionary
+from .concepts import centred_interval, common_concepts, compete, read_patches
+from .grounding import NEEDS_NO_THRESHOLD, ConceptPatches, Dictionary, concept_patches, dimensions, random_sae, sae_dictionary
 from .latents import dataset_fingerprint
 
 FORMAT_VERSION = 1
@@ -270,6 +270,7 @@ def measure_dictionaries(
     n_candidates: int = 8,
     n_bootstrap: int = 200,
     seed: int = 0,
+    patches: Sequence[ConceptPatches] | None = None,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> ComparisonReport:
@@ -293,6 +294,8 @@ def measure_dictionaries(
         Training patches that PCA, k-means, ICA and NMF see at most.
     min_patches, min_images, n_candidates, n_bootstrap, seed
         See :func:`compare_dictionaries`.
+    patches : pair of ConceptPatches, optional
+        Of ``choose`` and ``report``, when they were read before.
     out : path, optional
         Folder to keep the report in (and below it the probes and the random-weights SAE).
     progress : bool
@@ -320,7 +323,7 @@ def measure_dictionaries(
         )  # fmt: skip
         if is_current(out / "report", key):
             return ComparisonReport.load(out / "report")
-    patches = [concept_patches(clip, d, layer, progress=progress) for d in (choose, report)]
+    patches = read_patches(clip, (choose, report), layer, patches, progress)
     first = next(iter(saes.values()))
     competitors = [Competitor(sae_dictionary(sae, name), "sae") for name, sae in saes.items()]
     competitors += [Competitor(d) for d in unsupervised(sample_patches(store, n_fit, seed), first, seed)]
@@ -352,7 +355,7 @@ def unsupervised(x: torch.Tensor, sae, seed: int = 0) -> list[Dictionary]:
         nmf_dictionary(x, seed=seed),
         kmeans_dictionary(x, n, seed=seed),
         kmeans_dictionary(x, n, cosine=True, seed=seed),
-        sae_dictionary(random_sae(sae, seed), "random SAE"),
+        sae_dictionary(random_sae(sae, seed, None if sae.activation in NEEDS_NO_THRESHOLD else x), "random SAE"),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .artifacts import atomic_folder, fingerprint, is_current, write_json
 from .data import openmoji
-from .grounding import ConceptPatches, Dictionary, average_precision, has_truth
+from .grounding import ConceptPatches, Dictionary, average_precision, has_truth, n_threads
 from .latents import dataset_fingerprint
 
 RIDGE = (1e-4, 1e-2, 1.0)
@@ -139,14 +140,18 @@ def train_probes(
     positives = choose.masks.tocsc()
     best = np.full(masks.shape[1], -1.0)
     chosen = candidates[-1].copy()
-    for W in candidates:
-        for start in range(0, len(W), 64):
-            scores = (choose.tokens @ torch.from_numpy(W[start : start + 64]).float().T).T.contiguous().numpy()
-            for k, values in enumerate(scores, start):
-                rows = positives.indices[positives.indptr[k] : positives.indptr[k + 1]]
-                ap = average_precision(values, rows) if len(rows) else -1.0
-                if ap > best[k]:
-                    best[k], chosen[k] = ap, W[k]
+
+    def precision(k: int, values: np.ndarray) -> float:
+        rows = positives.indices[positives.indptr[k] : positives.indptr[k + 1]]
+        return average_precision(values, rows) if len(rows) else -1.0
+
+    with ThreadPoolExecutor(n_threads()) as pool:
+        for W in candidates:
+            for start in range(0, len(W), 64):
+                scores = (choose.tokens @ torch.from_numpy(W[start : start + 64]).float().T).T.contiguous().numpy()
+                for k, ap in enumerate(pool.map(precision, range(start, start + len(scores)), scores), start):
+                    if ap > best[k]:
+                        best[k], chosen[k] = ap, W[k]
     weights = torch.from_numpy(chosen).float()
     return weights, -(weights @ mean)
 

@@ -8,6 +8,7 @@ chosen and scored the same way, and a latent stays "unnamed" when it answers to 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 
 from .artifacts import atomic_folder, fingerprint, is_current, write_json
 from .grounding import (
+    NEEDS_NO_THRESHOLD,
     ConceptPatches,
     Dictionary,
     Ranking,
@@ -26,6 +28,7 @@ from .grounding import (
     concept_patches,
     concept_sums,
     dimensions,
+    n_threads,
     random_sae,
     sae_dictionary,
 )
@@ -45,6 +48,7 @@ __all__ = [
     "label_latents",
     "load_report",
     "measure_concepts",
+    "read_patches",
     "save_report",
     "unique_names",
 ]
@@ -144,6 +148,8 @@ def measure_concepts(
     n_bootstrap: int = 200,
     min_images: int = 2,
     seed: int = 0,
+    baselines: bool = True,
+    patches: Sequence[ConceptPatches] | None = None,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> ConceptReport:
@@ -169,6 +175,10 @@ def measure_concepts(
         Concepts in fewer images of either set are left out.
     seed : int
         Of the random dictionary, the shuffle and the weights.
+    baselines : bool
+        Whether dimensions and random dictionary are measured too; :func:`patchsae_utils.comparison.measure_dictionaries` compares with more.
+    patches : pair of ConceptPatches, optional
+        Of ``choose`` and ``report``, when they were read before (:func:`patchsae_utils.grounding.concept_patches`).
     out : path, optional
         Folder to keep the report in; when it already holds the one of the same inputs, that is returned.
 
@@ -188,18 +198,40 @@ def measure_concepts(
         fp = fingerprint(
             stage="concepts", version=FORMAT_VERSION, clip=clip.fingerprint, sae=sae.fingerprint, data=identities,
             layer=clip.layer_index(layer), n_candidates=n_candidates, n_bootstrap=n_bootstrap, min_images=min_images, seed=seed,
+            **({} if baselines else {"baselines": False}),
         )  # fmt: skip
         if is_current(out, fp):
             return load_report(out)
     sae.check_model(clip, layer)
-    data = [concept_patches(clip, d, layer, progress=progress) for d in (choose, report)]
-    dictionaries = [sae_dictionary(sae), dimensions(sae.d_in), sae_dictionary(random_sae(sae, seed), "random SAE")]
+    data = read_patches(clip, (choose, report), layer, patches, progress)
+    dictionaries = [sae_dictionary(sae)]
+    if baselines:
+        tokens = None if sae.activation in NEEDS_NO_THRESHOLD else data[0].tokens
+        dictionaries += [dimensions(sae.d_in), sae_dictionary(random_sae(sae, seed, tokens), "random SAE")]
     result = detect_concepts(
         dictionaries, *data, n_candidates=n_candidates, n_bootstrap=n_bootstrap, min_images=min_images, seed=seed, progress=progress
     )
     if out is not None:
         save_report(result, out, fp)
     return result
+
+
+def read_patches(
+    clip, datasets: Sequence, layer: int, patches: Sequence[ConceptPatches] | None = None, progress: bool = True
+) -> list[ConceptPatches]:
+    """Patches of some data sets with ground truth: those given, if they fit, or read here.
+
+    Raises
+    ------
+    ValueError
+        If the patches given are of other numbers of images, or of another width.
+    """
+    if patches is None:
+        return [concept_patches(clip, dataset, layer, progress=progress) for dataset in datasets]
+    found, wanted = [(p.n_images, p.tokens.shape[1]) for p in patches], [(len(dataset), clip.width) for dataset in datasets]
+    if found != wanted:
+        raise ValueError(f"The patches are of (images, width) {found}, the scenes and the model of {wanted}: read these scenes.")
+    return list(patches)
 
 
 def detect_concepts(
@@ -340,21 +372,27 @@ def _measure(
     weights=None,
     block: int = 128,
 ) -> dict:
-    """Exact AP of (feature, concept) pairs, each feature sorted once; with weights also its resamples."""
+    """Exact AP of (feature, concept) pairs, each feature sorted once, on all cores; with weights also its resamples."""
     by_feature: dict[int, list[int]] = {}
     for feature, concept in sorted(pairs):
         by_feature.setdefault(feature, []).append(concept)
     features = list(by_feature)
+
+    def one(feature: int, scores: np.ndarray) -> dict:
+        ranking, results = Ranking(scores), {}
+        for concept in by_feature[feature]:
+            rows = positives.indices[positives.indptr[concept] : positives.indptr[concept + 1]]
+            ap = ranking.precision(rows)
+            results[feature, concept] = ap if weights is None else (ap, bootstrap_precision(scores, rows, patches.images, weights))
+        return results
+
     found = {}
-    for start in range(0, len(features), block):
-        some = features[start : start + block]
-        activations = dictionary.encode(patches.tokens, np.array(some)).T.contiguous().cpu().numpy()
-        for feature, scores in zip(some, activations, strict=True):
-            ranking = Ranking(scores)
-            for concept in by_feature[feature]:
-                rows = positives.indices[positives.indptr[concept] : positives.indptr[concept + 1]]
-                ap = ranking.precision(rows)
-                found[feature, concept] = ap if weights is None else (ap, bootstrap_precision(scores, rows, patches.images, weights))
+    with ThreadPoolExecutor(n_threads()) as pool:
+        for start in range(0, len(features), block):
+            some = features[start : start + block]
+            activations = dictionary.encode(patches.tokens, np.array(some)).T.contiguous().cpu().numpy()
+            for results in pool.map(one, some, activations):
+                found |= results
     return found
 
 

@@ -43,6 +43,7 @@ def cross_domain_references(
     layer: int,
     *,
     k: int = 5,
+    pictured: Sequence[int] | None = None,
     batch_size: int = 64,
     progress: bool = True,
 ) -> CrossDomain:
@@ -58,19 +59,24 @@ def cross_domain_references(
     layer : int
     k : int
         Reference images a latent and data set; fewer where fewer are active.
+    pictured : sequence of int, optional
+        Those of the latents that are in ``references``, whose images are drawn and read once more; the table holds all. Default: all.
 
     Raises
     ------
     ValueError
-        If there are no data sets, one is empty, or a latent is outside range(S).
+        If there are no data sets, one is empty, a latent is outside range(S), or one that is pictured is not among the latents.
     """
     latents = [int(s) for s in latents]
     if not datasets or any(len(data) == 0 for data in datasets.values()):
         raise ValueError(f"Give at least one data set, and none that is empty; got { ({n: len(d) for n, d in datasets.items()}) }.")
     if latents and not (0 <= min(latents) and max(latents) < sae.W_enc.shape[1]):
         raise ValueError(f"Latents must lie in range({sae.W_enc.shape[1]}), got {min(latents)} to {max(latents)}.")
+    pictured = latents if pictured is None else [int(s) for s in pictured]
+    if unknown := set(pictured) - set(latents):
+        raise ValueError(f"Latent {min(unknown)} is to be pictured but not among the latents. Add it.")
     same_classes = len({tuple(data.class_names) for data in datasets.values()}) == 1
-    references: dict[int, dict[str, References]] = {latent: {} for latent in latents}
+    references: dict[int, dict[str, References]] = {latent: {} for latent in pictured}
     records, base = [], None
     for name, data in datasets.items():
         means = torch.empty(len(data), len(latents))
@@ -83,7 +89,8 @@ def cross_domain_references(
         labels, profiles = torch.as_tensor(data.labels), _class_means(means, torch.as_tensor(data.labels), len(data.class_names))
         base = (profiles, images, labels) if base is None else base
         for column, latent in enumerate(latents):
-            references[latent][name] = _references(clip, sae, data, latent, images[column], values[column], layer)
+            if latent in references:
+                references[latent][name] = _references(clip, sae, data, latent, images[column], values[column], layer)
             active = means[:, column] > 0
             record = {
                 "latent": latent,

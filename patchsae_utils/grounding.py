@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -114,16 +115,65 @@ def dimensions(d_in: int, name: str = "single dimensions") -> Dictionary:
     return Dictionary(name, 2 * d_in, encode)
 
 
-def random_sae(sae: SparseAutoencoder, seed: int = 0) -> SparseAutoencoder:
-    """An SAE of the same size with random directions: normal, at unit norm, tied, around the same centre ``b_dec``, no encoder bias."""
-    control = SparseAutoencoder(sae.d_in, sae.d_sae, sae.activation, k=sae.k, seed=seed, metadata=sae.metadata)
+NEEDS_NO_THRESHOLD = ("relu", "topk")
+"""Activations of which :func:`random_sae` makes a control without seeing tokens."""
+
+
+def random_sae(sae: SparseAutoencoder, seed: int = 0, tokens: Tensor | None = None) -> SparseAutoencoder:
+    """An SAE of the same size with random directions: normal, at unit norm, tied, around the same centre ``b_dec``.
+
+    Parameters
+    ----------
+    sae : SparseAutoencoder
+    seed : int
+        Of the directions.
+    tokens : Tensor [N, D], optional
+        Some of the residual stream. With them the control is as sparse as the SAE: one threshold for all its latents leaves as many active
+        on these tokens. ``topk`` is as sparse by itself. Without them ``relu`` has no encoder bias, so that half of its latents are active on
+        a token: nothing of their ranking is lost.
+
+    Raises
+    ------
+    ValueError
+        If the SAE's activation has a threshold or a gate (``batchtopk``, ``matryoshka``, ``jumprelu``, ``gated``), which random directions
+        can't inherit, and there are no tokens to set one by.
+    """
+    if tokens is None and sae.activation not in NEEDS_NO_THRESHOLD:
+        raise ValueError(
+            f"A random SAE of activation {sae.activation!r} needs a threshold of its own: give tokens [N, {sae.d_in}] of the residual stream, "
+            f"on which it will be as sparse as the SAE."
+        )
+    control = SparseAutoencoder(
+        sae.d_in, sae.d_sae, sae.activation, k=sae.k, groups=sae.groups, bandwidth=sae.bandwidth, seed=seed, metadata=sae.metadata
+    )
     directions = torch.randn(sae.d_sae, sae.d_in, generator=torch.Generator().manual_seed(seed))
     directions /= directions.norm(dim=1, keepdim=True)
     with torch.no_grad():
         control.W_dec.copy_(directions)
         control.W_enc.copy_(directions.T)
         control.b_dec.copy_(sae.b_dec)
-    return control.to(sae.W_enc.device).requires_grad_(False)
+    control = control.to(sae.W_enc.device).requires_grad_(False)
+    if tokens is not None and sae.activation != "topk":
+        _as_sparse(control, sae, tokens)
+    return control
+
+
+@torch.no_grad()
+def _as_sparse(control: SparseAutoencoder, sae: SparseAutoencoder, tokens: Tensor) -> None:
+    """Set one threshold for all latents of a control, so that as many are active on some tokens [N, D] as are of the SAE's."""
+    if tokens.ndim != 2 or not len(tokens):
+        raise ValueError(f"Sparsity is measured on tokens [N, D], got {list(tokens.shape)}.")
+    most = min(2048, max(64, 2**24 // sae.d_sae))
+    some = tokens[:: -(-len(tokens) // most)].to(sae.W_enc.device)
+    n_active = int((sae.encode(some) > 0).sum())
+    values = control.pre_activations(some).flatten()
+    # The threshold lies between the last value that is kept and the first that isn't; it never lets negative values through.
+    kept = values.sort(descending=True).values[max(n_active - 1, 0) : n_active + 1]
+    threshold = kept.mean().clamp_min(0) if n_active else values.max().clamp_min(0)
+    if sae.activation in ("relu", "gated"):
+        control.b_enc.fill_(-threshold)  # of ``gated``: the gate's; magnitudes stay the projections themselves
+    else:
+        control.threshold.fill_(threshold)
 
 
 # -- how well a feature finds a concept ---------------------------------------------------------------------------------------
@@ -189,24 +239,32 @@ def bootstrap_precision(
     float array [R]
         NaN where all positives weigh nothing.
     """
+    scores = np.asarray(scores)
     thresholds = np.unique(scores[positive])
     if len(thresholds) > n_levels:
-        thresholds = np.unique(np.quantile(thresholds, np.linspace(0, 1, n_levels), method="lower"))
+        # Ranks, not numpy's quantile: thresholds must be scores that occur, in their own precision.
+        thresholds = thresholds[np.linspace(0, len(thresholds) - 1, n_levels).astype(int)]
     rows = np.flatnonzero(scores > thresholds[0])  # all others are either exactly at the lowest threshold or below every one
     lowest = np.flatnonzero(scores == thresholds[0])
+    n_images = len(weights)
 
     def weighted(rows: np.ndarray) -> np.ndarray:
         level = np.searchsorted(thresholds, scores[rows], "right") - 1
-        counts = sparse.coo_matrix((np.ones(len(rows)), (level, images[rows])), (len(thresholds), len(weights))).tocsr()
-        return counts @ weights
+        counts = np.bincount(level * n_images + images[rows], minlength=len(thresholds) * n_images)
+        return counts.reshape(len(thresholds), n_images) @ weights
 
     mine = weighted(positive)
     every = weighted(rows)
-    every[0] += np.bincount(images[lowest], minlength=len(weights)) @ weights
+    every[0] += np.bincount(images[lowest], minlength=n_images) @ weights
     reach_mine, reach_every = mine[::-1].cumsum(0)[::-1], every[::-1].cumsum(0)[::-1]
     precision = np.divide(reach_mine, reach_every, out=np.zeros_like(reach_mine), where=reach_every > 0)
     total = reach_mine[0]
     return np.where(total > 0, (mine * precision).sum(0) / np.where(total > 0, total, 1), np.nan)
+
+
+def n_threads() -> int:
+    """Threads for work on single features: numpy lets go of the interpreter while it sorts and multiplies. The cores at hand, at most eight."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 class ConceptSums(NamedTuple):

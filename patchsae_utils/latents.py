@@ -8,13 +8,14 @@ it grows, is in summary.py; its formulas are in statistics.py; features.py keeps
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .artifacts import fingerprint, is_current
+from .clip import Residual
 from .data import batches
 from .summary import FORMAT_VERSION, TOKENS, LatentSummary, RunningSummary
 
@@ -54,6 +55,7 @@ def summarize_latents(
     out: str | Path | None = None,
     features: str | Path | None = None,
     feature_tau: float = 0.0,
+    likeness: str | Path | None = None,
     progress: bool = True,
 ) -> LatentSummary | dict[str, LatentSummary]:
     """Read a data set once and count what every latent does.
@@ -88,6 +90,9 @@ def summarize_latents(
         Folder for a :class:`patchsae_utils.features.FeatureStore` of the token activations, written in the same pass.
     feature_tau : float
         The store keeps activations above this.
+    likeness : path, optional
+        Folder for a :class:`patchsae_utils.monosemanticity.Likeness`, made in the same pass: CLIP's embeddings of the images, and how alike the
+        images are that each latent answers to, beside random directions and single dimensions.
     progress : bool
         Whether to show a bar.
 
@@ -130,15 +135,29 @@ def summarize_latents(
         from .features import FeatureWriter
 
         writer = FeatureWriter.of(clip, sae, dataset, layer, features, tau=feature_tau, tokens=tokens if isinstance(tokens, str) else "all")
-    if missing or (writer is not None and not writer.complete):
+    watch, likeness_print = None, ""
+    if likeness is not None:
+        from .monosemanticity import LikenessPass
+
+        likeness_print = fingerprint(
+            stage="likeness", version=1, clip=clip.fingerprint, sae=sae.fingerprint, data=dataset_fingerprint(dataset),
+            layer=clip.layer_index(layer),
+        )  # fmt: skip
+        if not is_current(likeness, likeness_print):
+            watch = LikenessPass(clip, sae, layer, len(dataset))
+    if missing or watch is not None or (writer is not None and not writer.complete):
         running = {
             kind: RunningSummary(sae.W_enc.shape[1], len(dataset.class_names), n_patches, k, tau, kind, patches_per_image, sae.W_enc.device)
             for kind in missing
         }
-        wanted = None if missing else writer.missing_images()
-        for labels, indices, h in read_latents(clip, sae, dataset, layer, batch_size, workers, wanted, "latents" if progress else None):
+        wanted = None if missing or watch is not None else writer.missing_images()
+        observe = () if watch is None else (watch.read,)
+        bar = "latents" if progress else None
+        for labels, indices, h in read_latents(clip, sae, dataset, layer, batch_size, workers, wanted, bar, *observe):
             for summary in running.values():
                 summary.update(h, labels, indices)
+            if watch is not None:
+                watch.add(h, indices)
             if writer is not None:
                 writer.add(h, indices)
         labels = torch.as_tensor(dataset.labels, dtype=torch.long, device=sae.W_enc.device)
@@ -148,6 +167,8 @@ def summarize_latents(
                 found[kind].save(folders[kind], prints[kind])
         if writer is not None:
             writer.finish()
+        if watch is not None:
+            watch.finish().save(likeness, likeness_print)
     return found[tokens] if isinstance(tokens, str) else {kind: found[kind] for kind in kinds}
 
 
@@ -160,6 +181,7 @@ def read_latents(
     workers: int = 0,
     indices: Sequence[int] | None = None,
     progress: str | None = None,
+    observe: Callable[[Residual, Tensor], None] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Every image's latent activations at CLS and the patches, a few images at a time.
 
@@ -176,6 +198,8 @@ def read_latents(
         Only these places, in this order.
     progress : str, optional
         Show a bar with this label.
+    observe : callable, optional
+        Called once a batch, before its latents come, with the residual stream (as ``clip.run_to`` gives it) and the images' places [B].
 
     Yields
     ------
@@ -196,7 +220,12 @@ def read_latents(
             raise ValueError(
                 f"Labels must lie in range({n_classes}), the number of class names; got {int(labels.min())} to {int(labels.max())}."
             )
-        residual = clip.residual(batch.images, layer)[:, : clip.n_tokens]
+        if observe is None:
+            residual = clip.residual(batch.images, layer)[:, : clip.n_tokens]
+        else:
+            stream = clip.run_to(batch.images, layer)
+            observe(stream, places)
+            residual = stream.tokens[:, : clip.n_tokens]
         for rows, h in latent_chunks(sae, residual):
             yield labels[rows], places[rows], h
 

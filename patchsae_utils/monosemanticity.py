@@ -8,13 +8,19 @@ learn monosemantic features in vision-language models", 2025; written out this w
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .latents import read_latents
+from .artifacts import atomic_folder, write_json
+from .grounding import Dictionary, dimensions, random_sae
+from .latents import latent_chunks, read_latents
 from .naming import embed_images
 from .summary import TOKENS
 
@@ -62,28 +68,41 @@ def stream_scores(batches: Iterable[tuple[Tensor, Tensor, Tensor] | tuple[Tensor
     ValueError
         As :func:`monosemanticity_scores`; or if there are no images.
     """
-    first = None
+    running: list[RunningScores] = []
     for activations, *sets in batches:
-        _check(activations, sets)
-        a = activations.double()
-        if first is None:
-            n, kinds = a.shape[1], len(sets)
-            first = a.new_zeros(n)
-            total, squares, largest, count = first.clone(), first.clone(), first.clone(), first.clone()
-            directions = [a.new_zeros(n, e.shape[1]) for e in sets]
-        total += a.sum(0)
-        squares += a.square().sum(0)
-        largest = torch.maximum(largest, a.max(0).values)
-        count += (a > 0).sum(0)
-        for direction, e in zip(directions, sets, strict=True):
-            direction += a.T @ e.to(a)
-    if first is None:
+        running = running or [RunningScores() for _ in sets]
+        for scores, embeddings in zip(running, sets, strict=True):
+            scores.update(activations, embeddings)
+    if not running:
         raise ValueError("The monosemanticity score needs images; got none.")
-    pairs = total.square() - squares
-    defined = (count >= 2) & (pairs > 1e-12 * total.square())  # rounding must not decide a score
-    safe = torch.where(defined, pairs, 1.0)
-    scores = [torch.where(defined, (direction.square().sum(1) - squares) / safe, torch.nan) for direction in directions]
-    return tuple(score.clamp(-1, 1) for score in scores[:kinds])
+    return tuple(scores.finish() for scores in running)
+
+
+class RunningScores:
+    """The sums of one set of latents and one set of embeddings, grown batch by batch: S d numbers of float64."""
+
+    def __init__(self):
+        self.total = self.squares = self.count = self.directions = None
+        """[S] sums of activations and of their squares, [S] images where a latent is active, [S, d] weighted sums of embeddings."""
+
+    def update(self, activations: Tensor, embeddings: Tensor) -> None:
+        """Add images: activations [B, S], not negative, and unit vectors [B, d]."""
+        _check(activations, [embeddings])
+        a = activations.double()
+        if self.total is None:
+            self.total, self.directions = a.new_zeros(a.shape[1]), a.new_zeros(a.shape[1], embeddings.shape[1])
+            self.squares, self.count = self.total.clone(), self.total.clone()
+        self.total += a.sum(0)
+        self.squares += a.square().sum(0)
+        self.count += (a > 0).sum(0)
+        self.directions += a.T @ embeddings.to(a)
+
+    def finish(self) -> Tensor:
+        """Scores [S], float64; NaN for latents that are active in fewer than two images."""
+        pairs = self.total.square() - self.squares
+        defined = (self.count >= 2) & (pairs > 1e-12 * self.total.square())  # rounding must not decide a score
+        above = self.directions.square().sum(1) - self.squares
+        return torch.where(defined, above / torch.where(defined, pairs, 1.0), torch.nan).clamp(-1, 1)
 
 
 @torch.no_grad()
@@ -155,6 +174,106 @@ def monosemanticity(
     return pd.DataFrame(
         {"latent": np.arange(len(score)), "score": score, "shuffled": control, "gain": score - control, "n_images": n_active.numpy()}
     )
+
+
+# -- beside the statistics, in the same pass -----------------------------------------------------------------------------------
+
+
+class Likeness(NamedTuple):
+    """How alike the images are that latents answer to, beside controls; and the embeddings in which that was measured."""
+
+    table: pd.DataFrame
+    """One row a feature: dictionary ("SAE", "random directions", "single dimensions"), latent, score (NaN where it is active in fewer than
+    two images), n_images (where it is active). All features are read around the SAE's centre ``b_dec``; an image's activation is the mean
+    over its tokens. The random directions are as sparse as the SAE."""
+    embeddings: Tensor
+    """[N, d_embed] unit image features of the data set, in its order."""
+
+    @property
+    def chance(self) -> float:
+        """Mean cosine of two different images: the expected score of any feature once the images are shuffled."""
+        e, n = self.embeddings.double(), len(self.embeddings)
+        return float((e.sum(0).square().sum() - e.square().sum()) / (n * (n - 1))) if n > 1 else float("nan")
+
+    def save(self, folder: str | Path, fp: str = "") -> None:
+        """Write monosemanticity.csv, embeddings.safetensors and manifest.json, atomically."""
+        with atomic_folder(folder) as temporary:
+            self.table.to_csv(temporary / "monosemanticity.csv", index=False)
+            save_file({"embeddings": self.embeddings.contiguous()}, temporary / "embeddings.safetensors")
+            write_json(temporary / "manifest.json", {"format_version": 1, "fingerprint": fp, "complete": True})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Likeness:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            If a file is missing.
+        """
+        folder = Path(folder)
+        if missing := [name for name in ("monosemanticity.csv", "embeddings.safetensors") if not (folder / name).exists()]:
+            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}. Make them: summarize_latents(..., likeness={str(folder)!r}).")
+        return cls(pd.read_csv(folder / "monosemanticity.csv"), load_file(folder / "embeddings.safetensors")["embeddings"])
+
+
+class LikenessPass:
+    """Collects a :class:`Likeness` while :func:`patchsae_utils.summarize_latents` reads images: each batch goes to :meth:`read`, then its
+    latents to :meth:`add`.
+
+    Parameters
+    ----------
+    clip : ClipModel
+    sae : SparseAutoencoder
+    layer : int
+    n_images : int
+        Of the data set.
+    seed : int
+        Of the random directions.
+    """
+
+    def __init__(self, clip, sae, layer: int, n_images: int, seed: int = 0):
+        self.clip, self.sae, self.layer, self.seed = clip, sae, layer, seed
+        self.embeddings = torch.full((n_images, clip.d_embed), torch.nan)
+        self.scores = {name: RunningScores() for name in ("SAE", "random directions", "single dimensions")}
+        self.control = None
+
+    def read(self, stream, places: Tensor) -> None:
+        """A batch: the residual stream as ``clip.run_to`` gives it, and places in the data set [B]."""
+        e = F.normalize(self.clip.finish(stream, self.layer).float(), dim=-1).cpu()
+        self.embeddings[places.cpu()] = e
+        tokens = stream.tokens[:, : self.clip.n_tokens].to(self.sae.W_enc.device)
+        if self.control is None:
+            self.control = random_sae(self.sae, self.seed, tokens.flatten(0, 1))
+        for rows, h in latent_chunks(self.control, tokens):
+            self.scores["random directions"].update(h.mean(1).cpu(), e[rows])
+        self.scores["single dimensions"].update(_positive_parts(dimensions(self.sae.d_in), tokens - self.sae.b_dec).cpu(), e)
+
+    def add(self, h: Tensor, places: Tensor) -> None:
+        """Latents [b, 1+P, S] of images that were read."""
+        self.scores["SAE"].update(h.mean(1).cpu(), self.embeddings[places.cpu()])
+
+    def finish(self) -> Likeness:
+        """What was collected.
+
+        Raises
+        ------
+        ValueError
+            If an image was not read.
+        """
+        if n := int(self.embeddings.isnan().any(1).sum()):
+            raise ValueError(f"{n} of {len(self.embeddings)} images were not read; the score needs all of them.")
+        parts = []
+        for name, scores in self.scores.items():
+            score = scores.finish().cpu()
+            columns = {"dictionary": name, "latent": np.arange(len(score)), "score": score.numpy(), "n_images": scores.count.long().numpy()}
+            parts.append(pd.DataFrame(columns))
+        return Likeness(pd.concat(parts, ignore_index=True), self.embeddings)
+
+
+def _positive_parts(dictionary: Dictionary, tokens: Tensor) -> Tensor:
+    """Mean over tokens [B, T, D] of the positive parts of all features: [B, n]."""
+    return dictionary.encode(tokens.flatten(0, 1), None).relu_().unflatten(0, tokens.shape[:2]).mean(1)
 
 
 def _check(activations: Tensor, sets: list[Tensor]) -> None:

@@ -6,7 +6,9 @@ The notebooks call these, so any of them runs alone in a fresh clone and none co
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from . import grounding
 from .activations import ActivationStore, extract_activations
 from .adapters import fit_adapter
 from .clip import ClipModel, load_clip
@@ -14,8 +16,9 @@ from .comparison import ComparisonReport, measure_dictionaries
 from .concepts import ConceptReport, measure_concepts
 from .config import Profile
 from .data import ImageData, OpenMojiData, load_dataset
-from .grounding import has_truth
+from .grounding import ConceptPatches, has_truth
 from .latents import LatentSummary, summarize_latents
+from .monosemanticity import Likeness
 from .sae import SparseAutoencoder
 from .training import train_sae
 
@@ -57,8 +60,16 @@ def trained_sae(profile: Profile, clip: ClipModel) -> SparseAutoencoder:
 
 
 def latent_summary(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) -> LatentSummary:
-    """Statistics of every latent over :func:`statistics_data`."""
-    return summarize_latents(clip, sae, statistics_data(profile), profile.model.layer, out=profile.folder("latents") / "statistics")
+    """Statistics of every latent over :func:`statistics_data`; the same pass makes what :func:`latent_likeness` opens."""
+    folder = profile.folder("latents")
+    data = statistics_data(profile)
+    return summarize_latents(clip, sae, data, profile.model.layer, out=folder / "statistics", likeness=folder / "likeness")
+
+
+def latent_likeness(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) -> Likeness:
+    """Embeddings of the images of :func:`statistics_data`, and the monosemanticity of every latent beside controls."""
+    latent_summary(profile, clip, sae)
+    return Likeness.load(profile.folder("latents") / "likeness")
 
 
 def concept_scenes(profile: Profile, split: str) -> ImageData | OpenMojiData:
@@ -66,23 +77,42 @@ def concept_scenes(profile: Profile, split: str) -> ImageData | OpenMojiData:
     return load_dataset(profile.data.train, split, n_images=1000, seed=profile.data.seed)
 
 
-def concept_report(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) -> ConceptReport | None:
-    """Which latents find which ground-truth concepts; None where the data set knows none."""
+def concept_patches(profile: Profile, clip: ClipModel) -> tuple[ConceptPatches, ConceptPatches] | None:
+    """Patches of the choosing and the reported scenes with their concepts, read once for all measurements; None where there is no ground truth.
+
+    Nothing is left under ``runs``: what was measured is kept, and patches take 150 MB a thousand scenes.
+    """
+    scenes = [concept_scenes(profile, split) for split in ("val", "test")]
+    if not has_truth(scenes[0]):
+        return None
+    return tuple(grounding.concept_patches(clip, each, profile.model.layer) for each in scenes)
+
+
+def concept_report(
+    profile: Profile, clip: ClipModel, sae: SparseAutoencoder, patches: Sequence[ConceptPatches] | None = None
+) -> ConceptReport | None:
+    """Which latents find which ground-truth concepts; None where the data set knows none. ``patches``: :func:`concept_patches`, if at hand."""
     held_out = concept_scenes(profile, "test")
     if not has_truth(held_out):
         return None
     choose = concept_scenes(profile, "val")
-    return measure_concepts(clip, sae, choose, held_out, profile.model.layer, out=profile.folder("latents") / "concepts")
+    out = profile.folder("latents") / "concepts"
+    return measure_concepts(clip, sae, choose, held_out, profile.model.layer, baselines=False, patches=patches, out=out)
 
 
-def concept_comparison(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) -> ComparisonReport | None:
-    """How well latents find ground-truth concepts beside other dictionaries and a supervised probe; None where the data set knows no concepts."""
+def concept_comparison(
+    profile: Profile, clip: ClipModel, sae: SparseAutoencoder, patches: Sequence[ConceptPatches] | None = None
+) -> ComparisonReport | None:
+    """How well latents find ground-truth concepts beside other dictionaries and a supervised probe; None where the data set knows no concepts.
+
+    ``patches``: :func:`concept_patches`, if at hand.
+    """
     choose, held_out = (concept_scenes(profile, split) for split in ("val", "test"))
     if not has_truth(held_out):
         return None
     return measure_dictionaries(
         clip, {"SAE": sae}, training_store(profile, clip), training_data(profile), choose, held_out, profile.model.layer,
-        out=profile.folder("latents") / "comparison",
+        patches=patches, out=profile.folder("latents") / "comparison",
     )  # fmt: skip
 
 

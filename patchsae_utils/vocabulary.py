@@ -173,7 +173,7 @@ def score_words(
             f"{n_crops}, {n_random_crops}."
         )
     living = (~summary.dead & ~summary.faint).nonzero().flatten()
-    latents = living if latents is None else torch.as_tensor(latents, dtype=torch.long)
+    latents = living if latents is None else torch.tensor([int(s) for s in latents], dtype=torch.long)
     if len(latents) and not (0 <= int(latents.min()) and int(latents.max()) < summary.n_latents):
         raise ValueError(f"Latents must lie in range({summary.n_latents}), got {int(latents.min())} to {int(latents.max())}.")
     rng = np.random.default_rng(seed)

@@ -316,7 +316,7 @@ def test_from_scenes_to_the_table(tiny_clip, tiny_sae, store, training, tmp_path
         "SAE", "single dimensions", "PCA", "ICA", "NMF", "k-means", "k-means, cosine", "random SAE", "SAE on random weights", "linear probe",
     }  # fmt: skip
     assert found.detection["ap"].between(0, 1).all() and found.headline()["ceiling"] == "linear probe"
-    monkeypatch.setattr(comparison, "concept_patches", lambda *_, **__: pytest.fail("the scenes were read again"))
+    monkeypatch.setattr(comparison, "read_patches", lambda *_, **__: pytest.fail("the scenes were read again"))
     assert measure_dictionaries(*arguments, **settings).headline() == pytest.approx(found.headline())
     monkeypatch.setattr(baselines, "train_sae", lambda *_, **__: pytest.fail("trained again"))
     control, trained = random_weights_sae(tiny_clip, training, LAYER, tiny_sae, recipe, tmp_path / "random_weights")
@@ -343,8 +343,8 @@ def test_figures_draw(compared):
         pd.DataFrame({"kind": kinds, "n_latents": [0, 4, 50]}),
         pd.DataFrame({"category": ["x", "x", "y"], "found": False, "skipped": [True, True, False], "absorbed": [True, False, False]}),
     )
-    scores = pd.DataFrame({"score": [0.2, 0.5, np.nan], "shuffled": [0.1, 0.1, np.nan], "n_images": [3, 9, 0]})
-    plots.monosemanticity(scores, scores)
+    scores = {"dictionary": ["SAE", "SAE", "SAE", "random directions"], "latent": [0, 1, 2, 0], "score": [0.2, 0.5, np.nan, 0.1]}
+    plots.monosemanticity(pd.DataFrame(scores | {"n_images": [3, 9, 0, 4]}), 0.08)
     for number in plt.get_fignums():
         plt.figure(number).canvas.draw()
     plt.close("all")

@@ -33,7 +33,7 @@ from patchsae_utils.grounding import (
 )
 from patchsae_utils.latents import LatentSummary
 from patchsae_utils.levels import ConceptExample, concept_examples
-from patchsae_utils.sae import SparseAutoencoder
+from patchsae_utils.sae import ACTIVATIONS, SparseAutoencoder
 
 LAYER = 1
 PER_IMAGE = 10
@@ -143,6 +143,40 @@ def test_random_sae_has_the_size_but_not_the_weights(tiny_sae):
     )
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_random_sae_is_as_sparse_as_the_sae_on_the_tokens_given(activation):
+    sae = SparseAutoencoder(16, 64, activation, k=5 if activation in ("topk", "batchtopk", "matryoshka") else None, seed=1).requires_grad_(
+        False
+    )
+    x = 3 * torch.randn(400, 16, generator=torch.Generator().manual_seed(0)) + 1
+    sae.b_dec.fill_(1.0)
+    if activation in ("batchtopk", "matryoshka", "jumprelu"):
+        sae.threshold.fill_(2.0)
+    elif activation != "topk":
+        sae.b_enc.fill_(-2.0)
+    control = random_sae(sae, seed=3, tokens=x)
+    ours, theirs = ((each.encode(x) > 0).float().sum(1).mean().item() for each in (sae, control))
+    assert 0 < ours < 16 and theirs == pytest.approx(ours, rel=1e-3)
+    assert control.activation == activation and (control.encode(x) >= 0).all()
+    if activation in ("batchtopk", "matryoshka", "jumprelu", "gated"):
+        with pytest.raises(ValueError, match=f"{activation!r} needs a threshold of its own: give tokens"):
+            random_sae(sae)
+        projections = (x - 1) @ control.W_enc
+        active = control.encode(x) > 0
+        torch.testing.assert_close(control.encode(x)[active], projections[active], rtol=1e-4, atol=1e-4)  # a threshold moves no value
+    else:
+        assert (random_sae(sae, seed=3).b_enc == 0).all()
+    with pytest.raises(ValueError, match=r"tokens \[N, D\]"):
+        random_sae(SparseAutoencoder(16, 64), tokens=x[:0])
+
+
+def test_a_random_sae_of_a_silent_sae_is_silent():
+    sae = SparseAutoencoder(6, 12, "jumprelu").requires_grad_(False)
+    sae.threshold.fill_(1e6)
+    x = torch.randn(50, 6)
+    assert not random_sae(sae, tokens=x).encode(x).any()
+
+
 @pytest.mark.parametrize("activation, k", [("relu", None), ("topk", 3)])
 def test_a_dictionary_reads_single_latents_as_all_of_them(activation, k):
     sae = SparseAutoencoder(6, 20, activation, k=k).requires_grad_(False)
@@ -249,6 +283,7 @@ def test_data_without_ground_truth_is_refused(tiny_clip):
 
 def test_measurement_on_scenes(tiny_clip, tiny_sae, scenes, tmp_path, monkeypatch):
     settings = {"n_bootstrap": 10, "progress": False, "out": tmp_path / "r"}
+    concept_patches_of_before = module.concept_patches
     found = measure_concepts(tiny_clip, tiny_sae, *scenes, LAYER, **settings)
     assert set(found.detection["dictionary"]) == {"SAE", "single dimensions", "random SAE"}
     assert {"object", "background", "color", "outline"} <= set(found.detection["kind"])
@@ -256,6 +291,13 @@ def test_measurement_on_scenes(tiny_clip, tiny_sae, scenes, tmp_path, monkeypatc
     monkeypatch.setattr(module, "concept_patches", lambda *_, **__: pytest.fail("the scenes were read again"))
     again = measure_concepts(tiny_clip, tiny_sae, *scenes, LAYER, **settings)
     pd.testing.assert_frame_equal(again.detection, found.detection)
+    patches = [concept_patches_of_before(tiny_clip, each, LAYER, progress=False) for each in scenes]
+    alone = measure_concepts(tiny_clip, tiny_sae, *scenes, LAYER, baselines=False, patches=patches, n_bootstrap=10, progress=False)
+    mine = found.detection[found.detection["dictionary"] == "SAE"]
+    pd.testing.assert_frame_equal(alone.detection, mine, check_dtype=False)
+    pd.testing.assert_frame_equal(alone.latents, found.latents)
+    with pytest.raises(ValueError, match="read these scenes"):
+        measure_concepts(tiny_clip, tiny_sae, *scenes, LAYER, patches=[patches[0], planted(0)], progress=False)
     wanted = ["outline", found.detection["concept"].iloc[0]]
     for example in concept_examples(tiny_clip, tiny_sae, scenes[1], LAYER, found, wanted):
         column = openmoji.concept_names().index(example.concept)

@@ -73,6 +73,16 @@ def test_references_in_every_domain_equal_the_slow_reference(tiny_clip, sae, wor
     assert table.loc[(0, "color"), "correlation"] == pytest.approx(1) and table.loc[(3, "gray"), "correlation"] == 0
 
 
+def test_only_pictured_latents_have_pictures(tiny_clip, sae, worlds):
+    settings = dict(k=4, batch_size=3, progress=False)
+    every = cross_domain_references(tiny_clip, sae, worlds, [0, 3, 5], LAYER, **settings)
+    some = cross_domain_references(tiny_clip, sae, worlds, [0, 3, 5], LAYER, pictured=[5], **settings)
+    assert list(some.references) == [5] and some.table.equals(every.table)
+    assert torch.equal(some.references[5]["gray"].indices, every.references[5]["gray"].indices)
+    with pytest.raises(ValueError, match="Latent 7 is to be pictured"):
+        cross_domain_references(tiny_clip, sae, worlds, [0], LAYER, pictured=[7])
+
+
 def test_the_correlation_is_that_of_class_means(tiny_clip, sae, worlds):
     found = cross_domain_references(tiny_clip, sae, worlds, [5], LAYER, progress=False).table.set_index("domain")
     profiles = []

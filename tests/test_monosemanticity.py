@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,11 +12,12 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import average_precision_score, jaccard_score
 
+from patchsae_utils import latents
 from patchsae_utils.data import load_dataset
-from patchsae_utils.grounding import ConceptPatches, Dictionary
-from patchsae_utils.latents import read_latents
+from patchsae_utils.grounding import ConceptPatches, Dictionary, random_sae
+from patchsae_utils.latents import read_latents, summarize_latents
 from patchsae_utils.localization import absorption, concept_matrix, localize, match_latents, splitting
-from patchsae_utils.monosemanticity import monosemanticity, monosemanticity_scores, stream_scores
+from patchsae_utils.monosemanticity import Likeness, LikenessPass, monosemanticity, monosemanticity_scores, stream_scores
 from patchsae_utils.naming import embed_images
 
 PER_IMAGE = 8
@@ -106,6 +109,56 @@ def test_a_planted_concept_scores_above_its_shuffle():
     assert real[0] > control[0] + 0.4 and abs(real[1] - control[1]) < 0.05
 
 
+def test_the_statistics_pass_scores_latents_and_controls(tiny_clip, tiny_sae, tiny_dataset, tmp_path, monkeypatch):
+    """Every kind of feature against all pairs of images in float64, from one pass over the images; the summary is what it is without."""
+    sae = copy.deepcopy(tiny_sae).requires_grad_(False)
+    sae.b_enc.fill_(-0.5)
+    sae.b_enc[[3, 9]] = -1e6  # dead
+    settings = dict(batch_size=7, progress=False)
+    plain = summarize_latents(tiny_clip, sae, tiny_dataset, 1, **settings)
+    summary = summarize_latents(tiny_clip, sae, tiny_dataset, 1, likeness=tmp_path / "l", **settings)
+    assert torch.equal(plain.top_images, summary.top_images) and torch.equal(plain.class_counts, summary.class_counts)
+    found = Likeness.load(tmp_path / "l")
+    torch.testing.assert_close(found.embeddings, embed_images(tiny_clip, tiny_dataset, progress=False), rtol=1e-4, atol=1e-5)
+    e = found.embeddings.double().numpy()
+    tokens = torch.stack([tiny_clip.residual(tiny_clip.preprocess(example.image)[None], 1)[0] for example in tiny_dataset]).detach()
+    control = random_sae(sae, 0, tokens[:7].flatten(0, 1))
+    centred = tokens - sae.b_dec
+    means = {
+        "SAE": sae.encode(tokens), "random directions": control.encode(tokens), "single dimensions": torch.cat([centred, -centred], -1).relu(),
+    }  # fmt: skip
+    assert found.table["dictionary"].unique().tolist() == list(means)
+    for name, h in means.items():
+        a, rows = h.double().mean(1).numpy(), found.table[found.table["dictionary"] == name].reset_index(drop=True)
+        assert rows["latent"].tolist() == list(range(a.shape[1])) and rows["n_images"].tolist() == (a > 0).sum(0).tolist()
+        for s in [*range(0, a.shape[1], 9), 3]:
+            assert rows.loc[s, "score"] == pytest.approx(by_pairs(a[:, s], e), abs=1e-5, nan_ok=True), (name, s)
+    assert found.table.query("dictionary == 'SAE'")["score"].isna().to_numpy()[[3, 9]].all()
+    assert found.chance == pytest.approx(by_pairs(np.ones(len(e)), e))  # every pair alike
+    monkeypatch.setattr(latents, "batches", lambda *_, **__: pytest.fail("the images were read again"))
+    with pytest.raises(pytest.fail.Exception):
+        summarize_latents(tiny_clip, sae, tiny_dataset, 1, likeness=tmp_path / "l", **settings)  # the summary itself was not kept
+
+
+def test_what_was_made_before_is_opened_and_what_is_missing_made_alone(tiny_clip, tiny_sae, tiny_dataset, tmp_path, monkeypatch):
+    settings = dict(out=tmp_path / "s", batch_size=7, progress=False)
+    first = summarize_latents(tiny_clip, tiny_sae, tiny_dataset, 1, **settings)
+    with pytest.raises(FileNotFoundError, match="lacks monosemanticity.csv"):
+        Likeness.load(tmp_path / "l")
+    again = summarize_latents(tiny_clip, tiny_sae, tiny_dataset, 1, likeness=tmp_path / "l", **settings)
+    assert torch.equal(first.top_images, again.top_images) and len(Likeness.load(tmp_path / "l").embeddings) == 24
+    monkeypatch.setattr(latents, "batches", lambda *_, **__: pytest.fail("the images were read again"))
+    summarize_latents(tiny_clip, tiny_sae, tiny_dataset, 1, likeness=tmp_path / "l", **settings)
+
+
+def test_images_that_were_not_read_are_missed(tiny_clip, tiny_sae, tiny_images):
+    watch = LikenessPass(tiny_clip, tiny_sae, 1, 9)
+    with torch.no_grad():
+        watch.read(tiny_clip.run_to(tiny_images, 1), torch.arange(8))
+    with pytest.raises(ValueError, match="1 of 9 images were not read"):
+        watch.finish()
+
+
 # -- localisation -------------------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +248,28 @@ def test_pointing_game_by_hand(worlds, found):
                 points.append((top & shown).sum() / top.sum() if scores.max() > 0 else 0)
                 areas.append(shown.mean())
         assert row.pointing == pytest.approx(np.mean(points)) and row.pointing_chance == pytest.approx(np.mean(areas))
+
+
+def test_resamples_are_the_statistics_of_weighted_images(worlds, found):
+    """IoU and pointing under the bootstrap's weights, written out image by image in float64."""
+    report = worlds[1]
+    weights = np.random.default_rng(0).standard_exponential((report.n_images, 60))
+    truth = report.masks.toarray() > 0
+    for k, row in enumerate(found.concepts.itertuples()):
+        marked = (report.tokens[:, row.iou_latent].numpy() >= row.threshold).reshape(-1, PER_IMAGE)
+        shown = truth[:, k].reshape(-1, PER_IMAGE)
+        h = report.tokens[:, row.latent].numpy().reshape(-1, PER_IMAGE)
+        for r in (0, 17, 59):
+            both = either = hits = seen = 0.0
+            for image, weight in enumerate(weights[:, r]):
+                both += weight * (marked[image] & shown[image]).sum()
+                either += weight * (marked[image] | shown[image]).sum()
+                if shown[image].any():
+                    top = (h[image] == h[image].max()) & (h[image] > 0)
+                    hits += weight * ((top & shown[image]).sum() / top.sum() if top.any() else 0)
+                    seen += weight
+            assert found.replicates["iou"][k, r] == pytest.approx(both / either)
+            assert found.replicates["pointing"][k, r] == pytest.approx(hits / seen)
 
 
 def test_table_has_means_and_intervals_around_them(found):

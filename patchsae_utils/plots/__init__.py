@@ -22,12 +22,14 @@ from .remapping import adaptation_accuracy, class_scatter, gain_split, latent_gr
 from .steering import color_swap, concept_specificity, steered, steering_panel
 from .style import COLORS, HEAT, figure, image_axes, save
 from .training import firing_rates, patch_maps, reconstruction_quality, training_curves
+from .variants import by_layer, variants
 
 __all__ = [
     "COLORS",
     "HEAT",
     "ablation_effects",
     "adaptation_accuracy",
+    "by_layer",
     "class_scatter",
     "color_swap",
     "concept_families",
@@ -77,5 +79,6 @@ __all__ = [
     "text_and_image",
     "tower_head_cross",
     "training_curves",
+    "variants",
     "zero_shot_accuracy",
 ]

@@ -228,33 +228,34 @@ def concept_sharing(splitting: pd.DataFrame, absorption: pd.DataFrame, most: int
     return save_figure(fig, save)
 
 
-def monosemanticity(frame: pd.DataFrame, baseline: pd.DataFrame | None = None, save: str | None = None) -> Figure:
-    """Monosemanticity scores of all latents, beside those on shuffled images; and what they owe to how rare a latent is.
+def monosemanticity(table: pd.DataFrame, chance: float, save: str | None = None) -> Figure:
+    """Monosemanticity scores of all latents beside those of random directions and of single dimensions; and against how rare a feature is.
 
     Parameters
     ----------
-    frame : DataFrame
-        :func:`patchsae_utils.monosemanticity.monosemanticity`.
-    baseline : DataFrame, optional
-        The same of another dictionary, for instance a random SAE.
+    table : DataFrame
+        ``Likeness.table`` of :mod:`patchsae_utils.monosemanticity`: dictionary, latent, score, n_images.
+    chance : float
+        Expected score once the images are shuffled.
     save : str, optional
     """
-    heard = frame.dropna(subset=["score"])
+    heard = table.dropna(subset=["score"])
+    looks = dict(zip(heard["dictionary"].unique(), ("blue", "orange", "green"), strict=False))
     with plt.rc_context(STYLE):
         fig, (left, right) = figure(height=3.4, ncols=2, width_ratios=[1.15, 1])
-        series = {"SAE": (heard["score"], "blue"), "SAE, images shuffled": (heard["shuffled"], "gray")}
-        if baseline is not None:
-            series["random SAE"] = (baseline["score"].dropna(), "orange")
-        low, high = (f(f(values) for values, _ in series.values()) for f in (min, max))
-        bins = np.linspace(low, high, 50)
-        for name, (values, color) in series.items():
-            left.hist(values, bins, histtype="stepfilled", color=COLORS[color], alpha=0.3, density=True)
-            left.hist(values, bins, histtype="step", color=COLORS[color], density=True, linewidth=1.5, label=f"{name}: {values.mean():.2f}")
-        left.set(xlabel="monosemanticity score", ylabel="density of latents", title=f"{len(heard):,} latents")
-        left.set_ylim(top=1.32 * left.get_ylim()[1])  # room for the legend
-        left.legend(loc="upper right", title="mean", title_fontsize=9)
-        right.scatter(heard["n_images"], heard["shuffled"], s=5, color=COLORS["gray"], alpha=0.35, linewidths=0, label="images shuffled")
-        right.scatter(heard["n_images"], heard["score"], s=5, color=COLORS["blue"], alpha=0.35, linewidths=0, label="SAE")
-        right.set(xscale="log", xlabel="images where the latent is active", ylabel="score")
-        right.set_title("score by frequency")
+        bins = np.linspace(min(chance, heard["score"].quantile(0.002)) - 0.01, heard["score"].max(), 60)
+        for name, color in looks.items():
+            rows = heard[heard["dictionary"] == name]
+            weights = np.full(len(rows), 1 / len(rows))
+            left.hist(rows["score"], bins, weights=weights, histtype="stepfilled", color=COLORS[color], alpha=0.3)
+            label = f"{name}: {rows['score'].median():.2f}"
+            left.hist(rows["score"], bins, weights=weights, histtype="step", color=COLORS[color], linewidth=1.5, label=label)
+        for name in reversed(looks):
+            rows = heard[heard["dictionary"] == name]
+            right.scatter(rows["n_images"], rows["score"], s=5, color=COLORS[looks[name]], alpha=0.35, linewidths=0)
+        for draw in (left.axvline, right.axhline):
+            draw(chance, color=COLORS["black"], linewidth=1.1, linestyle=":")
+        left.set(xlabel="monosemanticity score", ylabel="share of features", title="Scores")
+        left.legend(loc="upper right", title="median (dotted: images shuffled)", title_fontsize=8.5)
+        right.set(xscale="log", xlabel="images where the feature is active", ylabel="score", title="By rarity")
     return save_figure(fig, save)

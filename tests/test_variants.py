@@ -1,0 +1,96 @@
+"""The table of ablations, read for latents: which rows are compared, on a made-up table; the figures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from patchsae_utils import plots
+from patchsae_utils.variants import QUANTILES, STATISTICS, VARIANTS, by_layer, nearest_variants, seed_stability
+
+
+def row(axis: str, value: str, l0: float = 30.0, ap: float = 0.3, layer: int = 4, **other) -> dict:
+    numbers = {
+        "axis": axis,
+        "value": value,
+        "layer": layer,
+        "activation": axis if axis in VARIANTS else "relu",
+        "tokens": "all",
+        "l0_all": l0,
+    }
+    numbers |= {"object_ap": ap, "object_ap_low": ap - 0.02, "object_ap_high": ap + 0.03}
+    numbers |= {f"{name}_q{q}": layer + q / 100 for name in STATISTICS for q in QUANTILES}
+    return numbers | other
+
+
+@pytest.fixture
+def table():
+    matched = {"matched_cosine": 0.6, "matched_cosine_low": 0.5, "matched_cosine_high": 0.7, "matched_cosine_random": 0.3}
+    rows = [row("seed", "0", 28.0), row("seed", "1", 30.0, **matched), row("seed", "2", 32.0, **matched)]
+    rows += [row("layer", str(layer), layer=layer, ap=0.1 + 0.05 * layer) for layer in (0, 1, 2, 3, 5)]
+    rows += [row("expansion", "x32", 30.0, 0.9), row("tokens", "cls", 80.0, 0.05, tokens="cls"), row("tokens", "patches", 31.0, 0.35)]
+    # 10 is nearer to 30 than 60 in difference and farther in ratio
+    rows += [
+        row("topk", "k 10", 10.0, 0.41),
+        row("topk", "k 60", 60.0, 0.42),
+        row("jumprelu", "1e-3", 29.0, 0.5),
+        row("jumprelu", "1e-2", 0.0),
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_layers_are_the_main_setting_once_and_those_that_differ_in_the_layer_alone(table):
+    rows = by_layer(table)
+    assert rows["layer"].tolist() == [0, 1, 2, 3, 4, 5] and rows["main"].tolist() == [False] * 4 + [True, False]
+    assert rows.loc[5, "object_ap"] == pytest.approx(0.35) and rows.loc[4, "object_ap"] == 0.3
+    assert rows.loc[2, "label_entropy_q75"] == 2.75
+
+
+def test_each_variant_is_taken_where_the_ratio_of_sparsities_is_closest_to_one(table):
+    rows = nearest_variants(table).set_index("dictionary")
+    assert rows.index.tolist() == [
+        "PatchSAE, seed 0", "PatchSAE, seed 1", "PatchSAE, seed 2", "TopK", "JumpReLU", "CLS tokens alone", "patches alone",
+    ]  # fmt: skip
+    assert rows.loc["TopK", ["value", "l0", "object_ap"]].tolist() == ["k 60", 60.0, 0.42]
+    assert rows.loc["JumpReLU", "value"] == "1e-3" and rows.loc["CLS tokens alone", "object_ap"] == 0.05
+
+
+def test_seeds_are_those_that_were_matched(table):
+    seeds = seed_stability(table)
+    assert seeds["value"].tolist() == ["1", "2"] and (seeds["matched_cosine_random"] == 0.3).all()
+
+
+def test_a_table_from_the_disk_gives_the_same(table, tmp_path):
+    """Where all values of a column are whole numbers, reading makes them integers: names stay the same."""
+    table.to_csv(tmp_path / "t.csv", index=False)
+    again = pd.read_csv(tmp_path / "t.csv")
+    pd.testing.assert_frame_equal(nearest_variants(again), nearest_variants(table))
+    only_seeds = again[again["axis"] == "seed"].astype({"value": int})
+    assert nearest_variants(only_seeds)["dictionary"].tolist() == ["PatchSAE, seed 0", "PatchSAE, seed 1", "PatchSAE, seed 2"]
+
+
+def test_an_old_table_is_named(table):
+    with pytest.raises(ValueError, match="lacks label_entropy_q10.*make ablations"):
+        by_layer(table.drop(columns="label_entropy_q10"))
+    with pytest.raises(ValueError, match="main setting"):
+        nearest_variants(table[table["axis"] != "seed"])
+
+
+def test_figures_draw(table):
+    import matplotlib.pyplot as plt
+
+    rows = [
+        ["SAE", "sae", "object", 0.4],
+        ["PCA", "baseline", "object", 0.1],
+        ["probe", "ceiling", "object", 0.8],
+        ["PCA", "baseline", "all", 0.2],
+    ]
+    baselines = pd.DataFrame(rows, columns=["dictionary", "role", "kind", "ap"]).assign(low=0.05, high=0.9)
+    figures = [plots.by_layer(by_layer(table)), plots.variants(nearest_variants(table), baselines), plots.variants(nearest_variants(table))]
+    for fig in figures:
+        fig.canvas.draw()
+    labels = [label.get_text() for label in figures[1].axes[0].get_yticklabels()]
+    assert labels[-2:] == ["probe", "PCA"] and len(labels) == 9 and labels[3] == "TopK  (L0 60)"
+    assert len(figures[0].axes) == 4 and np.isclose(figures[0].axes[-1].get_ylim()[0], 0)
+    plt.close("all")
