@@ -59,7 +59,7 @@ RECIPES = {
     "finetune": Recipe("adamw", 1e-4, 1e-2),
     "linear": Recipe("adamw", 5e-3, 1e-2),
 }
-"""Kind -> its recipe; the prompts' is MaPLe's. The rates of the others were chosen on the val split of three tasks of the embedded world."""
+"""Kind -> its recipe; the prompts' is MaPLe's. The rates of the others are customary ones and were not tuned."""
 
 
 # -- fitting ----------------------------------------------------------------------------------------------------------

@@ -45,7 +45,8 @@ from .class_links import ClassLinks, LinkSums, Reader
 from .clip import ClipModel, Residual
 from .data import batches
 from .latents import latent_chunks
-from .tails import Active, check_models, dataset_head, decoder_of, network_tail
+from .prompts import model_tail
+from .tails import Active, check_models, dataset_head, decoder_of
 
 TOWER_PARTS = ("existing latents", "outside the dictionary", "later blocks")
 PARTS = (*TOWER_PARTS, "text head")
@@ -112,11 +113,9 @@ class GainSplit:
         whole = list(parts).index("both")
         if low[whole] <= 0 <= high[whole]:
             return table.assign(share=np.nan, share_low=np.nan, share_high=np.nan)
-        names = [str(i) for i in range(len(rows))]
-        found = bootstrap(
-            rows.T, lambda sums, n: {name: sums[..., i] / sums[..., whole] for i, name in enumerate(names)}, n_bootstrap, seed
-        )
-        return table.assign(**{column: [found[name][k] for name in names] for k, column in enumerate(("share", "share_low", "share_high"))})
+        shares = gain / gain[whole]
+        share_low, share_high = _ratio_interval(rows, rows[whole], n_bootstrap, seed)
+        return table.assign(share=shares, share_low=share_low, share_high=share_high)
 
     def experiments(self, measure: str = "accuracy", n_bootstrap: int = N_BOOTSTRAP, seed: int = 0) -> pd.DataFrame:
         """The combinations that a reader would ask for: experiment, value, low, high, and the gain over CLIP with its interval."""
@@ -149,6 +148,15 @@ class GainSplit:
         if measure not in MEASURES:
             raise ValueError(f"Unknown measure {measure!r}. Valid: {', '.join(MEASURES)}.")
         return self.outcomes[MEASURES.index(measure)]
+
+
+def _ratio_interval(rows: np.ndarray, whole: np.ndarray, n_bootstrap: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """95 % intervals of sums of rows [R, N] over the sum of ``whole`` [N]; resamples in which that is 0 have no ratio and are left out."""
+    n = len(whole)
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_bootstrap)
+    totals = drawn @ whole
+    drawn, totals = drawn[totals != 0], totals[totals != 0]
+    return tuple(np.quantile(drawn @ rows.T / totals[:, None], [0.025, 0.975], axis=0))
 
 
 def owen_values(values: np.ndarray) -> dict[str, np.ndarray]:
@@ -243,12 +251,12 @@ def explain_gain(
     for batch in batches(dataset, base.preprocess, batch_size, progress=f"explaining {dataset.name}" if progress else None):
         labels = batch.labels.to(base.device)
         before = base.run_to(batch.images, layer)
-        base_tail = base_tail or network_tail(base, layer, before)
+        base_tail = base_tail or model_tail(base, layer, before)
         active_before, decoded_before = _read(sae, before.tokens)
         noise = torch.randn(before.tokens.shape, generator=generator).to(base.device)
         for name, model in models.items():
             after = model.run_to(batch.images, layer)
-            tails[name] = tails.get(name) or network_tail(model, layer, after)
+            tails[name] = tails.get(name) or model_tail(model, layer, after)
             active_after, decoded_after = _read(sae, after.tokens)
             readers = Reader(base, base_tail, base_head), Reader(model, tails[name], heads[name])
             streams = _streams(before.tokens, after.tokens, decoded_after - decoded_before)

@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 from .adapted import TEMPLATE, AdaptedClip
 from .clip import ClipModel, Residual
 from .config import AdapterConfig
+from .tails import network_tail
 
 MAPLE_DEPTH = 9
 
@@ -271,6 +272,34 @@ class VisualPrompt(PromptedClip):
 
     def visual_prompts(self) -> list[Tensor]:
         return list(self.learned.tokens)
+
+
+# -- the network's tail -----------------------------------------------------------------------------------------------
+
+
+def model_tail(model: ClipModel, layer: int, sample: Residual) -> Callable[[Residual], Tensor]:
+    """As :func:`patchsae_utils.tails.network_tail`, and as quick for prompts that enter in the last block.
+
+    There they are constants that stand behind the tokens, so that the base's tail on tokens and prompts gives this model's features; used only
+    where it does on the first of ``sample``.
+    """
+    prompts = model.visual_prompts() if isinstance(model, PromptedClip) else []
+    if model.layer_index(layer) != model.n_layers - 2 or len(prompts) < model.n_layers or model.precision != "fp32":
+        return network_tail(model, layer, sample)
+    own = prompts[-1].detach()
+
+    def with_prompts(residual: Residual) -> Residual:
+        return Residual(torch.cat([residual.tokens, own.expand(len(residual.tokens), -1, -1)], 1))
+
+    tail = network_tail(model.base, layer, with_prompts(sample))
+
+    def quick(residual: Residual) -> Tensor:
+        return tail(with_prompts(residual))
+
+    one = Residual(*(None if part is None else part[:1] for part in sample))
+    with torch.no_grad():
+        fast, slow = (F.normalize(run, dim=-1) for run in (quick(one), model.finish(one, layer)))
+    return quick if torch.allclose(fast, slow, rtol=0, atol=1e-4) else network_tail(model, layer, sample)
 
 
 # -- small things -----------------------------------------------------------------------------------------------------

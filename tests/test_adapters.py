@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import open_clip
@@ -27,8 +28,7 @@ from patchsae_utils.adapters import (
 from patchsae_utils.clip import ClipModel
 from patchsae_utils.config import AdapterConfig
 from patchsae_utils.data import load_dataset
-from patchsae_utils.prompts import PromptedClip
-from patchsae_utils.tails import network_tail
+from patchsae_utils.prompts import PromptedClip, model_tail
 
 NAMES = ["hammer", "french_horn", "accordion"]
 KINDS = list(ADAPTERS)
@@ -153,9 +153,23 @@ def test_a_reconstruction_with_its_error_kept_changes_nothing(tiny_clip, tiny_sa
     residual = adapted.run_to(tiny_images, -2)
     decoded = tiny_sae.decode(tiny_sae.encode(residual.tokens))
     assert (decoded - residual.tokens).abs().max() > 0.1
-    for run in (lambda edited: adapted.finish(edited, -2), network_tail(adapted, -2, residual)):
+    for run in (lambda edited: adapted.finish(edited, -2), model_tail(adapted, -2, residual)):
         kept = run(residual._replace(tokens=decoded + (residual.tokens - decoded)))
         torch.testing.assert_close(kept, adapted.encode_image(tiny_images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_quick_tail_is_the_tail(tiny_clip, tiny_images, kind, depth):
+    adapted = ADAPTERS[kind].for_fitting(tiny_clip, dataclasses.replace(CONFIG, depth=depth), NAMES, ["a {}."], seed=1)
+    for parameter in adapted.learned.parameters():
+        parameter.mul_(2)
+    residual = adapted.run_to(tiny_images, -2)
+    edited = residual._replace(tokens=residual.tokens + 1)
+    torch.testing.assert_close(model_tail(adapted, -2, residual)(edited), adapted.finish(edited, -2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        model_tail(adapted, -3, adapted.run_to(tiny_images, -3))(edited), adapted.finish(edited, -3), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

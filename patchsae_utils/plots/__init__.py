@@ -1,6 +1,7 @@
 """One function a figure, one style. Figures draw what others computed; ``save="name"`` also writes ``figures/name.png``."""
 
 from .activations import embedded_world, patch_probe, residual_norms, residual_pca, zero_shot_accuracy
+from .adaptation import adapter_table, class_links, gain_experiments, gain_parts
 from .concepts import concept_families, concept_sharing, coverage_curves, localization, monosemanticity, name_agreement
 from .domains import cross_domain, group_statistics, stability, text_and_image
 from .explorer import latent_explorer, patch_explorer, pointing
@@ -25,6 +26,8 @@ __all__ = [
     "COLORS",
     "HEAT",
     "adaptation_accuracy",
+    "adapter_table",
+    "class_links",
     "class_scatter",
     "color_swap",
     "concept_families",
@@ -37,6 +40,8 @@ __all__ = [
     "embedded_world",
     "figure",
     "firing_rates",
+    "gain_experiments",
+    "gain_parts",
     "gain_split",
     "group_statistics",
     "image_axes",
