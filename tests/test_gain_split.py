@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from patchsae_utils import plots
 from patchsae_utils.adapters import CoOp, MaPLe, VisualPrompt
 from patchsae_utils.attribution import attribute_latents
 from patchsae_utils.class_links import evidence, shared_evidence
 from patchsae_utils.data import load_dataset
-from patchsae_utils.gain_split import CHANGES, CONCEPTS, EXPERIMENTS, PARTS, TOWER_PARTS, explain_gain, owen_values
-from patchsae_utils.remapping import compare_models
+from patchsae_utils.gain_split import CHANGES, CONCEPTS, EXPERIMENTS, PARTS, TOWER_PARTS, _ratio_interval, explain_gain, owen_values
+from patchsae_utils.remapping import compare_models, stack
 from patchsae_utils.sae import SparseAutoencoder
 from patchsae_utils.tails import dataset_head
 
@@ -224,3 +225,30 @@ def test_what_two_models_share_of_a_class():
     shared = shared_evidence(first, second)
     assert shared[:2].tolist() == [0.5, 0.0] and shared[2].isnan()
     torch.testing.assert_close(shared[:2], shared_evidence(second, 7 * first)[:2])
+
+
+def test_resamples_without_a_gain_have_no_share():
+    rows, whole = np.array([[1.0, 0.0], [0.5, 0.0]]), np.array([1.0, 0.0])
+    low, high = _ratio_interval(rows, whole, 200, seed=0)  # a quarter of the resamples hold the second picture alone
+    assert low.tolist() == high.tolist() == [1.0, 0.5]
+
+
+# -- the figures ------------------------------------------------------------------------------------------------------
+
+
+def test_figures_show_what_the_tables_say(found):
+    names = ["maple", "coop"]
+    parts = stack({("tools", name): found[name].split.parts(n_bootstrap=20) for name in names}, ["task", "adapter"])
+    fig = plots.gain_parts(parts)
+    assert [ax.get_title(loc="left").split("\n")[0] for ax in fig.axes][-1] == "whole gain"
+    widths = [bar.get_width() for bar in fig.axes[-1].patches]
+    assert widths == pytest.approx([100 * found[name].split.parts(n_bootstrap=20).set_index("part").loc["both", "gain"] for name in names])
+    fig = plots.gain_experiments(stack({name: found[name].split.experiments(n_bootstrap=20) for name in names}, "task"))
+    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == list(EXPERIMENTS)
+    links = found["maple"].links.links(top_k=4)
+    ax = plots.class_links(links, per_class=2).axes[0]
+    top = links.assign(size=links[["base", "adapted"]].max(axis=1)).sort_values("size", ascending=False).groupby("class").head(2)
+    discs = sum(len(part.get_offsets()) for part in ax.collections)
+    assert discs == links["latent"].isin(top["latent"]).sum() and len(ax.get_xticks()) == top["latent"].nunique()
+    with pytest.raises(ValueError, match="no links"):
+        plots.class_links(links.head(0))

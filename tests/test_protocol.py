@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from patchsae_utils import protocol
+from patchsae_utils import plots, protocol
 from patchsae_utils.config import load_profile
 from patchsae_utils.protocol import AVERAGE, KINDS, MEAN, Cell, Protocol, cells, feature_forms, load_protocol, run, tabulate
 from patchsae_utils.remapping import FORMS
@@ -45,11 +45,11 @@ def test_cells_are_fitted_measured_and_kept(small, tiny_clip, tiny_sae, tmp_path
     assert (table["low"] <= table["accuracy"] + 1e-6).all() and (table["accuracy"] <= table["high"] + 1e-6).all()
     rows = table.set_index(["kind", "form", "half"])
     assert rows.loc["linear"]["n_seeds"].eq(2).all() and rows.loc["zero-shot"]["n_seeds"].eq(1).all()
-    splits = pd.read_csv(tmp_path / protocol.SPLIT_NAME).set_index(["quantity", "kind", "name"])["value"]
+    splits = pd.read_csv(tmp_path / protocol.SPLIT_NAME).set_index(["quantity", "kind", "name"])["value"].sort_index()
     assert set(splits["gain"].index.get_level_values("kind")) == {"linear", "lora"}
     for kind in ("linear", "lora"):
         gain = rows.loc[(kind, "raw", "base"), "accuracy"]  # a mean over seeds; the split is the first one's
-        parts = splits["gain", kind]
+        parts = splits.loc["gain"].loc[kind]
         assert parts["retuning"] + parts["new concepts"] + parts["remapping"] == pytest.approx(parts["both"], abs=1e-5) and -1 < gain <= 1
     assert splits["gain", "linear", "new concepts"] == 0 and splits["gain", "lora", "text head"] == 0
     # On novel classes a linear head is zero-shot CLIP; keeping the error changes nothing.
@@ -104,3 +104,11 @@ def test_the_three_forms_of_a_feature(tiny_clip, tiny_sae, tiny_dataset, tiny_im
     torch.testing.assert_close(raw[:8], tiny_clip.encode_image(tiny_images), rtol=0, atol=1e-5)
     torch.testing.assert_close(kept, raw, rtol=0, atol=1e-4)
     assert (reconstructed - raw).abs().max() > 1e-3
+
+
+def test_the_figure_shows_every_adapter_on_every_task():
+    measured = {Cell(task, kind, 1): row("1110", "1100") for task in ("openmoji/a", "openmoji/b") for kind in ("zero-shot", "maple")}
+    fig = plots.adapter_table(tabulate(measured, n_bootstrap=20))
+    assert [ax.get_title(loc="left") for ax in fig.axes] == ["base", "novel", MEAN]
+    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["a", "b", AVERAGE]
+    assert {text.get_text() for text in fig.legends[0].get_texts()} == {"zero-shot", "maple"}
