@@ -57,6 +57,11 @@ _PUBLIC = {
     "CoOp": "adapters",
     "fit_adapter": "adapters",
     "load_adapter": "adapters",
+    "VisualPrompt": "prompts",
+    "LoRA": "weight_adapters",
+    "FineTuned": "weight_adapters",
+    "LinearHead": "weight_adapters",
+    "explain_gain": "gain_split",
     "compare_models": "remapping",
     "Remapping": "remapping",
     "LatentExplorer": "explorer",
@@ -64,8 +69,9 @@ _PUBLIC = {
     "SteeringPanel": "explorer",
 }
 _MODULES = (
-    "ablations", "attribution", "baselines", "comparison", "concepts", "data", "domains", "effects", "explorer", "grounding", "interventions", "latents", "levels",
-    "localization", "monosemanticity", "naming", "overlays", "plots", "probes", "remapping", "stability", "stages", "statistics", "zeroshot",
+    "ablations", "attribution", "baselines", "class_links", "comparison", "concepts", "data", "domains", "effects", "explorer",
+    "gain_split", "grounding", "interventions", "latents", "levels", "localization", "monosemanticity", "naming", "overlays", "plots",
+    "probes", "protocol", "remapping", "stability", "stages", "statistics", "variants", "zeroshot",
 )  # fmt: skip
 
 __all__ = sorted([*_PUBLIC, *_MODULES])

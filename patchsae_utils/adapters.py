@@ -1,6 +1,7 @@
 """Adapting a CLIP from a few images a class, and the adapters on disk: ours, and official MaPLe checkpoints.
 
-The adapted models themselves (MaPLe, CoOp, VPT) are in :mod:`patchsae_utils.prompts`.
+The adapted models themselves are in :mod:`patchsae_utils.prompts` (MaPLe, CoOp, VPT) and :mod:`patchsae_utils.weight_adapters` (LoRA, full
+fine-tuning, a linear head).
 """
 
 from __future__ import annotations
@@ -18,18 +19,23 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from . import artifacts
-from .clip import ClipModel, load_clip
+from .adapted import AdaptedClip
+from .adapter_fitting import PROMPT_RECIPE, RECIPES, Recipe, Unfinished, arithmetic, learning_rate, optimizer_of
+from .clip import PRECISIONS, ClipModel, load_clip
 from .config import AdapterConfig
 from .data import batches, few_shot, templates_for
 from .latents import dataset_fingerprint
-from .prompts import AdaptedClip, CoOp, MaPLe, VisualPrompt
+from .prompts import CoOp, MaPLe, PromptedClip, VisualPrompt
+from .weight_adapters import FineTuned, LinearHead, LoRA
 
-__all__ = ["ADAPTERS", "AdaptedClip", "CoOp", "MaPLe", "VisualPrompt", "fit_adapter", "learning_rate", "load_adapter", "save_adapter"]
+__all__ = [
+    "ADAPTERS", "RECIPES", "AdaptedClip", "CoOp", "FineTuned", "LinearHead", "LoRA", "MaPLe", "Recipe", "VisualPrompt", "fit_adapter",
+    "learning_rate", "load_adapter", "save_adapter",
+]  # fmt: skip
 
 FORMAT_VERSION = 1
-WARMUP_LR = 1e-5
 
-ADAPTERS: dict[str, type[AdaptedClip]] = {cls.kind: cls for cls in (MaPLe, CoOp, VisualPrompt)}
+ADAPTERS: dict[str, type[AdaptedClip]] = {cls.kind: cls for cls in (MaPLe, CoOp, VisualPrompt, LoRA, FineTuned, LinearHead)}
 
 
 # -- fitting ----------------------------------------------------------------------------------------------------------
@@ -43,25 +49,36 @@ def fit_adapter(
     out: str | Path | None = None,
     *,
     seed: int | None = None,
+    recipe: Recipe | None = None,
+    precision: str | None = None,
+    shuffle_labels: bool = False,
     progress: bool = True,
 ) -> AdaptedClip:
     """Adapt a CLIP to a data set from a few images a class.
 
-    SGD with momentum 0.9 and weight decay 5e-4 on the cross-entropy; a first epoch at a constant rate of 1e-5, then a cosine by
-    epochs (:func:`learning_rate`). Images are the preprocessed ones, flipped at random.
+    The cross-entropy is minimised by the kind's recipe; a first epoch at a constant rate of 1e-5, then a cosine by epochs
+    (:func:`learning_rate`). Images are the preprocessed ones, flipped at random. Where the image tower or the text head is frozen, it is
+    computed once.
 
     Parameters
     ----------
     clip : ClipModel
-    kind : {"maple", "coop", "vpt"}
+    kind : {"maple", "coop", "vpt", "lora", "finetune", "linear"}
     dataset : data set
         Training images of the classes to adapt to, e.g. ``load_dataset("openmoji/tools", "train", half="base")``;
         ``config.n_shots`` of each class are drawn from it.
     config : AdapterConfig
     out : path, optional
-        Folder for the adapter. When it already holds one of the same inputs, that one is returned.
+        Folder for the adapter. When it already holds one of the same inputs, that one is returned; when fitting was stopped, it goes on
+        after the last whole epoch (``<out>.unfinished`` holds it).
     seed : int, optional
-        Of shots, initial prompts, order and flips. Default: the first of ``config.seeds``.
+        Of shots, initial values, order and flips. Default: the first of ``config.seeds``.
+    recipe : Recipe, optional
+        Default: that of the kind in ``RECIPES``.
+    precision : {"fp32", "bf16"}, optional
+        Arithmetic of the image tower while fitting; learned weights are float32 either way. Default: the model's.
+    shuffle_labels : bool
+        Give every image the label of another, drawn with ``seed``: the control that can learn no class.
     progress : bool
         Show a bar.
 
@@ -73,59 +90,72 @@ def fit_adapter(
     Raises
     ------
     ValueError
-        For an unknown kind, an impossible depth, or a data set with fewer images than shots.
+        For an unknown kind, optimiser or precision, an impossible depth, or a data set with fewer images than shots.
 
     Source: the recipe of MaPLe (Khattak et al., CVPR 2023), without random resized crops: a crop of a few-object scene at 112
-    pixels often loses the object.
+    pixels often loses the object. AdamW: Loshchilov and Hutter, ICLR 2019.
     """
     adapter_class = _adapter_class(kind)
+    precision = clip.precision if precision is None else precision
+    if precision not in PRECISIONS:
+        raise ValueError(f"Unknown precision {precision!r}. Valid: {', '.join(PRECISIONS)}.")
     seed = config.seeds[0] if seed is None else seed
-    recipe = {name: getattr(config, name) for name in ("n_shots", "epochs", "lr", "batch_size", "n_ctx", "depth", "template")}
+    recipe = recipe or RECIPES[kind]
+    lr = config.lr if recipe.lr is None else recipe.lr
+    settings = {name: getattr(config, name) for name in ("n_shots", "epochs", "lr", "batch_size", "n_ctx", "depth", "template")}
+    # What is as the prompts' recipe has it goes without saying: adapters from before there was a choice stay current.
+    settings |= {} if recipe == PROMPT_RECIPE else {"lr": lr, "optimizer": recipe.optimizer, "weight_decay": recipe.weight_decay}
+    settings |= {} if precision == clip.precision else {"precision": precision}
+    settings |= {"shuffle_labels": True} if shuffle_labels else {}
     data = {
         "spec": dataset.spec,
         "split": dataset.split,
         "class_names": list(dataset.class_names),
         "fingerprint": dataset_fingerprint(dataset),
     }
-    fp = artifacts.fingerprint(version=FORMAT_VERSION, kind=kind, clip=clip.fingerprint, data=data, recipe=recipe, seed=seed)
+    fp = artifacts.fingerprint(version=FORMAT_VERSION, kind=kind, clip=clip.fingerprint, data=data, recipe=settings, seed=seed)
     if out is not None and artifacts.is_current(out, fp):
         return load_adapter(out, clip)
 
-    depth = config.depth if adapter_class.default_depth > 1 else 1
-    adapted = adapter_class(clip, config.n_ctx, depth, seed=seed, template=config.template)
+    templates = templates_for(dataset.spec)
+    adapted = adapter_class.for_fitting(clip, config, dataset.class_names, templates, seed)
     shots = few_shot(dataset, config.n_shots, seed)
     # Half precision: 16 shots of ImageNet's 500 base classes are 2.4 GB.
     images = torch.cat([batch.images.half() for batch in batches(dataset, clip.preprocess, indices=shots)])
     labels = torch.as_tensor(dataset.labels)[shots]
+    if shuffle_labels:
+        labels = labels[torch.randperm(len(labels), generator=Generator().manual_seed(seed))]
     labels = labels.to(clip.device)
-    tokens = adapted.class_tokens(dataset.class_names)
-    # A tower without prompts gives the same result in every step: computed once.
-    head = None if adapted.text_prompts() else adapted.zero_shot_head(dataset.class_names, templates_for(dataset.spec))
-    features = None if adapted.visual_prompts() else _features(adapted, images)
+    features = None if adapted.changes_images else _features(adapted, images)
+    head = adapted.head_to_fit(dataset.class_names, templates)
 
-    adapted.prompts.requires_grad_(True)
-    optimizer = torch.optim.SGD(adapted.prompts.parameters(), lr=config.lr, momentum=0.9, weight_decay=5e-4)
+    adapted.learned.requires_grad_(True)
+    optimizer = optimizer_of(recipe, adapted.learned, lr)
     generator = Generator().manual_seed(seed)
+    unfinished = Unfinished(out, fp, adapted, optimizer, generator)
+    log = unfinished.restore()
     steps = math.ceil(len(images) / config.batch_size)
-    log = []
-    with tqdm(total=config.epochs * steps, desc=f"{kind}: {dataset.spec}", disable=not progress, unit="step") as bar:
-        for epoch in range(config.epochs):
+    shown = tqdm(
+        total=config.epochs * steps, initial=len(log) * steps, desc=f"{kind}: {dataset.spec}", disable=not progress, unit="step"
+    )  # fmt: skip
+    with shown as bar, arithmetic(adapted, precision):
+        for epoch in range(len(log), config.epochs):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(epoch, config.epochs, config.lr)
+                group["lr"] = learning_rate(epoch, config.epochs, lr)
             order = torch.randperm(len(images), generator=generator)
             total = right = 0.0
             for chosen in order.split(config.batch_size):
                 flip = (torch.rand(len(chosen), generator=generator) < 0.5).long()
                 if features is None:
                     batch = torch.where(flip[:, None, None, None] > 0, images[chosen].flip(-1), images[chosen])
-                    shown = adapted.encode_image(batch.float())
+                    seen = adapted.encode_image(batch.float())
                 else:
-                    shown = features[flip, chosen]
-                logits = adapted.logits(shown, adapted.head(tokens) if head is None else head)
+                    seen = features[flip, chosen]
+                logits = adapted.logits(seen, head())
                 loss = F.cross_entropy(logits, labels[chosen])
                 if not torch.isfinite(loss):
                     raise ValueError(
-                        f"The loss of {kind!r} on {dataset.spec!r} is {loss.item()} in epoch {epoch + 1}: lower lr (now {config.lr})."
+                        f"The loss of {kind!r} on {dataset.spec!r} is {loss.item()} in epoch {epoch + 1}: lower lr (now {lr})."
                     )
                 optimizer.zero_grad()
                 loss.backward()
@@ -133,14 +163,15 @@ def fit_adapter(
                 total += loss.item() * len(chosen)
                 right += (logits.argmax(1) == labels[chosen]).sum().item()
                 bar.update()
-            log.append(
-                {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "loss": total / len(images), "accuracy": right / len(images)}
-            )
+            rate = optimizer.param_groups[0]["lr"]
+            log.append({"epoch": epoch + 1, "lr": rate, "loss": total / len(images), "accuracy": right / len(images)})
             bar.set_postfix(loss=f"{log[-1]['loss']:.3f}", accuracy=f"{log[-1]['accuracy']:.2f}")
-    adapted.prompts.requires_grad_(False)
+            unfinished.keep(log)
+    adapted.learned.requires_grad_(False)
     adapted.log = log
     if out is not None:
-        save_adapter(adapted, out, fingerprint=fp, data=data, recipe=recipe, log=log)
+        save_adapter(adapted, out, fingerprint=fp, data=data, recipe=settings, log=log)
+    unfinished.forget()
     return adapted
 
 
@@ -148,14 +179,6 @@ def fit_adapter(
 def _features(adapted: AdaptedClip, images: Tensor) -> Tensor:
     """Image features of every image, as it is and flipped: [2, N, d_embed]."""
     return torch.stack([torch.cat([adapted.encode_image(part.float()) for part in side.split(64)]) for side in (images, images.flip(-1))])
-
-
-def learning_rate(epoch: int, epochs: int, lr: float) -> float:
-    """Rate of an epoch (from 0): 1e-5 in the first, then ``lr`` times a half cosine over ``epochs``, stepped once an epoch.
-
-    Source: MaPLe's configuration (constant warm-up of one epoch before a cosine whose period is the whole run).
-    """
-    return WARMUP_LR if epoch == 0 else lr * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / epochs))
 
 
 # -- on disk ----------------------------------------------------------------------------------------------------------
@@ -172,16 +195,13 @@ def save_adapter(adapted: AdaptedClip, out: str | Path, **manifest: Any) -> None
         Further entries of the manifest: fingerprint of the inputs, data set, recipe, log.
     """
     with artifacts.atomic_folder(out) as folder:
-        save_file({k: v.detach().cpu().contiguous() for k, v in adapted.prompts.state_dict().items()}, folder / "adapter.safetensors")
+        save_file({k: v.detach().cpu().contiguous() for k, v in adapted.learned.state_dict().items()}, folder / "adapter.safetensors")
         artifacts.write_json(
             folder / "manifest.json",
             {
                 "format_version": FORMAT_VERSION,
                 "kind": adapted.kind,
-                "n_ctx": adapted.n_ctx,
-                "depth": adapted.depth,
-                "template": adapted.template,
-                "seed": adapted.seed,
+                **adapted.options,
                 "base": {"name": adapted.base.name, "pretrained": adapted.base.pretrained, "fingerprint": adapted.base.fingerprint},
                 "sha256": artifacts.file_sha256(folder / "adapter.safetensors"),
                 "complete": True,
@@ -237,7 +257,8 @@ def load_adapter(path: str | Path, clip: ClipModel | None = None, *, n_ctx: int 
     weights = path / "adapter.safetensors"
     if not weights.exists() or artifacts.file_sha256(weights) != manifest["sha256"]:
         raise ValueError(f"{weights} is missing or damaged (its checksum is not the manifest's). Delete {path} and fit the adapter again.")
-    adapted = _filled(clip, manifest["kind"], load_file(weights), path, n_ctx, depth, template=manifest["template"], seed=manifest["seed"])
+    options = {name: manifest[name] for name in _adapter_class(manifest["kind"]).OPTIONS}
+    adapted = _filled(clip, manifest["kind"], load_file(weights), path, n_ctx, depth, options)
     adapted.log = manifest.get("log", [])
     return adapted
 
@@ -262,23 +283,19 @@ def _load_official(path: Path, clip: ClipModel, n_ctx: int | None, depth: int | 
         raise ValueError(
             f"{path} holds no MaPLe prompts (prompt_learner.ctx, prompt_learner.proj.weight), but {', '.join(list(state)[:5])} ..."
         )
-    return _filled(clip, "maple", tensors, path, n_ctx, depth)
+    return _filled(clip, "maple", tensors, path, n_ctx, depth, {})
 
 
 def _filled(
-    clip: ClipModel, kind: str, tensors: dict[str, Tensor], path: Path, n_ctx: int | None, depth: int | None, **options: Any
+    clip: ClipModel, kind: str, tensors: dict[str, Tensor], path: Path, n_ctx: int | None, depth: int | None, options: dict[str, Any]
 ) -> AdaptedClip:
     """An adapter with these weights: all of them, and nothing else."""
-    if kind == "vpt":
-        held_depth, held_ctx = tensors["tokens"].shape[:2]
-    else:
-        held_ctx = len(tensors["ctx"])
-        held_depth = 1 + len({m[1] for m in (re.match(r"compound_prompts_text\.(\d+)$", key) for key in tensors) if m})
-    for what, held, asked in (("context vectors", held_ctx, n_ctx), ("prompted blocks (depth)", held_depth, depth)):
-        if asked is not None and asked != held:
-            raise ValueError(f"{path} holds {held} {what}; {asked} were asked for. Leave the argument out to take what the file holds.")
-    adapted = _adapter_class(kind)(clip, held_ctx, held_depth, **options)
-    expected = {key: tuple(value.shape) for key, value in adapted.prompts.state_dict().items()}
+    if issubclass(_adapter_class(kind), PromptedClip):
+        options = options | _prompt_shape(kind, tensors, path, n_ctx, depth)
+    elif n_ctx is not None or depth is not None:
+        raise ValueError(f"{path} holds a {kind!r} adapter, which has no prompts: leave n_ctx and depth out.")
+    adapted = _adapter_class(kind)(clip, **options)
+    expected = {key: tuple(value.shape) for key, value in adapted.learned.state_dict().items()}
     given = {key: tuple(value.shape) for key, value in tensors.items()}
     if given != expected:
         wrong = sorted(key for key in expected.keys() | given.keys() if expected.get(key) != given.get(key))
@@ -287,8 +304,21 @@ def _filled(
             + "; ".join(f"{key} is {given.get(key, 'missing')}, expected {expected.get(key, 'nothing of that name')}" for key in wrong[:4])
             + ". Load the model that it was trained on."
         )
-    adapted.prompts.load_state_dict(tensors, strict=True)
+    adapted.learned.load_state_dict(tensors, strict=True)
     return adapted
+
+
+def _prompt_shape(kind: str, tensors: dict[str, Tensor], path: Path, n_ctx: int | None, depth: int | None) -> dict[str, int]:
+    """Context and depth that the tensors have; an error when others were asked for."""
+    if kind == "vpt":
+        held_depth, held_ctx = tensors["tokens"].shape[:2]
+    else:
+        held_ctx = len(tensors["ctx"])
+        held_depth = 1 + len({m[1] for m in (re.match(r"compound_prompts_text\.(\d+)$", key) for key in tensors) if m})
+    for what, held, asked in (("context vectors", held_ctx, n_ctx), ("prompted blocks (depth)", held_depth, depth)):
+        if asked is not None and asked != held:
+            raise ValueError(f"{path} holds {held} {what}; {asked} were asked for. Leave the argument out to take what the file holds.")
+    return {"n_ctx": held_ctx, "depth": held_depth}
 
 
 def _adapter_class(kind: str) -> type[AdaptedClip]:

@@ -7,23 +7,24 @@ runs on it as it is; ``run_to`` hands the image prompts over as ``Residual.extra
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from .adapted import TEMPLATE, AdaptedClip
 from .clip import ClipModel, Residual
+from .config import AdapterConfig
+from .tails import network_tail
 
-TEMPLATE = "a photo of a {}."
 MAPLE_DEPTH = 9
 
 
-class AdaptedClip(ClipModel):
+class PromptedClip(AdaptedClip):
     """A frozen CLIP with learned prompts; its base class says what it can do, its subclasses which prompts there are.
 
     Parameters
@@ -48,33 +49,32 @@ class AdaptedClip(ClipModel):
         If the depth or the context is impossible for these towers.
     """
 
-    kind: ClassVar[str]
+    OPTIONS = ("n_ctx", "depth", "seed", "template")
     default_depth: ClassVar[int] = 1
-    prompts: nn.Module
-    """What is learned; ``prompts.state_dict()`` is what is saved."""
-    log: Sequence[dict[str, Any]] = ()
-    """One entry an epoch of fitting: epoch, lr, loss, accuracy on the training images."""
 
     def __init__(self, clip: ClipModel, n_ctx: int = 2, depth: int | None = None, *, seed: int = 1, template: str = TEMPLATE):
-        super().__init__(clip.model, clip.preprocess, clip._tokenizer, clip.name, clip.pretrained, clip.device, clip.precision)
+        super().__init__(clip, seed=seed, template=template)
         depth = min(self.default_depth, self.n_layers) if depth is None else depth
         if not 1 <= depth <= self.n_layers:
             raise ValueError(f"{clip.name!r} has {self.n_layers} image blocks, so depth must be 1 to {self.n_layers}; got {depth}.")
         if n_ctx < 1:
             raise ValueError(f"n_ctx must be 1 or more, got {n_ctx}.")
-        if "{}" not in template:
-            raise ValueError(f"The template {template!r} has no '{{}}' where the class name goes.")
-        self.base = clip
-        self.n_ctx, self.depth, self.seed = n_ctx, depth, seed
+        self.n_ctx, self.depth = n_ctx, depth
         self._from_words = n_ctx <= _n_words(clip, template.split("{}")[0].strip())
         self.template = template if self._from_words else " ".join(["X"] * n_ctx) + " {}."
-        self.prompts = self._make_prompts(Generator().manual_seed(seed)).to(self.device).requires_grad_(False)
+        self.learned = self._make_prompts(Generator().manual_seed(seed)).to(self.device).requires_grad_(False)
+
+    @classmethod
+    def for_fitting(
+        cls, clip: ClipModel, config: AdapterConfig, class_names: Sequence[str], templates: Sequence[str], seed: int
+    ) -> PromptedClip:
+        return cls(clip, config.n_ctx, config.depth if cls.default_depth > 1 else 1, seed=seed, template=config.template)
 
     # -- what a subclass says -----------------------------------------------------------------------------------------
 
     def _make_prompts(self, generator: Generator) -> nn.Module:
         raise TypeError(
-            f"{type(self).__name__} is no adapter by itself. Choose one of: {', '.join(c.__name__ for c in AdaptedClip.__subclasses__())}."
+            f"{type(self).__name__} is no adapter by itself. Choose one of: {', '.join(c.__name__ for c in PromptedClip.__subclasses__())}."
         )
 
     def text_prompts(self) -> list[Tensor]:
@@ -88,22 +88,8 @@ class AdaptedClip(ClipModel):
     # -- images -------------------------------------------------------------------------------------------------------
 
     @property
-    def n_parameters(self) -> int:
-        """How many numbers are learned."""
-        return sum(p.numel() for p in self.prompts.parameters())
-
-    @property
-    def fingerprint(self) -> str:
-        """The base's, and a hash of the prompts."""
-        return f"{self.base.fingerprint}+{self.kind}:{_hash(self.prompts.state_dict())}"
-
-    @property
-    def weights_hash(self) -> str:
-        """Hash of base and prompts."""
-        return f"{self.base.weights_hash}+{_hash(self.prompts.state_dict())}"
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.base!r}, n_ctx={self.n_ctx}, depth={self.depth}, {self.n_parameters:,} parameters)"
+    def changes_images(self) -> bool:
+        return bool(self.visual_prompts())
 
     def run_to(self, images: Tensor, layer: int) -> Residual:
         """As :meth:`ClipModel.run_to`; the image prompts, where there are any, come apart from the tokens."""
@@ -174,11 +160,17 @@ class AdaptedClip(ClipModel):
         Tensor [C, d_embed]
         """
         if not self.text_prompts():
-            return super().zero_shot_head(class_names, templates or [self.template])
+            return super().zero_shot_head(class_names, templates)
         if not class_names:
             raise ValueError("A head needs class names; got none.")
         with torch.no_grad():
             return torch.cat([self.head(self.class_tokens(class_names[i : i + 256])) for i in range(0, len(class_names), 256)])
+
+    def head_to_fit(self, class_names: Sequence[str], templates: Sequence[str]) -> Callable[[], Tensor]:
+        if not self.text_prompts():
+            return super().head_to_fit(class_names, templates)
+        tokens = self.class_tokens(class_names)
+        return lambda: self.head(tokens)
 
     @contextmanager
     def _prompted_text(self) -> Iterator[None]:
@@ -210,7 +202,7 @@ class AdaptedClip(ClipModel):
         return torch.randn(self.n_ctx, text.token_embedding.weight.shape[1], generator=generator) * 0.02
 
 
-class MaPLe(AdaptedClip):
+class MaPLe(PromptedClip):
     """Multi-modal prompt learning: text prompts, and image prompts that are linear functions of them.
 
     The first ``n_ctx`` word embeddings become vectors; a linear map of them is appended to the patches. For each block up
@@ -236,14 +228,14 @@ class MaPLe(AdaptedClip):
         return prompts
 
     def text_prompts(self) -> list[Tensor]:
-        return [self.prompts.ctx, *self.prompts.compound_prompts_text]
+        return [self.learned.ctx, *self.learned.compound_prompts_text]
 
     def visual_prompts(self) -> list[Tensor]:
-        maps = [self.prompts.proj, *self.prompts.compound_prompt_projections]
+        maps = [self.learned.proj, *self.learned.compound_prompt_projections]
         return [linear(prompt) for linear, prompt in zip(maps, self.text_prompts(), strict=True)]
 
 
-class CoOp(AdaptedClip):
+class CoOp(PromptedClip):
     """Context optimisation: the first ``n_ctx`` word embeddings are learned; the image tower stays as it is.
 
     The control for every claim about the image tower: whatever this adapter gains, it gains without a new feature.
@@ -259,10 +251,10 @@ class CoOp(AdaptedClip):
         return prompts
 
     def text_prompts(self) -> list[Tensor]:
-        return [self.prompts.ctx]
+        return [self.learned.ctx]
 
 
-class VisualPrompt(AdaptedClip):
+class VisualPrompt(PromptedClip):
     """Visual prompt tuning, deep: image tokens learned for each block; the text head stays as it is.
 
     Source: Jia et al., ECCV 2022 (VPT-deep), with its uniform initial values. The prompts stand behind the patches, as MaPLe's.
@@ -279,7 +271,35 @@ class VisualPrompt(AdaptedClip):
         return prompts
 
     def visual_prompts(self) -> list[Tensor]:
-        return list(self.prompts.tokens)
+        return list(self.learned.tokens)
+
+
+# -- the network's tail -----------------------------------------------------------------------------------------------
+
+
+def model_tail(model: ClipModel, layer: int, sample: Residual) -> Callable[[Residual], Tensor]:
+    """As :func:`patchsae_utils.tails.network_tail`, and as quick for prompts that enter in the last block.
+
+    There they are constants that stand behind the tokens, so that the base's tail on tokens and prompts gives this model's features; used only
+    where it does on the first of ``sample``.
+    """
+    prompts = model.visual_prompts() if isinstance(model, PromptedClip) else []
+    if model.layer_index(layer) != model.n_layers - 2 or len(prompts) < model.n_layers or model.precision != "fp32":
+        return network_tail(model, layer, sample)
+    own = prompts[-1].detach()
+
+    def with_prompts(residual: Residual) -> Residual:
+        return Residual(torch.cat([residual.tokens, own.expand(len(residual.tokens), -1, -1)], 1))
+
+    tail = network_tail(model.base, layer, with_prompts(sample))
+
+    def quick(residual: Residual) -> Tensor:
+        return tail(with_prompts(residual))
+
+    one = Residual(*(None if part is None else part[:1] for part in sample))
+    with torch.no_grad():
+        fast, slow = (F.normalize(run, dim=-1) for run in (quick(one), model.finish(one, layer)))
+    return quick if torch.allclose(fast, slow, rtol=0, atol=1e-4) else network_tail(model, layer, sample)
 
 
 # -- small things -----------------------------------------------------------------------------------------------------
@@ -308,11 +328,3 @@ def _linear(d_in: int, d_out: int, generator: Generator) -> nn.Linear:
         for parameter in (layer.weight, layer.bias):
             parameter.uniform_(-1 / math.sqrt(d_in), 1 / math.sqrt(d_in), generator=generator)
     return layer
-
-
-def _hash(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for key, value in sorted(tensors.items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .clip import ClipModel
 from .data import batches
-from .interventions import bootstrap_mean, check_models, dataset_head, network_tail
+from .interventions import bootstrap_mean, check_models, dataset_head
 from .latents import latent_chunks
+from .prompts import model_tail
 
 GROUPS = ("high", "high-to-low", "low-to-high")
 FORMS = ("raw", "reconstructed", "error kept")
@@ -187,7 +188,7 @@ class _Reader:
     def read(self, images: Tensor, labels: Tensor) -> None:
         clip, sae = self.clip, self.sae
         residual = clip.run_to(images, self.layer)
-        self.tail = self.tail or network_tail(clip, self.layer, residual)
+        self.tail = self.tail or model_tail(clip, self.layer, residual)
         tokens, decoded = residual.tokens, torch.empty_like(residual.tokens)
         counts = torch.empty(len(labels), sae.d_sae, dtype=torch.float64, device=clip.device)
         for rows, h in latent_chunks(sae, tokens):

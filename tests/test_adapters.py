@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import open_clip
@@ -10,13 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchsae_utils import adapters as adapters_module
 from patchsae_utils import artifacts
-from patchsae_utils.adapters import AdaptedClip, CoOp, MaPLe, VisualPrompt, fit_adapter, learning_rate, load_adapter
+from patchsae_utils.adapters import (
+    ADAPTERS,
+    CoOp,
+    FineTuned,
+    LinearHead,
+    LoRA,
+    MaPLe,
+    Recipe,
+    fit_adapter,
+    learning_rate,
+    load_adapter,
+)
 from patchsae_utils.clip import ClipModel
 from patchsae_utils.config import AdapterConfig
 from patchsae_utils.data import load_dataset
+from patchsae_utils.prompts import PromptedClip, model_tail
 
 NAMES = ["hammer", "french_horn", "accordion"]
+KINDS = list(ADAPTERS)
 CONFIG = AdapterConfig(tasks=("openmoji/tools",), n_shots=1, epochs=2, lr=0.01, batch_size=6, depth=2)
 
 
@@ -80,7 +95,7 @@ def reference_text(model, prompts: dict[str, Tensor], tokens: Tensor, depth: int
 
 
 def assert_is_maple(adapted: MaPLe, images: Tensor) -> None:
-    prompts = adapted.prompts.state_dict()
+    prompts = adapted.learned.state_dict()
     with torch.no_grad():
         expected = torch.stack([reference_image(adapted.model, prompts, image, adapted.depth) for image in images])
         torch.testing.assert_close(adapted.encode_image(images), expected, rtol=0, atol=1e-5)
@@ -92,7 +107,7 @@ def assert_is_maple(adapted: MaPLe, images: Tensor) -> None:
 @pytest.mark.parametrize("n_ctx", [1, 2, 4])
 def test_maple_is_what_the_paper_describes(tiny_clip, tiny_images, n_ctx, depth):
     adapted = MaPLe(tiny_clip, n_ctx=n_ctx, depth=depth, seed=n_ctx)
-    for parameter in adapted.prompts.parameters():
+    for parameter in adapted.learned.parameters():
         parameter.mul_(5)  # the initial ones are small
     assert_is_maple(adapted, tiny_images[:2])
 
@@ -115,12 +130,81 @@ def test_on_vit_b_16_maple_has_the_papers_size_and_the_papers_forward_pass(vit_b
 # -- the interface ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", [MaPLe, CoOp, VisualPrompt])
-def test_finish_takes_up_where_run_to_stopped(tiny_clip, tiny_images, adapter):
-    adapted = adapter(tiny_clip, n_ctx=2)
+def loud(kind: str, clip: ClipModel):
+    """An adapter whose learned weights are far from where they start."""
+    adapted = ADAPTERS[kind].for_fitting(clip, CONFIG, NAMES, ["a {}."], seed=1)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in adapted.learned.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return adapted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_finish_takes_up_where_run_to_stopped(tiny_clip, tiny_images, kind):
+    adapted = loud(kind, tiny_clip)
     expected = adapted.encode_image(tiny_images)
     for layer in range(-3, 3):
         torch.testing.assert_close(adapted.finish(adapted.run_to(tiny_images, layer), layer), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reconstruction_with_its_error_kept_changes_nothing(tiny_clip, tiny_sae, tiny_images, kind):
+    adapted = loud(kind, tiny_clip)
+    residual = adapted.run_to(tiny_images, -2)
+    decoded = tiny_sae.decode(tiny_sae.encode(residual.tokens))
+    assert (decoded - residual.tokens).abs().max() > 0.1
+    for run in (lambda edited: adapted.finish(edited, -2), model_tail(adapted, -2, residual)):
+        kept = run(residual._replace(tokens=decoded + (residual.tokens - decoded)))
+        torch.testing.assert_close(kept, adapted.encode_image(tiny_images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_quick_tail_is_the_tail(tiny_clip, tiny_images, kind, depth):
+    adapted = ADAPTERS[kind].for_fitting(tiny_clip, dataclasses.replace(CONFIG, depth=depth), NAMES, ["a {}."], seed=1)
+    for parameter in adapted.learned.parameters():
+        parameter.mul_(2)
+    residual = adapted.run_to(tiny_images, -2)
+    edited = residual._replace(tokens=residual.tokens + 1)
+    torch.testing.assert_close(model_tail(adapted, -2, residual)(edited), adapted.finish(edited, -2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        model_tail(adapted, -3, adapted.run_to(tiny_images, -3))(edited), adapted.finish(edited, -3), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_an_adapter_may_change_changes(tiny_clip, tiny_images, kind):
+    adapted = loud(kind, tiny_clip)
+    moved = (adapted.encode_image(tiny_images) - tiny_clip.encode_image(tiny_images)).abs().max()
+    assert adapted.changes_images == (kind not in ("coop", "linear")) == (moved > 1e-3)
+    moved = (adapted.zero_shot_head(NAMES, ["a {}."]) - tiny_clip.zero_shot_head(NAMES, ["a {}."])).abs().max()
+    assert (kind in ("maple", "coop", "linear")) == (moved > 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["lora", "finetune", "linear"])
+def test_changed_weights_start_as_clip(tiny_clip, tiny_images, kind):
+    adapted = ADAPTERS[kind].for_fitting(tiny_clip, CONFIG, NAMES, ["a {}."], seed=1)
+    torch.testing.assert_close(adapted.encode_image(tiny_images), tiny_clip.encode_image(tiny_images), rtol=0, atol=0)
+    torch.testing.assert_close(adapted.zero_shot_head(NAMES, ["a {}."]), tiny_clip.zero_shot_head(NAMES, ["a {}."]), rtol=0, atol=0)
+
+
+def test_lora_is_what_the_paper_describes(tiny_clip, tiny_images):
+    """W + B A, for queries and values and for no keys, written into a copy of the weights."""
+    adapted, other = loud("lora", tiny_clip), FineTuned(tiny_clip)
+    for block, change in zip(other.blocks, adapted.learned, strict=True):
+        q, k, v = block.attn.in_proj_weight.chunk(3)
+        q += change.B[0] @ change.A[0]
+        v += change.B[1] @ change.A[1]
+    torch.testing.assert_close(adapted.encode_image(tiny_images), other.encode_image(tiny_images), rtol=0, atol=1e-5)
+    assert adapted.n_parameters == 3 * 2 * 2 * 4 * 32
+    assert adapted.visual.conv1.weight is tiny_clip.visual.conv1.weight is not other.visual.conv1.weight  # shared, not copied
+
+
+def test_a_linear_head_keeps_clips_text_for_classes_that_it_does_not_know(tiny_clip):
+    adapted = loud("linear", tiny_clip)
+    mixed, text = adapted.zero_shot_head(["anvil", NAMES[1]], ["a {}."]), tiny_clip.zero_shot_head(["anvil", NAMES[1]], ["a {}."])
+    torch.testing.assert_close(mixed[0], text[0])
+    torch.testing.assert_close(mixed[1], adapted.learned.weight[1])
 
 
 def test_prompt_tokens_never_reach_the_tokens(maple, tiny_clip, tiny_images):
@@ -152,9 +236,10 @@ def test_forgotten_prompt_tokens_are_an_error_where_they_matter(maple, tiny_imag
         maple.finish(maple.run_to(tiny_images, 1)._replace(extra=torch.zeros(8, 1, 32)), 1)
 
 
-def test_adapters_leave_the_base_alone(tiny_clip, tiny_images, few):
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_leave_the_base_alone(tiny_clip, tiny_images, few, kind):
     before = tiny_clip.fingerprint, tiny_clip.encode_image(tiny_images), tiny_clip.encode_text(["a hammer."])
-    adapted = fit_adapter(tiny_clip, "maple", few, CONFIG, progress=False)
+    adapted = fit_adapter(tiny_clip, kind, few, CONFIG, progress=False)
     adapted.zero_shot_head(NAMES)
     del tiny_clip.__dict__["fingerprint"], tiny_clip.__dict__["weights_hash"]  # hash the weights again
     assert tiny_clip.fingerprint == before[0] != adapted.fingerprint
@@ -183,22 +268,30 @@ def test_visual_prompts_change_the_image_tower_and_not_the_text_head(tiny_clip, 
     assert (adapted.encode_image(tiny_images) - tiny_clip.encode_image(tiny_images)).abs().max() > 1e-4
 
 
-def test_impossible_settings_say_what_is_possible(tiny_clip):
+def test_impossible_settings_say_what_is_possible(tiny_clip, few):
     with pytest.raises(ValueError, match="depth must be 1 to 3; got 9"):
         MaPLe(tiny_clip, depth=9)
     with pytest.raises(ValueError, match="n_ctx must be 1 or more"):
         CoOp(tiny_clip, n_ctx=0)
-    with pytest.raises(ValueError, match="Valid: maple, coop, vpt"):
-        fit_adapter(tiny_clip, "lora", None, CONFIG)
+    with pytest.raises(ValueError, match="Valid: maple, coop, vpt, lora, finetune, linear"):
+        fit_adapter(tiny_clip, "bitfit", None, CONFIG)
     with pytest.raises(TypeError, match="Choose one of"):
-        AdaptedClip(tiny_clip)
+        PromptedClip(tiny_clip)
+    with pytest.raises(ValueError, match="rank must lie between 1 and the width 32"):
+        LoRA(tiny_clip, rank=33)
+    with pytest.raises(ValueError, match="has no '{}'"):
+        LinearHead(tiny_clip, NAMES, template="a hammer")
+    with pytest.raises(ValueError, match="Valid: sgd, adamw"):
+        fit_adapter(tiny_clip, "coop", few, CONFIG, recipe=Recipe("lion", 0.1, 0), progress=False)
+    with pytest.raises(ValueError, match="Valid: fp32, bf16"):
+        fit_adapter(tiny_clip, "coop", few, CONFIG, precision="fp8")
     with pytest.raises(ValueError, match="class names"):
         MaPLe(tiny_clip).zero_shot_head([])
 
 
 def test_more_context_than_the_template_has_words_starts_from_placeholders(tiny_clip):
     adapted = CoOp(tiny_clip, n_ctx=6)
-    assert adapted.template == "X X X X X X {}." and adapted.prompts.ctx.shape == (6, 32)
+    assert adapted.template == "X X X X X X {}." and adapted.learned.ctx.shape == (6, 32)
     assert adapted.zero_shot_head(NAMES).shape == (3, 16)
 
 
@@ -212,14 +305,62 @@ def test_the_learning_rate_is_constant_for_an_epoch_and_then_a_cosine():
     assert rates[4] == pytest.approx(0.0035 * 0.5 * (1 + math.cos(3 * math.pi / 5)))
 
 
-@pytest.mark.parametrize("kind", ["maple", "coop", "vpt"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_fitting_lowers_the_loss_and_repeats_with_the_seed(tiny_clip, few, kind):
     config = AdapterConfig(tasks=("openmoji/tools",), n_shots=1, epochs=6, lr=0.05, batch_size=9, depth=3)
-    first, again, other = (fit_adapter(tiny_clip, kind, few, config, seed=seed, progress=False) for seed in (1, 1, 2))
+    recipe = Recipe("adamw", 3e-3, 0) if kind in ("lora", "finetune", "linear") else None
+    first, again, other = (fit_adapter(tiny_clip, kind, few, config, seed=seed, recipe=recipe, progress=False) for seed in (1, 1, 2))
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert first.log == again.log
     assert first.log[-1]["loss"] < first.log[0]["loss"]
-    assert not any(p.requires_grad for p in (*first.prompts.parameters(), *tiny_clip.model.parameters()))
+    assert not any(p.requires_grad for p in (*first.learned.parameters(), *tiny_clip.model.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["maple", "lora", "linear"])
+def test_a_fit_that_was_stopped_goes_on_where_it_was(tiny_clip, few, tmp_path, kind, monkeypatch):
+    config = AdapterConfig(tasks=("openmoji/tools",), n_shots=1, epochs=4, lr=0.01, batch_size=6, depth=2)
+    whole = fit_adapter(tiny_clip, kind, few, config, tmp_path / "whole", progress=False)
+
+    def stop(epoch, epochs, lr):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return learning_rate(epoch, epochs, lr)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(adapters_module, "learning_rate", stop)
+        fit_adapter(tiny_clip, kind, few, config, tmp_path / "stopped", progress=False)
+    epochs = []
+    monkeypatch.setattr(adapters_module, "learning_rate", lambda epoch, *rest: epochs.append(epoch) or learning_rate(epoch, *rest))
+    resumed = fit_adapter(tiny_clip, kind, few, config, tmp_path / "stopped", progress=False)
+    assert epochs == [2, 3] and resumed.log == whole.log and resumed.fingerprint == whole.fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stopped", "whole"]
+
+
+def test_a_damaged_or_foreign_unfinished_fit_is_not_gone_on_with(tiny_clip, few, tmp_path):
+    whole = fit_adapter(tiny_clip, "coop", few, CONFIG, progress=False)
+    (tmp_path / "adapter.unfinished").write_bytes(b"half a file")
+    assert fit_adapter(tiny_clip, "coop", few, CONFIG, tmp_path / "adapter", progress=False).fingerprint == whole.fingerprint
+    torch.save({"fingerprint": "another", "log": [{}]}, tmp_path / "again.unfinished")
+    assert fit_adapter(tiny_clip, "coop", few, CONFIG, tmp_path / "again", progress=False).fingerprint == whole.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["maple", "lora"])
+def test_bfloat16_learns_much_the_same_and_leaves_the_model_in_float32(tiny_clip, few, tiny_images, kind):
+    full, half = (fit_adapter(tiny_clip, kind, few, CONFIG, precision=precision, progress=False) for precision in ("fp32", "bf16"))
+    assert half.log[-1]["loss"] == pytest.approx(full.log[-1]["loss"], rel=0.05) and half.log != full.log
+    assert half.precision == "fp32" and half.visual.transformer.batch_first == tiny_clip.visual.transformer.batch_first
+    assert all(p.dtype == torch.float32 for p in half.learned.parameters())
+    torch.testing.assert_close(half.encode_image(tiny_images), full.encode_image(tiny_images), rtol=0, atol=0.1)
+
+
+def test_shuffled_labels_are_the_same_labels_on_other_images(tiny_clip, few, tmp_path):
+    right = fit_adapter(tiny_clip, "linear", few, CONFIG, tmp_path / "right", progress=False)
+    wrong = fit_adapter(tiny_clip, "linear", few, CONFIG, tmp_path / "wrong", shuffle_labels=True, progress=False)
+    assert right.fingerprint != wrong.fingerprint and right.log[0] != wrong.log[0]
+    manifests = [artifacts.read_json(tmp_path / name / "manifest.json") for name in ("right", "wrong")]
+    assert manifests[0]["fingerprint"] != manifests[1]["fingerprint"] and manifests[1]["recipe"]["shuffle_labels"]
+    again = fit_adapter(tiny_clip, "linear", few, CONFIG, shuffle_labels=True, progress=False)
+    assert again.log == wrong.log
 
 
 def test_too_few_images_are_an_error(tiny_clip, few):
@@ -231,7 +372,7 @@ def test_too_few_images_are_an_error(tiny_clip, few):
 # -- on disk ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["maple", "coop", "vpt"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_adapter_comes_back_the_same(tiny_clip, tiny_images, few, tmp_path, kind):
     adapted = fit_adapter(tiny_clip, kind, few, CONFIG, tmp_path / "adapter", progress=False)
     loaded = load_adapter(tmp_path / "adapter", tiny_clip)
@@ -283,7 +424,7 @@ def test_a_damaged_adapter_is_an_error(tiny_clip, few, tmp_path):
 
 def official(adapted: MaPLe, path, **extra) -> None:
     """A file as the official code writes it: prompts among frozen weights, beside the optimiser and its schedule."""
-    state = {f"prompt_learner.{key}": value.half() for key, value in adapted.prompts.state_dict().items()}
+    state = {f"prompt_learner.{key}": value.half() for key, value in adapted.learned.state_dict().items()}
     state |= {
         "prompt_learner.token_prefix": torch.zeros(3, 1, 32),
         "image_encoder.proj": torch.zeros(2, 2),
@@ -298,7 +439,7 @@ def test_an_official_checkpoint_loads(maple, tiny_clip, tiny_images, tmp_path):
     official(maple, tmp_path / "model.pth.tar-5")
     loaded = load_adapter(tmp_path / "model.pth.tar-5", tiny_clip, depth=2)
     torch.testing.assert_close(loaded.encode_image(tiny_images), maple.encode_image(tiny_images), rtol=0, atol=1e-2)
-    assert all(p.dtype == torch.float32 for p in loaded.prompts.parameters())
+    assert all(p.dtype == torch.float32 for p in loaded.learned.parameters())
 
 
 def test_an_official_checkpoint_of_another_depth_or_model_is_an_error(maple, tiny_clip, tmp_path):

@@ -28,7 +28,7 @@ LAYER = -2
 def loud(adapter, clip):
     """An adapter whose random prompts are large enough to matter."""
     adapted = adapter(clip, n_ctx=2, seed=1)
-    for parameter in adapted.prompts.parameters():
+    for parameter in adapted.learned.parameters():
         parameter.mul_(20)
     return adapted
 

@@ -2,6 +2,7 @@
 
 from .ablations import ablation_effects, reconstruction_frontier
 from .activations import embedded_world, patch_probe, residual_norms, residual_pca, zero_shot_accuracy
+from .adaptation import adapter_table, class_links, gain_experiments, gain_parts
 from .benchmarks import step_costs
 from .concepts import concept_families, concept_sharing, coverage_curves, localization, monosemanticity, name_agreement
 from .domains import cross_domain, group_statistics, stability, text_and_image
@@ -29,7 +30,9 @@ __all__ = [
     "HEAT",
     "ablation_effects",
     "adaptation_accuracy",
+    "adapter_table",
     "by_layer",
+    "class_links",
     "class_scatter",
     "color_swap",
     "concept_families",
@@ -42,6 +45,8 @@ __all__ = [
     "embedded_world",
     "figure",
     "firing_rates",
+    "gain_experiments",
+    "gain_parts",
     "gain_split",
     "group_statistics",
     "image_axes",
