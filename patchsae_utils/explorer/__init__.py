@@ -8,7 +8,13 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_PUBLIC = {"LatentExplorer": "widgets", "PatchExplorer": "widgets", "SteeringPanel": "steering", "link": "widgets", "point": "pointing"}
+_PUBLIC = {
+    "LatentExplorer": "latent_explorer",
+    "PatchExplorer": "patch_explorer",
+    "SteeringPanel": "steering",
+    "link": "widgets",
+    "point": "pointing",
+}
 
 __all__ = sorted(_PUBLIC)
 

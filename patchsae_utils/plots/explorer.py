@@ -30,6 +30,7 @@ def latent_explorer(
     tau: float = 0.2,
     opacity: float = 0.75,
     mode: str = MODES[0],
+    contour: bool = False,
     credit: bool = False,
     save: str | None = None,
 ) -> Figure:
@@ -40,8 +41,8 @@ def latent_explorer(
     card : LatentCard
     summary : LatentSummary
         All latents, for the scatter.
-    tau, opacity, mode
-        How heat maps look; see :func:`patchsae_utils.explorer.render.overlay`.
+    tau, opacity, mode, contour
+        How heat maps look; see :func:`patchsae_utils.explorer.render.blend`.
     credit : bool
         Whether the pictures show OpenMoji artwork.
     save : str, optional
@@ -55,7 +56,7 @@ def latent_explorer(
         left.suptitle(f"Latent {card.latent}" + (f" · {card.name}" if card.name else ""), x=0.02, ha="left", fontsize=12, weight="bold")
         _place(place, card, summary)
         _bars(classes, [name for name, _ in card.classes], [100 * share for _, share in card.classes], "% of its active tokens")
-        _references(right, card, tau, opacity, mode)
+        _references(right, card, {"tau": tau, "opacity": opacity, "mode": mode, "contour": contour})
     return _saved(fig, save, credit)
 
 
@@ -65,6 +66,7 @@ def patch_explorer(
     tau: float = 0.2,
     opacity: float = 0.75,
     mode: str = MODES[0],
+    contour: bool = False,
     credit: bool = False,
     save: str | None = None,
 ) -> Figure:
@@ -73,8 +75,8 @@ def patch_explorer(
     Parameters
     ----------
     card : PatchCard
-    tau, opacity, mode
-        How the heat map looks; see :func:`patchsae_utils.explorer.render.overlay`.
+    tau, opacity, mode, contour
+        How the heat map looks; see :func:`patchsae_utils.explorer.render.blend`.
     credit : bool
         Whether the picture shows OpenMoji artwork.
     save : str, optional
@@ -86,12 +88,12 @@ def patch_explorer(
         _picture(plain, card.picture, card)
         plain.set_title(f"Image {card.image} · {card.label}")
         if card.latent >= 0:
-            _picture(heat, blend(card.picture, card.heat, scale, tau, opacity, mode), card)
+            _picture(heat, blend(card.picture, card.heat, scale, tau, opacity, mode, contour=contour), card)
             heat.set_title(f"Latent {card.latent}" + (f" · {card.names[card.latent].name}" if card.latent in card.names else ""))
             _colorbar(fig, heat.inset_axes([1.03, 0.1, 0.04, 0.8]), scale, mode)
         else:
             _note(image_axes(heat), "no latent chosen")
-        for axes, latents, title in ((here, card.patch_latents, "This patch"), (whole, card.image_latents, "Whole image")):
+        for axes, latents, title in ((here, card.patch_latents, "This patch" if len(card.patches) < 2 else f"These {len(card.patches)} patches"), (whole, card.image_latents, "Whole image")):
             image_axes(axes).set_title(title)
             _list(axes, latents, card)
             if not latents:
@@ -129,7 +131,7 @@ def pointing(frame: pd.DataFrame, save: str | None = None) -> Figure:
     return _saved(fig, save, False)
 
 
-def _references(fig, card: LatentCard, tau: float, opacity: float, mode: str) -> None:
+def _references(fig, card: LatentCard, look: dict) -> None:
     n = len(card.images)
     columns = max(1, min(5, n))
     axes = np.atleast_1d(fig.subplots(-(-max(1, n) // columns), columns, squeeze=False)).ravel()
@@ -137,12 +139,12 @@ def _references(fig, card: LatentCard, tau: float, opacity: float, mode: str) ->
     for i, one in enumerate(axes):
         image_axes(one)
         if i < n:
-            one.imshow(blend(card.pictures[i], card.heats[i], scale, tau, opacity, mode))
+            one.imshow(blend(card.pictures[i], card.heats[i], scale, **look))
             one.set_title(_clip(card.labels[i], 16), fontsize=9, weight="normal", loc="left", pad=3)
             one.set_xlabel(f"{card.values[i]:.3g}", fontsize=8, labelpad=2)
     if n:
         fig.suptitle("Reference images, strongest first, with their mean activation", x=0.012, ha="left", fontsize=10)
-        _colorbar(fig, axes[columns - 1].inset_axes([1.06, 0.05, 0.06, 0.9]), scale, mode)
+        _colorbar(fig, axes[columns - 1].inset_axes([1.06, 0.05, 0.06, 0.9]), scale, look["mode"])
     else:
         _note(axes[0], "no image of the data set activates this latent")
 
@@ -186,10 +188,10 @@ def _bars(axes: Axes, words: list[str], values: list[float], unit: str) -> None:
 def _picture(axes: Axes, picture: np.ndarray, card: PatchCard) -> None:
     height, width = picture.shape[:2]
     image_axes(axes).imshow(picture)
-    if card.patch >= 0:
-        row, column = divmod(card.patch, card.grid[1])
-        high, wide = height / card.grid[0], width / card.grid[1]
-        for color, thickness in ((COLORS["black"], 3.5), ("white", 1.5)):  # shows on any picture
+    for color, thickness in ((COLORS["black"], 3.5), ("white", 1.5)):  # shows on any picture
+        for patch in card.patches:
+            row, column = divmod(patch, card.grid[1])
+            high, wide = height / card.grid[0], width / card.grid[1]
             axes.add_patch(
                 Rectangle((column * wide - 0.5, row * high - 0.5), wide, high, fill=False, edgecolor=color, lw=thickness, clip_on=False)
             )
