@@ -57,6 +57,7 @@ _PUBLIC = {
     "load_adapter": "adapters",
     "compare_models": "remapping",
     "Remapping": "remapping",
+    "AdaptationView": "explorer",
     "LatentExplorer": "explorer",
     "PatchExplorer": "explorer",
     "SteeringPanel": "explorer",

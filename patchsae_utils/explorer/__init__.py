@@ -9,9 +9,11 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "AdaptationView": "adaptation",
     "LatentExplorer": "latent_explorer",
     "PatchExplorer": "patch_explorer",
     "SteeringPanel": "steering",
+    "export_gallery": "gallery",
     "link": "widgets",
     "point": "pointing",
 }

@@ -312,6 +312,11 @@ function legendOf(page) {
   color();
   return {
     element,
+    // Where every latent has a scale of its own.
+    relative() {
+      element.setAttribute("aria-label", "Colours: activation from 0 to the latent's maximum");
+      labels[2].textContent = "its maximum";
+    },
     show(scale) {
       element.setAttribute("aria-label", `Colours: activation from 0 to ${short(scale)}`);
       labels[1].textContent = short(scale / 2);

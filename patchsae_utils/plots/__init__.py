@@ -3,7 +3,7 @@
 from .activations import embedded_world, patch_probe, residual_norms, residual_pca, zero_shot_accuracy
 from .concepts import concept_families, concept_sharing, coverage_curves, localization, monosemanticity, name_agreement
 from .domains import cross_domain, group_statistics, stability, text_and_image
-from .explorer import latent_explorer, patch_explorer, pointing
+from .explorer import adaptation_view, latent_explorer, patch_explorer, pointing
 from .interventions import (
     dose_response,
     mask_curves,
@@ -25,6 +25,7 @@ __all__ = [
     "COLORS",
     "HEAT",
     "adaptation_accuracy",
+    "adaptation_view",
     "class_scatter",
     "color_swap",
     "concept_families",

@@ -19,6 +19,7 @@ from .style import COLORS, HEAT, STYLE, figure, image_axes, save
 if TYPE_CHECKING:
     import pandas as pd
 
+    from ..explorer.adaptation import AdaptationCard
     from ..explorer.cards import LatentCard, PatchCard
     from ..latents import LatentSummary
 
@@ -99,6 +100,75 @@ def patch_explorer(
             if not latents:
                 _note(axes, "no patch chosen" if card.patch < 0 else "no latent active")
     return _saved(fig, save, credit)
+
+
+def adaptation_view(
+    card: AdaptationCard,
+    *,
+    tau: float = 0.2,
+    opacity: float = 0.75,
+    mode: str = MODES[1],
+    contour: bool = False,
+    credit: bool = False,
+    save: str | None = None,
+) -> Figure:
+    """One image read by CLIP and by an adapted CLIP: both masks of a latent, the latents of either, the probabilities of both.
+
+    Parameters
+    ----------
+    card : AdaptationCard
+    tau, opacity, mode, contour
+        How heat maps look; see :func:`patchsae_utils.explorer.render.blend`.
+    credit : bool
+        Whether the picture shows OpenMoji artwork.
+    save : str, optional
+        Name of a file in ``figures/``, without ending.
+    """
+    models, colors = ("CLIP", card.adapter), (COLORS["blue"], COLORS["orange"])
+    with mpl.rc_context(STYLE):
+        fig, (*pictures, latents, odds) = figure(1.0, 3.4, ncols=4, width_ratios=[1.15, 1.15, 1.35, 1.1])
+        place = card.listed.index(card.latent) if card.latent >= 0 else -1
+        scale = 1.0 if place < 0 else float(card.heats[place].max()) or 1.0
+        for i, axes in enumerate(pictures):
+            shown = card.picture
+            if place >= 0:
+                shown = blend(card.picture, card.heats[place, i], scale, tau, opacity, mode, contour=contour)
+            image_axes(axes).imshow(shown)
+            axes.set_title(models[i])
+        name = card.names.get(card.latent, "")
+        pictures[0].set_xlabel(f"{card.label} (image {card.image})", fontsize=8)
+        pictures[1].set_xlabel("no latent chosen" if place < 0 else f"latent {card.latent}" + (f" · {name}" if name else ""), fontsize=8)
+        image_axes(latents).set_title("Strongest latents")
+        _twins(latents, card, models, colors)
+        words, *sides = zip(*card.bars, strict=True)
+        rows = np.arange(len(words))
+        for i, values in enumerate(sides):
+            odds.barh(rows + 0.2 * (2 * i - 1), [100 * v for v in values], color=colors[i], height=0.36, label=models[i])
+        odds.set_yticks(rows, [_clip(word, 14) for word in words])
+        odds.set(xlim=(0, 100), xlabel="% probability", title="Classes")
+        odds.invert_yaxis()
+        odds.grid(axis="y", visible=False)
+        odds.legend(loc="lower right", fontsize=8)
+    return _saved(fig, save, credit)
+
+
+def _twins(axes: Axes, card: AdaptationCard, models: tuple[str, str], colors: tuple[str, str]) -> None:
+    """Latents of both models and of one alone, with a bar for each model."""
+    heads = {"common": "in both", "base": f"at least halved by {models[1]}", "adapted": f"at least doubled by {models[1]}"}
+    row = 0
+    for group, latents in card.groups.items():
+        axes.text(0, row + 0.3, heads[group] + ("" if latents else ": none"), fontsize=8, weight="bold", va="center")
+        row += 1
+        # Latents that change are often weak ones: each group has its own scale.
+        most = max((card.values[card.listed.index(latent)].max() for latent in latents), default=1.0)
+        for latent in latents:
+            weight = "bold" if latent == card.latent else "normal"
+            axes.text(0.02, row + 0.3, f"{latent}  {_clip(card.names.get(latent, ''), 16)}", fontsize=7, va="center", weight=weight)
+            for i, value in enumerate(card.values[card.listed.index(latent)]):
+                axes.barh(row + 0.12 + 0.36 * i, 0.38 * value / most, left=0.66, color=colors[i], height=0.32)
+            row += 1
+        row += 0.4
+    axes.set(xlim=(0, 1.05), ylim=(row, -0.3))
 
 
 def pointing(frame: pd.DataFrame, save: str | None = None) -> Figure:
