@@ -15,6 +15,7 @@ _PUBLIC = {
     "SteeringPanel": "steering",
     "export_gallery": "gallery",
     "link": "widgets",
+    "missing_artifacts": "needs",
     "point": "pointing",
 }
 
