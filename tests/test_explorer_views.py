@@ -277,7 +277,7 @@ def test_groups_say_what_halved_and_what_doubled(adaptation, tiny_clip, tiny_sae
     assert all(base[i] <= adapted[i] / 2 for i in card.groups["adapted"])
     assert card.groups["common"] and all(0.5 < adapted[i] / base[i] < 2 for i in card.groups["common"])
     place = card.listed.index(card.groups["common"][0])
-    np.testing.assert_allclose(card.values[place], [base[card.listed[place]], adapted[card.listed[place]]], atol=1e-5)
+    np.testing.assert_allclose(card.values[place], [float(base[card.listed[place]]), float(adapted[card.listed[place]])], atol=1e-5)
 
 
 def test_probabilities_are_those_of_each_model(adaptation, tiny_clip, tiny_images, tiny_dataset):
