@@ -124,7 +124,9 @@ class AdaptationView(_View):
         task = traits.setdefault("task", next(iter(adapters)))
         self._check_known(task)
         traits.setdefault("image", 0)
-        super().__init__(clip, sae, None, self._data(task), names, layer, kind="adaptation", tasks=list(adapters), **{"mode": "heat", **traits})
+        super().__init__(
+            clip, sae, None, self._data(task), names, layer, kind="adaptation", tasks=list(adapters), **{"mode": "heat", **traits}
+        )
         self._ready = True
         self._show()
         self.observe(self._new_task, "task")

@@ -94,7 +94,8 @@ def patch_explorer(
             _colorbar(fig, heat.inset_axes([1.03, 0.1, 0.04, 0.8]), scale, mode)
         else:
             _note(image_axes(heat), "no latent chosen")
-        for axes, latents, title in ((here, card.patch_latents, "This patch" if len(card.patches) < 2 else f"These {len(card.patches)} patches"), (whole, card.image_latents, "Whole image")):
+        these = "This patch" if len(card.patches) < 2 else f"These {len(card.patches)} patches"
+        for axes, latents, title in ((here, card.patch_latents, these), (whole, card.image_latents, "Whole image")):
             image_axes(axes).set_title(title)
             _list(axes, latents, card)
             if not latents:
@@ -138,7 +139,7 @@ def adaptation_view(
         name = card.names.get(card.latent, "")
         pictures[0].set_xlabel(f"{card.label} (image {card.image})", fontsize=8)
         pictures[1].set_xlabel("no latent chosen" if place < 0 else f"latent {card.latent}" + (f" · {name}" if name else ""), fontsize=8)
-        image_axes(latents).set_title("Strongest latents")
+        image_axes(latents).set_title("Latents")
         _twins(latents, card, models, colors)
         words, *sides = zip(*card.bars, strict=True)
         rows = np.arange(len(words))
@@ -163,7 +164,7 @@ def _twins(axes: Axes, card: AdaptationCard, models: tuple[str, str], colors: tu
         most = max((card.values[card.listed.index(latent)].max() for latent in latents), default=1.0)
         for latent in latents:
             weight = "bold" if latent == card.latent else "normal"
-            axes.text(0.02, row + 0.3, f"{latent}  {_clip(card.names.get(latent, ''), 16)}", fontsize=7, va="center", weight=weight)
+            axes.text(0.02, row + 0.3, f"{latent}  {_clip(card.names.get(latent, ''), 14)}", fontsize=7, va="center", weight=weight)
             for i, value in enumerate(card.values[card.listed.index(latent)]):
                 axes.barh(row + 0.12 + 0.36 * i, 0.38 * value / most, left=0.66, color=colors[i], height=0.32)
             row += 1
