@@ -264,14 +264,35 @@ def test_an_uploaded_picture_is_read_like_any_other(patches, tiny_clip, tiny_sae
         patches.uploaded = "other"
 
 
+# -- what is needed -----------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_artifact_names_the_notebook_that_makes_it(tmp_path):
+    from types import SimpleNamespace
+
+    from patchsae_utils.explorer import missing_artifacts
+
+    adapters = SimpleNamespace(tasks=["openmoji/animals:gray"], kind="maple", seeds=[1])
+    profile = SimpleNamespace(folder=lambda stage: tmp_path / stage, adapters=adapters)
+    told = missing_artifacts(profile)
+    notebooks = ["02_sae_training", "03_concept_labeling", "03_concept_labeling", "05_adaptation_remapping"]
+    assert len(told) == 4 and all(name in sentence for name, sentence in zip(notebooks, told, strict=True))
+    for folder in ("sae", "latents/statistics", "latents/concepts", "adapters/openmoji-animals-gray-maple-1"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "manifest.json").write_text("{}")
+        assert len(missing_artifacts(profile)) == len(told) - 1
+        told = missing_artifacts(profile)
+    assert told == []
+
+
 # -- two models ---------------------------------------------------------------------------------------------------------
 
 
 def test_groups_say_what_halved_and_what_doubled(adaptation, tiny_clip, tiny_sae, tiny_images):
     adaptation.image = 2
     card = adaptation.card
-    base = tiny_sae.encode(tiny_clip.residual(tiny_images[2:3], -2))[0].mean(0)
-    adapted = tiny_sae.encode(adaptation._adapters["tools"].residual(tiny_images[2:3], -2)[:, :197])[0].mean(0)
+    base = tiny_sae.encode(tiny_clip.residual(tiny_images[2:3], -2))[0].mean(0).detach()
+    adapted = tiny_sae.encode(adaptation._adapters["tools"].residual(tiny_images[2:3], -2)[:, :197])[0].mean(0).detach()
     assert card.groups["base"] or card.groups["adapted"]
     assert all(adapted[i] <= base[i] / 2 for i in card.groups["base"])
     assert all(base[i] <= adapted[i] / 2 for i in card.groups["adapted"])
