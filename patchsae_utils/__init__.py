@@ -64,6 +64,7 @@ _PUBLIC = {
     "explain_gain": "gain_split",
     "compare_models": "remapping",
     "Remapping": "remapping",
+    "AdaptationView": "explorer",
     "LatentExplorer": "explorer",
     "PatchExplorer": "explorer",
     "SteeringPanel": "explorer",

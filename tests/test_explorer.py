@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import json
-import shutil
 
 import numpy as np
 import pytest
+from explorer_pages import UNLABELLED, browser, pixels, show  # noqa: F401 (fixtures)
 from PIL import Image
 
 from patchsae_utils.explorer import cards, render
@@ -318,136 +316,22 @@ def test_figures_show_what_is_on_screen(latents, patches):
 
 # -- layer 2: the page in Chromium, with a fake model -------------------------------------------------------------------
 
-FAKE_MODEL = """
-const revive = (v) => {
-  if (Array.isArray(v)) return v.map(revive);
-  if (v && v.$bytes !== undefined) return new DataView(Uint8Array.from(atob(v.$bytes), (c) => c.charCodeAt(0)).buffer);
-  if (v && typeof v === 'object') return Object.fromEntries(Object.entries(v).map(([k, x]) => [k, revive(x)]));
-  return v;
-};
-window.start = async (code, state) => {
-  const module = await import('data:text/javascript;base64,' + code);
-  const calls = {};
-  const emit = (k) => (calls[`change:${k}`] ?? []).forEach((call) => call());
-  let changed = {};
-  const values = revive(state);
-  window.model = {
-    get: (k) => values[k],
-    set: (k, v) => { if (values[k] !== v) { values[k] = changed[k] = v; emit(k); } },
-    save_changes: () => {
-      const sent = JSON.stringify(changed);
-      changed = {};
-      window.python(sent).then((got) => window.update(JSON.parse(got)));
-    },
-    on: (name, call) => (calls[name] ??= []).push(call),
-    off: (name, call) => (calls[name] = calls[name].filter((c) => c !== call)),
-    count: () => Object.values(calls).flat().length,
-  };
-  window.update = (got) => {
-    const news = Object.entries(revive(got));
-    for (const [k, v] of news) values[k] = v;
-    for (const [k] of news) emit(k);
-  };
-  window.stop = module.default.render({ model: window.model, el: document.body });
-};
-"""
 
-
-# Jupyter's dark theme, as far as the page asks for it.
-DARK = """body {
-  background: #111; --jp-layout-color1: #111; --jp-layout-color2: #212121;
-  --jp-ui-font-color1: #fff; --jp-ui-font-color2: #bbb; --jp-border-color2: #555;
-}"""
-
-
-def _wire(value):
-    if isinstance(value, bytes | memoryview):
-        return {"$bytes": base64.b64encode(value).decode()}
-    if isinstance(value, dict):
-        return {k: _wire(v) for k, v in value.items()}
-    return [_wire(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="the page is tested with Playwright: pip install playwright")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("the page is tested in Chromium, which is not installed (Debian: apt-get install chromium)")
-    off = ("gpu", "quic", "background-networking", "component-update", "sync")
-    flags = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in off)]
-    profile, window = tmp_path_factory.mktemp("chromium"), {"width": 1000, "height": 800}
-    with sync_api.sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            profile, executable_path=chromium, headless=True, args=flags, viewport=window
-        )
-        yield context
-        context.close()
-
-
-@pytest.fixture
-def show(browser):
-    """Open a widget's page: what it sets arrives in Python, and what Python answers arrives in the page."""
-    pages = []
-
-    def open_page(widget, dark=False):
-        page = browser.new_page()
-        pages.append(page)
-        page.errors = []
-        page.on("pageerror", lambda error: page.errors.append(str(error)))
-        keys = [k for k in widget.keys if not k.startswith("_") and k not in ("layout", "tabbable", "tooltip")]
-
-        def state(names):
-            return {k: _wire(getattr(widget, k)) for k in names}
-
-        def python(message):
-            before = {k: getattr(widget, k) for k in keys}
-            widget.set_state(json.loads(message))
-            return json.dumps(state([k for k in keys if getattr(widget, k) != before[k]]))
-
-        page.expose_function("python", python)
-        page.set_content("<body style='margin:12px'></body>")
-        if dark:
-            page.evaluate("document.body.dataset.jpThemeLight = 'false'")
-            page.add_style_tag(content=DARK)
-        page.add_style_tag(content=str(widget._css))
-        page.add_script_tag(content=FAKE_MODEL)
-        code = base64.b64encode(str(widget._esm).encode()).decode()
-        page.evaluate("([code, state]) => window.start(code, state)", [code, state(keys)])
-        page.wait_for_selector("h3:not(:empty)")
-        return page
-
-    yield open_page
-    for page in pages:
-        assert page.errors == []
-        page.close()
-
-
-UNLABELLED = """[...document.querySelectorAll('input, select, button, [role]')]
-  .filter((e) => !(e.ariaLabel || e.labels?.length || e.textContent.trim() || e.querySelector('img[alt]')))
-  .map((e) => e.outerHTML)"""
-
-
-def _pixels(page, selector):
-    """What a canvas shows: uint8 [H, W, 3]."""
-    url = page.eval_on_selector(selector, "canvas => canvas.toDataURL()")
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB"))
-
-
-def test_page_slider_and_box_choose_a_latent(show, latents):
+def test_page_slider_and_box_choose_a_latent(show, latents):  # noqa: F811
     page = show(latents)
     order = np.frombuffer(latents.order, np.uint32)
     page.focus("input[aria-label='Latent, in the chosen order']")
     page.keyboard.press("ArrowRight")
     page.wait_for_selector(f"h3:has-text('Latent {order[1]}')")
     assert latents.latent == order[1]
-    page.fill("input[aria-label='Latent, by its index']", "3")
+    page.fill("input[type=search]", "3")
     page.keyboard.press("Enter")
     page.wait_for_selector("h3:has-text('Latent 3 · a wheel')")
-    page.fill("input[aria-label='Latent, by its index']", "9999")  # there is none: nothing happens
+    page.fill("input[type=search]", "9999")  # there is none: nothing happens
     page.keyboard.press("Enter")
     assert latents.latent == 3
-    page.select_option("select", "label_entropy")
+    page.keyboard.press("Escape")
+    page.select_option("label:has-text('Sort by') select", "label_entropy")
     rank = cards.living(latents._summary, "label_entropy").tolist().index(3)
     page.wait_for_function(f"document.querySelector('output').textContent.startsWith('{rank + 1} of')")
     page.click("canvas.psx-scatter", position={"x": 20, "y": 20})
@@ -455,33 +339,33 @@ def test_page_slider_and_box_choose_a_latent(show, latents):
 
 
 @pytest.mark.parametrize("mode", render.MODES)
-def test_page_blends_as_python_does(show, latents, mode):
+def test_page_blends_as_python_does(show, latents, mode):  # noqa: F811
     latents.latent, latents.mode = 3, mode
     page = show(latents)
     page.wait_for_selector(".psx-ref")
     card = latents.card
     expected = render.blend(card.pictures[0], card.heats[0], card.heats.max(), latents.tau, latents.opacity, mode, size=160)
-    drawn = _pixels(page, ".psx-ref canvas")
+    drawn = pixels(page, ".psx-ref canvas")
     assert drawn.shape == expected.shape
     assert np.abs(drawn.astype(int) - expected).mean() < 4
 
 
-def test_page_needs_no_python_for_opacity_and_threshold(show, latents):
+def test_page_needs_no_python_for_opacity_and_threshold(show, latents):  # noqa: F811
     latents.latent = 3
     page = show(latents)
     page.wait_for_selector(".psx-ref")
-    with_heat = _pixels(page, ".psx-ref canvas")
+    with_heat = pixels(page, ".psx-ref canvas")
     page.evaluate("window.python = async () => '{}'")
     page.fill("label:has-text('Threshold') input", "1000")
-    dark = _pixels(page, ".psx-ref canvas")  # nothing is above it: no spot is lit
+    dark = pixels(page, ".psx-ref canvas")  # nothing is above it: no spot is lit
     page.fill("label:has-text('Opacity') input", "0")
-    bare = _pixels(page, ".psx-ref canvas")
+    bare = pixels(page, ".psx-ref canvas")
     assert dark.mean() < with_heat.mean() < bare.mean()
     plain = render.blend(latents.card.pictures[0], np.zeros((14, 14)), 1.0, 0.0, 0.0, size=160)
     assert np.abs(plain.astype(int) - bare).mean() < 4
 
 
-def test_page_shows_names_as_text(show, latents):
+def test_page_shows_names_as_text(show, latents):  # noqa: F811
     latents.latent = 5
     page = show(latents)
     page.wait_for_selector(".psx-ref")
@@ -490,7 +374,7 @@ def test_page_shows_names_as_text(show, latents):
     assert page.title() == ""
 
 
-def test_page_reference_image_can_be_chosen(show, latents):
+def test_page_reference_image_can_be_chosen(show, latents):  # noqa: F811
     page = show(latents)
     page.locator(".psx-ref").nth(1).click()
     page.wait_for_selector(".psx-ref[aria-pressed='true']")
@@ -498,7 +382,7 @@ def test_page_reference_image_can_be_chosen(show, latents):
     assert "activation" in page.locator(".psx-ref").nth(1).get_attribute("aria-label")
 
 
-def test_page_says_that_a_latent_is_dead(show, tiny_clip, tiny_sae, summary, tiny_dataset):
+def test_page_says_that_a_latent_is_dead(show, tiny_clip, tiny_sae, summary, tiny_dataset):  # noqa: F811
     import dataclasses
 
     import torch
@@ -518,7 +402,7 @@ def test_page_says_that_a_latent_is_dead(show, tiny_clip, tiny_sae, summary, tin
     assert page.locator(".psx-ref").count() == 0
 
 
-def test_page_mouse_and_keys_choose_a_patch(show, patches):
+def test_page_mouse_and_keys_choose_a_patch(show, patches):  # noqa: F811
     page = show(patches)
     page.wait_for_selector(".psx-pick")
     box = page.locator(".psx-stage").bounding_box()
@@ -530,24 +414,26 @@ def test_page_mouse_and_keys_choose_a_patch(show, patches):
     assert patches.patch == 3
     page.wait_for_selector("[aria-live]:has-text('Row 1, column 4')", state="attached")
     page.keyboard.press("Escape")
-    page.wait_for_selector("text=No patch chosen.")
+    page.wait_for_function("window.model.get('shown').patch === -1")
+    page.mouse.move(0, 0)
+    page.wait_for_selector("text=None yet: point at the image.")
 
 
-def test_page_latent_of_a_list_lights_up_in_the_image(show, patches):
+def test_page_latent_of_a_list_lights_up_in_the_image(show, patches):  # noqa: F811
     patches.patch = 100
     page = show(patches)
     page.wait_for_selector(".psx-pick")
-    before = _pixels(page, ".psx-stage")
+    before = pixels(page, ".psx-stage")
     page.locator(".psx-pick").first.click()
     page.wait_for_selector(".psx-pick[aria-pressed='true']")
     page.wait_for_function("window.model.get('shown').latent >= 0")
     page.wait_for_selector(f"h3:has-text('Latent {patches.latent}')")
     assert page.locator(".psx-ref").count() == 5
-    assert np.abs(_pixels(page, ".psx-stage").astype(int) - before).mean() > 3
+    assert np.abs(pixels(page, ".psx-stage").astype(int) - before).mean() > 3
     assert page.evaluate("document.activeElement.classList.contains('psx-pick')")  # the focus stays where it was
 
 
-def test_page_thumbnails_choose_an_image(show, patches):
+def test_page_thumbnails_choose_an_image(show, patches):  # noqa: F811
     page = show(patches)
     page.locator(".psx-thumb").nth(3).click()
     page.wait_for_selector("h3:has-text('Image 3 ·')")
@@ -561,7 +447,7 @@ def test_page_thumbnails_choose_an_image(show, patches):
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_page_fits_narrow_and_dark_outputs(show, latents, patches, dark):
+def test_page_fits_narrow_and_dark_outputs(show, latents, patches, dark):  # noqa: F811
     for view in (latents, patches):
         page = show(view, dark=dark)
         for width in (420, 1000):
@@ -570,7 +456,7 @@ def test_page_fits_narrow_and_dark_outputs(show, latents, patches, dark):
         assert page.evaluate(UNLABELLED) == []
 
 
-def test_page_leaves_nothing_behind(show, latents, patches):
+def test_page_leaves_nothing_behind(show, latents, patches):  # noqa: F811
     for view in (latents, patches):
         page = show(view)
         page.wait_for_selector(".psx")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_explorer import UNLABELLED, _pixels, browser, show  # noqa: F401 (fixtures)
+from explorer_pages import UNLABELLED, browser, pixels, show  # noqa: F401 (fixtures)
 
 from patchsae_utils.interventions import dataset_head
 from patchsae_utils.steering import Edit, steer
@@ -200,7 +200,7 @@ def test_page_off_add_and_remove(show, panel):  # noqa: F811
 def test_page_selects_patches_by_mouse_and_keys(show, panel):  # noqa: F811
     page = show(panel)
     page.wait_for_selector(".psx-odds li")
-    bare = _pixels(page, ".psx-stage")
+    bare = pixels(page, ".psx-stage")
     box = page.locator(".psx-stage").bounding_box()
     at = lambda row, column: (box["x"] + box["width"] * (column + 0.5) / 14, box["y"] + box["height"] * (row + 0.5) / 14)  # noqa: E731
     page.mouse.move(*at(2, 3))
@@ -209,7 +209,7 @@ def test_page_selects_patches_by_mouse_and_keys(show, panel):  # noqa: F811
     page.mouse.up()
     page.wait_for_function("window.model.get('shown').patches.length === 3")
     assert panel.patches == [31, 32, 33] and panel.where == "selected"
-    assert np.abs(_pixels(page, ".psx-stage").astype(int) - bare).sum() > 0
+    assert np.abs(pixels(page, ".psx-stage").astype(int) - bare).sum() > 0
     page.focus(".psx-stage")
     page.keyboard.press("ArrowDown")  # from the last touched patch
     page.keyboard.press(" ")
@@ -223,11 +223,11 @@ def test_page_selects_patches_by_mouse_and_keys(show, panel):  # noqa: F811
 def test_page_shows_a_latents_place_and_its_name_as_text(show, panel):  # noqa: F811
     page = show(panel)
     page.wait_for_selector(".psx-odds li")
-    bare = _pixels(page, ".psx-stage")
+    bare = pixels(page, ".psx-stage")
     page.click("[aria-label^='Show where latent 5']")
     page.wait_for_selector(".psx-pick[aria-pressed='true']")
     assert panel.latent == 5
-    assert np.abs(_pixels(page, ".psx-stage").astype(int) - bare).mean() > 1
+    assert np.abs(pixels(page, ".psx-stage").astype(int) - bare).mean() > 1
     assert "<img src=x" in page.inner_text(".psx-sliders")
     assert page.locator(".psx-sliders img").count() == 0 and page.title() == ""
 

@@ -8,7 +8,16 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_PUBLIC = {"LatentExplorer": "widgets", "PatchExplorer": "widgets", "SteeringPanel": "steering", "link": "widgets", "point": "pointing"}
+_PUBLIC = {
+    "AdaptationView": "adaptation",
+    "LatentExplorer": "latent_explorer",
+    "PatchExplorer": "patch_explorer",
+    "SteeringPanel": "steering",
+    "export_gallery": "gallery",
+    "link": "widgets",
+    "missing_artifacts": "needs",
+    "point": "pointing",
+}
 
 __all__ = sorted(_PUBLIC)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,11 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..latents import TOKENS, select_latents
-from ..levels import seen_image
+from ..latents import TOKENS
+from .reader import Reader
 
 ORDERS = {"frequency": True, "mean_activation": True, "label_entropy": False}
-"""Sort orders of latents, and whether the largest comes first."""
+"""Sort orders of latents that a summary knows, and whether the largest comes first."""
+
+MEASURES = ("monosemanticity", "score")
+"""Sort orders that need more than a summary, the largest first: how alike a latent's images are, and how well its name fits."""
 
 
 class Name(NamedTuple):
@@ -56,6 +58,10 @@ class LatentCard(NamedTuple):
     """[k, H, W] activations of the patches."""
     classes: list[tuple[str, float]]
     """The classes with most of its tokens above tau, and their share of all such tokens."""
+    neighbors: tuple[tuple[int, float], ...] = ()
+    """Living latents whose decoder rows point most nearly the same way, and their cosines."""
+    monosemanticity: float | None = None
+    """Weighted mean cosine of the images it is active in; None when not measured."""
 
 
 class PatchCard(NamedTuple):
@@ -80,6 +86,10 @@ class PatchCard(NamedTuple):
     """Activation of the chosen latent at CLS, which has no place in the picture."""
     names: dict[int, Name]
     """Names of the latents above, where known."""
+    patches: tuple[int, ...] = ()
+    """All chosen patches; with several, ``patch_latents`` holds means over them."""
+    listed: np.ndarray | None = None
+    """[n, H, W] activations of the listed latents: first of ``patch_latents``, then of ``image_latents``."""
 
 
 def array(values: Any) -> np.ndarray:
@@ -87,14 +97,16 @@ def array(values: Any) -> np.ndarray:
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
-def living(summary: Any, order: str) -> np.ndarray:
+def living(summary: Any, order: str, measures: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
     """Latents that some image activates, sorted.
 
     Parameters
     ----------
     summary : LatentSummary
-    order : {"frequency", "mean_activation", "label_entropy"}
+    order : {"frequency", "mean_activation", "label_entropy"}, or a name in ``measures``
         Most frequent, strongest, or most selective first; equal ones by index, unknown ones last.
+    measures : mapping of str to array [S], optional
+        Further orders, the largest first; NaN where unknown.
 
     Returns
     -------
@@ -105,10 +117,11 @@ def living(summary: Any, order: str) -> np.ndarray:
     ValueError
         For an unknown order.
     """
-    if order not in ORDERS:
-        raise ValueError(f"Unknown sort order {order!r}. Valid: {', '.join(ORDERS)}.")
-    key = array(getattr(summary, order)).astype(float)
-    key = np.where(np.isnan(key), np.inf, -key if ORDERS[order] else key)
+    measures = measures or {}
+    if order not in ORDERS and order not in measures:
+        raise ValueError(f"Unknown sort order {order!r}. Valid: {', '.join((*ORDERS, *measures))}.")
+    key = array(getattr(summary, order) if order in ORDERS else measures[order]).astype(float)
+    key = np.where(np.isnan(key), np.inf, -key if ORDERS.get(order, True) else key)
     order_of_all = np.argsort(key, kind="stable")
     return order_of_all[~array(summary.dead)[order_of_all].astype(bool)]
 
@@ -153,98 +166,15 @@ def read_names(names: Any, d_sae: int) -> dict[int, Name]:
     return known
 
 
-class Reader:
-    """Images of a data set, as CLIP and the SAE read them. The last ones stay in memory.
-
-    Parameters
-    ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
-    dataset : data set of ``Example``
-    layer : int
-    keep : int
-        Images whose residual stream is kept: 151 kB each for the embedded world's CLIP, 605 kB for ViT-B/16.
-
-    Raises
-    ------
-    ValueError
-        If the SAE reads another width than the CLIP's residual stream has, or there is no such layer.
-    """
-
-    def __init__(self, clip: Any, sae: Any, dataset: Any, layer: int = -2, keep: int = 256):
-        sae.check_source(d_in=clip.width, source=f"the residual stream of {clip.name!r}")
-        self.clip, self.sae, self.dataset, self.layer, self.keep = clip, sae, dataset, clip.layer_index(layer), keep
-        self.d_sae, self.grid = sae.W_enc.shape[1], tuple(clip.grid)
-        self._images: OrderedDict[int, tuple[np.ndarray, Tensor]] = OrderedDict()
-        self._latents: OrderedDict[int, Tensor] = OrderedDict()
-
-    def label(self, image: int) -> str:
-        """The class of an image."""
-        return self.dataset.class_names[int(self.dataset.labels[int(image)])]
-
-    def check(self, image: int) -> int:
-        """The index, if there is such an image.
-
-        Raises
-        ------
-        ValueError
-            If not.
-        """
-        if not 0 <= image < len(self.dataset):
-            raise ValueError(f"There is no image {image}; the data set has images 0 to {len(self.dataset) - 1}.")
-        return int(image)
-
-    def picture(self, image: int) -> np.ndarray:
-        """What CLIP saw of an image: uint8 [h, w, 3]. Reads the picture only."""
-        if image in self._images:
-            return self._images[image][0]
-        return seen_image(self.clip, self._preprocessed(image)).numpy()
-
-    def tokens(self, images: Sequence[int]) -> Tensor:
-        """The residual stream of images: CLS, then the patches [B, 1+P, D]."""
-        images = [self.check(i) for i in images]
-        missing = [i for i in dict.fromkeys(images) if i not in self._images]
-        found = {i: self._images[i] for i in images if i in self._images}
-        for start in range(0, len(missing), 32):
-            part = missing[start : start + 32]
-            batch = torch.stack([self._preprocessed(i) for i in part])
-            with torch.inference_mode():
-                residuals = self.clip.residual(batch, self.layer)[:, : self.clip.n_tokens].cpu()
-            for i, tensor, residual in zip(part, batch, residuals, strict=True):
-                found[i] = (seen_image(self.clip, tensor).numpy(), residual.clone())
-        for i in images:
-            _remember(self._images, i, found[i], self.keep)
-        return torch.stack([found[i][1] for i in images])
-
-    def heats(self, images: Sequence[int], latent: int) -> np.ndarray:
-        """Activations of one latent over images: float32 [B, H, W]."""
-        if not len(images):
-            return np.zeros((0, *self.grid), np.float32)
-        with torch.inference_mode():
-            h = select_latents(self.sae, self.tokens(images)[:, 1:], [latent])
-        return h.float().cpu().numpy().reshape(-1, *self.grid)
-
-    def latents(self, image: int) -> Tensor:
-        """Activations of all latents on an image's CLS and patches: [1+P, S]."""
-        if image not in self._latents:
-            with torch.inference_mode():
-                h = self.sae.encode(self.tokens([image])[0].to(self.sae.W_enc.device)).float().cpu()
-            _remember(self._latents, image, h, 4)
-        return self._latents[image]
-
-    def _preprocessed(self, image: int) -> Tensor:
-        return self.clip.preprocess(self.dataset[self.check(image)].image)
-
-
-def _remember(store: OrderedDict, key: int, value: Any, keep: int) -> None:
-    store[key] = value
-    store.move_to_end(key)
-    while len(store) > keep:
-        store.popitem(last=False)
-
-
 def latent_card(
-    reader: Reader, summary: Any, latent: int, names: Mapping[int, Name] | None = None, k: int = 10, n_classes: int = 6
+    reader: Reader,
+    summary: Any,
+    latent: int,
+    names: Mapping[int, Name] | None = None,
+    k: int = 10,
+    n_classes: int = 6,
+    n_neighbors: int = 6,
+    monosemanticity: np.ndarray | None = None,
 ) -> LatentCard:
     """Look a latent up.
 
@@ -259,6 +189,9 @@ def latent_card(
         Reference images.
     n_classes : int
         Classes of the histogram.
+    n_neighbors : int
+        Nearest latents by decoder cosine.
+    monosemanticity : array [S], optional
 
     Raises
     ------
@@ -287,13 +220,15 @@ def latent_card(
         pictures=[reader.picture(i) for i in images],
         heats=heats,
         classes=[(summary.class_names[c], float(counts[c] / counts.sum())) for c in top],
+        neighbors=tuple(reader.nearest(latent, n_neighbors, array(summary.dead).astype(bool))) if n_neighbors else (),
+        monosemanticity=None if monosemanticity is None or np.isnan(monosemanticity[latent]) else float(monosemanticity[latent]),
     )
 
 
 def patch_card(
     reader: Reader,
     image: int,
-    patch: int = -1,
+    patch: int | Sequence[int] = -1,
     latent: int = -1,
     names: Mapping[int, Name] | None = None,
     weights: np.ndarray | None = None,
@@ -306,8 +241,9 @@ def patch_card(
     ----------
     reader : Reader
     image : int
-    patch : int
-        Counted row by row; -1 for none.
+        Of the data set; or ``UPLOAD``.
+    patch : int or sequence of int
+        Counted row by row; -1 for none; several: their mean, and the last one is the card's ``patch``.
     latent : int
         -1 for none.
     names : mapping of int to Name, optional
@@ -325,12 +261,13 @@ def patch_card(
     """
     n_patches = reader.grid[0] * reader.grid[1]
     reader.check(image)
-    if not -1 <= patch < n_patches:
+    patches = list(dict.fromkeys(map(int, patch))) if isinstance(patch, Sequence) else [] if patch == -1 else [int(patch)]
+    if any(not 0 <= patch < n_patches for patch in patches):
         raise ValueError(f"There is no patch {patch}; images have patches 0 to {n_patches - 1}, or -1 for none.")
     if not -1 <= latent < reader.d_sae:
         raise ValueError(f"There is no latent {latent}; the SAE has latents 0 to {reader.d_sae - 1}, or -1 for none.")
     h = reader.latents(image)
-    here = _strongest(h[1 + patch], weights, n) if patch >= 0 else []
+    here = _strongest(h[[1 + patch for patch in patches]].mean(0), weights, n) if patches else []
     whole = _strongest(h[TOKENS[tokens]].mean(0), weights, n)
     heat = h[:, latent].numpy() if latent >= 0 else np.zeros(1 + n_patches, np.float32)
     shown = {i for i, _ in here + whole} | {latent}
@@ -339,14 +276,31 @@ def patch_card(
         label=reader.label(image),
         picture=reader.picture(image),
         grid=reader.grid,
-        patch=patch,
+        patch=patches[-1] if patches else -1,
         patch_latents=here,
         image_latents=whole,
         latent=latent,
         heat=heat[1:].reshape(reader.grid),
         cls=float(heat[0]),
         names={i: name for i, name in (names or {}).items() if i in shown},
+        patches=tuple(patches),
+        listed=h[1:, [i for i, _ in here + whole]].T.reshape(-1, *reader.grid).numpy(),
     )
+
+
+def patch_tops(reader: Reader, image: int, weights: np.ndarray | None = None, n: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """The strongest latents of every patch of an image, for lists that follow the pointer.
+
+    Returns
+    -------
+    latents : uint32 array [P, n]
+    values : float32 array [P, n]
+        Their activations, 0 where fewer are active. Sorted as :func:`patch_card` sorts.
+    """
+    h = reader.latents(image)[1:]
+    score = h if weights is None else h * torch.as_tensor(weights, dtype=h.dtype)
+    top = score.topk(min(n, h.shape[1]), dim=1).indices
+    return top.numpy().astype(np.uint32), h.gather(1, top).numpy()
 
 
 def _strongest(h: Tensor, weights: np.ndarray | None, n: int) -> list[tuple[int, float]]:

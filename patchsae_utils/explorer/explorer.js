@@ -1,10 +1,10 @@
-// The explorers' page: one anywidget module, no build step. Python sends a card (facts, JPEG bytes, one byte a patch); this file draws it.
-// Texts are set as text nodes only, never as HTML.
+// What all explorers share: one anywidget module, no build step. Python sends a card (facts, JPEG bytes, one byte a patch); the page draws it.
+// Each view is a file that is joined behind this one (see script() in widgets.py). Texts are set as text nodes only, never as HTML.
 
 const SIZE = { reference: 160, stage: 448 };
 
-// By the widget's kind. steering.js, which the steering panel puts behind this file, adds its own.
-const VIEWS = { latent: latentView, patch: patchView };
+// By the widget's kind; each view's file adds its own.
+const VIEWS = {};
 
 export default {
   render({ model, el }) {
@@ -16,6 +16,10 @@ export default {
       set(name, value) {
         for (const [key, chosen] of Object.entries(typeof name === "string" ? { [name]: value } : name)) model.set(key, chosen);
         model.save_changes();
+      },
+      // A message that is no state: a wish, or a file.
+      send(content, ...buffers) {
+        model.send?.(content, undefined, buffers);
       },
       on(names, call) {
         for (const name of names) {
@@ -35,94 +39,6 @@ export default {
   },
 };
 
-// -- the latent explorer -------------------------------------------------------------------------------------------------------
-
-function latentView(page, root) {
-  const sort = select(page, "sort", "Sort by", { frequency: "frequency", mean_activation: "mean activation", label_entropy: "label entropy" });
-  const slider = h("input", { type: "range", min: 0, step: 1, "aria-label": "Latent, in the chosen order" });
-  const number = h("input", { type: "number", min: 0, step: 1, "aria-label": "Latent, by its index" });
-  const place = h("output", { class: "psx-soft" });
-  const title = h("h3", { "aria-live": "polite" });
-  const facts = h("dl", { class: "psx-facts" });
-  const scatter = h("canvas", { class: "psx-scatter", role: "img" });
-  const classes = h("ol", { class: "psx-bars", "aria-label": "Classes that activate this latent most" });
-  const references = referencesOf(page, "Reference images, strongest first");
-  const legend = legendOf(page);
-  const body = h(
-    "div",
-    { class: "psx-body" },
-    h(
-      "div",
-      { class: "psx-side" },
-      h("div", {}, title, facts),
-      h("div", {}, h("h4", {}, "Among all latents"), scatter, h("div", { class: "psx-axis" }, h("span", {}, "rare"), h("span", {}, "→ frequency, ↑ activation"), h("span", {}, "common"))),
-      h("div", {}, h("h4", {}, "Classes, share of its active tokens"), classes),
-    ),
-    references.element,
-  );
-  root.append(
-    h("div", { class: "psx-bar" }, sort, h("label", { class: "psx-grow" }, "Latent", slider), number, place),
-    h("div", { class: "psx-bar" }, ...controls(page), legend.element),
-    body,
-  );
-
-  let order = new Uint32Array();
-  let card = null;
-
-  function readOrder() {
-    order = new Uint32Array(bytes(page.get("order")).slice().buffer);
-    slider.max = Math.max(0, order.length - 1);
-    showSelection();
-  }
-  function showSelection() {
-    const latent = page.get("latent");
-    const rank = order.indexOf(latent);
-    if (rank >= 0) slider.value = rank;
-    if (document.activeElement !== number || Number(number.value) !== latent) number.value = latent < 0 ? "" : latent;
-    place.textContent = rank < 0 ? "" : `${rank + 1} of ${order.length}`;
-    slider.setAttribute("aria-valuetext", rank < 0 ? "none" : `latent ${latent}, ${rank + 1} of ${order.length} by ${page.get("sort").replace("_", " ")}`);
-    body.classList.toggle("psx-busy", (card?.latent ?? -1) !== latent);
-    drawScatter(scatter, bytes(page.get("points")), latent);
-  }
-  async function showCard() {
-    const next = page.get("shown");
-    if (!(await references.show(next))) return; // overtaken by a later card
-    card = next;
-    title.textContent = next.latent < 0 ? "No latent chosen" : `Latent ${next.latent}${next.name ? ` · ${next.name}` : ""}`;
-    facts.replaceChildren(...next.facts.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
-    scatter.setAttribute("aria-label", `Each latent by frequency and mean activation; the chosen one is marked. ${next.facts.map((f) => f.join(" ")).join(", ")}`);
-    const most = next.classes[0]?.[1] ?? 1;
-    classes.replaceChildren(
-      ...next.classes.map(([name, share]) => h("li", {}, h("b", { title: name }, name), fill(share / most), h("i", {}, `${Math.round(100 * share)} %`))),
-    );
-    legend.show(next.scale);
-    showSelection();
-  }
-
-  slider.addEventListener("input", () => order.length && page.set("latent", order[Number(slider.value)]));
-  number.addEventListener("change", () => {
-    const latent = Number(number.value);
-    if (number.value !== "" && Number.isInteger(latent) && latent >= 0 && latent < page.get("n_latents")) page.set("latent", latent);
-    else number.value = page.get("latent");
-  });
-  scatter.addEventListener("click", (event) => {
-    const latent = nearestPoint(scatter, bytes(page.get("points")), event);
-    if (latent >= 0) page.set("latent", latent);
-  });
-  number.max = page.get("n_latents") - 1;
-  page.on(["order"], readOrder);
-  page.on(["latent"], showSelection);
-  page.on(["shown"], showCard);
-  const watch = new ResizeObserver(() => drawScatter(scatter, bytes(page.get("points")), page.get("latent")));
-  watch.observe(scatter);
-  readOrder();
-  showCard();
-  return () => {
-    watch.disconnect();
-    references.close();
-  };
-}
-
 // A latent's strongest images as buttons; a click chooses the image.
 function referencesOf(page, heading) {
   const grid = h("div", { class: "psx-refs", role: "group", "aria-label": heading });
@@ -136,7 +52,7 @@ function referencesOf(page, heading) {
     for (const tile of tiles) paint(tile.canvas, SIZE.reference, tile.picture, tile.codes, look);
   };
   page.on(["image"], mark);
-  page.on(["tau", "opacity", "mode"], repaint);
+  page.on(["tau", "opacity", "mode", "contour"], repaint);
   return {
     element: h("div", {}, h("h4", {}, heading), grid, note),
     async show(next) {
@@ -169,209 +85,163 @@ function referencesOf(page, heading) {
   };
 }
 
-// A point a latent, from two bytes each (0 0: dead). Mid-grey shows on light and dark pages alike.
-function drawScatter(canvas, points, chosen) {
-  const { width, height } = fit(canvas);
-  const context = canvas.getContext("2d");
-  const at = (i) => [6 + ((points[2 * i] - 1) / 254) * (width - 12), height - 6 - ((points[2 * i + 1] - 1) / 254) * (height - 12)];
-  context.clearRect(0, 0, width, height);
-  context.fillStyle = "rgba(128, 128, 128, 0.35)";
-  for (let i = 0; i < points.length / 2; i++) {
-    if (!points[2 * i]) continue;
-    const [x, y] = at(i);
-    context.fillRect(x - 1, y - 1, 2, 2);
-  }
-  if (chosen >= 0 && points[2 * chosen]) {
-    const [x, y] = at(chosen);
-    context.beginPath();
-    context.arc(x, y, 5, 0, 2 * Math.PI);
-    context.fillStyle = "#e69f00";
-    context.fill();
-    context.strokeStyle = "#1a1a1a";
-    context.lineWidth = 1.5;
-    context.stroke();
-  }
-}
+// -- the grid of patches -------------------------------------------------------------------------------------------------------
 
-function nearestPoint(canvas, points, event) {
-  const box = canvas.getBoundingClientRect();
-  const x = 1 + (254 * (event.clientX - box.left - 6)) / (box.width - 12);
-  const y = 1 + (254 * (box.bottom - 6 - event.clientY)) / (box.height - 12);
-  let best = -1;
-  let least = Infinity;
-  for (let i = 0; i < points.length / 2; i++) {
-    if (!points[2 * i]) continue;
-    const distance = ((points[2 * i] - x) * box.width) ** 2 + ((points[2 * i + 1] - y) * box.height) ** 2;
-    if (distance < least) [best, least] = [i, distance];
-  }
-  return best;
-}
+const INK = [["#1a1a1a", 2], ["#ffffff", 0]]; // white over black shows on any picture
 
-// -- the patch explorer --------------------------------------------------------------------------------------------------------
-
-function patchView(page, root) {
-  const [rows, columns] = page.get("grid");
-  const number = h("input", { type: "number", min: 0, max: page.get("n_images") - 1, step: 1, "aria-label": "Image, by its index" });
-  const weighed = page.get("has_summary") ? { distinctive: "distinctiveness" } : {};
-  const rank = select(page, "rank", "List by", { activation: "activation", ...weighed });
-  const back = h("button", { class: "psx-step", type: "button", "aria-label": "Earlier images" }, "‹");
-  const forth = h("button", { class: "psx-step", type: "button", "aria-label": "Further images" }, "›");
-  const thumbs = h("div", { class: "psx-thumbs", role: "group", "aria-label": "Images" });
-  const stage = h("canvas", { class: "psx-stage", tabindex: 0, role: "application", "aria-roledescription": "grid of patches" });
-  const title = h("h3");
-  const hint = h("p", { class: "psx-status" }, "Click a patch, or move it with the arrow keys. Escape takes the choice back.");
-  const live = h("p", { class: "psx-hidden", "aria-live": "polite" });
-  const chosen = h("h3");
-  const most = h("p", { class: "psx-soft" });
-  const references = referencesOf(page, "Its strongest images in the data set");
-  const here = listOf(page, "This patch");
-  const whole = listOf(page, "Whole image");
-  const legend = legendOf(page);
-  const body = h(
-    "div",
-    { class: "psx-body" },
-    h("div", {}, title, stage, hint, live),
-    h("div", { class: "psx-side" }, h("div", { class: "psx-lists" }, here.element, whole.element), h("div", {}, chosen, most), references.element),
-  );
-  root.append(
-    h("div", { class: "psx-bar" }, h("label", {}, "Image", number), h("div", { class: "psx-shelf" }, back, thumbs, forth)),
-    h("div", { class: "psx-bar" }, rank, ...controls(page), legend.element),
-    body,
-  );
-
-  let card = null;
-  let picture = null;
-  let hovered = -1;
-  const tiles = [];
-  const decoder = decoding();
-  const urls = [];
-
-  async function showCard() {
-    const next = page.get("shown");
-    const [pictures, arrived] = await Promise.all([decoder([next.jpeg]), references.show(next.references)]);
-    if (!pictures || !arrived) return; // overtaken by a later card
-    references.element.hidden = !next.references.images.length;
-    card = next;
-    picture = pictures[0];
-    title.textContent = `Image ${next.image} · ${next.label}`;
-    here.show(next.patch_latents, next.patch < 0 ? "No patch chosen." : "No latent is active here.");
-    whole.show(next.image_latents, "No latent is active.");
-    legend.show(next.scale);
-    chosen.textContent = next.latent < 0 ? "" : `Latent ${next.latent}${next.name ? ` · ${next.name}` : ""}`;
-    most.textContent = next.latent < 0 ? "Choose a latent to see where it is." : `In this image: at most ${next.most} on a patch, ${next.cls} at CLS.`;
-    const spot = next.patch < 0 ? "" : `Row ${Math.floor(next.patch / columns) + 1}, column ${(next.patch % columns) + 1}`;
-    const top = next.patch_latents[0];
-    live.textContent = spot && `${spot}. ${top ? `Strongest: latent ${top.latent}${top.name ? `, ${top.name}` : ""}` : "No latent is active here"}.`;
-    stage.setAttribute("aria-label", `Image ${next.image}, ${next.label}. ${spot || "No patch chosen"}. Arrow keys move over ${rows} by ${columns} patches.`);
-    showSelection();
-  }
-  function showSelection() {
-    if (document.activeElement !== number || Number(number.value) !== page.get("image")) number.value = page.get("image");
-    const stale = card && ["image", "patch", "latent"].some((name) => card[name] !== page.get(name));
-    body.classList.toggle("psx-busy", Boolean(stale));
-    here.mark(page.get("latent"));
-    whole.mark(page.get("latent"));
-    for (const tile of tiles) tile.element.setAttribute("aria-current", tile.image === page.get("image"));
-    draw();
-  }
-  function draw() {
-    if (!card) return;
-    paint(stage, SIZE.stage, picture, card.latent < 0 ? null : bytes(card.heat), lookOf(page, card.scale));
-    const context = stage.getContext("2d");
-    const side = [stage.width / columns, stage.height / rows];
-    outline(context, hovered, side, columns, 1, hovered === page.get("patch"));
-    outline(context, page.get("patch"), side, columns, 3);
-  }
-  function showThumbs() {
-    urls.splice(0).forEach((url) => URL.revokeObjectURL(url));
-    const list = page.get("thumbs");
-    resize(thumbs, tiles, list.length, () => {
-      const tile = { img: h("img") };
-      tile.element = h("button", { class: "psx-thumb", type: "button", onclick: () => page.set("image", tile.image) }, tile.img);
-      return tile;
-    });
-    tiles.forEach((tile, i) => {
-      const url = URL.createObjectURL(new Blob([bytes(list[i].jpeg)], { type: "image/jpeg" }));
-      urls.push(url);
-      tile.image = list[i].index;
-      tile.img.src = url;
-      tile.img.alt = `Image ${list[i].index}: ${list[i].label}`;
-      tile.element.title = tile.img.alt;
-    });
-    back.disabled = page.get("page") <= 0;
-    forth.disabled = page.get("page") >= page.get("n_pages") - 1;
-    showSelection();
-  }
-  const patchAt = (event) => {
-    const box = stage.getBoundingClientRect();
-    const column = Math.min(columns - 1, Math.max(0, Math.floor(((event.clientX - box.left) / box.width) * columns)));
-    const row = Math.min(rows - 1, Math.max(0, Math.floor(((event.clientY - box.top) / box.height) * rows)));
-    return row * columns + column;
-  };
-
-  stage.addEventListener("click", (event) => page.set("patch", patchAt(event)));
-  stage.addEventListener("pointermove", (event) => {
-    const patch = patchAt(event);
-    if (patch !== hovered) {
-      hovered = patch;
-      draw();
-    }
-  });
-  stage.addEventListener("pointerleave", () => {
-    hovered = -1;
-    draw();
-  });
-  stage.addEventListener("keydown", (event) => {
-    const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
-    if (!step && event.key !== "Escape") return;
-    event.preventDefault();
-    const patch = page.get("patch");
-    if (!step) return page.set("patch", -1);
-    if (patch < 0) return page.set("patch", Math.floor(rows / 2) * columns + Math.floor(columns / 2));
-    const row = Math.min(rows - 1, Math.max(0, Math.floor(patch / columns) + step[0]));
-    const column = Math.min(columns - 1, Math.max(0, (patch % columns) + step[1]));
-    page.set("patch", row * columns + column);
-  });
-  number.addEventListener("change", () => {
-    const image = Number(number.value);
-    if (number.value !== "" && Number.isInteger(image) && image >= 0 && image < page.get("n_images")) page.set("image", image);
-    else number.value = page.get("image");
-  });
-  back.addEventListener("click", () => page.set("page", Math.max(0, page.get("page") - 1)));
-  forth.addEventListener("click", () => page.set("page", Math.min(page.get("n_pages") - 1, page.get("page") + 1)));
-  page.on(["shown"], showCard);
-  page.on(["image", "patch", "latent"], showSelection);
-  page.on(["thumbs"], showThumbs);
-  page.on(["tau", "opacity", "mode"], draw);
-  showThumbs();
-  showCard();
-  return () => {
-    decoder.close();
-    references.close();
-    urls.forEach((url) => URL.revokeObjectURL(url));
-  };
-}
-
-// White over black, so that it shows on any picture.
 function outline(context, patch, [width, height], columns, thickness, skip = false) {
   if (patch < 0 || skip) return;
   const scale = context.canvas.width / SIZE.stage;
   const box = [(patch % columns) * width, Math.floor(patch / columns) * height, width, height];
-  for (const [color, extra] of [["#1a1a1a", 2], ["#ffffff", 0]]) {
+  for (const [color, extra] of INK) {
     context.strokeStyle = color;
     context.lineWidth = (thickness + extra) * scale;
     context.strokeRect(...box);
   }
 }
 
+// The edge of a set of patches, given as patch -> whether it is inside.
+function border(context, inside, [rows, columns], thickness = 2, ink = INK) {
+  const [width, height] = [context.canvas.width / columns, context.canvas.height / rows];
+  const scale = Math.max(0.5, context.canvas.width / SIZE.stage);
+  context.beginPath();
+  for (let patch = 0; patch < rows * columns; patch++) {
+    if (!inside(patch)) continue;
+    const [row, column] = [Math.floor(patch / columns), patch % columns];
+    const [x, y] = [column * width, row * height];
+    const line = (...ends) => (context.moveTo(...ends.slice(0, 2)), context.lineTo(...ends.slice(2)));
+    if (row === 0 || !inside(patch - columns)) line(x, y, x + width, y);
+    if (row === rows - 1 || !inside(patch + columns)) line(x, y + height, x + width, y + height);
+    if (column === 0 || !inside(patch - 1)) line(x, y, x, y + height);
+    if (column === columns - 1 || !inside(patch + 1)) line(x + width, y, x + width, y + height);
+  }
+  for (const [color, extra] of ink) {
+    context.strokeStyle = color;
+    context.lineWidth = (thickness + extra) * scale;
+    context.stroke();
+  }
+}
+
+function patchAt(event, canvas, [rows, columns]) {
+  const box = canvas.getBoundingClientRect();
+  const within = (share, n) => Math.min(n - 1, Math.max(0, Math.floor(share * n)));
+  return within((event.clientY - box.top) / box.height, rows) * columns + within((event.clientX - box.left) / box.width, columns);
+}
+
+const ARROWS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+
+function stepped(patch, [down, right], [rows, columns]) {
+  const row = Math.min(rows - 1, Math.max(0, Math.floor(patch / columns) + down));
+  return row * columns + Math.min(columns - 1, Math.max(0, (patch % columns) + right));
+}
+
+function placeOf(patch, columns) {
+  return `Row ${Math.floor(patch / columns) + 1}, column ${(patch % columns) + 1}`;
+}
+
+// -- names and lists -----------------------------------------------------------------------------------------------------------
+
+// Names come once, as lines "latent<tab>name", the surest first.
+function namesOf(page) {
+  const text = new TextDecoder().decode(bytes(page.get("names") ?? new Uint8Array()));
+  return new Map(text.split("\n").filter(Boolean).map((line) => [parseInt(line, 10), line.slice(line.indexOf("\t") + 1)]));
+}
+
+function titled(latent, name) {
+  return latent < 0 ? "No latent chosen" : `Latent ${latent}${name ? ` · ${name}` : ""}`;
+}
+
+// Up to `most` latents whose index or name fits: the index itself, equal names, names that begin so, names that hold it.
+function found(names, n_latents, asked, most) {
+  const word = asked.trim().toLowerCase();
+  if (!word) return [];
+  if (/^\d+$/.test(word)) return Number(word) < n_latents ? [Number(word)] : [];
+  const ranks = [[], [], []];
+  for (const [latent, name] of names) {
+    const at = name.toLowerCase().indexOf(word);
+    if (at < 0) continue;
+    const bare = name.toLowerCase().replace(/ \([^)]*\)$/, "");
+    ranks[bare === word ? 0 : at === 0 ? 1 : 2].push(latent);
+  }
+  return ranks.flat().slice(0, most);
+}
+
+// A box that finds latents by index or name, with a list to choose from.
+function finderOf(page) {
+  const names = namesOf(page);
+  const id = `psx-${Math.random().toString(36).slice(2)}`;
+  const box = h("input", {
+    type: "search", role: "combobox", placeholder: names.size ? "name or number" : "number", autocomplete: "off", spellcheck: "false",
+    "aria-label": "Find a latent by its name or number", "aria-expanded": "false", "aria-controls": id, "aria-autocomplete": "list",
+  });
+  const list = h("ul", { id, role: "listbox", "aria-label": "Latents found" });
+  const said = h("span", { class: "psx-hidden", "aria-live": "polite" });
+  list.hidden = true;
+  let hits = [];
+  let at = 0;
+  function close() {
+    list.hidden = true;
+    box.setAttribute("aria-expanded", "false");
+    box.removeAttribute("aria-activedescendant");
+  }
+  function mark(place) {
+    at = place;
+    [...list.children].forEach((item, i) => item.setAttribute("aria-selected", i === at));
+    if (hits.length) box.setAttribute("aria-activedescendant", `${id}-${at}`);
+    list.children[at]?.scrollIntoView({ block: "nearest" });
+  }
+  function show() {
+    hits = found(names, page.get("n_latents"), box.value, 50);
+    const asked = box.value.trim() !== "";
+    list.replaceChildren(
+      ...hits.map((latent, i) => {
+        const item = h("li", { id: `${id}-${i}`, role: "option" }, h("b", {}, latent), ` ${names.get(latent) ?? ""}`);
+        item.addEventListener("pointerdown", (event) => {
+          event.preventDefault(); // the box keeps the focus
+          choose(latent);
+        });
+        return item;
+      }),
+      ...(asked && !hits.length ? [h("li", { class: "psx-soft" }, names.size ? "No latent has this name or number." : "There is no such latent.")] : []),
+    );
+    said.textContent = asked ? `${hits.length || "no"} latents found` : "";
+    list.hidden = !asked;
+    box.setAttribute("aria-expanded", String(asked));
+    mark(0);
+  }
+  function choose(latent) {
+    page.set("latent", latent);
+    close();
+    box.select();
+  }
+  box.addEventListener("input", show);
+  box.addEventListener("blur", close);
+  box.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") return close();
+    if (event.key === "Enter") {
+      if (list.hidden) show();
+      if (hits.length) choose(hits[at]);
+      return;
+    }
+    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    if (!step || !hits.length) return;
+    event.preventDefault();
+    if (list.hidden) show();
+    else mark((at + step + hits.length) % hits.length);
+  });
+  return { element: h("div", { class: "psx-find" }, h("label", {}, "Find", box), list, said), names };
+}
+
 // Latents as buttons. Rows are kept and filled anew, so that the focus stays where it is.
 function listOf(page, heading) {
   const list = h("ol", { "aria-label": `Latents: ${heading.toLowerCase()}` });
   const empty = h("p", { class: "psx-soft" });
+  const title = h("h4", {}, heading);
   const rows = [];
   return {
-    element: h("div", {}, h("h4", {}, heading), list, empty),
-    show(latents, nothing) {
+    element: h("div", {}, title, list, empty),
+    show(latents, nothing, now = heading) {
+      title.textContent = now;
       empty.textContent = latents.length ? "" : nothing;
       list.classList.toggle("psx-named", latents.some((l) => l.name));
       const most = Math.max(...latents.map((l) => l.value), 1e-9);
@@ -406,13 +276,15 @@ function controls(page) {
   const tau = h("input", { type: "number", min: 0, step: 0.1 });
   const show = () => {
     opacity.value = page.get("opacity");
+    contour.checked = page.get("contour");
     if (Number(tau.value) !== page.get("tau") || tau.value === "") tau.value = page.get("tau");
   };
   opacity.addEventListener("input", () => page.set("opacity", Number(opacity.value)));
   tau.addEventListener("input", () => tau.value !== "" && Number(tau.value) >= 0 && page.set("tau", Number(tau.value)));
-  page.on(["opacity", "tau"], show);
+  const contour = h("input", { type: "checkbox", onchange: () => page.set("contour", contour.checked) });
+  page.on(["opacity", "tau", "contour"], show);
   show();
-  return [select(page, "mode", "Show", { spotlight: "spotlight", heat: "heat map" }), h("label", {}, "Opacity", opacity), h("label", {}, "Threshold τ", tau)];
+  return [select(page, "mode", "Show", { spotlight: "spotlight", heat: "heat map" }), h("label", {}, "Opacity", opacity), h("label", { title: "Activations up to it are not shown" }, "Threshold τ", tau), h("label", { title: "A line around the patches above the threshold" }, contour, "Contour")];
 }
 
 function select(page, trait, label, options) {
@@ -440,6 +312,11 @@ function legendOf(page) {
   color();
   return {
     element,
+    // Where every latent has a scale of its own.
+    relative() {
+      element.setAttribute("aria-label", "Colours: activation from 0 to the latent's maximum");
+      labels[2].textContent = "its maximum";
+    },
     show(scale) {
       element.setAttribute("aria-label", `Colours: activation from 0 to ${short(scale)}`);
       labels[1].textContent = short(scale / 2);
@@ -451,7 +328,7 @@ function legendOf(page) {
 // -- drawing -------------------------------------------------------------------------------------------------------------------
 
 function lookOf(page, scale) {
-  return { scale, grid: page.get("grid"), tau: page.get("tau"), opacity: page.get("opacity"), mode: page.get("mode"), palette: bytes(page.get("palette")) };
+  return { scale, grid: page.get("grid"), tau: page.get("tau"), opacity: page.get("opacity"), mode: page.get("mode"), contour: page.get("contour"), palette: bytes(page.get("palette")) };
 }
 
 // A picture and, over it, one byte a patch: activation = scale * (byte / 255)^2. render.py's `overlay` is the same in Python.
@@ -487,6 +364,7 @@ function paint(canvas, size, picture, codes, look) {
   }
   pixels.putImageData(image, 0, 0);
   context.drawImage(layer, 0, 0, side, side);
+  if (look.contour) border(context, (patch) => look.scale * (codes[patch] / 255) ** 2 > look.tau, look.grid);
 }
 
 function strongest(codes, [, columns]) {
@@ -539,6 +417,15 @@ function grayOf(bitmap) {
 
 function bytes(view) {
   return view instanceof Uint8Array ? view : new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
+}
+
+// Numbers out of bytes that may begin anywhere.
+function words(view, Kind) {
+  return new Kind(bytes(view).slice().buffer);
+}
+
+function three(value) {
+  return String(Number(value.toPrecision(3)));
 }
 
 function short(value) {

@@ -14,7 +14,7 @@ import io
 
 import matplotlib
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 MODES = ("spotlight", "heat")
 """How activations are shown: the rest of the picture darkened, or colours laid over it."""
@@ -110,7 +110,14 @@ def overlay(heat: np.ndarray, scale: float, tau: float, opacity: float, mode: st
 
 
 def blend(
-    picture: np.ndarray, heat: np.ndarray, scale: float, tau: float, opacity: float, mode: str = MODES[0], size: int = 448
+    picture: np.ndarray,
+    heat: np.ndarray,
+    scale: float,
+    tau: float,
+    opacity: float,
+    mode: str = MODES[0],
+    size: int = 448,
+    contour: bool = False,
 ) -> np.ndarray:
     """A picture with a heat map over it, as the page shows it.
 
@@ -122,6 +129,8 @@ def blend(
         As in :func:`overlay`.
     size : int
         Width of the result, in pixels.
+    contour : bool
+        Whether a line, white over black, goes around the patches above ``tau``.
 
     Returns
     -------
@@ -134,4 +143,22 @@ def blend(
     below = below.resize(shape, Image.Resampling.BILINEAR).convert("RGBA")
     layer = Image.fromarray(overlay(heat, scale, tau, opacity, mode))
     layer = layer.convert("RGBa").resize(shape, Image.Resampling.BILINEAR).convert("RGBA")  # premultiplied: clear patches don't bleed
-    return np.asarray(Image.alpha_composite(below, layer).convert("RGB"))
+    picture = Image.alpha_composite(below, layer).convert("RGB")
+    if contour:
+        _draw_contour(picture, heat > tau)
+    return np.asarray(picture)
+
+
+def _draw_contour(picture: Image.Image, inside: np.ndarray) -> None:
+    rows, columns = inside.shape
+    width, height = picture.width / columns, picture.height / rows
+    padded = np.pad(inside, 1)
+    lines = []
+    for row, column in np.argwhere(padded[:, 1:] != padded[:, :-1]):  # an edge between a patch and its right neighbour
+        lines.append([(column * width, (row - 1) * height), (column * width, row * height)])
+    for row, column in np.argwhere(padded[1:] != padded[:-1]):
+        lines.append([((column - 1) * width, row * height), (column * width, row * height)])
+    draw, thickness = ImageDraw.Draw(picture), max(1, round(2 * picture.width / 448))
+    for color, extra in (("#1a1a1a", 2), ("white", 0)):
+        for line in lines:
+            draw.line(line, color, thickness + extra)

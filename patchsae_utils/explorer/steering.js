@@ -148,33 +148,9 @@ function steeringView(page, root) {
     const selected = dragged ? dragged.patches : new Set(page.get("patches"));
     context.fillStyle = "rgba(230, 159, 0, 0.3)";
     for (const patch of selected) context.fillRect((patch % columns) * side[0], Math.floor(patch / columns) * side[1], ...side);
-    border(context, selected, side);
+    border(context, (patch) => selected.has(patch), [rows, columns]);
     if (document.activeElement === stage || dragged) outline(context, cursor, side, columns, 1);
   }
-  // The edge of the selection, dark under white, so that it shows on any picture.
-  function border(context, selected, [width, height]) {
-    for (const [color, thickness] of [["#1a1a1a", 4], ["#ffffff", 2]]) {
-      context.strokeStyle = color;
-      context.lineWidth = (thickness * stage.width) / SIZE.stage;
-      context.beginPath();
-      for (const patch of selected) {
-        const [row, column] = [Math.floor(patch / columns), patch % columns];
-        const [x, y] = [column * width, row * height];
-        const line = (...points) => (context.moveTo(...points.slice(0, 2)), context.lineTo(...points.slice(2)));
-        if (row === 0 || !selected.has(patch - columns)) line(x, y, x + width, y);
-        if (row === rows - 1 || !selected.has(patch + columns)) line(x, y + height, x + width, y + height);
-        if (column === 0 || !selected.has(patch - 1)) line(x, y, x, y + height);
-        if (column === columns - 1 || !selected.has(patch + 1)) line(x + width, y, x + width, y + height);
-      }
-      context.stroke();
-    }
-  }
-  const patchAt = (event) => {
-    const box = stage.getBoundingClientRect();
-    const column = Math.min(columns - 1, Math.max(0, Math.floor(((event.clientX - box.left) / box.width) * columns)));
-    const row = Math.min(rows - 1, Math.max(0, Math.floor(((event.clientY - box.top) / box.height) * rows)));
-    return row * columns + column;
-  };
   function touch(patch) {
     cursor = patch;
     dragged.selects ? dragged.patches.add(patch) : dragged.patches.delete(patch);
@@ -187,12 +163,12 @@ function steeringView(page, root) {
   }
 
   stage.addEventListener("pointerdown", (event) => {
-    const patch = patchAt(event);
+    const patch = patchAt(event, stage, [rows, columns]);
     dragged = { patches: new Set(page.get("patches")), selects: !page.get("patches").includes(patch) };
     stage.setPointerCapture(event.pointerId);
     touch(patch);
   });
-  stage.addEventListener("pointermove", (event) => dragged && patchAt(event) !== cursor && touch(patchAt(event)));
+  stage.addEventListener("pointermove", (event) => dragged && patchAt(event, stage, [rows, columns]) !== cursor && touch(patchAt(event, stage, [rows, columns])));
   const drop = () => {
     if (!dragged) return;
     const patches = [...dragged.patches].sort((a, b) => a - b);
@@ -202,21 +178,18 @@ function steeringView(page, root) {
   stage.addEventListener("pointerup", drop);
   stage.addEventListener("pointercancel", () => ((dragged = null), draw()));
   stage.addEventListener("keydown", (event) => {
-    const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
+    const step = ARROWS[event.key];
     if (!step && ![" ", "Enter", "Escape"].includes(event.key)) return;
     event.preventDefault();
     if (event.key === "Escape") return choose([]);
     if (cursor < 0) cursor = Math.floor(rows / 2) * columns + Math.floor(columns / 2);
-    else if (step) {
-      const row = Math.min(rows - 1, Math.max(0, Math.floor(cursor / columns) + step[0]));
-      cursor = row * columns + Math.min(columns - 1, Math.max(0, (cursor % columns) + step[1]));
-    }
+    else if (step) cursor = stepped(cursor, step, [rows, columns]);
     const chosen = new Set(page.get("patches"));
     if (!step) {
       chosen.delete(cursor) || chosen.add(cursor);
       choose([...chosen].sort((a, b) => a - b));
     }
-    live.textContent = `Row ${Math.floor(cursor / columns) + 1}, column ${(cursor % columns) + 1}, ${chosen.has(cursor) ? "selected" : "not selected"}`;
+    live.textContent = `${placeOf(cursor, columns)}, ${chosen.has(cursor) ? "selected" : "not selected"}`;
     draw();
   });
   for (const event of ["focus", "blur"]) stage.addEventListener(event, draw);
@@ -242,7 +215,7 @@ function steeringView(page, root) {
     setTimeout(() => (copy.textContent = "Copy"), 1500);
   }
   page.on(["shown"], showCard);
-  page.on(["patches", "tau", "opacity", "mode"], draw);
+  page.on(["patches", "tau", "opacity", "mode", "contour"], draw);
   showCard();
   return () => decoder.close();
 }

@@ -19,7 +19,7 @@ from ..attribution import image_attribution
 from ..steering import Edit, Steered, steer
 from ..tails import dataset_head
 from .render import encode_heats, encode_picture
-from .widgets import HERE, SelectionError, _View, is_openmoji
+from .widgets import SelectionError, _View, is_openmoji, script
 
 OPERATIONS = ("scale", "add")
 WHERE = ("all", "cls", "patches", "selected")
@@ -72,8 +72,8 @@ class SteeringPanel(_View):
         If SAE, model and data set don't fit together, or a choice does not exist.
     """
 
-    _esm = (HERE / "explorer.js").read_text(encoding="utf-8") + (HERE / "steering.js").read_text(encoding="utf-8")
-    _css = (HERE / "explorer.css").read_text(encoding="utf-8") + (HERE / "steering.css").read_text(encoding="utf-8")
+    _esm = script("steering.js")
+    _css = script("steering.css")
 
     latents = t.List(t.Int(), help="The latents with sliders.").tag(sync=True)
     edits = t.List(t.Dict(), help="One a slider that was moved.").tag(sync=True)
@@ -125,10 +125,7 @@ class SteeringPanel(_View):
 
     @t.validate("patches")
     def _check_patches(self, proposal: Any) -> list[int]:
-        n, patches = self.grid[0] * self.grid[1], sorted(set(proposal["value"]))
-        if patches and not 0 <= patches[0] <= patches[-1] < n:
-            raise SelectionError(f"Patches are counted from 0 to {n - 1}, got {patches}.")
-        return patches
+        return self._check_places(proposal["value"])
 
     @t.validate("edits")
     def _check_edits(self, proposal: Any) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from .adaptation import adapter_table, class_links, gain_experiments, gain_parts
 from .benchmarks import step_costs
 from .concepts import concept_families, concept_sharing, coverage_curves, localization, monosemanticity, name_agreement
 from .domains import cross_domain, group_statistics, stability, text_and_image
-from .explorer import latent_explorer, patch_explorer, pointing
+from .explorer import adaptation_view, latent_explorer, patch_explorer, pointing
 from .interventions import (
     dose_response,
     mask_curves,
@@ -30,6 +30,7 @@ __all__ = [
     "HEAT",
     "ablation_effects",
     "adaptation_accuracy",
+    "adaptation_view",
     "adapter_table",
     "by_layer",
     "class_links",

@@ -19,6 +19,7 @@ from .style import COLORS, HEAT, STYLE, figure, image_axes, save
 if TYPE_CHECKING:
     import pandas as pd
 
+    from ..explorer.adaptation import AdaptationCard
     from ..explorer.cards import LatentCard, PatchCard
     from ..latents import LatentSummary
 
@@ -30,6 +31,7 @@ def latent_explorer(
     tau: float = 0.2,
     opacity: float = 0.75,
     mode: str = MODES[0],
+    contour: bool = False,
     credit: bool = False,
     save: str | None = None,
 ) -> Figure:
@@ -40,8 +42,8 @@ def latent_explorer(
     card : LatentCard
     summary : LatentSummary
         All latents, for the scatter.
-    tau, opacity, mode
-        How heat maps look; see :func:`patchsae_utils.explorer.render.overlay`.
+    tau, opacity, mode, contour
+        How heat maps look; see :func:`patchsae_utils.explorer.render.blend`.
     credit : bool
         Whether the pictures show OpenMoji artwork.
     save : str, optional
@@ -55,7 +57,7 @@ def latent_explorer(
         left.suptitle(f"Latent {card.latent}" + (f" · {card.name}" if card.name else ""), x=0.02, ha="left", fontsize=12, weight="bold")
         _place(place, card, summary)
         _bars(classes, [name for name, _ in card.classes], [100 * share for _, share in card.classes], "% of its active tokens")
-        _references(right, card, tau, opacity, mode)
+        _references(right, card, {"tau": tau, "opacity": opacity, "mode": mode, "contour": contour})
     return _saved(fig, save, credit)
 
 
@@ -65,6 +67,7 @@ def patch_explorer(
     tau: float = 0.2,
     opacity: float = 0.75,
     mode: str = MODES[0],
+    contour: bool = False,
     credit: bool = False,
     save: str | None = None,
 ) -> Figure:
@@ -73,8 +76,8 @@ def patch_explorer(
     Parameters
     ----------
     card : PatchCard
-    tau, opacity, mode
-        How the heat map looks; see :func:`patchsae_utils.explorer.render.overlay`.
+    tau, opacity, mode, contour
+        How the heat map looks; see :func:`patchsae_utils.explorer.render.blend`.
     credit : bool
         Whether the picture shows OpenMoji artwork.
     save : str, optional
@@ -86,17 +89,87 @@ def patch_explorer(
         _picture(plain, card.picture, card)
         plain.set_title(f"Image {card.image} · {card.label}")
         if card.latent >= 0:
-            _picture(heat, blend(card.picture, card.heat, scale, tau, opacity, mode), card)
+            _picture(heat, blend(card.picture, card.heat, scale, tau, opacity, mode, contour=contour), card)
             heat.set_title(f"Latent {card.latent}" + (f" · {card.names[card.latent].name}" if card.latent in card.names else ""))
             _colorbar(fig, heat.inset_axes([1.03, 0.1, 0.04, 0.8]), scale, mode)
         else:
             _note(image_axes(heat), "no latent chosen")
-        for axes, latents, title in ((here, card.patch_latents, "This patch"), (whole, card.image_latents, "Whole image")):
+        these = "This patch" if len(card.patches) < 2 else f"These {len(card.patches)} patches"
+        for axes, latents, title in ((here, card.patch_latents, these), (whole, card.image_latents, "Whole image")):
             image_axes(axes).set_title(title)
             _list(axes, latents, card)
             if not latents:
                 _note(axes, "no patch chosen" if card.patch < 0 else "no latent active")
     return _saved(fig, save, credit)
+
+
+def adaptation_view(
+    card: AdaptationCard,
+    *,
+    tau: float = 0.2,
+    opacity: float = 0.75,
+    mode: str = MODES[1],
+    contour: bool = False,
+    credit: bool = False,
+    save: str | None = None,
+) -> Figure:
+    """One image read by CLIP and by an adapted CLIP: both masks of a latent, the latents of either, the probabilities of both.
+
+    Parameters
+    ----------
+    card : AdaptationCard
+    tau, opacity, mode, contour
+        How heat maps look; see :func:`patchsae_utils.explorer.render.blend`.
+    credit : bool
+        Whether the picture shows OpenMoji artwork.
+    save : str, optional
+        Name of a file in ``figures/``, without ending.
+    """
+    models, colors = ("CLIP", card.adapter), (COLORS["blue"], COLORS["orange"])
+    with mpl.rc_context(STYLE):
+        fig, (*pictures, latents, odds) = figure(1.0, 3.4, ncols=4, width_ratios=[1.15, 1.15, 1.35, 1.1])
+        place = card.listed.index(card.latent) if card.latent >= 0 else -1
+        scale = 1.0 if place < 0 else float(card.heats[place].max()) or 1.0
+        for i, axes in enumerate(pictures):
+            shown = card.picture
+            if place >= 0:
+                shown = blend(card.picture, card.heats[place, i], scale, tau, opacity, mode, contour=contour)
+            image_axes(axes).imshow(shown)
+            axes.set_title(models[i])
+        name = card.names.get(card.latent, "")
+        pictures[0].set_xlabel(f"{card.label} (image {card.image})", fontsize=8)
+        pictures[1].set_xlabel("no latent chosen" if place < 0 else f"latent {card.latent}" + (f" · {name}" if name else ""), fontsize=8)
+        image_axes(latents).set_title("Latents")
+        _twins(latents, card, models, colors)
+        words, *sides = zip(*card.bars, strict=True)
+        rows = np.arange(len(words))
+        for i, values in enumerate(sides):
+            odds.barh(rows + 0.2 * (2 * i - 1), [100 * v for v in values], color=colors[i], height=0.36, label=models[i])
+        odds.set_yticks(rows, [_clip(word, 14) for word in words])
+        odds.set(xlim=(0, 100), xlabel="% probability", title="Classes")
+        odds.invert_yaxis()
+        odds.grid(axis="y", visible=False)
+        odds.legend(loc="lower right", fontsize=8)
+    return _saved(fig, save, credit)
+
+
+def _twins(axes: Axes, card: AdaptationCard, models: tuple[str, str], colors: tuple[str, str]) -> None:
+    """Latents of both models and of one alone, with a bar for each model."""
+    heads = {"common": "in both", "base": f"at least halved by {models[1]}", "adapted": f"at least doubled by {models[1]}"}
+    row = 0
+    for group, latents in card.groups.items():
+        axes.text(0, row + 0.3, heads[group] + ("" if latents else ": none"), fontsize=8, weight="bold", va="center")
+        row += 1
+        # Latents that change are often weak ones: each group has its own scale.
+        most = max((card.values[card.listed.index(latent)].max() for latent in latents), default=1.0)
+        for latent in latents:
+            weight = "bold" if latent == card.latent else "normal"
+            axes.text(0.02, row + 0.3, f"{latent}  {_clip(card.names.get(latent, ''), 14)}", fontsize=7, va="center", weight=weight)
+            for i, value in enumerate(card.values[card.listed.index(latent)]):
+                axes.barh(row + 0.12 + 0.36 * i, 0.38 * value / most, left=0.66, color=colors[i], height=0.32)
+            row += 1
+        row += 0.4
+    axes.set(xlim=(0, 1.05), ylim=(row, -0.3))
 
 
 def pointing(frame: pd.DataFrame, save: str | None = None) -> Figure:
@@ -129,7 +202,7 @@ def pointing(frame: pd.DataFrame, save: str | None = None) -> Figure:
     return _saved(fig, save, False)
 
 
-def _references(fig, card: LatentCard, tau: float, opacity: float, mode: str) -> None:
+def _references(fig, card: LatentCard, look: dict) -> None:
     n = len(card.images)
     columns = max(1, min(5, n))
     axes = np.atleast_1d(fig.subplots(-(-max(1, n) // columns), columns, squeeze=False)).ravel()
@@ -137,12 +210,12 @@ def _references(fig, card: LatentCard, tau: float, opacity: float, mode: str) ->
     for i, one in enumerate(axes):
         image_axes(one)
         if i < n:
-            one.imshow(blend(card.pictures[i], card.heats[i], scale, tau, opacity, mode))
+            one.imshow(blend(card.pictures[i], card.heats[i], scale, **look))
             one.set_title(_clip(card.labels[i], 16), fontsize=9, weight="normal", loc="left", pad=3)
             one.set_xlabel(f"{card.values[i]:.3g}", fontsize=8, labelpad=2)
     if n:
         fig.suptitle("Reference images, strongest first, with their mean activation", x=0.012, ha="left", fontsize=10)
-        _colorbar(fig, axes[columns - 1].inset_axes([1.06, 0.05, 0.06, 0.9]), scale, mode)
+        _colorbar(fig, axes[columns - 1].inset_axes([1.06, 0.05, 0.06, 0.9]), scale, look["mode"])
     else:
         _note(axes[0], "no image of the data set activates this latent")
 
@@ -186,10 +259,10 @@ def _bars(axes: Axes, words: list[str], values: list[float], unit: str) -> None:
 def _picture(axes: Axes, picture: np.ndarray, card: PatchCard) -> None:
     height, width = picture.shape[:2]
     image_axes(axes).imshow(picture)
-    if card.patch >= 0:
-        row, column = divmod(card.patch, card.grid[1])
-        high, wide = height / card.grid[0], width / card.grid[1]
-        for color, thickness in ((COLORS["black"], 3.5), ("white", 1.5)):  # shows on any picture
+    for color, thickness in ((COLORS["black"], 3.5), ("white", 1.5)):  # shows on any picture
+        for patch in card.patches:
+            row, column = divmod(patch, card.grid[1])
+            high, wide = height / card.grid[0], width / card.grid[1]
             axes.add_patch(
                 Rectangle((column * wide - 0.5, row * high - 0.5), wide, high, fill=False, edgecolor=color, lw=thickness, clip_on=False)
             )

@@ -1,0 +1,144 @@
+
+// -- the adaptation view (joined behind explorer.js) ---------------------------------------------------------------------------
+
+VIEWS.adaptation = adaptationView;
+
+function adaptationView(page, root) {
+  const names = namesOf(page);
+  const tasks = Object.fromEntries(page.get("tasks").map((task) => [task, task]));
+  const number = h("input", { type: "number", min: 0, step: 1, "aria-label": "Image, by its index" });
+  const back = h("button", { class: "psx-step", type: "button", "aria-label": "Previous image", onclick: () => turn(-1) }, "‹");
+  const forth = h("button", { class: "psx-step", type: "button", "aria-label": "Next image", onclick: () => turn(1) }, "›");
+  const finder = finderOf(page);
+  const title = h("h3", { "aria-live": "polite" });
+  const chosen = h("p", { class: "psx-status" });
+  const sides = ["base", "adapted"].map((side) => ({ head: h("h4", { class: `psx-${side}` }), canvas: h("canvas", { class: "psx-stage", role: "img" }), most: h("p", { class: "psx-soft" }) }));
+  const groups = Object.fromEntries(["common", "base", "adapted"].map((name) => [name, groupOf(name)]));
+  const bars = h("ol", { class: "psx-odds", "aria-label": "Class probabilities by both models" });
+  const key = ["base", "adapted"].map((side) => h("span", { class: `psx-${side}` }));
+  const legend = legendOf(page);
+  root.append(
+    h("div", { class: "psx-bar" }, select(page, "task", "Task", tasks), back, h("label", {}, "Image", number), forth, finder.element),
+    h("div", { class: "psx-bar" }, ...controls(page), legend.element),
+    h(
+      "div",
+      { class: "psx-body" },
+      h(
+        "div",
+        {},
+        title,
+        h("div", { class: "psx-pair" }, ...sides.map((side) => h("div", {}, side.head, side.canvas, side.most))),
+        chosen,
+      ),
+      h("div", { class: "psx-side" }, h("div", {}, h("h4", {}, "Class probabilities"), h("p", { class: "psx-key" }, ...key), bars), ...Object.values(groups).map((group) => group.element)),
+    ),
+  );
+
+  let card = null;
+  let picture = null;
+  const odds = [];
+  const decoder = decoding();
+
+  function groupOf(name) {
+    const heading = h("h4");
+    const list = h("ol", { class: "psx-twins" });
+    const rows = [];
+    return {
+      element: h("div", {}, heading, list),
+      show(latents, text, most) {
+        heading.textContent = `${text}${latents.length ? "" : ": none"}`;
+        list.setAttribute("aria-label", text);
+        resize(list, rows, latents.length, () => {
+          const row = { number: h("b"), name: h("span"), base: fill(0), adapted: fill(0), value: h("i") };
+          row.base.classList.add("psx-base");
+          row.adapted.classList.add("psx-adapted");
+          row.button = h("button", { class: "psx-pick", type: "button", onclick: () => page.set("latent", row.latent) }, row.number, row.name, h("div", {}, row.base, row.adapted), row.value);
+          row.element = h("li", {}, row.button);
+          return row;
+        });
+        rows.forEach((row, i) => {
+          const [latent, word, base, adapted] = latents[i];
+          row.latent = latent;
+          row.number.textContent = latent;
+          row.name.textContent = word;
+          row.name.title = word;
+          row.base.style.setProperty("--share", base / most);
+          row.adapted.style.setProperty("--share", adapted / most);
+          row.value.textContent = `${base.toPrecision(2)} | ${adapted.toPrecision(2)}`;
+          row.button.setAttribute("aria-label", `Latent ${latent}${word ? `, ${word}` : ""}: mean activation ${three(base)} in CLIP, ${three(adapted)} adapted`);
+        });
+      },
+      mark() {
+        for (const row of rows) row.button.setAttribute("aria-pressed", row.latent === page.get("latent"));
+      },
+    };
+  }
+  async function showCard() {
+    const next = page.get("shown");
+    const pictures = await decoder([next.jpeg]);
+    if (!pictures) return; // overtaken by a later card
+    card = next;
+    picture = pictures[0];
+    title.textContent = `Image ${next.image} · ${next.label}`;
+    number.max = page.get("n_images") - 1;
+    if (document.activeElement !== number || Number(number.value) !== next.image) number.value = next.image;
+    back.disabled = next.image <= 0;
+    forth.disabled = next.image >= page.get("n_images") - 1;
+    ["CLIP", next.adapter].forEach((word, i) => (sides[i].head.textContent = key[i].textContent = word));
+    const texts = { common: "Common: strong in both", base: `CLIP only: at least halved by ${next.adapter}`, adapted: `${next.adapter} only: at least doubled` };
+    // Latents that change are often weak ones: each list has its own scale, and says its numbers.
+    const most = (rows) => Math.max(...rows.flatMap((row) => row.slice(2)), 1e-9);
+    for (const name in texts) groups[name].show(next.groups[name], texts[name], most(next.groups[name]));
+    resize(bars, odds, next.bars.length, () => {
+      const row = { name: h("b"), base: fill(0), adapted: fill(0), values: h("i") };
+      row.base.classList.add("psx-base");
+      row.adapted.classList.add("psx-adapted");
+      row.element = h("li", {}, row.name, h("div", {}, row.base, row.adapted), row.values);
+      return row;
+    });
+    odds.forEach((row, i) => {
+      const [name, base, adapted] = next.bars[i];
+      row.name.textContent = row.name.title = name;
+      row.name.classList.toggle("psx-true", name === next.label);
+      row.base.style.setProperty("--share", base);
+      row.adapted.style.setProperty("--share", adapted);
+      row.values.textContent = `${Math.round(100 * base)} % | ${Math.round(100 * adapted)} %`;
+    });
+    showSelection();
+  }
+  // Both masks of a listed latent are here already, so that a choice needs no answer from Python.
+  function showSelection() {
+    if (!card) return;
+    const latent = page.get("latent");
+    Object.values(groups).forEach((group) => group.mark());
+    chosen.textContent = latent < 0 ? "Choose a latent to see where it is in both." : titled(latent, names.get(latent));
+    draw();
+  }
+  function draw() {
+    if (!card) return;
+    const size = page.get("grid")[0] * page.get("grid")[1];
+    const place = card.listed.indexOf(page.get("latent"));
+    const scale = place < 0 ? 1 : card.scales[place];
+    legend.show(scale);
+    sides.forEach((side, i) => {
+      const codes = place < 0 ? null : bytes(card.heats).subarray((2 * place + i) * size, (2 * place + i + 1) * size);
+      paint(side.canvas, SIZE.stage, picture, codes, lookOf(page, scale));
+      const most = codes ? three(scale * (Math.max(...codes) / 255) ** 2) : "";
+      side.most.textContent = codes ? `at most ${most} on a patch` : "\u00a0";
+      side.canvas.setAttribute("aria-label", `${side.head.textContent}: image ${card.image}, ${card.label}${codes ? `; latent ${page.get("latent")}, at most ${most}${strongest(codes, page.get("grid"))}` : ""}`);
+    });
+  }
+  function turn(step) {
+    page.set("image", Math.min(page.get("n_images") - 1, Math.max(0, page.get("image") + step)));
+  }
+  number.addEventListener("change", () => {
+    const image = Number(number.value);
+    if (number.value !== "" && Number.isInteger(image) && image >= 0 && image < page.get("n_images")) page.set("image", image);
+    else number.value = page.get("image");
+  });
+  page.on(["shown"], showCard);
+  page.on(["latent"], showSelection);
+  page.on(["tau", "opacity", "mode", "contour"], draw);
+  showCard();
+  return () => decoder.close();
+}

@@ -1,0 +1,256 @@
+"""The adaptation view: one image read by CLIP and by an adapted CLIP, side by side: latents, masks, class probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import traitlets as t
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..data import load_dataset
+from ..latents import TOKENS
+from ..tails import dataset_head
+from .cards import Reader, distinctiveness
+from .render import encode_heats, encode_picture
+from .widgets import SelectionError, _View, is_openmoji, script
+
+GROUPS = ("common", "base", "adapted")
+"""The strongest latents of both models; those that adaptation at least halved; those that it at least doubled, in this image."""
+N_CLASSES = 6
+"""Classes with bars: the most probable ones of either model."""
+
+
+class AdaptationCard(NamedTuple):
+    """One image, read by two models. L listed latents, grid H x W."""
+
+    task: str
+    adapter: str
+    """What the adapted model is called."""
+    image: int
+    label: str
+    picture: np.ndarray
+    """What both models saw, uint8 [h, w, 3]."""
+    groups: dict[str, list[int]]
+    """``GROUPS`` -> latents, strongest first."""
+    listed: list[int]
+    """[L] all of these, and the chosen latent."""
+    values: np.ndarray
+    """[L, 2] mean activations over CLS and the patches: CLIP, adapted."""
+    heats: np.ndarray
+    """[L, 2, H, W] activations of the patches."""
+    latent: int
+    """The chosen one; -1 for none."""
+    names: dict[int, str]
+    bars: list[tuple[str, float, float]]
+    """Class, its probability by CLIP, and by the adapted model."""
+
+
+class AdaptationView(_View):
+    """What adaptation changed in one image: latents that both models show, that only one shows, and what each then says.
+
+    Parameters
+    ----------
+    clip : ClipModel
+    adapters : mapping of str to ClipModel
+        Task (what :func:`~patchsae_utils.load_dataset` takes) -> ``clip`` adapted to it.
+    sae : SparseAutoencoder
+        Trained on ``clip``; it reads both.
+    names : DataFrame, mapping or sequence, optional
+        Names of latents, such as ``label_latents`` returns.
+    layer : int
+    summary : LatentSummary, optional
+        Of ``sae`` on any data set: the strongest latents are then chosen by activation times log(1 / frequency), so that those which are
+        active in all images don't fill the lists. Bars show activations as they are.
+    datasets : mapping of str to data set, optional
+        Task -> images. By default the test images of its base classes, which the adapter was fitted to.
+    top : int
+        Common latents in the list; at most half as many of either model alone.
+    **traits
+        First choices: ``task``, ``image``, ``latent``, ``tau``, ``opacity``, ``mode``, ``contour``.
+
+    Attributes
+    ----------
+    task : str
+    image : int
+        In the task's data set; back to 0 when the task changes.
+    latent : int
+        The latent whose masks are shown; -1 for none.
+
+    Raises
+    ------
+    ValueError
+        If there are no adapters, the models don't fit together, or a choice does not exist.
+    """
+
+    LINKED = ("latent",)  # images of a task mean nothing in another view
+
+    _esm = script("adaptation.js")
+    _css = script("adaptation.css")
+
+    task = t.Unicode().tag(sync=True)
+    tasks = t.List(t.Unicode()).tag(sync=True)
+    n_images = t.Int().tag(sync=True)
+
+    def __init__(
+        self,
+        clip: Any,
+        adapters: Mapping[str, Any],
+        sae: Any,
+        names: Any = None,
+        layer: int = -2,
+        *,
+        summary: Any = None,
+        datasets: Mapping[str, Any] | None = None,
+        top: int = 6,
+        **traits: Any,
+    ):
+        if not adapters:
+            raise ValueError("AdaptationView needs an adapted model for each task: {task: stages.adapter(profile, clip, task)}.")
+        if not 2 <= top <= 50:
+            raise ValueError(f"top must lie between 2 and 50, got {top}.")
+        for task, model in adapters.items():
+            if (model.width, tuple(model.grid)) != (clip.width, tuple(clip.grid)):
+                raise ValueError(f"The model for {task!r} has another image tower than {clip!r}: give the one that it was adapted from.")
+        self._clip, self._adapters, self._top, self._layer = clip, dict(adapters), top, layer
+        self._datasets = dict(datasets) if datasets else {}
+        self._opened: dict[str, tuple[Reader, Reader, Tensor, Tensor]] = {}
+        self._sae, self._ready = sae, False
+        self._weights = None if summary is None else torch.from_numpy(distinctiveness(summary))
+        self._said: tuple[Any, tuple[np.ndarray, np.ndarray]] | None = None
+        task = traits.setdefault("task", next(iter(adapters)))
+        self._check_known(task)
+        traits.setdefault("image", 0)
+        super().__init__(
+            clip, sae, None, self._data(task), names, layer, kind="adaptation", tasks=list(adapters), **{"mode": "heat", **traits}
+        )
+        self._ready = True
+        self._show()
+        self.observe(self._new_task, "task")
+        self.observe(lambda _: self._show(), ["image", "latent"])
+
+    @t.validate("task")
+    def _check_task(self, proposal: Any) -> str:
+        return self._check_known(proposal["value"])
+
+    def _check_known(self, task: str) -> str:
+        if task not in self._adapters:
+            raise SelectionError(f"There is no adapted model for {task!r}; valid are {', '.join(map(repr, self._adapters))}.")
+        return task
+
+    @t.validate("image")
+    def _check_image(self, proposal: Any) -> int:
+        return max(0, self._within("image", proposal["value"], len(self._data(self.task))))  # there is always an image
+
+    @property
+    def dataset(self) -> Any:
+        """The task's images."""
+        return self._data(self.task)
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """What is chosen: task, image, latent; set it to choose several at once."""
+        return {name: getattr(self, name) for name in ("task", "image", "latent")}
+
+    @selection.setter
+    def selection(self, chosen: Mapping[str, Any]) -> None:
+        for name in ("task", "image", "latent"):  # the task first: an image is one of its images
+            if name in chosen:
+                setattr(self, name, chosen[name])
+
+    def figure(self, save: str | None = None) -> Figure:
+        """A static picture of what is on screen; ``save`` names a file in ``figures/``, without ending."""
+        from ..plots.explorer import adaptation_view
+
+        return adaptation_view(self.card, **self._look(), credit=is_openmoji(self.dataset), save=save)
+
+    @property
+    def card(self) -> AdaptationCard:
+        """What is shown, as arrays."""
+        base, adapted, *heads = self._open(self.task)
+        h = [reader.latents(self.image) for reader in (base, adapted)]
+        means = torch.stack([one[TOKENS["all"]].mean(0) for one in h])
+        scores = means if self._weights is None else means * self._weights
+        gain = scores[1] - scores[0]
+        halved, doubled = (means[0] > 0) & (2 * means[1] <= means[0]), (means[1] > 0) & (2 * means[0] <= means[1])
+        both = (means > 0).all(0) & ~halved & ~doubled
+        groups = {
+            "common": _largest(scores.min(0).values, both, self._top),
+            "base": _largest(-gain, halved, self._top // 2),
+            "adapted": _largest(gain, doubled, self._top // 2),
+        }
+        listed = list(dict.fromkeys([*sum(groups.values(), []), *([self.latent] if self.latent >= 0 else [])]))
+        if self._said is None or self._said[0] != (self.task, self.image):
+            said = tuple(self._probabilities(reader, head) for reader, head in zip((base, adapted), heads, strict=True))
+            self._said = ((self.task, self.image), said)
+        before, after = self._said[1]
+        shown = np.argsort(-np.maximum(before, after), kind="stable")[:N_CLASSES]
+        return AdaptationCard(
+            task=self.task,
+            adapter=type(adapted.clip).__name__,
+            image=self.image,
+            label=base.label(self.image),
+            picture=base.picture(self.image),
+            groups=groups,
+            listed=listed,
+            values=means[:, listed].T.numpy(),
+            heats=torch.stack([one[1:, listed].T.reshape(-1, *self.grid) for one in h], 1).numpy(),
+            latent=self.latent,
+            names={i: str(self._names[i]) for i in listed if i in self._names},
+            bars=[(self.dataset.class_names[c], float(before[c]), float(after[c])) for c in shown],
+        )
+
+    def _probabilities(self, reader: Reader, head: Tensor) -> np.ndarray:
+        with torch.inference_mode():
+            features = reader.clip.encode_image(reader.clip.preprocess(self.dataset[self.image].image)[None])
+            return reader.clip.logits(features, head).softmax(-1)[0].float().cpu().numpy()
+
+    def _data(self, task: str) -> Any:
+        if task not in self._datasets:
+            self._datasets[task] = load_dataset(task, "test", half="base")
+        return self._datasets[task]
+
+    def _open(self, task: str) -> tuple[Reader, Reader, Tensor, Tensor]:
+        """Both models' readers and text heads; made when the task is first shown."""
+        if task not in self._opened:
+            data, models = self._data(task), (self._clip, self._adapters[task])
+            readers = [Reader(model, self._sae, data, self._layer, keep=32) for model in models]
+            self._opened[task] = (*readers, *(dataset_head(model, data) for model in models))
+        return self._opened[task]
+
+    def _new_task(self, _: Any) -> None:
+        self._ready = False  # one picture for all that changes
+        self.image = 0
+        self._ready = True
+        self._show()
+
+    def _show(self) -> None:
+        if self._ready:
+            self.n_images = len(self.dataset)
+            self.shown = adaptation_message(self.card)
+
+
+def _largest(score: Tensor, among: Tensor, n: int) -> list[int]:
+    places = score.masked_fill(~among, -torch.inf).topk(min(n, len(score))).indices
+    return [int(i) for i in places if among[i]]
+
+
+def adaptation_message(card: AdaptationCard) -> dict[str, Any]:
+    """A card as the page wants it; both masks of a latent share a scale, so that they can be compared."""
+    coded = [encode_heats(pair) for pair in card.heats]
+    place = {latent: i for i, latent in enumerate(card.listed)}
+    return {
+        "task": card.task,
+        "adapter": card.adapter,
+        "image": card.image,
+        "label": card.label,
+        "jpeg": encode_picture(card.picture),
+        "groups": {name: [[i, card.names.get(i, ""), *map(float, card.values[place[i]])] for i in card.groups[name]] for name in GROUPS},
+        "listed": card.listed,
+        "heats": b"".join(codes for codes, _ in coded),
+        "scales": [scale for _, scale in coded],
+        "bars": [list(bar) for bar in card.bars],
+    }

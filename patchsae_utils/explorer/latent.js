@@ -1,0 +1,155 @@
+// -- the latent explorer (joined behind explorer.js) ---------------------------------------------------------------------------
+
+VIEWS.latent = latentView;
+
+const SORTS = {
+  frequency: "frequency", mean_activation: "mean activation", label_entropy: "label entropy", monosemanticity: "monosemanticity", score: "score of its name",
+};
+
+function latentView(page, root) {
+  const sort = select(page, "sort", "Sort by", Object.fromEntries(page.get("sorts").map((name) => [name, SORTS[name] ?? name])));
+  const slider = h("input", { type: "range", min: 0, step: 1, "aria-label": "Latent, in the chosen order" });
+  const finder = finderOf(page);
+  const place = h("output", { class: "psx-soft" });
+  const title = h("h3", { "aria-live": "polite" });
+  const facts = h("dl", { class: "psx-facts" });
+  const scatter = h("canvas", { class: "psx-scatter", role: "img" });
+  const classes = h("ol", { class: "psx-bars", "aria-label": "Classes that activate this latent most" });
+  const references = referencesOf(page, "Reference images, strongest first");
+  const near = h("ol", { class: "psx-near", "aria-label": "Nearest latents by decoder cosine" });
+  const nearest = h("div", {}, h("h4", {}, "Nearest latents, by cosine of their decoder directions"), near);
+  const neighbors = [];
+  const legend = legendOf(page);
+  const body = h(
+    "div",
+    { class: "psx-body" },
+    h(
+      "div",
+      { class: "psx-side" },
+      h("div", {}, title, facts),
+      h("div", {}, h("h4", {}, "Among all latents"), scatter, h("div", { class: "psx-axis" }, h("span", {}, "rare"), h("span", {}, "→ frequency, ↑ activation"), h("span", {}, "common"))),
+      h("div", {}, h("h4", {}, "Classes, share of its active tokens"), classes),
+    ),
+    h("div", { class: "psx-side" }, references.element, nearest),
+  );
+  root.append(
+    h("div", { class: "psx-bar" }, finder.element, h("label", { class: "psx-grow" }, "Latent", slider), place, sort),
+    h("div", { class: "psx-bar" }, ...controls(page), legend.element),
+    body,
+  );
+
+  let order = new Uint32Array();
+  let card = null;
+  let idle = 0;
+
+  function readOrder() {
+    order = new Uint32Array(bytes(page.get("order")).slice().buffer);
+    slider.max = Math.max(0, order.length - 1);
+    showSelection();
+  }
+  function showSelection() {
+    const latent = page.get("latent");
+    const rank = order.indexOf(latent);
+    if (rank >= 0) slider.value = rank;
+    place.textContent = rank < 0 ? "" : `${rank + 1} of ${order.length}`;
+    slider.setAttribute("aria-valuetext", rank < 0 ? "none" : `latent ${latent}, ${rank + 1} of ${order.length} by ${SORTS[page.get("sort")] ?? page.get("sort")}`);
+    body.classList.toggle("psx-busy", (card?.latent ?? -1) !== latent);
+    drawScatter(scatter, bytes(page.get("points")), latent);
+  }
+  async function showCard() {
+    const next = page.get("shown");
+    if (!(await references.show(next))) return; // overtaken by a later card
+    card = next;
+    title.textContent = titled(next.latent, next.name);
+    facts.replaceChildren(...next.facts.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
+    scatter.setAttribute("aria-label", `Each latent by frequency and mean activation; the chosen one is marked. ${next.facts.map((f) => f.join(" ")).join(", ")}`);
+    const most = next.classes[0]?.[1] ?? 1;
+    classes.replaceChildren(
+      ...next.classes.map(([name, share]) => h("li", {}, h("b", { title: name }, name), fill(share / most), h("i", {}, `${Math.round(100 * share)} %`))),
+    );
+    showNear(next.neighbors);
+    legend.show(next.scale);
+    showSelection();
+    clearTimeout(idle);
+    idle = setTimeout(prefetch, 200);
+  }
+  function showNear(latents) {
+    nearest.hidden = !latents.length;
+    resize(near, neighbors, latents.length, () => {
+      const row = { number: h("b"), name: h("span"), value: h("i") };
+      row.button = h("button", { class: "psx-chip", type: "button", onclick: () => page.set("latent", row.latent) }, row.number, row.name, row.value);
+      row.element = h("li", {}, row.button);
+      return row;
+    });
+    neighbors.forEach((row, i) => {
+      const [latent, name, cosine] = latents[i];
+      Object.assign(row, { latent });
+      row.number.textContent = latent;
+      row.name.textContent = name;
+      row.value.textContent = cosine.toFixed(2);
+      row.button.setAttribute("aria-label", `Latent ${latent}${name ? `, ${name}` : ""}, cosine ${cosine.toFixed(2)}`);
+    });
+  }
+  // While nothing happens Python looks up what a next step would show, so that the step is fast.
+  function prefetch() {
+    const rank = order.indexOf(page.get("latent"));
+    if (rank >= 0) page.send({ kind: "prefetch", latents: [1, -1, 2].map((step) => order[rank + step]).filter((latent) => latent !== undefined) });
+  }
+
+  slider.addEventListener("input", () => order.length && page.set("latent", order[Number(slider.value)]));
+  scatter.addEventListener("click", (event) => {
+    const latent = nearestPoint(scatter, bytes(page.get("points")), event);
+    if (latent >= 0) page.set("latent", latent);
+  });
+  page.on(["order"], readOrder);
+  page.on(["latent"], showSelection);
+  page.on(["shown"], showCard);
+  const watch = new ResizeObserver(() => drawScatter(scatter, bytes(page.get("points")), page.get("latent")));
+  watch.observe(scatter);
+  readOrder();
+  showCard();
+  return () => {
+    watch.disconnect();
+    clearTimeout(idle);
+    references.close();
+  };
+}
+
+// A point a latent, from two bytes each (0 0: dead). Mid-grey shows on light and dark pages alike.
+function drawScatter(canvas, points, chosen) {
+  const { width, height } = fit(canvas);
+  const context = canvas.getContext("2d");
+  const at = (i) => [6 + ((points[2 * i] - 1) / 254) * (width - 12), height - 6 - ((points[2 * i + 1] - 1) / 254) * (height - 12)];
+  context.clearRect(0, 0, width, height);
+  context.fillStyle = "rgba(128, 128, 128, 0.35)";
+  for (let i = 0; i < points.length / 2; i++) {
+    if (!points[2 * i]) continue;
+    const [x, y] = at(i);
+    context.fillRect(x - 1, y - 1, 2, 2);
+  }
+  if (chosen >= 0 && points[2 * chosen]) {
+    const [x, y] = at(chosen);
+    context.beginPath();
+    context.arc(x, y, 5, 0, 2 * Math.PI);
+    context.fillStyle = "#e69f00";
+    context.fill();
+    context.strokeStyle = "#1a1a1a";
+    context.lineWidth = 1.5;
+    context.stroke();
+  }
+}
+
+function nearestPoint(canvas, points, event) {
+  const box = canvas.getBoundingClientRect();
+  const x = 1 + (254 * (event.clientX - box.left - 6)) / (box.width - 12);
+  const y = 1 + (254 * (box.bottom - 6 - event.clientY)) / (box.height - 12);
+  let best = -1;
+  let least = Infinity;
+  for (let i = 0; i < points.length / 2; i++) {
+    if (!points[2 * i]) continue;
+    const distance = ((points[2 * i] - x) * box.width) ** 2 + ((points[2 * i + 1] - y) * box.height) ** 2;
+    if (distance < least) [best, least] = [i, distance];
+  }
+  return best;
+}
+

@@ -1,0 +1,188 @@
+"""The latent explorer: one latent after the other, with its statistics, classes, reference images and nearest latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import traitlets as t
+from matplotlib.figure import Figure
+
+from .cards import MEASURES, ORDERS, LatentCard, Name, array, latent_card, living
+from .render import encode_heats, encode_picture
+from .widgets import SelectionError, _View, is_openmoji, measures_of, script
+
+
+class LatentExplorer(_View):
+    """Look through an SAE's latents: statistics, reference images with heat maps, classes.
+
+    Parameters
+    ----------
+    clip : ClipModel
+    sae : SparseAutoencoder
+        Trained on ``clip``'s residual stream after ``layer``.
+    summary : LatentSummary
+    dataset : data set of ``Example``
+        The one that ``summary`` was made from.
+    names : DataFrame, mapping or sequence, optional
+        Names of latents, such as ``label_latents`` returns.
+    layer : int
+    monosemanticity : DataFrame or array [S], optional
+        As :func:`patchsae_utils.monosemanticity.monosemanticity` returns it: latents can then be sorted by it.
+    **traits
+        First choices: ``latent``, ``image``, ``sort``, ``tau``, ``opacity``, ``mode``, ``contour``.
+
+    Attributes
+    ----------
+    latent, image : int
+        The chosen latent, and the reference image that was clicked; -1 for none.
+    sort : {"frequency", "mean_activation", "label_entropy", "monosemanticity", "score"}
+        Order of the slider, which runs over living latents; the last two where they were given ("score": of its name).
+    tau, opacity, mode, contour
+        Threshold, opacity and kind of the heat maps, "spotlight" or "heat"; whether a line goes around what is above the threshold.
+
+    Raises
+    ------
+    ValueError
+        If SAE, model, summary and data set don't fit together, or a choice does not exist.
+    """
+
+    _esm = script("latent.js")
+    _css = script("latent.css")
+
+    sort = t.Enum((*ORDERS, *MEASURES), "frequency").tag(sync=True)
+    sorts = t.List(t.Unicode(), help="The orders that there are data for.").tag(sync=True)
+    order = t.Bytes(help="uint32: living latents in the slider's order.").tag(sync=True)
+    points = t.Bytes(help="Two bytes a latent, log frequency and log mean activation, 1 to 255; 0 0 for dead latents.").tag(sync=True)
+
+    def __init__(
+        self,
+        clip: Any,
+        sae: Any,
+        summary: Any,
+        dataset: Any,
+        names: Any = None,
+        layer: int = -2,
+        *,
+        monosemanticity: Any = None,
+        **traits: Any,
+    ):
+        self._measures: dict[str, np.ndarray] | None = None  # known once there are names
+        super().__init__(clip, sae, summary, dataset, names, layer, kind="latent", points=scatter_points(summary), **traits)
+        self._measures = measures_of(self._names, monosemanticity, self._reader.d_sae)
+        self.sorts = [*ORDERS, *self._measures]
+        self._check_known(self.sort)
+        self._sort()
+        order = np.frombuffer(self.order, np.uint32)
+        if self.latent < 0 and len(order):
+            self.latent = int(order[0])
+        self._show()
+        self.observe(lambda _: self._sort(), "sort")
+        self.observe(lambda _: self._show(), "latent")
+
+    @property
+    def card(self) -> LatentCard | None:
+        """What is shown, as arrays; None when no latent is chosen."""
+        return None if self.latent < 0 else self._card_of(self.latent)
+
+    def figure(self, save: str | None = None) -> Figure:
+        """A static picture of what is on screen.
+
+        Parameters
+        ----------
+        save : str, optional
+            Name of a file in ``figures/``, without ending.
+
+        Raises
+        ------
+        ValueError
+            If no latent is chosen.
+        """
+        from ..plots.explorer import latent_explorer
+
+        if self.card is None:
+            raise ValueError("No latent is chosen: set .latent first.")
+        return latent_explorer(self.card, self._summary, **self._look(), credit=is_openmoji(self.dataset), save=save)
+
+    @t.validate("sort")
+    def _check_sort(self, proposal: Any) -> str:
+        return self._check_known(proposal["value"])
+
+    def _check_known(self, sort: str) -> str:
+        if self._measures is not None and sort not in ORDERS and sort not in self._measures:
+            needs = "monosemanticity=" if sort == "monosemanticity" else "names with scores, as label_latents gives them"
+            raise SelectionError(f"Latents can't be sorted by {sort!r}: this explorer was made without {needs}.")
+        return sort
+
+    def _card_of(self, latent: int) -> LatentCard:
+        return latent_card(self._reader, self._summary, latent, self._names, monosemanticity=self._measures.get("monosemanticity"))
+
+    def _sort(self) -> None:
+        self.order = living(self._summary, self.sort, self._measures).astype(np.uint32).tobytes()
+
+    def _show(self) -> None:
+        self.shown = latent_message(self.card, self._names)
+
+    def _receive(self, content: Any, buffers: list) -> None:
+        # The page is idle: look up what its next step would show, so that it is in the reader's memory by then.
+        if isinstance(content, Mapping) and content.get("kind") == "prefetch" and isinstance(content.get("latents"), list):
+            for latent in content["latents"][:4]:
+                if isinstance(latent, int) and 0 <= latent < self._reader.d_sae:
+                    self._card_of(latent)
+
+
+# -- cards as messages: what the page gets ----------------------------------------------------------------------------
+
+
+def latent_message(card: LatentCard | None, names: Mapping[int, Name] | None = None) -> dict[str, Any]:
+    """A card as the page wants it: texts, JPEG bytes, one byte a patch. ``names`` are for its nearest latents."""
+    if card is None:
+        return {"latent": -1, "name": "", "facts": [], "classes": [], "neighbors": [], **reference_message(None)}
+    return {
+        "latent": card.latent,
+        "name": str(card.name or ""),
+        "facts": latent_facts(card),
+        **reference_message(card),
+        "classes": [[name, share] for name, share in card.classes],
+        "neighbors": [[latent, str((names or {}).get(latent) or ""), cosine] for latent, cosine in card.neighbors],
+    }
+
+
+def reference_message(card: LatentCard | None) -> dict[str, Any]:
+    """Reference images as the page wants them."""
+    heats, scale = (b"", 1.0) if card is None else encode_heats(card.heats)
+    rows = [] if card is None else zip(card.images, card.labels, card.values, card.pictures, strict=True)
+    return {
+        "images": [{"index": int(i), "label": label, "value": f"{value:.3g}", "jpeg": encode_picture(p)} for i, label, value, p in rows],
+        "heats": heats,
+        "scale": scale,
+        "note": "Choose a latent." if card is None else "" if len(card.images) else "No image of the data set activates this latent.",
+    }
+
+
+def latent_facts(card: LatentCard) -> list[list[str]]:
+    """A latent's statistics as pairs of texts."""
+    if card.dead:
+        return [["State", "dead: active in no image"]]
+    score = [] if card.name is None or card.name.score is None else [["Score of its name", f"{card.name.score:.2f}"]]
+    return [
+        *score,
+        ["Active in", f"{100 * card.frequency:.3g} % of images"],
+        ["Mean activation", f"{card.mean_activation:.3g}"],
+        ["Label entropy", f"{card.label_entropy:.2f} nats"],
+        ["Label std", f"{card.label_std:.1f}"],
+        *([] if card.monosemanticity is None else [["Monosemanticity", f"{card.monosemanticity:.2f}"]]),
+    ]
+
+
+def scatter_points(summary: Any) -> bytes:
+    """Where latents lie in the scatter of log frequency (x) and log mean activation (y): two bytes each, 1 to 255; 0 0 for the dead."""
+    dead = array(summary.dead).astype(bool)
+    points = np.zeros((len(dead), 2), np.uint8)
+    for axis, values in enumerate((summary.frequency, summary.mean_activation)):
+        alive = np.log10(np.maximum(array(values)[~dead].astype(float), 1e-9))
+        if len(alive):
+            low, high = alive.min(), alive.max()
+            points[~dead, axis] = np.round(1 + 254 * (alive - low) / max(high - low, 1e-9))
+    return points.tobytes()

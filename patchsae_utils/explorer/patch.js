@@ -1,0 +1,220 @@
+// -- the patch explorer (joined behind explorer.js) ----------------------------------------------------------------------------
+
+VIEWS.patch = patchView;
+
+const UPLOAD_BYTES = 8 * 2 ** 20; // as in uploads.py
+
+function patchView(page, root) {
+  const [rows, columns] = page.get("grid");
+  const number = h("input", { type: "number", min: 0, max: page.get("n_images") - 1, step: 1, "aria-label": "Image, by its index" });
+  const weighed = page.get("has_summary") ? { distinctive: "distinctiveness" } : {};
+  const rank = select(page, "rank", "List by", { activation: "activation", ...weighed });
+  const back = h("button", { class: "psx-step", type: "button", "aria-label": "Earlier images" }, "‹");
+  const forth = h("button", { class: "psx-step", type: "button", "aria-label": "Further images" }, "›");
+  const thumbs = h("div", { class: "psx-thumbs", role: "group", "aria-label": "Images" });
+  const stage = h("canvas", { class: "psx-stage", tabindex: 0, role: "application", "aria-roledescription": "grid of patches" });
+  const title = h("h3");
+  const hint = h("p", { class: "psx-status" }, "Point at a patch to see its latents, click to choose it; Shift and click, or Shift and arrow keys, choose several. Escape takes the choice back.");
+  const file = h("input", { type: "file", accept: "image/png,image/jpeg,image/webp,image/gif,image/bmp", "aria-label": "Your own image, from a file" });
+  const open = h("button", { class: "psx-step", type: "button", onclick: () => file.click() }, "Your image…");
+  const notice = h("p", { class: "psx-notice", role: "alert" });
+  file.hidden = true;
+  const live = h("p", { class: "psx-hidden", "aria-live": "polite" });
+  const chosen = h("h3");
+  const most = h("p", { class: "psx-soft" });
+  const references = referencesOf(page, "Its strongest images in the data set");
+  const here = listOf(page, "Chosen patch");
+  const whole = listOf(page, "Whole image");
+  const legend = legendOf(page);
+  const body = h(
+    "div",
+    { class: "psx-body" },
+    h("div", {}, title, stage, hint, live),
+    h("div", { class: "psx-side" }, h("div", { class: "psx-lists" }, here.element, whole.element), h("div", {}, chosen, most), references.element),
+  );
+  root.append(
+    h("div", { class: "psx-bar" }, h("label", {}, "Image", number), h("div", { class: "psx-shelf" }, back, thumbs, forth), open, file),
+    h("div", { class: "psx-bar" }, rank, ...controls(page), legend.element),
+    notice,
+    body,
+  );
+
+  const names = namesOf(page);
+  let card = null;
+  let picture = null;
+  let hovered = -1;
+  let cursor = -1; // the patch that keys move
+  const tiles = [];
+  const decoder = decoding();
+  const urls = [];
+
+  async function showCard() {
+    const next = page.get("shown");
+    const pictures = await decoder([next.jpeg]);
+    if (!pictures) return; // overtaken by a later card
+    card = next;
+    picture = pictures[0];
+    title.textContent = next.uploaded ? `Your image · ${next.uploaded}` : `Image ${next.image} · ${next.label}`;
+    const spot = next.patches.length > 1 ? `${next.patches.length} patches chosen` : next.patch < 0 ? "" : placeOf(next.patch, columns);
+    const top = next.patch_latents[0];
+    live.textContent = spot && `${spot}. ${top ? `Strongest: latent ${top.latent}${top.name ? `, ${top.name}` : ""}` : "No latent is active here"}.`;
+    const what = next.uploaded ? `Your image ${next.uploaded}` : `Image ${next.image}, ${next.label}`;
+    stage.setAttribute("aria-label", `${what}. ${spot || "No patch chosen"}. Arrow keys move over ${rows} by ${columns} patches.`);
+    showSelection();
+  }
+  async function showReferences() {
+    const next = page.get("found");
+    if (await references.show(next)) references.element.hidden = !next.images.length;
+  }
+  // The heat map of the chosen latent: with a listed latent it is here already, before Python has answered.
+  function heatNow() {
+    const latent = page.get("latent");
+    if (latent < 0 || card.latent === latent) return { codes: latent < 0 ? null : bytes(card.heat), scale: card.scale };
+    const place = card.listed.indexOf(latent);
+    if (place < 0) return { codes: null, scale: 1 };
+    const size = rows * columns;
+    return { codes: bytes(card.listed_heats).subarray(place * size, (place + 1) * size), scale: card.listed_scales[place] };
+  }
+  // A patch's latents, of which Python sent the strongest when the image came.
+  function topsOf(patch) {
+    const { latents, values, n } = page.get("tops");
+    const [which, value] = [words(latents, Uint32Array), words(values, Float32Array)];
+    return Array.from({ length: n }, (_, i) => ({ latent: which[patch * n + i], value: value[patch * n + i] }))
+      .filter((entry) => entry.value > 0)
+      .map((entry) => ({ ...entry, name: names.get(entry.latent) ?? "", text: three(entry.value) }));
+  }
+  function showLists() {
+    const chosen = page.get("patches");
+    const [heading, latents] =
+      hovered >= 0 && !chosen.includes(hovered) ? ["Patch under the pointer", topsOf(hovered)]
+      : chosen.length > 1 ? [`${chosen.length} chosen patches, mean`, card.patch_latents]
+      : chosen.length ? ["Chosen patch", topsOf(chosen[0])]
+      : ["Chosen patch", []];
+    here.show(latents, chosen.length || hovered >= 0 ? "No latent is active here." : "None yet: point at the image.", heading);
+  }
+  function showSelection() {
+    if (!card) return;
+    const latent = page.get("latent");
+    if (document.activeElement !== number || Number(number.value) !== page.get("image")) number.value = page.get("image");
+    body.classList.toggle("psx-busy", card.image !== page.get("image") || card.uploaded !== page.get("uploaded"));
+    chosen.textContent = latent < 0 ? "" : titled(latent, names.get(latent));
+    const ready = card.latent === latent;
+    most.textContent = latent < 0 ? "Choose a latent to see where it is." : ready ? `In this image: at most ${card.most} on a patch, ${card.cls} at CLS.` : "\u00a0";
+    whole.show(card.image_latents, "No latent is active.");
+    showLists();
+    for (const tile of tiles) tile.element.setAttribute("aria-current", tile.image === page.get("image") && !page.get("uploaded"));
+    draw();
+  }
+  function draw() {
+    if (!card) return;
+    const { codes, scale } = heatNow();
+    legend.show(scale);
+    paint(stage, SIZE.stage, picture, codes, lookOf(page, scale));
+    const context = stage.getContext("2d");
+    const chosen = new Set(page.get("patches"));
+    const side = [stage.width / columns, stage.height / rows];
+    if (hovered >= 0 && !chosen.has(hovered)) outline(context, hovered, side, columns, 1);
+    border(context, (patch) => chosen.has(patch), [rows, columns], 3);
+  }
+  function showThumbs() {
+    urls.splice(0).forEach((url) => URL.revokeObjectURL(url));
+    const list = page.get("thumbs");
+    resize(thumbs, tiles, list.length, () => {
+      const tile = { img: h("img") };
+      tile.element = h("button", { class: "psx-thumb", type: "button", onclick: () => page.set({ image: tile.image, uploaded: "" }) }, tile.img);
+      return tile;
+    });
+    tiles.forEach((tile, i) => {
+      const url = URL.createObjectURL(new Blob([bytes(list[i].jpeg)], { type: "image/jpeg" }));
+      urls.push(url);
+      tile.image = list[i].index;
+      tile.img.src = url;
+      tile.img.alt = `Image ${list[i].index}: ${list[i].label}`;
+      tile.element.title = tile.img.alt;
+    });
+    back.disabled = page.get("page") <= 0;
+    forth.disabled = page.get("page") >= page.get("n_pages") - 1;
+    showSelection();
+  }
+  function choose(patch, several) {
+    cursor = patch;
+    if (!several) return page.set({ patch, patches: patch < 0 ? [] : [patch] });
+    const chosen = new Set(page.get("patches"));
+    const added = !chosen.delete(patch);
+    if (added) chosen.add(patch);
+    page.set({ patch: added ? patch : [...chosen].at(-1) ?? -1, patches: [...chosen].sort((a, b) => a - b) });
+  }
+  const many = (event) => event.shiftKey || event.ctrlKey || event.metaKey;
+  const point = (patch) => {
+    if (patch === hovered) return;
+    hovered = patch;
+    if (card) showLists();
+    draw();
+  };
+  stage.addEventListener("click", (event) => choose(patchAt(event, stage, [rows, columns]), many(event)));
+  stage.addEventListener("pointermove", (event) => point(patchAt(event, stage, [rows, columns])));
+  stage.addEventListener("pointerleave", () => point(-1));
+  stage.addEventListener("keydown", (event) => {
+    const step = ARROWS[event.key];
+    if (!step && event.key !== "Escape") return;
+    event.preventDefault();
+    if (!step) return choose(-1, false);
+    const from = page.get("patch") < 0 ? -1 : cursor < 0 ? page.get("patch") : cursor;
+    if (from < 0) return choose(Math.floor(rows / 2) * columns + Math.floor(columns / 2), false);
+    const next = stepped(from, step, [rows, columns]);
+    cursor = next;
+    if (!event.shiftKey) choose(next, false);
+    else page.set({ patch: next, patches: [...new Set([...page.get("patches"), next])].sort((a, b) => a - b) });
+  });
+  number.addEventListener("change", () => {
+    const image = Number(number.value);
+    if (number.value !== "" && Number.isInteger(image) && image >= 0 && image < page.get("n_images")) page.set({ image, uploaded: "" });
+    else number.value = page.get("image");
+  });
+
+  // -- your own image: a file, or one that is dropped on the view --
+  async function upload(chosen) {
+    if (!chosen) return;
+    if (chosen.size > UPLOAD_BYTES) return tell(`This file has ${(chosen.size / 2 ** 20).toFixed(1)} MB; at most ${UPLOAD_BYTES / 2 ** 20} MB are read.`);
+    tell("");
+    page.send({ kind: "upload", name: chosen.name }, await chosen.arrayBuffer());
+  }
+  function tell(text) {
+    notice.textContent = text;
+    notice.hidden = !text;
+  }
+  file.addEventListener("change", () => {
+    upload(file.files[0]);
+    file.value = ""; // the same file can be chosen again
+  });
+  const over = (event) => {
+    if (![...(event.dataTransfer?.types ?? [])].includes("Files")) return;
+    event.preventDefault();
+    event.stopPropagation();
+    root.classList.toggle("psx-over", event.type !== "drop");
+    if (event.type === "drop") upload(event.dataTransfer.files[0]);
+  };
+  root.addEventListener("dragover", over);
+  root.addEventListener("drop", over);
+  root.addEventListener("dragleave", () => root.classList.remove("psx-over"));
+
+  back.addEventListener("click", () => page.set("page", Math.max(0, page.get("page") - 1)));
+  forth.addEventListener("click", () => page.set("page", Math.min(page.get("n_pages") - 1, page.get("page") + 1)));
+  page.on(["shown"], showCard);
+  page.on(["found"], showReferences);
+  page.on(["notice"], () => tell(page.get("notice")));
+  page.on(["tops"], showSelection);
+  page.on(["image", "uploaded", "patches", "latent"], showSelection);
+  page.on(["thumbs"], showThumbs);
+  page.on(["tau", "opacity", "mode", "contour"], draw);
+  tell(page.get("notice"));
+  showThumbs();
+  showCard();
+  showReferences();
+  return () => {
+    decoder.close();
+    references.close();
+    urls.forEach((url) => URL.revokeObjectURL(url));
+  };
+}
+

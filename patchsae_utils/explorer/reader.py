@@ -1,0 +1,153 @@
+"""Images as CLIP and the SAE read them, with the last ones kept: what all explorers look things up in."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..latents import select_latents
+from ..levels import seen_image
+
+UPLOAD = -2
+"""The index under which an uploaded image is read."""
+
+
+class Reader:
+    """Images of a data set, as CLIP and the SAE read them. The last ones stay in memory.
+
+    Parameters
+    ----------
+    clip : ClipModel
+    sae : SparseAutoencoder
+    dataset : data set of ``Example``
+    layer : int
+    keep : int
+        Images whose residual stream is kept: 151 kB each for the embedded world's CLIP, 605 kB for ViT-B/16.
+
+    Raises
+    ------
+    ValueError
+        If the SAE reads another width than the CLIP's residual stream has, or there is no such layer.
+    """
+
+    def __init__(self, clip: Any, sae: Any, dataset: Any, layer: int = -2, keep: int = 256):
+        sae.check_source(d_in=clip.width, source=f"the residual stream of {clip.name!r}")
+        self.clip, self.sae, self.dataset, self.layer, self.keep = clip, sae, dataset, clip.layer_index(layer), keep
+        self.d_sae, self.grid = sae.W_enc.shape[1], tuple(clip.grid)
+        self._images: OrderedDict[int, tuple[np.ndarray, Tensor]] = OrderedDict()
+        self._latents: OrderedDict[int, Tensor] = OrderedDict()
+        self._heats: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()
+        self._upload: tuple[Image.Image, str] | None = None
+        self.n_uploads = 0
+
+    def upload(self, picture: Image.Image, name: str) -> None:
+        """Read this picture as the image ``UPLOAD`` from now on."""
+        self._upload = (picture, name)
+        self.n_uploads += 1
+        self._images.pop(UPLOAD, None)
+        self._latents.pop(UPLOAD, None)
+
+    @property
+    def upload_name(self) -> str | None:
+        """Name of the uploaded picture; None without one."""
+        return self._upload and self._upload[1]
+
+    def label(self, image: int) -> str:
+        """The class of an image; the name of an uploaded one."""
+        if image == UPLOAD and self._upload:
+            return self._upload[1]
+        return self.dataset.class_names[int(self.dataset.labels[int(image)])]
+
+    def check(self, image: int) -> int:
+        """The index, if there is such an image.
+
+        Raises
+        ------
+        ValueError
+            If not.
+        """
+        if not 0 <= image < len(self.dataset) and not (image == UPLOAD and self._upload):
+            raise ValueError(f"There is no image {image}; the data set has images 0 to {len(self.dataset) - 1}.")
+        return int(image)
+
+    def picture(self, image: int) -> np.ndarray:
+        """What CLIP saw of an image: uint8 [h, w, 3]. Reads the picture only."""
+        if image in self._images:
+            return self._images[image][0]
+        return seen_image(self.clip, self._preprocessed(image)).numpy()
+
+    def tokens(self, images: Sequence[int]) -> Tensor:
+        """The residual stream of images: CLS, then the patches [B, 1+P, D]."""
+        images = [self.check(i) for i in images]
+        missing = [i for i in dict.fromkeys(images) if i not in self._images]
+        found = {i: self._images[i] for i in images if i in self._images}
+        for start in range(0, len(missing), 32):
+            part = missing[start : start + 32]
+            batch = torch.stack([self._preprocessed(i) for i in part])
+            with torch.inference_mode():
+                residuals = self.clip.residual(batch, self.layer)[:, : self.clip.n_tokens].cpu()
+            for i, tensor, residual in zip(part, batch, residuals, strict=True):
+                found[i] = (seen_image(self.clip, tensor).numpy(), residual.clone())
+        for i in images:
+            _remember(self._images, i, found[i], self.keep)
+        return torch.stack([found[i][1] for i in images])
+
+    def heats(self, images: Sequence[int], latent: int) -> np.ndarray:
+        """Activations of one latent over images of the data set: float32 [B, H, W]. The last two thousand answers are kept."""
+        if not len(images):
+            return np.zeros((0, *self.grid), np.float32)
+        key = (int(latent), *map(int, images))
+        if key not in self._heats:
+            with torch.inference_mode():
+                h = select_latents(self.sae, self.tokens(images)[:, 1:], [latent])
+            _remember(self._heats, key, h.float().cpu().numpy().reshape(-1, *self.grid), 2000)
+        return self._heats[key]
+
+    def latents(self, image: int) -> Tensor:
+        """Activations of all latents on an image's CLS and patches: [1+P, S]."""
+        if image not in self._latents:
+            with torch.inference_mode():
+                h = self.sae.encode(self.tokens([image])[0].to(self.sae.W_enc.device)).float().cpu()
+            _remember(self._latents, image, h, 4)
+        return self._latents[image]
+
+    def nearest(self, latent: int, n: int = 6, dead: np.ndarray | None = None) -> list[tuple[int, float]]:
+        """The latents whose decoder rows point most nearly where this one's does, with their cosines.
+
+        Parameters
+        ----------
+        latent : int
+        n : int
+        dead : bool array [S], optional
+            Latents to leave out: the decoder row of one that is never active was never trained.
+        """
+        with torch.no_grad():
+            rows = self.sae.W_dec
+            cosine = (rows @ rows[latent]).float().cpu() / (self._norms * self._norms[latent]).clamp_min(1e-12)
+        cosine[latent] = -torch.inf
+        if dead is not None:
+            cosine[torch.as_tensor(dead)] = -torch.inf
+        top = cosine.topk(min(n, len(cosine) - 1))
+        return [(int(i), float(v)) for v, i in zip(*top, strict=True) if v > -torch.inf]
+
+    @cached_property
+    def _norms(self) -> Tensor:
+        return self.sae.W_dec.detach().norm(dim=1).float().cpu()
+
+    def _preprocessed(self, image: int) -> Tensor:
+        picture = self._upload[0] if self.check(image) == UPLOAD else self.dataset[image].image
+        return self.clip.preprocess(picture)
+
+
+def _remember(store: OrderedDict, key: Hashable, value: Any, keep: int) -> None:
+    store[key] = value
+    store.move_to_end(key)
+    while len(store) > keep:
+        store.popitem(last=False)

@@ -1,0 +1,66 @@
+"""Pictures from strangers: an upload is bounded before it is read, decoded by few decoders, and a broken one is told in one sentence."""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image, ImageOps
+
+MAX_BYTES = 8 * 2**20
+"""Of the file; a notebook server's messages end at 10 MiB."""
+MAX_PIXELS = 40_000_000
+"""Of the decoded picture, known from the header before anything is decoded."""
+SIDE = 1024
+"""Longer sides are scaled down to this: CLIP sees 112 to 336 pixels."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""The decoders that may run; Pillow has forty more."""
+
+
+class UploadError(ValueError):
+    """An upload that is no picture, or too large. The message is for the person who uploaded it."""
+
+
+def read_upload(data: bytes | memoryview, name: str = "") -> tuple[Image.Image, str]:
+    """Decode an uploaded picture.
+
+    Parameters
+    ----------
+    data : bytes
+        Untrusted.
+    name : str
+        Of the file; untrusted, too.
+
+    Returns
+    -------
+    picture : PIL image
+        RGB, upright (by its EXIF tag), transparent parts white, sides at most ``SIDE``; of an animation the first frame.
+    name : str
+        On one line, at most 80 characters. Still not HTML: show it as text.
+
+    Raises
+    ------
+    UploadError
+        If the file is empty, too large, of another format, or broken.
+    """
+    name = "".join(c if c.isprintable() else " " for c in str(name)).strip()[:80] or "image"
+    if not len(data):
+        raise UploadError("The file is empty.")
+    if len(data) > MAX_BYTES:
+        raise UploadError(f"The file has {len(data) / 2**20:.1f} MB; at most {MAX_BYTES // 2**20} MB are read.")
+    try:
+        picture = Image.open(io.BytesIO(bytes(data)), formats=FORMATS)
+        width, height = picture.size
+        if width * height <= MAX_PIXELS:
+            picture.draft("RGB", (SIDE, SIDE))  # JPEG: decodes no more than is needed
+            picture = ImageOps.exif_transpose(picture).convert("RGBA")
+    except Image.DecompressionBombError:
+        raise UploadError(f"The picture is too large; at most {MAX_PIXELS // 10**6} million pixels are read.") from None
+    except Exception:  # decoders raise whatever they like on broken files
+        raise UploadError(f"This file can't be read as a picture; give one of {', '.join(FORMATS)}.") from None
+    if width * height > MAX_PIXELS:
+        raise UploadError(
+            f"The picture has {width} x {height} pixels, {width * height / 1e6:.0f} million; at most {MAX_PIXELS // 10**6} million are read."
+        )
+    picture.thumbnail((SIDE, SIDE))
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB"), name

@@ -1,0 +1,138 @@
+"""Explorers' pages in headless Chromium without Jupyter: a fake model stands between the page and a widget in this process."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+FAKE_MODEL = """
+const revive = (v) => {
+  if (Array.isArray(v)) return v.map(revive);
+  if (v && v.$bytes !== undefined) return new DataView(Uint8Array.from(atob(v.$bytes), (c) => c.charCodeAt(0)).buffer);
+  if (v && typeof v === 'object') return Object.fromEntries(Object.entries(v).map(([k, x]) => [k, revive(x)]));
+  return v;
+};
+window.start = async (code, state) => {
+  const module = await import('data:text/javascript;base64,' + code);
+  const calls = {};
+  const emit = (k) => (calls[`change:${k}`] ?? []).forEach((call) => call());
+  let changed = {};
+  const values = revive(state);
+  window.model = {
+    get: (k) => values[k],
+    set: (k, v) => { if (values[k] !== v) { values[k] = changed[k] = v; emit(k); } },
+    save_changes: () => {
+      const sent = JSON.stringify(changed);
+      changed = {};
+      window.python(sent).then((got) => window.update(JSON.parse(got)));
+    },
+    send: async (content, callbacks, buffers = []) => {
+      const packed = buffers.map((b) => btoa(Array.from(new Uint8Array(b), (c) => String.fromCharCode(c)).join('')));
+      window.update(JSON.parse(await window.message(JSON.stringify([content, packed]))));
+    },
+    on: (name, call) => (calls[name] ??= []).push(call),
+    off: (name, call) => (calls[name] = calls[name].filter((c) => c !== call)),
+    count: () => Object.values(calls).flat().length,
+  };
+  window.update = (got) => {
+    const news = Object.entries(revive(got));
+    for (const [k, v] of news) values[k] = v;
+    for (const [k] of news) emit(k);
+  };
+  window.stop = module.default.render({ model: window.model, el: document.body });
+};
+"""
+
+
+# Jupyter's dark theme, as far as the page asks for it.
+DARK = """body {
+  background: #111; --jp-layout-color1: #111; --jp-layout-color2: #212121;
+  --jp-ui-font-color1: #fff; --jp-ui-font-color2: #bbb; --jp-border-color2: #555;
+}"""
+
+
+def _wire(value):
+    if isinstance(value, bytes | memoryview):
+        return {"$bytes": base64.b64encode(value).decode()}
+    if isinstance(value, dict):
+        return {k: _wire(v) for k, v in value.items()}
+    return [_wire(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Chromium, or a skip that says what is missing."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the page is tested with Playwright: pip install playwright")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("the page is tested in Chromium, which is not installed (Debian: apt-get install chromium)")
+    off = ("gpu", "quic", "background-networking", "component-update", "sync")
+    flags = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in off)]
+    profile, window = tmp_path_factory.mktemp("chromium"), {"width": 1000, "height": 800}
+    with sync_api.sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            profile, executable_path=chromium, headless=True, args=flags, viewport=window
+        )
+        context.set_default_timeout(10_000)
+        yield context
+        context.close()
+
+
+@pytest.fixture
+def show(browser):
+    """Open a widget's page: what it sets arrives in Python, and what Python answers arrives in the page."""
+    pages = []
+
+    def open_page(widget, dark=False):
+        page = browser.new_page()
+        pages.append(page)
+        page.errors = []
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        keys = [k for k in widget.keys if not k.startswith("_") and k not in ("layout", "tabbable", "tooltip")]
+
+        def state(names):
+            return {k: _wire(getattr(widget, k)) for k in names}
+
+        def answer(act):
+            before = {k: getattr(widget, k) for k in keys}
+            act()
+            return json.dumps(state([k for k in keys if getattr(widget, k) != before[k]]))
+
+        def message(text):
+            content, buffers = json.loads(text)
+            return answer(lambda: widget._receive(content, [base64.b64decode(b) for b in buffers]))
+
+        page.expose_function("message", message)
+        page.expose_function("python", lambda text: answer(lambda: widget.set_state(json.loads(text))))
+        page.set_content("<body style='margin:12px'></body>")
+        if dark:
+            page.evaluate("document.body.dataset.jpThemeLight = 'false'")
+            page.add_style_tag(content=DARK)
+        page.add_style_tag(content=str(widget._css))
+        page.add_script_tag(content=FAKE_MODEL)
+        code = base64.b64encode(str(widget._esm).encode()).decode()
+        page.evaluate("([code, state]) => window.start(code, state)", [code, state(keys)])
+        page.wait_for_selector("h3:not(:empty)")
+        return page
+
+    yield open_page
+    for page in pages:
+        assert page.errors == []
+        page.close()
+
+
+UNLABELLED = """[...document.querySelectorAll('input, select, button, [role]:not([role=alert])')]
+  .filter((e) => !(e.ariaLabel || e.labels?.length || e.textContent.trim() || e.querySelector('img[alt]')))
+  .map((e) => e.outerHTML)"""
+
+
+def pixels(page, selector):
+    """What a canvas shows: uint8 [H, W, 3]."""
+    url = page.eval_on_selector(selector, "canvas => canvas.toDataURL()")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB"))
