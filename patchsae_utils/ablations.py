@@ -84,17 +84,17 @@ def grid(profile: Profile, n_layers: int) -> list[Cell]:
         Cell("tokens", "cls", {"training.tokens": "cls"}),
         Cell("tokens", "patches", {"training.tokens": "patches"}),
     ]
-    for activation in ("topk", "batchtopk", "matryoshka"):
-        cells += [Cell(activation, f"k {k}", {"sae.activation": activation, "sae.k": k}) for k in (16, 32, 64)]
+    for activation, ks in (("topk", (16, 32, 64)), ("batchtopk", (24, 48)), ("matryoshka", (24, 48))):
+        cells += [Cell(activation, f"k {k}", {"sae.activation": activation, "sae.k": k}) for k in ks]
     for activation, weights in (("jumprelu", JUMPRELU), ("gated", GATED)):
         scaled = {"sae.activation": activation, "training.normalize": "mean_and_norm"}
         cells += [Cell(activation, f"{w:g}", {**scaled, "training.l1_coefficient": w}) for w in weights]
     return cells
 
 
-JUMPRELU = (0.3, 3, 10)
+JUMPRELU = (0.3, 10)
 """Weights of the number of active latents; the input is scaled to unit size, as its authors train."""
-GATED = (0.1, 0.3, 0.6)
+GATED = (0.1, 0.6)
 """Weights of the gate's L1, on the same scale."""
 
 
