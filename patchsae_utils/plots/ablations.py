@@ -23,12 +23,14 @@ _AXES = {
     "layer": "layer", "expansion": "size", "lambda": "λ", "ghost": "ghost term", "start": "start", "b_dec": "b_dec starts at", "arithmetic": "arithmetic", "tokens": "tokens",
 }  # fmt: skip
 _MEASURES = {
-    "explained_variance_all": "Explained variance",
+    "explained_variance_all": "Explained\nvariance",
     "l0_all": "L0",
-    "dead_fraction": "Dead latents",
-    "zero_shot_change": "Zero-shot change",
-    "object_ap": "Object AP",
+    "dead_fraction": "Dead\nlatents",
+    "zero_shot_change": "Zero-shot\nchange",
+    "object_ap": "Object\nAP",
 }
+_LEAST = 0.6
+"""Explained variance below this is written at the edge, so that the rest can be told apart."""
 
 
 @mpl.rc_context(style.STYLE)
@@ -86,6 +88,11 @@ def ablation_effects(table: pd.DataFrame, save: str | None = None) -> Figure:
             ax.hlines(y, rows[f"{measure}_low"], rows[f"{measure}_high"], color=colors, lw=1.2)
         ax.scatter(rows[measure], y, c=colors, s=20, zorder=3)
         ax.set_title(title, fontsize=9.5)
+        if measure == "explained_variance_all" and rows[measure].min() < _LEAST < main[measure].min():
+            ax.set_xlim(_LEAST, None)
+            for place, value in zip(y, rows[measure], strict=True):
+                if value < _LEAST:
+                    ax.annotate(f"\u2190 {value:.0%}", (_LEAST, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
         ax.grid(False, axis="y")
         ax.tick_params(axis="y", length=0)
         ax.tick_params(axis="x", labelsize=8)
