@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_sizes import TINY_TEXT, TINY_VISION
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
-
-TINY_VISION = {"image_size": 112, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16}
-TINY_TEXT = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 
 
 @pytest.fixture(scope="session", autouse=True)
