@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,11 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 
 from . import stages
 from .activations import extract_activations
-from .artifacts import fingerprint, is_current, read_json, write_json
+from .artifacts import current_commit, fingerprint, is_current, read_json, write_json, write_table
 from .clip import ClipModel
 from .concepts import detect_concepts
 from .config import Profile, load_profile, repository_root
@@ -37,8 +35,10 @@ N_TOKENS = 1_000_000
 """Tokens each SAE of the grid is trained on; the main one of the notebooks sees more."""
 N_TEST = 720
 N_STATISTICS = 1080
-QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
-"""Of the alive latents' log10 frequency, log10 mean activation and label entropy."""
+STATISTICS = ("log_frequency", "log_mean_activation", "label_entropy")
+"""The three numbers of the paper's scatter; logarithms to the base 10."""
+QUANTILES = (10, 25, 50, 75, 90)
+"""Percent of the alive latents."""
 _FORMAT = 3
 
 
@@ -174,17 +174,11 @@ class Grid:
         """Quantiles over alive latents of the three numbers of the paper's scatter; of the tokens that the SAE was trained on."""
         summary = summarize_latents(self.clip, sae, self.labelled, layer, tokens=tokens, progress=False)
         alive = ~summary.dead
-        numbers = {
-            "log_frequency": summary.frequency[alive].log10(), "log_mean_activation": summary.mean_activation[alive].log10(),
-            "label_entropy": summary.label_entropy[alive],
-        }  # fmt: skip
         if not alive.any():
             return {}
-        return {
-            f"{name}_q{round(100 * q)}": float(value)
-            for name, values in numbers.items()
-            for q, value in zip(QUANTILES, values.double().quantile(torch.tensor(QUANTILES, dtype=torch.float64)), strict=True)
-        }
+        values = (summary.frequency[alive].log10(), summary.mean_activation[alive].log10(), summary.label_entropy[alive])
+        found = {name: np.percentile(each.double().cpu().numpy(), QUANTILES) for name, each in zip(STATISTICS, values, strict=True)}
+        return {f"{name}_q{q}": float(value) for name, each in found.items() for q, value in zip(QUANTILES, each, strict=True)}
 
     def _stability(self, sae) -> dict[str, float]:
         """Matched cosine with the SAE of seed 0."""
@@ -227,10 +221,7 @@ def run(grid_: Grid, cells: Iterable[Cell], out: Path) -> Iterator[dict[str, Any
     rows = []
     for cell in cells:
         rows.append(grid_.row(cell))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name}.tmp")
-        pd.DataFrame(rows).round(6).to_csv(temporary, index=False)
-        temporary.replace(out)
+        write_table(out, pd.DataFrame(rows))
         yield rows[-1]
 
 
@@ -296,16 +287,6 @@ def frontier(table: pd.DataFrame) -> pd.DataFrame:
     return variants.sort_values(["activation", "l0_all"])
 
 
-def _commit() -> str:
-    """The commit of the code that runs, with a mark when files differ from it."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=repository_root(), capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "patchsae_utils")
-    return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("+changes" if changed else "")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """``python -m patchsae_utils.ablations``: train and measure the grid of a profile."""
     parser = argparse.ArgumentParser(prog="python -m patchsae_utils.ablations", description=__doc__.split("\n\n")[0])
@@ -326,7 +307,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"unknown axis {sorted(unknown)[0]!r}; valid: {', '.join(axes)}")
     cells = [cell for cell in cells if not options.axis or cell.axis in options.axis]
     out = options.out or table_path(profile)
-    for number, row in enumerate(run(Grid(profile, clip, options.n_tokens, _commit()), cells, out), 1):
+    for number, row in enumerate(run(Grid(profile, clip, options.n_tokens, current_commit()), cells, out), 1):
         print(
             f"[{number}/{len(cells)}] {row['axis']} {row['value']}: EV {row['explained_variance_all']:.3f}, L0 {row['l0_all']:.1f}, "
             f"dead {row['dead_fraction']:.1%}, object AP {row.get('object_ap', float('nan')):.3f} ({row['seconds']:.0f} s)",

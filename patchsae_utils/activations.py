@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .artifacts import fingerprint, folder_lock, is_current
+from .artifacts import atomic_file, fingerprint, folder_lock, is_current
 from .data import batches
 from .mixing import TOKENS, choose_tokens
 from .store import DTYPES, FORMAT, FORMAT_VERSION, INDEX, MANIFEST, ActivationStore, StoreMetadata, read_manifest, write_manifest
@@ -194,12 +193,6 @@ def _begin(out: Path, manifest: dict[str, Any], sizes: dict[str, int]) -> dict[s
 def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Write a safetensors file under a temporary name, rename it, and return its manifest entry."""
     content = safetensors.torch.save(tensors)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -13,6 +13,7 @@ import torch
 from torch import Generator, nn
 
 from .adapted import AdaptedClip
+from .artifacts import atomic_file
 
 WARMUP_LR = 1e-5
 
@@ -107,15 +108,13 @@ class Unfinished:
         """Write the state."""
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
         state = {
             "learned": self.adapted.learned.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
         }
-        torch.save({"fingerprint": self.fp, "log": log, **state}, temporary)
-        temporary.replace(self.path)
+        with atomic_file(self.path) as temporary:
+            torch.save({"fingerprint": self.fp, "log": log, **state}, temporary)
 
     def forget(self) -> None:
         """The fit is done."""

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+
+from .config import repository_root
 
 
 def fingerprint(**inputs: Any) -> str:
@@ -53,19 +57,46 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}). Delete it and run the stage that writes it again.") from error
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename: readers see the old file or the new one, never half of it."""
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` that takes its place when the block ends well, and disappears when it doesn't.
+
+    Readers see the old file or the new one, never half of it. Folders on the way are made.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, default=_plain, ensure_ascii=False)
-            file.write("\n")
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON by :func:`atomic_file`."""
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, default=_plain, ensure_ascii=False)
+        file.write("\n")
+
+
+def write_table(path: str | Path, table: pd.DataFrame) -> None:
+    """Write a table as CSV by :func:`atomic_file`, numbers to six digits, without its index."""
+    with atomic_file(path) as temporary:
+        table.round(6).to_csv(temporary, index=False)
+
+
+def current_commit() -> str:
+    """The commit of the code that runs, with a mark when the package's files differ from it; "unknown" outside a repository."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=repository_root(), capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "patchsae_utils")
+    return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("+changes" if changed else "")
 
 
 @contextmanager

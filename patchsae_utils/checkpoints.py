@@ -9,8 +9,6 @@ what SAELens has no key for: which variant was trained, and the statistics of it
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import __version__
-from .artifacts import file_sha256, read_json, write_json
+from .artifacts import atomic_file, file_sha256, read_json, write_json
 from .formats import READERS, build, centred, find, unit_rows
 from .sae import SparseAutoencoder
 from .sources import preprocessing_fingerprint
@@ -70,16 +68,9 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, format: str = "saele
         return export_sae(sae, directory, format)
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in (_unit_rows if unit_norm else _file_tensors)(sae).items()}
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{WEIGHTS}-", suffix=".tmp")
-    os.close(handle)
-    try:
+    with atomic_file(directory / WEIGHTS) as temporary:
         save_file(tensors, temporary)
         checksum = file_sha256(temporary)
-        os.replace(temporary, directory / WEIGHTS)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
     own = {"sae_lens_version": _SAELENS_VERSION, "patchsae_version": __version__, "weights_sha256": checksum}
     metadata = {"model_name": None, **sae.metadata, **own}
     metadata.pop("sae_lens_training_version", None)

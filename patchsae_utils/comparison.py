@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 
 from .artifacts import atomic_folder, fingerprint, is_current, read_json, write_json
 from .baselines import ica_dictionary, kmeans_dictionary, nmf_dictionary, pca_dictionary, random_weights_sae, sample_patches
+from .bootstrap import centred_interval
 from .concept_probe import fit_probes
-from .concepts import centred_interval, common_concepts, compete, read_patches
+from .concepts import common_concepts, compete, read_patches
 from .grounding import NEEDS_NO_THRESHOLD, ConceptPatches, Dictionary, concept_patches, dimensions, random_sae, sae_dictionary
 from .latents import dataset_fingerprint
 

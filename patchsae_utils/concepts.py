@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,7 +17,8 @@ import torch
 from scipy import sparse
 from tqdm.auto import tqdm
 
-from .artifacts import atomic_folder, fingerprint, is_current, write_json
+from .artifacts import fingerprint, is_current
+from .concept_report import FORMAT_VERSION, ConceptReport, load_report, save_report
 from .grounding import (
     NEEDS_NO_THRESHOLD,
     ConceptPatches,
@@ -40,7 +40,6 @@ __all__ = [
     "KINDS",
     "UNNAMED",
     "ConceptReport",
-    "centred_interval",
     "common_concepts",
     "compete",
     "detect_concepts",
@@ -53,88 +52,7 @@ __all__ = [
     "unique_names",
 ]
 
-FORMAT_VERSION = 1
 KINDS = ("object", "category", "color", "background", "outline")
-_KEYS = {"SAE": "sae", "single dimensions": "best_dimension", "random SAE": "random_sae"}  # in results
-
-
-# -- the measurement ----------------------------------------------------------------------------------------------------------
-
-
-class ConceptReport(NamedTuple):
-    """Which concepts the latents find, beside baselines, and which concept each latent answers to."""
-
-    detection: pd.DataFrame
-    """One row a dictionary and concept: dictionary, concept, kind, name, latent (the best, chosen on other scenes), ap_choose, ap, chance
-    (share of patches that show it), n_patches, n_images."""
-    replicates: np.ndarray
-    """[rows of detection, R] average precision under R reweightings of the reported images, the same for every row."""
-    latents: pd.DataFrame
-    """One row a latent: latent, concept, runner_up, score_choose, margin, score (on held-out scenes), p, n_patches (where it is active)."""
-
-    def table(self, by: str = "kind") -> pd.DataFrame:
-        """Mean average precision by dictionary and kind of concept, with 95 % intervals (Bayesian bootstrap over images).
-
-        Returns
-        -------
-        DataFrame
-            dictionary, kind, n_concepts, ap, low, high, chance.
-        """
-        rows = []
-        for (name, kind), group in self.detection.groupby(["dictionary", by], sort=False):
-            low, high = np.nanpercentile(np.nanmean(self.replicates[group.index], 0), [2.5, 97.5])
-            rows.append(
-                {
-                    "dictionary": name,
-                    by: kind,
-                    "n_concepts": len(group),
-                    "ap": group["ap"].mean(),
-                    "low": low,
-                    "high": high,
-                    "chance": group["chance"].mean(),
-                }
-            )
-        return pd.DataFrame(rows)
-
-    def headline(self, kind: str = "object") -> dict[str, float | str]:
-        """The numbers to quote for one kind of concept: mean AP of each dictionary, and :meth:`ratio`."""
-        mine = self.detection[self.detection["kind"] == kind]
-        ap = mine.groupby("dictionary", sort=False)["ap"].mean()
-        numbers = {f"mean_{kind}_ap_{_KEYS.get(name, name)}": value for name, value in ap.items()}
-        ratio = self.ratio(kind)
-        return numbers | {
-            "ap_ratio_to_best_baseline": ratio["ratio"],
-            "ap_ratio_low": ratio["low"],
-            "ap_ratio_high": ratio["high"],
-            "best_baseline": ratio["baseline"],
-        }
-
-    def coverage(self, threshold: float = 0.5) -> pd.DataFrame:
-        """Share of concepts that some feature of each dictionary finds with an AP above ``threshold``.
-
-        Returns
-        -------
-        DataFrame
-            dictionary, n_concepts, share, low, high (95 % interval, Bayesian bootstrap over images).
-        """
-        rows = []
-        for name, group in self.detection.groupby("dictionary", sort=False):
-            low, high = np.percentile((self.replicates[group.index] > threshold).mean(0), [2.5, 97.5])
-            rows.append({"dictionary": name, "n_concepts": len(group), "share": (group["ap"] > threshold).mean(), "low": low, "high": high})
-        return pd.DataFrame(rows)
-
-    def ratio(self, kind: str = "object") -> dict[str, float]:
-        """Mean AP of the first dictionary over that of the best other one: ratio, low, high (95 %, paired) and baseline.
-
-        Which baseline is best is decided once, on the reported images themselves: that favours the baseline.
-        """
-        mine = self.detection[self.detection["kind"] == kind]
-        means = mine.groupby("dictionary", sort=False)["ap"].mean()
-        first, others = means.index[0], means.iloc[1:]
-        best = others.idxmax()
-        over = [np.nanmean(self.replicates[mine.index[mine["dictionary"] == name]], 0) for name in (first, best)]
-        low, high = np.nanpercentile(over[0] / over[1], [2.5, 97.5])
-        return {"ratio": means[first] / means[best], "low": low, "high": high, "baseline": best}
 
 
 def measure_concepts(
@@ -321,18 +239,6 @@ def compete(
     return rows, np.array([reported[best[concept], concept][1] for concept in concepts])
 
 
-def centred_interval(draws: np.ndarray, value: float, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of resamples, moved so that their mean lies at the value.
-
-    Average precision and IoU of concepts that few images show are lower in the mean of their resamples, where fewer images carry the
-    weight, than in the data; left as they are, percentiles may exclude the value itself. The difference is the bootstrap's estimate of that
-    bias (Efron and Tibshirani, 1993, chapter 10).
-    """
-    tail = 50 * (1 - level)
-    low, high = np.nanpercentile(draws, [tail, 100 - tail]) + value - np.nanmean(draws)
-    return float(low), float(high)
-
-
 def common_concepts(choose: ConceptPatches, report: ConceptPatches, *, min_patches: int = 1, min_images: int = 2) -> np.ndarray:
     """Concepts that enough patches of enough images show, in both sets: int array [K'], columns of the masks.
 
@@ -419,33 +325,3 @@ def _name_by_correlation(
             "p": p,
         }
     )
-
-
-# -- on disk ------------------------------------------------------------------------------------------------------------------
-
-
-def save_report(report: ConceptReport, folder: str | Path, fp: str = "") -> None:
-    """Write detection.csv, latents.csv, replicates.npy and manifest.json, atomically."""
-    with atomic_folder(folder) as temporary:
-        report.detection.to_csv(temporary / "detection.csv", index=False)
-        report.latents.to_csv(temporary / "latents.csv", index=False)
-        np.save(temporary / "replicates.npy", report.replicates, allow_pickle=False)
-        write_json(temporary / "manifest.json", {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True})
-
-
-def load_report(folder: str | Path) -> ConceptReport:
-    """Read what :func:`save_report` wrote.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a file is missing.
-    """
-    folder = Path(folder)
-    missing = [name for name in ("detection.csv", "latents.csv", "replicates.npy") if not (folder / name).exists()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} holds no concept report: {', '.join(missing)} missing. Make one: measure_concepts(..., out={str(folder)!r})."
-        )
-    frames = [pd.read_csv(folder / f"{name}.csv", keep_default_na=False) for name in ("detection", "latents")]
-    return ConceptReport(frames[0], np.load(folder / "replicates.npy", allow_pickle=False), frames[1])

@@ -7,17 +7,15 @@ metadata goes along under the key ``patchsae``, and comes back when :func:`~patc
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as safetensors_bytes
+from safetensors.torch import save_file
 from torch import Tensor
 
-from .artifacts import write_json
+from .artifacts import atomic_file, write_json
 from .formats import FORMATS, uncentred, unit_rows
 from .sae import SparseAutoencoder
 
@@ -113,8 +111,8 @@ def _write_sparsify(sae: SparseAutoencoder, tensors: dict[str, Tensor], path: Pa
     }  # fmt: skip
     linear = _to_linear(tensors)
     linear["W_dec"] = linear.pop("decoder.weight").T.contiguous()
-    content = safetensors_bytes(linear)
-    _replace(path / "sae.safetensors", lambda file: file.write(content))
+    with atomic_file(path / "sae.safetensors") as temporary:
+        save_file(linear, temporary)
     write_json(path / "cfg.json", config)
 
 
@@ -183,21 +181,6 @@ def _json(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _save(path: Path, content: Any, header: bytes = b"") -> None:
     """``torch.save`` behind a header."""
-
-    def write(file) -> None:
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
         file.write(header)
         torch.save(content, file)
-
-    _replace(path, write)
-
-
-def _replace(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file under a temporary name, then rename it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -46,7 +46,7 @@ from .clip import ClipModel, Residual
 from .data import batches
 from .latents import latent_chunks
 from .prompts import model_tail
-from .tails import Active, check_models, dataset_head, decoder_of
+from .tails import Active, check_models, check_same_tower, dataset_head, decoder_of
 
 TOWER_PARTS = ("existing latents", "outside the dictionary", "later blocks")
 PARTS = (*TOWER_PARTS, "text head")
@@ -240,8 +240,7 @@ def explain_gain(
         raise ValueError(f"The data set {dataset.spec!r} is empty: there is nothing to explain.")
     check_models(base, sae, layer)
     for model in models.values():
-        if (base.width, base.n_layers, base.grid) != (model.width, model.n_layers, model.grid):
-            raise ValueError(f"Both models must have the same image tower; got {base!r} and {model!r}. Give the adapter's own base.")
+        check_same_tower(base, model)
     names, heads = list(dataset.class_names), {name: dataset_head(model, dataset) for name, model in models.items()}
     base_head, base_tail, tails = dataset_head(base, dataset), None, {}
     sums = {name: LinkSums(names, decoder_of(sae).rows) for name in models}

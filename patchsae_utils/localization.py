@@ -11,7 +11,8 @@ import torch
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
-from .concepts import centred_interval, common_concepts
+from .bootstrap import centred_interval
+from .concepts import common_concepts
 from .data import openmoji
 from .grounding import ConceptPatches, Dictionary, average_precision
 

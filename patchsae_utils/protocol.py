@@ -27,16 +27,16 @@ import torch
 from torch import Tensor
 
 from . import stages
-from .ablations import _commit
 from .adapters import ADAPTERS, RECIPES, AdaptedClip, fit_adapter
-from .artifacts import fingerprint, is_current, read_json, write_json
+from .artifacts import current_commit, fingerprint, is_current, read_json, write_json, write_table
+from .bootstrap import resampled_means
 from .clip import ClipModel
 from .config import Profile, load_profile, repository_root
 from .data import batches, load_dataset
 from .gain_split import explain_gain
 from .latents import dataset_fingerprint
 from .prompts import model_tail
-from .remapping import FORMS
+from .remapping import FORMS, harmonic_mean
 from .sae import SparseAutoencoder
 from .tails import check_models, dataset_head
 
@@ -227,11 +227,11 @@ def tabulate(measured: Mapping[Cell, Mapping[str, Any]], averaged: Sequence[str]
         for form in FORMS:
             right = {half: np.array([[int(c) for c in row["right"][half][form]] for row in found], float) for half in HALVES}
             seeds = {half: values.mean(1) for half, values in right.items()}
-            seeds[MEAN] = _harmonic(*(seeds[half] for half in HALVES))
+            seeds[MEAN] = harmonic_mean(*(seeds[half] for half in HALVES))
             point = {half: values.mean() for half, values in right.items()}
-            point[MEAN] = _harmonic(*(point[half] for half in HALVES))
-            drawn = {half: _resampled(values.mean(0), n_bootstrap, i) for i, (half, values) in enumerate(right.items())}
-            drawn[MEAN] = _harmonic(*(drawn[half] for half in HALVES))
+            point[MEAN] = harmonic_mean(*(point[half] for half in HALVES))
+            drawn = {half: resampled_means(values.mean(0), n_bootstrap, i) for i, (half, values) in enumerate(right.items())}
+            drawn[MEAN] = harmonic_mean(*(drawn[half] for half in HALVES))
             for half in (*HALVES, MEAN):
                 draws[task, kind, form, half], points[task, kind, form, half] = drawn[half], point[half]
                 counts = [HALVES.index(half)] if half in HALVES else range(len(HALVES))
@@ -259,15 +259,6 @@ def tabulate(measured: Mapping[Cell, Mapping[str, Any]], averaged: Sequence[str]
     return pd.DataFrame(records)
 
 
-def _resampled(values: np.ndarray, n_bootstrap: int, seed: int) -> np.ndarray:
-    n = len(values)
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_bootstrap) @ values / n
-
-
-def _harmonic(a, b):
-    return 2 * a * b / np.maximum(a + b, 1e-12)
-
-
 def _ends(drawn: np.ndarray) -> dict[str, float]:
     low, high = np.quantile(drawn, [0.025, 0.975])
     return {"low": float(low), "high": float(high)}
@@ -285,16 +276,9 @@ def run(protocol: Protocol, chosen: Iterable[Cell], out: Path, commit: str) -> I
     for cell in chosen:
         measured[cell] = protocol.measure(cell)
         table = tabulate(measured, protocol.profile.data.tasks)
-        _write(table.assign(commit=commit), out)
-        _write(tabulate_splits(measured).assign(commit=commit), out.with_name(SPLIT_NAME))
+        write_table(out, table.assign(commit=commit))
+        write_table(out.with_name(SPLIT_NAME), tabulate_splits(measured).assign(commit=commit))
         yield cell, measured[cell], table
-
-
-def _write(table: pd.DataFrame, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    table.round(6).to_csv(temporary, index=False)
-    temporary.replace(out)
 
 
 def table_path() -> Path:
@@ -334,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = cells(tasks, options.kind or KINDS, options.seed or SEEDS)
     out = options.out or table_path()
     protocol = Protocol(profile, clip, stages.trained_sae(profile, clip), split_seeds=(options.seed or SEEDS)[:1])
-    for number, (cell, row, table) in enumerate(run(protocol, chosen, out, _commit()), 1):
+    for number, (cell, row, table) in enumerate(run(protocol, chosen, out, current_commit()), 1):
         means = table[(table["task"] == cell.task) & (table["kind"] == cell.kind) & (table["form"] == "raw")].set_index("half")["accuracy"]
         print(
             f"[{number}/{len(chosen)}] {cell.task} {cell.kind} seed {cell.seed}: base {means['base']:.1%}, novel {means['novel']:.1%}, "

@@ -10,21 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from .bootstrap import bootstrap_mean, resampled_means
 from .clip import ClipModel
 from .data import batches
-from .interventions import bootstrap_mean, check_models, dataset_head
-from .latents import latent_chunks
-from .prompts import model_tail
+from .tails import check_same_tower, dataset_head
+from .tower_readings import FORMS, Reading, TowerReader
 
 GROUPS = ("high", "high-to-low", "low-to-high")
-FORMS = ("raw", "reconstructed", "error kept")
 RANKS = ("count", "specific")
 SIDES = ("base", "adapted")
 COMPARISONS = (
@@ -34,25 +33,6 @@ COMPARISONS = (
     "CLIP and adapted, random latents",
 )
 N_BOOTSTRAP = 1000
-
-
-class Reading(NamedTuple):
-    """One image tower, read by the dictionary over a data set."""
-
-    counts: Tensor
-    """[2, C, S] tokens a picture with h > tau, for the pictures of each class at even and at odd turns."""
-    class_images: Tensor
-    """[2, C] how many pictures those are."""
-    right: dict[tuple[str, str], np.ndarray]
-    """(head, form) -> bool [N]: which pictures are classified rightly."""
-    reconstruction: dict[str, float]
-    """explained_variance (centred), normalized_mse, l0."""
-
-    @property
-    def mean_counts(self) -> Tensor:
-        """[C, S] tokens a picture with h > tau: a_c over the number of pictures."""
-        weights = self.class_images / self.class_images.sum(0).clamp_min(1)
-        return (self.counts * weights[..., None]).sum(0)
 
 
 @dataclass(frozen=True)
@@ -172,61 +152,6 @@ class Remapping:
         )
 
 
-class _Reader:
-    """Sums over batches of one image tower, for :class:`Reading`."""
-
-    def __init__(self, clip: ClipModel, sae: torch.nn.Module, layer: int, heads: Mapping[str, Tensor], n_classes: int, tau: float):
-        check_models(clip, sae, layer)
-        self.clip, self.sae, self.layer, self.heads, self.n_classes, self.tau = clip, sae, layer, heads, n_classes, tau
-        self.counts = torch.zeros(2 * n_classes, sae.d_sae, dtype=torch.float64, device=clip.device)
-        self.seen = torch.zeros(2 * n_classes, dtype=torch.long)
-        self.right: dict[tuple[str, str], list[Tensor]] = {(head, form): [] for head in heads for form in FORMS}
-        self.sums = dict.fromkeys(("error", "square", "active", "tokens"), 0.0)
-        self.total = torch.zeros(clip.width, dtype=torch.float64, device=clip.device)
-        self.tail = None
-
-    def read(self, images: Tensor, labels: Tensor) -> None:
-        clip, sae = self.clip, self.sae
-        residual = clip.run_to(images, self.layer)
-        self.tail = self.tail or model_tail(clip, self.layer, residual)
-        tokens, decoded = residual.tokens, torch.empty_like(residual.tokens)
-        counts = torch.empty(len(labels), sae.d_sae, dtype=torch.float64, device=clip.device)
-        for rows, h in latent_chunks(sae, tokens):
-            decoded[rows] = sae.decode(h)
-            counts[rows] = (h > self.tau).sum(1).double()
-            self.sums["active"] += (h > 0).sum().item()
-        self.counts.index_add_(0, self._turns(labels).to(clip.device), counts)
-        self.sums["error"] += (tokens - decoded).square().sum(dtype=torch.float64).item()
-        self.sums["square"] += tokens.square().sum(dtype=torch.float64).item()
-        self.sums["tokens"] += tokens.shape[0] * tokens.shape[1]
-        self.total += tokens.sum((0, 1), dtype=torch.float64)
-        for form, edited in zip(FORMS, (tokens, decoded, decoded + (tokens - decoded)), strict=True):
-            features = self.tail(residual._replace(tokens=edited))
-            for head, matrix in self.heads.items():
-                self.right[head, form].append(clip.logits(features, matrix).argmax(1).cpu() == labels)
-
-    def _turns(self, labels: Tensor) -> Tensor:
-        """Rows of the counts: pictures of a class go to its two halves by turns, so that these are two samples of one thing."""
-        rows = torch.empty_like(labels)
-        for i, label in enumerate(labels.tolist()):
-            rows[i] = label + self.n_classes * int(self.seen[label] > self.seen[label + self.n_classes])
-            self.seen[rows[i]] += 1
-        return rows
-
-    def reading(self) -> Reading:
-        variance = self.sums["square"] - self.total.square().sum().item() / self.sums["tokens"]
-        return Reading(
-            counts=(self.counts.cpu() / self.seen.clamp_min(1)[:, None]).view(2, self.n_classes, -1).float(),
-            class_images=self.seen.view(2, self.n_classes),
-            right={key: torch.cat(parts).numpy() for key, parts in self.right.items()},
-            reconstruction={
-                "explained_variance": 1 - self.sums["error"] / variance,
-                "normalized_mse": self.sums["error"] / self.sums["square"],
-                "l0": self.sums["active"] / self.sums["tokens"],
-            },
-        )
-
-
 @torch.no_grad()
 def compare_models(
     base: ClipModel,
@@ -264,15 +189,12 @@ def compare_models(
     ValueError
         If the models have different shapes, the SAE does not fit, or there are no pictures.
     """
-    if (base.width, base.n_layers, base.grid) != (adapted.width, adapted.n_layers, adapted.grid):
-        raise ValueError(
-            f"Both models must have the same image tower; got {base!r} and {adapted!r}. Give the model that the adapter was fitted to."
-        )
+    check_same_tower(base, adapted)
     if len(dataset) == 0:
         raise ValueError(f"The data set {dataset.spec!r} is empty: there is nothing to compare.")
     # Both text heads go with both image towers.
     heads = {side: dataset_head(model, dataset) for side, model in zip(SIDES, (base, adapted), strict=True)}
-    readers = [_Reader(model, sae, layer, heads, len(dataset.class_names), tau) for model in (base, adapted)]
+    readers = [TowerReader(model, sae, layer, heads, len(dataset.class_names), tau) for model in (base, adapted)]
     for batch in batches(dataset, base.preprocess, batch_size, progress=f"comparing on {dataset.name}" if progress else None):
         for reader in readers:
             reader.read(batch.images, batch.labels)
@@ -397,10 +319,10 @@ def base_to_novel(base: Remapping, novel: Remapping, *, n_bootstrap: int = N_BOO
     for name, side in (("CLIP", "base"), (base.adapter, "adapted")):
         for form in FORMS:
             halves = [remap.right(side, side, form) for remap in (base, novel)]
-            samples = [_resampled(values, n_bootstrap, seed + i) for i, values in enumerate(halves)]
+            samples = [resampled_means(values, n_bootstrap, seed + i) for i, values in enumerate(halves)]
             points = [values.mean() for values in halves]
             for half, point, sample in zip(
-                ("base", "novel", "harmonic mean"), [*points, _harmonic(*points)], [*samples, _harmonic(*samples)], strict=True
+                ("base", "novel", "harmonic mean"), [*points, harmonic_mean(*points)], [*samples, harmonic_mean(*samples)], strict=True
             ):
                 low, high = np.quantile(sample, [0.025, 0.975])
                 records.append(
@@ -409,12 +331,8 @@ def base_to_novel(base: Remapping, novel: Remapping, *, n_bootstrap: int = N_BOO
     return pd.DataFrame(records)
 
 
-def _resampled(values: np.ndarray, n_bootstrap: int, seed: int) -> np.ndarray:
-    n = len(values)
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_bootstrap) @ values / n
-
-
-def _harmonic(a, b):
+def harmonic_mean(a, b):
+    """2ab / (a + b), and 0 where both are."""
     return 2 * a * b / np.maximum(a + b, 1e-12)
 
 

@@ -171,3 +171,11 @@ def check_models(clip: ClipModel, sae: nn.Module, layer: int) -> None:
         )
     if sae.W_dec.device.type != clip.device.type:
         raise ValueError(f"The SAE is on {sae.W_dec.device}, the model on {clip.device}. Move it: sae.to(clip.device).")
+
+
+def check_same_tower(base: ClipModel, adapted: ClipModel) -> None:
+    """Refuse two models whose image towers differ in shape."""
+    if (base.width, base.n_layers, base.grid) != (adapted.width, adapted.n_layers, adapted.grid):
+        raise ValueError(
+            f"Both models must have the same image tower; got {base!r} and {adapted!r}. Give the model that the adapter was fitted to."
+        )

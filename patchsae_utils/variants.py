@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-QUANTILES = (10, 25, 50, 75, 90)
-"""Percent of the living latents."""
-STATISTICS = ("log_frequency", "log_mean_activation", "label_entropy")
+from .ablations import QUANTILES, STATISTICS
+
 VARIANTS = {"topk": "TopK", "batchtopk": "BatchTopK", "matryoshka": "Matryoshka", "jumprelu": "JumpReLU", "gated": "gated"}
 MEASURES = ("object_ap", "object_ap_low", "object_ap_high")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_sizes import TINY_TEXT, TINY_VISION
+from tiny import TINY_TEXT, TINY_VISION
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

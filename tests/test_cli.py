@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from test_checkpoints import trained
-from tiny_sizes import TINY_TEXT, TINY_VISION
+from tiny import TINY_TEXT, TINY_VISION
 
 from patchsae_utils.checkpoints import load_sae, save_sae
 from patchsae_utils.cli import main

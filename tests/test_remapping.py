@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny import loud
 
 from patchsae_utils.adapters import CoOp, MaPLe, VisualPrompt
 from patchsae_utils.data import load_dataset
@@ -23,14 +24,6 @@ from patchsae_utils.remapping import (
 )
 
 LAYER = -2
-
-
-def loud(adapter, clip):
-    """An adapter whose random prompts are large enough to matter."""
-    adapted = adapter(clip, n_ctx=2, seed=1)
-    for parameter in adapted.learned.parameters():
-        parameter.mul_(20)
-    return adapted
 
 
 @pytest.fixture(scope="module")

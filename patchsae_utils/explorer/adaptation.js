@@ -6,9 +6,7 @@ VIEWS.adaptation = adaptationView;
 function adaptationView(page, root) {
   const names = namesOf(page);
   const tasks = Object.fromEntries(page.get("tasks").map((task) => [task, task]));
-  const number = h("input", { type: "number", min: 0, step: 1, "aria-label": "Image, by its index" });
-  const back = h("button", { class: "psx-step", type: "button", "aria-label": "Previous image", onclick: () => turn(-1) }, "‹");
-  const forth = h("button", { class: "psx-step", type: "button", "aria-label": "Next image", onclick: () => turn(1) }, "›");
+  const steps = imageSteps(page);
   const finder = finderOf(page);
   const title = h("h3", { "aria-live": "polite" });
   const chosen = h("p", { class: "psx-status" });
@@ -18,7 +16,7 @@ function adaptationView(page, root) {
   const key = ["base", "adapted"].map((side) => h("span", { class: `psx-${side}` }));
   const legend = legendOf(page);
   root.append(
-    h("div", { class: "psx-bar" }, select(page, "task", "Task", tasks), back, h("label", {}, "Image", number), forth, finder.element),
+    h("div", { class: "psx-bar" }, select(page, "task", "Task", tasks), ...steps.elements, finder.element),
     h("div", { class: "psx-bar" }, ...controls(page), legend.element),
     h(
       "div",
@@ -36,7 +34,7 @@ function adaptationView(page, root) {
 
   let card = null;
   let picture = null;
-  const odds = [];
+  const showOdds = twinBars(bars, ["psx-base", "psx-adapted"], (base, adapted) => `${Math.round(100 * base)} % | ${Math.round(100 * adapted)} %`);
   const decoder = decoding();
 
   function groupOf(name) {
@@ -80,30 +78,13 @@ function adaptationView(page, root) {
     card = next;
     picture = pictures[0];
     title.textContent = `Image ${next.image} · ${next.label}`;
-    number.max = page.get("n_images") - 1;
-    if (document.activeElement !== number || Number(number.value) !== next.image) number.value = next.image;
-    back.disabled = next.image <= 0;
-    forth.disabled = next.image >= page.get("n_images") - 1;
+    steps.show(next.image);
     ["CLIP", next.adapter].forEach((word, i) => (sides[i].head.textContent = key[i].textContent = word));
     const texts = { common: "Common: strong in both", base: `CLIP only: at least halved by ${next.adapter}`, adapted: `${next.adapter} only: at least doubled` };
     // Latents that change are often weak ones: each list has its own scale, and says its numbers.
     const most = (rows) => Math.max(...rows.flatMap((row) => row.slice(2)), 1e-9);
     for (const name in texts) groups[name].show(next.groups[name], texts[name], most(next.groups[name]));
-    resize(bars, odds, next.bars.length, () => {
-      const row = { name: h("b"), base: fill(0), adapted: fill(0), values: h("i") };
-      row.base.classList.add("psx-base");
-      row.adapted.classList.add("psx-adapted");
-      row.element = h("li", {}, row.name, h("div", {}, row.base, row.adapted), row.values);
-      return row;
-    });
-    odds.forEach((row, i) => {
-      const [name, base, adapted] = next.bars[i];
-      row.name.textContent = row.name.title = name;
-      row.name.classList.toggle("psx-true", name === next.label);
-      row.base.style.setProperty("--share", base);
-      row.adapted.style.setProperty("--share", adapted);
-      row.values.textContent = `${Math.round(100 * base)} % | ${Math.round(100 * adapted)} %`;
-    });
+    showOdds(next.bars).forEach((row, i) => row.name.classList.toggle("psx-true", next.bars[i][0] === next.label));
     showSelection();
   }
   // Both masks of a listed latent are here already, so that a choice needs no answer from Python.
@@ -128,14 +109,6 @@ function adaptationView(page, root) {
       side.canvas.setAttribute("aria-label", `${side.head.textContent}: image ${card.image}, ${card.label}${codes ? `; latent ${page.get("latent")}, at most ${most}${strongest(codes, page.get("grid"))}` : ""}`);
     });
   }
-  function turn(step) {
-    page.set("image", Math.min(page.get("n_images") - 1, Math.max(0, page.get("image") + step)));
-  }
-  number.addEventListener("change", () => {
-    const image = Number(number.value);
-    if (number.value !== "" && Number.isInteger(image) && image >= 0 && image < page.get("n_images")) page.set("image", image);
-    else number.value = page.get("image");
-  });
   page.on(["shown"], showCard);
   page.on(["latent"], showSelection);
   page.on(["tau", "opacity", "mode", "contour"], draw);

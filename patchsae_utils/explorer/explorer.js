@@ -85,6 +85,57 @@ function referencesOf(page, heading) {
   };
 }
 
+// -- choosing an image, and bars in pairs ---------------------------------------------------------------------------------------
+
+// A field for an image's index, which takes back what is none.
+function imageField(page, choose = (image) => page.set("image", image)) {
+  const element = h("input", { type: "number", min: 0, max: page.get("n_images") - 1, step: 1, "aria-label": "Image, by its index" });
+  element.addEventListener("change", () => {
+    const image = Number(element.value);
+    if (element.value !== "" && Number.isInteger(image) && image >= 0 && image < page.get("n_images")) choose(image);
+    else element.value = page.get("image");
+  });
+  const show = (image) => {
+    element.max = page.get("n_images") - 1;
+    if (document.activeElement !== element || Number(element.value) !== image) element.value = image;
+  };
+  return { element, show };
+}
+
+// The same with buttons for the images beside it.
+function imageSteps(page) {
+  const field = imageField(page);
+  const turn = (step) => page.set("image", Math.min(page.get("n_images") - 1, Math.max(0, page.get("image") + step)));
+  const back = h("button", { class: "psx-step", type: "button", "aria-label": "Previous image", onclick: () => turn(-1) }, "‹");
+  const forth = h("button", { class: "psx-step", type: "button", "aria-label": "Next image", onclick: () => turn(1) }, "›");
+  const show = (image) => {
+    field.show(image);
+    back.disabled = image <= 0;
+    forth.disabled = image >= page.get("n_images") - 1;
+  };
+  return { elements: [back, h("label", {}, "Image", field.element), forth], show };
+}
+
+// Two bars a name, in the colours of two classes of the style sheet; rows are kept and filled anew.
+function twinBars(list, marks, words) {
+  const rows = [];
+  return (bars) => {
+    resize(list, rows, bars.length, () => {
+      const row = { name: h("b"), bars: marks.map(() => fill(0)), values: h("i") };
+      row.bars.forEach((bar, i) => bar.classList.add(marks[i]));
+      row.element = h("li", {}, row.name, h("div", {}, ...row.bars), row.values);
+      return row;
+    });
+    rows.forEach((row, i) => {
+      const [name, ...shares] = bars[i];
+      row.name.textContent = row.name.title = name;
+      row.bars.forEach((bar, k) => bar.style.setProperty("--share", shares[k]));
+      row.values.textContent = words(...shares);
+    });
+    return rows;
+  };
+}
+
 // -- the grid of patches -------------------------------------------------------------------------------------------------------
 
 const INK = [["#1a1a1a", 2], ["#ffffff", 0]]; // white over black shows on any picture

@@ -6,7 +6,7 @@ const UPLOAD_BYTES = 8 * 2 ** 20; // as in uploads.py
 
 function patchView(page, root) {
   const [rows, columns] = page.get("grid");
-  const number = h("input", { type: "number", min: 0, max: page.get("n_images") - 1, step: 1, "aria-label": "Image, by its index" });
+  const number = imageField(page, (image) => page.set({ image, uploaded: "" }));
   const weighed = page.get("has_summary") ? { distinctive: "distinctiveness" } : {};
   const rank = select(page, "rank", "List by", { activation: "activation", ...weighed });
   const back = h("button", { class: "psx-step", type: "button", "aria-label": "Earlier images" }, "‹");
@@ -33,7 +33,7 @@ function patchView(page, root) {
     h("div", { class: "psx-side" }, h("div", { class: "psx-lists" }, here.element, whole.element), h("div", {}, chosen, most), references.element),
   );
   root.append(
-    h("div", { class: "psx-bar" }, h("label", {}, "Image", number), h("div", { class: "psx-shelf" }, back, thumbs, forth), open, file),
+    h("div", { class: "psx-bar" }, h("label", {}, "Image", number.element), h("div", { class: "psx-shelf" }, back, thumbs, forth), open, file),
     h("div", { class: "psx-bar" }, rank, ...controls(page), legend.element),
     notice,
     body,
@@ -95,7 +95,7 @@ function patchView(page, root) {
   function showSelection() {
     if (!card) return;
     const latent = page.get("latent");
-    if (document.activeElement !== number || Number(number.value) !== page.get("image")) number.value = page.get("image");
+    number.show(page.get("image"));
     body.classList.toggle("psx-busy", card.image !== page.get("image") || card.uploaded !== page.get("uploaded"));
     chosen.textContent = latent < 0 ? "" : titled(latent, names.get(latent));
     const ready = card.latent === latent;
@@ -165,11 +165,6 @@ function patchView(page, root) {
     cursor = next;
     if (!event.shiftKey) choose(next, false);
     else page.set({ patch: next, patches: [...new Set([...page.get("patches"), next])].sort((a, b) => a - b) });
-  });
-  number.addEventListener("change", () => {
-    const image = Number(number.value);
-    if (number.value !== "" && Number.isInteger(image) && image >= 0 && image < page.get("n_images")) page.set({ image, uploaded: "" });
-    else number.value = page.get("image");
   });
 
   // -- your own image: a file, or one that is dropped on the view --

@@ -5,9 +5,7 @@ VIEWS.steering = steeringView;
 
 function steeringView(page, root) {
   const [rows, columns] = page.get("grid");
-  const number = h("input", { type: "number", min: 0, max: page.get("n_images") - 1, step: 1, "aria-label": "Image, by its index" });
-  const back = h("button", { class: "psx-step", type: "button", "aria-label": "Previous image", onclick: () => turn(-1) }, "‹");
-  const forth = h("button", { class: "psx-step", type: "button", "aria-label": "Next image", onclick: () => turn(1) }, "›");
+  const steps = imageSteps(page);
   const where = select(page, "where", "Edit", { all: "all tokens", cls: "CLS only", patches: "all patches", selected: "selected patches" });
   const stage = h("canvas", { class: "psx-stage", tabindex: 0, role: "application", "aria-roledescription": "grid of patches" });
   const title = h("h3");
@@ -23,7 +21,7 @@ function steeringView(page, root) {
   const copy = h("button", { class: "psx-step", type: "button", onclick: copyCode }, "Copy");
   const legend = legendOf(page);
   root.append(
-    h("div", { class: "psx-bar" }, back, h("label", {}, "Image", number), forth, where, reset),
+    h("div", { class: "psx-bar" }, ...steps.elements, where, reset),
     h("div", { class: "psx-bar" }, ...controls(page), legend.element),
     h(
       "div",
@@ -44,7 +42,8 @@ function steeringView(page, root) {
   let cursor = -1;
   let dragged = null; // patches that a drag has touched, and whether it selects or deselects
   const rowsOf = [];
-  const odds = [];
+  const percent = (share) => `${(100 * share).toFixed(share > 0.0995 || share === 0 ? 0 : 1)} %`;
+  const showOdds = twinBars(bars, ["psx-before", "psx-after"], (before, after) => `${percent(before)} → ${percent(after)}`);
   const decoder = decoding();
 
   async function showCard() {
@@ -54,9 +53,7 @@ function steeringView(page, root) {
     card = next;
     picture = pictures[0];
     title.textContent = `Image ${next.image} · ${next.label}`;
-    if (document.activeElement !== number || Number(number.value) !== next.image) number.value = next.image;
-    back.disabled = next.image <= 0;
-    forth.disabled = next.image >= page.get("n_images") - 1;
+    steps.show(next.image);
     legend.show(next.scale);
     code.textContent = next.code;
     showSliders();
@@ -120,24 +117,9 @@ function steeringView(page, root) {
 
   // -- probabilities --
   function showBars() {
-    resize(bars, odds, card.bars.length, () => {
-      const row = { name: h("b"), before: fill(0), after: fill(0), values: h("i") };
-      row.before.classList.add("psx-before");
-      row.after.classList.add("psx-after");
-      row.element = h("li", {}, row.name, h("div", {}, row.before, row.after), row.values);
-      return row;
-    });
-    odds.forEach((row, i) => {
-      const [name, before, after] = card.bars[i];
-      row.name.textContent = name;
-      row.name.title = name;
-      row.before.style.setProperty("--share", before);
-      row.after.style.setProperty("--share", after);
-      row.values.textContent = `${percent(before)} → ${percent(after)}`;
-    });
+    showOdds(card.bars);
     said.textContent = card.sliders.some((slider) => slider.edited) ? card.bars.slice(0, 2).map(([name, before, after]) => `${name} ${percent(before)}, now ${percent(after)}`).join(". ") : "";
   }
-  const percent = (share) => `${(100 * share).toFixed(share > 0.0995 || share === 0 ? 0 : 1)} %`;
 
   // -- the picture and its patches --
   function draw() {
@@ -194,14 +176,6 @@ function steeringView(page, root) {
   });
   for (const event of ["focus", "blur"]) stage.addEventListener(event, draw);
 
-  function turn(step) {
-    page.set("image", Math.min(page.get("n_images") - 1, Math.max(0, page.get("image") + step)));
-  }
-  number.addEventListener("change", () => {
-    const image = Number(number.value);
-    if (number.value !== "" && Number.isInteger(image) && image >= 0 && image < page.get("n_images")) page.set("image", image);
-    else number.value = page.get("image");
-  });
   adder.addEventListener("keydown", (event) => event.key === "Enter" && addLatent());
   async function copyCode() {
     try {

@@ -8,17 +8,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
+from ..variants import VARIANTS
 from . import style
 from .style import COLORS
 
-_VARIANTS = {
-    "relu": ("ReLU + L1", "blue", "o"),
-    "topk": ("TopK", "orange", "s"),
-    "batchtopk": ("BatchTopK", "green", "^"),
-    "matryoshka": ("Matryoshka", "purple", "v"),
-    "jumprelu": ("JumpReLU", "red", "D"),
-    "gated": ("gated", "black", "P"),
-}
+_NAMES = {"relu": "ReLU + L1", **VARIANTS}
+_LOOKS = {
+    "relu": ("blue", "o"), "topk": ("orange", "s"), "batchtopk": ("green", "^"), "matryoshka": ("purple", "v"), "jumprelu": ("red", "D"),
+    "gated": ("black", "P"),
+}  # fmt: skip
 _AXES = {
     "layer": "layer", "expansion": "size", "lambda": "λ", "ghost": "ghost term", "start": "start", "b_dec": "b_dec starts at", "arithmetic": "arithmetic", "tokens": "tokens",
 }  # fmt: skip
@@ -46,7 +44,7 @@ def reconstruction_frontier(table: pd.DataFrame, save: str | None = None) -> Fig
     """
     fig, axes = style.figure(height=3.6, ncols=2)
     for activation, rows in table.groupby("activation", sort=False):
-        label, color, marker = _VARIANTS[activation]
+        label, (color, marker) = _NAMES[activation], _LOOKS[activation]
         for ax, measure in zip(axes, ("explained_variance_all", "object_ap"), strict=True):
             if measure in rows:
                 errors = np.abs(rows[[f"{measure}_low", f"{measure}_high"]].to_numpy().T - rows[measure].to_numpy())
