@@ -264,6 +264,7 @@ def measure_dictionaries(
     layer: int,
     *,
     random_weights: object | None = None,
+    random_scenes: object | None = None,
     probe: bool = True,
     n_fit: int = 60_000,
     min_patches: int = 20,
@@ -289,6 +290,8 @@ def measure_dictionaries(
     layer : int
     random_weights : TrainConfig, optional
         Recipe of the SAE on a CLIP of random weights, which is trained under ``out`` when it is not there. None leaves it out.
+    random_scenes : data set, optional
+        What that SAE is trained on; by default ``training``.
     probe : bool
         Whether to train the ceiling.
     n_fit : int
@@ -321,6 +324,7 @@ def measure_dictionaries(
             stage="comparison", version=FORMAT_VERSION, clip=clip.fingerprint, saes={n: s.fingerprint for n, s in saes.items()},
             store=store.fingerprint, data=identities, layer=clip.layer_index(layer), random_weights=random_weights, probe=probe, n_fit=n_fit,
             min_patches=min_patches, min_images=min_images, n_candidates=n_candidates, n_bootstrap=n_bootstrap, seed=seed,
+            random_scenes=random_scenes and dataset_fingerprint(random_scenes),
         )  # fmt: skip
         if is_current(out / "report", key):
             return ComparisonReport.load(out / "report")
@@ -330,7 +334,7 @@ def measure_dictionaries(
     competitors += [Competitor(d) for d in unsupervised(sample_patches(store, n_fit, seed), first, seed)]
     if random_weights is not None:
         control, trained = random_weights_sae(
-            clip, training, layer, first, random_weights, out / "random_weights", seed=seed, progress=progress
+            clip, random_scenes or training, layer, first, random_weights, out / "random_weights", seed=seed, progress=progress
         )
         own = [concept_patches(control, d, layer, progress=progress) for d in (choose, report)]
         competitors.append(Competitor(sae_dictionary(trained, "SAE on random weights"), "baseline", *own))

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from .artifacts import atomic_folder, write_json
+from .bootstrap import centred_interval
 
 FORMAT_VERSION = 1
 _KEYS = {"SAE": "sae", "single dimensions": "best_dimension", "random SAE": "random_sae"}  # in results
@@ -26,7 +27,8 @@ class ConceptReport(NamedTuple):
     """One row a latent: latent, concept, runner_up, score_choose, margin, score (on held-out scenes), p, n_patches (where it is active)."""
 
     def table(self, by: str = "kind") -> pd.DataFrame:
-        """Mean average precision by dictionary and kind of concept, with 95 % intervals (Bayesian bootstrap over images).
+        """Mean average precision by dictionary and kind of concept, with 95 % intervals (Bayesian bootstrap over images, centred
+        on the value).
 
         Returns
         -------
@@ -35,7 +37,7 @@ class ConceptReport(NamedTuple):
         """
         rows = []
         for (name, kind), group in self.detection.groupby(["dictionary", by], sort=False):
-            low, high = np.nanpercentile(np.nanmean(self.replicates[group.index], 0), [2.5, 97.5])
+            low, high = centred_interval(np.nanmean(self.replicates[group.index], 0), group["ap"].mean())
             rows.append(
                 {
                     "dictionary": name,
@@ -72,8 +74,9 @@ class ConceptReport(NamedTuple):
         """
         rows = []
         for name, group in self.detection.groupby("dictionary", sort=False):
-            low, high = np.percentile((self.replicates[group.index] > threshold).mean(0), [2.5, 97.5])
-            rows.append({"dictionary": name, "n_concepts": len(group), "share": (group["ap"] > threshold).mean(), "low": low, "high": high})
+            share = (group["ap"] > threshold).mean()
+            low, high = np.clip(centred_interval((self.replicates[group.index] > threshold).mean(0), share), 0, 1)
+            rows.append({"dictionary": name, "n_concepts": len(group), "share": share, "low": low, "high": high})
         return pd.DataFrame(rows)
 
     def ratio(self, kind: str = "object") -> dict[str, float]:
@@ -86,7 +89,7 @@ class ConceptReport(NamedTuple):
         first, others = means.index[0], means.iloc[1:]
         best = others.idxmax()
         over = [np.nanmean(self.replicates[mine.index[mine["dictionary"] == name]], 0) for name in (first, best)]
-        low, high = np.nanpercentile(over[0] / over[1], [2.5, 97.5])
+        low, high = centred_interval(over[0] / over[1], means[first] / means[best])
         return {"ratio": means[first] / means[best], "low": low, "high": high, "baseline": best}
 
 

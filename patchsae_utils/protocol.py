@@ -50,7 +50,11 @@ HALVES = ("base", "novel")
 MEAN = "harmonic mean"
 AVERAGE = "average"
 """Task name of the rows over all tasks."""
-_FORMAT = 1
+N_TEST = 180
+"""Test pictures of each half of a task: ten a class."""
+PRECISION = "bf16"
+"""Arithmetic of the image tower while fitting: half the time, and learned weights are float32 either way."""
+_FORMAT = 2
 
 
 class Cell(NamedTuple):
@@ -83,7 +87,7 @@ class Protocol:
     sae : SparseAutoencoder
         Trained on ``clip``; it makes the reconstructions.
     n_images : int, optional
-        Test pictures of each half; by default all.
+        Test pictures of each half; None takes all.
     split_seeds : sequence of int
         Seeds whose adapters' gains are split.
     progress : bool
@@ -94,7 +98,7 @@ class Protocol:
         profile: Profile,
         clip: ClipModel,
         sae: SparseAutoencoder,
-        n_images: int | None = None,
+        n_images: int | None = N_TEST,
         split_seeds: Sequence[int] = SEEDS[:1],
         progress: bool = True,
     ):
@@ -151,13 +155,12 @@ class Protocol:
     def _model(self, cell: Cell) -> ClipModel:
         if cell.kind == ZERO_SHOT:
             return self.clip
-        if cell.kind != SHUFFLED:
-            return stages.adapter(self.profile, self.clip, cell.task, cell.kind, cell.seed)
+        shuffled = cell.kind == SHUFFLED
         data = load_dataset(cell.task, "train", half="base", seed=self.profile.data.seed)
-        out = self.profile.folder("adapters") / cell.name
         return fit_adapter(
-            self.clip, "maple", data, self.profile.adapters, out, seed=cell.seed, shuffle_labels=True, progress=self.progress
-        )
+            self.clip, "maple" if shuffled else cell.kind, data, self.profile.adapters, self.folder / f"{cell.name}-adapter",
+            seed=cell.seed, precision=PRECISION, shuffle_labels=shuffled, progress=self.progress,
+        )  # fmt: skip
 
     def _split(self, model: ClipModel, dataset) -> list[dict[str, Any]]:
         """The parts of a model's gain, what of its change lies outside the dictionary, and its reuse of evidence: quantity, name, value, low, high."""
@@ -309,6 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--kind", action="append", choices=(ZERO_SHOT, *ADAPTERS, SHUFFLED), help="measure only this adapter; may be given several times"
     )
     parser.add_argument("--seed", action="append", type=int, help="only this seed; may be given several times (default: 1, 2, 3)")
+    parser.add_argument("--images", type=int, default=N_TEST, help=f"test pictures of each half of a task (default: {N_TEST})")
     parser.add_argument("--out", type=Path, help=f"the table (default: {TABLE} in the repository)")
     options = parser.parse_args(arguments)
     profile = load_profile(options.profile)
@@ -317,7 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
     tasks = options.task or list(dict.fromkeys([*profile.data.tasks, *profile.adapters.tasks]))
     chosen = cells(tasks, options.kind or KINDS, options.seed or SEEDS)
     out = options.out or table_path()
-    protocol = Protocol(profile, clip, stages.trained_sae(profile, clip), split_seeds=(options.seed or SEEDS)[:1])
+    protocol = Protocol(profile, clip, stages.trained_sae(profile, clip), options.images)
     for number, (cell, row, table) in enumerate(run(protocol, chosen, out, current_commit()), 1):
         means = table[(table["task"] == cell.task) & (table["kind"] == cell.kind) & (table["form"] == "raw")].set_index("half")["accuracy"]
         print(

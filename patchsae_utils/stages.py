@@ -5,6 +5,7 @@ The notebooks call these, so any of them runs alone in a fresh clone and none co
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 
@@ -105,14 +106,18 @@ def concept_comparison(
 ) -> ComparisonReport | None:
     """How well latents find ground-truth concepts beside other dictionaries and a supervised probe; None where the data set knows no concepts.
 
-    ``patches``: :func:`concept_patches`, if at hand.
+    ``patches``: :func:`concept_patches`, if at hand. The control on a CLIP of random weights is trained on at most a million tokens, of as
+    many scenes as keep the main run's passes over them.
     """
     choose, held_out = (concept_scenes(profile, split) for split in ("val", "test"))
     if not has_truth(held_out):
         return None
+    training, shorter = training_data(profile), min(profile.training.n_tokens, 1_000_000)
+    n_scenes = max(1, round(len(training) * shorter / profile.training.n_tokens))
+    fewer = load_dataset(profile.data.train, "train", n_images=n_scenes, seed=profile.data.seed)
     return measure_dictionaries(
-        clip, {"SAE": sae}, training_store(profile, clip), training_data(profile), choose, held_out, profile.model.layer,
-        patches=patches, out=profile.folder("latents") / "comparison",
+        clip, {"SAE": sae}, training_store(profile, clip), training, choose, held_out, profile.model.layer, patches=patches,
+        random_weights=dataclasses.replace(profile.training, n_tokens=shorter), random_scenes=fewer, out=profile.folder("latents") / "comparison",
     )  # fmt: skip
 
 
