@@ -52,8 +52,6 @@ AVERAGE = "average"
 """Task name of the rows over all tasks."""
 N_TEST = 180
 """Test pictures of each half of a task: ten a class."""
-PRECISION = "bf16"
-"""Arithmetic of the image tower while fitting: half the time, and learned weights are float32 either way."""
 _FORMAT = 2
 
 
@@ -159,7 +157,7 @@ class Protocol:
         data = load_dataset(cell.task, "train", half="base", seed=self.profile.data.seed)
         return fit_adapter(
             self.clip, "maple" if shuffled else cell.kind, data, self.profile.adapters, self.folder / f"{cell.name}-adapter",
-            seed=cell.seed, precision=PRECISION, shuffle_labels=shuffled, progress=self.progress,
+            seed=cell.seed, precision=stages.ADAPTER_PRECISION, shuffle_labels=shuffled, progress=self.progress,
         )  # fmt: skip
 
     def _split(self, model: ClipModel, dataset) -> list[dict[str, Any]]:

@@ -23,6 +23,9 @@ from .monosemanticity import Likeness
 from .sae import SparseAutoencoder
 from .training import train_sae
 
+ADAPTER_PRECISION = "bf16"
+"""Arithmetic of the image tower while an adapter is fitted: half the time on a CPU; learned weights are float32 either way."""
+
 
 def load_world(profile: Profile) -> tuple[ClipModel, int]:
     """The profile's CLIP and the layer that is studied (the block whose output is read, counted from 0)."""
@@ -126,4 +129,5 @@ def adapter(profile: Profile, clip: ClipModel, task: str, kind: str | None = Non
     kind, seed = kind or profile.adapters.kind, profile.adapters.seeds[0] if seed is None else seed
     data = load_dataset(task, "train", half="base", seed=profile.data.seed)
     name = re.sub(r"[^A-Za-z0-9]+", "-", task).strip("-")
-    return fit_adapter(clip, kind, data, profile.adapters, out=profile.folder("adapters") / f"{name}-{kind}-{seed}", seed=seed)
+    out = profile.folder("adapters") / f"{name}-{kind}-{seed}"
+    return fit_adapter(clip, kind, data, profile.adapters, out=out, seed=seed, precision=ADAPTER_PRECISION)
