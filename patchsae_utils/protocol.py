@@ -32,7 +32,7 @@ from .artifacts import current_commit, fingerprint, is_current, read_json, write
 from .bootstrap import resampled_means
 from .clip import ClipModel
 from .config import Profile, load_profile, repository_root
-from .data import batches, load_dataset
+from .data import batches
 from .gain_split import explain_gain
 from .latents import dataset_fingerprint
 from .prompts import model_tail
@@ -107,7 +107,7 @@ class Protocol:
 
     def test(self, task: str, half: str):
         """The test pictures of one half of a task's classes."""
-        return load_dataset(task, "test", half=half, n_images=self.n_images, seed=self.profile.data.seed)
+        return stages.open_data(self.profile, task, "test", self.n_images, half, self.progress)
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Fit a cell's adapter, or open it, and classify the test pictures. What was measured before is read, not measured again.
@@ -153,7 +153,7 @@ class Protocol:
             return self.clip
         if cell.kind != SHUFFLED:
             return stages.adapter(self.profile, self.clip, cell.task, cell.kind, cell.seed)
-        data = load_dataset(cell.task, "train", half="base", seed=self.profile.data.seed)
+        data = stages.open_data(self.profile, cell.task, "train", half="base", progress=self.progress)
         out = self.profile.folder("adapters") / cell.name
         return fit_adapter(
             self.clip, "maple", data, self.profile.adapters, out, seed=cell.seed, shuffle_labels=True, progress=self.progress
