@@ -45,16 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             print(json.dumps({"error": str(error)}))
         return 1
-    except RuntimeError as error:
-        from .data.loading import dead_worker_message, is_dead_worker
-
-        if not is_dead_worker(error):  # which torch may say in the midst of anything
-            raise
-        message = dead_worker_message(error)
-        print(f"error: {message}", file=sys.stderr)
-        if options.json:
-            print(json.dumps({"error": message}))
-        return 1
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
         return 130

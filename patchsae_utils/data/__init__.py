@@ -120,7 +120,8 @@ class ImageData(Dataset):
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.spec!r} ({self.split}) has {len(self)} images; there is no index {index}.")
-        image = decoded(lambda: self.opener(int(self.rows[index])), self.where(index))
+        row = int(self.rows[index])  # our own openers check and convert by themselves
+        image = self.opener(row) if hasattr(self.opener, "check") else decoded(lambda: self.opener(row), self.where(index))
         return Example(image, int(self.labels[index]), index)
 
 

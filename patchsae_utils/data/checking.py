@@ -42,7 +42,8 @@ def without_broken(dataset, report: str | Path, max_broken: float = 0.01, *, wor
     report : path
         The file.
     max_broken : float
-        Largest share of the data set, between 0 and 1. With 0 nothing is checked: the first broken image that a stage meets stops it.
+        Largest share of the data set, between 0 and 1; a single image is no reason to stop, however few there are. With 0 nothing is checked: the
+        first broken image that a stage meets stops it.
     workers : int
         Processes that decode.
     progress : bool
@@ -68,7 +69,7 @@ def without_broken(dataset, report: str | Path, max_broken: float = 0.01, *, wor
     if not broken:
         return dataset
     named = "; ".join(_named(broken))
-    if len(broken) > max_broken * len(dataset):
+    if len(broken) > max(1, max_broken * len(dataset)):
         raise TooManyBroken(
             f"At least {len(broken):,} of {len(dataset):,} images of {dataset.spec} ({dataset.split}) can't be read, more than data.max_broken = "
             f"{max_broken:g} of them: {named}. All found so far: {report}. Repair them or take them away, or set data.max_broken "
@@ -109,7 +110,7 @@ def _check(dataset, report: Path, max_broken: float, workers: int, progress: boo
             checked[[row for row, _ in batch]] = True
             broken |= {row: BrokenImage(*words) for row, words in batch if words is not None}
             bar.update(len(batch))
-            if len(broken.keys() & mine) > max_broken * len(rows):
+            if len(broken.keys() & mine) > max(1, max_broken * len(rows)):
                 break
             if time.monotonic() - saved > _SAVE_EVERY:
                 write_json(report, _report(dataset, checked, broken))

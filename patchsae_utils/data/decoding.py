@@ -64,7 +64,7 @@ def open_image(path: str | os.PathLike, draft: bool = False) -> Image.Image:
             return as_rgb(image)
     except Exception as error:  # decoders of damaged files raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
         size = f" ({Path(path).stat().st_size:,} bytes)" if Path(path).exists() else ""
-        raise BrokenImage(f"{path}{size}", _first_line(error)) from error
+        raise BrokenImage(f"{path}{size}", _first_line(error).replace(f" {str(path)!r}", "")) from error
 
 
 class ImageFiles:
@@ -138,6 +138,8 @@ def decoded(read: Callable[[], Image.Image], where: str) -> Image.Image:
     """What ``read`` returns as RGB; whatever it raises as :class:`BrokenImage` of ``where``."""
     try:
         return as_rgb(read())
+    except BrokenImage:
+        raise
     except Exception as error:
         raise BrokenImage(where, _first_line(error)) from error
 

@@ -115,11 +115,14 @@ def torchvision_set(name: str, split: str, root: str | os.PathLike | None = None
 def opened_by_torchvision(name: str, root: Path, options: dict[str, str | bool]):
     """The object of ``torchvision.datasets``, downloaded when it is not there and can be."""
     kind = getattr(torchvision.datasets, name)
-    if "download" in inspect.signature(kind).parameters:
-        options = {**options, "download": True}
     try:
-        return kind(root, **options)
-    except (OSError, RuntimeError) as error:
+        try:
+            return kind(root, **options)
+        except (OSError, RuntimeError):
+            if "download" not in inspect.signature(kind).parameters:
+                raise
+            return kind(root, **options, download=True)
+    except (OSError, RuntimeError, ValueError) as error:
         raise FileNotFoundError(
             f"torchvision's {name} is not whole under {root} ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}), and could not be downloaded. "
             f"Put it there as torchvision.datasets.{name} expects it, or name the folder that holds it: {name}?root=/data, or "

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -100,14 +103,19 @@ class Loader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator:
-        parts = iter(self._loader)
+        with _no_signals():
+            parts = iter(self._loader)
         while True:
             try:
                 batch = next(parts, None)
-            except RuntimeError as error:
-                if not is_dead_worker(error):
+            except (RuntimeError, OSError, EOFError) as error:
+                if not _means_dead(error):
                     raise
-                raise DeadWorker(dead_worker_message(error, self.workers)) from error
+                raise DeadWorker(
+                    f"A process that opens pictures (data.workers = {self.workers}) has ended before its time ({str(error) or 'no answer'}). Most often memory has run out, or "
+                    "in a container /dev/shm (docker run --shm-size=8g). Set data.workers lower, or to 0, which opens pictures without other "
+                    "processes, and give the same command again: what was finished is kept."
+                ) from error
             if batch is None:
                 return
             if isinstance(batch, BrokenImage):
@@ -115,20 +123,29 @@ class Loader:
             yield batch
 
 
-def is_dead_worker(error: BaseException) -> bool:
-    """Whether torch says by this that a process of a DataLoader has died: on a signal, it says so in the midst of other work."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+def _means_dead(error: Exception) -> bool:
+    """Whether torch raises this for a dead worker: in its own words, or while it fetches a batch that the worker was to hand over."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker")
+    return isinstance(error, ConnectionError | FileNotFoundError | EOFError) and "in DataLoader worker" not in str(error)
 
 
-def dead_worker_message(error: BaseException, workers: int | None = None) -> str:
-    """What happened, why it happens, what to do."""
-    given = "" if workers is None else f" (data.workers = {workers})"
-    what = str(error).partition(". ")[0].rstrip(". ")
-    return (
-        f"A process that opens pictures{given} has ended before its time: {what}. Most often memory has run out, or in a container "
-        "/dev/shm (docker run --shm-size=8g). Set data.workers lower, or to 0, which opens pictures without other processes, and give the same "
-        "command again: what was finished is kept."
-    )
+@contextmanager
+def _no_signals() -> Iterator[None]:
+    """Take back the signal handler that torch installs with the first DataLoader.
+
+    It would raise the death of a worker in the midst of whatever runs then, a write to disk included. Without it ``next`` finds a dead worker
+    within five seconds, where it can be told to the user.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield  # torch installs none
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        own = getattr(before, "__module__", "") == "torch.utils.data._utils.signal_handling"
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None or own else before)
 
 
 def automatic_workers() -> int:
