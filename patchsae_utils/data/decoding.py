@@ -29,7 +29,8 @@ class BrokenImage(ValueError):
     def __str__(self) -> str:
         return (
             f"{self.where} can't be read as an image: {self.reason}. Replace it or take it away, or let broken images be left out "
-            "(data.max_broken above 0); what was computed before it is kept."
+            "(data.max_broken above 0; if it is, this one has changed since all were checked: delete the report in runs/<profile>/images). "
+            "What was computed before it is kept."
         )
 
 

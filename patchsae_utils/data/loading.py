@@ -89,7 +89,8 @@ class Loader:
     """
 
     def __init__(self, items: Dataset, batch_size: int, workers: int, collate: Callable[[list], Any] | None = None):
-        self.workers = workers
+        n_batches = -(-len(items) // batch_size)
+        self.workers = workers = min(workers, n_batches) if n_batches > 1 else 0  # starting a process takes longer than opening a batch
         self._loader = DataLoader(
             _Careful(items),
             batch_size,
