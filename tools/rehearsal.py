@@ -35,8 +35,8 @@ def main() -> None:
     print(
         f"export PATCHSAE_IMAGES={options.out / 'pictures'}\n"
         f'export PATCHSAE_SET="name=rehearsal; model.name={options.out / "clip"}; model.pretrained=none; sae.expansion_factor=2; '
-        "data.n_train_images=100; data.n_statistics_images=60; data.n_evaluation_images=24; training.n_tokens=40000; "
-        'training.warmup_steps=5; adapters.n_shots=2; adapters.epochs=1"\n'
+        "data.n_train_images=40; data.n_statistics_images=24; data.n_evaluation_images=12; training.n_tokens=16000; "
+        'training.warmup_steps=5; adapters.n_shots=1; adapters.epochs=1"\n'
         "python -m patchsae_utils train --profile imagefolder          # or extract, summarize, sweep, adapt\n"
         "python -m patchsae_utils.reproduce --profile imagefolder      # the six notebooks"
     )
