@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "load_profile": "config",
     "results": "artifacts",
+    "check_claims": "artifacts",
     "load_clip": "clip",
     "ClipModel": "clip",
     "Residual": "clip",

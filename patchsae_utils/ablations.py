@@ -23,7 +23,6 @@ from .artifacts import current_commit, fingerprint, is_current, read_json, write
 from .clip import ClipModel
 from .concepts import detect_concepts
 from .config import Profile, load_profile, repository_root
-from .data import load_dataset
 from .evaluation import evaluate_sae
 from .grounding import ConceptPatches, concept_patches, has_truth, sae_dictionary
 from .latents import summarize_latents
@@ -117,9 +116,9 @@ class Grid:
         self.profile, self.clip, self.n_tokens, self.commit, self.progress = profile, clip, n_tokens, commit, progress
         self.folder = profile.folder("ablations")
         data = profile.data
-        self.test = load_dataset(data.evaluation, "test", n_images=min(N_TEST, data.n_evaluation_images or N_TEST), seed=data.seed)
+        self.test = stages.open_data(profile, data.evaluation, "test", min(N_TEST, data.n_evaluation_images or N_TEST))
         n_statistics = min(N_STATISTICS, data.n_statistics_images or N_STATISTICS)
-        self.labelled = load_dataset(data.statistics, "train", n_images=n_statistics, seed=data.seed)
+        self.labelled = stages.open_data(profile, data.statistics, "train", n_statistics)
         self._patches: tuple[int, list[ConceptPatches] | None] = (-1, None)
 
     def row(self, cell: Cell) -> dict[str, Any]:
@@ -128,7 +127,7 @@ class Grid:
         layer = self.clip.layer_index(profile.model.layer)
         out = self.folder / cell.name
         key = fingerprint(
-            stage="ablations", format=_FORMAT, clip=self.clip.fingerprint, data=profile.data, sae=profile.sae, training=profile.training,
+            stage="ablations", format=_FORMAT, clip=self.clip.fingerprint, data=profile.data.choice(), sae=profile.sae, training=profile.training,
             layer=layer,
         )  # fmt: skip
         if is_current(out, key, "measures.json"):

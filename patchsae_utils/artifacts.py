@@ -202,6 +202,30 @@ def results(profile: Any, notebook: str, **numbers: Any) -> dict[str, Any]:
     return known
 
 
+def check_claims(profile: Any, claims: Mapping[str, bool]) -> None:
+    """Print the claims of a notebook that hold, and say which don't.
+
+    They are findings about the default profile. On other images or sizes another result is a finding too: there it is printed, and
+    the notebook goes on.
+
+    Parameters
+    ----------
+    profile : Profile
+    claims : mapping of str to bool
+        A sentence each, and whether it holds.
+
+    Raises
+    ------
+    AssertionError
+        If one does not hold on the default profile.
+    """
+    for claim, holds in claims.items():
+        print(claim if holds else f"DOES NOT HOLD HERE: {claim}")
+    failed = [claim for claim, holds in claims.items() if not holds]
+    if failed and profile.is_default:
+        raise AssertionError("; ".join(failed))
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}

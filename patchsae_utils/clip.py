@@ -189,7 +189,7 @@ class ClipModel:
                 f"{self.name!r} reads images [B, 3, {self.image_size[0]}, {self.image_size[1]}], got {list(images.shape)}. Apply clip.preprocess."
             )
         with self._arithmetic():
-            x = self.visual._embeds(images.to(self.device))
+            x = self.visual._embeds(images.to(self.device, non_blocking=True))
             x = self._run_blocks(x, 0, self.layer_index(layer) + 1)
         return Residual(x.float())
 

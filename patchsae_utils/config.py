@@ -79,10 +79,22 @@ class DataConfig:
     """Images in ``evaluation``."""
     seed: int = 0
     """Draws the scenes, or the subset of a folder's images."""
+    workers: int | None = None
+    """Processes that open images; ``None`` ("auto" in a file): one a spare processor where a GPU computes, else 0: the computing one opens them."""
+    max_broken: float = 0.01
+    """Largest share of unreadable images: looked for beforehand, left out and reported. 0: none is looked for, the first one met stops the run."""
 
     def __post_init__(self):
         _not_empty(self, "train", "statistics", "evaluation", "tasks")
         _positive(self, "n_train_images", "n_statistics_images", "n_evaluation_images")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers must be 0 or more, or auto, got {self.workers!r}.")
+        if not 0 <= self.max_broken <= 1:
+            raise ValueError(f"max_broken is a share of the images, between 0 and 1, got {self.max_broken!r}.")
+
+    def choice(self) -> dict[str, Any]:
+        """The settings that choose images, without those that say how they are opened: what an artifact's fingerprint may hold."""
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name not in ("workers", "max_broken")}
 
 
 @dataclass(frozen=True)
@@ -392,7 +404,7 @@ def _build(cls: type, values: Mapping[str, Any], where: str):
 def _coerce(value: Any, hint: Any, name: str) -> Any:
     """The value as the annotated type, where that loses nothing."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        if value is None or value == "all":
+        if value is None or value in ("all", "auto"):
             return None
         (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
     if typing.get_origin(hint) is tuple:

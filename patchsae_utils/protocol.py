@@ -32,7 +32,7 @@ from .artifacts import current_commit, fingerprint, is_current, read_json, write
 from .bootstrap import resampled_means
 from .clip import ClipModel
 from .config import Profile, load_profile, repository_root
-from .data import batches, load_dataset
+from .data import batches
 from .gain_split import explain_gain
 from .latents import dataset_fingerprint
 from .prompts import model_tail
@@ -109,7 +109,7 @@ class Protocol:
 
     def test(self, task: str, half: str):
         """The test pictures of one half of a task's classes."""
-        return load_dataset(task, "test", half=half, n_images=self.n_images, seed=self.profile.data.seed)
+        return stages.open_data(self.profile, task, "test", self.n_images, half, self.progress)
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Fit a cell's adapter, or open it, and classify the test pictures. What was measured before is read, not measured again.
@@ -154,7 +154,7 @@ class Protocol:
         if cell.kind == ZERO_SHOT:
             return self.clip
         shuffled = cell.kind == SHUFFLED
-        data = load_dataset(cell.task, "train", half="base", seed=self.profile.data.seed)
+        data = stages.open_data(self.profile, cell.task, "train", half="base", progress=self.progress)
         return fit_adapter(
             self.clip, "maple" if shuffled else cell.kind, data, self.profile.adapters, self.folder / f"{cell.name}-adapter",
             seed=cell.seed, precision=stages.ADAPTER_PRECISION, shuffle_labels=shuffled, progress=self.progress,

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from . import grounding
 from .activations import ActivationStore, extract_activations
 from .adapters import fit_adapter
+from .artifacts import fingerprint
 from .clip import ClipModel, load_clip
 from .comparison import ComparisonReport, measure_dictionaries
 from .concepts import ConceptReport, measure_concepts
 from .config import Profile
-from .data import ImageData, OpenMojiData, load_dataset
+from .data import ImageData, OpenMojiData, load_dataset, without_broken
+from .data.loading import automatic_workers
 from .grounding import ConceptPatches, has_truth
 from .latents import LatentSummary, summarize_latents
 from .monosemanticity import Likeness
@@ -33,19 +35,34 @@ def load_world(profile: Profile) -> tuple[ClipModel, int]:
     return clip, clip.layer_index(profile.model.layer)
 
 
+def open_data(
+    profile: Profile, spec: str, split: str, n_images: int | None = None, half: str | None = None, progress: bool = True
+) -> ImageData | OpenMojiData:
+    """A data set as the profile wants it read: with its seed and its worker processes, and without images that can't be read.
+
+    Those are reported in ``runs/<profile>/images`` (see :func:`~patchsae_utils.data.without_broken`, which also says what is raised).
+    """
+    data = load_dataset(spec, split, n_images=n_images, half=half, seed=profile.data.seed)
+    workers = automatic_workers() if profile.data.workers is None else profile.data.workers
+    report = f"{re.sub(r'[^A-Za-z0-9]+', '-', spec).strip('-')[-60:]}-{split}-{fingerprint(spec=spec)[:6]}.json"
+    data = without_broken(data, profile.folder("images") / report, profile.data.max_broken, workers=workers, progress=progress)
+    data.workers = workers
+    return data
+
+
 def training_data(profile: Profile) -> ImageData | OpenMojiData:
     """Images on whose tokens the SAE is trained."""
-    return load_dataset(profile.data.train, "train", n_images=profile.data.n_train_images, seed=profile.data.seed)
+    return open_data(profile, profile.data.train, "train", profile.data.n_train_images)
 
 
 def statistics_data(profile: Profile) -> ImageData | OpenMojiData:
     """Labelled images for statistics, reference images and rankings: the train split."""
-    return load_dataset(profile.data.statistics, "train", n_images=profile.data.n_statistics_images, seed=profile.data.seed)
+    return open_data(profile, profile.data.statistics, "train", profile.data.n_statistics_images)
 
 
 def evaluation_data(profile: Profile) -> ImageData | OpenMojiData:
     """Labelled images that nothing was trained or ranked on: the test split."""
-    return load_dataset(profile.data.evaluation, "test", n_images=profile.data.n_evaluation_images, seed=profile.data.seed)
+    return open_data(profile, profile.data.evaluation, "test", profile.data.n_evaluation_images)
 
 
 def training_store(profile: Profile, clip: ClipModel) -> ActivationStore:
@@ -78,7 +95,7 @@ def latent_likeness(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) -
 
 def concept_scenes(profile: Profile, split: str) -> ImageData | OpenMojiData:
     """Scenes on which latents are chosen for concepts (``val``) and reported (``test``); the SAE has seen neither."""
-    return load_dataset(profile.data.train, split, n_images=1000, seed=profile.data.seed)
+    return open_data(profile, profile.data.train, split, 1000)
 
 
 def concept_patches(profile: Profile, clip: ClipModel) -> tuple[ConceptPatches, ConceptPatches] | None:
@@ -117,7 +134,7 @@ def concept_comparison(
         return None
     training, shorter = training_data(profile), min(profile.training.n_tokens, 1_000_000)
     n_scenes = max(1, round(len(training) * shorter / profile.training.n_tokens))
-    fewer = load_dataset(profile.data.train, "train", n_images=n_scenes, seed=profile.data.seed)
+    fewer = open_data(profile, profile.data.train, "train", n_scenes)
     return measure_dictionaries(
         clip, {"SAE": sae}, training_store(profile, clip), training, choose, held_out, profile.model.layer, patches=patches,
         random_weights=dataclasses.replace(profile.training, n_tokens=shorter), random_scenes=fewer, out=profile.folder("latents") / "comparison",
@@ -127,7 +144,7 @@ def concept_comparison(
 def adapter(profile: Profile, clip: ClipModel, task: str, kind: str | None = None, seed: int | None = None) -> ClipModel:
     """CLIP adapted to the base classes of a task, by few shots of its train split."""
     kind, seed = kind or profile.adapters.kind, profile.adapters.seeds[0] if seed is None else seed
-    data = load_dataset(task, "train", half="base", seed=profile.data.seed)
+    data = open_data(profile, task, "train", half="base")
     name = re.sub(r"[^A-Za-z0-9]+", "-", task).strip("-")
     out = profile.folder("adapters") / f"{name}-{kind}-{seed}"
     return fit_adapter(clip, kind, data, profile.adapters, out=out, seed=seed, precision=ADAPTER_PRECISION)

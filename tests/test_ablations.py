@@ -36,7 +36,7 @@ def test_cells_differ_from_the_profile_in_what_they_say():
 
 def test_a_cell_is_trained_measured_and_kept(small, tiny_clip, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        ablations.stages, "concept_scenes", lambda profile, split: ablations.load_dataset("openmoji/tools", split, n_images=72)
+        ablations.stages, "concept_scenes", lambda profile, split: ablations.stages.load_dataset("openmoji/tools", split, n_images=72)
     )
     cells = [cell for cell in ablations.grid(small, tiny_clip.n_layers) if cell.name in ("layer-0", "topk-k_16")]
     out = tmp_path / "table.csv"
@@ -61,7 +61,7 @@ def test_a_cell_is_trained_measured_and_kept(small, tiny_clip, tmp_path, monkeyp
 
 def test_seeds_are_matched_with_the_first(small, tiny_clip, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        ablations.stages, "concept_scenes", lambda profile, split: ablations.load_dataset("openmoji/tools", split, n_images=8)
+        ablations.stages, "concept_scenes", lambda profile, split: ablations.stages.load_dataset("openmoji/tools", split, n_images=8)
     )
     monkeypatch.setattr(ablations, "has_truth", lambda dataset: False)
     grid = ablations.Grid(small, tiny_clip, n_tokens=512, progress=False)

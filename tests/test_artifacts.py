@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-from patchsae_utils.artifacts import atomic_folder, file_sha256, fingerprint, is_current, read_json, results, write_json
+from patchsae_utils.artifacts import atomic_folder, check_claims, file_sha256, fingerprint, is_current, read_json, results, write_json
+from patchsae_utils.config import load_profile
 
 
 @dataclass(frozen=True)
@@ -97,3 +98,12 @@ def test_results_merge_and_round(tmp_path):
 def test_sha256_is_of_the_bytes(tmp_path):
     (tmp_path / "f").write_bytes(b"abc")
     assert file_sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_claims_are_asserted_on_the_default_profile_and_told_elsewhere(capsys):
+    claims = {"latents are sparse": True, "they are few": False}
+    with pytest.raises(AssertionError, match="they are few"):
+        check_claims(load_profile(), claims)
+    capsys.readouterr()
+    check_claims(load_profile(overrides={"training.n_tokens": 1000}), claims)
+    assert capsys.readouterr().out == "latents are sparse\nDOES NOT HOLD HERE: they are few\n"

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -18,12 +19,13 @@ from patchsae_utils.checkpoints import load_sae, save_sae
 from patchsae_utils.cli import main
 from patchsae_utils.training import CHECKPOINT
 
-FORMATS = ("png", "jpg", "webp", "bmp", "tiff")
+FORMATS = ("png", "jpg", "webp", "bmp", "tiff", "gif", "grey.png", "cmyk.jpg", "deep.png")
+N_PER_CLASS = 52
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A CLIP of random weights on disk, and 4 classes of 15 pictures of five formats, their colours by class."""
+    """A CLIP of random weights on disk, and 4 classes of 52 pictures of nine kinds, their colours by class; one of them is broken."""
     root = tmp_path_factory.mktemp("eine Welt für sich")
     torch.manual_seed(0)
     model = open_clip.CLIP(embed_dim=16, vision_cfg=TINY_VISION | {"image_size": 32}, text_cfg=TINY_TEXT)
@@ -35,10 +37,12 @@ def world(tmp_path_factory):
     generator = torch.Generator().manual_seed(1)
     for label, name in enumerate(("red_fox", "grüner Frosch", "blue jay", "kiwi")):
         (root / "pictures" / name).mkdir(parents=True)
-        for i in range(15):
+        for i in range(N_PER_CLASS):
             pixels = torch.randint(0, 120, (40, 48, 3), generator=generator)
             pixels[..., label % 3] += 100
-            Image.fromarray(pixels.to(torch.uint8).numpy()).save(root / "pictures" / name / f"{i}.{FORMATS[i % 5]}")
+            save(Image.fromarray(pixels.to(torch.uint8).numpy()), root / "pictures" / name / f"{i}.{FORMATS[i % len(FORMATS)]}")
+        if label == 2:
+            (root / "pictures" / name / "0.png").write_bytes(b"no picture")
     (root / "mine.toml").write_text(f"""
 [model]
 name = "{root / "clip"}"
@@ -63,6 +67,16 @@ depth = 2
     return root
 
 
+def save(image, path):
+    if ".grey." in path.name:
+        image = image.convert("L")
+    elif ".cmyk." in path.name:
+        image = image.convert("CMYK")
+    elif ".deep." in path.name:
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    image.save(path)
+
+
 @pytest.fixture
 def run(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
@@ -78,6 +92,9 @@ def run(world, monkeypatch, capsys):
 def test_all_stages_by_commands(run, world):
     status, found, _ = run("extract")
     assert status == 0 and "mine" in found["store"] and found["width"] == "32"
+    reports = [json.loads(path.read_text()) for path in (world / "runs" / "mine" / "images").glob("*.json")]
+    assert [(each["split"], each["images_broken"], each["images_checked"]) for each in reports] == [("train", 1, 42 * 4)]
+    assert "0.png (10 bytes)" in reports[0]["broken"][0]["image"] and "167 images" in found["data set"]
     status, found, _ = run("train")
     assert status == 0 and load_sae(found["sae"]).fingerprint == found["fingerprint"] and found["l0"] > 0
     status, found, _ = run("summarize")

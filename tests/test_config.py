@@ -53,7 +53,7 @@ def test_packaged_profiles_say_what_is_loaded(name, image_folders):
         for setting, value in written[section].items():
             if not (isinstance(value, (str, list)) and "$" in str(value)):
                 shown = getattr(getattr(profile, section), setting)
-                assert shown == (None if value == "all" else tuple(value) if isinstance(value, list) else value)
+                assert shown == (None if value in ("all", "auto") else tuple(value) if isinstance(value, list) else value)
 
 
 def test_every_setting_is_documented():

@@ -115,7 +115,7 @@ def test_classes_are_keyed_by_index_not_by_name():
     data = ImageData("twins", "test", ["missile", "sunglasses", "missile"], [2, 0, 1, 0, 2], lambda i: Image.new("RGB", (8, 8), (i, 0, 0)))
     assert data.labels.tolist() == [2, 0, 1, 0, 2]
     assert few_shot(data, 1, seed=0)[0] in (1, 3) and few_shot(data, 1, seed=0)[2] in (0, 4)
-    novel = ImageData("twins", "test", ["missile", "sunglasses", "missile"], [2, 0, 1, 0, 2], data._open, half="novel")
+    novel = ImageData("twins", "test", ["missile", "sunglasses", "missile"], [2, 0, 1, 0, 2], data.opener, half="novel")
     assert (novel.class_names, novel.labels.tolist()) == (["missile"], [0, 0])
     assert [novel[i].image.getpixel((0, 0))[0] for i in range(2)] == [0, 4]
 

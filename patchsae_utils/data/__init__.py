@@ -1,4 +1,4 @@
-"""Images in: the embedded OpenMoji world, a folder of images, Hugging Face data sets, torchvision's sets.
+"""Images in: the embedded OpenMoji world, a folder of images, the paper's eleven data sets, Hugging Face data sets, torchvision's sets.
 
 Every data set is a map-style sequence of :class:`Example` with ``spec``, ``split``, ``class_names``, ``labels`` and ``name``. Classes are
 keyed by their index, never by their name: names may repeat (ImageNet's "missile" and "sunglasses" do).
@@ -6,31 +6,38 @@ keyed by their index, never by their name: names may repeat (ImageNet's "missile
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from torch.utils.data import Dataset
 
 from . import openmoji
+from .checking import TooManyBroken, without_broken
+from .decoding import BrokenImage, decoded
+from .loading import Batch, DeadWorker, batches
 from .splits import few_shot, half_of_classes
-from .templates import TEMPLATES, templates_for
+from .templates import TEMPLATES, name_of, templates_for
 
 __all__ = [
     "Batch",
+    "BrokenImage",
+    "DeadWorker",
     "Example",
     "ImageData",
     "OpenMojiData",
     "TEMPLATES",
+    "TooManyBroken",
     "batches",
     "few_shot",
     "half_of_classes",
     "load_dataset",
     "templates_for",
+    "without_broken",
 ]
 
 
@@ -43,17 +50,6 @@ class Example(NamedTuple):
     """Index into ``class_names``."""
     index: int
     """Its place in the data set."""
-
-
-class Batch(NamedTuple):
-    """Some pictures, preprocessed."""
-
-    images: Tensor
-    """[B, 3, H, W]."""
-    labels: Tensor
-    """[B]."""
-    indices: Tensor
-    """[B] places in the data set."""
 
 
 class ImageData(Dataset):
@@ -73,6 +69,9 @@ class ImageData(Dataset):
         Keep so many pictures, drawn with ``seed``.
     """
 
+    workers = 0
+    """Processes that :func:`batches` opens pictures with, where it is not told otherwise."""
+
     def __init__(
         self,
         spec: str,
@@ -85,22 +84,35 @@ class ImageData(Dataset):
         seed: int = 0,
     ):
         self.spec, self.split, self.half, self.seed = spec, split, half, seed
-        self._open = open_image
+        self.opener, self.n_listed = open_image, len(labels)
         kept = half_of_classes(len(class_names), half)
         self.class_names = [class_names[i] for i in kept]
         relabel = torch.full((len(class_names),), -1)
         relabel[kept] = torch.arange(len(kept))
         new_labels = relabel[torch.as_tensor(labels)]
-        self._rows = (new_labels >= 0).nonzero().flatten()
-        if n_images is not None and n_images < len(self._rows):
-            order = torch.randperm(len(self._rows), generator=torch.Generator().manual_seed(seed))
-            self._rows = self._rows[order[:n_images].sort().values]
-        self.labels = new_labels[self._rows]
+        self.rows: Tensor = (new_labels >= 0).nonzero().flatten()
+        """[N] place of each picture in the whole listing, before halves, subsets and broken images were taken out."""
+        if n_images is not None and n_images < len(self.rows):
+            order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed))
+            self.rows = self.rows[order[:n_images].sort().values]
+        self.labels = new_labels[self.rows]
 
     @property
     def name(self) -> str:
         """What figures call it."""
-        return self.spec.rsplit(":", 1)[-1].rstrip("/").rsplit("/", 1)[-1]
+        return name_of(self.spec)
+
+    def where(self, index: int) -> str:
+        """The file of a picture, or its place in a data set without files."""
+        row = int(self.rows[index])
+        return self.opener.where(row) if hasattr(self.opener, "where") else f"{self.spec} ({self.split}), row {row}"
+
+    def without(self, rows: Sequence[int]) -> ImageData:
+        """The same data set without some rows of the listing; classes and the order of the others stay."""
+        kept = ~torch.isin(self.rows, torch.as_tensor(rows, dtype=torch.int64))
+        smaller = copy.copy(self)
+        smaller.rows, smaller.labels = self.rows[kept], self.labels[kept]
+        return smaller
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -108,7 +120,9 @@ class ImageData(Dataset):
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.spec!r} ({self.split}) has {len(self)} images; there is no index {index}.")
-        return Example(self._open(int(self._rows[index])).convert("RGB"), int(self.labels[index]), index)
+        row = int(self.rows[index])  # our own openers check and convert by themselves
+        image = self.opener(row) if hasattr(self.opener, "check") else decoded(lambda: self.opener(row), self.where(index))
+        return Example(image, int(self.labels[index]), index)
 
 
 class OpenMojiData(Dataset):
@@ -126,6 +140,9 @@ class OpenMojiData(Dataset):
         Default: 20 a class.
     seed : int
     """
+
+    workers = 0
+    """Processes that :func:`batches` draws scenes with, where it is not told otherwise."""
 
     def __init__(self, task: str, split: str, domain: str = "color", half: str | None = None, n_images: int | None = None, seed: int = 0):
         table = openmoji.class_table()
@@ -181,7 +198,10 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
     Parameters
     ----------
     spec : str
-        ``openmoji/<task>[:<domain>]``, a folder (``<split>/<class>/<image>`` or ``<class>/<image>``), ``hf:<repository>``, or ``torchvision:<Name>``.
+        ``openmoji/<task>[:<domain>]``; a folder (``<split>/<class>/<image>`` or ``<class>/<image>``); one of the paper's eleven (``caltech101``,
+        ``oxford_pets``, ``stanford_cars``, ``flowers102``, ``food101``, ``fgvc_aircraft``, ``sun397``, ``dtd``, ``eurosat``, ``ucf101``,
+        ``imagenet``; a folder of such a name is written ``./dtd``); ``torchvision:<Name>``; ``hf:<repository>``; or ``hf-stream:<repository>``, of
+        which only ``n_images`` are fetched. Names may end in ``?root=<folder>`` that holds the data set, instead of ``$PATCHSAE_DATA``.
     split : str
         ``train``, ``val`` or ``test``.
     n_images : int, optional
@@ -201,54 +221,19 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
     if spec.startswith("openmoji/"):
         task, _, domain = spec.removeprefix("openmoji/").partition(":")
         return OpenMojiData(task, split, domain or "color", half, n_images, seed)
-    from . import images
+    from . import hub_sets, images, paper_sets
 
     kind, _, rest = spec.partition(":")
+    name, _, root = spec.partition("?root=")
     if kind == "hf":
-        class_names, labels, open_image = images.hugging_face(rest, split)
+        opened = hub_sets.hugging_face(rest, split)
+    elif kind == "hf-stream":
+        opened = hub_sets.hugging_face_stream(rest, split, n_images, seed)
+    elif (one_of_eleven := paper_sets.paper_name(spec)) is not None:
+        images.check_split(split)
+        opened = paper_sets.paper_set(one_of_eleven, split, root or None, seed)
     elif kind == "torchvision":
-        class_names, labels, open_image = images.torchvision_set(rest, split)
+        opened = images.torchvision_set(name.removeprefix("torchvision:"), split, root or None)
     else:
-        class_names, labels, open_image = images.folder(Path(spec), split, seed)
-    return ImageData(spec, split, class_names, labels, open_image, half, n_images, seed)
-
-
-def batches(
-    dataset: Dataset,
-    preprocess: Callable[[Image.Image], Tensor],
-    batch_size: int = 64,
-    workers: int = 0,
-    indices: Sequence[int] | None = None,
-    progress: str | None = None,
-) -> Iterator[Batch]:
-    """Preprocessed pictures in order, a batch at a time; never more than a few batches in memory.
-
-    Parameters
-    ----------
-    dataset : ImageData or OpenMojiData
-    preprocess : callable
-        ``clip.preprocess``.
-    batch_size : int
-    workers : int
-        Processes that open and preprocess pictures; 0 does it here.
-    indices : sequence of int, optional
-        Only these places, in this order.
-    progress : str, optional
-        Show a bar with this label.
-    """
-    pictures = _Preprocessed(dataset, preprocess, range(len(dataset)) if indices is None else [int(i) for i in indices])
-    loader = DataLoader(pictures, batch_size, num_workers=workers, prefetch_factor=2 if workers else None)
-    for images, labels, places in tqdm(loader, desc=progress, disable=progress is None, leave=False):
-        yield Batch(images, labels, places)
-
-
-class _Preprocessed(Dataset):
-    def __init__(self, dataset, preprocess, indices):
-        self.dataset, self.preprocess, self.indices = dataset, preprocess, indices
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, i):
-        example = self.dataset[self.indices[i]]
-        return self.preprocess(example.image), example.label, example.index
+        opened = images.folder(Path(spec), split, seed)
+    return ImageData(spec, split, *opened, half, n_images, seed)

@@ -131,7 +131,7 @@ def firing_rates(rates: Mapping[str, Tensor], n_tokens: int, save: str | None = 
 
 
 @mpl.rc_context(style.STYLE)
-def patch_maps(images: Sequence[Image.Image], l0: Tensor, error: Tensor, save: str | None = None) -> Figure:
+def patch_maps(images: Sequence[Image.Image], l0: Tensor, error: Tensor, save: str | None = None, credit: bool = True) -> Figure:
     """Pictures, and under each how many latents every patch has and how large its error is.
 
     Parameters
@@ -140,6 +140,8 @@ def patch_maps(images: Sequence[Image.Image], l0: Tensor, error: Tensor, save: s
     l0, error : Tensor [n, rows, columns]
         See :func:`patchsae_utils.evaluation.patch_readings`.
     save : str, optional
+    credit : bool
+        Whether OpenMoji art shows.
     """
     n = len(images)
     fig, axes = style.figure(1.0, 1.0 + 9.0 / n * 2.2, nrows=3, ncols=n, squeeze=False)
@@ -155,7 +157,7 @@ def patch_maps(images: Sequence[Image.Image], l0: Tensor, error: Tensor, save: s
         axes[row, 0].set_ylabel(title)
         if row:
             fig.colorbar(drawn[row - 1], ax=axes[row, :], shrink=0.85, aspect=12, pad=0.01)
-    return style.save(fig, save, credit=True)
+    return style.save(fig, save, credit=credit)
 
 
 def _bars(ax, x, rows: pd.DataFrame, width: float, color: str, label: str) -> None:

@@ -1,0 +1,191 @@
+"""Preprocessed pictures, a batch at a time, opened here or by other processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from .decoding import BrokenImage
+
+PREFETCH = 2
+"""Batches that each process has ready at most: the bound on memory."""
+
+
+class Batch(NamedTuple):
+    """Some pictures, preprocessed."""
+
+    images: Tensor
+    """[B, 3, H, W]."""
+    labels: Tensor
+    """[B]."""
+    indices: Tensor
+    """[B] places in the data set."""
+
+
+class DeadWorker(ChildProcessError):
+    """A process that opens pictures has ended before its work was done."""
+
+
+def batches(
+    dataset: Dataset,
+    preprocess: Callable[[Image.Image], Tensor],
+    batch_size: int = 64,
+    workers: int = 0,
+    indices: Sequence[int] | None = None,
+    progress: str | None = None,
+) -> Iterator[Batch]:
+    """Preprocessed pictures in order, a batch at a time; never more than a few batches in memory.
+
+    However many processes open them, the batches are the same. Where there is a GPU, they lie in pinned memory, from which it reads
+    while the processor goes on.
+
+    Parameters
+    ----------
+    dataset : ImageData or OpenMojiData
+    preprocess : callable
+        ``clip.preprocess``.
+    batch_size : int
+    workers : int
+        Processes that open and preprocess pictures; each has ``PREFETCH`` batches ready at most. 0 leaves it to ``dataset.workers``, which a
+        profile sets (``data.workers``) and which is otherwise 0 too: pictures are opened here.
+    indices : sequence of int, optional
+        Only these places, in this order.
+    progress : str, optional
+        Show a bar with this label.
+
+    Raises
+    ------
+    BrokenImage
+        If a picture can't be read, naming its file.
+    DeadWorker
+        If a process ends before its time; says why that happens, and what to do.
+    """
+    pictures = _Preprocessed(dataset, preprocess, range(len(dataset)) if indices is None else [int(i) for i in indices])
+    loader = Loader(pictures, batch_size, workers or getattr(dataset, "workers", 0))
+    for batch in tqdm(loader, desc=progress, disable=progress is None, leave=False):
+        yield Batch(*batch)
+
+
+class Loader:
+    """torch's DataLoader, with errors for people.
+
+    Parameters
+    ----------
+    items : Dataset
+        A :class:`BrokenImage` that it raises arrives as it is, not as a traceback of another process.
+    batch_size, workers : int
+    collate : callable, optional
+        List of items -> batch; default: torch's, stacking tensors.
+    """
+
+    def __init__(self, items: Dataset, batch_size: int, workers: int, collate: Callable[[list], Any] | None = None):
+        n_batches = -(-len(items) // batch_size)
+        self.workers = workers = min(workers, n_batches) if n_batches > 1 else 0  # starting a process takes longer than opening a batch
+        self._loader = DataLoader(
+            _Careful(items),
+            batch_size,
+            num_workers=workers,
+            prefetch_factor=PREFETCH if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=collate or _collate,
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator:
+        with _no_signals():
+            parts = iter(self._loader)
+        while True:
+            try:
+                batch = next(parts, None)
+            except (RuntimeError, OSError, EOFError) as error:
+                if not _means_dead(error):
+                    raise
+                raise DeadWorker(
+                    f"A process that opens pictures (data.workers = {self.workers}) has ended before its time ({str(error) or 'no answer'}). Most often memory has run out, or "
+                    "in a container /dev/shm (docker run --shm-size=8g). Set data.workers lower, or to 0, which opens pictures without other "
+                    "processes, and give the same command again: what was finished is kept."
+                ) from error
+            if batch is None:
+                return
+            if isinstance(batch, BrokenImage):
+                raise batch
+            yield batch
+
+
+def _means_dead(error: Exception) -> bool:
+    """Whether torch raises this for a dead worker: in its own words, or while it fetches a batch that the worker was to hand over."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker")
+    return isinstance(error, ConnectionError | FileNotFoundError | EOFError) and "in DataLoader worker" not in str(error)
+
+
+@contextmanager
+def _no_signals() -> Iterator[None]:
+    """Take back the signal handler that torch installs with the first DataLoader.
+
+    It would raise the death of a worker in the midst of whatever runs then, a write to disk included. Without it ``next`` finds a dead worker
+    within five seconds, where it can be told to the user.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield  # torch installs none
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        own = getattr(before, "__module__", "") == "torch.utils.data._utils.signal_handling"
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None or own else before)
+
+
+def automatic_workers() -> int:
+    """As many processes as there are processors to spare, at most 16, where a GPU computes; 0 where the processors themselves do."""
+    if not torch.cuda.is_available():
+        return 0
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(16, processors - 1))
+
+
+class _Preprocessed(Dataset):
+    def __init__(self, dataset, preprocess, indices):
+        self.dataset, self.preprocess, self.indices = dataset, preprocess, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        example = self.dataset[self.indices[i]]
+        return self.preprocess(example.image), example.label, example.index
+
+
+class _Careful(Dataset):
+    """Hands a broken image on as a value: between processes an error would become a wall of text."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        try:
+            return self.items[i]
+        except BrokenImage as error:
+            return error
+
+
+def _collate(items):
+    """Items as a batch; the first error, where there is one."""
+    broken = next((item for item in items if isinstance(item, BrokenImage)), None)
+    return torch.utils.data.default_collate(items) if broken is None else broken

@@ -1,0 +1,223 @@
+"""The paper's eleven data sets by name: where they lie, which images are in which split, what CLIP calls their classes.
+
+Found under one folder (``$PATCHSAE_DATA``, or ``caltech101?root=/data``) as CoOp's instructions lay them out or as torchvision does, whichever is
+there. Names and prompts are CoOp's (Zhou et al., IJCV 2022), which MaPLe and PatchSAE follow; with CoOp's ``split_zhou_*.json`` in the folder,
+so are the splits. Without it a set's own splits are taken; where there are none, classes are split 50/20/30 as CoOp does, and a missing val
+is a fifth of train.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .decoding import ImageFiles
+from .images import Opened, data_root, folder, opened_by_torchvision, share
+from .split_files import find_split_file, read_split_file
+
+_SHARES = {"train": (0.0, 0.5), "val": (0.5, 0.7), "test": (0.7, 1.0)}  # CoOp's p_trn, p_val
+_OF_TRAIN = {"train": (0.0, 0.8), "val": (0.8, 1.0)}  # CoOp's split_trainval
+
+_EUROSAT = {
+    "AnnualCrop": "Annual Crop Land", "Forest": "Forest", "HerbaceousVegetation": "Herbaceous Vegetation Land", "Highway": "Highway or Road",
+    "Industrial": "Industrial Buildings", "Pasture": "Pasture Land", "PermanentCrop": "Permanent Crop Land",
+    "Residential": "Residential Buildings", "River": "River", "SeaLake": "Sea or Lake",
+}  # fmt: skip
+_CALTECH = {"airplanes": "airplane", "Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike"}
+_CALTECH_LEFT_OUT = ("BACKGROUND_Google", "Faces_easy")
+
+
+class PaperSet(NamedTuple):
+    """One of the eleven."""
+
+    torchvision: str
+    """Its class in ``torchvision.datasets``."""
+    template: str
+    """CoOp's prompt."""
+    folders: tuple[str, ...]
+    """Where it lies under the root: as CoOp has it, as torchvision has it."""
+    page: str
+    """Where it can be had."""
+    splits: dict[str, str] | None = None
+    """Our splits -> torchvision's; None where it has none."""
+    rename: Callable[[str], str] = lambda name: name
+    """torchvision's name of a class -> CoOp's."""
+
+
+def _car(name: str) -> str:
+    """ "Audi S4 Sedan 2012" -> "2012 Audi S4 Sedan"."""
+    words = name.split(" ")
+    return " ".join([words[-1], *words[:-1]])
+
+
+def _scene(name: str) -> str:
+    """ "apse/indoor" -> "indoor apse"."""
+    return " ".join(reversed(name.split("/")))
+
+
+_OWN = {"train": "train", "val": "val", "test": "test"}
+
+PAPER_SETS: dict[str, PaperSet] = {
+    "caltech101": PaperSet(
+        "Caltech101", "a photo of a {}.", ("caltech-101", "caltech101"), "https://data.caltech.edu/records/mzrjq-6wc02",
+        rename=lambda name: _CALTECH.get(name, name),
+    ),
+    "oxford_pets": PaperSet(
+        "OxfordIIITPet", "a photo of a {}, a type of pet.", ("oxford_pets", "oxford-iiit-pet"), "https://www.robots.ox.ac.uk/~vgg/data/pets/",
+        {"train": "trainval", "test": "test"}, str.lower,
+    ),
+    "stanford_cars": PaperSet(
+        "StanfordCars", "a photo of a {}.", ("stanford_cars",), "https://github.com/pytorch/vision/issues/7545 (the first page is gone)",
+        {"train": "train", "test": "test"}, _car,
+    ),
+    "flowers102": PaperSet(
+        "Flowers102", "a photo of a {}, a type of flower.", ("oxford_flowers", "flowers-102"), "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/", _OWN,
+    ),
+    "food101": PaperSet(
+        "Food101", "a photo of {}, a type of food.", ("food-101",), "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
+        {"train": "train", "test": "test"},
+    ),
+    "fgvc_aircraft": PaperSet(
+        "FGVCAircraft", "a photo of a {}, a type of aircraft.", ("fgvc_aircraft", "fgvc-aircraft-2013b"),
+        "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/", _OWN,
+    ),
+    "sun397": PaperSet("SUN397", "a photo of a {}.", ("sun397", "SUN397"), "https://vision.princeton.edu/projects/2010/SUN/", rename=_scene),
+    "dtd": PaperSet("DTD", "{} texture.", ("dtd",), "https://www.robots.ox.ac.uk/~vgg/data/dtd/", _OWN),
+    "eurosat": PaperSet(
+        "EuroSAT", "a centered satellite photo of {}.", ("eurosat",), "https://github.com/phelber/EuroSAT", rename=lambda name: _EUROSAT.get(name, name)
+    ),
+    "ucf101": PaperSet(
+        "UCF101", "a photo of a person doing {}.", ("ucf101",), "UCF-101-midframes.zip of https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
+    ),
+    "imagenet": PaperSet("ImageNet", "a photo of a {}.", ("imagenet", "imagenet/images"), "https://www.image-net.org"),
+}  # fmt: skip
+"""By the names that CoOp, MaPLe and PatchSAE give them."""
+
+
+def paper_name(spec: str) -> str | None:
+    """Which of the eleven a spec means: ``caltech101``, ``torchvision:Caltech101``, each with or without ``?root=...``; None for another."""
+    kind, _, name = spec.partition("?")[0].rpartition(":")
+    if kind == "torchvision":
+        return next((key for key, entry in PAPER_SETS.items() if entry.torchvision == name), None)
+    return name if not kind and name in PAPER_SETS else None
+
+
+def paper_set(name: str, split: str, root: str | os.PathLike | None = None, seed: int = 0) -> Opened:
+    """Class names, labels and opener of one split of one of :data:`PAPER_SETS`.
+
+    Parameters
+    ----------
+    name : str
+    split : {"train", "val", "test"}
+    root : path, optional
+        The folder that holds the data sets' folders. Default: :func:`~patchsae_utils.data.images.data_root`.
+    seed : int
+        Draws the split, where the set has none.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is not there; says which folders were looked for, and where to get it.
+    """
+    entry, root = PAPER_SETS[name], Path(root).expanduser() if root else data_root()
+    places = [root / place for place in entry.folders if (root / place).is_dir()]
+    for place in places:
+        if (split_file := find_split_file(place)) is not None:
+            return read_split_file(split_file, split)
+    if name == "imagenet":
+        return _imagenet(places, split, entry, root)
+    if name == "fgvc_aircraft" and (root / "fgvc_aircraft" / "variants.txt").exists():
+        return _aircraft(root / "fgvc_aircraft", split)
+    if name == "ucf101":  # torchvision's are videos, of which CLIP reads one frame
+        raise FileNotFoundError(_missing(name, root, "with split_zhou_UCF101.json and UCF-101-midframes in it"))
+    try:
+        names, labels, files = _from_torchvision(entry, root, split)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{_missing(name, root)} torchvision says: {error}") from error
+    if entry.splits is None:
+        labels, files = _part(labels, files, *_SHARES[split], seed)
+    elif split == "val" and split not in entry.splits:
+        labels, files = _part(labels, files, *_OF_TRAIN["val"], seed)
+    elif split == "train" and "val" not in entry.splits:
+        labels, files = _part(labels, files, *_OF_TRAIN["train"], seed)
+    return names, labels, ImageFiles(root, files)
+
+
+def _missing(name: str, root: Path, content: str = "") -> str:
+    entry = PAPER_SETS[name]
+    places = " or ".join(str(root / place) for place in entry.folders)
+    return (
+        f"The data set {name} was sought in {places}{' ' + content if content else ''}, and is not there. Get it from {entry.page} and unpack it there, as "
+        f"CoOp's DATASETS.md or torchvision.datasets.{entry.torchvision} describe; or name the folder that holds it: {name}?root=/data, or "
+        "export PATCHSAE_DATA=/data."
+    )
+
+
+def _from_torchvision(entry: PaperSet, root: Path, split: str) -> tuple[list[str], list[int], list[str]]:
+    """Class names, labels, and files relative to the root, sorted; torchvision knows the layout and the annotations."""
+    options = {} if entry.splits is None else {"split": entry.splits.get(split, entry.splits["train"])}
+    data = opened_by_torchvision(entry.torchvision, root, options)
+    if entry.torchvision == "Caltech101":
+        names = list(data.categories)
+        base = Path(data.root) / "101_ObjectCategories"
+        pairs = [
+            (base / names[y] / f"image_{i:04d}.jpg", y)
+            for i, y in zip(data.index, data.y, strict=True)
+            if names[y] not in _CALTECH_LEFT_OUT
+        ]
+        kept = [i for i, name in enumerate(names) if name not in _CALTECH_LEFT_OUT]
+        names, pairs = [names[i] for i in kept], [(path, kept.index(y)) for path, y in pairs]
+    else:
+        names = list(data.classes)
+        pairs = getattr(data, "samples", None) or getattr(data, "_samples", None)
+        if pairs is None:
+            pairs = zip(getattr(data, "_images", None) or data._image_files, data._labels, strict=True)
+    rows = sorted((os.path.relpath(path, root), int(label)) for path, label in pairs)  # SUN397's come in the disk's order
+    return [entry.rename(name).replace("_", " ") for name in names], [label for _, label in rows], [path for path, _ in rows]
+
+
+def _part(labels: Sequence[int], files: Sequence[str], low: float, high: float, seed: int) -> tuple[list[int], list[str]]:
+    """A share of every class."""
+    members: dict[int, list[int]] = {}
+    for i, label in enumerate(labels):
+        members.setdefault(label, []).append(i)
+    kept = sorted(i for rows in members.values() for i in share(rows, low, high, seed))
+    return [labels[i] for i in kept], [files[i] for i in kept]
+
+
+def _aircraft(place: Path, split: str) -> Opened:
+    """CoOp's layout: ``variants.txt``, ``images_variant_<split>.txt`` with "<image> <variant>" lines, and ``images``."""
+    names = (place / "variants.txt").read_text(encoding="utf-8").splitlines()
+    numbers = {name.strip(): i for i, name in enumerate(names)}
+    lines = [
+        line.split(" ", 1) for line in (place / f"images_variant_{split}.txt").read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
+    return (
+        [name.strip() for name in names],
+        [numbers[name.strip()] for _, name in lines],
+        ImageFiles(place / "images", [f"{image}.jpg" for image, _ in lines]),
+    )
+
+
+def _imagenet(places: Sequence[Path], split: str, entry: PaperSet, root: Path) -> Opened:
+    """Folders of WordNet ids, also right under the root, as torchvision has them.
+
+    Names: of CoOp's ``classnames.txt`` ("<id> <name>" lines) where it lies in ``imagenet``, else CLIP's.
+    """
+    place = next((place for place in [*places, root] if (place / "train").is_dir()), None)
+    if place is None:
+        raise FileNotFoundError(_missing("imagenet", root, "with train/<wnid>/*.JPEG and val/<wnid>/*.JPEG in it"))
+    names, labels, opener = folder(place, split)
+    listing = root / "imagenet" / "classnames.txt"
+    if listing.exists():
+        words = dict(line.strip().split(" ", 1) for line in listing.read_text(encoding="utf-8").splitlines() if line.strip())
+        ids = sorted(p.name for p in (place / "train").iterdir() if p.is_dir())
+        unknown = [wnid for wnid in ids if wnid not in words]
+        if unknown or len(ids) != len(names):
+            raise ValueError(
+                f"{listing} lacks a name for {unknown[:3] or 'the classes of ' + str(place)}; take it away to use CLIP's names."
+            )
+        names = [words[wnid] for wnid in ids]
+    return names, labels, opener
