@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .clip import PRECISIONS, ClipModel, Residual
+from .processes import default_device
 
 PREFIX = "timm:"
 
@@ -177,5 +178,5 @@ def load_timm(model: str, pretrained: str | None = None, device: str | None = No
         ) from error
     data = timm.data.resolve_model_data_config(network)
     preprocess = timm.data.create_transform(**data, is_training=False)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     return TimmModel(network, preprocess, model, pretrained, device, precision)

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
+from .processes import default_device
+
 EMBEDDED = Path(__file__).parent / "models" / "openmoji_clip"
 """The small CLIP of the embedded world, in the form that open_clip reads as ``local-dir:<folder>``."""
 
@@ -320,7 +322,7 @@ def load_clip(model: str = "openmoji", pretrained: str | None = None, device: st
         from .backbones import load_timm
 
         return load_timm(model, pretrained, device, precision)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     if model == "openmoji" or Path(model).is_dir():
         folder = EMBEDDED if model == "openmoji" else Path(model)
         _check_folder(folder)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_checkpoints import TOKENS, trained
 
-from patchsae_utils import activations
+from patchsae_utils import artifacts
 from patchsae_utils.activations import ActivationStore, extract_activations
 from patchsae_utils.artifacts import file_sha256, folder_lock, read_json
 from patchsae_utils.checkpoints import CONFIG, WEIGHTS, load_sae, save_sae
@@ -146,7 +146,7 @@ def test_a_disk_that_fills_up_costs_the_shard_it_was_writing(tiny_clip, tiny_dat
         replace(source, target)
 
     extract = lambda: extract_activations(tiny_clip, tiny_dataset, -2, tmp_path, n_per_shard=5, progress=False)  # noqa: E731
-    monkeypatch.setattr(activations.os, "replace", full)
+    monkeypatch.setattr(artifacts.os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         extract()
     assert not list(tmp_path.glob(".*.tmp")), "nothing half written stays"
