@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -74,10 +75,32 @@ def _attempt(action: Callable[[slice], Result], rows: slice) -> tuple[Result] | 
     """The result; None if memory ran out. The error, which holds what was half computed, is gone when this returns."""
     try:
         return (action(rows),)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # The processor's allocator raises a plain RuntimeError.
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, a GPU's or the processor's, whose allocator raises a plain ``RuntimeError``."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def out_of_memory(what: str, setting: str) -> Iterator[None]:
+    """Where a batch can't be halved without changing the result: say what to set.
+
+    Raises
+    ------
+    MemoryError
+        In place of torch's own errors.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        text = str(error).strip().partition("\n")[0]
+        raise MemoryError(f"The memory ran out in {what} ({text}). Set {setting}, and run the same again.") from error

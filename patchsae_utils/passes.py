@@ -26,7 +26,7 @@ from .artifacts import file_sha256, folder_lock
 from .processes import Alone, Processes, together
 
 SAVE_SECONDS = 300.0
-"""Between two savings of what was counted; longer where saving itself takes more than a twentieth of the time."""
+"""Between two savings of what was counted; longer where saving itself would take more than a twentieth of the time."""
 
 _FILE = re.compile(r"counted-\d+-([0-9a-f]{16})\.safetensors")
 
@@ -90,7 +90,7 @@ class Unfinished:
 
     def save_if_time(self) -> None:
         """Save, if the last time is long ago."""
-        if self.done.any() and time.monotonic() - self._saved >= max(SAVE_SECONDS, 20 * self._effort):
+        if self.done.any() and time.monotonic() - self._saved >= SAVE_SECONDS * max(1.0, self._effort / 15):
             self.save()
 
     def save(self) -> None:
@@ -181,6 +181,8 @@ def one_pass(
                     writer.add(h, places)
                 if saved is not None:
                     saved.done[places.cpu()] = True
+            if saved is not None and processes.number > 1 and own:
+                saved.save()  # others may take longer, or stop
 
         processes.everywhere(count)
         for part in parts.values():
