@@ -149,7 +149,11 @@ def _shards(clip, loaded: Iterator[Tensor], inputs: dict[str, Any], sizes: list[
                 more = next(loaded)
                 waiting = more if waiting is None or not len(waiting) else torch.cat([waiting, more])
             images, waiting = waiting[: len(part)], waiting[len(part) :]
-            for rows, tokens in fitting.run(len(images), lambda rows, images=images: clip.residual(images[rows], inputs["layer"])[:, kept]):
+
+            def read(rows: slice, images: Tensor = images) -> Tensor:
+                return clip.residual(images[rows], inputs["layer"])[:, kept]
+
+            for rows, tokens in fitting.run(len(images), read):
                 part[rows] = tokens
                 bar.update(len(tokens))
         yield shard

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -284,7 +284,7 @@ class ClipModel:
         return self.logit_scale * F.normalize(features, dim=-1) @ head.T
 
 
-def _put_sequence_first(transformer: torch.nn.Module) -> None:
+def _put_sequence_first(transformer: Any) -> None:
     """Let attention read [T, B, d], which it computes in anyway: the same numbers, on a CPU in bfloat16 six times as fast.
 
     Otherwise it transposes its input, and torch multiplies what is not contiguous token by token, each with a copy of the weights in bfloat16.

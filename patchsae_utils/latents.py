@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -43,7 +45,11 @@ def select_latents(sae, x: Tensor, latents: Tensor | Sequence[int]) -> Tensor:
 # -- summary ------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@overload
+def summarize_latents(clip, sae, dataset, layer: int, *, tokens: str = "all", **options: Any) -> LatentSummary: ...  # type: ignore[overload-overlap]
+@overload
+def summarize_latents(clip, sae, dataset, layer: int, *, tokens: Sequence[str], **options: Any) -> dict[str, LatentSummary]: ...
+@torch.no_grad()  # type: ignore[misc]  # the overloads leave out what doesn't matter to the result's type
 def summarize_latents(
     clip,
     sae,
@@ -170,7 +176,7 @@ def summarize_latents(
                 for kind, summary in running.items():
                     found[kind] = result = summary.finish(labels, dataset.class_names)
                     if out is not None:
-                        processes.on_main(lambda result=result, kind=kind: result.save(folders[kind], prints[kind]))
+                        processes.on_main(partial(result.save, folders[kind], prints[kind]))
                 if writer is not None:
                     writer.finish()
                 if watch is not None:
@@ -239,7 +245,7 @@ def read_latents(
             raise ValueError(
                 f"Labels must lie in range({n_classes}), the number of class names; got {int(labels.min())} to {int(labels.max())}."
             )
-        for part, stream in fitting.run(len(places), lambda rows, images=batch.images: clip.run_to(images[rows], layer)):
+        for part, stream in fitting.run(len(places), partial(_run_to, clip, layer, batch.images)):
             _check_finite(stream.tokens, places[part], clip, layer)
             if between is not None:
                 between()
@@ -247,6 +253,10 @@ def read_latents(
                 observe(stream, places[part])
             for rows, h in latent_chunks(sae, stream.tokens[:, : clip.n_tokens]):
                 yield labels[part][rows], places[part][rows], h
+
+
+def _run_to(clip, layer: int, images: Tensor, rows: slice) -> Residual:
+    return clip.run_to(images[rows], layer)
 
 
 def _check_finite(tokens: Tensor, places: Tensor, clip, layer: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,9 @@ from .latents import latent_chunks, read_latents
 from .naming import embed_images
 from .processes import Alone, Processes
 from .summary import TOKENS
+
+if TYPE_CHECKING:
+    from .sae import SparseAutoencoder
 
 
 def monosemanticity_scores(activations: Tensor, embeddings: Tensor) -> Tensor:
@@ -250,7 +253,7 @@ class LikenessPass:
         self.clip, self.sae, self.layer, self.seed, self._first = clip, sae, layer, seed, first
         self.embeddings = torch.full((n_images, clip.d_embed), torch.nan)
         self.scores = {name: RunningScores() for name in ("SAE", "random directions", "single dimensions")}
-        self.control = None
+        self.control: SparseAutoencoder | None = None
 
     def prepare(self) -> None:
         """Make the controls by the data set's first batch, as a pass over all of it does, wherever this one begins."""

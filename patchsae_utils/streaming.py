@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -125,8 +126,8 @@ class TokenStream:
         inside = slice(first, first + n)
         return mixer.batches(np.ones(self.n_images, np.int64), per_buffer, lambda images: self._fill(images, inside))
 
-    def _residual(self, images: Tensor) -> Tensor:
-        return self.clip.residual(images, self.metadata.layer)
+    def _residual(self, images: Tensor, rows: slice) -> Tensor:
+        return self.clip.residual(images[rows], self.metadata.layer)
 
     @torch.no_grad()
     def _fill(self, images: np.ndarray, kept: slice) -> Tensor:
@@ -138,8 +139,8 @@ class TokenStream:
         dtype = DTYPES[self.metadata.dtype]
         buffer = torch.empty(share, kept.stop - kept.start, self.d_in, dtype=dtype, device=self.clip.device)
         row = 0
-        for batch in batches(self.dataset, self.clip.preprocess, self._batch_size, self._workers, own):
-            for _, x in self._fitting.run(len(batch.images), lambda rows, images=batch.images: self._residual(images[rows])):
+        for batch in batches(self.dataset, self.clip.preprocess, self._batch_size, self._workers, own.tolist()):
+            for _, x in self._fitting.run(len(batch.images), partial(self._residual, batch.images)):
                 buffer[row : row + len(x)] = x[:, kept].to(dtype)
                 row += len(x)
         if not buffer.isfinite().all():

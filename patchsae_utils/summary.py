@@ -118,7 +118,8 @@ class LatentSummary:
         The [C, S] tables are mostly 0 when there are many classes and latents. Where that saves space they are written as
         ``<name>.places`` (int64 [n], ``class * S + latent``) and ``<name>.values`` (float32 [n]).
         """
-        tensors, plain = {}, {}
+        tensors: dict[str, Tensor] = {}
+        plain: dict[str, object] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             (tensors if isinstance(value, Tensor) else plain)[field.name] = value

@@ -61,8 +61,10 @@ class TokenSource(Protocol):
     :class:`~patchsae_utils.streaming.TokenStream` have it."""
 
     d_in: int
-    fingerprint: str
     metadata: Any
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def tokens(self, batch_size: int, *, seed: int, epochs: int | None, start_step: int, positions: bool): ...
 
