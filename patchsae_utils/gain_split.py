@@ -199,14 +199,14 @@ class GainAnalysis(NamedTuple):
     links: ClassLinks
 
 
-@torch.no_grad()
 @overload
 def explain_gain(base: ClipModel, adapted: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: int, **options: Any) -> GainAnalysis: ...
 @overload
 def explain_gain(
     base: ClipModel, adapted: Mapping[str, ClipModel], sae: SparseAutoencoder, dataset: Any, layer: int, **options: Any
 ) -> dict[str, GainAnalysis]: ...
-def explain_gain(  # type: ignore[misc]  # the overloads leave out what doesn't matter to the result's type
+@torch.no_grad()  # type: ignore[misc]  # the overloads leave out what doesn't matter to the result's type
+def explain_gain(
     base: ClipModel,
     adapted: ClipModel | Mapping[str, ClipModel],
     sae: SparseAutoencoder,
