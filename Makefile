@@ -49,6 +49,7 @@ lint:
 	@$(PYTHON) tools/install.py test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check patchsae_utils tests tools
+	$(PY) -m mypy
 
 notebooks-clean:
 	@$(PYTHON) tools/install.py test

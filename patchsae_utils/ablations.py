@@ -160,7 +160,7 @@ class Grid:
     def _quality(self, sae, layer: int) -> dict[str, float]:
         table = evaluate_sae(self.clip, sae, self.test, layer, n_bootstrap=500, progress=False)
         found = table[table["variant"] == "reconstruction"].set_index(["tokens", "metric"])
-        row = {}
+        row: dict[str, float] = {}
         for tokens in ("all", "cls", "patch"):
             for metric in ("explained_variance", "l0"):
                 row |= {f"{metric}_{tokens}{end}": found.loc[(tokens, metric), column] for end, column in _ENDS.items()}
@@ -198,7 +198,7 @@ class Grid:
             return {}
         report = detect_concepts([sae_dictionary(sae)], *self._patches[1], n_bootstrap=200, progress=False)
         table = report.table().set_index("kind")
-        row = {}
+        row: dict[str, float] = {}
         for kind, values in table.iterrows():
             row |= {f"{kind}_ap": float(values["ap"]), f"{kind}_ap_low": float(values["low"]), f"{kind}_ap_high": float(values["high"])}
         return row

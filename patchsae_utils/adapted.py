@@ -43,7 +43,7 @@ class AdaptedClip(ClipModel):
     """Its name in ``fit_adapter`` and on disk."""
     OPTIONS: ClassVar[tuple[str, ...]] = ("seed", "template")
     """Attributes that, given to the class, make an adapter of the same shape: saved beside the weights."""
-    learned: nn.Module
+    learned: Any
     """What is learned; ``learned.state_dict()`` is what is saved."""
     log: Sequence[dict[str, Any]] = ()
     """One entry an epoch of fitting: epoch, lr, loss, accuracy on the training images."""

@@ -10,7 +10,7 @@ import math
 import re
 from pathlib import Path
 from pickle import UnpicklingError  # what torch.load(weights_only=True) raises; nothing here unpickles
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -267,7 +267,7 @@ def _load_official(path: Path, clip: ClipModel, n_ctx: int | None, depth: int | 
     """``MultiModalPromptLearner/model.pth.tar-*`` of the official code: a pickle, of which nothing but tensors is made real."""
     try:
         # Optimiser and schedule lie beside the weights; their classes become inert records.
-        inert = [
+        inert: list = [
             (type("Inert", (), {"__init__": lambda self, *args, **kwargs: None}), name)
             for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)
         ]
@@ -283,7 +283,7 @@ def _load_official(path: Path, clip: ClipModel, n_ctx: int | None, depth: int | 
         raise ValueError(
             f"{path} holds no MaPLe prompts (prompt_learner.ctx, prompt_learner.proj.weight), but {', '.join(list(state)[:5])} ..."
         )
-    return _filled(clip, "maple", tensors, path, n_ctx, depth, {})
+    return cast(MaPLe, _filled(clip, "maple", tensors, path, n_ctx, depth, {}))
 
 
 def _filled(

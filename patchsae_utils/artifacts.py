@@ -7,6 +7,7 @@ is there instead of computing it again: that is how ``make reproduce`` resumes.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -57,6 +58,34 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}). Delete it and run the stage that writes it again.") from error
 
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_TEXTS = ("No space left", "os error 28", "os error 27", "os error 122", "File too large", "failed writing file", "unexpected pos")
+
+
+@contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Say of a disk that filled up which file was being written and what to do, whichever library's error it was.
+
+    Raises
+    ------
+    OSError
+        Whose ``errno`` is the system's; ``ENOSPC`` where a library keeps it to itself.
+    """
+    try:
+        yield
+    except Exception as error:  # safetensors and torch raise their own
+        number = getattr(error, "errno", None)
+        if number not in _FULL and not any(text in str(error) for text in _FULL_TEXTS):
+            raise
+        number = number if number in _FULL else errno.ENOSPC
+        raise OSError(
+            number,
+            f"{os.strerror(number)}, while this file was being written. What was whole before is kept: free some space, or move the folder to "
+            "a larger disk, and run the same again; it goes on from there",
+            str(path),
+        ) from error
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its place when the block ends well, and disappears when it doesn't.
@@ -65,11 +94,13 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
+    with disk_errors(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with disk_errors(path):
+            yield temporary
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -106,7 +137,8 @@ def atomic_folder(out: str | Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
-        yield temporary
+        with disk_errors(out):
+            yield temporary
         if out.exists():
             shutil.rmtree(out)
         os.replace(temporary, out)

@@ -10,15 +10,18 @@ Dimension letters: B batch, T tokens (CLS, then patches), D d_in, S d_sae, C cla
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .clip import ClipModel, Residual
 from .data import batches
 from .tails import PLACES, Active, check_models, dataset_head, decoder_of, network_tail
+
+if TYPE_CHECKING:
+    from .sae import SparseAutoencoder
 
 TARGETS = ("logit", "margin")
 
@@ -45,7 +48,7 @@ class Attribution(NamedTuple):
 @torch.no_grad()
 def attribute_latents(
     clip: ClipModel,
-    sae: nn.Module,
+    sae: SparseAutoencoder,
     dataset,
     layer: int = -2,
     *,
@@ -111,7 +114,7 @@ def attribute_latents(
 @torch.no_grad()
 def image_attribution(
     clip: ClipModel,
-    sae: nn.Module,
+    sae: SparseAutoencoder,
     images: Tensor | Residual,
     head: Tensor,
     classes: Tensor | Sequence[int] | None = None,
@@ -145,7 +148,7 @@ def image_attribution(
 @torch.no_grad()
 def ablate_latents(
     clip: ClipModel,
-    sae: nn.Module,
+    sae: SparseAutoencoder,
     images: Tensor | Residual,
     latents: Sequence[int] | Tensor,
     head: Tensor,
@@ -189,7 +192,15 @@ def ablate_latents(
 
 
 def attribution_check(
-    clip: ClipModel, sae: nn.Module, dataset, head: Tensor, layer: int = -2, *, n_latents: int = 20, target: str = "logit", seed: int = 0
+    clip: ClipModel,
+    sae: SparseAutoencoder,
+    dataset,
+    head: Tensor,
+    layer: int = -2,
+    *,
+    n_latents: int = 20,
+    target: str = "logit",
+    seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """Estimate and truth side by side: for each image latents drawn among its active ones, half of them the highest attributed.
 
@@ -212,7 +223,7 @@ def attribution_check(
         best = active[np.argsort(-estimate[active].numpy())][: n_latents // 2]
         rest = np.setdiff1d(active, best)
         drawn = np.concatenate([best, rng.choice(rest, min(len(rest), n_latents - len(best)), replace=False)]).astype(int)
-        change = ablate_latents(clip, sae, residual, drawn, head, layer)[0] + before
+        change = ablate_latents(clip, sae, residual, drawn.tolist(), head, layer)[0] + before
         exact = _target(before, torch.tensor([label], device=before.device), target) - _target(
             change, torch.full((len(change),), label, device=change.device), target
         )

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .clip import PRECISIONS, ClipModel, Residual
+from .processes import default_device
 
 PREFIX = "timm:"
 
@@ -161,7 +163,7 @@ def load_timm(model: str, pretrained: str | None = None, device: str | None = No
         raise ValueError(f"timm has no model {name!r}. Near it: {near} (timm.list_models() lists all).")
     if pixels and not pixels.isdigit():
         raise ValueError(f"The image size of {model!r} is no whole number of pixels.")
-    options = {"img_size": int(pixels)} if pixels else {}
+    options: dict[str, Any] = {"img_size": int(pixels)} if pixels else {}
     if pretrained not in (None, "random"):
         if not Path(pretrained).is_file():
             raise FileNotFoundError(
@@ -177,5 +179,5 @@ def load_timm(model: str, pretrained: str | None = None, device: str | None = No
         ) from error
     data = timm.data.resolve_model_data_config(network)
     preprocess = timm.data.create_transform(**data, is_training=False)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     return TimmModel(network, preprocess, model, pretrained, device, precision)

@@ -63,7 +63,8 @@ def bootstrap(
     value = statistic(sums.sum(0), np.array(n))
     draws = statistic(np.concatenate([drawn @ sums for drawn in _multiplicities(n, n_resamples, seed)]), np.full(n_resamples, n))
     tail = 100 * (1 - level) / 2
-    return {name: (float(value[name]), *(float(v) for v in np.percentile(draws[name], [tail, 100 - tail]))) for name in value}
+    ends = {name: np.percentile(draws[name], [tail, 100 - tail]) for name in value}
+    return {name: (float(value[name]), float(ends[name][0]), float(ends[name][1])) for name in value}
 
 
 def bootstrap_mean(values, n_resamples: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

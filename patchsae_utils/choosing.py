@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .sae import SparseAutoencoder
 
 CHOICES = ("oracle", "predicted", "wrong", "dataset", "random", "matched")
 RANKINGS = ("count", "attribution")
@@ -45,7 +49,7 @@ class Choosing:
         scores: Mapping[str, Tensor],
         ks: Sequence[int],
         choose: Sequence[str],
-        sae: nn.Module,
+        sae: SparseAutoencoder,
         frequency: Tensor | None,
         *,
         n_classes: int,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .artifacts import _plain
+from .artifacts import _plain, atomic_file
 from .config import Profile, load_profile, parse_settings
 
 _EPILOG = """\
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         result = options.run(options)
-    except (ValueError, OSError, ImportError) as error:  # what the package raises for bad input, and what a disk does
+    except (ValueError, OSError, ImportError, MemoryError) as error:  # what the package raises for bad input, and what a disk does
         print(f"error: {error}", file=sys.stderr)
         if options.json:
             print(json.dumps({"error": str(error)}))
@@ -48,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
         return 130
-    print(json.dumps(result, default=_plain) if options.json else _text(result))
+    if int(os.environ.get("RANK", 0)) == 0:  # of several processes, one speaks
+        print(json.dumps(result, default=_plain) if options.json else _text(result))
     return 0
 
 
@@ -123,7 +125,8 @@ def _summarize(options: argparse.Namespace) -> dict[str, Any]:
     path = profile.folder("results") / "latents.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     frame = summary.to_frame()
-    frame.to_csv(path)
+    with atomic_file(path) as temporary:
+        frame.to_csv(temporary)
     alive = summary.frequency > 0
     return {
         "table": str(path),
@@ -217,7 +220,8 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], str]]
 write the activations of the training images
 
 Residual-stream tokens of data.train after block model.layer, into runs/<profile>/activations. An interrupted run goes on behind the last
-whole shard. Sizes: 2 bytes a number, so 300 KB an image of ViT-B/16, 390 GB for ImageNet.""",
+whole shard. Sizes: 2 bytes a number, so 300 KB an image of ViT-B/16, 390 GB for ImageNet. On several GPUs, each of which writes its
+share of the shards: accelerate launch -m patchsae_utils extract ...""",
     ),
     "train": (
         _train,
@@ -233,7 +237,8 @@ accelerate launch -m patchsae_utils train ...""",
 statistics of every latent (trains first, where that is missing)
 
 How often and how strongly each latent fires on data.statistics, its labels' entropy and reference images: runs/<profile>/latents and
-results/latents.csv.""",
+results/latents.csv. On several GPUs, each of which reads its share of the images: accelerate launch -m patchsae_utils summarize ...
+What was counted is saved every five minutes, and a killed run goes on from there.""",
     ),
     "sweep": (
         _sweep,

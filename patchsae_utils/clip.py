@@ -9,13 +9,15 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 from torch import Tensor
+
+from .processes import default_device
 
 EMBEDDED = Path(__file__).parent / "models" / "openmoji_clip"
 """The small CLIP of the embedded world, in the form that open_clip reads as ``local-dir:<folder>``."""
@@ -282,7 +284,7 @@ class ClipModel:
         return self.logit_scale * F.normalize(features, dim=-1) @ head.T
 
 
-def _put_sequence_first(transformer: torch.nn.Module) -> None:
+def _put_sequence_first(transformer: Any) -> None:
     """Let attention read [T, B, d], which it computes in anyway: the same numbers, on a CPU in bfloat16 six times as fast.
 
     Otherwise it transposes its input, and torch multiplies what is not contiguous token by token, each with a copy of the weights in bfloat16.
@@ -320,7 +322,7 @@ def load_clip(model: str = "openmoji", pretrained: str | None = None, device: st
         from .backbones import load_timm
 
         return load_timm(model, pretrained, device, precision)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     if model == "openmoji" or Path(model).is_dir():
         folder = EMBEDDED if model == "openmoji" else Path(model)
         _check_folder(folder)

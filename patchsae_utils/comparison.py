@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -248,7 +248,9 @@ def compare_dictionaries(
         if dictionary.n * max(len(s.tokens) for s in sets) <= _MATERIALIZE:
             sets = [s._replace(tokens=dictionary.encode(s.tokens, None)) for s in sets]
             dictionary = dictionary._replace(encode=_columns)
-        found, resampled = compete(dictionary, *sets, concepts, weights, 1 if own_feature is not None else n_candidates, own_feature)
+        found, resampled = compete(
+            dictionary, sets[0], sets[1], concepts, weights, 1 if own_feature is not None else n_candidates, own_feature
+        )
         rows += [{"dictionary": row["dictionary"], "role": competitor.role, **row} for row in found]
         replicates.append(resampled)
     return ComparisonReport(pd.DataFrame(rows), np.concatenate(replicates))
@@ -256,7 +258,7 @@ def compare_dictionaries(
 
 def measure_dictionaries(
     clip,
-    saes: Mapping[str, object],
+    saes: Mapping[str, Any],
     store,
     training,
     choose,

@@ -10,18 +10,21 @@ Dimension letters: B batch, T tokens (CLS, then patches), P patches, S d_sae, K 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .choosing import matched_latents
 from .clip import ClipModel
 from .data import batches, openmoji
 from .tails import Active, check_models, contribution, decoder_of, network_tail
+
+if TYPE_CHECKING:
+    from .sae import SparseAutoencoder
 
 KINDS = ("object", "category", "color", "background")
 
@@ -81,7 +84,7 @@ class ConceptLatents(NamedTuple):
 @torch.no_grad()
 def rank_concepts(
     clip: ClipModel,
-    sae: nn.Module,
+    sae: SparseAutoencoder,
     dataset,
     layer: int = -2,
     *,
@@ -169,7 +172,7 @@ def rank_concepts(
 @torch.no_grad()
 def concept_specificity(
     clip: ClipModel,
-    sae: nn.Module,
+    sae: SparseAutoencoder,
     dataset,
     latents: Mapping[str, int | Sequence[int]],
     layer: int = -2,
@@ -227,7 +230,8 @@ def concept_specificity(
     concepts, own = list(lists), torch.tensor(list(lists.values()))
     peers = _peers(concepts).to(head)
     scenes = _scenes_of(dataset, concepts, n_images, min_patches)
-    rows_of, tail, found = decoder_of(sae).rows, None, []
+    found: list = []
+    rows_of, tail = decoder_of(sae).rows, None
     for batch in batches(dataset, clip.preprocess, batch_size, indices=sorted(scenes), progress="concepts" if progress else None):
         residual = clip.run_to(batch.images, layer)
         tail = tail or network_tail(clip, layer, residual)

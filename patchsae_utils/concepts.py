@@ -219,7 +219,7 @@ def compete(
     candidates = np.argpartition(-correlation[concepts], n - 1, axis=1)[:, :n]
     pairs = {(int(f), int(c)) for c, features in zip(concepts, candidates, strict=True) for f in features}
     tried = _measure(dictionary, choose, positives[0], pairs)
-    best = {}
+    best: dict = {}
     for feature, concept in sorted(tried):  # equal AP: the lower feature
         if concept not in best or tried[feature, concept] > tried[best[concept], concept]:
             best[concept] = feature
@@ -292,7 +292,7 @@ def _measure(
             results[feature, concept] = ap if weights is None else (ap, bootstrap_precision(scores, rows, patches.images, weights))
         return results
 
-    found = {}
+    found: dict = {}
     with ThreadPoolExecutor(n_threads()) as pool:
         for start in range(0, len(features), block):
             some = features[start : start + block]

@@ -440,7 +440,7 @@ def _expand(config: Any, label: str, needs: Mapping[str, str]) -> Any:
                 )
         return os.path.expanduser(os.path.expandvars(text))
 
-    changed = {}
+    changed: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if isinstance(value, str) and "$" in value:

@@ -6,7 +6,7 @@ Lim et al., ICLR 2025, show these as examples (their Figs. 4, 8, 9, 10 and 13); 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -38,7 +38,7 @@ class CrossDomain(NamedTuple):
 def cross_domain_references(
     clip,
     sae,
-    datasets: Mapping[str, object],
+    datasets: Mapping[str, Any],
     latents: Sequence[int],
     layer: int,
     *,
@@ -149,9 +149,7 @@ class GroupStatistics(NamedTuple):
     entropy when labels are shuffled."""
 
 
-def group_statistics(
-    summaries: Mapping[object, LatentSummary], labels: Tensor, *, n_bootstrap: int = 1000, seed: int = 0
-) -> GroupStatistics:
+def group_statistics(summaries: Mapping[Any, LatentSummary], labels: Tensor, *, n_bootstrap: int = 1000, seed: int = 0) -> GroupStatistics:
     """Compare latents' statistics, e.g. of a CLS-only and an all-token SAE (the paper's Fig. 8), or of the kinds of tokens of one pass.
 
     Parameters
@@ -193,7 +191,7 @@ def group_statistics(
     return GroupStatistics(latents[["group", *latents.columns.drop("group")]], pd.DataFrame(rows))
 
 
-def layer_statistics(clip, saes: Mapping[int, object], dataset, *, n_bootstrap: int = 1000, seed: int = 0, **options) -> GroupStatistics:
+def layer_statistics(clip, saes: Mapping[int, Any], dataset, *, n_bootstrap: int = 1000, seed: int = 0, **options) -> GroupStatistics:
     """Statistics of the latents of several layers' SAEs over one data set (the paper's Fig. 9).
 
     Parameters

@@ -10,11 +10,12 @@ Dimension letters: B batch, T tokens (CLS, then patches), P patches, D d_in, S d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .bootstrap import bootstrap_mean
 from .choosing import matched_latents
@@ -24,6 +25,9 @@ from .data import batches
 from .latents import LatentSummary
 from .scene_effects import color_swap_scenes, object_patches, remove_objects, swap_colors, two_object_scenes
 from .tails import check_models, contribution, dataset_head, decoder_of, network_tail
+
+if TYPE_CHECKING:
+    from .sae import SparseAutoencoder
 
 __all__ = [
     "SCENES",
@@ -110,7 +114,7 @@ def concept_latents(summary: LatentSummary, n: int = 60, k: int = 1) -> dict[int
 @torch.no_grad()
 def specificity(
     clip: ClipModel,
-    sae: nn.Module,
+    sae: SparseAutoencoder,
     dataset,
     latents: Mapping[int, int | Sequence[int]],
     layer: int = -2,
@@ -163,7 +167,7 @@ def specificity(
     longest = len(next(iter(latents.values())))
     if ks is not None and not all(1 <= k <= longest for k in ks):
         raise ValueError(f"ks must lie between 1 and the number of latents given for each class, {longest}; got {list(ks)}.")
-    rows = []
+    rows: list = []
 
     def measure(residual: Residual, labels: Tensor, indices: Tensor, effect: Callable) -> None:
         h = sae.encode(residual.tokens)
@@ -185,7 +189,7 @@ def specificity(
 @torch.no_grad()
 def dose_response(
     clip: ClipModel,
-    sae: nn.Module,
+    sae: SparseAutoencoder,
     dataset,
     latents: Mapping[int, int | Sequence[int]],
     doses: Sequence[float] = (0, 0.5, 1, 1.5, 2, 3, 4),
@@ -231,7 +235,7 @@ def dose_response(
     decoder = decoder_of(sae).rows
     by_class = [_some_images(dataset, [label], n_images) for label in sorted(latents)]
     order = [images[i] for i in range(n_images) for images in by_class if i < len(images)]  # neighbours differ in class
-    rows = []
+    rows: list = []
 
     def measure(residual: Residual, labels: Tensor, indices: Tensor, effect: Callable) -> None:
         h = sae.encode(residual.tokens)

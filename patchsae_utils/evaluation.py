@@ -6,7 +6,7 @@ Everything is measured on all images given, by token type (CLS, patches, all), w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -258,7 +258,12 @@ def readings_by_place(
         for place in (bare <= 0.5, bare >= 0.9):
             sums.append(np.column_stack([place.sum((1, 2)), (readings * place[:, None]).sum((2, 3))]))
     sums = np.concatenate([np.concatenate(sums[0::2]), np.concatenate(sums[1::2])], 1)
-    columns = {("object", "l0"): (1, 0), ("object", "error"): (2, 0), ("background", "l0"): (4, 3), ("background", "error"): (5, 3)}
+    columns: dict[Any, tuple[int, int]] = {
+        ("object", "l0"): (1, 0),
+        ("object", "error"): (2, 0),
+        ("background", "l0"): (4, 3),
+        ("background", "error"): (5, 3),
+    }
     estimates = bootstrap(
         sums, lambda total, n: {name: total[..., i] / total[..., j] for name, (i, j) in columns.items()}, n_bootstrap, seed
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from safetensors.numpy import save_file
 from scipy import sparse
 from torch import Tensor
 
-from .artifacts import file_sha256, fingerprint, read_json, write_json
+from .artifacts import atomic_file, file_sha256, fingerprint, folder_lock, read_json, write_json
 from .feature_store import FORMAT, FORMAT_VERSION, INDEX, MANIFEST, FeatureStore, LatentEntries, TokenEntries, shard_name
 from .latents import dataset_fingerprint, read_latents
+from .passes import one_pass
+from .processes import together
 from .summary import TOKENS
 
 __all__ = ["FeatureStore", "FeatureWriter", "LatentEntries", "TokenEntries", "write_features"]
@@ -74,25 +76,43 @@ def write_features(
     ValueError
         If an argument is out of range, the SAE doesn't fit the model, an activation is too large for float16, or ``out`` holds other files.
     """
-    writer = FeatureWriter.of(clip, sae, dataset, layer, out, tau=tau, tokens=tokens, dtype=dtype, shard_images=shard_images)
-    if not writer.complete:
-        bar = "features" if progress else None
-        with torch.no_grad():
-            for _, indices, h in read_latents(clip, sae, dataset, layer, batch_size, workers, writer.missing_images(), bar):
-                writer.add(h, indices)
-    return writer.finish()
+    bar = "features" if progress else None
+    with FeatureWriter.of(clip, sae, dataset, layer, out, tau=tau, tokens=tokens, dtype=dtype, shard_images=shard_images) as writer:
+        if not writer.complete:
+
+            def read(rows, between):
+                return read_latents(clip, sae, dataset, layer, batch_size, workers, rows, bar, between=between)
+
+            with torch.no_grad(), one_pass(read, len(dataset), {}, None, writer, batch_size=batch_size, unfinished=None, key=""):
+                pass
+        return writer.finish()
 
 
 class FeatureWriter:
-    """Writes a store shard by shard while images come in, in the order of the data set. Made by :meth:`of`."""
+    """Writes a store shard by shard while images come in, in the order of the data set. Made by :meth:`of`; a ``with`` block lets go of the folder.
+
+    Several processes that were launched together write one store: each adds whole shards of its own, and all call :meth:`finish`.
+    """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], labels: np.ndarray):
         self.folder, self._manifest, self._labels = folder, manifest, labels
+        self._processes, self._lock = together(), ExitStack()
         self.n_images, self.n_tokens, self.n_latents = manifest["shape"]
         self._size = manifest["shard_images"]
         self._entries: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._collected = 0
-        self._resume()
+        try:
+            self._manifest = self._processes.on_main(self._resume)
+        except BaseException:
+            self._lock.close()
+            raise
+        self._missing = {i for i in range(math.ceil(self.n_images / self._size)) if shard_name(i) not in self._manifest["files"]}
+
+    def __enter__(self) -> FeatureWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.close()
 
     @classmethod
     def of(
@@ -145,30 +165,44 @@ class FeatureWriter:
         }
         return cls(Path(out), manifest, np.asarray(dataset.labels, np.int64))
 
-    def _resume(self) -> None:
+    def _resume(self) -> dict[str, Any]:
         """Take over the whole files of an earlier attempt; clear away those of other inputs."""
         path = self.folder / MANIFEST
-        if path.exists():
-            earlier = read_json(path)
-            if earlier.get("format") != FORMAT:
-                raise ValueError(
-                    f"{self.folder} holds {earlier.get('format')!r}, no feature store. Give write_features a folder of its own."
-                )
-            if earlier.get("fingerprint") == self._manifest["fingerprint"]:
-                whole = {name: entry for name, entry in earlier["files"].items() if _whole(self.folder / name, entry)}
-                self._manifest |= {"files": whole, "complete": earlier["complete"] and len(whole) == len(earlier["files"])}
-            else:
-                for name in earlier["files"]:
-                    (self.folder / name).unlink(missing_ok=True)
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
+        others = [each for each in self.folder.iterdir() if each.name != ".lock"] if self.folder.is_dir() else []
+        if others and not path.exists():
             raise ValueError(f"{self.folder} holds other files. Give write_features a folder of its own.")
-        if not self.complete:
-            for leftover in self.folder.glob(".*.tmp"):
-                leftover.unlink()
-            write_json(path, self._manifest)
-            if INDEX not in self._manifest["files"]:
-                self._write(INDEX, {"labels": self._labels}, 0)
-        self._missing = {i for i in range(math.ceil(self.n_images / self._size)) if shard_name(i) not in self._manifest["files"]}
+        if self._take_over(path):
+            return self._manifest
+        self._lock.enter_context(folder_lock(self.folder))
+        if self._take_over(path, clear=True):  # another process has finished it
+            return self._manifest
+        for leftover in self.folder.glob(".*.tmp"):
+            leftover.unlink()
+        write_json(path, self._manifest)
+        for part in self._parts():
+            part.unlink()
+        if INDEX not in self._manifest["files"]:
+            self._write(INDEX, {"labels": self._labels}, 0)
+        return self._manifest
+
+    def _take_over(self, path: Path, clear: bool = False) -> bool:
+        """Enter the whole files of the same inputs into the manifest, and remove those of others if asked to; whether nothing is missing."""
+        told = [read_json(each) for each in (path, *self._parts()) if each.exists()]
+        if told and told[0].get("format") != FORMAT:
+            raise ValueError(f"{self.folder} holds {told[0].get('format')!r}, no feature store. Give write_features a folder of its own.")
+        same = [each for each in told if each.get("fingerprint") == self._manifest["fingerprint"]]
+        entries = {name: entry for each in same for name, entry in each["files"].items()}
+        known = self._manifest["files"]  # checked a moment ago
+        whole = {name: entry for name, entry in entries.items() if known.get(name) == entry or _whole(self.folder / name, entry)}
+        complete = any(each["complete"] for each in same) and len(whole) == len(entries)
+        self._manifest |= {"files": whole, "complete": complete}
+        for name in {name for each in told if clear and each not in same for name in each["files"]} - whole.keys():
+            (self.folder / name).unlink(missing_ok=True)
+        return complete
+
+    def _parts(self) -> list[Path]:
+        """Manifests of the other processes of an earlier attempt."""
+        return sorted(self.folder.glob("manifest-*.json"))
 
     @property
     def complete(self) -> bool:
@@ -209,12 +243,31 @@ class FeatureWriter:
         ValueError
             If images are missing.
         """
-        if self._missing:
-            raise ValueError(f"{len(self.missing_images())} of {self.n_images} images were not added to {self.folder}.")
         if not self.complete:
-            self._manifest["complete"] = True
-            write_json(self.folder / MANIFEST, self._manifest)
+            for files in self._processes.everywhere(lambda: self._manifest["files"]):
+                self._manifest["files"] |= files
+            self._missing = {i for i in self._missing if shard_name(i) not in self._manifest["files"]}
+            if self._missing:
+                raise ValueError(f"{len(self.missing_images())} of {self.n_images} images were not added to {self.folder}.")
+            self._manifest |= {"complete": True, "files": dict(sorted(self._manifest["files"].items()))}
+            self._processes.on_main(self._complete)
         return FeatureStore.open(self.folder)
+
+    def _complete(self) -> None:
+        write_json(self.folder / MANIFEST, self._manifest)
+        for part in self._parts():
+            part.unlink()
+        self._lock.close()
+
+    @property
+    def shard_images(self) -> int:
+        """Images a shard."""
+        return self._size
+
+    @property
+    def between_shards(self) -> bool:
+        """Whether all that was added is on disk."""
+        return self._collected == 0
 
     def _sparse(self, h: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Entries a token, latents and values of one image's [T, S]."""
@@ -248,12 +301,12 @@ class FeatureWriter:
         self._entries, self._collected = [], 0
 
     def _write(self, name: str, arrays: dict[str, np.ndarray], n_entries: int) -> None:
-        temporary = self.folder / f".{name}.tmp"
-        save_file(arrays, temporary)
-        entry = {"bytes": temporary.stat().st_size, "sha256": file_sha256(temporary), "n_entries": n_entries}
-        os.replace(temporary, self.folder / name)
+        with atomic_file(self.folder / name) as temporary:
+            save_file(arrays, temporary)
+            entry = {"bytes": temporary.stat().st_size, "sha256": file_sha256(temporary), "n_entries": n_entries}
         self._manifest["files"][name] = entry
-        write_json(self.folder / MANIFEST, self._manifest)
+        where = MANIFEST if self._processes.main else f"manifest-{self._processes.index}.json"
+        write_json(self.folder / where, self._manifest)
 
 
 def _whole(path: Path, entry: dict[str, Any]) -> bool:

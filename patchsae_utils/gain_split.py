@@ -33,7 +33,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import numpy as np
 import pandas as pd
@@ -47,6 +47,9 @@ from .data import batches
 from .latents import latent_chunks
 from .prompts import model_tail
 from .tails import Active, check_models, check_same_tower, dataset_head, decoder_of
+
+if TYPE_CHECKING:
+    from .sae import SparseAutoencoder
 
 TOWER_PARTS = ("existing latents", "outside the dictionary", "later blocks")
 PARTS = (*TOWER_PARTS, "text head")
@@ -103,8 +106,8 @@ class GainSplit:
         """
         values = self._measured(measure)
         parts = owen_values(values)
-        parts["image tower"] = sum(parts[name] for name in TOWER_PARTS)
-        parts |= {name: sum(parts[part] for part in members) for name, members in CONCEPTS.items()}
+        parts["image tower"] = cast(np.ndarray, sum(parts[name] for name in TOWER_PARTS))
+        parts |= {name: cast(np.ndarray, sum(parts[part] for part in members)) for name, members in CONCEPTS.items()}
         tower, base, head, both = values[1, 1, 1, 0], values[0, 0, 0, 0], values[0, 0, 0, 1], values[1, 1, 1, 1]
         parts |= {"both": both - base, "interaction": both - tower - head + base}
         rows = np.stack(list(parts.values()))
@@ -196,11 +199,17 @@ class GainAnalysis(NamedTuple):
     links: ClassLinks
 
 
-@torch.no_grad()
+@overload
+def explain_gain(base: ClipModel, adapted: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: int, **options: Any) -> GainAnalysis: ...
+@overload
+def explain_gain(
+    base: ClipModel, adapted: Mapping[str, ClipModel], sae: SparseAutoencoder, dataset: Any, layer: int, **options: Any
+) -> dict[str, GainAnalysis]: ...
+@torch.no_grad()  # type: ignore[misc]  # the overloads leave out what doesn't matter to the result's type
 def explain_gain(
     base: ClipModel,
     adapted: ClipModel | Mapping[str, ClipModel],
-    sae: torch.nn.Module,
+    sae: SparseAutoencoder,
     dataset: Any,
     layer: int,
     *,
@@ -242,7 +251,8 @@ def explain_gain(
     for model in models.values():
         check_same_tower(base, model)
     names, heads = list(dataset.class_names), {name: dataset_head(model, dataset) for name, model in models.items()}
-    base_head, base_tail, tails = dataset_head(base, dataset), None, {}
+    tails: dict = {}
+    base_head, base_tail = dataset_head(base, dataset), None
     sums = {name: LinkSums(names, decoder_of(sae).rows) for name in models}
     outcomes: dict[str, list[Tensor]] = {name: [] for name in models}
     squares: dict[str, list[Tensor]] = {name: [] for name in models}
@@ -271,7 +281,7 @@ def explain_gain(
     return found if isinstance(adapted, Mapping) else next(iter(found.values()))
 
 
-def _read(sae: torch.nn.Module, tokens: Tensor) -> tuple[Active, Tensor]:
+def _read(sae: SparseAutoencoder, tokens: Tensor) -> tuple[Active, Tensor]:
     """The positive latents of a batch, and its reconstruction [B, T, D]."""
     parts, decoded = [], torch.empty_like(tokens)
     for rows, h in latent_chunks(sae, tokens):
@@ -279,7 +289,7 @@ def _read(sae: torch.nn.Module, tokens: Tensor) -> tuple[Active, Tensor]:
         parts.append(part._replace(token=part.token + rows.start * tokens.shape[1]))
         decoded[rows] = sae.decode(h)
     token, latent, value = (torch.cat(pieces) for pieces in zip(*(part[:3] for part in parts), strict=True))
-    return Active(token, latent, value, tuple(tokens.shape[:2])), decoded
+    return Active(token, latent, value, (tokens.shape[0], tokens.shape[1])), decoded
 
 
 def _streams(before: Tensor, after: Tensor, latents: Tensor) -> dict[tuple[int, int], Tensor]:
@@ -303,7 +313,7 @@ def _outcomes(
     return found
 
 
-def _squares(sae: torch.nn.Module, before: Tensor, after: Tensor, decoded_before: Tensor, decoded_after: Tensor, noise: Tensor) -> Tensor:
+def _squares(sae: SparseAutoencoder, before: Tensor, after: Tensor, decoded_before: Tensor, decoded_after: Tensor, noise: Tensor) -> Tensor:
     """Squared norms [B, 3, 2] of each of ``CHANGES``: outside the dictionary, and whole."""
     change = after - before
     random = noise * (change.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))

@@ -101,7 +101,9 @@ class Dictionary(NamedTuple):
 def sae_dictionary(sae: SparseAutoencoder, name: str = "SAE") -> Dictionary:
     """An SAE's latents."""
     return Dictionary(
-        name, sae.d_sae, lambda x, columns: sae.encode(x.to(sae.W_enc.device)) if columns is None else select_latents(sae, x, columns)
+        name,
+        sae.d_sae,
+        lambda x, columns: sae.encode(x.to(sae.W_enc.device)) if columns is None else select_latents(sae, x, torch.as_tensor(columns)),
     )
 
 

@@ -17,17 +17,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .bootstrap import bootstrap_mean
 from .choosing import CHOICES, MATCH_WINDOW, RANKINGS, Choosing, match_by_weight
 from .clip import ClipModel
 from .data import batches
 from .tails import PLACES, Active, check_models, dataset_head, decoder_of, network_tail
+
+if TYPE_CHECKING:
+    from .latents import LatentSummary
+    from .sae import SparseAutoencoder
 
 __all__ = [
     "CHOICES",
@@ -50,14 +55,14 @@ Place = str | np.ndarray | Tensor | Callable[[int], np.ndarray | Tensor]
 @torch.no_grad()
 def sweep_masks(
     clip: ClipModel,
-    sae: nn.Module,
+    sae: SparseAutoencoder,
     dataset,
     ks: Sequence[int] = (1, 2, 5, 10, 20, 50, 100),
     choose: str | Sequence[str] = ("oracle", "predicted", "random"),
     keep_error: bool | Sequence[bool] = False,
     layer: int = -2,
     *,
-    class_counts: Tensor | None = None,
+    class_counts: LatentSummary | Tensor | None = None,
     attribution: Tensor | None = None,
     rank_by: str | Sequence[str] = "count",
     modes: str | Sequence[str] = MODES,

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +20,9 @@ from torch import Tensor
 from .artifacts import fingerprint, is_current
 from .clip import Residual
 from .data import batches
+from .memory import FittingBatches
+from .passes import one_pass
+from .processes import together
 from .summary import FORMAT_VERSION, TOKENS, LatentSummary, RunningSummary
 
 CHUNK_BYTES = 24 * 2**20
@@ -39,7 +45,11 @@ def select_latents(sae, x: Tensor, latents: Tensor | Sequence[int]) -> Tensor:
 # -- summary ------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@overload
+def summarize_latents(clip, sae, dataset, layer: int, *, tokens: str = "all", **options: Any) -> LatentSummary: ...  # type: ignore[overload-overlap]
+@overload
+def summarize_latents(clip, sae, dataset, layer: int, *, tokens: Sequence[str], **options: Any) -> dict[str, LatentSummary]: ...
+@torch.no_grad()  # type: ignore[misc]  # the overloads leave out what doesn't matter to the result's type
 def summarize_latents(
     clip,
     sae,
@@ -59,6 +69,9 @@ def summarize_latents(
     progress: bool = True,
 ) -> LatentSummary | dict[str, LatentSummary]:
     """Read a data set once and count what every latent does.
+
+    Under several processes (``accelerate launch``, ``torchrun``) all must call this; each reads its share, and the result is that of one process
+    (:mod:`.passes`). With ``out``, what was counted is saved every five minutes, and a killed run goes on from there.
 
     Memory: the models, one forward pass of CLIP, a block of ``CHUNK_BYTES`` (at least one image's [1+P, S] activations, a few times over),
     and the statistics themselves; never a [batch, 1+P, S] tensor (``python -m benchmarks.summary`` measures it).
@@ -120,56 +133,60 @@ def summarize_latents(
     n_patches = clip.n_tokens - 1
     if len(dataset) * n_patches >= 2**32:
         raise ValueError(f"{len(dataset):,} images of {n_patches} patches are more than 2**32 patches: summarise a part of the data set.")
-    folders, prints = {}, {}
+    folders, prints, likeness_print = {}, {}, ""
+    source = dict(clip=clip.fingerprint, sae=sae.fingerprint, data=dataset_fingerprint(dataset), layer=clip.layer_index(layer))
     if out is not None:
-        source = dict(
-            stage="latents", version=FORMAT_VERSION, clip=clip.fingerprint, sae=sae.fingerprint, data=dataset_fingerprint(dataset),
-            layer=clip.layer_index(layer), k=k, tau=tau, patches_per_image=patches_per_image,
-        )  # fmt: skip
+        settings = dict(stage="latents", version=FORMAT_VERSION, k=k, tau=tau, patches_per_image=patches_per_image)
         folders = {kind: Path(out) if isinstance(tokens, str) else Path(out) / kind for kind in kinds}
-        prints = {kind: fingerprint(**source, tokens=kind) for kind in kinds}
-    found = {kind: LatentSummary.load(folders[kind]) for kind in folders if is_current(folders[kind], prints[kind])}
-    missing = [kind for kind in kinds if kind not in found]
-    writer = None
-    if features is not None:
-        from .features import FeatureWriter
-
-        writer = FeatureWriter.of(clip, sae, dataset, layer, features, tau=feature_tau, tokens=tokens if isinstance(tokens, str) else "all")
-    watch, likeness_print = None, ""
+        prints = {kind: fingerprint(**source, **settings, tokens=kind) for kind in kinds}
     if likeness is not None:
+        likeness_print = fingerprint(**source, stage="likeness", version=1)
+    made = together().on_main(lambda: {kind for kind in folders if is_current(folders[kind], prints[kind])})
+    found = {kind: LatentSummary.load(folders[kind]) for kind in made}
+    device, n_classes = sae.W_enc.device, len(dataset.class_names)
+    running = {
+        kind: RunningSummary(sae.W_enc.shape[1], n_classes, n_patches, k, tau, kind, patches_per_image, device)
+        for kind in kinds
+        if kind not in found
+    }
+    watch = None
+    if likeness is not None and not together().on_main(lambda: is_current(likeness, likeness_print)):
         from .monosemanticity import LikenessPass
 
-        likeness_print = fingerprint(
-            stage="likeness", version=1, clip=clip.fingerprint, sae=sae.fingerprint, data=dataset_fingerprint(dataset),
-            layer=clip.layer_index(layer),
-        )  # fmt: skip
-        if not is_current(likeness, likeness_print):
-            watch = LikenessPass(clip, sae, layer, len(dataset))
-    if missing or watch is not None or (writer is not None and not writer.complete):
-        running = {
-            kind: RunningSummary(sae.W_enc.shape[1], len(dataset.class_names), n_patches, k, tau, kind, patches_per_image, sae.W_enc.device)
-            for kind in missing
-        }
-        wanted = None if missing or watch is not None else writer.missing_images()
-        observe = () if watch is None else (watch.read,)
-        bar = "latents" if progress else None
-        for labels, indices, h in read_latents(clip, sae, dataset, layer, batch_size, workers, wanted, bar, *observe):
-            for summary in running.values():
-                summary.update(h, labels, indices)
-            if watch is not None:
-                watch.add(h, indices)
-            if writer is not None:
-                writer.add(h, indices)
-        labels = torch.as_tensor(dataset.labels, dtype=torch.long, device=sae.W_enc.device)
-        for kind, summary in running.items():
-            found[kind] = summary.finish(labels, dataset.class_names)
-            if out is not None:
-                found[kind].save(folders[kind], prints[kind])
-        if writer is not None:
-            writer.finish()
-        if watch is not None:
-            watch.finish().save(likeness, likeness_print)
+        watch = LikenessPass(clip, sae, layer, len(dataset), first=lambda: _first_images(clip, dataset, batch_size))
+    with ExitStack() as stack:
+        writer = None
+        if features is not None:
+            from .features import FeatureWriter
+
+            one = tokens if isinstance(tokens, str) else "all"
+            writer = stack.enter_context(FeatureWriter.of(clip, sae, dataset, layer, features, tau=feature_tau, tokens=one))
+
+        def read(rows: list[int] | None, between: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            bar = "latents" if progress else None
+            return read_latents(clip, sae, dataset, layer, batch_size, workers, rows, bar, None if watch is None else watch.read, between)
+
+        if running or watch is not None or (writer is not None and not writer.complete):
+            key = fingerprint(prints={kind: prints.get(kind) for kind in running}, likeness=watch is not None and likeness_print)
+            unfinished = None if out is None else (whole := Path(out).resolve()).with_name(f".{whole.name}-unfinished")
+            with one_pass(
+                read, len(dataset), running, watch, writer, batch_size=batch_size, unfinished=unfinished, key=key
+            ) as processes:  # fmt: skip
+                labels = torch.as_tensor(dataset.labels, dtype=torch.long, device=device)
+                for kind, summary in running.items():
+                    found[kind] = result = summary.finish(labels, dataset.class_names)
+                    if out is not None:
+                        processes.on_main(partial(result.save, folders[kind], prints[kind]))
+                if writer is not None:
+                    writer.finish()
+                if watch is not None:
+                    processes.on_main(lambda: watch.finish().save(likeness, likeness_print))
     return found[tokens] if isinstance(tokens, str) else {kind: found[kind] for kind in kinds}
+
+
+def _first_images(clip, dataset, batch_size: int) -> Tensor:
+    """The first batch of a pass over the whole data set."""
+    return next(batches(dataset, clip.preprocess, batch_size, indices=range(min(batch_size, len(dataset))))).images
 
 
 def read_latents(
@@ -182,6 +199,7 @@ def read_latents(
     indices: Sequence[int] | None = None,
     progress: str | None = None,
     observe: Callable[[Residual, Tensor], None] | None = None,
+    between: Callable[[], None] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Every image's latent activations at CLS and the patches, a few images at a time.
 
@@ -200,6 +218,10 @@ def read_latents(
         Show a bar with this label.
     observe : callable, optional
         Called once a batch, before its latents come, with the residual stream (as ``clip.run_to`` gives it) and the images' places [B].
+    between : callable, optional
+        Called before each batch, when all latents of the batches before were taken.
+
+    A batch that doesn't fit the memory is read in parts, with a warning.
 
     Yields
     ------
@@ -211,8 +233,11 @@ def read_latents(
     Raises
     ------
     ValueError
-        If a label is outside range(len(class_names)).
+        If a label is outside range(len(class_names)), or the residual stream of an image holds NaN or infinity.
+    MemoryError
+        If not even one image fits the memory.
     """
+    fitting = FittingBatches(clip.device)
     n_classes, device = len(dataset.class_names), sae.W_enc.device
     for batch in batches(dataset, clip.preprocess, batch_size, workers, indices, progress):
         labels, places = batch.labels.to(device), batch.indices.to(device)
@@ -220,14 +245,28 @@ def read_latents(
             raise ValueError(
                 f"Labels must lie in range({n_classes}), the number of class names; got {int(labels.min())} to {int(labels.max())}."
             )
-        if observe is None:
-            residual = clip.residual(batch.images, layer)[:, : clip.n_tokens]
-        else:
-            stream = clip.run_to(batch.images, layer)
-            observe(stream, places)
-            residual = stream.tokens[:, : clip.n_tokens]
-        for rows, h in latent_chunks(sae, residual):
-            yield labels[rows], places[rows], h
+        for part, stream in fitting.run(len(places), partial(_run_to, clip, layer, batch.images)):
+            _check_finite(stream.tokens, places[part], clip, layer)
+            if between is not None:
+                between()
+            if observe is not None:
+                observe(stream, places[part])
+            for rows, h in latent_chunks(sae, stream.tokens[:, : clip.n_tokens]):
+                yield labels[part][rows], places[part][rows], h
+
+
+def _run_to(clip, layer: int, images: Tensor, rows: slice) -> Residual:
+    return clip.run_to(images[rows], layer)
+
+
+def _check_finite(tokens: Tensor, places: Tensor, clip, layer: int) -> None:
+    bad = ~tokens.isfinite().flatten(1).all(1)
+    if bad.any():
+        shown = ", ".join(map(str, places[bad.to(places.device)].tolist()[:5]))
+        raise ValueError(
+            f"The residual stream of {clip.name!r} after layer {layer} holds NaN or infinity in {int(bad.sum())} of {len(bad)} images of a batch "
+            f"(places {shown} in the data set). Look at these images; with precision='bf16', try 'fp32'."
+        )
 
 
 def latent_chunks(sae, residual: Tensor, chunk_bytes: int | None = None) -> Iterator[tuple[slice, Tensor]]:

@@ -372,7 +372,7 @@ class ConceptExample(NamedTuple):
     latent: int
     ap: float
     """Over all reported scenes, not this one alone."""
-    index: int
+    index: int  # type: ignore[assignment]
     """Of the scene in the data set."""
     image: Tensor
     """[H, W, 3] uint8, as CLIP saw it."""

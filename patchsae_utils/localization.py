@@ -167,7 +167,8 @@ def localize(
     best = {metric: getattr(found, metric).argmax(0) for metric in ("ap", "iou")}
     some, back = np.unique(np.concatenate([best["ap"], best["iou"]]), return_inverse=True)
     activations = dictionary.encode(report.tokens, some).T.contiguous().cpu().numpy()
-    rows, replicates = [], {"iou": [], "pointing": []}
+    rows = []
+    replicates: dict[str, list] = {"iou": [], "pointing": []}
     for i, column in enumerate(columns):
         positive = masks.indices[masks.indptr[column] : masks.indptr[column + 1]]
         by_ap, by_iou = activations[back[i]], activations[back[len(columns) + i]]

@@ -7,9 +7,9 @@ learn monosemantic features in vision-language models", 2025; written out this w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,11 @@ from .artifacts import atomic_folder, write_json
 from .grounding import Dictionary, dimensions, random_sae
 from .latents import latent_chunks, read_latents
 from .naming import embed_images
+from .processes import Alone, Processes
 from .summary import TOKENS
+
+if TYPE_CHECKING:
+    from .sae import SparseAutoencoder
 
 
 def monosemanticity_scores(activations: Tensor, embeddings: Tensor) -> Tensor:
@@ -96,6 +100,17 @@ class RunningScores:
         self.squares += a.square().sum(0)
         self.count += (a > 0).sum(0)
         self.directions += a.T @ embeddings.to(a)
+
+    _SUMS = ("total", "squares", "count", "directions")
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums."""
+        return {name: getattr(self, name) for name in self._SUMS if self.total is not None}
+
+    def absorb(self, state: dict[str, Tensor]) -> None:
+        """Add the sums over other images."""
+        for name, value in state.items():
+            getattr(self, name).add_(value)
 
     def finish(self) -> Tensor:
         """Scores [S], float64; NaN for latents that are active in fewer than two images."""
@@ -230,13 +245,24 @@ class LikenessPass:
         Of the data set.
     seed : int
         Of the random directions.
+    first : callable, optional
+        Gives the data set's first batch of images, for :meth:`prepare`.
     """
 
-    def __init__(self, clip, sae, layer: int, n_images: int, seed: int = 0):
-        self.clip, self.sae, self.layer, self.seed = clip, sae, layer, seed
+    def __init__(self, clip, sae, layer: int, n_images: int, seed: int = 0, first: Callable[[], Tensor] | None = None):
+        self.clip, self.sae, self.layer, self.seed, self._first = clip, sae, layer, seed, first
         self.embeddings = torch.full((n_images, clip.d_embed), torch.nan)
         self.scores = {name: RunningScores() for name in ("SAE", "random directions", "single dimensions")}
-        self.control = None
+        self.control: SparseAutoencoder | None = None
+
+    def prepare(self) -> None:
+        """Make the controls by the data set's first batch, as a pass over all of it does, wherever this one begins."""
+        self._prepare(self.clip.run_to(self._first(), self.layer).tokens[:, : self.clip.n_tokens].to(self.sae.W_enc.device))
+
+    def _prepare(self, tokens: Tensor) -> None:
+        self.control = random_sae(self.sae, self.seed, tokens.flatten(0, 1))
+        for name, n in (("SAE", self.sae.d_sae), ("random directions", self.sae.d_sae), ("single dimensions", 2 * self.sae.d_in)):
+            self.scores[name].update(torch.zeros(0, n), self.embeddings[:0])
 
     def read(self, stream, places: Tensor) -> None:
         """A batch: the residual stream as ``clip.run_to`` gives it, and places in the data set [B]."""
@@ -244,7 +270,7 @@ class LikenessPass:
         self.embeddings[places.cpu()] = e
         tokens = stream.tokens[:, : self.clip.n_tokens].to(self.sae.W_enc.device)
         if self.control is None:
-            self.control = random_sae(self.sae, self.seed, tokens.flatten(0, 1))
+            self._prepare(tokens)
         for rows, h in latent_chunks(self.control, tokens):
             self.scores["random directions"].update(h.mean(1).cpu(), e[rows])
         self.scores["single dimensions"].update(_positive_parts(dimensions(self.sae.d_in), tokens - self.sae.b_dec).cpu(), e)
@@ -252,6 +278,31 @@ class LikenessPass:
     def add(self, h: Tensor, places: Tensor) -> None:
         """Latents [b, 1+P, S] of images that were read."""
         self.scores["SAE"].update(h.mean(1).cpu(), self.embeddings[places.cpu()])
+
+    def state(self) -> dict[str, Tensor]:
+        """All that was collected."""
+        sums = {f"{name}/{key}": value for name, scores in self.scores.items() for key, value in scores.state().items()}
+        return {**sums, "embeddings": self.embeddings}
+
+    def absorb(self, state: dict[str, Tensor]) -> None:
+        """Add what another has collected on other images (its :meth:`state`); needs :meth:`prepare` before."""
+        for name, scores in self.scores.items():
+            scores.absorb({key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")})
+        self.embeddings = torch.where(state["embeddings"].isnan(), self.embeddings, state["embeddings"])
+
+    def merge(self, processes: Processes | Alone) -> None:
+        """Have, in every process, what all have collected."""
+        if processes.number == 1:
+            return
+        for scores in self.scores.values():
+            for value in scores.state().values():
+                processes.add_up(value)
+        known = ~self.embeddings.isnan()
+        self.embeddings.nan_to_num_(0.0)
+        processes.add_up(self.embeddings)
+        seen = known.float()
+        processes.add_up(seen)
+        self.embeddings[seen == 0] = torch.nan
 
     def finish(self) -> Likeness:
         """What was collected.

@@ -228,7 +228,7 @@ def _by_pixel(mask, size: tuple[int, int], mode: str) -> np.ndarray:
     mask = _array(mask)
     if mask.shape == tuple(size):
         return mask
-    return upsample_masks(torch.from_numpy(mask)[None, None], tuple(size), mode)[0, 0].numpy()
+    return upsample_masks(torch.from_numpy(mask)[None, None], (size[0], size[1]), mode)[0, 0].numpy()
 
 
 def _array(mask) -> np.ndarray:

@@ -56,7 +56,8 @@ class Record:
     """
 
     def __init__(self, name: str, arguments: tuple = ()):
-        self.name, self.arguments, self.state = name, arguments, {}
+        self.name, self.arguments = name, arguments
+        self.state: dict = {}
 
     def __repr__(self) -> str:
         return f"Record({self.name!r}, {sorted(map(str, self.state))})"

@@ -1,20 +1,24 @@
-"""One process or several: what accelerate knows of the machine, in the few words that the trainer needs.
+"""One process or several: what accelerate knows of the machine, in the few words that extraction, statistics and the trainer need.
 
 A script that runs as ``python train.py`` runs on every GPU as ``accelerate launch train.py`` (on two CPUs: ``torchrun --nproc_per_node 2
 train.py``) and gives the same loss curve: each process takes its share of every batch, and sums over the batch are added up over the
-processes. Precision is the profile's affair, not the launcher's.
+processes. Extraction and statistics give every process its share of the images. Precision is the profile's affair, not the launcher's.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_PATIENCE = timedelta(days=7)  # a process that has done its share waits for the slowest; torch's ten minutes are for lost messages
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 
 
@@ -47,10 +51,15 @@ class Processes:
         for name in trackers:
             if not any(importlib.util.find_spec(package) for package in _PACKAGES[name]):
                 raise ImportError(f"The tracker {name!r} needs a package that is not installed: pip install {_PACKAGES[name][0]}.")
-        from accelerate import Accelerator  # here: whoever only opens a trained SAE needs none of it
+        from accelerate import Accelerator, InitProcessGroupKwargs  # here: whoever only opens a trained SAE needs none of it
 
         # Apple's GPUs have no float64, in which medians and variances are summed.
-        self._accelerator = Accelerator(cpu=torch.backends.mps.is_available(), log_with=list(trackers) or None, project_dir=folder)
+        self._accelerator = Accelerator(
+            cpu=torch.backends.mps.is_available(),
+            log_with=list(trackers) or None,
+            project_dir=folder,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        )
         self.device: torch.device = self._accelerator.device
         self.number: int = self._accelerator.num_processes
         self.index: int = self._accelerator.process_index
@@ -65,7 +74,10 @@ class Processes:
         """Sum a tensor over all processes, in place."""
         if self.number > 1:
             flat = tensor if tensor.is_contiguous() else tensor.T  # W_enc may lie in memory column by column
-            torch.distributed.all_reduce(flat)
+            there = flat.to(self.device)  # GPUs speak to GPUs
+            torch.distributed.all_reduce(there)
+            if there is not flat:
+                flat.copy_(there)
 
     def average(self, tensor: Tensor) -> None:
         """Mean of a tensor over all processes, in place."""
@@ -91,6 +103,41 @@ class Processes:
             raise ValueError(f"The main process stopped: {answer[1]}")
         return answer[0]
 
+    def everywhere(self, action: Callable[[], Any]) -> list[Any]:
+        """Run a function in every process, and have all results, by process, in all; or an error in all, once every one has ended.
+
+        Raises
+        ------
+        Exception
+            In the process where the function failed, its own error; in the others a ``ValueError`` with its text.
+        """
+        if self.number == 1:
+            return [action()]
+        answer: list[Any] = [None, None]
+        error: Exception | None = None
+        try:
+            answer = [action(), None]
+        except Exception as caught:
+            error, answer = caught, [None, str(caught)]
+            print(f"Process {self.index} stopped; the others end their shares first. {caught}", file=sys.stderr, flush=True)
+        answers: list[Any] = [None] * self.number
+        torch.distributed.all_gather_object(answers, answer)
+        if error is not None:
+            raise error
+        for index, (_, text) in enumerate(answers):
+            if text is not None:
+                raise ValueError(f"Process {index} stopped: {text}")
+        return [result for result, _ in answers]
+
+    def others(self, tensor: Tensor) -> list[Tensor]:
+        """What the other processes hold in place of this tensor, of the same shape."""
+        if self.number == 1:
+            return []
+        own = tensor.to(self.device).contiguous()
+        found = [torch.empty_like(own) for _ in range(self.number)]
+        torch.distributed.all_gather(found, own)
+        return [part.to(tensor.device) for index, part in enumerate(found) if index != self.index]
+
     def wait(self) -> None:
         """Until all processes are here."""
         self._accelerator.wait_for_everyone()
@@ -110,3 +157,37 @@ class Processes:
         """Close the trackers; the processes stay together."""
         for tracker in self._accelerator.trackers if self._tracks else ():
             tracker.finish()
+
+
+class Alone:
+    """The words of :class:`Processes` for one process that nobody launched: nothing is set up, nothing is waited for."""
+
+    number, index, main = 1, 0, True
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Run a function."""
+        return action()
+
+    def everywhere(self, action: Callable[[], Any]) -> list[Any]:
+        """Run a function; its result as a list of one."""
+        return [action()]
+
+    def others(self, tensor: Tensor) -> list[Tensor]:
+        """Nobody."""
+        return []
+
+    def add_up(self, tensor: Tensor) -> None:
+        """There is nothing to add."""
+
+
+def together() -> Processes | Alone:
+    """The processes that ``accelerate launch`` or ``torchrun`` started with this one; all of them must come to each call that asks others."""
+    return Processes() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else Alone()
+
+
+def default_device() -> str:
+    """A GPU where there is one, and to each of several processes its own; else ``cpu``."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    local = os.environ.get("LOCAL_RANK")
+    return "cuda" if local is None else f"cuda:{int(local) % torch.cuda.device_count()}"

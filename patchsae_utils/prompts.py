@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -283,7 +283,9 @@ def model_tail(model: ClipModel, layer: int, sample: Residual) -> Callable[[Resi
     There they are constants that stand behind the tokens, so that the base's tail on tokens and prompts gives this model's features; used only
     where it does on the first of ``sample``.
     """
-    prompts = model.visual_prompts() if isinstance(model, PromptedClip) else []
+    if not isinstance(model, PromptedClip):
+        return network_tail(model, layer, sample)
+    prompts = model.visual_prompts()
     if model.layer_index(layer) != model.n_layers - 2 or len(prompts) < model.n_layers or model.precision != "fp32":
         return network_tail(model, layer, sample)
     own = prompts[-1].detach()
@@ -305,7 +307,7 @@ def model_tail(model: ClipModel, layer: int, sample: Residual) -> Callable[[Resi
 # -- small things -----------------------------------------------------------------------------------------------------
 
 
-def _text_tower(model: nn.Module) -> nn.Module:
+def _text_tower(model: nn.Module) -> Any:
     """The module that holds token_embedding and transformer: the model itself, or its ``text``."""
     text = model if hasattr(model, "token_embedding") else getattr(model, "text", None)
     if not (hasattr(text, "token_embedding") and hasattr(getattr(text, "transformer", None), "resblocks")):

@@ -184,7 +184,7 @@ class Protocol:
 
 
 @torch.no_grad()
-def feature_forms(clip: ClipModel, sae: torch.nn.Module, dataset, layer: int, batch_size: int = 64, progress: bool = True) -> Tensor:
+def feature_forms(clip: ClipModel, sae: SparseAutoencoder, dataset, layer: int, batch_size: int = 64, progress: bool = True) -> Tensor:
     """Image features as they are, of the reconstructed residual stream, and with the reconstruction's error kept: [3, N, d_embed]."""
     tail, parts = None, []
     for batch in batches(dataset, clip.preprocess, batch_size, progress=f"classifying {dataset.name}" if progress else None):

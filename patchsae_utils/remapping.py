@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,9 @@ from .clip import ClipModel
 from .data import batches
 from .tails import check_same_tower, dataset_head
 from .tower_readings import FORMS, Reading, TowerReader
+
+if TYPE_CHECKING:
+    from .sae import SparseAutoencoder
 
 GROUPS = ("high", "high-to-low", "low-to-high")
 RANKS = ("count", "specific")
@@ -115,7 +118,7 @@ class Remapping:
         """
         base, adapted = self.base.mean_counts, self.adapted.mean_counts
         rng = np.random.default_rng(seed)
-        settings = {"top_k": top_k, "low": low, "rank": rank}
+        settings: dict[str, Any] = {"top_k": top_k, "low": low, "rank": rank}
         tables = {
             COMPARISONS[0]: count_groups(base, adapted, **settings),
             COMPARISONS[1]: count_groups(*self.base.counts, **settings),
@@ -156,7 +159,7 @@ class Remapping:
 def compare_models(
     base: ClipModel,
     adapted: ClipModel,
-    sae: torch.nn.Module,
+    sae: SparseAutoencoder,
     dataset: Any,
     layer: int,
     *,

@@ -105,6 +105,11 @@ class SparseAutoencoder(nn.Module):
         If a size is not positive, the activation is unknown, or ``k``, ``groups`` or ``bandwidth`` don't fit it.
     """
 
+    threshold: Tensor
+    input_mean: Tensor
+    input_scale: Tensor
+    input_norm: Tensor
+
     def __init__(
         self,
         d_in: int,
@@ -245,7 +250,7 @@ class SparseAutoencoder(nn.Module):
         self.check_width(x)
         in_batch = self.training and self.activation in _BATCH
         if self.activation == "topk":
-            select = sparse.TopK(self.k)
+            select: Any = sparse.TopK(self.k)
         elif in_batch:
             select = sparse.BatchTopK(self.k)
         elif self.activation == "jumprelu":
@@ -326,7 +331,7 @@ class SparseAutoencoder(nn.Module):
         """Sixteen hex digits of the SHA-256 of sizes, activation, weights and what else the outputs or the objective depend on."""
         options = [value for value in (self.groups, self.bandwidth) if value is not None]
         digest = hashlib.sha256(json.dumps([self.d_in, self.d_sae, self.activation, self.k, *options]).encode())
-        tensors = [self.W_enc, self.b_enc, self.W_dec, self.b_dec]
+        tensors: list[Tensor] = [self.W_enc, self.b_enc, self.W_dec, self.b_dec]
         if self.activation == "gated":
             tensors += [self.b_mag, self.r_mag]
         if self.threshold is not None:

@@ -10,11 +10,12 @@ Dimension letters: B batch, T tokens (CLS, then patches), P patches, S d_sae, K 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .choosing import matched_latents
 from .clip import ClipModel
@@ -22,13 +23,16 @@ from .concept_effects import ConceptLatents, check_truth, concept_head
 from .data import batches, openmoji
 from .tails import check_models, contribution, dataset_head, decoder_of, network_tail
 
+if TYPE_CHECKING:
+    from .sae import SparseAutoencoder
+
 # -- colours ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def swap_colors(
     clip: ClipModel,
-    sae: nn.Module,
+    sae: SparseAutoencoder,
     dataset,
     latents: ConceptLatents,
     layer: int = -2,
@@ -197,7 +201,7 @@ def color_swap_scenes(
 @torch.no_grad()
 def remove_objects(
     clip: ClipModel,
-    sae: nn.Module,
+    sae: SparseAutoencoder,
     dataset,
     latents: Tensor,
     layer: int = -2,
@@ -276,7 +280,7 @@ def two_object_scenes(dataset, n: int, min_patches: int = 10) -> list[int]:
         If the data set has no ground truth, or fewer such scenes.
     """
     check_truth(dataset)
-    found = []
+    found: list = []
     for index in range(len(dataset)):
         if len(found) == n:
             break

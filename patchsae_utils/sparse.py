@@ -274,7 +274,7 @@ class WeightedRows(NamedTuple):
 class ChosenRows(NamedTuple):
     """A weight's gradient [S, D] that is 0 but for some rows."""
 
-    index: Tensor  # [n], ascending
+    index: Tensor  # type: ignore[assignment]  # [n], ascending
     rows: Tensor  # [n, D]
 
 

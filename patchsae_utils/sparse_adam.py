@@ -10,13 +10,17 @@ Dimension letters: N tokens, D d_in, S d_sae.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adam import adam
 
 from . import sparse
 from .sparse import ChosenRows, WeightedRows
+
+if TYPE_CHECKING:
+    from .sae import SparseAutoencoder
 
 _BLOCK_CPU, _BLOCK_GPU = 1024, 16384  # latents a block
 
@@ -39,7 +43,7 @@ class DeferredGradients:
         Its ``W_enc`` is laid out by columns (see :func:`lay_out_columns`) if it is not yet.
     """
 
-    def __init__(self, sae: nn.Module):
+    def __init__(self, sae: SparseAutoencoder):
         lay_out_columns(sae)
         self.sae = sae
         self._parts: dict[str, list[WeightedRows | ChosenRows]] = {"W_enc": [], "W_dec": []}
@@ -187,7 +191,7 @@ class DeferredGradients:
 
 
 @torch.no_grad()
-def lay_out_columns(sae: nn.Module) -> None:
+def lay_out_columns(sae: SparseAutoencoder) -> None:
     """Store ``W_enc`` [D, S] column after column, in place: what sparse gradients touch are columns. Values and shapes stay.
 
     The parameter stays the same object, so an optimiser made before keeps it.
@@ -206,7 +210,7 @@ def normalize_rows(rows: Tensor) -> None:
     rows.div_(rows.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(rows.dtype).tiny))
 
 
-def _rows_of(sae: nn.Module, name: str, gradient: bool = False) -> Tensor:
+def _rows_of(sae: SparseAutoencoder, name: str, gradient: bool = False) -> Tensor:
     """A weight, or its gradient, as [S, D]."""
     tensor = getattr(sae, name)
     tensor = tensor.grad if gradient else tensor.detach()

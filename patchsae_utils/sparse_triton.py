@@ -73,7 +73,7 @@ def bags(rows: Tensor, numbers: Tensor, offsets: Tensor, weights: Tensor) -> Ten
         block = min(triton.next_power_of_2(d), 1024)
         grid = (n_bags, triton.cdiv(d, block))
         numbers, offsets, weights = numbers.contiguous(), offsets.contiguous(), weights.contiguous()
-        _bags_kernel[grid](
+        _bags_kernel[grid](  # type: ignore[has-type]
             rows, numbers, offsets, weights, out, d, rows.stride(0), D_BLOCK=block, ACCUMULATE=_accumulate(rows), num_warps=4
         )
     return out
@@ -97,7 +97,7 @@ def pair_products(rows: Tensor, numbers: Tensor, bag_rows: Tensor, offsets: Tens
     out = rows.new_empty(len(numbers))
     if len(numbers):
         numbers, offsets = numbers.contiguous(), offsets.contiguous()
-        _pairs_kernel[(len(offsets) - 1,)](
+        _pairs_kernel[(len(offsets) - 1,)](  # type: ignore[has-type]
             rows,
             numbers,
             offsets,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from . import grounding
 from .activations import ActivationStore, extract_activations
+from .adapted import AdaptedClip
 from .adapters import fit_adapter
 from .artifacts import fingerprint
 from .clip import ClipModel, load_clip
@@ -106,7 +107,8 @@ def concept_patches(profile: Profile, clip: ClipModel) -> tuple[ConceptPatches, 
     scenes = [concept_scenes(profile, split) for split in ("val", "test")]
     if not has_truth(scenes[0]):
         return None
-    return tuple(grounding.concept_patches(clip, each, profile.model.layer) for each in scenes)
+    choose, report = (grounding.concept_patches(clip, each, profile.model.layer) for each in scenes)
+    return choose, report
 
 
 def concept_report(
@@ -141,7 +143,7 @@ def concept_comparison(
     )  # fmt: skip
 
 
-def adapter(profile: Profile, clip: ClipModel, task: str, kind: str | None = None, seed: int | None = None) -> ClipModel:
+def adapter(profile: Profile, clip: ClipModel, task: str, kind: str | None = None, seed: int | None = None) -> AdaptedClip:
     """CLIP adapted to the base classes of a task, by few shots of its train split."""
     kind, seed = kind or profile.adapters.kind, profile.adapters.seeds[0] if seed is None else seed
     data = open_data(profile, task, "train", half="base")

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .clip import ClipModel, Residual
 from .tails import PLACES, check_models, decoder_of, network_tail
+
+if TYPE_CHECKING:
+    from .sae import SparseAutoencoder
 
 OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "scale": lambda latent, value: latent * value,
@@ -98,7 +101,7 @@ class Edit:
         chosen[:, 1 + places.long()] = True
         return chosen
 
-    def transplanted(self, sae: nn.Module, untouched: Tensor) -> Tensor:
+    def transplanted(self, sae: SparseAutoencoder, untouched: Tensor) -> Tensor:
         """What ``source`` brings, [B, T], given this latent's untouched activations [B, T] in the images at hand."""
         n_images, n_tokens = untouched.shape
         if isinstance(self.source, int):
@@ -177,7 +180,7 @@ class Steered(NamedTuple):
 @torch.no_grad()
 def steer(
     clip: ClipModel,
-    sae: nn.Module,
+    sae: SparseAutoencoder,
     images: Tensor | Residual,
     edits: Sequence[Edit],
     layer: int = -2,
@@ -241,5 +244,5 @@ def steer(
     tail = network_tail(clip, layer, before)
     features_before = tail(before)
     features = tail(after) if edits else features_before
-    logits = [None if head is None else clip.logits(value, head) for value in (features, features_before)]
-    return Steered(features, features_before, *logits, after, tuple(columns), old, new)
+    logits, logits_before = (None if head is None else clip.logits(value, head) for value in (features, features_before))
+    return Steered(features, features_before, logits, logits_before, after, tuple(columns), old, new)

@@ -43,7 +43,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .artifacts import file_sha256, read_json, write_json
+from .artifacts import _plain, file_sha256, read_json
+from .folders import LocalFolder, RemoteFolder, is_url
 from .mixing import TokenMixer, choose_tokens
 
 FORMAT = "patchsae_utils activations"
@@ -115,7 +116,7 @@ class ActivationStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> ActivationStore:
-        """Open a finished store.
+        """Open a finished store, in a folder or behind a URL of any kind that fsspec knows (:mod:`.remote_store`).
 
         Raises
         ------
@@ -124,7 +125,11 @@ class ActivationStore:
         ValueError
             If it is not a store of this format, or unfinished.
         """
-        folder = Path(folder)
+        if is_url(folder):
+            from .remote_store import RemoteStore
+
+            return RemoteStore.open(folder)
+        folder = Path(str(folder).removeprefix("file://"))
         if not (folder / MANIFEST).exists():
             raise FileNotFoundError(
                 f"{folder} holds no activation store ({MANIFEST} is missing). "
@@ -331,9 +336,10 @@ _KEYS = {
 }  # fmt: skip
 
 
-def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(folder: LocalFolder | RemoteFolder, manifest: dict[str, Any], name: str = MANIFEST) -> None:
     """Write a manifest with its checksum."""
-    write_json(path, {**manifest, "checksum": _checksum(manifest)})
+    text = json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=2, default=_plain, ensure_ascii=False)
+    folder.write(name, f"{text}\n".encode())
 
 
 def _checksum(manifest: dict[str, Any]) -> str:
@@ -343,7 +349,11 @@ def _checksum(manifest: dict[str, Any]) -> str:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """Read a manifest and check that it is one of ours, and whole."""
-    manifest = read_json(path)
+    return check_manifest(read_json(path), path)
+
+
+def check_manifest(manifest: Any, path: str | Path) -> dict[str, Any]:
+    """The manifest that was read from a path, if it is one of ours, and whole."""
     if not isinstance(manifest, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(manifest).__name__}. Delete the folder and extract again.")
     if manifest.get("format") != FORMAT:

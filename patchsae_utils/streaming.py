@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from .activations import describe_activations
 from .artifacts import fingerprint
 from .data import batches
+from .memory import FittingBatches
 from .mixing import TokenMixer, choose_tokens
 from .store import DTYPES, StoreMetadata
 
@@ -36,7 +38,7 @@ class TokenStream:
     dtype : {"bfloat16", "float16"}
         Of the buffer. Batches are float32.
     batch_size : int
-        Images a forward pass.
+        Images a forward pass; halved, with a warning, where so many don't fit the memory.
     workers : int
         Processes that open images.
     buffer_bytes : int
@@ -91,6 +93,7 @@ class TokenStream:
         self.fingerprint: str = fingerprint(stage="stream", batch_size=batch_size, buffer_bytes=buffer_bytes, **inputs)
         """Names everything that the batches depend on."""
         self._batch_size, self._workers, self._buffer_bytes = batch_size, workers, buffer_bytes
+        self._fitting = FittingBatches(clip.device)
 
     def __len__(self) -> int:
         """Tokens of an epoch: ``n_images * n_tokens``."""
@@ -123,6 +126,9 @@ class TokenStream:
         inside = slice(first, first + n)
         return mixer.batches(np.ones(self.n_images, np.int64), per_buffer, lambda images: self._fill(images, inside))
 
+    def _residual(self, images: Tensor, rows: slice) -> Tensor:
+        return self.clip.residual(images[rows], self.metadata.layer)
+
     @torch.no_grad()
     def _fill(self, images: np.ndarray, kept: slice) -> Tensor:
         """Tokens [n, T, d] of some images; each process computes every so-many-th and gets the others' from them."""
@@ -133,9 +139,10 @@ class TokenStream:
         dtype = DTYPES[self.metadata.dtype]
         buffer = torch.empty(share, kept.stop - kept.start, self.d_in, dtype=dtype, device=self.clip.device)
         row = 0
-        for batch in batches(self.dataset, self.clip.preprocess, self._batch_size, self._workers, own):
-            buffer[row : row + len(batch.images)] = self.clip.residual(batch.images, self.metadata.layer)[:, kept].to(dtype)
-            row += len(batch.images)
+        for batch in batches(self.dataset, self.clip.preprocess, self._batch_size, self._workers, own.tolist()):
+            for _, x in self._fitting.run(len(batch.images), partial(self._residual, batch.images)):
+                buffer[row : row + len(x)] = x[:, kept].to(dtype)
+                row += len(x)
         if not buffer.isfinite().all():
             m = self.metadata
             raise ValueError(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .artifacts import atomic_folder, file_sha256, read_json, write_json
+from .processes import Alone, Processes
 from .statistics import label_entropy, label_std, merge_keys, pack_top, unpack_top
 
 FORMAT_VERSION = 2
@@ -117,7 +118,8 @@ class LatentSummary:
         The [C, S] tables are mostly 0 when there are many classes and latents. Where that saves space they are written as
         ``<name>.places`` (int64 [n], ``class * S + latent``) and ``<name>.values`` (float32 [n]).
         """
-        tensors, plain = {}, {}
+        tensors: dict[str, Tensor] = {}
+        plain: dict[str, object] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             (tensors if isinstance(value, Tensor) else plain)[field.name] = value
@@ -172,8 +174,33 @@ class LatentSummary:
         return cls(**{name: fields[name] for name in names if name in fields})
 
 
+_COARSE, _FINE = 2.0**20, 2.0**50  # a float32 is a whole number of 2**-20, and what is left one of 2**-50, to 2**-51
+
+
+def exact_sums(values: Tensor) -> Tensor:
+    """Column sums that don't depend on the order of their terms.
+
+    Parameters
+    ----------
+    values : Tensor [b, S]
+        float32.
+
+    Returns
+    -------
+    Tensor [2, S], float64
+        Sums of whole numbers of 2**-20 and of 2**-50, in these units. They are exact, and so are sums of such sums, while there are fewer
+        than 2**24 terms and they sum to less than 2**33; beyond, they are as good as any float64.
+    """
+    values = values.double()
+    coarse = (values * _COARSE).round()
+    return torch.stack([coarse.sum(0), ((values - coarse / _COARSE) * _FINE).round().sum(0)])
+
+
 class RunningSummary:
     """A :class:`LatentSummary` that grows chunk by chunk; holds 16 bytes a (latent, reference) and 8 a (class, latent).
+
+    Everything in it is a sum of whole numbers or a set of largest keys, so the order in which images come does not matter, and several that
+    counted different images make one (:meth:`absorb`), bit for bit.
 
     Parameters
     ----------
@@ -193,7 +220,7 @@ class RunningSummary:
     ):
         self.tau, self.tokens, self.n_patches = tau, tokens, n_patches
         self.patches_per_image = min(patches_per_image, k, n_patches)
-        self.sum_mean = torch.zeros(n_latents, dtype=torch.float64, device=device)
+        self.sum_mean = torch.zeros(2, n_latents, dtype=torch.float64, device=device)
         self.top = torch.zeros(n_latents, k, dtype=torch.long, device=device)
         self.top_patches = None if tokens == "cls" else self.top.clone()
         self.class_counts = torch.zeros(n_classes, n_latents, device=device)
@@ -213,7 +240,7 @@ class RunningSummary:
         h = h[:, TOKENS[self.tokens]]
         means = h.mean(1)
         counts = (h > self.tau).to(h.dtype).sum(1)  # faster than summing booleans, and exact
-        self.sum_mean += means.sum(0, dtype=torch.float64)
+        self.sum_mean += exact_sums(means)
         self.class_counts.index_add_(0, labels, counts)
         self.class_hits.index_add_(0, labels, (means > 0).to(h.dtype))
         self.class_images += torch.bincount(labels, minlength=len(self.class_images))
@@ -236,6 +263,30 @@ class RunningSummary:
         merge_keys(some, fresh.flatten(1))
         self.top_patches[latents] = some
 
+    _SUMS = ("sum_mean", "class_counts", "class_hits", "class_images")
+    _TOPS = ("top", "top_patches")
+
+    def state(self) -> dict[str, Tensor]:
+        """All that was counted."""
+        return {name: getattr(self, name) for name in (*self._SUMS, *self._TOPS) if getattr(self, name) is not None}
+
+    def absorb(self, state: dict[str, Tensor]) -> None:
+        """Add what another has counted on other images (its :meth:`state`): exactly as if this had counted them."""
+        for name in self._SUMS:
+            getattr(self, name).add_(state[name].to(self.sum_mean.device))
+        for name in self._TOPS:
+            if getattr(self, name) is not None:
+                merge_keys(getattr(self, name), state[name].to(self.sum_mean.device))
+
+    def merge(self, processes: Processes | Alone) -> None:
+        """Have, in every process, what all have counted."""
+        for name in self._SUMS:
+            processes.add_up(getattr(self, name))
+        for name in self._TOPS:
+            if getattr(self, name) is not None:
+                for other in processes.others(getattr(self, name)):
+                    merge_keys(getattr(self, name), other)
+
     def finish(self, labels: Tensor, class_names: Sequence[str]) -> LatentSummary:
         """The summary of everything that was counted.
 
@@ -255,7 +306,7 @@ class RunningSummary:
             patches = {"top_patch_images": of.cpu(), "top_patches": at.cpu(), "top_patch_values": peaks.cpu()}
         return LatentSummary(
             frequency=(active / self.class_images.sum()).float().cpu(),
-            mean_activation=(self.sum_mean / active.clamp_min(1)).float().cpu(),
+            mean_activation=((self.sum_mean[0] / _COARSE + self.sum_mean[1] / _FINE) / active.clamp_min(1)).float().cpu(),
             label_entropy=label_entropy(values, top_labels, len(class_names)).cpu(),
             label_std=label_std(values, top_labels).cpu(),
             top_images=images.cpu(),

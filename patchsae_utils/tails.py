@@ -6,7 +6,7 @@ Dimension letters: B batch, T tokens (CLS, then patches), D d_in, S d_sae, C cla
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from .clip import ClipModel, Residual
 from .data import templates_for
+
+if TYPE_CHECKING:
+    from .sae import SparseAutoencoder
 
 PLACES = {"all": slice(None), "cls": slice(0, 1), "patches": slice(1, None)}
 """Named tokens of [CLS, patch 1, ..., patch P]."""
@@ -43,7 +46,8 @@ def network_tail(clip: ClipModel, layer: int, sample: Residual) -> Callable[[Res
 
     if clip.layer_index(layer) != clip.n_layers - 2 or clip.precision != "fp32" or getattr(clip.visual, "proj", None) is None:
         return whole
-    block, visual = clip.blocks[-1], clip.visual
+    block: Any = clip.blocks[-1]
+    visual: Any = clip.visual
     attention = getattr(block, "attn", None)
     if not isinstance(attention, nn.MultiheadAttention) or attention.in_proj_weight is None or attention.in_proj_bias is None:
         return whole
@@ -82,7 +86,7 @@ class Decoder(NamedTuple):
 
 
 @torch.no_grad()
-def decoder_of(sae: nn.Module) -> Decoder:
+def decoder_of(sae: SparseAutoencoder) -> Decoder:
     """An SAE's affine decoder, read off ``sae.decode``.
 
     Raises
@@ -120,7 +124,7 @@ class Active(NamedTuple):
     def of(cls, h: Tensor) -> Active:
         flat = h.flatten(0, 1)
         token, latent = flat.nonzero(as_tuple=True)
-        return cls(token, latent, flat[token, latent], tuple(h.shape[:2]))
+        return cls(token, latent, flat[token, latent], (h.shape[0], h.shape[1]))
 
     @property
     def image(self) -> Tensor:
@@ -162,7 +166,7 @@ def dataset_head(clip: ClipModel, dataset) -> Tensor:
     return clip.zero_shot_head(dataset.class_names, templates_for(dataset.spec))
 
 
-def check_models(clip: ClipModel, sae: nn.Module, layer: int) -> None:
+def check_models(clip: ClipModel, sae: SparseAutoencoder, layer: int) -> None:
     """Refuse an SAE of another width or on another device than the model, and an unknown layer."""
     clip.layer_index(layer)
     if sae.d_in != clip.width:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .clip import ClipModel
+from .clip import ClipModel, Residual
 from .latents import latent_chunks
 from .prompts import model_tail
 from .tails import check_models
+
+if TYPE_CHECKING:
+    from .sae import SparseAutoencoder
 
 FORMS = ("raw", "reconstructed", "error kept")
 
@@ -39,7 +42,7 @@ class Reading(NamedTuple):
 class TowerReader:
     """Sums over batches of one image tower, for :class:`Reading`."""
 
-    def __init__(self, clip: ClipModel, sae: torch.nn.Module, layer: int, heads: Mapping[str, Tensor], n_classes: int, tau: float):
+    def __init__(self, clip: ClipModel, sae: SparseAutoencoder, layer: int, heads: Mapping[str, Tensor], n_classes: int, tau: float):
         check_models(clip, sae, layer)
         self.clip, self.sae, self.layer, self.heads, self.n_classes, self.tau = clip, sae, layer, heads, n_classes, tau
         self.counts = torch.zeros(2 * n_classes, sae.d_sae, dtype=torch.float64, device=clip.device)
@@ -47,7 +50,7 @@ class TowerReader:
         self.right: dict[tuple[str, str], list[Tensor]] = {(head, form): [] for head in heads for form in FORMS}
         self.sums = dict.fromkeys(("error", "square", "active", "tokens"), 0.0)
         self.total = torch.zeros(clip.width, dtype=torch.float64, device=clip.device)
-        self.tail = None
+        self.tail: Callable[[Residual], Tensor] | None = None
 
     def read(self, images: Tensor, labels: Tensor) -> None:
         clip, sae = self.clip, self.sae

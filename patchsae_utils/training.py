@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .artifacts import fingerprint, folder_lock, is_current, write_json
+from .artifacts import disk_errors, fingerprint, folder_lock, is_current, write_json
 from .checkpoints import CONFIG, WEIGHTS, load_sae
 from .config import TrainConfig
 from .logs import LOG_COLUMNS, SUMMARY, TrainingLog, training_log
 from .losses import objective
+from .memory import out_of_memory
 from .processes import Processes
 from .sae import SparseAutoencoder
 from .schedules import l1_weight, learning_rate, n_steps
@@ -60,8 +61,10 @@ class TokenSource(Protocol):
     :class:`~patchsae_utils.streaming.TokenStream` have it."""
 
     d_in: int
-    fingerprint: str
     metadata: Any
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def tokens(self, batch_size: int, *, seed: int, epochs: int | None, start_step: int, positions: bool): ...
 
@@ -139,7 +142,8 @@ def train_sae(
         run = _Run(sae.to(device), store, config, out, key, processes)
         if resume:
             run.restore()
-        run.train(progress and processes.main)
+        with out_of_memory(f"training steps of {config.batch_tokens} tokens", "training.batch_tokens lower, or training.sparse='always'"):
+            run.train(progress and processes.main)
         sae.normalize_decoder()
         sae.eval()
         sae.metadata |= {"n_training_tokens": run.n_steps * config.batch_tokens, "l1_coefficient": config.l1_coefficient}
@@ -210,7 +214,12 @@ class _Run:
             "effort": [seconds, self.n_starts, self.n_sparse],
         }
         temporary = self.out / f".{CHECKPOINT}.tmp"
-        torch.save(state, temporary)
+        try:
+            with disk_errors(self.out / CHECKPOINT):
+                torch.save(state, temporary)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # which fills the disk
+            raise
         os.replace(temporary, self.out / CHECKPOINT)
 
     def restore(self) -> None:

@@ -138,7 +138,7 @@ def replace(source, target):
     if str(target).endswith("shard-00002.safetensors"):
         os.kill(os.getpid(), signal.SIGKILL)
     real(source, target)
-activations.os.replace = replace
+os.replace = replace
 clip = conftest.tiny_clip.__wrapped__()
 tests.extract(clip, load_dataset("openmoji/tools", "test", n_images=21), {str(tmp_path)!r})
 """

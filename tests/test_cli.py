@@ -157,11 +157,11 @@ def test_an_unfinished_store_is_called_so(run, world, monkeypatch):
 
     wanted, write = [1], activations._write
 
-    def stops(path, tensors):
+    def stops(folder, name, tensors):
         if not wanted:
             raise KeyboardInterrupt
         wanted.pop()
-        return write(path, tensors)
+        return write(folder, name, tensors)
 
     monkeypatch.setattr(activations, "_write", stops)
     assert main(["extract", "--profile", "mine.toml", "--set", "name=cut"]) == 130

@@ -221,7 +221,8 @@ def main() -> None:
             block.compile()
     clip_loss = ClipLoss()
     model.train()
-    started, sums, count = time.time(), {}, 0
+    sums: dict = {}
+    started, count = time.time(), 0
     begin = 0
     for phase in PHASES:
         begin, end = begin, begin + round(args.scale * phase.scenes / phase.batch) * phase.batch

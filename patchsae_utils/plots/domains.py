@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -129,7 +130,7 @@ def text_and_image(found, examples: Sequence = (), save: str | None = None, cred
     return save_figure(fig, save, credit=credit and n > 0)
 
 
-def stability(found: Mapping[str, object], save: str | None = None) -> Figure:
+def stability(found: Mapping[str, Any], save: str | None = None) -> Figure:
     """Cosines of latents matched between SAEs, and what matching to random directions reaches.
 
     Parameters

@@ -1,0 +1,106 @@
+"""Batches that don't fit the memory are halved until they do, and that is said."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class FittingBatches:
+    """Runs a model on the largest part of a batch that fits, and remembers its size for the batches to come.
+
+    Parameters
+    ----------
+    place : str
+        Whose memory: in messages.
+    """
+
+    def __init__(self, place: object):
+        self.place = place
+        self.limit: int | None = None
+        """Images that fitted; None while no batch was too large."""
+
+    def run(self, n: int, action: Callable[[slice], Result]) -> Iterator[tuple[slice, Result]]:
+        """Do something to n images, all at once or part by part.
+
+        Parameters
+        ----------
+        n : int
+            Images of this batch.
+        action : callable
+            Takes rows of the batch. After an attempt that didn't fit it is called again with fewer, so it must change nothing outside.
+
+        Yields
+        ------
+        rows : slice
+        result
+            What ``action`` returned for them.
+
+        Raises
+        ------
+        MemoryError
+            If a single image doesn't fit; says what to set.
+        """
+        start, halved = 0, False
+        while start < n:
+            rows = slice(start, min(n, start + (self.limit or n)))
+            result = _attempt(action, rows)
+            size = rows.stop - rows.start
+            if result is None:
+                if size == 1:
+                    raise MemoryError(
+                        f"Not even one image fits the memory of {self.place}. Free some of it (other programs, other models), run on a device "
+                        "that has more (load_clip(..., device='cpu')), or use bfloat16 (precision='bf16') or a smaller model."
+                    )
+                self.limit, halved = size // 2, True
+                continue
+            if halved:
+                warnings.warn(
+                    f"A batch of {n} images doesn't fit the memory of {self.place}; going on with {self.limit} at a time. "
+                    f"Set batch_size={self.limit} to begin with that.",
+                    stacklevel=2,
+                )
+                halved = False
+            yield rows, result[0]
+            start = rows.stop
+
+
+def _attempt(action: Callable[[slice], Result], rows: slice) -> tuple[Result] | None:
+    """The result; None if memory ran out. The error, which holds what was half computed, is gone when this returns."""
+    try:
+        return (action(rows),)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, a GPU's or the processor's, whose allocator raises a plain ``RuntimeError``."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def out_of_memory(what: str, setting: str) -> Iterator[None]:
+    """Where a batch can't be halved without changing the result: say what to set.
+
+    Raises
+    ------
+    MemoryError
+        In place of torch's own errors.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        text = str(error).strip().partition("\n")[0]
+        raise MemoryError(f"The memory ran out in {what} ({text}). Set {setting}, and run the same again.") from error

@@ -1,0 +1,148 @@
+"""Disks that fill up in the middle of a file, and folders in which nothing may be written: what is said, and that nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+from test_checkpoints import trained
+from test_training import CONFIG, Store, assert_same, fresh, weights
+
+from patchsae_utils.activations import extract_activations
+from patchsae_utils.artifacts import file_sha256
+from patchsae_utils.features import write_features
+from patchsae_utils.latents import summarize_latents
+from patchsae_utils.sae import SparseAutoencoder
+from patchsae_utils.training import CHECKPOINT, train_sae
+
+LAYER = -2
+
+
+@contextlib.contextmanager
+def files_of_at_most(n_bytes: int):
+    """The system refuses to let any file of this process grow beyond: a quota that needs no privileges."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 400 KB."""
+    folder = tmp_path / "small disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small disk needs root; the tests with a limit on the size of files do without")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_extraction_onto_a_full_disk_keeps_whole_shards(tiny_clip, tiny_dataset, tmp_path, small_disk):
+    """Of shards of 101 KB, one for eight images, the disk holds two beside what is there already."""
+    extract = lambda folder, n: extract_activations(tiny_clip, n, LAYER, folder, n_per_shard=8, progress=False)  # noqa: E731
+    filler = small_disk / "photographs"
+    filler.write_bytes(bytes(120_000))
+    with pytest.raises(
+        OSError, match="No space left on device, while this file was being written. What was whole before is kept"
+    ) as raised:
+        extract(small_disk / "store", tiny_dataset)
+    assert raised.value.errno == errno.ENOSPC and "shard-00002.safetensors" in str(raised.value)
+    kept = {path.name: file_sha256(path) for path in (small_disk / "store").glob("shard-*")}
+    assert sorted(kept) == ["shard-00000.safetensors", "shard-00001.safetensors"] and not list((small_disk / "store").glob(".*"))
+    filler.unlink()
+    store = extract(small_disk / "store", tiny_dataset)
+    store.verify()
+    whole = extract(tmp_path / "elsewhere", tiny_dataset).folder
+    assert {path.name: path.read_bytes() for path in store.folder.iterdir()} == {path.name: path.read_bytes() for path in whole.iterdir()}
+
+
+def test_training_on_a_full_disk_keeps_the_last_checkpoint(tmp_path):
+    """The first checkpoint fits, the next doesn't: the folder stays a run that goes on."""
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(fresh(), Store(stop_at=20), CONFIG, tmp_path / "run", progress=False)
+    checkpoint = (tmp_path / "run" / CHECKPOINT).read_bytes()
+    with files_of_at_most(2000), pytest.raises(OSError, match="File too large, while this file was being written|No space left on device"):
+        train_sae(fresh(), Store(), CONFIG, tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / CHECKPOINT).read_bytes() == checkpoint
+    assert not list((tmp_path / "run").glob(".*")), "what was half written is gone, and so is the lock"
+    ended = train_sae(fresh(), Store(), CONFIG, tmp_path / "run", progress=False)
+    assert_same(weights(ended), weights(train_sae(fresh(), Store(), CONFIG, tmp_path / "whole", progress=False)))
+
+
+@pytest.mark.parametrize("make", ["store", "statistics", "features", "sae"])
+def test_a_file_that_may_not_grow_is_named_and_the_same_call_goes_on(tiny_clip, tiny_sae, tiny_dataset, tmp_path, make):
+    calls = {
+        "store": lambda out: extract_activations(tiny_clip, tiny_dataset, LAYER, out, n_per_shard=5, progress=False),
+        "statistics": lambda out: summarize_latents(tiny_clip, tiny_sae, tiny_dataset, LAYER, k=50, out=out, progress=False),
+        "features": lambda out: write_features(tiny_clip, tiny_sae, tiny_dataset, LAYER, out, shard_images=8, progress=False),
+        "sae": lambda out: SparseAutoencoder(32, 64).save(out),
+    }
+    with files_of_at_most(12_000), pytest.raises(OSError, match="What was whole before is kept: free some space") as raised:
+        calls[make](tmp_path / "out")
+    assert str(tmp_path / "out") in str(raised.value)
+    left = [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp") or ".lock" in path.name]
+    assert left == []
+    calls[make](tmp_path / "out")
+    calls[make](tmp_path / "again")
+    for path in (tmp_path / "again").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+# -- read-only folders -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def read_only(tiny_clip, tiny_sae, tiny_dataset):
+    """A folder with artifacts that nobody may write in; root, who may write everywhere, becomes somebody else while it is used."""
+    folder = Path(tempfile.mkdtemp(prefix="read only "))  # pytest's folders are closed to others
+    extract_activations(tiny_clip, tiny_dataset, LAYER, folder / "store", progress=False)
+    summarize_latents(tiny_clip, tiny_sae, tiny_dataset, LAYER, out=folder / "statistics", progress=False)
+    folders = [folder, folder / "store", folder / "statistics"]
+    for path in folder.rglob("*"):
+        path.chmod(0o644)
+    for each in folders:
+        each.chmod(0o555)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        if root:
+            os.seteuid(0)
+        for each in folders:
+            each.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_finished_stages_open_from_a_folder_that_refuses_writing(tiny_clip, tiny_sae, tiny_dataset, read_only):
+    """No lock and no temporary file is needed for what is there."""
+    store = extract_activations(tiny_clip, tiny_dataset, LAYER, read_only / "store", progress=False)
+    store.verify()
+    assert next(store.tokens(8)).isfinite().all()
+    assert summarize_latents(tiny_clip, tiny_sae, tiny_dataset, LAYER, out=read_only / "statistics", progress=False).n_images == 24
+
+
+def test_a_read_only_folder_is_said(tiny_clip, tiny_sae, tiny_dataset, read_only):
+    before = sorted(read_only.rglob("*"))
+    for call in (
+        lambda: trained({}).save(read_only / "sae"),
+        lambda: extract_activations(tiny_clip, tiny_dataset, 0, read_only / "store", progress=False),
+        lambda: extract_activations(tiny_clip, tiny_dataset, LAYER, read_only / "other", progress=False),
+        lambda: summarize_latents(tiny_clip, tiny_sae, tiny_dataset, 0, out=read_only / "statistics", progress=False),
+        lambda: train_sae(fresh(), Store(), CONFIG, read_only / "run", progress=False),
+    ):
+        with pytest.raises(PermissionError, match="Permission denied: '.*read only"):
+            call()
+    assert sorted(read_only.rglob("*")) == before

@@ -1,0 +1,153 @@
+"""SIGKILL in the middle of statistics and of a notebook run (of training: test_resume.py, of extraction: test_activations.py): nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+import shares
+import torch
+from nbformat.v4 import new_code_cell, new_notebook
+from safetensors.torch import load_file, save_file
+
+from patchsae_utils import passes
+from patchsae_utils.artifacts import read_json
+
+HERE = Path(__file__).parent
+PATHS = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parent.parent)])
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_statistics_killed_at_random_moments_end_bit_for_bit_as_if_they_had_not_been(tmp_path, one_thread):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
+    (tmp_path / "killed").mkdir()
+    command = [sys.executable, HERE / "statistics_kills.py", tmp_path / "killed", "4"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout.splitlines()[-1]) == {"kills": 4, "status": 0}
+    shares.statistics(tmp_path / "whole", shares.Pictures())
+    found, expected = (
+        {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
+        for name in ("killed", "whole")
+    )
+    assert found.keys() == expected.keys() and [name for name in expected if found[name] != expected[name]] == []
+
+
+@pytest.fixture
+def half_done(tmp_path, monkeypatch):
+    """The folder of statistics that stopped at image 16, and its one file of what was counted."""
+    monkeypatch.setattr(passes, "SAVE_SECONDS", 0.0)
+    with pytest.raises(ValueError, match="picture 16 is broken"):
+        shares.statistics(tmp_path, shares.Pictures(bad=16))
+    (file,) = (tmp_path / ".statistics-unfinished").glob("counted-*")
+    return tmp_path, file
+
+
+def resumed(folder) -> int:
+    data = shares.Pictures()
+    shares.statistics(folder, data)
+    assert not (folder / ".statistics-unfinished").exists()
+    return len(set(data.read))
+
+
+def test_what_was_counted_is_not_counted_again(half_done):
+    assert resumed(half_done[0]) <= 11
+
+
+def test_a_flipped_bit_in_what_was_counted_costs_time_and_nothing_else(half_done):
+    folder, file = half_done
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert resumed(folder) == 23
+
+
+def test_what_other_inputs_counted_is_not_taken_up(half_done):
+    folder, file = half_done
+    state = load_file(file)
+    other = file.with_name(".other")
+    save_file(state, other, {"key": "of something else"})
+    name = f"counted-0-{passes.file_sha256(other)[:16]}.safetensors"
+    other.rename(file.with_name(name))
+    file.unlink()
+    assert resumed(folder) == 23
+
+
+def test_images_that_two_files_count_are_counted_once(half_done, tmp_path_factory):
+    """As a kill between writing a file and removing those that it replaces leaves them."""
+    folder, file = half_done
+    with pytest.raises(ValueError):
+        shares.statistics(folder, shares.Pictures(bad=18))
+    (larger,) = (folder / ".statistics-unfinished").glob("counted-*")
+    earlier = tmp_path_factory.mktemp("earlier")
+    with pytest.raises(ValueError):
+        shares.statistics(earlier, shares.Pictures(bad=8))
+    (smaller,) = (earlier / ".statistics-unfinished").glob("counted-*")
+    (larger.parent / smaller.name.replace("counted-0", "counted-1")).write_bytes(smaller.read_bytes())
+    assert resumed(folder) < 11
+    shares.statistics(earlier, shares.Pictures())
+    for name in ("all", "cls"):
+        one, two = (root / "statistics" / name / "latents.safetensors" for root in (folder, earlier))
+        assert one.read_bytes() == two.read_bytes()
+
+
+# -- notebooks --------------------------------------------------------------------------------------------------------------
+
+SLOW = """
+import os, time
+from pathlib import Path
+Path("../kernel").write_text(str(os.getpid()))
+time.sleep(0 if Path("../quick").exists() else 120)
+1 + 1
+"""
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{process}/stat").read_text().split(") ")[-1][0] != "Z" if Path("/proc").is_dir() else True
+
+
+def test_a_killed_notebook_run_leaves_the_notebook_as_it_was_and_no_kernel(tmp_path):
+    (tmp_path / "pyproject.toml").touch()
+    source = tmp_path / "notebooks" / "01_slow.ipynb"
+    source.parent.mkdir()
+    nbformat.write(new_notebook(cells=[new_code_cell("x = 1"), new_code_cell(SLOW)]), source)
+    before = source.read_bytes()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PATCHSAE_")} | {"PYTHONPATH": PATHS}
+    command = [sys.executable, "-m", "patchsae_utils.reproduce", "--notebooks", source.parent]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 150
+    while not (tmp_path / "kernel").exists() or not (tmp_path / "kernel").read_text():
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert source.read_bytes() == before and not list(tmp_path.rglob("stamps/*"))
+    kernel = int((tmp_path / "kernel").read_text())
+    while alive(kernel):
+        assert time.monotonic() < deadline, "the kernel of a killed run must not stay"
+        time.sleep(0.1)
+    (tmp_path / "quick").touch()
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0, again.stderr
+    code = nbformat.read(source, as_version=4).cells[1]
+    assert code.execution_count == 2 and code.outputs[0].data["text/plain"] == "2"
+    (stamp,) = tmp_path.rglob("stamps/01_slow.json")
+    assert read_json(stamp)["key"]

@@ -1,0 +1,139 @@
+"""Memory that runs out: batches are halved, once it is said, and nothing changes; where that is impossible, what to set."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from test_training import CONFIG, Store, fresh, weights
+
+from patchsae_utils import training
+from patchsae_utils.activations import extract_activations
+from patchsae_utils.cli import main
+from patchsae_utils.latents import summarize_latents
+from patchsae_utils.memory import FittingBatches, out_of_memory
+from patchsae_utils.monosemanticity import Likeness
+from patchsae_utils.streaming import TokenStream
+from patchsae_utils.training import train_sae
+
+LAYER = -2
+GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore about it")
+CPU = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+)
+
+
+class Small:
+    """A model on a device that holds so many images."""
+
+    def __init__(self, clip, holds, error=GPU):
+        self._clip, self._holds, self._error, self.sizes = clip, holds, error, []
+
+    def __getattr__(self, name):
+        return getattr(self._clip, name)
+
+    def run_to(self, images, layer):
+        self.sizes.append(len(images))
+        if len(images) > self._holds:
+            raise self._error
+        return self._clip.run_to(images, layer)
+
+    def residual(self, images, layer):
+        return self.run_to(images, layer).tokens
+
+
+@pytest.mark.parametrize("error", [GPU, CPU, MemoryError()], ids=["gpu", "cpu", "python"])
+def test_extraction_halves_a_batch_says_so_once_and_gives_the_same(tiny_clip, tiny_dataset, tmp_path, error):
+    small = Small(tiny_clip, 7, error)
+    with pytest.warns(UserWarning) as told:
+        found = extract_activations(small, tiny_dataset, LAYER, tmp_path / "small", batch_size=16, progress=False)
+    assert [str(each.message) for each in told] == [
+        "A batch of 16 images doesn't fit the memory of cpu; going on with 4 at a time. Set batch_size=4 to begin with that."
+    ]
+    assert small.sizes == [16, 8] + [4] * 6, "what fits is remembered"
+    expected = extract_activations(tiny_clip, tiny_dataset, LAYER, tmp_path / "whole", batch_size=4, progress=False)
+    for path in expected.folder.iterdir():
+        assert (found.folder / path.name).read_bytes() == path.read_bytes()
+
+
+def test_statistics_halve_a_batch_and_count_nothing_twice(tiny_clip, tiny_sae, tiny_dataset, tmp_path):
+    results = []
+    for name, clip, size in (("small", Small(tiny_clip, 5), 16), ("whole", tiny_clip, 4)):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            settings = dict(batch_size=size, likeness=tmp_path / name, progress=False)
+            results.append(summarize_latents(clip, tiny_sae, tiny_dataset, LAYER, tau=0.05, **settings))
+        assert len([each for each in told if "going on with 4 at a time" in str(each.message)]) == (name == "small")
+    small, whole = results
+    assert torch.equal(small.class_counts, whole.class_counts) and torch.equal(small.mean_activation, whole.mean_activation)
+    assert torch.equal(small.top_images, whole.top_images) and torch.equal(small.top_patches, whole.top_patches)
+    assert torch.equal(Likeness.load(tmp_path / "small").embeddings, Likeness.load(tmp_path / "whole").embeddings)
+
+
+def test_a_stream_halves_its_batches(tiny_clip, tiny_dataset):
+    streams = [TokenStream(clip, tiny_dataset, LAYER, batch_size=size) for clip, size in ((Small(tiny_clip, 7), 8), (tiny_clip, 4))]
+    with pytest.warns(UserWarning, match="Set batch_size=4"):
+        small = next(streams[0].tokens(100))
+    assert torch.equal(small, next(streams[1].tokens(100)))
+
+
+def test_where_not_even_one_image_fits_it_says_what_to_do(tiny_clip, tiny_sae, tiny_dataset, tmp_path):
+    small = Small(tiny_clip, 0)
+    for call in (
+        lambda: extract_activations(small, tiny_dataset, LAYER, tmp_path / "store", progress=False),
+        lambda: summarize_latents(small, tiny_sae, tiny_dataset, LAYER, progress=False),
+    ):
+        small.sizes.clear()
+        with pytest.raises(
+            MemoryError, match=r"Not even one image fits the memory of cpu\. Free some of it.*device='cpu'.*precision='bf16'"
+        ):
+            call()
+        assert small.sizes[-1] == 1
+
+
+def test_other_errors_are_not_taken_for_it(tiny_clip, tiny_dataset, tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"):
+        extract_activations(Small(tiny_clip, 0, RuntimeError("shapes")), tiny_dataset, LAYER, tmp_path, progress=False)
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory("x", "y"):
+        raise RuntimeError("shapes")
+
+
+def test_parts_cover_every_batch_also_when_the_room_shrinks():
+    fitting, holds = FittingBatches("here"), iter([9, 9, 4, 4, 4, 2] + [1] * 20)
+
+    def action(rows):
+        if rows.stop - rows.start > next(holds):
+            raise GPU
+        return list(range(rows.start, rows.stop))
+
+    with pytest.warns(UserWarning):
+        batches = [[i for _, part in fitting.run(n, action) for i in part] for n in (8, 8, 8, 8)]
+    assert batches == [list(range(8))] * 4 and fitting.limit == 1
+
+
+def test_training_says_which_setting_to_lower_and_keeps_its_checkpoint(tmp_path, monkeypatch):
+    step = training._Run._step
+
+    def full(self, *args):
+        if self.step == 16:
+            raise GPU
+        return step(self, *args)
+
+    monkeypatch.setattr(training._Run, "_step", full)
+    with pytest.raises(MemoryError, match=r"training steps of \d+ tokens \(CUDA out of memory.*\)\. Set training\.batch_tokens lower"):
+        train_sae(fresh(), Store(), CONFIG, tmp_path / "run", progress=False)
+    monkeypatch.undo()
+    store = Store()
+    ended = train_sae(fresh(), store, CONFIG, tmp_path / "run", progress=False)
+    assert store.asked[0][2] == 14, "it goes on from the checkpoint"
+    whole = train_sae(fresh(), Store(), CONFIG, tmp_path / "whole", progress=False)
+    assert all(torch.equal(weights(ended)[name], value) for name, value in weights(whole).items())
+
+
+def test_a_command_ends_in_words(monkeypatch, capsys):
+    def full(*_):
+        raise MemoryError("Not even one image fits the memory of cuda:0.")
+
+    monkeypatch.setattr("patchsae_utils.stages.load_world", full)
+    assert main(["extract"]) == 1 and "error: Not even one image" in capsys.readouterr().err

@@ -1,0 +1,84 @@
+"""Run by test_shares.py, by a launcher or alone: extracts and summarises the same data in however many processes there are."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import conftest
+import torch
+
+from patchsae_utils import passes
+from patchsae_utils.activations import extract_activations
+from patchsae_utils.data import load_dataset
+from patchsae_utils.features import write_features
+from patchsae_utils.latents import summarize_latents
+from patchsae_utils.sae import SparseAutoencoder
+
+BAD = 16
+"""A picture that the interrupted runs can't open."""
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Scenes of the embedded world, one of which may be broken."""
+
+    def __init__(self, bad: int | None = None):
+        self._scenes, self._bad, self.read = load_dataset("openmoji/tools", "test", n_images=23), bad, []
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["_scenes"], name)
+
+    def __len__(self):
+        return len(self._scenes)
+
+    def __getitem__(self, index):
+        if index == self._bad:
+            raise ValueError(f"picture {index} is broken")
+        self.read.append(index)
+        return self._scenes[index]
+
+
+def models():
+    clip = conftest.tiny_clip.__wrapped__()
+    return clip, SparseAutoencoder(clip.width, 2 * clip.width, seed=0).requires_grad_(False)
+
+
+def store(out: Path, data: Pictures):
+    return extract_activations(models()[0], data, -2, out / "store", n_per_shard=4, batch_size=3, progress=False)
+
+
+def statistics(out: Path, data: Pictures):
+    clip, sae = models()
+    settings = dict(k=3, tau=0.05, batch_size=2, progress=False)
+    return summarize_latents(clip, sae, data, -2, tokens=("all", "cls"), out=out / "statistics", likeness=out / "likeness", **settings)
+
+
+def features(out: Path, data: Pictures):
+    clip, sae = models()
+    return write_features(clip, sae, data, -2, out / "features", shard_images=4, batch_size=2, progress=False)
+
+
+STAGES = {"store": store, "statistics": statistics, "features": features}
+
+
+def main(out: Path) -> None:
+    rank = os.environ.get("RANK", "0")
+    for name, stage in STAGES.items():
+        data = Pictures()
+        stage(out / "whole", data)
+        stage(out / "whole", data)  # opened
+        (out / f"read-{name}-{rank}").write_text(" ".join(map(str, data.read)))
+    passes.SAVE_SECONDS = 0.0
+    for name, stage in STAGES.items():
+        try:
+            stage(out / "cut", Pictures(BAD))
+        except ValueError as error:
+            (out / f"error-{name}-{rank}").write_text(str(error))
+    clip, sae = models()
+    summarize_latents(clip, sae, Pictures(), -2, features=out / "beside", batch_size=4, progress=False)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
