@@ -5,11 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import json
-import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from benchmarks.browser import ROOT, chromium, find_chromium
+
+SHOTS = ROOT / "runs" / "screenshots"
+"""Kept by the build machine."""
 
 FAKE_MODEL = """
 const revive = (v) => {
@@ -67,21 +71,13 @@ def _wire(value):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """Chromium, or a skip that says what is missing."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="the page is tested with Playwright: pip install playwright")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
+    """Chromium, or a skip that says what is missing. Closed after each module: Playwright's event loop would meet nbval's kernels."""
+    pytest.importorskip("playwright.sync_api", reason="the page is tested with Playwright: pip install playwright")
+    if find_chromium() is None:
         pytest.skip("the page is tested in Chromium, which is not installed (Debian: apt-get install chromium)")
-    off = ("gpu", "quic", "background-networking", "component-update", "sync")
-    flags = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in off)]
-    profile, window = tmp_path_factory.mktemp("chromium"), {"width": 1000, "height": 800}
-    with sync_api.sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            profile, executable_path=chromium, headless=True, args=flags, viewport=window
-        )
-        context.set_default_timeout(10_000)
+    with chromium(tmp_path_factory.mktemp("chromium")) as context:
+        context.set_default_timeout(30_000)
         yield context
-        context.close()
 
 
 @pytest.fixture
@@ -136,3 +132,9 @@ def pixels(page, selector):
     """What a canvas shows: uint8 [H, W, 3]."""
     url = page.eval_on_selector(selector, "canvas => canvas.toDataURL()")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB"))
+
+
+def shoot(page, name):
+    """Keep a picture of a page, for people to look at."""
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
