@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 
 import numpy as np
 import pytest
@@ -132,6 +133,14 @@ def pixels(page, selector):
     """What a canvas shows: uint8 [H, W, 3]."""
     url = page.eval_on_selector(selector, "canvas => canvas.toDataURL()")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB"))
+
+
+def wait_for_pixels(page, selector, before, seconds=30):
+    """Wait until a canvas shows something else than it did."""
+    until = time.monotonic() + seconds
+    while (pixels(page, selector) == before).all():
+        assert time.monotonic() < until, f"{selector} still shows the same"
+        page.wait_for_timeout(50)
 
 
 def shoot(page, name):

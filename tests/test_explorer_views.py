@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from explorer_pages import UNLABELLED, browser, pixels, show  # noqa: F401 (fixtures)
+from explorer_pages import UNLABELLED, browser, pixels, shoot, show, wait_for_pixels  # noqa: F401 (fixtures)
 from PIL import Image
 
 from patchsae_utils.explorer import cards, render, uploads
@@ -425,13 +425,13 @@ def test_page_takes_uploads_as_text_and_tells_of_broken_ones(show, patches):  # 
     page.set_input_files("input[type=file]", {"name": BAD, "mimeType": "image/png", "buffer": b"no picture"})
     page.wait_for_selector("[role=alert]:has-text('can\\'t be read')")
     assert page.locator("[role=alert] img").count() == 0
-    page.set_input_files("input[type=file]", {"name": "big.png", "mimeType": "image/png", "buffer": bytes(uploads.MAX_BYTES + 1)})
-    page.wait_for_selector("[role=alert]:has-text('at most 8 MB')")
     drop = """([name, bytes]) => {
       const data = new DataTransfer();
       data.items.add(new File([new Uint8Array(bytes)], name));
       document.querySelector('.psx').dispatchEvent(new DragEvent('drop', { dataTransfer: data, bubbles: true, cancelable: true }));
     }"""
+    page.evaluate(drop, ["big.png", uploads.MAX_BYTES + 1])  # made there: to send it takes a busy machine longer than the page waits
+    page.wait_for_selector("[role=alert]:has-text('at most 8 MB')")
     page.evaluate(drop, ["dropped.png", list(picture_file(color=(0, 200, 0)))])
     page.wait_for_selector("h3:has-text('dropped.png')")
     assert patches.uploaded == "dropped.png"
@@ -500,7 +500,7 @@ def test_gallery_opens_from_a_file_and_is_searched(gallery, browser):  # noqa: F
     assert page.locator(".psx-cards li").count() == 20
     before = pixels(page, ".psx-cards canvas")
     page.fill("label:has-text('Threshold') input", "1000")
-    page.wait_for_timeout(200)
+    wait_for_pixels(page, ".psx-cards canvas", before)
     assert pixels(page, ".psx-cards canvas").mean() < before.mean()
     word = json.loads(page.inner_text("#data") or page.text_content("#data"))["latents"][0]["classes"][0]
     page.fill("input[type=search]", word)

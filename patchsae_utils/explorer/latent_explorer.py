@@ -49,7 +49,6 @@ class LatentExplorer(_View):
     """
 
     _esm = script("latent.js")
-    _css = script("latent.css")
 
     sort = t.Enum((*ORDERS, *MEASURES), "frequency").tag(sync=True)
     sorts = t.List(t.Unicode(), help="The orders that there are data for.").tag(sync=True)

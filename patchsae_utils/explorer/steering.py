@@ -73,7 +73,6 @@ class SteeringPanel(_View):
     """
 
     _esm = script("steering.js")
-    _css = script("steering.css")
 
     latents = t.List(t.Int(), help="The latents with sliders.").tag(sync=True)
     edits = t.List(t.Dict(), help="One a slider that was moved.").tag(sync=True)
