@@ -22,10 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 """What the browser is called on Debian, on older Ubuntu, and by Google. Playwright's own download is not needed."""
 
-# No sandbox: build machines often run as root. The rest keeps the browser from calling anybody. (Precise memory: JS heaps are read by the benchmark.)
+# No sandbox: build machines often run as root. The rest keeps the browser from calling anybody.
 FLAGS = (
     "--no-sandbox", "--no-first-run", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync", "--enable-precise-memory-info",
+    "--disable-sync",
 )  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def find_chromium() -> str | None:
 
 
 @contextlib.contextmanager
-def chromium(folder: str | Path | None = None, width: int = 1000, height: int = 800, flags: Sequence[str] = ()) -> Iterator[Any]:
+def chromium(folder: str | Path | None = None, width: int = 1000, height: int = 800) -> Iterator[Any]:
     """Headless Chromium with a profile of its own.
 
     Parameters
@@ -44,8 +44,6 @@ def chromium(folder: str | Path | None = None, width: int = 1000, height: int = 
         For its profile; by default one that is removed again.
     width, height : int
         Of a page, in CSS pixels.
-    flags : sequence of str
-        Further ones of the command line.
 
     Yields
     ------
@@ -65,7 +63,7 @@ def chromium(folder: str | Path | None = None, width: int = 1000, height: int = 
         folder = folder or stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         driver = stack.enter_context(sync_playwright())
         context = driver.chromium.launch_persistent_context(
-            folder, executable_path=path, headless=True, args=[*FLAGS, *flags], viewport={"width": width, "height": height}
+            folder, executable_path=path, headless=True, args=list(FLAGS), viewport={"width": width, "height": height}
         )
         stack.callback(context.close)
         yield context
