@@ -9,6 +9,8 @@ latents. Then five hundred interactions, with the page's and the kernel's memory
 from __future__ import annotations
 
 import contextlib
+import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import nbformat
 import numpy as np
+import playwright.sync_api
 import psutil
 
 from benchmarks.browser import chromium, voila
@@ -90,6 +93,10 @@ PAGE = """
 """
 
 
+SHOWN = """document.querySelector('.psx-patch .psx-pick') && document.querySelector('.psx-steering .psx-odds li')
+  || document.body.innerText.includes('Traceback (most recent call last)')"""
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     command = parser(__doc__)
     command.set_defaults(repeats=30)
@@ -101,7 +108,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     command.add_argument("--classes", type=int, default=1000, help="of the large world")
     command.add_argument("--timeout", type=float, default=900, help="seconds that a world may take to be shown")
     options = command.parse_args(arguments)
-    large = {name: getattr(options, name) for name in ("model", "d_sae", "images", "classes", "device")} | {"l0": 150}
+    large = {name: getattr(options, name) for name in ("model", "d_sae", "images", "classes", "device")} | {"l0": min(150, options.d_sae // 4)}
     rows, memory = [], None
     for place, world in enumerate(options.worlds):
         settings = large if world == "large" else {}
@@ -126,8 +133,11 @@ def measure(
         page = context.new_page()
         page.set_default_timeout(1000 * timeout)
         page.goto(address)
-        for drawn in (".psx-latent .psx-ref", ".psx-patch .psx-pick", ".psx-steering .psx-odds li"):
-            page.wait_for_selector(drawn)
+        try:
+            page.wait_for_function(SHOWN)
+            page.wait_for_selector(".psx-latent .psx-ref", timeout=30_000)
+        except playwright.sync_api.Error as error:
+            raise RuntimeError(f"The explorers were not shown. The page says: {page.inner_text('body')[-3000:]}") from error
         page.evaluate(PAGE)
         visitor = Visitor(page)
         rows = [row(what, visitor.times(act, repeats), world) for what, act in ACTS.items()]
@@ -298,4 +308,5 @@ def memory_over(visitor: Visitor, interactions: int, kernel: int) -> dict[str, A
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that ends server and browser, too
     main()

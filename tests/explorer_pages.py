@@ -143,6 +143,15 @@ def wait_for_pixels(page, selector, before, seconds=30):
         page.wait_for_timeout(50)
 
 
+def check_that_it_fits(page, view, dark):
+    """Nothing sticks out, on a telephone or on a desk, and every control has a label; pictures of it are kept."""
+    for width in (420, 800, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        shoot(page, f"{view.kind}_{'dark' if dark else 'light'}_{width}")
+    assert page.evaluate(UNLABELLED) == []
+
+
 def shoot(page, name):
     """Keep a picture of a page, for people to look at."""
     SHOTS.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from explorer_pages import UNLABELLED, browser, pixels, shoot, show, wait_for_pixels  # noqa: F401 (fixtures)
+from explorer_pages import UNLABELLED, browser, check_that_it_fits, pixels, show, wait_for_pixels  # noqa: F401 (fixtures)
 from PIL import Image
 
 from patchsae_utils.explorer import cards, render, uploads
@@ -456,12 +456,16 @@ def test_page_of_two_models(show, adaptation):  # noqa: F811
     page.click("[aria-label='Next image']")
     page.wait_for_selector("h3:has-text('Image 1 ·')")
     assert adaptation.image == 1 and adaptation.task == "more"
-    for width in (420, 1000):
-        page.set_viewport_size({"width": width, "height": 900})
-        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert page.evaluate(UNLABELLED) == []
     page.evaluate("window.stop()")
     assert page.evaluate("window.model.count()") == 0
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_page_of_two_models_fits_narrow_and_dark_outputs(show, adaptation, dark):  # noqa: F811
+    adaptation.latent = adaptation.card.listed[0]
+    page = show(adaptation, dark=dark)
+    page.wait_for_selector(".psx-odds li")
+    check_that_it_fits(page, adaptation, dark)
 
 
 # -- the gallery --------------------------------------------------------------------------------------------------------

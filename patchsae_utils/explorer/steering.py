@@ -240,8 +240,8 @@ class SteeringPanel(_View):
         return self._read[1:]
 
     def _suggested(self) -> list[int]:
-        residual, _ = self._reading()
-        scores = image_attribution(self._reader.clip, self._reader.sae, residual, self._head, layer=self._reader.layer)[0]
+        residual, h = self._reading()
+        scores = image_attribution(self._reader.clip, self._reader.sae, residual, self._head, layer=self._reader.layer, h=h[None])[0]
         top = scores.topk(min(self._n_sliders, len(scores)))
         return [int(i) for i, score in zip(top.indices, top.values, strict=True) if score > 0] or top.indices[:1].tolist()
 
