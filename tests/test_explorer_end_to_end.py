@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import nbformat
@@ -9,6 +10,7 @@ import pytest
 from explorer_pages import browser, pixels, shoot  # noqa: F401 (fixture)
 from test_explorer_views import BAD, picture_file
 
+from benchmarks import explorer
 from benchmarks.browser import jupyterlab, run_in_lab, voila
 
 PATIENCE = 120
@@ -56,10 +58,13 @@ def test_explorers_answer(front, notebook, page):
         with voila(notebook, paths=here) as address:
             page.goto(address)
             use(page, front)
+            measure(page)
+            page.close()  # before its server ends
     else:
         with jupyterlab(notebook, paths=here) as address:
             run_in_lab(page, address, PATIENCE)
             use(page, front)
+            page.close()
 
 
 def use(page, front):
@@ -95,4 +100,13 @@ def use(page, front):
     assert page.locator(".psx h3 img").count() == 0
     assert "Traceback" not in page.inner_text("body")
     shoot(page, f"end_to_end_{front}")
-    page.close()  # before its server ends
+
+
+def measure(page):
+    """The benchmark's visitor sees each of its interactions end, and says how long it took and what memory did."""
+    page.evaluate(explorer.PAGE)
+    visitor = explorer.Visitor(page, PATIENCE)
+    for what, act in explorer.ACTS.items():
+        assert 0 < act(visitor) < 1000 * PATIENCE, what
+    memory = explorer.memory_over(visitor, 5, os.getpid())
+    assert memory["end"].keys() == {"js_heap_mb", "dom_nodes", "listeners", "kernel_mb"} and min(memory["start"].values()) > 0

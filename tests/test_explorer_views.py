@@ -189,6 +189,7 @@ def test_patches_are_linked_to_the_steering_panel(patches, tiny_clip, tiny_sae, 
     assert panel.patches == [2, 5] and panel.latent == 9
     panel.image = 3
     assert patches.image == 3
+    assert panel.latent == patches.latent == 9  # chosen still, though it has no slider
     assert len(links) == 3
 
 

@@ -250,8 +250,6 @@ class SteeringPanel(_View):
         self.edits, self.patches = [], []
         if not self._own:
             self.latents = self._suggested()
-        if self.latent >= 0 and self.latent not in self.latents:
-            self.latent = -1
         self._ready = True
         self._show()
 
