@@ -201,7 +201,7 @@ class Visitor:
 
     def settle(self) -> None:
         """Until nothing is on its way and Python has looked ahead, as when a person looks at the page."""
-        self.page.wait_for_timeout(350)
+        self.page.wait_for_timeout(500)
         for view in (".psx-latent", ".psx-patch"):
             self.page.wait_for_selector(f"{view} .psx-body:not(.psx-busy)")
 

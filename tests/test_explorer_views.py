@@ -120,9 +120,10 @@ def test_prefetching_shows_nothing_and_saves_the_forward_pass(latents, monkeypat
     shown = latents.shown
     latents._receive({"kind": "prefetch", "latents": [int(order[1]), 10**9, "3", None]}, [])
     assert latents.shown is shown
+    assert [card["latent"] for card in latents.ahead] == [order[1]]
     monkeypatch.setattr(latents._reader.clip, "residual", None)  # is not called again
     latents.latent = int(order[1])
-    assert latents.shown["latent"] == order[1]
+    assert latents.shown == latents.ahead[0]
 
 
 def test_what_a_stranger_sends_is_ignored(latents, patches):
@@ -359,6 +360,23 @@ def test_page_finds_latents_by_name(show, latents):  # noqa: F811
     page.wait_for_selector("h3:has-text('Latent 5')")
     assert latents.latent == 5
     assert page.locator(".psx-find img, h3 img").count() == 0 and page.title() == ""
+
+
+def test_page_takes_the_next_step_before_python_answers(show, latents):  # noqa: F811
+    order = np.frombuffer(latents.order, np.uint32)
+    page = show(latents)
+    page.wait_for_function("window.model.get('ahead').length > 0")
+    before = pixels(page, ".psx-ref canvas")
+    page.evaluate("void (window.answer = window.python, window.python = async () => '{}')")
+    page.focus("input[aria-label='Latent, in the chosen order']")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector(f"h3:has-text('Latent {order[1]}')")
+    assert (pixels(page, ".psx-ref canvas") != before).any() and latents.latent == order[0]
+    page.evaluate("void (window.python = window.answer)")
+    page.keyboard.press("ArrowRight")  # two steps ahead was here, too; what Python answers to it changes nothing
+    page.wait_for_selector(f"h3:has-text('Latent {order[2]}')")
+    page.wait_for_function(f"window.model.get('shown').latent === {order[2]}")
+    assert f"Latent {order[2]}" in page.inner_text("h3")
 
 
 def test_page_goes_to_a_neighbour(show, latents):  # noqa: F811

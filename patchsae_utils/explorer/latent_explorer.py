@@ -53,6 +53,7 @@ class LatentExplorer(_View):
     sort = t.Enum((*ORDERS, *MEASURES), "frequency").tag(sync=True)
     sorts = t.List(t.Unicode(), help="The orders that there are data for.").tag(sync=True)
     order = t.Bytes(help="uint32: living latents in the slider's order.").tag(sync=True)
+    ahead = t.List(t.Dict(), help="Cards that a next step would show: the page shows one of them before Python has answered.").tag(sync=True)
     points = t.Bytes(help="Two bytes a latent, log frequency and log mean activation, 1 to 255; 0 0 for dead latents.").tag(sync=True)
 
     def __init__(
@@ -124,11 +125,11 @@ class LatentExplorer(_View):
         self.shown = latent_message(self.card, self._names)
 
     def _receive(self, content: Any, buffers: list) -> None:
-        # The page is idle: look up what its next step would show, so that it is in the reader's memory by then.
+        # The page is idle: look up what its next step would show.
         if isinstance(content, Mapping) and content.get("kind") == "prefetch" and isinstance(content.get("latents"), list):
-            for latent in content["latents"][:4]:
-                if isinstance(latent, int) and 0 <= latent < self._reader.d_sae:
-                    self._card_of(latent)
+            latents = [latent for latent in content["latents"][:4] if isinstance(latent, int) and 0 <= latent < self._reader.d_sae]
+            if latents:
+                self.ahead = [latent_message(self._card_of(latent), self._names) for latent in latents]
 
 
 # -- cards as messages: what the page gets ----------------------------------------------------------------------------
