@@ -31,6 +31,9 @@ FIRST_USE_MS = 2000
 GROWTH = 0.05
 """Share by which memory may exceed its half-way value at the end: what garbage collection leaves to chance."""
 
+PAUSE_MS = 700
+"""Between interactions: a visitor looks, and meanwhile Python looks ahead."""
+
 WORLDS = {
     "openmoji": """
 profile = ps.load_profile("openmoji")
@@ -201,7 +204,7 @@ class Visitor:
 
     def settle(self) -> None:
         """Until nothing is on its way and Python has looked ahead, as when a person looks at the page."""
-        self.page.wait_for_timeout(500)
+        self.page.wait_for_timeout(PAUSE_MS)
         for view in (".psx-latent", ".psx-patch"):
             self.page.wait_for_selector(f"{view} .psx-body:not(.psx-busy)")
 

@@ -62,12 +62,12 @@ DARK = """body {
 }"""
 
 
-def _wire(value):
+def wire(value):
     if isinstance(value, bytes | memoryview):
         return {"$bytes": base64.b64encode(value).decode()}
     if isinstance(value, dict):
-        return {k: _wire(v) for k, v in value.items()}
-    return [_wire(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: wire(v) for k, v in value.items()}
+    return [wire(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def show(browser):
         keys = [k for k in widget.keys if not k.startswith("_") and k not in ("layout", "tabbable", "tooltip")]
 
         def state(names):
-            return {k: _wire(getattr(widget, k)) for k in names}
+            return {k: wire(getattr(widget, k)) for k in names}
 
         def answer(act):
             before = {k: getattr(widget, k) for k in keys}

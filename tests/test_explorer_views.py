@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from explorer_pages import UNLABELLED, browser, check_that_it_fits, pixels, show, wait_for_pixels  # noqa: F401 (fixtures)
+from explorer_pages import UNLABELLED, browser, check_that_it_fits, pixels, show, wait_for_pixels, wire  # noqa: F401 (fixtures)
 from PIL import Image
 
 from patchsae_utils.explorer import cards, render, uploads
@@ -120,10 +120,10 @@ def test_prefetching_shows_nothing_and_saves_the_forward_pass(latents, monkeypat
     shown = latents.shown
     latents._receive({"kind": "prefetch", "latents": [int(order[1]), 10**9, "3", None]}, [])
     assert latents.shown is shown
-    assert [card["latent"] for card in latents.ahead] == [order[1]]
+    assert latents.ahead["latent"] == order[1]
     monkeypatch.setattr(latents._reader.clip, "residual", None)  # is not called again
     latents.latent = int(order[1])
-    assert latents.shown == latents.ahead[0]
+    assert latents.shown == latents.ahead
 
 
 def test_what_a_stranger_sends_is_ignored(latents, patches):
@@ -365,7 +365,9 @@ def test_page_finds_latents_by_name(show, latents):  # noqa: F811
 def test_page_takes_the_next_step_before_python_answers(show, latents):  # noqa: F811
     order = np.frombuffer(latents.order, np.uint32)
     page = show(latents)
-    page.wait_for_function("window.model.get('ahead').length > 0")
+    for latent in order[[1, 2]].tolist():  # the page asks for one card after the other; a fake model brings the last one only
+        latents._receive({"kind": "prefetch", "latents": [latent]}, [])
+        page.evaluate("([card]) => window.update({ ahead: card })", [wire(latents.ahead)])
     before = pixels(page, ".psx-ref canvas")
     page.evaluate("void (window.answer = window.python, window.python = async () => '{}')")
     page.focus("input[aria-label='Latent, in the chosen order']")

@@ -42,6 +42,7 @@ function latentView(page, root) {
   let card = null;
   let asked = null; // the latent whose card was drawn last, or is being drawn
   let idle = 0;
+  const known = new Map(); // the last cards that came
 
   function readOrder() {
     order = new Uint32Array(bytes(page.get("order")).slice().buffer);
@@ -106,8 +107,14 @@ function latentView(page, root) {
   page.on(["order"], readOrder);
   page.on(["latent"], () => {
     showSelection();
-    const early = page.get("ahead").find((next) => next.latent === page.get("latent"));
+    const early = known.get(page.get("latent"));
     if (early) showCard(early);
+  });
+  page.on(["ahead"], () => {
+    const next = page.get("ahead");
+    known.delete(next.latent);
+    known.set(next.latent, next);
+    if (known.size > 12) known.delete(known.keys().next().value);
   });
   page.on(["shown"], () => showCard(page.get("shown")));
   const watch = new ResizeObserver(() => drawScatter(scatter, bytes(page.get("points")), page.get("latent")));

@@ -53,7 +53,7 @@ class LatentExplorer(_View):
     sort = t.Enum((*ORDERS, *MEASURES), "frequency").tag(sync=True)
     sorts = t.List(t.Unicode(), help="The orders that there are data for.").tag(sync=True)
     order = t.Bytes(help="uint32: living latents in the slider's order.").tag(sync=True)
-    ahead = t.List(t.Dict(), help="Cards that a next step would show: the page shows one of them before Python has answered.").tag(sync=True)
+    ahead = t.Dict(help="A card that a next step would show: the page keeps it, and needs no answer then.").tag(sync=True)
     points = t.Bytes(help="Two bytes a latent, log frequency and log mean activation, 1 to 255; 0 0 for dead latents.").tag(sync=True)
 
     def __init__(
@@ -127,9 +127,9 @@ class LatentExplorer(_View):
     def _receive(self, content: Any, buffers: list) -> None:
         # The page is idle: look up what its next step would show.
         if isinstance(content, Mapping) and content.get("kind") == "prefetch" and isinstance(content.get("latents"), list):
-            latents = [latent for latent in content["latents"][:4] if isinstance(latent, int) and 0 <= latent < self._reader.d_sae]
-            if latents:
-                self.ahead = [latent_message(self._card_of(latent), self._names) for latent in latents]
+            for latent in content["latents"][:4]:
+                if isinstance(latent, int) and 0 <= latent < self._reader.d_sae:
+                    self.ahead = latent_message(self._card_of(latent), self._names)  # one by one: the likeliest is there first
 
 
 # -- cards as messages: what the page gets ----------------------------------------------------------------------------
