@@ -111,6 +111,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     command.add_argument("--classes", type=int, default=1000, help="of the large world")
     command.add_argument("--timeout", type=float, default=900, help="seconds that a world may take to be shown")
     options = command.parse_args(arguments)
+    if options.images < options.repeats + 2:
+        command.error(f"--images must be at least {options.repeats + 2}: every repetition shows an image for the first time; got {options.images}")
     large = {name: getattr(options, name) for name in ("model", "d_sae", "images", "classes", "device")} | {"l0": min(150, options.d_sae // 4)}
     rows, memory = [], None
     for place, world in enumerate(options.worlds):
@@ -275,12 +277,12 @@ class Visitor:
 SLIDER = ".psx-latent .psx-grow input[type=range]"
 FIRST_USE = "first use of an image"
 ACTS = {
+    FIRST_USE: Visitor.next_image,  # before others' reference images are read
     "heat map": Visitor.heat_map,
     "heat map, of a latent far away": Visitor.far_heat_map,
     "patch latents": Visitor.patch_latents,
     "patch latents, mean of two": Visitor.several_patches,
     "steering step": Visitor.steering_step,
-    FIRST_USE: Visitor.next_image,
 }
 
 

@@ -10,8 +10,10 @@ import pytest
 from explorer_pages import browser, pixels, shoot  # noqa: F401 (fixture)
 from test_explorer_views import BAD, picture_file
 
-from benchmarks import explorer
 from benchmarks.browser import jupyterlab, run_in_lab, voila
+
+pytest.importorskip("playwright", reason="the pages are tested with Playwright: pip install playwright")
+from benchmarks import explorer  # noqa: E402
 
 PATIENCE = 120
 """Seconds for one step: as long as a starved machine may need to import torch."""
