@@ -29,7 +29,7 @@ reproduce:
 	@$(PY) -m patchsae_utils.reproduce $(RUN_ARGS)
 
 test:
-	@$(PYTHON) tools/install.py test
+	@$(PYTHON) tools/install.py test explore
 	env -u PATCHSAE_PROFILE -u PATCHSAE_SET $(PY) -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=900 $(PYTEST_ARGS)
 
 # An hour or two on two cores; goes on where it was stopped.

@@ -122,6 +122,7 @@ def image_attribution(
     *,
     target: str = "logit",
     where: str = "all",
+    h: Tensor | None = None,
 ) -> Tensor:
     """Gradient times activation of each latent in each image: [B, S].
 
@@ -133,13 +134,15 @@ def image_attribution(
     head : Tensor [C, d_embed]
     classes : LongTensor [B], optional
         Whose logit; by default the class that the model predicts.
+    h : Tensor [B, T, S], optional
+        The images' latents, where they are known already: with many latents that is most of the work.
     """
     check_models(clip, sae, layer)
     residual = images if isinstance(images, Residual) else clip.run_to(images, layer)
     tail = network_tail(clip, layer, residual)
     classes = clip.logits(tail(residual), head).argmax(1) if classes is None else torch.as_tensor(classes, device=clip.device)
     gradient = logit_gradient(clip, tail, residual, head, classes, target)
-    active = _within(Active.of(sae.encode(residual.tokens)), where)
+    active = _within(Active.of(sae.encode(residual.tokens) if h is None else h.to(clip.device)), where)
     scores = torch.zeros(len(residual.tokens), sae.d_sae, device=clip.device)
     scores.view(-1).index_add_(0, active.image * sae.d_sae + active.latent, active.project(gradient, decoder_of(sae).rows))
     return scores

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .clip import ClipModel, Residual
+from .latents import select_latents
 from .tails import PLACES, check_models, decoder_of, network_tail
 
 if TYPE_CHECKING:
@@ -226,10 +227,11 @@ def steer(
         if not 0 <= latent < sae.d_sae:
             raise ValueError(f"There is no latent {latent}; the SAE has latents 0 to {sae.d_sae - 1}.")
     before = images if isinstance(images, Residual) else clip.run_to(images, layer)
-    h = sae.encode(before.tokens)
-    if not keep_error:
-        before = before._replace(tokens=sae.decode(h))
-    old = h[..., list(columns)]
+    if keep_error:  # the other latents stay what they are, whatever that is
+        old = select_latents(sae, before.tokens, list(columns)) if columns else before.tokens[..., :0]
+    else:
+        h = sae.encode(before.tokens)
+        before, old = before._replace(tokens=sae.decode(h)), h[..., list(columns)]
     new = old.clone()
     for edit in edits:
         first = columns[edit.latent]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import TINY_TEXT, TINY_VISION
+from tiny import random_clip
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -21,19 +21,8 @@ def _default_settings():
 
 @pytest.fixture(scope="session")
 def tiny_clip():
-    """A CLIP of random weights with our world's shapes: 112 px, patch 8, grid 14x14, 197 tokens; width 32, 3 blocks, embedding 16."""
-    import open_clip
-    from torchvision import transforms
-
-    from patchsae_utils.clip import ClipModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = open_clip.CLIP(embed_dim=16, vision_cfg=TINY_VISION, text_cfg=TINY_TEXT)
-    normalize = transforms.Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    preprocess = transforms.Compose([transforms.Resize((112, 112)), transforms.ToTensor(), normalize])
-    tokenizer = open_clip.SimpleTokenizer(context_length=TINY_TEXT["context_length"])
-    return ClipModel(model, name="tiny", preprocess=preprocess, tokenizer=tokenizer)
+    """``tiny.random_clip``: 112 px, patch 8, grid 14x14, 197 tokens; width 32, 3 blocks, embedding 16."""
+    return random_clip()
 
 
 @pytest.fixture(scope="session")

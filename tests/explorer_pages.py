@@ -5,11 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import json
-import shutil
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from benchmarks.browser import ROOT, chromium, find_chromium
+
+SHOTS = ROOT / "runs" / "screenshots"
+"""Kept by the build machine."""
 
 FAKE_MODEL = """
 const revive = (v) => {
@@ -57,31 +62,23 @@ DARK = """body {
 }"""
 
 
-def _wire(value):
+def wire(value):
     if isinstance(value, bytes | memoryview):
         return {"$bytes": base64.b64encode(value).decode()}
     if isinstance(value, dict):
-        return {k: _wire(v) for k, v in value.items()}
-    return [_wire(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: wire(v) for k, v in value.items()}
+    return [wire(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """Chromium, or a skip that says what is missing."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="the page is tested with Playwright: pip install playwright")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
+    """Chromium, or a skip that says what is missing. Closed after each module: Playwright's event loop would meet nbval's kernels."""
+    pytest.importorskip("playwright.sync_api", reason="the page is tested with Playwright: pip install playwright")
+    if find_chromium() is None:
         pytest.skip("the page is tested in Chromium, which is not installed (Debian: apt-get install chromium)")
-    off = ("gpu", "quic", "background-networking", "component-update", "sync")
-    flags = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in off)]
-    profile, window = tmp_path_factory.mktemp("chromium"), {"width": 1000, "height": 800}
-    with sync_api.sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            profile, executable_path=chromium, headless=True, args=flags, viewport=window
-        )
-        context.set_default_timeout(10_000)
+    with chromium(tmp_path_factory.mktemp("chromium")) as context:
+        context.set_default_timeout(30_000)
         yield context
-        context.close()
 
 
 @pytest.fixture
@@ -97,7 +94,7 @@ def show(browser):
         keys = [k for k in widget.keys if not k.startswith("_") and k not in ("layout", "tabbable", "tooltip")]
 
         def state(names):
-            return {k: _wire(getattr(widget, k)) for k in names}
+            return {k: wire(getattr(widget, k)) for k in names}
 
         def answer(act):
             before = {k: getattr(widget, k) for k in keys}
@@ -136,3 +133,26 @@ def pixels(page, selector):
     """What a canvas shows: uint8 [H, W, 3]."""
     url = page.eval_on_selector(selector, "canvas => canvas.toDataURL()")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB"))
+
+
+def wait_for_pixels(page, selector, before, seconds=30):
+    """Wait until a canvas shows something else than it did."""
+    until = time.monotonic() + seconds
+    while (pixels(page, selector) == before).all():
+        assert time.monotonic() < until, f"{selector} still shows the same"
+        page.wait_for_timeout(50)
+
+
+def check_that_it_fits(page, view, dark):
+    """Nothing sticks out, on a telephone or on a desk, and every control has a label; pictures of it are kept."""
+    for width in (420, 800, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        shoot(page, f"{view.kind}_{'dark' if dark else 'light'}_{width}")
+    assert page.evaluate(UNLABELLED) == []
+
+
+def shoot(page, name):
+    """Keep a picture of a page, for people to look at."""
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SHOTS / f"{name}.png", full_page=True)

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import pytest
-from explorer_pages import UNLABELLED, browser, pixels, show  # noqa: F401 (fixtures)
+from explorer_pages import browser, check_that_it_fits, pixels, show  # noqa: F401 (fixtures)
 from PIL import Image
 
 from patchsae_utils.explorer import cards, render
@@ -448,12 +448,12 @@ def test_page_thumbnails_choose_an_image(show, patches):  # noqa: F811
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_page_fits_narrow_and_dark_outputs(show, latents, patches, dark):  # noqa: F811
+    latents.latent = 3
+    patches.patch, patches.latent = 100, 3
     for view in (latents, patches):
         page = show(view, dark=dark)
-        for width in (420, 1000):
-            page.set_viewport_size({"width": width, "height": 900})
-            assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-        assert page.evaluate(UNLABELLED) == []
+        page.wait_for_selector(".psx-ref")
+        check_that_it_fits(page, view, dark)
 
 
 def test_page_leaves_nothing_behind(show, latents, patches):  # noqa: F811

@@ -147,8 +147,32 @@ def test_artwork_is_credited():
     assert "OpenMoji" in readme and "CC BY-SA 4.0" in readme
 
 
-def test_build_machine_runs_the_tests():
+@pytest.mark.parametrize("user", [0, 1000])
+@pytest.mark.parametrize("status", [0, 100])
+def test_build_machine_runs_the_tests_with_or_without_a_browser(tmp_path, user, status):
+    """As root it asks apt-get for Chromium; whoever it is and whatever comes of that, the tests run."""
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    commands = {
+        "make": f"echo make $@ >> {tmp_path}/asked",
+        "id": f"echo {user}",
+        "apt-get": f"echo apt-get $@ >> {tmp_path}/asked; exit {status}",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in commands.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "bin" / "dirname").symlink_to(shutil.which("dirname"))
+    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
+    done = subprocess.run(
+        [shutil.which("bash"), tmp_path / ".ci" / "run"], env={"PATH": str(tmp_path / "bin")}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "will be skipped" in done.stderr
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert (
+        asked[-1] == "make test"
+        and [line.split()[:2] for line in asked[:-1]]
+        == [["apt-get", "update"], ["apt-get", "install"]][: 0 if user else 1 if status else 2]
+    )
 
 
 # -- the notebooks ----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from explorer_pages import UNLABELLED, browser, pixels, show  # noqa: F401 (fixtures)
+from explorer_pages import browser, check_that_it_fits, pixels, show  # noqa: F401 (fixtures)
 
 from patchsae_utils.interventions import dataset_head
 from patchsae_utils.steering import Edit, steer
@@ -256,10 +256,7 @@ def test_page_turns_images_and_copies_the_line(show, panel):  # noqa: F811
 def test_page_fits_narrow_and_dark_outputs(show, panel, dark):  # noqa: F811
     page = show(panel, dark=dark)
     page.wait_for_selector(".psx-odds li")
-    for width in (420, 1000):
-        page.set_viewport_size({"width": width, "height": 900})
-        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert page.evaluate(UNLABELLED) == []
+    check_that_it_fits(page, panel, dark)
 
 
 def test_page_leaves_nothing_behind(show, panel):  # noqa: F811

@@ -28,7 +28,7 @@ function adaptationView(page, root) {
         h("div", { class: "psx-pair" }, ...sides.map((side) => h("div", {}, side.head, side.canvas, side.most))),
         chosen,
       ),
-      h("div", { class: "psx-side" }, h("div", {}, h("h4", {}, "Class probabilities"), h("p", { class: "psx-key" }, ...key), bars), ...Object.values(groups).map((group) => group.element)),
+      h("div", { class: "psx-side" }, h("div", {}, h("h4", {}, "Class probabilities"), h("p", { class: "psx-key" }, ...key), bars), h("p", { class: "psx-soft" }, "Latents by their mean activation in this image; each list has its own scale."), ...Object.values(groups).map((group) => group.element)),
     ),
   );
 
@@ -92,6 +92,7 @@ function adaptationView(page, root) {
     if (!card) return;
     const latent = page.get("latent");
     Object.values(groups).forEach((group) => group.mark());
+    chosen.classList.toggle("psx-chosen", latent >= 0);
     chosen.textContent = latent < 0 ? "Choose a latent to see where it is in both." : titled(latent, names.get(latent));
     draw();
   }

@@ -89,7 +89,6 @@ class AdaptationView(_View):
     LINKED = ("latent",)  # images of a task mean nothing in another view
 
     _esm = script("adaptation.js")
-    _css = script("adaptation.css")
 
     task = t.Unicode().tag(sync=True)
     tasks = t.List(t.Unicode()).tag(sync=True)

@@ -40,7 +40,9 @@ function latentView(page, root) {
 
   let order = new Uint32Array();
   let card = null;
+  let asked = null; // the latent whose card was drawn last, or is being drawn
   let idle = 0;
+  const known = new Map(); // the last cards that came
 
   function readOrder() {
     order = new Uint32Array(bytes(page.get("order")).slice().buffer);
@@ -56,8 +58,9 @@ function latentView(page, root) {
     body.classList.toggle("psx-busy", (card?.latent ?? -1) !== latent);
     drawScatter(scatter, bytes(page.get("points")), latent);
   }
-  async function showCard() {
-    const next = page.get("shown");
+  async function showCard(next) {
+    if (asked === page.get("latent")) return; // an answer to an earlier step, or to one that needed none
+    asked = next.latent;
     if (!(await references.show(next))) return; // overtaken by a later card
     card = next;
     title.textContent = titled(next.latent, next.name);
@@ -90,7 +93,7 @@ function latentView(page, root) {
       row.button.setAttribute("aria-label", `Latent ${latent}${name ? `, ${name}` : ""}, cosine ${cosine.toFixed(2)}`);
     });
   }
-  // While nothing happens Python looks up what a next step would show, so that the step is fast.
+  // While nothing happens Python sends what a next step would show, so that the step needs no answer.
   function prefetch() {
     const rank = order.indexOf(page.get("latent"));
     if (rank >= 0) page.send({ kind: "prefetch", latents: [1, -1, 2].map((step) => order[rank + step]).filter((latent) => latent !== undefined) });
@@ -102,12 +105,22 @@ function latentView(page, root) {
     if (latent >= 0) page.set("latent", latent);
   });
   page.on(["order"], readOrder);
-  page.on(["latent"], showSelection);
-  page.on(["shown"], showCard);
+  page.on(["latent"], () => {
+    showSelection();
+    const early = known.get(page.get("latent"));
+    if (early) showCard(early);
+  });
+  page.on(["ahead"], () => {
+    const next = page.get("ahead");
+    known.delete(next.latent);
+    known.set(next.latent, next);
+    if (known.size > 12) known.delete(known.keys().next().value);
+  });
+  page.on(["shown"], () => showCard(page.get("shown")));
   const watch = new ResizeObserver(() => drawScatter(scatter, bytes(page.get("points")), page.get("latent")));
   watch.observe(scatter);
   readOrder();
-  showCard();
+  showCard(page.get("shown"));
   return () => {
     watch.disconnect();
     clearTimeout(idle);

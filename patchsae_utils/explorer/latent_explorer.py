@@ -49,11 +49,11 @@ class LatentExplorer(_View):
     """
 
     _esm = script("latent.js")
-    _css = script("latent.css")
 
     sort = t.Enum((*ORDERS, *MEASURES), "frequency").tag(sync=True)
     sorts = t.List(t.Unicode(), help="The orders that there are data for.").tag(sync=True)
     order = t.Bytes(help="uint32: living latents in the slider's order.").tag(sync=True)
+    ahead = t.Dict(help="A card that a next step would show: the page keeps it, and needs no answer then.").tag(sync=True)
     points = t.Bytes(help="Two bytes a latent, log frequency and log mean activation, 1 to 255; 0 0 for dead latents.").tag(sync=True)
 
     def __init__(
@@ -125,11 +125,11 @@ class LatentExplorer(_View):
         self.shown = latent_message(self.card, self._names)
 
     def _receive(self, content: Any, buffers: list) -> None:
-        # The page is idle: look up what its next step would show, so that it is in the reader's memory by then.
+        # The page is idle: look up what its next step would show.
         if isinstance(content, Mapping) and content.get("kind") == "prefetch" and isinstance(content.get("latents"), list):
             for latent in content["latents"][:4]:
                 if isinstance(latent, int) and 0 <= latent < self._reader.d_sae:
-                    self._card_of(latent)
+                    self.ahead = latent_message(self._card_of(latent), self._names)  # one by one: the likeliest is there first
 
 
 # -- cards as messages: what the page gets ----------------------------------------------------------------------------

@@ -90,6 +90,7 @@ function patchView(page, root) {
       : chosen.length > 1 ? [`${chosen.length} chosen patches, mean`, card.patch_latents]
       : chosen.length ? ["Chosen patch", topsOf(chosen[0])]
       : ["Chosen patch", []];
+    here.element.classList.toggle("psx-busy", latents === card.patch_latents && card.patches.length !== chosen.length); // of other patches still
     here.show(latents, chosen.length || hovered >= 0 ? "No latent is active here." : "None yet: point at the image.", heading);
   }
   function showSelection() {

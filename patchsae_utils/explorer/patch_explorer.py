@@ -52,7 +52,6 @@ class PatchExplorer(_View):
     """Thumbnails on a page."""
 
     _esm = script("patch.js")
-    _css = script("patch.css")
 
     patch = t.Int(-1, help="The chosen patch, counted row by row; -1 for none.").tag(sync=True)
     patches = t.List(t.Int(), help="All chosen patches, sorted.").tag(sync=True)

@@ -10,6 +10,7 @@ function steeringView(page, root) {
   const stage = h("canvas", { class: "psx-stage", tabindex: 0, role: "application", "aria-roledescription": "grid of patches" });
   const title = h("h3");
   const hint = h("p", { class: "psx-status" }, "Click or drag over patches to select them; or arrow keys, and Space. Escape clears the selection.");
+  const seen = h("p", { class: "psx-status" });
   const live = h("p", { class: "psx-hidden", "aria-live": "polite" });
   const said = h("p", { class: "psx-hidden", "aria-live": "polite" });
   const sliders = h("ol", { class: "psx-sliders", "aria-label": "Latents" });
@@ -26,7 +27,7 @@ function steeringView(page, root) {
     h(
       "div",
       { class: "psx-body" },
-      h("div", {}, title, stage, hint, live),
+      h("div", {}, title, stage, seen, hint, live),
       h(
         "div",
         { class: "psx-side" },
@@ -56,6 +57,9 @@ function steeringView(page, root) {
     steps.show(next.image);
     legend.show(next.scale);
     code.textContent = next.code;
+    const active = bytes(next.heat).some((code) => code > 0);
+    const what = titled(next.latent, next.name);
+    seen.textContent = next.latent < 0 ? "Choose a latent by its number, to see where it is active." : active ? `${what}: where it is active` : `${what} is active on no patch of this image.`;
     showSliders();
     showBars();
     stage.setAttribute("aria-label", `Image ${next.image}, ${next.label}. ${next.patches.length} of ${rows * columns} patches selected.`);

@@ -73,7 +73,6 @@ class SteeringPanel(_View):
     """
 
     _esm = script("steering.js")
-    _css = script("steering.css")
 
     latents = t.List(t.Int(), help="The latents with sliders.").tag(sync=True)
     edits = t.List(t.Dict(), help="One a slider that was moved.").tag(sync=True)
@@ -241,8 +240,8 @@ class SteeringPanel(_View):
         return self._read[1:]
 
     def _suggested(self) -> list[int]:
-        residual, _ = self._reading()
-        scores = image_attribution(self._reader.clip, self._reader.sae, residual, self._head, layer=self._reader.layer)[0]
+        residual, h = self._reading()
+        scores = image_attribution(self._reader.clip, self._reader.sae, residual, self._head, layer=self._reader.layer, h=h[None])[0]
         top = scores.topk(min(self._n_sliders, len(scores)))
         return [int(i) for i, score in zip(top.indices, top.values, strict=True) if score > 0] or top.indices[:1].tolist()
 
@@ -251,8 +250,6 @@ class SteeringPanel(_View):
         self.edits, self.patches = [], []
         if not self._own:
             self.latents = self._suggested()
-        if self.latent >= 0 and self.latent not in self.latents:
-            self.latent = -1
         self._ready = True
         self._show()
 

@@ -41,6 +41,9 @@ class _View(anywidget.AnyWidget):
     LINKED = ("latent", "image", "patch", "patches")
     """Choices that :func:`link` joins, where a view has them."""
 
+    # One sheet for all: with one each, the shared rules of the view that is drawn last would override the others' own.
+    _css = script("latent.css", "patch.css", "steering.css", "adaptation.css")
+
     kind = t.Unicode().tag(sync=True)
     latent = t.Int(-1, help="The chosen latent; -1 for none.").tag(sync=True)
     image = t.Int(-1, help="The chosen image, by its index in the data set; -1 for none.").tag(sync=True)
