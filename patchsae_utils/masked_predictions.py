@@ -23,7 +23,7 @@ from .latents import summarize_latents
 from .tails import check_same_tower, dataset_head
 
 MODELS = ("CLIP", "CLIP, adapted head", "adapted")
-KS = (1, 2, 5, 10, 20, 50, 100, 500)
+KS = (1, 3, 10, 30, 100, 300)
 
 
 def masked_predictions(

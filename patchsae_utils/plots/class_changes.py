@@ -15,7 +15,9 @@ from ..masked_predictions import MODELS, class_heat
 from .style import COLORS, DIVERGING, HEAT, STYLE, figure
 from .style import save as save_figure
 
+_TOWERS = {"CLIP": "CLIP", "CLIP, adapted head": "CLIP's tower, adapted head", "adapted": "adapted tower and head"}
 _MODES = {"on": "only k latents kept", "off": "k latents removed"}
+_WHOSE = {ADAPTED: "the adapted model"}
 _DICTIONARIES = {BASE: (COLORS["blue"], "o"), OTHER_SEED: (COLORS["sky"], "s"), ADAPTED: (COLORS["orange"], "^")}
 
 
@@ -76,20 +78,20 @@ def prediction_heat(table: pd.DataFrame, save: str | None = None) -> Figure:
     # From the class that the adapted model reads best from few latents to the one it reads worst.
     order = heats[modes[0], models[-1]].mean(axis=1).to_numpy().argsort(kind="stable")[::-1]
     n_classes, ks = len(order), list(heats[modes[0], models[0]].columns)
-    fig, axes = figure(
-        height=0.9 + len(modes) * (0.55 + 0.15 * n_classes), nrows=len(modes), ncols=len(models), sharex=True, sharey=True, squeeze=False
-    )
+    # Each panel writes its own means under its axis, so only the classes are shared.
+    fig, axes = figure(height=0.9 + len(modes) * (0.5 + 0.15 * n_classes), nrows=len(modes), ncols=len(models), sharey=True, squeeze=False)
     for axis_row, mode in zip(axes, modes, strict=True):
         for ax, model in zip(axis_row, models, strict=True):
             heat = heats[mode, model].iloc[order]
             picture = ax.imshow(heat.to_numpy(), cmap=HEAT, vmin=0, vmax=100, aspect="auto")
-            means = heat.mean()
-            ax.set_title(f"{model}: {_MODES[mode]}", fontsize=9.5)
             ax.set(xticks=range(len(ks)), yticks=range(n_classes))
             ax.set_yticklabels([str(name).replace("_", " ") for name in heat.index], fontsize=7)
-            ax.set_xticklabels([f"{k}\n{means[k]:.0f} %" for k in ks], fontsize=8)
-            ax.tick_params(length=0, labelbottom=True)
+            ax.set_xticklabels([f"{k}\n{mean:.0f} %" for k, mean in heat.mean().items()], fontsize=8)
+            ax.tick_params(length=0)
             ax.grid(False)
+        axis_row[0].set_ylabel(_MODES[mode])
+    for ax, model in zip(axes[0], models, strict=True):
+        ax.set_title(_TOWERS[model], fontsize=9.5)
     fig.supxlabel("latents k of the true class; below, the mean accuracy over classes", fontsize=10)
     fig.colorbar(picture, ax=axes.ravel().tolist(), label="accuracy (%)", shrink=0.6, pad=0.01)
     return save_figure(fig, save)
@@ -105,7 +107,7 @@ def dictionary_cross(cross: pd.DataFrame, save: str | None = None) -> Figure:
         ``Dictionaries.cross`` of :mod:`patchsae_utils.adapted_dictionary`.
     save : str, optional
     """
-    titles = {"explained_variance": "explained variance", "l0": "active latents a token", "change": "accuracy lost to it (points)"}
+    titles = {"explained_variance": "explained variance", "l0": "active latents a token", "change": "accuracy change (points)"}
     sides = list(cross["activations"].unique())
     fig, axes = figure(height=2.4, ncols=len(titles), squeeze=False, sharey=True)
     for ax, (measure, title) in zip(axes[0], titles.items(), strict=True):
@@ -115,12 +117,19 @@ def dictionary_cross(cross: pd.DataFrame, save: str | None = None) -> Figure:
             y = np.arange(len(sides)) + (i - 1) * 0.2
             bars = scale * np.stack([rows["value"] - rows["low"], rows["high"] - rows["value"]]).clip(0)
             ax.errorbar(
-                scale * rows["value"], y, xerr=bars, color=color, marker=marker, linestyle="none", elinewidth=1, label=f"SAE of {name}"
+                scale * rows["value"],
+                y,
+                xerr=bars,
+                color=color,
+                marker=marker,
+                linestyle="none",
+                elinewidth=1,
+                label=f"SAE of {_WHOSE.get(name, name)}",
             )
         ax.set(
             title=title,
             yticks=range(len(sides)),
-            yticklabels=[f"{side}'s\nactivations" if side == BASE else f"{side}\nactivations" for side in sides],
+            yticklabels=[f"activations of\n{_WHOSE.get(side, side)}" for side in sides],
         )
         ax.set_ylim(len(sides) - 0.5, -0.5)
         ax.grid(axis="y", visible=False)
