@@ -10,6 +10,7 @@ from patchsae_utils.adapted_dictionary import ADAPTED, BASE, DICTIONARIES, MEASU
 from patchsae_utils.config import SaeConfig, TrainConfig
 from patchsae_utils.data import load_dataset
 from patchsae_utils.prompts import VisualPrompt
+from patchsae_utils.tails import dataset_head
 
 LAYER = 1
 SAE = SaeConfig(expansion_factor=2)
@@ -79,18 +80,21 @@ def test_four_combinations_by_hand(trained, tiny_clip, adapted, held_out):
     images = torch.stack([tiny_clip.preprocess(held_out[i].image) for i in range(len(held_out))])
     for side, model in ((BASE, tiny_clip), (ADAPTED, adapted)):
         with torch.no_grad():
-            residual = model.run_to(images, LAYER)
+            residual, head = model.run_to(images, LAYER), dataset_head(model, held_out)
             x = residual.tokens
-            head = model.zero_shot_head(held_out.class_names, ["a {}"])
-        for name, sae in trained.saes.items():
-            with torch.no_grad():
-                h, x_hat = sae(x).latents, sae(x).reconstruction
-            centred = x - x.mean((0, 1))
-            assert found[name, side, "explained_variance"] == pytest.approx(
-                float(1 - (x - x_hat).square().sum() / centred.square().sum()), abs=1e-4
-            )
-            assert found[name, side, "l0"] == pytest.approx(float((h > 0).sum(-1).float().mean()), rel=1e-5)
-        del head
+            raw = model.logits(model.finish(residual, LAYER), head).argmax(1) == held_out.labels
+            for name, sae in trained.saes.items():
+                out = sae(x)
+                error, centred = x - out.reconstruction, x - x.mean((0, 1))
+                right = model.logits(model.finish(residual._replace(tokens=out.reconstruction), LAYER), head).argmax(1) == held_out.labels
+                expected = {
+                    "explained_variance": 1 - error.square().sum() / centred.square().sum(),
+                    "l0": (out.latents > 0).sum(-1).float().mean(),
+                    "accuracy": right.float().mean(),
+                    "change": right.float().mean() - raw.float().mean(),
+                }
+                for measure, value in expected.items():
+                    assert found[name, side, measure] == pytest.approx(float(value), rel=1e-4, abs=1e-4), (name, side, measure)
     assert cross_table(cross).shape == (6, len(MEASURES))
 
 
