@@ -71,9 +71,9 @@ _PUBLIC = {
     "SteeringPanel": "explorer",
 }
 _MODULES = (
-    "ablations", "attribution", "baselines", "class_links", "comparison", "concepts", "data", "domains", "effects", "explorer",
-    "gain_split", "grounding", "interventions", "latents", "levels", "localization", "monosemanticity", "naming", "overlays", "plots",
-    "probes", "protocol", "remapping", "stability", "stages", "statistics", "variants", "zeroshot",
+    "ablations", "adapted_dictionary", "attribution", "baselines", "class_links", "comparison", "concepts", "confusions", "data", "domains", "effects", "explorer",
+    "gain_split", "grounding", "interventions", "latents", "levels", "localization", "masked_predictions", "monosemanticity", "naming", "overlays", "plots",
+    "probes", "protocol", "rank_overlap", "remapping", "stability", "stages", "statistics", "variants", "zeroshot",
 )  # fmt: skip
 
 __all__ = sorted([*_PUBLIC, *_MODULES])

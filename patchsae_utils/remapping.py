@@ -20,6 +20,7 @@ from torch import Tensor
 from .bootstrap import bootstrap_mean, resampled_means
 from .clip import ClipModel
 from .data import batches
+from .rank_overlap import overlaps
 from .tails import check_same_tower, dataset_head
 from .tower_readings import FORMS, Reading, TowerReader
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from .sae import SparseAutoencoder
 
 GROUPS = ("high", "high-to-low", "low-to-high")
+OVERLAPS = ("jaccard", "rbo")
+"""Overlap of the two models' top latents: of the sets (Jaccard), and of the rankings (rank-biased; :mod:`patchsae_utils.rank_overlap`)."""
 RANKS = ("count", "specific")
 SIDES = ("base", "adapted")
 COMPARISONS = (
@@ -109,12 +112,13 @@ class Remapping:
         """The means of :meth:`groups` over classes, beside three controls.
 
         The controls: CLIP against itself on other pictures (what sampling does), CLIP against the adapted model on another class
-        (what unrelated pictures look like), and as many random active latents instead of the top ones.
+        (what unrelated pictures look like), and as many random active latents instead of the top ones: sorted into groups, one draw for both
+        models; for the overlaps, which one draw would make 1, an own draw and order for each.
 
         Returns
         -------
         DataFrame
-            comparison, measure (a group or "jaccard"), value, low, high; the interval is over classes.
+            comparison, measure (a group, "jaccard" or "rbo"), value, low, high; the interval is over classes.
         """
         base, adapted = self.base.mean_counts, self.adapted.mean_counts
         rng = np.random.default_rng(seed)
@@ -130,10 +134,12 @@ class Remapping:
         union = top_latents(base, top_k, rank) | top_latents(adapted, top_k, rank)
         lottery = torch.from_numpy(rng.random(tuple(active.shape))) * active
         drawn = (lottery.argsort(1, descending=True).argsort(1) < union.sum(1, keepdim=True)) & active
-        tables[COMPARISONS[3]] = count_groups(base, adapted, **settings, members=drawn).assign(jaccard=np.nan)
+        draws = [ranked_latents(draw, top_k) for draw in (lottery, torch.from_numpy(rng.random(tuple(active.shape))) * active)]
+        by_luck = overlaps(*draws)
+        tables[COMPARISONS[3]] = count_groups(base, adapted, **settings, members=drawn).assign(**by_luck)
         records = []
         for comparison, table in tables.items():
-            for measure in (*GROUPS, "jaccard"):
+            for measure in (*GROUPS, *OVERLAPS):
                 values = table[measure].dropna().to_numpy(float)
                 if len(values):
                     mean, lower, upper = (float(v) for v in bootstrap_mean(values, n_bootstrap, seed))
@@ -207,8 +213,8 @@ def compare_models(
 # -- latents ----------------------------------------------------------------------------------------------------------
 
 
-def top_latents(counts: Tensor, top_k: int = 10, rank: str = "count") -> Tensor:
-    """Which latents are each class's top ones: bool [C, S].
+def ranked_latents(counts: Tensor, top_k: int = 10, rank: str = "count") -> list[list[int]]:
+    """Each class's top latents, best first.
 
     Parameters
     ----------
@@ -230,8 +236,17 @@ def top_latents(counts: Tensor, top_k: int = 10, rank: str = "count") -> Tensor:
         raise ValueError(f"top_k must be 1 or more, got {top_k}.")
     score = counts if rank == "count" else counts - counts.mean(0)
     # Stable: equal scores keep the latents' order, so that two equal models have equal top latents.
-    order = score.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-    return torch.zeros_like(counts, dtype=torch.bool).scatter_(1, order, True) & (score > 0)
+    best = score.sort(dim=1, descending=True, stable=True)
+    positive = (best.values[:, :top_k] > 0).sum(1).tolist()
+    return [order[:n].tolist() for order, n in zip(best.indices, positive, strict=True)]
+
+
+def top_latents(counts: Tensor, top_k: int = 10, rank: str = "count") -> Tensor:
+    """Which latents are each class's top ones: :func:`ranked_latents` as bool [C, S]."""
+    chosen = torch.zeros_like(counts, dtype=torch.bool)
+    for row, latents in zip(chosen, ranked_latents(counts, top_k, rank), strict=True):
+        row[latents] = True
+    return chosen
 
 
 def latent_groups(
@@ -290,13 +305,12 @@ def count_groups(
     Returns
     -------
     DataFrame
-        One row a class: class, high, high-to-low, low-to-high, jaccard (of the top latents; NaN where neither model has any).
+        One row a class: class, high, high-to-low, low-to-high; jaccard and rbo of the top latents (NaN where neither model has any).
     """
     table = latent_groups(base, adapted, top_k=top_k, low=low, rank=rank, members=members)
     counts = pd.crosstab(table["class"], table["group"]).reindex(index=range(len(base)), columns=list(GROUPS), fill_value=0)
-    first, second = top_latents(base, top_k, rank), top_latents(adapted, top_k, rank)
-    jaccard = (first & second).sum(1) / (first | second).sum(1)  # 0/0 = NaN
-    return pd.DataFrame({"class": range(len(base)), **{name: counts[name].to_numpy() for name in GROUPS}, "jaccard": jaccard.numpy()})
+    shared = overlaps(ranked_latents(base, top_k, rank), ranked_latents(adapted, top_k, rank))
+    return pd.DataFrame({"class": range(len(base)), **{name: counts[name].to_numpy() for name in GROUPS}, **shared})
 
 
 # -- several data sets ------------------------------------------------------------------------------------------------

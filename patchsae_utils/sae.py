@@ -351,13 +351,14 @@ class SparseAutoencoder(nn.Module):
         self.check_source(d_in=store.d_in, **{name: getattr(store.metadata, name, None) for name in KNOWN})
 
     def check_model(self, clip: Any, layer: int | None = None) -> None:
-        """:meth:`check_source` of a model's residual stream; an adapted model counts as its base, whose blocks it shares."""
-        base = getattr(clip, "base", clip)
+        """:meth:`check_source` of a model's residual stream; an adapted model counts as its base, whose blocks it shares, here and in training."""
+        base, trained_on = getattr(clip, "base", clip), self.metadata.get("weights_hash")
+        same_base = trained_on and trained_on.partition("+")[0] == base.weights_hash
         self.check_source(
             d_in=clip.width,
             model_name=base.name,
             layer=None if layer is None else clip.layer_index(layer),
-            weights_hash=base.weights_hash if self.metadata.get("weights_hash") else None,
+            weights_hash=trained_on if same_base or not trained_on else base.weights_hash,
             source=f"the residual stream of {clip.name!r}",
         )
 

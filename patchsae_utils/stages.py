@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from . import grounding
 from .activations import ActivationStore, extract_activations
 from .adapted import AdaptedClip
+from .adapted_dictionary import Dictionaries, train_dictionaries
 from .adapters import fit_adapter
 from .artifacts import fingerprint
 from .clip import ClipModel, load_clip
@@ -146,7 +148,19 @@ def concept_comparison(
 def adapter(profile: Profile, clip: ClipModel, task: str, kind: str | None = None, seed: int | None = None) -> AdaptedClip:
     """CLIP adapted to the base classes of a task, by few shots of its train split."""
     kind, seed = kind or profile.adapters.kind, profile.adapters.seeds[0] if seed is None else seed
-    data = open_data(profile, task, "train", half="base")
-    name = re.sub(r"[^A-Za-z0-9]+", "-", task).strip("-")
-    out = profile.folder("adapters") / f"{name}-{kind}-{seed}"
+    data, out = open_data(profile, task, "train", half="base"), _adapter_folder(profile, task, f"{kind}-{seed}")
     return fit_adapter(clip, kind, data, profile.adapters, out=out, seed=seed, precision=ADAPTER_PRECISION)
+
+
+def adapted_dictionaries(profile: Profile, clip: ClipModel, task: str, n_images: int = 1500, n_tokens: int = 300_000) -> Dictionaries:
+    """SAEs of CLIP and of CLIP adapted to a task, trained alike on pictures of the task's domain; smaller than :func:`trained_sae`, so that both are made here."""
+    data, domain = profile.data, task.partition(":")[2] if task.startswith("openmoji/") else ""
+    spec = f"{data.statistics}:{domain}" if domain and ":" not in data.statistics else data.statistics
+    pictures = open_data(profile, spec, "train", min(n_images, data.n_train_images or n_images))
+    training = dataclasses.replace(profile.training, n_tokens=min(n_tokens, profile.training.n_tokens))
+    out = _adapter_folder(profile, task, "dictionaries")
+    return train_dictionaries(clip, adapter(profile, clip, task), pictures, profile.model.layer, profile.sae, training, out)
+
+
+def _adapter_folder(profile: Profile, task: str, what: str) -> Path:
+    return profile.folder("adapters") / f"{re.sub(r'[^A-Za-z0-9]+', '-', task).strip('-')}-{what}"

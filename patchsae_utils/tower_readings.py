@@ -27,10 +27,17 @@ class Reading(NamedTuple):
     """[2, C, S] tokens a picture with h > tau, for the pictures of each class at even and at odd turns."""
     class_images: Tensor
     """[2, C] how many pictures those are."""
-    right: dict[tuple[str, str], np.ndarray]
-    """(head, form) -> bool [N]: which pictures are classified rightly."""
+    labels: np.ndarray
+    """int [N]: each picture's class."""
+    predicted: dict[tuple[str, str], np.ndarray]
+    """(head, form) -> int [N]: the class that each picture is taken for."""
     reconstruction: dict[str, float]
     """explained_variance (centred), normalized_mse, l0."""
+
+    @property
+    def right(self) -> dict[tuple[str, str], np.ndarray]:
+        """(head, form) -> bool [N]: which pictures are classified rightly."""
+        return {key: predicted == self.labels for key, predicted in self.predicted.items()}
 
     @property
     def mean_counts(self) -> Tensor:
@@ -47,7 +54,8 @@ class TowerReader:
         self.clip, self.sae, self.layer, self.heads, self.n_classes, self.tau = clip, sae, layer, heads, n_classes, tau
         self.counts = torch.zeros(2 * n_classes, sae.d_sae, dtype=torch.float64, device=clip.device)
         self.seen = torch.zeros(2 * n_classes, dtype=torch.long)
-        self.right: dict[tuple[str, str], list[Tensor]] = {(head, form): [] for head in heads for form in FORMS}
+        self.labels: list[Tensor] = []
+        self.predicted: dict[tuple[str, str], list[Tensor]] = {(head, form): [] for head in heads for form in FORMS}
         self.sums = dict.fromkeys(("error", "square", "active", "tokens"), 0.0)
         self.total = torch.zeros(clip.width, dtype=torch.float64, device=clip.device)
         self.tail: Callable[[Residual], Tensor] | None = None
@@ -62,6 +70,7 @@ class TowerReader:
             decoded[rows] = sae.decode(h)
             counts[rows] = (h > self.tau).sum(1).double()
             self.sums["active"] += (h > 0).sum().item()
+        self.labels.append(labels)
         self.counts.index_add_(0, self._turns(labels).to(clip.device), counts)
         self.sums["error"] += (tokens - decoded).square().sum(dtype=torch.float64).item()
         self.sums["square"] += tokens.square().sum(dtype=torch.float64).item()
@@ -70,7 +79,7 @@ class TowerReader:
         for form, edited in zip(FORMS, (tokens, decoded, decoded + (tokens - decoded)), strict=True):
             features = self.tail(residual._replace(tokens=edited))
             for head, matrix in self.heads.items():
-                self.right[head, form].append(clip.logits(features, matrix).argmax(1).cpu() == labels)
+                self.predicted[head, form].append(clip.logits(features, matrix).argmax(1).cpu())
 
     def _turns(self, labels: Tensor) -> Tensor:
         """Rows of the counts: pictures of a class go to its two halves by turns, so that these are two samples of one thing."""
@@ -85,7 +94,8 @@ class TowerReader:
         return Reading(
             counts=(self.counts.cpu() / self.seen.clamp_min(1)[:, None]).view(2, self.n_classes, -1).float(),
             class_images=self.seen.view(2, self.n_classes),
-            right={key: torch.cat(parts).numpy() for key, parts in self.right.items()},
+            labels=torch.cat(self.labels).numpy(),
+            predicted={key: torch.cat(parts).numpy() for key, parts in self.predicted.items()},
             reconstruction={
                 "explained_variance": 1 - self.sums["error"] / variance,
                 "normalized_mse": self.sums["error"] / self.sums["square"],

@@ -15,10 +15,12 @@ from patchsae_utils.remapping import (
     COMPARISONS,
     FORMS,
     GROUPS,
+    OVERLAPS,
     base_to_novel,
     compare_models,
     count_groups,
     latent_groups,
+    ranked_latents,
     stack,
     top_latents,
 )
@@ -52,7 +54,9 @@ def measure(remapping, comparison, name):
 def test_a_model_compared_with_itself_has_not_changed(compared):
     remapping = compared["itself"]
     assert set(remapping.latents()["group"]) == {"high"}
-    assert (remapping.groups()["jaccard"] == 1).all()
+    assert (remapping.groups()["jaccard"] == 1).all() and remapping.groups()["rbo"].tolist() == pytest.approx(
+        [1] * len(remapping.class_names)
+    )
     assert remapping.correlation("class") == pytest.approx(1) and remapping.correlation("dataset") == pytest.approx(1)
     assert remapping.delta == 0 and (remapping.gain_split()[["gain", "low", "high"]] == 0).all(axis=None)
 
@@ -127,8 +131,10 @@ def test_controls_are_beside_the_comparison(compared):
     comparisons = compared["maple"].comparisons(top_k=5, n_bootstrap=50)
     assert tuple(comparisons["comparison"].unique()) == COMPARISONS
     assert ((comparisons["low"] <= comparisons["value"]) & (comparisons["value"] <= comparisons["high"])).all()
+    assert set(comparisons["measure"]) == {*GROUPS, *OVERLAPS} and comparisons["value"].notna().all()
     again = compared["itself"].comparisons(n_bootstrap=50)
-    assert (again[again["comparison"] == "CLIP and adapted, random latents"].set_index("measure")["value"][list(GROUPS[1:])] == 0).all()
+    random = again[again["comparison"] == "CLIP and adapted, random latents"].set_index("measure")["value"]
+    assert (random[list(GROUPS[1:])] == 0).all() and (random[list(OVERLAPS)] < 0.9).all()  # two draws: a model is not like itself by luck
 
 
 # -- plain functions --------------------------------------------------------------------------------------------------
@@ -145,6 +151,8 @@ def test_groups_on_a_small_example():
     counts = count_groups(BASE, ADAPTED, top_k=2)
     assert counts[list(GROUPS)].to_numpy().tolist() == [[1, 1, 1], [3, 0, 0]]
     assert counts["jaccard"].tolist() == pytest.approx([1 / 3, 1 / 3])
+    # Class 0: (0, 1) and (0, 3), agreements 1, 1/2, 1/2, ...; class 1: (1, 2) and (2, 3), agreements 0, 1/2, 1/2, ...
+    assert ranked_latents(ADAPTED, 2) == [[0, 3], [2, 3]] and counts["rbo"].tolist() == pytest.approx([0.1 + 0.45, 0.45])
 
 
 def test_exchanging_the_models_exchanges_the_groups():

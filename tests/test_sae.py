@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from tiny import loud
 
+from patchsae_utils.prompts import VisualPrompt
 from patchsae_utils.sae import ACTIVATIONS, SparseAutoencoder
 
 
@@ -311,6 +313,19 @@ def test_a_model_of_other_weights_or_another_layer_is_refused(tiny_clip, tiny_da
     other = SparseAutoencoder(tiny_clip.width, 64, metadata=metadata | {"weights_hash": "0" * 16})
     with pytest.raises(ValueError, match=f"weights 0{{16}}; .*weights {tiny_clip.weights_hash}"):
         summarize_latents(tiny_clip, other, tiny_dataset, 1)
+
+
+def test_an_adapted_model_counts_as_its_base_on_either_side(tiny_clip):
+    """An SAE of CLIP reads an adapted CLIP, an adapted CLIP's SAE reads both; another CLIP's still reads neither."""
+    adapted = loud(VisualPrompt, tiny_clip)
+    for trained_on in (tiny_clip, adapted):
+        sae = SparseAutoencoder(tiny_clip.width, 64, metadata={"model_name": "tiny", "weights_hash": trained_on.weights_hash, "layer": 1})
+        for model in (tiny_clip, adapted):
+            sae.check_model(model, -2)
+    stranger = SparseAutoencoder(tiny_clip.width, 64, metadata={"model_name": "tiny", "weights_hash": "0" * 16 + "+1", "layer": 1})
+    for model in (tiny_clip, adapted):
+        with pytest.raises(ValueError, match="weights 0"):
+            stranger.check_model(model, -2)
 
 
 def test_activations_of_the_same_or_an_unknown_source_pass():

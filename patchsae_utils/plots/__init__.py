@@ -4,6 +4,7 @@ from .ablations import ablation_effects, reconstruction_frontier
 from .activations import embedded_world, patch_probe, residual_norms, residual_pca, zero_shot_accuracy
 from .adaptation import adapter_table, class_links, gain_experiments, gain_parts
 from .benchmarks import step_costs
+from .class_changes import confusion_change, dictionary_cross, prediction_heat
 from .concepts import concept_families, concept_sharing, coverage_curves, localization, monosemanticity, name_agreement
 from .domains import cross_domain, group_statistics, stability, text_and_image
 from .explorer import adaptation_view, latent_explorer, patch_explorer, pointing
@@ -40,8 +41,10 @@ __all__ = [
     "concept_masks",
     "concept_sharing",
     "concept_specificity",
+    "confusion_change",
     "coverage_curves",
     "cross_domain",
+    "dictionary_cross",
     "dose_response",
     "embedded_world",
     "figure",
@@ -69,6 +72,7 @@ __all__ = [
     "patch_maps",
     "patch_probe",
     "pointing",
+    "prediction_heat",
     "raw_reconstructed_error",
     "reconstruction_frontier",
     "reconstruction_quality",

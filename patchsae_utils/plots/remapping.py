@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from ..remapping import OVERLAPS
 from .style import COLORS, HEAT, STYLE, figure
 from .style import save as save_figure
 
@@ -97,7 +98,13 @@ def latent_groups(comparisons: pd.DataFrame, save: str | None = None) -> Figure:
     save : str, optional
     """
     tasks = list(comparisons["task"].unique())
-    titles = {"high": "high in both", "high-to-low": "high to low", "low-to-high": "low to high", "jaccard": "overlap (Jaccard)"}
+    titles = {
+        "high": "high in both",
+        "high-to-low": "high to low",
+        "low-to-high": "low to high",
+        "jaccard": "Jaccard",
+        "rbo": "rank-biased",
+    }
     fig, axes = figure(height=0.9 + 0.62 * len(tasks), ncols=len(titles), sharey=True, squeeze=False)
     names = [name for name in COMPARISON_LOOKS if name in set(comparisons["comparison"])]
     for ax, (measure, title) in zip(axes[0], titles.items(), strict=True):
@@ -109,11 +116,11 @@ def latent_groups(comparisons: pd.DataFrame, save: str | None = None) -> Figure:
             ax.errorbar(rows["value"], y, xerr=bars, color=color, marker=marker, linestyle="none", elinewidth=1, label=name)
         ax.set(
             title=title,
-            xlabel="latents a class" if measure != "jaccard" else "share of the union",
+            xlabel="latents a class" if measure not in OVERLAPS else "overlap",
             yticks=range(len(tasks)),
             yticklabels=tasks,
         )
-        ax.set_xlim(left=-0.02 * (ax.get_xlim()[1]), right=None if measure != "jaccard" else 1.04)
+        ax.set_xlim(left=-0.02 * (ax.get_xlim()[1]), right=None if measure not in OVERLAPS else 1.04)
         ax.grid(axis="y", visible=False)
     axes[0, 0].invert_yaxis()
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
