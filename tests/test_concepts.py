@@ -242,7 +242,11 @@ def test_headline_holds_the_ratio(report):
 def test_coverage_counts_concepts_that_are_found(report):
     mine = report.coverage(0.5).set_index("dictionary").loc["identity"]
     expected = (report.detection.query("dictionary == 'identity'")["ap"] > 0.5).mean()
-    assert mine["n_concepts"] == 3 and mine["share"] == expected == pytest.approx(2 / 3) and mine["low"] - 1e-9 <= expected <= mine["high"] + 1e-9
+    assert (
+        mine["n_concepts"] == 3
+        and mine["share"] == expected == pytest.approx(2 / 3)
+        and mine["low"] - 1e-9 <= expected <= mine["high"] + 1e-9
+    )
 
 
 def test_report_survives_the_disk(report, tmp_path):
