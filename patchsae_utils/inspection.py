@@ -7,6 +7,7 @@ from typing import Any
 
 from .artifacts import read_json
 from .checkpoints import load_sae
+from .folders import is_url
 from .formats import find
 from .store import FORMAT, ActivationStore, read_manifest
 
@@ -19,7 +20,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     Parameters
     ----------
     path : str or Path
-        A folder or a file; or ``hf:<owner>/<repository>``.
+        A folder or a file; ``hf:<owner>/<repository>``; or the URL of an activation store.
 
     Returns
     -------
@@ -33,6 +34,9 @@ def describe(path: str | Path) -> dict[str, Any]:
     ValueError
         If it is damaged, or nothing that is known.
     """
+    if is_url(path):
+        store = ActivationStore.open(path)
+        return {"what": "activation store", **store.describe().to_dict(), "files": "checked when they are read"}
     if not str(path).startswith("hf:"):
         path = Path(path)
         if path.name == "manifest.json":

@@ -9,6 +9,7 @@ import torch
 from patchsae_utils import remote_store
 from patchsae_utils.activations import extract_activations
 from patchsae_utils.folders import LocalFolder, RemoteFolder, is_url, open_folder
+from patchsae_utils.inspection import describe
 from patchsae_utils.remote_store import RemoteStore
 from patchsae_utils.sae import SparseAutoencoder
 from patchsae_utils.store import ActivationStore
@@ -68,6 +69,11 @@ def test_only_what_is_read_is_fetched_and_kept(memory, store, monkeypatch):
     next(opened.images([10]))
     next(ActivationStore.open(URL).images([11]))
     assert [path.rsplit("/", 1)[-1] for path in fetched] == ["shard-00001.safetensors", "index.safetensors"]
+
+
+def test_info_describes_it(store):
+    found = describe(URL)
+    assert found["what"] == "activation store" and found["fingerprint"] == store.fingerprint
 
 
 def test_an_sae_trains_on_it(store, tmp_path):

@@ -17,6 +17,7 @@ from patchsae_utils.activations import ActivationStore, extract_activations
 from patchsae_utils.artifacts import file_sha256, folder_lock, read_json
 from patchsae_utils.checkpoints import CONFIG, WEIGHTS, load_sae, save_sae
 from patchsae_utils.exports import _HOLDS
+from patchsae_utils.features import write_features
 from patchsae_utils.latents import summarize_latents
 from patchsae_utils.training import train_sae
 
@@ -162,6 +163,21 @@ def test_two_runs_in_one_folder_are_not_mixed(tiny_clip, tiny_dataset, tmp_path)
     with folder_lock(tmp_path), pytest.raises(ValueError, match="is being written by"):
         extract_activations(tiny_clip, tiny_dataset, -2, tmp_path, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_two_statistics_or_feature_stores_in_one_folder_are_not_mixed(tiny_clip, tiny_sae, tiny_dataset, tmp_path):
+    calls = {
+        tmp_path / ".s-unfinished": lambda: summarize_latents(tiny_clip, tiny_sae, tiny_dataset, -2, out=tmp_path / "s", progress=False),
+        tmp_path / "f": lambda: write_features(tiny_clip, tiny_sae, tiny_dataset, -2, tmp_path / "f", progress=False),
+    }
+    for folder, call in calls.items():
+        with folder_lock(folder), pytest.raises(ValueError, match="is being written by"):
+            call()
+        assert list(folder.iterdir()) == []
+        call()
+        assert not (folder / ".lock").exists()
+        with folder_lock(folder):
+            call()  # what is finished is opened
 
 
 def test_a_disk_that_fills_up_costs_the_shard_it_was_writing(tiny_clip, tiny_dataset, tmp_path, monkeypatch):
