@@ -116,6 +116,11 @@ class Unfinished:
             return file.get_tensor("done").bool() if file.metadata().get("key") == self.key else None
 
 
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 @contextmanager
 def one_pass(
     read: Callable[[list[int] | None, Callable[[], None]], Iterable[tuple[Tensor, Tensor, Tensor]]],
@@ -155,6 +160,8 @@ def one_pass(
     with ExitStack() as stack:
         done = torch.zeros(n_images, dtype=torch.bool)
         if unfinished is not None and parts:
+            if processes.main:
+                stack.callback(_remove_if_empty, unfinished)  # of a pass that failed before anything was saved
             processes.on_main(lambda: stack.enter_context(folder_lock(unfinished)))
             saved = Unfinished(unfinished, key, parts, n_images, processes.index)
             needed = () if writer is None else writer.missing_images()
