@@ -7,7 +7,7 @@ replaced by its reconstruction, and with the error of the reconstruction kept.
 Beside it, for the first seed of each adapter, what its gain on base classes is made of (:mod:`patchsae_utils.gain_split`), with a control: MaPLe fitted to
 shuffled labels.
 
-``python -m patchsae_utils.protocol`` fits and measures (about two hours on two free CPU cores; it goes on where it was stopped) and writes
+``python -m patchsae_utils.protocol`` fits and measures (about three hours on one free CPU core; it goes on where it was stopped) and writes
 ``benchmarks/results/adaptation.csv`` and ``benchmarks/results/gain_split.csv``. Protocol: Khattak et al., CVPR 2023, section 4.1; Zhou et al., CVPR 2022.
 """
 
@@ -106,6 +106,7 @@ class Protocol:
         check_models(clip, sae, self.layer)
         self.folder = profile.folder("adapters") / "protocol"
         self._features: tuple[str, dict[str, Tensor]] = ("", {})
+        self._tests: dict[tuple[str, str], Any] = {}
 
     def test(self, task: str, half: str):
         """The test pictures of one half of a task's classes."""
@@ -297,7 +298,21 @@ def load_protocol(path: str | Path | None = None) -> pd.DataFrame:
     """
     path = Path(path) if path is not None else table_path()
     if not path.exists():
-        raise FileNotFoundError(f"No table of adapters at {path}: `python -m patchsae_utils.protocol` fits and measures them (two hours).")
+        raise FileNotFoundError(f"No table of adapters at {path}: `python -m patchsae_utils.protocol` fits and measures them (three hours).")
+    return pd.read_csv(path)
+
+
+def load_splits(path: str | Path | None = None) -> pd.DataFrame:
+    """The second table, of what the gains are made of.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none, with the command that makes it.
+    """
+    path = Path(path) if path is not None else table_path().with_name(SPLIT_NAME)
+    if not path.exists():
+        raise FileNotFoundError(f"No table of gains at {path}: `python -m patchsae_utils.protocol` makes it (three hours).")
     return pd.read_csv(path)
 
 
