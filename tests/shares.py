@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-import conftest
+import tiny
 import torch
 
 from patchsae_utils import passes
@@ -40,7 +40,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def models():
-    clip = conftest.tiny_clip.__wrapped__()
+    clip = tiny.random_clip()
     return clip, SparseAutoencoder(clip.width, 2 * clip.width, seed=0).requires_grad_(False)
 
 

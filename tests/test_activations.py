@@ -131,7 +131,7 @@ def test_a_killed_process_leaves_a_store_that_goes_on(tiny_clip, dataset, tmp_pa
     code = f"""
 import os, signal, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
-import patchsae_utils.activations as activations, test_activations as tests, conftest
+import patchsae_utils.activations as activations, test_activations as tests, tiny
 from patchsae_utils.data import load_dataset
 real, written = os.replace, []
 def replace(source, target):
@@ -139,7 +139,7 @@ def replace(source, target):
         os.kill(os.getpid(), signal.SIGKILL)
     real(source, target)
 os.replace = replace
-clip = conftest.tiny_clip.__wrapped__()
+clip = tiny.random_clip()
 tests.extract(clip, load_dataset("openmoji/tools", "test", n_images=21), {str(tmp_path)!r})
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -9
