@@ -45,6 +45,8 @@ SPLIT_NAME = "gain_split.csv"
 """Name of the second table, in the folder of the first."""
 ZERO_SHOT, SHUFFLED = "zero-shot", "maple, shuffled labels"
 KINDS = (ZERO_SHOT, "maple", "coop", "vpt", "lora", "linear", SHUFFLED)
+NAMES = {"maple": "MaPLe", "coop": "CoOp", "vpt": "VPT", "lora": "LoRA", "finetune": "fine-tuning", "linear": "linear head"}
+"""What figures and sentences call a kind; those that are missing have no other name."""
 SEEDS = (1, 2, 3)
 HALVES = ("base", "novel")
 MEAN = "harmonic mean"
@@ -298,7 +300,9 @@ def load_protocol(path: str | Path | None = None) -> pd.DataFrame:
     """
     path = Path(path) if path is not None else table_path()
     if not path.exists():
-        raise FileNotFoundError(f"No table of adapters at {path}: `python -m patchsae_utils.protocol` fits and measures them (three hours).")
+        raise FileNotFoundError(
+            f"No table of adapters at {path}: `python -m patchsae_utils.protocol` fits and measures them (three hours)."
+        )
     return pd.read_csv(path)
 
 

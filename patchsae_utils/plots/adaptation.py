@@ -10,6 +10,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..protocol import NAMES
 from .style import COLORS, STYLE, figure
 from .style import save as save_figure
 
@@ -173,7 +174,16 @@ def adapter_table(table: pd.DataFrame, halves: Sequence[str] = ("base", "novel",
             y = np.arange(len(tasks)) + (k - (len(kinds) - 1) / 2) * 0.12
             bars = 100 * np.stack([rows["accuracy"] - rows["low"], rows["high"] - rows["accuracy"]]).clip(0)
             color, marker = KIND_LOOKS.get(kind, (COLORS["sky"], "*"))
-            ax.errorbar(100 * rows["accuracy"], y, xerr=bars, color=color, marker=marker, linestyle="none", elinewidth=1, label=kind)
+            ax.errorbar(
+                100 * rows["accuracy"],
+                y,
+                xerr=bars,
+                color=color,
+                marker=marker,
+                linestyle="none",
+                elinewidth=1,
+                label=NAMES.get(kind, kind),
+            )
         ax.set(title=half, yticks=range(len(tasks)), yticklabels=[task.removeprefix("openmoji/") for task in tasks], xlabel="accuracy (%)")
         ax.grid(axis="y", visible=False)
     axes[0, 0].invert_yaxis()
