@@ -118,7 +118,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for place, world in enumerate(options.worlds):
         settings = large if world == "large" else {}
         interactions = options.interactions if place == 0 else 0
-        found, grown = measure(world, settings, options.repeats, options.threads, interactions, options.timeout)
+        try:
+            found, grown = measure(world, settings, options.repeats, options.threads, interactions, options.timeout)
+        except RuntimeError as error:  # what other worlds showed is reported all the same
+            found, grown = [{"failed": str(error), "within_target": False}], None
         rows += [{"world": world, **settings, **entry} for entry in found]
         memory = grown or memory
     return report(
