@@ -111,4 +111,4 @@ def test_the_figure_shows_every_adapter_on_every_task():
     fig = plots.adapter_table(tabulate(measured, n_bootstrap=20))
     assert [ax.get_title(loc="left") for ax in fig.axes] == ["base", "novel", MEAN]
     assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["a", "b", AVERAGE]
-    assert {text.get_text() for text in fig.legends[0].get_texts()} == {"zero-shot", "maple"}
+    assert {text.get_text() for text in fig.legends[0].get_texts()} == {"zero-shot", "MaPLe"}
