@@ -52,8 +52,13 @@ def file_sha256(path: str | Path) -> str:
 
 def read_json(path: str | Path) -> Any:
     """Read a JSON file; a damaged one is a ``ValueError`` that names it."""
+    return parse_json(Path(path).read_bytes(), path)
+
+
+def parse_json(content: bytes, path: str | Path) -> Any:
+    """What the bytes of a JSON file hold; damaged ones are a ``ValueError`` that names the file."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(content.decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}). Delete it and run the stage that writes it again.") from error
 

@@ -10,6 +10,7 @@ Tibshirani, "An introduction to the bootstrap" (1993), chapter 13.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -134,8 +135,12 @@ def bootstrap_share(
 
 def resampled_means(values: np.ndarray, n_resamples: int = 1000, seed: int = 0) -> np.ndarray:
     """Mean of some values in each resample of them: [n_resamples], for statistics of several such means."""
-    n = len(values)
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples) @ values / n
+    return _counts(len(values), n_resamples, seed) @ values / len(values)
+
+
+@lru_cache(maxsize=8)  # statistics of the same pictures share their resamples
+def _counts(n: int, n_resamples: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
 
 
 def mean_interval(values: Iterable[float], n_bootstrap: int = 1000, seed: int = 0) -> Interval:

@@ -7,7 +7,6 @@ takes them.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import platformdirs
 
-from .artifacts import atomic_file, folder_lock
+from .artifacts import atomic_file, folder_lock, parse_json
 
 
 def is_url(place: str | Path) -> bool:
@@ -135,7 +134,4 @@ class RemoteFolder:
 
 def read_object(folder: LocalFolder | RemoteFolder, name: str) -> Any:
     """A JSON file of a folder; a damaged one is a ``ValueError`` that names it."""
-    try:
-        return json.loads(folder.read(name).decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder}/{name} is not valid JSON ({error}). Delete it and run the stage that writes it again.") from error
+    return parse_json(folder.read(name), f"{folder}/{name}")

@@ -156,11 +156,12 @@ class Protocol:
     def _model(self, cell: Cell) -> ClipModel:
         if cell.kind == ZERO_SHOT:
             return self.clip
-        shuffled = cell.kind == SHUFFLED
+        if cell.kind != SHUFFLED:
+            return stages.adapter(self.profile, self.clip, cell.task, cell.kind, cell.seed)
         data = stages.open_data(self.profile, cell.task, "train", half="base", progress=self.progress)
         return fit_adapter(
-            self.clip, "maple" if shuffled else cell.kind, data, self.profile.adapters, self.folder / f"{cell.name}-adapter",
-            seed=cell.seed, precision=stages.ADAPTER_PRECISION, shuffle_labels=shuffled, progress=self.progress,
+            self.clip, "maple", data, self.profile.adapters, self.folder / f"{cell.name}-adapter", seed=cell.seed,
+            precision=stages.ADAPTER_PRECISION, shuffle_labels=True, progress=self.progress,
         )  # fmt: skip
 
     def _split(self, model: ClipModel, dataset) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ def test_cells_are_fitted_measured_and_kept(small, tiny_clip, tiny_sae, tmp_path
     assert rows.loc[("zero-shot", "raw", "base"), "accuracy"] == pytest.approx(right.double().mean().item(), abs=1e-6)
 
     monkeypatch.setattr(protocol, "feature_forms", lambda *args, **options: pytest.fail("measured again"))
-    monkeypatch.setattr(protocol, "fit_adapter", lambda *args, **options: pytest.fail("fitted again"))
+    monkeypatch.setattr(protocol.stages, "adapter", lambda *args, **options: pytest.fail("fitted again"))
     again = {cell: row for cell, row, _ in run(Protocol(small, tiny_clip, tiny_sae, n_images=36, progress=False), chosen, out, "abc")}
     assert again == measured
 

@@ -64,7 +64,7 @@ def confusion_change(found: Mapping[str, Confusions], save: str | None = None) -
 
 @rc_context(STYLE)
 def prediction_heat(table: pd.DataFrame, save: str | None = None) -> Figure:
-    """Accuracy of each class from its top k latents: one column a model, one row a mode; beside them the means and random latents.
+    """Accuracy of each class from its top k latents: one column a model, one row a mode; under each k the mean over classes.
 
     Parameters
     ----------
