@@ -82,6 +82,34 @@ def test_a_local_weight_file_is_loaded(tmp_path):
     assert load_clip("timm:test_vit@96", str(tmp_path / "w.pt")).grid == (6, 6)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: {key: value for key, value in state.items() if "blocks.1" not in key}, "it lacks blocks.1.*and more"),
+        (lambda state: state | {"blocks.99.norm1.weight": torch.ones(3)}, "it also holds blocks.99.norm1.weight"),
+        (lambda state: state | {"norm.weight": torch.ones(3)}, "size mismatch for norm.weight"),
+    ],
+)
+def test_weights_of_another_model_are_refused_where_timm_would_leave_some_random(tmp_path, change, message):
+    state = timm.create_model("test_vit", num_classes=3).state_dict()
+    torch.save(state, tmp_path / "w.pt")
+    load_clip("timm:test_vit", str(tmp_path / "w.pt"))  # a classifier is no part of the backbone
+    torch.save(change(state), tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=f"can't be loaded as weights of 'timm:test_vit' .*{message}"):
+        load_clip("timm:test_vit", str(tmp_path / "w.pt"))
+
+
+def test_weights_that_cannot_be_fetched_and_sizes_that_are_none(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    with pytest.raises(ValueError, match="The image size of 'timm:test_vit@big' is no whole number of pixels"):
+        load_clip("timm:test_vit@big")
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(FileNotFoundError, match="The weights of 'timm:test_vit' could not be loaded .*no route.*download them elsewhere"):
+        load_clip("timm:test_vit")
+
+
 def test_commands_that_need_words_say_so_and_are_skipped(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATCHSAE_IMAGES", str(tmp_path))
     assert load_profile("dinov2").model.name.startswith("timm:vit_small_patch14_dinov2")
