@@ -196,7 +196,7 @@ def save_adapter(adapted: AdaptedClip, out: str | Path, **manifest: Any) -> None
     """
     with artifacts.atomic_folder(out) as folder:
         save_file({k: v.detach().cpu().contiguous() for k, v in adapted.learned.state_dict().items()}, folder / "adapter.safetensors")
-        artifacts.write_json(
+        artifacts.write_sealed(
             folder / "manifest.json",
             {
                 "format_version": FORMAT_VERSION,
@@ -242,7 +242,7 @@ def load_adapter(path: str | Path, clip: ClipModel | None = None, *, n_ctx: int 
         raise FileNotFoundError(
             f"{path} holds no adapter (manifest.json and adapter.safetensors). Fit one: fit_adapter(clip, kind, dataset, config, out)."
         )
-    manifest = artifacts.read_json(path / "manifest.json")
+    manifest = artifacts.read_sealed(path / "manifest.json")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {manifest.get('format_version')}; this package reads {FORMAT_VERSION}. Fit the adapter again."

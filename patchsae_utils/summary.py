@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .artifacts import atomic_folder, file_sha256, read_json, write_json
+from .artifacts import atomic_folder, file_sha256, read_manifest, write_manifest
 from .processes import Alone, Processes
 from .statistics import label_entropy, label_std, merge_keys, pack_top, unpack_top
 
@@ -132,8 +132,7 @@ class LatentSummary:
         with atomic_folder(folder) as temporary:
             path = temporary / "latents.safetensors"
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-            head = {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True, "sha256": file_sha256(path)}
-            write_json(temporary / "manifest.json", {**head, **plain})
+            write_manifest(temporary, {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True, **plain})
 
     @classmethod
     def load(cls, folder: str | Path) -> LatentSummary:
@@ -153,13 +152,13 @@ class LatentSummary:
                 raise FileNotFoundError(
                     f"{folder} holds no latent summary ({name} is missing). Make one: summarize_latents(..., out={str(folder)!r})."
                 )
-        manifest = read_json(folder / "manifest.json")
+        manifest = read_manifest(folder)
         remedy = "Delete the folder and call summarize_latents again."
         if manifest.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"{folder} has format version {manifest.get('format_version')}; this package reads version {FORMAT_VERSION}. {remedy}"
             )
-        if file_sha256(path) != manifest.get("sha256"):
+        if "files" not in manifest and file_sha256(path) != manifest.get("sha256"):  # as it was written before
             raise ValueError(f"{path} is damaged: its checksum is not the manifest's. {remedy}")
         fields = {**load_file(path), **manifest, "class_names": tuple(manifest["class_names"])}
         for name in _COUNTS:

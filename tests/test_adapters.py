@@ -413,8 +413,7 @@ def test_a_damaged_adapter_is_an_error(tiny_clip, few, tmp_path):
     (out / "adapter.safetensors").write_bytes(data)
     with pytest.raises(ValueError, match="checksum"):
         load_adapter(out, tiny_clip)
-    manifest = artifacts.read_json(out / "manifest.json") | {"format_version": 99}
-    artifacts.write_json(out / "manifest.json", manifest)
+    artifacts.write_sealed(out / "manifest.json", artifacts.read_sealed(out / "manifest.json") | {"format_version": 99})
     with pytest.raises(ValueError, match="format version 99"):
         load_adapter(out, tiny_clip)
 
