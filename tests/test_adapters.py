@@ -369,6 +369,17 @@ def test_too_few_images_are_an_error(tiny_clip, few):
         fit_adapter(tiny_clip, "maple", few, config, progress=False)
 
 
+def test_a_loss_that_is_no_number_stops_a_fit(tiny_clip, few):
+    with pytest.raises(ValueError, match=r"The loss of 'finetune' on 'openmoji/tools' is nan in epoch \d+: lower lr \(now 1e\+20\)"):
+        fit_adapter(tiny_clip, "finetune", few, dataclasses.replace(CONFIG, lr=1e20, epochs=3), progress=False)
+
+
+def test_prompt_settings_are_refused_for_adapters_without_prompts(tiny_clip, tmp_path):
+    save_adapter(ADAPTERS["linear"](tiny_clip, class_names=("a", "b")), tmp_path / "linear")
+    with pytest.raises(ValueError, match="holds a 'linear' adapter, which has no prompts: leave n_ctx and depth out"):
+        load_adapter(tmp_path / "linear", tiny_clip, n_ctx=2)
+
+
 # -- on disk ----------------------------------------------------------------------------------------------------------
 
 

@@ -55,7 +55,12 @@ def test_stages_without_words_run(model, tiny_dataset, tmp_path):
 
 
 def test_words_are_refused_by_name(model):
-    for call in (lambda: model.encode_text("a dog"), lambda: model.zero_shot_head(["dog"], ["a {}."]), lambda: model.logit_scale):
+    for call in (
+        lambda: model.encode_text("a dog"),
+        lambda: model.tokenize("a dog"),
+        lambda: model.zero_shot_head(["dog"], ["a {}."]),
+        lambda: model.logit_scale,
+    ):
         with pytest.raises(NoText, match="'timm:small' has no text tower.*mask sweeps and prompts need a CLIP"):
             call()
 
@@ -64,6 +69,10 @@ def test_models_that_are_read_otherwise_are_refused():
     for name in ("resnet18", "vit_base_patch16_siglip_224"):
         with pytest.raises(ValueError, match="without what is read here.*dinov2"):
             TimmModel(timm.create_model(name, num_classes=0).to("meta"), None, name)
+    with pytest.raises(ValueError, match="Unknown precision 'int4'. Valid: fp32, bf16"):
+        small().__class__(small().model, None, "timm:small", precision="int4")
+    with pytest.raises(ValueError, match=r"'timm:small' reads images \[B, 3, 32, 32\], got \[3, 32, 32\]. Apply clip.preprocess"):
+        small().residual(IMAGES[0], 1)
     with pytest.raises(ValueError, match="timm has no model 'vit_dinov9'. Near it: .*dinov2"):
         load_clip("timm:vit_dinov9")
     with pytest.raises(FileNotFoundError, match="No weight file '/nowhere.safetensors'"):

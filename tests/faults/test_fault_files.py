@@ -27,6 +27,7 @@ from patchsae_utils.feature_store import FeatureStore
 from patchsae_utils.features import write_features
 from patchsae_utils.latents import summarize_latents
 from patchsae_utils.monosemanticity import Likeness
+from patchsae_utils.streaming import TokenStream
 from patchsae_utils.summary import LatentSummary
 from patchsae_utils.training import train_sae
 
@@ -200,9 +201,13 @@ class Spoiled:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_activations_that_are_no_numbers_are_not_stored(tiny_clip, tiny_dataset, tmp_path, value):
-    with pytest.raises(ValueError, match="don't fit bfloat16"):
+    message = "don't fit bfloat16. The model itself gives NaN or infinity.*1 of 24, at places 0 in the data set"
+    with pytest.raises(ValueError, match=message):
         extract_activations(Spoiled(tiny_clip, value), tiny_dataset, -2, tmp_path / "store", progress=False)
     assert not list((tmp_path / "store").glob("shard-*"))
+    stream = TokenStream(Spoiled(tiny_clip, value), tiny_dataset, -2, batch_size=24, buffer_bytes=1 << 30)
+    with pytest.raises(ValueError, match=message):
+        next(stream.tokens(100, shuffle=False))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
