@@ -21,8 +21,17 @@ from .memory import FittingBatches
 from .mixing import TOKENS, choose_tokens
 from .processes import together
 from .store import (
-    DTYPES, FORMAT, FORMAT_VERSION, INDEX, MANIFEST, ActivationStore, StoreMetadata, check_fits, check_manifest, write_manifest,
-)  # fmt: skip
+    DTYPES,
+    FORMAT,
+    FORMAT_VERSION,
+    INDEX,
+    MANIFEST,
+    ActivationStore,
+    StoreMetadata,
+    check_fits,
+    check_manifest,
+    write_manifest,
+)
 
 __all__ = ["ActivationStore", "StoreMetadata", "extract_activations"]
 

@@ -25,6 +25,7 @@ from .clip import PRECISIONS, ClipModel, load_clip
 from .config import AdapterConfig
 from .data import batches, few_shot, templates_for
 from .latents import dataset_fingerprint
+from .memory import out_of_memory
 from .prompts import CoOp, MaPLe, PromptedClip, VisualPrompt
 from .weight_adapters import FineTuned, LinearHead, LoRA
 
@@ -41,6 +42,7 @@ ADAPTERS: dict[str, type[AdaptedClip]] = {cls.kind: cls for cls in (MaPLe, CoOp,
 # -- fitting ----------------------------------------------------------------------------------------------------------
 
 
+@out_of_memory("fitting an adapter", "adapters.batch_size lower, or a smaller adapters.depth")
 def fit_adapter(
     clip: ClipModel,
     kind: str,
@@ -91,6 +93,8 @@ def fit_adapter(
     ------
     ValueError
         For an unknown kind, optimiser or precision, an impossible depth, or a data set with fewer images than shots.
+    MemoryError
+        If a batch doesn't fit the memory; says what to set.
 
     Source: the recipe of MaPLe (Khattak et al., CVPR 2023), without random resized crops: a crop of a few-object scene at 112
     pixels often loses the object. AdamW: Loshchilov and Hutter, ICLR 2019.

@@ -28,6 +28,7 @@ from .bootstrap import bootstrap_mean
 from .choosing import CHOICES, MATCH_WINDOW, RANKINGS, Choosing, match_by_weight
 from .clip import ClipModel
 from .data import batches
+from .memory import out_of_memory
 from .tails import PLACES, Active, check_models, dataset_head, decoder_of, network_tail
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ MODES = ("on", "off")
 Place = str | np.ndarray | Tensor | Callable[[int], np.ndarray | Tensor]
 
 
+@out_of_memory("a sweep over masks", "batch_size lower (sweep_masks(..., batch_size=8))")
 @torch.no_grad()
 def sweep_masks(
     clip: ClipModel,
@@ -144,6 +146,8 @@ def sweep_masks(
     ValueError
         For an unknown choice, ranking, mode or place, a k outside 0..S, class counts or groups of another length than the classes, or an empty
         data set.
+    MemoryError
+        If a batch doesn't fit the memory; says what to set.
 
     Source: Lim et al., ICLR 2025, section 4.1 and Fig. 5 (choices ``oracle``, ``dataset``, ``random``; ranked by count).
     """
