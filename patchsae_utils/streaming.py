@@ -144,7 +144,7 @@ class TokenStream:
                 buffer[row : row + len(x)] = x[:, kept].to(dtype)
                 row += len(x)
         m = self.metadata
-        check_fits(buffer, own, m.dtype, m.dataset, m.layer, m.model_name)
+        check_fits(buffer, own.tolist(), m.dtype, m.dataset, m.layer, m.model_name)
         if number == 1:
             return buffer
         parts = [torch.empty_like(buffer) for _ in range(number)]

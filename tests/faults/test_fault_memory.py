@@ -13,6 +13,7 @@ from patchsae_utils.activations import extract_activations
 from patchsae_utils.adapters import fit_adapter
 from patchsae_utils.cli import main
 from patchsae_utils.config import AdapterConfig
+from patchsae_utils.data import load_dataset
 from patchsae_utils.interventions import sweep_masks
 from patchsae_utils.latents import summarize_latents
 from patchsae_utils.memory import FittingBatches, out_of_memory
@@ -144,7 +145,7 @@ def test_sweeps_and_adapters_say_which_setting_to_lower(tiny_clip, tiny_sae, tin
 
     monkeypatch.setattr(adapters.F, "cross_entropy", full)
     with pytest.raises(MemoryError, match=r"ran out in fitting an adapter \(.*can't allocate memory.*\)\. Set adapters.batch_size lower"):
-        fit_adapter(tiny_clip, "coop", tiny_dataset, config, progress=False)
+        fit_adapter(tiny_clip, "coop", load_dataset("openmoji/tools", "train", half="novel", n_images=20), config, progress=False)
 
 
 def test_a_command_ends_in_words(monkeypatch, capsys):
