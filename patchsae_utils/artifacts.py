@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 
 from .config import repository_root
+from .memory import is_out_of_memory
 
 
 def fingerprint(**inputs: Any) -> str:
@@ -253,12 +254,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         If one is damaged, the manifest included.
     """
     manifest = read_sealed(folder / MANIFEST)
-    for name, checksum in manifest.get("files", {}).items():
+    with understood(folder / MANIFEST):
+        files = dict(manifest.get("files", {}).items())
+    for name, checksum in files.items():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing, which {MANIFEST} names. {_again(folder / name)}")
         if file_sha256(folder / name) != checksum:
             raise ValueError(f"{folder / name} is damaged: its checksum is not the manifest's. {_again(folder / name)}")
     return manifest
+
+
+@contextmanager
+def understood(path: str | Path) -> Iterator[None]:
+    """Around the use of a manifest's entries: one that is missing, or of another type, is a ``ValueError`` that names the file."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{path} is damaged: it doesn't say what it should ({type(error).__name__}: {error}). {_again(path)}") from error
 
 
 def _again(path: str | Path) -> str:

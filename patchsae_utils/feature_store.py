@@ -52,7 +52,7 @@ from safetensors.numpy import load_file
 from scipy import sparse
 from torch import Tensor
 
-from .artifacts import file_sha256, read_sealed
+from .artifacts import file_sha256, read_sealed, understood
 
 FORMAT = "patchsae_utils features"
 FORMAT_VERSION = 1
@@ -128,6 +128,12 @@ class FeatureStore:
                 f"{folder / MANIFEST} describes {manifest.get('format')!r}, version {manifest.get('format_version')}; this package reads {FORMAT!r}, "
                 f"version {FORMAT_VERSION}. Write it again with write_features into an empty folder."
             )
+        with understood(folder / MANIFEST):
+            return cls._checked(folder, manifest, verify)
+
+    @classmethod
+    def _checked(cls, folder: Path, manifest: dict[str, Any], verify: bool) -> FeatureStore:
+        """The store of a manifest, if it is finished and its files have their sizes."""
         if not manifest["complete"]:
             raise ValueError(
                 f"The feature store {folder} is unfinished. Call write_features again with the same arguments: it goes on where it stopped."

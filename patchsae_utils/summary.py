@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .artifacts import atomic_folder, file_sha256, read_manifest, write_manifest
+from .artifacts import atomic_folder, file_sha256, read_manifest, understood, write_manifest
 from .processes import Alone, Processes
 from .statistics import label_entropy, label_std, merge_keys, pack_top, unpack_top
 
@@ -160,12 +160,13 @@ class LatentSummary:
             )
         if "files" not in manifest and file_sha256(path) != manifest.get("sha256"):  # as it was written before
             raise ValueError(f"{path} is damaged: its checksum is not the manifest's. {remedy}")
-        fields = {**load_file(path), **manifest, "class_names": tuple(manifest["class_names"])}
-        for name in _COUNTS:
-            if f"{name}.places" in fields:
-                table = torch.zeros(len(manifest["class_names"]), len(fields["frequency"]))
-                table.view(-1)[fields[f"{name}.places"]] = fields[f"{name}.values"]
-                fields[name] = table
+        with understood(folder / "manifest.json"):
+            fields = {**load_file(path), **manifest, "class_names": tuple(manifest["class_names"])}
+            for name in _COUNTS:
+                if f"{name}.places" in fields:
+                    table = torch.zeros(len(fields["class_names"]), len(fields["frequency"]))
+                    table.view(-1)[fields[f"{name}.places"]] = fields[f"{name}.values"]
+                    fields[name] = table
         names = [field.name for field in dataclasses.fields(cls)]
         missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in fields]
         if missing:

@@ -129,6 +129,28 @@ def test_artifacts_of_before_checksums_are_read(artifacts_of_all_kinds):
         path.write_bytes(whole)
 
 
+@pytest.mark.parametrize("kind", ["statistics", "likeness", "features", "adapter", "concepts", "comparison"])
+def test_a_manifest_that_makes_no_sense_ends_in_a_documented_error(artifacts_of_all_kinds, kind):
+    """Without a checksum, as somebody might write one by hand: whatever stands in place of an entry."""
+    (folder, opened) = next(item for item in artifacts_of_all_kinds.items() if item[0].name == kind)
+    path = folder / "manifest.json"
+    whole = path.read_bytes()
+    manifest = artifacts.read_sealed(path)
+    for name in manifest:
+        for value in (None, True, -1, 2.5, "x", [], [1, "x"], {}, {"x": 1}, {"x": None}):
+            artifacts.write_json(path, manifest | {name: value})
+            try:
+                opened(folder)
+            except (ValueError, FileNotFoundError) as error:
+                assert len(str(error)) > 40
+        artifacts.write_json(path, {key: manifest[key] for key in manifest if key != name})
+        try:
+            opened(folder)
+        except (ValueError, FileNotFoundError) as error:
+            assert len(str(error)) > 40
+    path.write_bytes(whole)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])
 def test_a_truncated_shard_is_named(store, share):
     path = store / "shard-00000.safetensors"
