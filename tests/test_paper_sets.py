@@ -206,6 +206,13 @@ def test_torchvisions_layouts_are_read_with_coops_names(tmp_path, monkeypatch, n
     assert [alias.where(i) for i in range(len(alias))] == files[: sizes[0]]
 
 
+def test_a_listing_of_imagenets_names_must_name_every_class(tmp_path):
+    imagenet(tmp_path)
+    (tmp_path / "imagenet" / "classnames.txt").write_text("n01440764 crane\n")
+    with pytest.raises(ValueError, match=r"classnames.txt lacks a name for \['n01443537'\]; take it away to use CLIP's names"):
+        load_dataset(f"imagenet?root={tmp_path}", "train")
+
+
 def test_flowers_are_numbered_by_their_annotations(tmp_path):
     base = tmp_path / "flowers-102"
     for i in range(1, 7):
