@@ -252,13 +252,15 @@ def load_adapter(path: str | Path, clip: ClipModel | None = None, *, n_ctx: int 
             f"{path} has format version {manifest.get('format_version')}; this package reads {FORMAT_VERSION}. Fit the adapter again."
         )
     with artifacts.understood(path / "manifest.json"):
+        base = manifest["base"]["name"], manifest["base"]["pretrained"]
+    clip = clip or load_clip(*base)
+    with artifacts.understood(path / "manifest.json"):
         return _from_manifest(path, manifest, clip, n_ctx, depth)
 
 
-def _from_manifest(path: Path, manifest: dict[str, Any], clip: ClipModel | None, n_ctx: int | None, depth: int | None) -> AdaptedClip:
+def _from_manifest(path: Path, manifest: dict[str, Any], clip: ClipModel, n_ctx: int | None, depth: int | None) -> AdaptedClip:
     """The adapter that a manifest describes, of the weights beside it."""
     base = manifest["base"]
-    clip = clip or load_clip(base["name"], base["pretrained"])
     if clip.fingerprint != base["fingerprint"]:
         raise ValueError(
             f"The adapter in {path} was fitted to {base['name']!r} ({base['fingerprint']}); this model is "

@@ -237,14 +237,14 @@ def read_sealed(path: str | Path) -> dict[str, Any]:
     return found
 
 
-def write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
+def seal_folder(folder: Path, entries: Mapping[str, Any]) -> None:
     """Write ``manifest.json`` into a finished folder: the entries, and under ``files`` the SHA-256 of every file that lies there."""
     files = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST}
     write_sealed(folder / MANIFEST, {**entries, "files": files})
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read what :func:`write_manifest` wrote, and compare every file with it.
+def read_sealed_folder(folder: Path) -> dict[str, Any]:
+    """Read what :func:`seal_folder` wrote, and compare every file with it.
 
     Raises
     ------

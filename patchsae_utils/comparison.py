@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .artifacts import atomic_folder, fingerprint, is_current, read_manifest, write_manifest
+from .artifacts import atomic_folder, fingerprint, is_current, read_sealed_folder, seal_folder
 from .baselines import ica_dictionary, kmeans_dictionary, nmf_dictionary, pca_dictionary, random_weights_sae, sample_patches
 from .bootstrap import centred_interval
 from .concept_probe import fit_probes
@@ -161,7 +161,7 @@ class ComparisonReport(NamedTuple):
         with atomic_folder(folder) as temporary:
             self.detection.to_csv(temporary / "detection.csv", index=False)
             np.save(temporary / "replicates.npy", self.replicates, allow_pickle=False)
-            write_manifest(temporary, {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True})
+            seal_folder(temporary, {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True})
 
     @classmethod
     def load(cls, folder: str | Path) -> ComparisonReport:
@@ -179,7 +179,7 @@ class ComparisonReport(NamedTuple):
             raise FileNotFoundError(
                 f"{folder} holds no comparison: {', '.join(missing)} missing. Make one: measure_dictionaries(..., out=...)."
             )
-        version = read_manifest(folder).get("format_version")
+        version = read_sealed_folder(folder).get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"{folder} has format version {version}; this package reads {FORMAT_VERSION}. Delete the folder and measure again."

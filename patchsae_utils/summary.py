@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .artifacts import atomic_folder, file_sha256, read_manifest, understood, write_manifest
+from .artifacts import atomic_folder, file_sha256, read_sealed_folder, seal_folder, understood
 from .processes import Alone, Processes
 from .statistics import label_entropy, label_std, merge_keys, pack_top, unpack_top
 
@@ -132,7 +132,7 @@ class LatentSummary:
         with atomic_folder(folder) as temporary:
             path = temporary / "latents.safetensors"
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-            write_manifest(temporary, {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True, **plain})
+            seal_folder(temporary, {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True, **plain})
 
     @classmethod
     def load(cls, folder: str | Path) -> LatentSummary:
@@ -152,7 +152,7 @@ class LatentSummary:
                 raise FileNotFoundError(
                     f"{folder} holds no latent summary ({name} is missing). Make one: summarize_latents(..., out={str(folder)!r})."
                 )
-        manifest = read_manifest(folder)
+        manifest = read_sealed_folder(folder)
         remedy = "Delete the folder and call summarize_latents again."
         if manifest.get("format_version") != FORMAT_VERSION:
             raise ValueError(
