@@ -47,6 +47,10 @@ head = None
 from benchmarks.summary import world
 clip, sae, data = world(settings)
 layer, names = -2, None
+with torch.no_grad():  # activations as large as a trained SAE's: heat maps leave out what is below tau
+    h = sae.encode(clip.residual(clip.preprocess(data[0].image)[None], layer))
+    gain = 2 / h[h > 0].median()
+    sae.W_enc.mul_(gain), sae.b_enc.mul_(gain)
 summary = ps.summarize_latents(clip, sae, data, layer, k=10, batch_size=8, progress=False)
 width = clip.encode_image(clip.preprocess(data[0].image)[None]).shape[1]
 head = torch.nn.functional.normalize(torch.randn(settings["classes"], width), dim=1)  # a thousand classes' texts take minutes

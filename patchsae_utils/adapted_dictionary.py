@@ -9,8 +9,9 @@ another seed, says how much of any difference is the luck of training: dictionar
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import pandas as pd
 import torch
@@ -127,7 +128,7 @@ def train_dictionaries(
     ):
         fresh = SparseAutoencoder(base.width, sae.expansion_factor * base.width, seed=seed, **sae.options())
         saes[name] = train_sae(fresh, stores[source], dataclasses.replace(training, seed=seed), out / folder, progress=progress)
-        alive[name] = _alive(firing_rates(saes[name], stores[source].tokens(4096, seed=0), _N_ALIVE))
+        alive[name] = _alive(firing_rates(saes[name], cast(Iterator[Tensor], stores[source].tokens(4096, seed=0)), _N_ALIVE))
     return Dictionaries(saes, alive)
 
 

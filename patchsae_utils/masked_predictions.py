@@ -15,11 +15,11 @@ import dataclasses
 from collections.abc import Sequence
 
 import pandas as pd
-from torch import nn
 
 from .clip import ClipModel
 from .interventions import MODES, sweep_masks
 from .latents import summarize_latents
+from .sae import SparseAutoencoder
 from .tails import check_same_tower, dataset_head
 
 MODELS = ("CLIP", "CLIP, adapted head", "adapted")
@@ -29,7 +29,7 @@ KS = (1, 3, 10, 30, 100, 300)
 def masked_predictions(
     base: ClipModel,
     adapted: ClipModel,
-    sae: nn.Module,
+    sae: SparseAutoencoder,
     train,
     test,
     layer: int,

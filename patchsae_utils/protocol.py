@@ -7,7 +7,7 @@ replaced by its reconstruction, and with the error of the reconstruction kept.
 Beside it, for the first seed of each adapter, what its gain on base classes is made of (:mod:`patchsae_utils.gain_split`), with a control: MaPLe fitted to
 shuffled labels.
 
-``python -m patchsae_utils.protocol`` fits and measures (about three hours on one free CPU core; it goes on where it was stopped) and writes
+``python -m patchsae_utils.protocol`` fits and measures (about four hours on one free CPU core; it goes on where it was stopped) and writes
 ``benchmarks/results/adaptation.csv`` and ``benchmarks/results/gain_split.csv``. Protocol: Khattak et al., CVPR 2023, section 4.1; Zhou et al., CVPR 2022.
 """
 
@@ -44,7 +44,7 @@ TABLE = Path("benchmarks") / "results" / "adaptation.csv"
 SPLIT_NAME = "gain_split.csv"
 """Name of the second table, in the folder of the first."""
 ZERO_SHOT, SHUFFLED = "zero-shot", "maple, shuffled labels"
-KINDS = (ZERO_SHOT, "maple", "coop", "vpt", "lora", "linear", SHUFFLED)
+KINDS = (ZERO_SHOT, "maple", "coop", "vpt", "lora", "finetune", "linear", SHUFFLED)
 NAMES = {"maple": "MaPLe", "coop": "CoOp", "vpt": "VPT", "lora": "LoRA", "finetune": "fine-tuning", "linear": "linear head"}
 """What figures and sentences call a kind; those that are missing have no other name."""
 SEEDS = (1, 2, 3)
@@ -302,7 +302,7 @@ def load_protocol(path: str | Path | None = None) -> pd.DataFrame:
     path = Path(path) if path is not None else table_path()
     if not path.exists():
         raise FileNotFoundError(
-            f"No table of adapters at {path}: `python -m patchsae_utils.protocol` fits and measures them (three hours)."
+            f"No table of adapters at {path}: `python -m patchsae_utils.protocol` fits and measures them (four hours)."
         )
     return pd.read_csv(path)
 
@@ -317,7 +317,7 @@ def load_splits(path: str | Path | None = None) -> pd.DataFrame:
     """
     path = Path(path) if path is not None else table_path().with_name(SPLIT_NAME)
     if not path.exists():
-        raise FileNotFoundError(f"No table of gains at {path}: `python -m patchsae_utils.protocol` makes it (three hours).")
+        raise FileNotFoundError(f"No table of gains at {path}: `python -m patchsae_utils.protocol` makes it (four hours).")
     return pd.read_csv(path)
 
 

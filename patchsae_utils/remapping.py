@@ -135,7 +135,7 @@ class Remapping:
         lottery = torch.from_numpy(rng.random(tuple(active.shape))) * active
         drawn = (lottery.argsort(1, descending=True).argsort(1) < union.sum(1, keepdim=True)) & active
         draws = [ranked_latents(draw, top_k) for draw in (lottery, torch.from_numpy(rng.random(tuple(active.shape))) * active)]
-        by_luck = overlaps(*draws)
+        by_luck = overlaps(draws[0], draws[1])
         tables[COMPARISONS[3]] = count_groups(base, adapted, **settings, members=drawn).assign(**by_luck)
         records = []
         for comparison, table in tables.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -78,9 +78,7 @@ def matched_cosine(sae_a, sae_b, alive_a: Tensor | None = None, alive_b: Tensor 
     return MatchedCosine(kept[0][i].numpy(), kept[1][j].numpy(), cosine, by_luck, mean_interval(cosine, seed=seed))
 
 
-def stability(
-    saes: Mapping[object, object], alive: Mapping[object, Tensor] | None = None, *, threshold: float = 0.7, seed: int = 0
-) -> pd.DataFrame:
+def stability(saes: Mapping[Any, Any], alive: Mapping[Any, Tensor] | None = None, *, threshold: float = 0.7, seed: int = 0) -> pd.DataFrame:
     """How alike SAEs of several seeds are, pair by pair.
 
     Parameters

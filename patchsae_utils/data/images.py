@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -97,7 +97,7 @@ def torchvision_set(name: str, split: str, root: str | os.PathLike | None = None
             f"torchvision has no data set {name!r}. Valid: {', '.join(n for n in sets.__all__ if inspect.isclass(getattr(sets, n)))}."
         )
     accepted = inspect.signature(getattr(sets, name)).parameters
-    options = {}
+    options: dict[str, str | bool] = {}
     if "split" in accepted:
         options["split"] = split
     elif "train" in accepted:
@@ -112,7 +112,7 @@ def torchvision_set(name: str, split: str, root: str | os.PathLike | None = None
     return readable([str(n) for n in names]), labels, Rows(f"torchvision:{name} ({split})", f"{name} {split} {len(labels)}", data, 0)
 
 
-def opened_by_torchvision(name: str, root: Path, options: dict[str, str | bool]):
+def opened_by_torchvision(name: str, root: Path, options: Mapping[str, str | bool]):
     """The object of ``torchvision.datasets``, downloaded when it is not there and can be."""
     kind = getattr(torchvision.datasets, name)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ class DeadWorker(ChildProcessError):
 
 
 def batches(
-    dataset: Dataset,
+    dataset: Sized,
     preprocess: Callable[[Image.Image], Tensor],
     batch_size: int = 64,
     workers: int = 0,
@@ -88,7 +88,7 @@ class Loader:
         List of items -> batch; default: torch's, stacking tensors.
     """
 
-    def __init__(self, items: Dataset, batch_size: int, workers: int, collate: Callable[[list], Any] | None = None):
+    def __init__(self, items: Sized, batch_size: int, workers: int, collate: Callable[[list], Any] | None = None):
         n_batches = -(-len(items) // batch_size)
         self.workers = workers = min(workers, n_batches) if n_batches > 1 else 0  # starting a process takes longer than opening a batch
         self._loader = DataLoader(

@@ -195,7 +195,7 @@ def draw_scene(rng: np.random.Generator, main: int, layout: str = "main", domain
     if domain not in DOMAINS:
         raise ValueError(f"Unknown domain {domain!r}. Valid: {', '.join(DOMAINS)}.")
 
-    def place(class_id, x, y, size, jitter):
+    def place(class_id: int, x: float, y: float, size: float, jitter: float) -> Placement:
         dx, dy = rng.uniform(-jitter, jitter, 2)
         return Placement(int(class_id), x + dx, y + dy, size, rng.uniform(-20, 20), bool(rng.random() < 0.5))
 
@@ -215,14 +215,14 @@ def draw_scene(rng: np.random.Generator, main: int, layout: str = "main", domain
         n_objects = 2 if rng.random() < 0.6 else 3
         class_ids = [main, *rng.integers(0, n_classes, n_objects - 1)]
         if n_objects == 2:
-            spots = [((30, 56), (82, 56)), ((56, 30), (56, 82)), ((32, 32), (80, 80)), ((32, 80), (80, 32))][rng.integers(4)]
+            spots = [[(30, 56), (82, 56)], [(56, 30), (56, 82)], [(32, 32), (80, 80)], [(32, 80), (80, 32)]][rng.integers(4)]
             low, high, jitter = 42, 60, 6
         else:
             corners = [(30, 30), (82, 30), (30, 82), (82, 82)]
             spots = [corners[i] for i in rng.permutation(4)[:3]]
             low, high, jitter = 38, 52, 5
         order = rng.permutation(n_objects)
-        placements = [place(class_ids[i], *spots[j], rng.uniform(low, high), jitter) for j, i in enumerate(order)]
+        placements = [place(class_ids[i], spots[j][0], spots[j][1], rng.uniform(low, high), jitter) for j, i in enumerate(order)]
 
     kinds = ["plain", "paper"] if domain == "line" else BACKGROUND_KINDS  # black lines need light paper
     background = BACKGROUND_KINDS.index(kinds[rng.integers(len(kinds))])

@@ -87,6 +87,8 @@ class AdaptationView(_View):
     """
 
     LINKED = ("latent",)  # images of a task mean nothing in another view
+    CHOICES = ("task", "image", "latent")  # the task first: an image is one of its images
+    IN_TURN = True
 
     _esm = script("adaptation.js")
 
@@ -149,17 +151,6 @@ class AdaptationView(_View):
         """The task's images."""
         return self._data(self.task)
 
-    @property
-    def selection(self) -> dict[str, Any]:
-        """What is chosen: task, image, latent; set it to choose several at once."""
-        return {name: getattr(self, name) for name in ("task", "image", "latent")}
-
-    @selection.setter
-    def selection(self, chosen: Mapping[str, Any]) -> None:
-        for name in ("task", "image", "latent"):  # the task first: an image is one of its images
-            if name in chosen:
-                setattr(self, name, chosen[name])
-
     def figure(self, save: str | None = None) -> Figure:
         """A static picture of what is on screen; ``save`` names a file in ``figures/``, without ending."""
         from ..plots.explorer import adaptation_view
@@ -183,8 +174,7 @@ class AdaptationView(_View):
         }
         listed = list(dict.fromkeys([*sum(groups.values(), []), *([self.latent] if self.latent >= 0 else [])]))
         if self._said is None or self._said[0] != (self.task, self.image):
-            said = tuple(self._probabilities(reader, head) for reader, head in zip((base, adapted), heads, strict=True))
-            self._said = ((self.task, self.image), said)
+            self._said = ((self.task, self.image), (self._probabilities(base, heads[0]), self._probabilities(adapted, heads[1])))
         before, after = self._said[1]
         shown = np.argsort(-np.maximum(before, after), kind="stable")[:N_CLASSES]
         return AdaptationCard(
@@ -216,8 +206,8 @@ class AdaptationView(_View):
         """Both models' readers and text heads; made when the task is first shown."""
         if task not in self._opened:
             data, models = self._data(task), (self._clip, self._adapters[task])
-            readers = [Reader(model, self._sae, data, self._layer, keep=32) for model in models]
-            self._opened[task] = (*readers, *(dataset_head(model, data) for model in models))
+            before, after = (Reader(model, self._sae, data, self._layer, keep=32) for model in models)
+            self._opened[task] = (before, after, dataset_head(models[0], data), dataset_head(models[1], data))
         return self._opened[task]
 
     def _new_task(self, _: Any) -> None:

@@ -63,10 +63,11 @@ class PatchExplorer(_View):
     page = t.Int(0, help="Which thumbnails are shown.").tag(sync=True)
     n_pages = t.Int().tag(sync=True)
     n_images = t.Int().tag(sync=True)
-    thumbs = t.List().tag(sync=True)
+    thumbs: t.List[dict[str, Any]] = t.List().tag(sync=True)
 
     def __init__(self, clip: Any, sae: Any, summary: Any, dataset: Any, names: Any = None, layer: int = -2, **traits: Any):
-        n, self._last = len(dataset), None
+        n = len(dataset)
+        self._last: tuple[Any, ...] | None = None
         if n == 0:
             raise ValueError(f"{dataset.spec!r} ({dataset.split}) holds no images.")
         super().__init__(clip, sae, summary, dataset, names, layer, kind="patch", n_images=n, n_pages=-(-n // self.PAGE), **traits)

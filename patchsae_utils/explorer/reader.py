@@ -83,7 +83,7 @@ class Reader:
             return self._images[image][0]
         return seen_image(self.clip, self._preprocessed(image)).numpy()
 
-    def tokens(self, images: Sequence[int]) -> Tensor:
+    def tokens(self, images: Sequence[int] | np.ndarray) -> Tensor:
         """The residual stream of images: CLS, then the patches [B, 1+P, D]."""
         images = [self.check(i) for i in images]
         missing = [i for i in dict.fromkeys(images) if i not in self._images]
@@ -99,7 +99,7 @@ class Reader:
             _remember(self._images, i, found[i], self.keep)
         return torch.stack([found[i][1] for i in images])
 
-    def heats(self, images: Sequence[int], latent: int) -> np.ndarray:
+    def heats(self, images: Sequence[int] | np.ndarray, latent: int) -> np.ndarray:
         """Activations of one latent over images of the data set: float32 [B, H, W]. The last two thousand answers are kept."""
         if not len(images):
             return np.zeros((0, *self.grid), np.float32)

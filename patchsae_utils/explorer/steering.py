@@ -72,6 +72,9 @@ class SteeringPanel(_View):
         If SAE, model and data set don't fit together, or a choice does not exist.
     """
 
+    CHOICES = ("image", "latents", "latent", "patches", "where", "edits")  # another image takes edits and patches back
+    IN_TURN = True
+
     _esm = script("steering.js")
 
     latents = t.List(t.Int(), help="The latents with sliders.").tag(sync=True)
@@ -148,15 +151,9 @@ class SteeringPanel(_View):
 
     # -- for code -----------------------------------------------------------------------------------------------------
 
-    @property
-    def selection(self) -> dict[str, Any]:
-        """What is chosen: image, latents, edits (as :class:`~patchsae_utils.steering.Edit`), where, patches."""
-        chosen = {name: getattr(self, name) for name in ("image", "where")}
-        return chosen | {"latents": list(self.latents), "patches": list(self.patches), "edits": self.to_edits()}
-
     def to_edits(self) -> list[Edit]:
         """The sliders' edits, for :func:`~patchsae_utils.steering.steer`."""
-        places = {"all": None, "cls": "cls", "patches": "patches", "selected": list(self.patches)}[self.where]
+        places: str | list[int] | None = list(self.patches) if self.where == "selected" else None if self.where == "all" else self.where
         return [Edit(edit["latent"], edit["op"], edit["value"], places) for edit in self.edits]
 
     @property

@@ -6,6 +6,7 @@ A heat map costs one byte a patch and is coloured in the page, so that opacity, 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,12 @@ def encode_names(names: Mapping[int, Name]) -> bytes:
 class _View(anywidget.AnyWidget):
     """What every explorer has: the choices that can be linked, and how heat maps look."""
 
-    LINKED = ("latent", "image", "patch", "patches")
+    LINKED: tuple[str, ...] = ("latent", "image", "patch", "patches")
     """Choices that :func:`link` joins, where a view has them."""
+    CHOICES: tuple[str, ...] = LINKED
+    """What ``selection`` holds, where a view has it."""
+    IN_TURN = False
+    """Set ``CHOICES`` one after the other, since the first changes what the next may be; otherwise they are shown with one message."""
 
     # One sheet for all: with one each, the shared rules of the view that is drawn last would override the others' own.
     _css = script("latent.css", "patch.css", "steering.css", "adaptation.css")
@@ -81,17 +86,18 @@ class _View(anywidget.AnyWidget):
     @property
     def selection(self) -> dict[str, Any]:
         """What is chosen, by the traits' names; set it to choose several things at once."""
-        return {name: getattr(self, name) for name in self.LINKED if self.has_trait(name)}
+        return {name: getattr(self, name) for name in self.CHOICES if self.has_trait(name)}
 
     @selection.setter
     def selection(self, chosen: Mapping[str, Any]) -> None:
-        known = [name for name in self.LINKED if self.has_trait(name)]
+        known = list(self.selection)
         for name in chosen:
             if name not in known:
                 raise SelectionError(f"There is no choice {name!r}; valid are {', '.join(known)}.")
-        with self.hold_trait_notifications():
-            for name, value in chosen.items():
-                setattr(self, name, value)
+        with contextlib.nullcontext() if self.IN_TURN else self.hold_trait_notifications():
+            for name in known:
+                if name in chosen:
+                    setattr(self, name, chosen[name])
 
     def __repr__(self) -> str:
         chosen = ", ".join(f"{name}={getattr(self, name)}" for name in ("latent", "image", "patch") if self.has_trait(name))
