@@ -20,7 +20,18 @@ from .folders import LocalFolder, RemoteFolder, open_folder, read_object
 from .memory import FittingBatches
 from .mixing import TOKENS, choose_tokens
 from .processes import together
-from .store import DTYPES, FORMAT, FORMAT_VERSION, INDEX, MANIFEST, ActivationStore, StoreMetadata, check_manifest, write_manifest
+from .store import (
+    DTYPES,
+    FORMAT,
+    FORMAT_VERSION,
+    INDEX,
+    MANIFEST,
+    ActivationStore,
+    StoreMetadata,
+    check_fits,
+    check_manifest,
+    write_manifest,
+)
 
 __all__ = ["ActivationStore", "StoreMetadata", "extract_activations"]
 
@@ -110,11 +121,8 @@ def _extract(clip, dataset, inputs, key, folder, processes, batch_size, workers,
             loaded = (batch.images for batch in batches(dataset, clip.preprocess, batch_size, workers, rows)) if rows else iter(())
             shards = _shards(clip, loaded, inputs, [sizes[name] for name in names], batch_size, bar)
             for name, shard in zip(names, shards, strict=True):
-                if not shard.isfinite().all():
-                    raise ValueError(
-                        f"Activations of {dataset.spec!r} after layer {inputs['layer']} of {clip.name!r} don't fit {inputs['dtype']}. "
-                        "Use dtype='bfloat16', or another layer."
-                    )
+                places = range(int(name[6:11]) * n_per_shard, n_images)
+                check_fits(shard, places, inputs["dtype"], dataset.spec, inputs["layer"], clip.name)
                 own["files"][name] = _write(folder, name, {"tokens": shard}) | {"n_images": sizes[name]}
                 write_manifest(folder, own, where)
         return own["files"]

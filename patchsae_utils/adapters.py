@@ -25,6 +25,7 @@ from .clip import PRECISIONS, ClipModel, load_clip
 from .config import AdapterConfig
 from .data import batches, few_shot, templates_for
 from .latents import dataset_fingerprint
+from .memory import out_of_memory
 from .prompts import CoOp, MaPLe, PromptedClip, VisualPrompt
 from .weight_adapters import FineTuned, LinearHead, LoRA
 
@@ -41,6 +42,7 @@ ADAPTERS: dict[str, type[AdaptedClip]] = {cls.kind: cls for cls in (MaPLe, CoOp,
 # -- fitting ----------------------------------------------------------------------------------------------------------
 
 
+@out_of_memory("fitting an adapter", "adapters.batch_size lower, or a smaller adapters.depth")
 def fit_adapter(
     clip: ClipModel,
     kind: str,
@@ -91,6 +93,8 @@ def fit_adapter(
     ------
     ValueError
         For an unknown kind, optimiser or precision, an impossible depth, or a data set with fewer images than shots.
+    MemoryError
+        If a batch doesn't fit the memory; says what to set.
 
     Source: the recipe of MaPLe (Khattak et al., CVPR 2023), without random resized crops: a crop of a few-object scene at 112
     pixels often loses the object. AdamW: Loshchilov and Hutter, ICLR 2019.
@@ -196,7 +200,7 @@ def save_adapter(adapted: AdaptedClip, out: str | Path, **manifest: Any) -> None
     """
     with artifacts.atomic_folder(out) as folder:
         save_file({k: v.detach().cpu().contiguous() for k, v in adapted.learned.state_dict().items()}, folder / "adapter.safetensors")
-        artifacts.write_json(
+        artifacts.write_sealed(
             folder / "manifest.json",
             {
                 "format_version": FORMAT_VERSION,
@@ -242,13 +246,21 @@ def load_adapter(path: str | Path, clip: ClipModel | None = None, *, n_ctx: int 
         raise FileNotFoundError(
             f"{path} holds no adapter (manifest.json and adapter.safetensors). Fit one: fit_adapter(clip, kind, dataset, config, out)."
         )
-    manifest = artifacts.read_json(path / "manifest.json")
+    manifest = artifacts.read_sealed(path / "manifest.json")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {manifest.get('format_version')}; this package reads {FORMAT_VERSION}. Fit the adapter again."
         )
+    with artifacts.understood(path / "manifest.json"):
+        base = manifest["base"]["name"], manifest["base"]["pretrained"]
+    clip = clip or load_clip(*base)
+    with artifacts.understood(path / "manifest.json"):
+        return _from_manifest(path, manifest, clip, n_ctx, depth)
+
+
+def _from_manifest(path: Path, manifest: dict[str, Any], clip: ClipModel, n_ctx: int | None, depth: int | None) -> AdaptedClip:
+    """The adapter that a manifest describes, of the weights beside it."""
     base = manifest["base"]
-    clip = clip or load_clip(base["name"], base["pretrained"])
     if clip.fingerprint != base["fingerprint"]:
         raise ValueError(
             f"The adapter in {path} was fitted to {base['name']!r} ({base['fingerprint']}); this model is "

@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 
 from .config import repository_root
+from .memory import is_out_of_memory
 
 
 def fingerprint(**inputs: Any) -> str:
@@ -211,12 +212,79 @@ def folder_lock(folder: str | Path, wait: bool = False) -> Iterator[None]:
         file.close()
 
 
+MANIFEST = "manifest.json"
+
+
+def write_sealed(path: str | Path, entries: Mapping[str, Any]) -> None:
+    """Write a JSON object that :func:`read_sealed` finds whole or damaged: with a checksum of itself."""
+    plain = json.loads(json.dumps(entries, default=_plain))
+    write_json(path, {**plain, "checksum": fingerprint(**plain)})
+
+
+def read_sealed(path: str | Path) -> dict[str, Any]:
+    """Read what :func:`write_sealed` wrote, without its checksum; an object that has none is taken as it is.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON object, or another one than was written.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(found).__name__}. {_again(path)}")
+    if found.pop("checksum", None) not in (None, fingerprint(**found)):
+        raise ValueError(f"{path} is damaged: it is not what was written there. {_again(path)}")
+    return found
+
+
+def seal_folder(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Write ``manifest.json`` into a finished folder: the entries, and under ``files`` the SHA-256 of every file that lies there."""
+    files = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST}
+    write_sealed(folder / MANIFEST, {**entries, "files": files})
+
+
+def read_sealed_folder(folder: Path) -> dict[str, Any]:
+    """Read what :func:`seal_folder` wrote, and compare every file with it.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is missing.
+    ValueError
+        If one is damaged, the manifest included.
+    """
+    manifest = read_sealed(folder / MANIFEST)
+    with understood(folder / MANIFEST):
+        files = dict(manifest.get("files", {}).items())
+    for name, checksum in files.items():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing, which {MANIFEST} names. {_again(folder / name)}")
+        if file_sha256(folder / name) != checksum:
+            raise ValueError(f"{folder / name} is damaged: its checksum is not the manifest's. {_again(folder / name)}")
+    return manifest
+
+
+@contextmanager
+def understood(path: str | Path) -> Iterator[None]:
+    """Around the use of a manifest's entries: one that is missing, or of another type, is a ``ValueError`` that names the file."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{path} is damaged: it doesn't say what it should ({type(error).__name__}: {error}). {_again(path)}") from error
+
+
+def _again(path: str | Path) -> str:
+    return f"Delete {Path(path).parent} and run the stage that writes it again."
+
+
 def is_current(folder: str | Path, fp: str, name: str = "manifest.json") -> bool:
     """Whether a folder holds the finished artifact of these inputs (see :func:`fingerprint`)."""
     path = Path(folder) / name
     if not path.exists():
         return False
-    manifest = read_json(path)
+    manifest = read_sealed(path)
     return manifest.get("fingerprint") == fp and manifest.get("complete", True)
 
 

@@ -6,6 +6,7 @@ What needs only images works on them: activations, SAEs, statistics, reference i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .clip import PRECISIONS, ClipModel, Residual
 from .processes import default_device
+from .weight_files import shortened, weights_from
 
 PREFIX = "timm:"
 
@@ -151,7 +153,7 @@ def load_timm(model: str, pretrained: str | None = None, device: str | None = No
     Raises
     ------
     ValueError
-        For an unknown model, a size that doesn't fit, or a model that is no such transformer.
+        For an unknown model, a size that doesn't fit, a model that is no such transformer, or a weight file that is damaged or of another model.
     FileNotFoundError
         If weights are missing or can't be fetched.
     """
@@ -164,20 +166,38 @@ def load_timm(model: str, pretrained: str | None = None, device: str | None = No
     if pixels and not pixels.isdigit():
         raise ValueError(f"The image size of {model!r} is no whole number of pixels.")
     options: dict[str, Any] = {"img_size": int(pixels)} if pixels else {}
-    if pretrained not in (None, "random"):
-        if not Path(pretrained).is_file():
-            raise FileNotFoundError(
-                f"No weight file {pretrained!r} for {model!r}. Give a file, 'random', or nothing for timm's own weights."
-            )
-        options["pretrained_cfg_overlay"] = {"file": str(pretrained)}
+    own = pretrained not in (None, "random")
+    if own and not Path(pretrained).is_file():
+        raise FileNotFoundError(f"No weight file {pretrained!r} for {model!r}. Give a file, 'random', or nothing for timm's own weights.")
     try:
-        network = timm.create_model(name, pretrained=pretrained != "random", num_classes=0, **options)
-    except (OSError, ConnectionError, RuntimeError) as error:
+        network = timm.create_model(name, pretrained=pretrained is None, num_classes=0, **options)
+    except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
-            f"The weights of {model!r} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). Without a network, "
+            f"The weights of {model!r} could not be loaded ({type(error).__name__}: {shortened(error)}). Without a network, "
             'download them elsewhere and give the file: model.pretrained = "/path/to/model.safetensors".'
         ) from error
+    if own:
+        with weights_from(pretrained, model):
+            _fill(network, name, pretrained)
     data = timm.data.resolve_model_data_config(network)
     preprocess = timm.data.create_transform(**data, is_training=False)
     device = device or default_device()
     return TimmModel(network, preprocess, model, pretrained, device, precision)
+
+
+def _fill(network: torch.nn.Module, name: str, file: str) -> None:
+    """Load a weight file: every weight of the model, and nothing else but a classifier's.
+
+    By itself timm takes over what fits, and leaves the rest of the model random.
+    """
+    from timm.models import load_state_dict, model_entrypoint
+
+    state = load_state_dict(file, weights_only=True)
+    adapt = getattr(sys.modules[model_entrypoint(name).__module__], "checkpoint_filter_fn", None)  # e.g. positions for another grid
+    state = state if adapt is None else adapt(state, network)
+    expected = network.state_dict().keys()
+    if missing := sorted(expected - state.keys()):
+        raise ValueError(f"it lacks {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}")
+    if foreign := sorted(key for key in state.keys() - expected if not key.startswith("head")):
+        raise ValueError(f"it also holds {', '.join(foreign[:3])}{' and more' if len(foreign) > 3 else ''}")
+    network.load_state_dict({key: state[key] for key in expected})

@@ -138,18 +138,18 @@ def _summarize(options: argparse.Namespace) -> dict[str, Any]:
 
 def _sweep(options: argparse.Namespace) -> dict[str, Any]:
     from . import stages
-    from .interventions import sweep_masks
+    from .interventions import CHOICES, sweep_masks
 
     profile = _profile(options)
-    ks = _integers(options.ks, "--ks")
+    ks, choose = _integers(options.ks, "--ks"), options.choose.split(",")
+    if unknown := set(choose) - set(CHOICES):  # before hours of training
+        raise ValueError(f"--choose takes words with commas between them, of {', '.join(CHOICES)}; got {', '.join(sorted(unknown))}.")
     clip, layer = stages.load_world(profile)
     if not clip.has_text:
         return _skipped(clip, "sweep")
     sae = stages.trained_sae(profile, clip)
     summary = stages.latent_summary(profile, clip, sae)
-    table = sweep_masks(
-        clip, sae, stages.evaluation_data(profile), ks=ks, choose=options.choose.split(","), layer=layer, class_counts=summary
-    )
+    table = sweep_masks(clip, sae, stages.evaluation_data(profile), ks=ks, choose=choose, layer=layer, class_counts=summary)
     path = profile.folder("results") / "sweep.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)

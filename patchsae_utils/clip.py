@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,9 +14,12 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
+from safetensors import SafetensorError
 from torch import Tensor
 
+from .artifacts import read_json
 from .processes import default_device
+from .weight_files import shortened, weights_from
 
 EMBEDDED = Path(__file__).parent / "models" / "openmoji_clip"
 """The small CLIP of the embedded world, in the form that open_clip reads as ``local-dir:<folder>``."""
@@ -71,10 +73,7 @@ class ClipModel:
         precision: str = "fp32",
     ):
         if not isinstance(model.visual, VisionTransformer):
-            raise ValueError(
-                f"{name!r} has a {type(model.visual).__name__} as image tower; PatchSAE reads the tokens of open_clip's VisionTransformer. "
-                f"Choose a model such as 'ViT-B-16' (open_clip.list_models() lists all)."
-            )
+            raise _other_tower(name, type(model.visual).__name__)
         if precision not in PRECISIONS:
             raise ValueError(f"Unknown precision {precision!r}. Valid: {', '.join(PRECISIONS)}.")
         self.model = model.to(device).eval().requires_grad_(False)
@@ -314,9 +313,12 @@ def load_clip(model: str = "openmoji", pretrained: str | None = None, device: st
     Raises
     ------
     ValueError
-        For an unknown model, tag or precision; the message names the valid ones.
+        For an unknown model, tag or precision, naming the valid ones; a model without a vision transformer of open_clip; a weight file or folder
+        that is damaged, of another model, or holds more than tensors.
     FileNotFoundError
         If a weight file or folder is missing, or weights can't be fetched; the message says what to provide and where.
+    ImportError
+        If the model needs a package that is not installed.
     """
     if model.startswith("timm:"):
         from .backbones import load_timm
@@ -326,19 +328,24 @@ def load_clip(model: str = "openmoji", pretrained: str | None = None, device: st
     if model == "openmoji" or Path(model).is_dir():
         folder = EMBEDDED if model == "openmoji" else Path(model)
         _check_folder(folder)
-        source, weights = f"local-dir:{folder}", None
+        source, weights, place = f"local-dir:{folder}", None, folder
     else:
         if model not in open_clip.list_models():
             raise ValueError(
                 f"Unknown model {model!r}. Valid: 'openmoji', a folder with open_clip_config.json, or one of open_clip's: {', '.join(open_clip.list_models())}."
             )
+        _check_tower(model)
         source, weights = model, _check_weights(model, pretrained)
+        place = Path(weights) if weights is not None and Path(weights).is_file() else None
     try:
-        network, _, preprocess = open_clip.create_model_and_transforms(source, pretrained=weights, precision="fp32")
-        tokenizer = open_clip.get_tokenizer(source)
-    except (OSError, RuntimeError, ConnectionError) as error:
+        with nullcontext() if place is None else weights_from(place, model):
+            network, _, preprocess = open_clip.create_model_and_transforms(source, pretrained=weights, precision="fp32")
+            tokenizer = open_clip.get_tokenizer(source)
+    except ImportError as error:
+        raise ImportError(f"{model!r} needs a package that is not installed ({error}): pip install {error.name or 'it'}.") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise FileNotFoundError(
-            f"The weights {pretrained!r} of {model!r} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). With a network they are "
+            f"The weights {pretrained!r} of {model!r} could not be loaded ({type(error).__name__}: {shortened(error)}). With a network they are "
             f'fetched from the Hugging Face hub; without one, download the file elsewhere and give its path: model.pretrained = "/path/to/weights.safetensors" '
             f"in the profile, or pretrained=... here."
         ) from error
@@ -349,12 +356,27 @@ def _check_folder(folder: Path) -> None:
     config = folder / "open_clip_config.json"
     if not config.exists():
         raise FileNotFoundError(f"{folder} holds no open_clip_config.json: a model folder needs that file and open_clip_model.safetensors.")
-    if "model_cfg" not in json.loads(config.read_text()):
+    described = read_json(config)
+    if not isinstance(described, dict) or "model_cfg" not in described:
         raise ValueError(f"{config} has no entry 'model_cfg'; see open_clip's push_to_hf_hub for the form.")
     if not any(folder.glob("open_clip_*model.*")):
         raise FileNotFoundError(
             f"{folder} holds no weights (open_clip_model.safetensors). Train them: python -m patchsae_utils.models.train_openmoji_clip."
         )
+
+
+def _check_tower(model: str) -> None:
+    """Refuse a model of open_clip's list before its weights are fetched."""
+    vision = open_clip.get_model_config(model)["vision_cfg"]
+    if "timm_model_name" in vision or not isinstance(vision.get("layers", 12), int):
+        raise _other_tower(model, vision.get("timm_model_name", "ModifiedResNet"))
+
+
+def _other_tower(name: str, tower: str) -> ValueError:
+    return ValueError(
+        f"{name!r} has a {tower} as image tower; PatchSAE reads the tokens of open_clip's VisionTransformer. "
+        f"Choose a model such as 'ViT-B-16' (open_clip.list_models() lists all)."
+    )
 
 
 def _check_weights(model: str, pretrained: str | None) -> str | None:

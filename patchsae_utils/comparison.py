@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .artifacts import atomic_folder, fingerprint, is_current, read_json, write_json
+from .artifacts import atomic_folder, fingerprint, is_current, read_sealed_folder, seal_folder
 from .baselines import ica_dictionary, kmeans_dictionary, nmf_dictionary, pca_dictionary, random_weights_sae, sample_patches
 from .bootstrap import centred_interval
 from .concept_probe import fit_probes
@@ -161,7 +161,7 @@ class ComparisonReport(NamedTuple):
         with atomic_folder(folder) as temporary:
             self.detection.to_csv(temporary / "detection.csv", index=False)
             np.save(temporary / "replicates.npy", self.replicates, allow_pickle=False)
-            write_json(temporary / "manifest.json", {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True})
+            seal_folder(temporary, {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True})
 
     @classmethod
     def load(cls, folder: str | Path) -> ComparisonReport:
@@ -172,14 +172,14 @@ class ComparisonReport(NamedTuple):
         FileNotFoundError
             If a file is missing.
         ValueError
-            If another format version wrote it.
+            If another format version wrote it, or a file is damaged.
         """
         folder = Path(folder)
         if missing := [name for name in ("manifest.json", "detection.csv", "replicates.npy") if not (folder / name).exists()]:
             raise FileNotFoundError(
                 f"{folder} holds no comparison: {', '.join(missing)} missing. Make one: measure_dictionaries(..., out=...)."
             )
-        version = read_json(folder / "manifest.json").get("format_version")
+        version = read_sealed_folder(folder).get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"{folder} has format version {version}; this package reads {FORMAT_VERSION}. Delete the folder and measure again."

@@ -12,7 +12,7 @@ from scipy import sparse
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .artifacts import atomic_folder, fingerprint, is_current, write_json
+from .artifacts import atomic_folder, fingerprint, is_current, read_sealed_folder, seal_folder
 from .data import openmoji
 from .grounding import ConceptPatches, Dictionary, average_precision, has_truth, n_threads
 from .latents import dataset_fingerprint
@@ -95,6 +95,7 @@ def fit_probes(
             first=choose.tokens[:8].double().sum().item(), epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, ridge=RIDGE,
         )  # fmt: skip
         if is_current(out, key):
+            read_sealed_folder(Path(out))
             parts = load_file(Path(out) / "probes.safetensors")
             return probe_dictionary(parts["weights"], parts["bias"])
     masks = patch_concepts(dataset, progress)
@@ -104,7 +105,7 @@ def fit_probes(
     if out is not None:
         with atomic_folder(out) as temporary:
             save_file({"weights": weights, "bias": bias}, temporary / "probes.safetensors")
-            write_json(temporary / "manifest.json", {"format_version": 1, "fingerprint": key, "complete": True})
+            seal_folder(temporary, {"format_version": 1, "fingerprint": key, "complete": True})
     return probe_dictionary(weights, bias)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .artifacts import atomic_folder, write_json
+from .artifacts import atomic_folder, read_sealed_folder, seal_folder
 from .bootstrap import centred_interval
 
 FORMAT_VERSION = 1
@@ -99,7 +99,7 @@ def save_report(report: ConceptReport, folder: str | Path, fp: str = "") -> None
         report.detection.to_csv(temporary / "detection.csv", index=False)
         report.latents.to_csv(temporary / "latents.csv", index=False)
         np.save(temporary / "replicates.npy", report.replicates, allow_pickle=False)
-        write_json(temporary / "manifest.json", {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True})
+        seal_folder(temporary, {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True})
 
 
 def load_report(folder: str | Path) -> ConceptReport:
@@ -109,12 +109,19 @@ def load_report(folder: str | Path) -> ConceptReport:
     ------
     FileNotFoundError
         If a file is missing.
+    ValueError
+        If one is damaged, or another format version wrote them.
     """
     folder = Path(folder)
-    missing = [name for name in ("detection.csv", "latents.csv", "replicates.npy") if not (folder / name).exists()]
+    missing = [name for name in ("detection.csv", "latents.csv", "replicates.npy", "manifest.json") if not (folder / name).exists()]
     if missing:
         raise FileNotFoundError(
             f"{folder} holds no concept report: {', '.join(missing)} missing. Make one: measure_concepts(..., out={str(folder)!r})."
+        )
+    version = read_sealed_folder(folder).get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has format version {version}; this package reads {FORMAT_VERSION}. Delete the folder and measure again."
         )
     frames = [pd.read_csv(folder / f"{name}.csv", keep_default_na=False) for name in ("detection", "latents")]
     return ConceptReport(frames[0], np.load(folder / "replicates.npy", allow_pickle=False), frames[1])

@@ -345,16 +345,19 @@ def _read(given: str | os.PathLike) -> tuple[str, dict]:
     """A profile's label for messages, and what its file says."""
     names = profile_names()
     if str(given) in names:
-        text = (resources.files("patchsae_utils") / "profiles" / f"{given}.toml").read_text(encoding="utf-8")
+        content = (resources.files("patchsae_utils") / "profiles" / f"{given}.toml").read_bytes()
     elif file := next((path for path in (Path(given), repository_root() / given) if path.suffix == ".toml" and path.is_file()), None):
-        text = file.read_text(encoding="utf-8")  # notebooks run in a folder of the repository, paths are given from its root
+        content = file.read_bytes()  # notebooks run in a folder of the repository, paths are given from its root
     else:
         raise ValueError(f"Unknown profile {str(given)!r}. Valid: {', '.join(names)}, or the path of an existing .toml file.")
     try:
-        settings = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        settings = tomllib.loads(content.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"Profile {str(given)!r} is not valid TOML: {error}.") from error
-    settings.setdefault("name", Path(given).stem if Path(given).suffix == ".toml" else str(given))
+    for key in ("needs", *_SECTIONS):
+        if not isinstance(settings.get(key, {}), dict):
+            raise ValueError(f"Profile {str(given)!r}: [{key}] must be a section with settings, got {key} = {settings[key]!r}.")
+    settings["name"] = str(settings.get("name", Path(given).stem if Path(given).suffix == ".toml" else given))
     return str(given), settings
 
 

@@ -29,7 +29,8 @@ Images count from the shard's first. T is 1 + P with CLS first and the patches r
      "model": {"name", "grid": [rows, columns]},      "layer": block whose output the SAE read,
      "sae": fingerprint of the SAE,                   "tau": threshold,   "tokens": "all" | "cls" | "patches",
      "dtype": "float16" | "float32",                  "shape": [N, T, S], "shard_images": n,
-     "dataset": {"spec", "split", "class_names"},     "files": {"<file name>": {"bytes", "sha256", "n_entries"}, ...}}
+     "dataset": {"spec", "split", "class_names"},     "files": {"<file name>": {"bytes", "sha256", "n_entries"}, ...},
+     "checksum": of all this without itself (absent in older stores)}
 
 Every file is written under a temporary name and renamed, and enters the manifest afterwards: interrupted writing goes on with the shards
 that are missing.
@@ -51,7 +52,7 @@ from safetensors.numpy import load_file
 from scipy import sparse
 from torch import Tensor
 
-from .artifacts import file_sha256, read_json
+from .artifacts import file_sha256, read_sealed, understood
 
 FORMAT = "patchsae_utils features"
 FORMAT_VERSION = 1
@@ -113,7 +114,7 @@ class FeatureStore:
         FileNotFoundError
             If the folder holds no store, or a file of it is missing.
         ValueError
-            If it is not a store of this format, unfinished, or a file has another size than it was written with.
+            If it is not a store of this format, unfinished, its manifest is damaged, or a file has another size than it was written with.
         """
         folder = Path(folder)
         if not (folder / MANIFEST).exists():
@@ -121,12 +122,18 @@ class FeatureStore:
                 f"{folder} holds no feature store ({MANIFEST} is missing). "
                 f"Make one with write_features(clip, sae, dataset, layer, {str(folder)!r})."
             )
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_sealed(folder / MANIFEST)
         if manifest.get("format") != FORMAT or manifest.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"{folder / MANIFEST} describes {manifest.get('format')!r}, version {manifest.get('format_version')}; this package reads {FORMAT!r}, "
                 f"version {FORMAT_VERSION}. Write it again with write_features into an empty folder."
             )
+        with understood(folder / MANIFEST):
+            return cls._checked(folder, manifest, verify)
+
+    @classmethod
+    def _checked(cls, folder: Path, manifest: dict[str, Any], verify: bool) -> FeatureStore:
+        """The store of a manifest, if it is finished and its files have their sizes."""
         if not manifest["complete"]:
             raise ValueError(
                 f"The feature store {folder} is unfinished. Call write_features again with the same arguments: it goes on where it stopped."

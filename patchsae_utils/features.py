@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from scipy import sparse
 from torch import Tensor
 
-from .artifacts import atomic_file, file_sha256, fingerprint, folder_lock, read_json, write_json
+from .artifacts import atomic_file, file_sha256, fingerprint, folder_lock, read_sealed, write_sealed
 from .feature_store import FORMAT, FORMAT_VERSION, INDEX, MANIFEST, FeatureStore, LatentEntries, TokenEntries, shard_name
 from .latents import dataset_fingerprint, read_latents
 from .passes import one_pass
@@ -178,7 +178,7 @@ class FeatureWriter:
             return self._manifest
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink()
-        write_json(path, self._manifest)
+        write_sealed(path, self._manifest)
         for part in self._parts():
             part.unlink()
         if INDEX not in self._manifest["files"]:
@@ -187,7 +187,7 @@ class FeatureWriter:
 
     def _take_over(self, path: Path, clear: bool = False) -> bool:
         """Enter the whole files of the same inputs into the manifest, and remove those of others if asked to; whether nothing is missing."""
-        told = [read_json(each) for each in (path, *self._parts()) if each.exists()]
+        told = [read_sealed(each) for each in (path, *self._parts()) if each.exists()]
         if told and told[0].get("format") != FORMAT:
             raise ValueError(f"{self.folder} holds {told[0].get('format')!r}, no feature store. Give write_features a folder of its own.")
         same = [each for each in told if each.get("fingerprint") == self._manifest["fingerprint"]]
@@ -254,7 +254,7 @@ class FeatureWriter:
         return FeatureStore.open(self.folder)
 
     def _complete(self) -> None:
-        write_json(self.folder / MANIFEST, self._manifest)
+        write_sealed(self.folder / MANIFEST, self._manifest)
         for part in self._parts():
             part.unlink()
         self._lock.close()
@@ -306,7 +306,7 @@ class FeatureWriter:
             entry = {"bytes": temporary.stat().st_size, "sha256": file_sha256(temporary), "n_entries": n_entries}
         self._manifest["files"][name] = entry
         where = MANIFEST if self._processes.main else f"manifest-{self._processes.index}.json"
-        write_json(self.folder / where, self._manifest)
+        write_sealed(self.folder / where, self._manifest)
 
 
 def _whole(path: Path, entry: dict[str, Any]) -> bool:

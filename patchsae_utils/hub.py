@@ -10,6 +10,7 @@ from typing import Any
 
 from .checkpoints import save_sae
 from .sae import SparseAutoencoder
+from .weight_files import shortened
 
 _FILES = ("*.json", "*.safetensors", "*.pt")  # what an SAE may consist of
 
@@ -96,6 +97,8 @@ def push_sae(
     ------
     ValueError
         If the repository's name is no ``<owner>/<name>``.
+    ConnectionError
+        If the hub can't be reached, or doesn't let this token write there.
     """
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise ValueError(f"A repository is named <owner>/<name>, got {repository!r}.")
@@ -106,8 +109,14 @@ def push_sae(
         save_sae(sae, temporary)
         if folder is None:
             (Path(temporary) / "README.md").write_text(model_card(sae, repository, metrics, licence), encoding="utf-8")
-        address = str(api.create_repo(repository, private=private, exist_ok=True))
-        api.upload_folder(repo_id=repository, folder_path=temporary, path_in_repo=folder, commit_message="Upload a sparse autoencoder")
+        try:
+            address = str(api.create_repo(repository, private=private, exist_ok=True))
+            api.upload_folder(repo_id=repository, folder_path=temporary, path_in_repo=folder, commit_message="Upload a sparse autoencoder")
+        except Exception as error:  # the client's errors come from several libraries
+            raise ConnectionError(
+                f"{repository} could not be written on the hub ({type(error).__name__}: {shortened(error)}). Check the owner's name and the network, and "
+                "log in with a token that may write: `hf auth login`, or HF_TOKEN."
+            ) from error
     return address
 
 

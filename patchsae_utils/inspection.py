@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .artifacts import read_json
+from .artifacts import read_sealed
 from .checkpoints import load_sae
 from .folders import is_url
 from .formats import find
@@ -63,9 +63,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 def _manifest(path: Path) -> dict[str, Any]:
     """An activation store, checked file by file; of other artifacts, the manifest."""
-    manifest = read_json(path / "manifest.json")
-    if not isinstance(manifest, dict):
-        raise ValueError(f"{path / 'manifest.json'} must hold a JSON object, got a {type(manifest).__name__}.")
+    manifest = read_sealed(path / "manifest.json")
     if manifest.get("format") == FORMAT:
         if not read_manifest(path / "manifest.json")["complete"]:
             return {

@@ -28,6 +28,7 @@ from .bootstrap import bootstrap_mean
 from .choosing import CHOICES, MATCH_WINDOW, RANKINGS, Choosing, match_by_weight
 from .clip import ClipModel
 from .data import batches
+from .memory import out_of_memory
 from .tails import PLACES, Active, check_models, dataset_head, decoder_of, network_tail
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ MODES = ("on", "off")
 Place = str | np.ndarray | Tensor | Callable[[int], np.ndarray | Tensor]
 
 
+@out_of_memory("a sweep over masks", "batch_size lower (sweep_masks(..., batch_size=8))")
 @torch.no_grad()
 def sweep_masks(
     clip: ClipModel,
@@ -142,7 +144,10 @@ def sweep_masks(
     Raises
     ------
     ValueError
-        For an unknown choice, ranking, mode or place, a k outside 0..S, or class counts or groups of another length than the classes.
+        For an unknown choice, ranking, mode or place, a k outside 0..S, class counts or groups of another length than the classes, or an empty
+        data set.
+    MemoryError
+        If a batch doesn't fit the memory; says what to set.
 
     Source: Lim et al., ICLR 2025, section 4.1 and Fig. 5 (choices ``oracle``, ``dataset``, ``random``; ranked by count).
     """
@@ -152,6 +157,8 @@ def sweep_masks(
     if not ks or ks[0] < 0 or ks[-1] > sae.d_sae or len(ks) > 254:
         raise ValueError(f"ks must be 1 to 254 numbers between 0 and d_sae={sae.d_sae}, got {ks}.")
     check_models(clip, sae, layer)
+    if len(dataset) == 0:
+        raise ValueError(f"The data set {dataset.spec!r} ({dataset.split}) is empty: there is nothing to measure on.")
     places = _places(where, len(dataset), clip.grid)
     scores, frequency = _scores(class_counts, attribution, rank_by, choose, dataset.class_names, sae.d_sae)
     members = _members(groups, dataset)

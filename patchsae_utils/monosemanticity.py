@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .artifacts import atomic_folder, write_json
+from .artifacts import atomic_folder, read_sealed_folder, seal_folder
 from .grounding import Dictionary, dimensions, random_sae
 from .latents import latent_chunks, read_latents
 from .naming import embed_images
@@ -215,7 +215,7 @@ class Likeness(NamedTuple):
         with atomic_folder(folder) as temporary:
             self.table.to_csv(temporary / "monosemanticity.csv", index=False)
             save_file({"embeddings": self.embeddings.contiguous()}, temporary / "embeddings.safetensors")
-            write_json(temporary / "manifest.json", {"format_version": 1, "fingerprint": fp, "complete": True})
+            seal_folder(temporary, {"format_version": 1, "fingerprint": fp, "complete": True})
 
     @classmethod
     def load(cls, folder: str | Path) -> Likeness:
@@ -225,10 +225,17 @@ class Likeness(NamedTuple):
         ------
         FileNotFoundError
             If a file is missing.
+        ValueError
+            If one is damaged, or another format version wrote them.
         """
         folder = Path(folder)
-        if missing := [name for name in ("monosemanticity.csv", "embeddings.safetensors") if not (folder / name).exists()]:
+        if missing := [name for name in ("monosemanticity.csv", "embeddings.safetensors", "manifest.json") if not (folder / name).exists()]:
             raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}. Make them: summarize_latents(..., likeness={str(folder)!r}).")
+        version = read_sealed_folder(folder).get("format_version")
+        if version != 1:
+            raise ValueError(
+                f"{folder} has format version {version}; this package reads 1. Delete the folder and call summarize_latents again."
+            )
         return cls(pd.read_csv(folder / "monosemanticity.csv"), load_file(folder / "embeddings.safetensors")["embeddings"])
 
 

@@ -301,9 +301,7 @@ def load_protocol(path: str | Path | None = None) -> pd.DataFrame:
     """
     path = Path(path) if path is not None else table_path()
     if not path.exists():
-        raise FileNotFoundError(
-            f"No table of adapters at {path}: `python -m patchsae_utils.protocol` fits and measures them (four hours)."
-        )
+        raise FileNotFoundError(f"No table of adapters at {path}: `python -m patchsae_utils.protocol` fits and measures them (four hours).")
     return pd.read_csv(path)
 
 

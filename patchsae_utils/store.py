@@ -56,6 +56,24 @@ _OPEN_SHARDS = 64  # memory maps kept at a time
 _REMEDY = "Delete this file and call extract_activations again with the same arguments: only this file is written anew."
 
 
+def check_fits(tokens: Tensor, places: Sequence[int], dtype: str, dataset: str, layer: int, model: str) -> None:
+    """Refuse activations [n, T, d] in a dtype that can't hold them, or that are NaN or infinite already; ``places`` are the images'.
+
+    Raises
+    ------
+    ValueError
+        Naming images.
+    """
+    bad = (~tokens.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    if bad:
+        remedy = "Use dtype='bfloat16', or another layer." if dtype == "float16" else "The model itself gives NaN or infinity."
+        shown = ", ".join(str(int(places[i])) for i in bad[:5])
+        raise ValueError(
+            f"Activations of {dataset!r} after layer {layer} of {model!r} don't fit {dtype}. {remedy} Look at the model's weights and at these "
+            f"images: {len(bad)} of {len(tokens)}, at places {shown}{' and more' if len(bad) > 5 else ''} in the data set."
+        )
+
+
 class StoreMetadata(NamedTuple):
     """What a store holds."""
 

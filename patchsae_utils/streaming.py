@@ -14,7 +14,7 @@ from .artifacts import fingerprint
 from .data import batches
 from .memory import FittingBatches
 from .mixing import TokenMixer, choose_tokens
-from .store import DTYPES, StoreMetadata
+from .store import DTYPES, StoreMetadata, check_fits
 
 
 class TokenStream:
@@ -143,11 +143,8 @@ class TokenStream:
             for _, x in self._fitting.run(len(batch.images), partial(self._residual, batch.images)):
                 buffer[row : row + len(x)] = x[:, kept].to(dtype)
                 row += len(x)
-        if not buffer.isfinite().all():
-            m = self.metadata
-            raise ValueError(
-                f"Activations of {m.dataset!r} after layer {m.layer} of {m.model_name!r} don't fit {m.dtype}. Use dtype='bfloat16', or another layer."
-            )
+        m = self.metadata
+        check_fits(buffer, own.tolist(), m.dtype, m.dataset, m.layer, m.model_name)
         if number == 1:
             return buffer
         parts = [torch.empty_like(buffer) for _ in range(number)]

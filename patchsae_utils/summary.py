@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .artifacts import atomic_folder, file_sha256, read_json, write_json
+from .artifacts import atomic_folder, file_sha256, read_sealed_folder, seal_folder, understood
 from .processes import Alone, Processes
 from .statistics import label_entropy, label_std, merge_keys, pack_top, unpack_top
 
@@ -132,8 +132,7 @@ class LatentSummary:
         with atomic_folder(folder) as temporary:
             path = temporary / "latents.safetensors"
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-            head = {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True, "sha256": file_sha256(path)}
-            write_json(temporary / "manifest.json", {**head, **plain})
+            seal_folder(temporary, {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True, **plain})
 
     @classmethod
     def load(cls, folder: str | Path) -> LatentSummary:
@@ -153,20 +152,21 @@ class LatentSummary:
                 raise FileNotFoundError(
                     f"{folder} holds no latent summary ({name} is missing). Make one: summarize_latents(..., out={str(folder)!r})."
                 )
-        manifest = read_json(folder / "manifest.json")
+        manifest = read_sealed_folder(folder)
         remedy = "Delete the folder and call summarize_latents again."
         if manifest.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"{folder} has format version {manifest.get('format_version')}; this package reads version {FORMAT_VERSION}. {remedy}"
             )
-        if file_sha256(path) != manifest.get("sha256"):
+        if "files" not in manifest and file_sha256(path) != manifest.get("sha256"):  # as it was written before
             raise ValueError(f"{path} is damaged: its checksum is not the manifest's. {remedy}")
-        fields = {**load_file(path), **manifest, "class_names": tuple(manifest["class_names"])}
-        for name in _COUNTS:
-            if f"{name}.places" in fields:
-                table = torch.zeros(len(manifest["class_names"]), len(fields["frequency"]))
-                table.view(-1)[fields[f"{name}.places"]] = fields[f"{name}.values"]
-                fields[name] = table
+        with understood(folder / "manifest.json"):
+            fields = {**load_file(path), **manifest, "class_names": tuple(manifest["class_names"])}
+            for name in _COUNTS:
+                if f"{name}.places" in fields:
+                    table = torch.zeros(len(fields["class_names"]), len(fields["frequency"]))
+                    table.view(-1)[fields[f"{name}.places"]] = fields[f"{name}.values"]
+                    fields[name] = table
         names = [field.name for field in dataclasses.fields(cls)]
         missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in fields]
         if missing:

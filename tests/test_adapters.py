@@ -24,6 +24,7 @@ from patchsae_utils.adapters import (
     fit_adapter,
     learning_rate,
     load_adapter,
+    save_adapter,
 )
 from patchsae_utils.clip import ClipModel
 from patchsae_utils.config import AdapterConfig
@@ -369,6 +370,17 @@ def test_too_few_images_are_an_error(tiny_clip, few):
         fit_adapter(tiny_clip, "maple", few, config, progress=False)
 
 
+def test_a_loss_that_is_no_number_stops_a_fit(tiny_clip, few):
+    with pytest.raises(ValueError, match=r"The loss of 'coop' on 'openmoji/tools' is nan in epoch \d+: lower lr \(now 1e\+38\)"):
+        fit_adapter(tiny_clip, "coop", few, dataclasses.replace(CONFIG, lr=1e38, epochs=3), progress=False)
+
+
+def test_prompt_settings_are_refused_for_adapters_without_prompts(tiny_clip, tmp_path):
+    save_adapter(ADAPTERS["linear"](tiny_clip, class_names=("a", "b")), tmp_path / "linear")
+    with pytest.raises(ValueError, match="holds a 'linear' adapter, which has no prompts: leave n_ctx and depth out"):
+        load_adapter(tmp_path / "linear", tiny_clip, n_ctx=2)
+
+
 # -- on disk ----------------------------------------------------------------------------------------------------------
 
 
@@ -413,8 +425,7 @@ def test_a_damaged_adapter_is_an_error(tiny_clip, few, tmp_path):
     (out / "adapter.safetensors").write_bytes(data)
     with pytest.raises(ValueError, match="checksum"):
         load_adapter(out, tiny_clip)
-    manifest = artifacts.read_json(out / "manifest.json") | {"format_version": 99}
-    artifacts.write_json(out / "manifest.json", manifest)
+    artifacts.write_sealed(out / "manifest.json", artifacts.read_sealed(out / "manifest.json") | {"format_version": 99})
     with pytest.raises(ValueError, match="format version 99"):
         load_adapter(out, tiny_clip)
 

@@ -55,7 +55,12 @@ def test_stages_without_words_run(model, tiny_dataset, tmp_path):
 
 
 def test_words_are_refused_by_name(model):
-    for call in (lambda: model.encode_text("a dog"), lambda: model.zero_shot_head(["dog"], ["a {}."]), lambda: model.logit_scale):
+    for call in (
+        lambda: model.encode_text("a dog"),
+        lambda: model.tokenize("a dog"),
+        lambda: model.zero_shot_head(["dog"], ["a {}."]),
+        lambda: model.logit_scale,
+    ):
         with pytest.raises(NoText, match="'timm:small' has no text tower.*mask sweeps and prompts need a CLIP"):
             call()
 
@@ -64,6 +69,10 @@ def test_models_that_are_read_otherwise_are_refused():
     for name in ("resnet18", "vit_base_patch16_siglip_224"):
         with pytest.raises(ValueError, match="without what is read here.*dinov2"):
             TimmModel(timm.create_model(name, num_classes=0).to("meta"), None, name)
+    with pytest.raises(ValueError, match="Unknown precision 'int4'. Valid: fp32, bf16"):
+        small().__class__(small().model, None, "timm:small", precision="int4")
+    with pytest.raises(ValueError, match=r"'timm:small' reads images \[B, 3, 32, 32\], got \[3, 32, 32\]. Apply clip.preprocess"):
+        small().residual(IMAGES[0], 1)
     with pytest.raises(ValueError, match="timm has no model 'vit_dinov9'. Near it: .*dinov2"):
         load_clip("timm:vit_dinov9")
     with pytest.raises(FileNotFoundError, match="No weight file '/nowhere.safetensors'"):
@@ -80,6 +89,34 @@ def test_a_local_weight_file_is_loaded(tmp_path):
         loaded = load_clip("timm:test_vit", str(tmp_path / name))
         torch.testing.assert_close(loaded.encode_image(images), network.eval()(images), rtol=0, atol=1e-5)
     assert load_clip("timm:test_vit@96", str(tmp_path / "w.pt")).grid == (6, 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: {key: value for key, value in state.items() if "blocks.1" not in key}, "it lacks blocks.1.*and more"),
+        (lambda state: state | {"blocks.99.norm1.weight": torch.ones(3)}, "it also holds blocks.99.norm1.weight"),
+        (lambda state: state | {"norm.weight": torch.ones(3)}, "size mismatch for norm.weight"),
+    ],
+)
+def test_weights_of_another_model_are_refused_where_timm_would_leave_some_random(tmp_path, change, message):
+    state = timm.create_model("test_vit", num_classes=3).state_dict()
+    torch.save(state, tmp_path / "w.pt")
+    load_clip("timm:test_vit", str(tmp_path / "w.pt"))  # a classifier is no part of the backbone
+    torch.save(change(state), tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=f"can't be loaded as weights of 'timm:test_vit' .*{message}"):
+        load_clip("timm:test_vit", str(tmp_path / "w.pt"))
+
+
+def test_weights_that_cannot_be_fetched_and_sizes_that_are_none(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    with pytest.raises(ValueError, match="The image size of 'timm:test_vit@big' is no whole number of pixels"):
+        load_clip("timm:test_vit@big")
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(FileNotFoundError, match="The weights of 'timm:test_vit' could not be loaded .*no route.*download them elsewhere"):
+        load_clip("timm:test_vit")
 
 
 def test_commands_that_need_words_say_so_and_are_skipped(tmp_path, monkeypatch, capsys):

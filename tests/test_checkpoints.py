@@ -227,6 +227,8 @@ def test_half_precision_files_are_read(folder):
         ({"architecture": "topk"}, "needs k between"),
         ({"d_in": 7}, "don't belong together"),
         ({"d_in": "six"}, "positive integers"),
+        ({"d_in": 1_000_000_000}, r"says d_in=1000000000, d_sae=20; sae_weights.safetensors has [\d,]+ bytes, too few"),
+        ({"metadata": "none"}, "metadata must be an object, got a str"),
     ],
 )
 def test_configs_that_would_give_wrong_latents_are_refused(folder, entries, message):

@@ -135,6 +135,7 @@ def test_info_and_convert_know_every_format(run, tmp_path, form):
         (("train", "--set", "data.train=/nowhere/at/all", "--set", "name=x"), "There is no folder '/nowhere/at/all'"),
         (("train", "--set", "lr"), "A setting is written section.key=value"),
         (("sweep", "--ks", "few"), "--ks takes numbers with commas"),
+        (("sweep", "--choose", "random,magic"), "--choose takes words with commas between them, of oracle, predicted"),
         (("adapt", "--kind", "magic"), "magic"),
     ],
 )
@@ -150,6 +151,19 @@ def test_info_of_nothing(run, tmp_path):
     (tmp_path / "manifest.json").write_text('{"kind": "something", "long": ' + json.dumps(list(range(99))) + "}")
     status, found, _ = run("info", str(tmp_path), profile=False)
     assert status == 0 and found == {"what": "artifact", "kind": "something", "long": "99 entries"}
+    assert run("info", str(tmp_path / "manifest.json"), profile=False)[1] == found
+    (tmp_path / "manifest.json").write_text("[1]")
+    status, found, _ = run("info", str(tmp_path), profile=False)
+    assert status == 1 and "manifest.json must hold a JSON object, got a list. Delete" in found["error"]
+
+
+def test_people_get_lines_and_tables(capsys, monkeypatch):
+    monkeypatch.setattr(
+        "patchsae_utils.inspection.describe", lambda path: {"what": "x", "rows": [{"k": 1, "accuracy": 0.5}], "reads": {"layer": 4}}
+    )
+    assert main(["info", "somewhere"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "what: x" and out[2].split() == ["k", "accuracy"] and out[3].split() == ["1", "0.5"] and out[-1] == "  layer: 4"
 
 
 def test_an_unfinished_store_is_called_so(run, world, monkeypatch):

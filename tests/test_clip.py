@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
+from safetensors.torch import save_file
 
 from patchsae_utils.clip import ClipModel, Residual, load_clip
 
@@ -222,15 +223,80 @@ def test_a_convolutional_image_tower_is_refused(clip):
         ClipModel(model, clip.preprocess, clip.tokenize, name="RN")
 
 
-def test_a_folder_in_open_clips_form_loads(clip, images, tmp_path):
-    from safetensors.torch import save_file
+@pytest.mark.parametrize(("model", "tower"), [("ViT-B-16-SigLIP", "vit_base_patch16_siglip_224"), ("RN50", "ModifiedResNet")])
+def test_models_of_open_clip_without_its_transformer_are_refused_before_weights_are_fetched(model, tower):
+    with pytest.raises(ValueError, match=f"'{model}' has a {tower} as image tower.*Choose a model such as 'ViT-B-16'"):
+        load_clip(model, "webli" if "SigLIP" in model else "openai")
 
+
+def test_a_model_whose_package_is_missing_says_which(monkeypatch):
+    def needs(*_, **__):
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", needs)
+    with pytest.raises(ImportError, match="'roberta-ViT-B-32' needs a package that is not installed .*: pip install transformers"):
+        load_clip("roberta-ViT-B-32", "random")
+
+
+def test_weights_that_cannot_be_fetched_say_how_to_do_without(monkeypatch):
+    def offline(*_, **__):
+        raise ConnectionError("Failed to resolve host\nand more")
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", offline)
+    with pytest.raises(FileNotFoundError, match="'openai' of 'ViT-B-32' could not be loaded .*host and more.*download the file elsewhere"):
+        load_clip("ViT-B-32", "openai")
+
+
+class Runs:
+    """A pickle that would leave a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("kind", ["text.safetensors", "text.pt", "empty.bin", "list.pt", "code.pt", "other.pt", "other.safetensors"])
+def test_a_weight_file_that_is_none_is_named_and_nothing_of_it_runs(tmp_path, monkeypatch, kind):
+    what, ending = kind.split(".")
+    path = tmp_path / kind
+    contents = {"text": b"no weights", "empty": b""}
+    if what in contents:
+        path.write_bytes(contents[what])
+    elif ending == "safetensors":
+        save_file({"a": torch.zeros(3)}, path)
+    else:
+        torch.save({"list": [1, 2], "code": {"a": Runs(tmp_path / "ran")}, "other": {"a": torch.zeros(3)}}[what], path)
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"small": {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}})
+    for model in ("small", "timm:test_vit"):
+        with pytest.raises(
+            ValueError, match=rf"{kind} \([\d,]+ bytes\) can't be loaded as weights of '{model}' .*of this very architecture"
+        ):
+            load_clip(model, str(path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_in_open_clips_form_loads(clip, images, tmp_path):
     config = {"model_cfg": {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}, "preprocess_cfg": {}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     save_file(clip.model.state_dict(), tmp_path / "open_clip_model.safetensors")
     loaded = load_clip(str(tmp_path), device="cpu")
     assert loaded.weights_hash == clip.weights_hash
     torch.testing.assert_close(loaded.encode_image(images), clip.encode_image(images))
+    weights = tmp_path / "open_clip_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="can't be loaded as weights of .*SafetensorError.*copy or download it again"):
+        load_clip(str(tmp_path))
+    weights.write_bytes(whole)
+    config["model_cfg"]["vision_cfg"] = VISION | {"width": 48}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="size mismatch.*must fit the folder's open_clip_config.json"):
+        load_clip(str(tmp_path))
+    (tmp_path / "open_clip_config.json").write_text("{")
+    with pytest.raises(ValueError, match="open_clip_config.json is not valid JSON"):
+        load_clip(str(tmp_path))
 
 
 def test_an_architecture_of_open_clip_loads_with_random_weights():

@@ -179,6 +179,8 @@ def test_unknown_profile_names_the_valid_ones(given):
         (("lr = ", "learning_rate = "), "unknown setting 'learning_rate'. Valid: n_tokens, lr"),
         (('train = "openmoji/scenes"', ""), "train must be given"),
         (("[sae]", "[sae"), "not valid TOML"),
+        (("[sae]", "sae_ = 0\n[saé]"), "not valid TOML"),
+        (("[model]", "needs = 3\n[model]"), r"\[needs\] must be a section with settings, got needs = 3"),
     ],
 )
 def test_bad_file_is_named(tmp_path, change, message):
@@ -186,6 +188,14 @@ def test_bad_file_is_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         load_profile(path)
     assert "mine.toml" in str(error.value)
+
+
+def test_a_file_that_is_no_text_or_has_no_name_is_refused(tmp_path):
+    (tmp_path / "mine.toml").write_bytes(b'name = "\xff"')
+    with pytest.raises(ValueError, match="Profile '.*mine.toml' is not valid TOML: 'utf-8' codec can't decode"):
+        load_profile(tmp_path / "mine.toml")
+    with pytest.raises(ValueError, match=r"A profile's name is a folder's name of letters.*got '\[3\]'"):
+        load_profile(write(tmp_path, f"name = [3]\n{packaged('openmoji')}"))
 
 
 def test_repository_is_found_from_a_folder_within_it(tmp_path, monkeypatch):

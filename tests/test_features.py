@@ -248,12 +248,14 @@ def test_damage_is_named_and_repaired(tiny_clip, sae, data, tmp_path):
     FeatureStore.open(tmp_path / "f").verify()
 
 
-def test_opening_says_what_is_wrong(tmp_path):
+def test_opening_says_what_is_wrong(tiny_clip, sae, data, tmp_path):
     with pytest.raises(FileNotFoundError, match="write_features"):
         FeatureStore.open(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": "patchsae_utils activations", "format_version": 1}')
     with pytest.raises(ValueError, match="'patchsae_utils activations'"):
         FeatureStore.open(tmp_path)
+    with pytest.raises(ValueError, match="holds 'patchsae_utils activations', no feature store. Give write_features a folder of its own"):
+        write(tiny_clip, sae, data, tmp_path)
 
 
 def test_bad_arguments_are_named(tiny_clip, sae, data, tmp_path):

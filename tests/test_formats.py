@@ -335,6 +335,8 @@ def test_shapes_and_values_are_checked(tmp_path):
     w = some_weights()
     with pytest.raises(ValueError, match=r"lacks the weights b_enc; it holds .*'W_dec': \(20, 6\)"):
         load_sae(prisma(tmp_path, {name: w[name] for name in ("W_enc", "W_dec", "b_dec")}))
+    with pytest.raises(ValueError, match=r"holds no matrix W_enc \[d_in, d_sae\]; it holds .*'W_enc': \(20,\)"):
+        load_sae(prisma(tmp_path, w | {"W_enc": w["W_enc"][0]}))
     with pytest.raises(ValueError, match="an SAE of activation 'relu' has"):
         load_sae(prisma(tmp_path, w | {"W_dec": w["W_dec"].T}))
     with pytest.raises(ValueError, match="b_dec holds NaN or infinite"):

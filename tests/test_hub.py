@@ -55,6 +55,8 @@ class StandIn(BaseHTTPRequestHandler):
         sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.path == "/api/repos/create":
             wanted = json.loads(sent)
+            if wanted["organization"] == "others":
+                return self.answer({"error": "You don't have the rights to create a model under this namespace"}, 403)
             name = f"{wanted['organization']}/{wanted['name']}"
             files.setdefault(name, {})
             return self.answer({"url": f"http://{self.headers['Host']}/{name}"})
@@ -141,6 +143,8 @@ def test_what_is_not_there_is_said(hub):
             load_sae(spec)
     with pytest.raises(ValueError, match="is named <owner>/<name>"):
         push_sae(trained({}), "alone")
+    with pytest.raises(ConnectionError, match="others/sae could not be written on the hub .*403.*log in with a token that may write"):
+        push_sae(trained({}), "others/sae")
 
 
 def test_the_card_says_what_is_not_known():

@@ -309,6 +309,11 @@ def test_matched_masks_read_the_train_splits_frequency(tiny_clip, sae, tiny_data
         frequency = torch.rand(sae.d_sae, generator=torch.Generator().manual_seed(seed)) + 0.01
         summary = SimpleNamespace(class_counts=counts, frequency=frequency, class_names=tiny_dataset.class_names)
         tables.append(sweep(tiny_clip, sae, tiny_dataset, [5], class_counts=summary, **options)["logit"].iloc[3])
+    summary.class_names = ["another", *tiny_dataset.class_names[1:]]
+    with pytest.raises(
+        ValueError, match="The classes of class_counts are not those of the evaluated data set: make it from the train split"
+    ):
+        sweep(tiny_clip, sae, tiny_dataset, [5], class_counts=summary, **options)
     assert abs(tables[0] - tables[1]) > 1e-4
 
 

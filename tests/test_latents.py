@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision import transforms
 
 from patchsae_utils import latents as module
+from patchsae_utils.artifacts import read_sealed, write_sealed
 from patchsae_utils.data import ImageData
 from patchsae_utils.latents import LatentSummary, latent_chunks, latent_masks, select_latents, summarize_latents
 from patchsae_utils.levels import activation_levels, level_overlap, reference_images, seen_image, upsample_masks
@@ -387,7 +388,7 @@ def test_loading_says_what_is_missing_or_old(summary, tmp_path):
         LatentSummary.load(tmp_path)
     summary.save(tmp_path / "s")
     manifest = tmp_path / "s" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 0'))
+    write_sealed(manifest, read_sealed(manifest) | {"format_version": 0})
     with pytest.raises(ValueError, match="format version 0"):
         LatentSummary.load(tmp_path / "s")
 

@@ -15,7 +15,7 @@ from PIL import Image
 from patchsae_utils import stages
 from patchsae_utils.activations import extract_activations
 from patchsae_utils.config import load_profile
-from patchsae_utils.data import BrokenImage, DeadWorker, TooManyBroken, batches, load_dataset, without_broken
+from patchsae_utils.data import BrokenImage, DeadWorker, TooManyBroken, batches, checking, load_dataset, loading, without_broken
 from patchsae_utils.data.loading import Loader, automatic_workers
 from patchsae_utils.latents import summarize_latents
 
@@ -138,6 +138,15 @@ def test_how_images_are_opened_names_no_artifact():
             load_profile(overrides=settings)
     assert load_profile(overrides={"data.workers": "auto"}).data.workers is None
     assert automatic_workers() == 0 if not torch.cuda.is_available() else automatic_workers() <= 16
+
+
+def test_a_check_that_takes_long_is_saved_on_the_way(pictures, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(checking, "_SAVE_EVERY", -1.0)
+    monkeypatch.setattr(checking, "write_json", lambda path, report: written.append(report["images_checked"]))
+    monkeypatch.setattr(checking, "Loader", lambda items, size, *options: loading.Loader(items, 7, *options[:1], list))
+    cleaned(load_dataset(str(pictures), "train"), tmp_path / "report.json")
+    assert written == [7, 14, 21, 28, 30, 30]
 
 
 # -- worker processes -----------------------------------------------------------------------------------------------------

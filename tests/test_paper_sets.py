@@ -12,7 +12,7 @@ import scipy.io
 import torch
 from PIL import Image
 
-from patchsae_utils.data import load_dataset, templates_for
+from patchsae_utils.data import BrokenImage, load_dataset, templates_for, without_broken
 from patchsae_utils.data.paper_sets import PAPER_SETS, paper_name
 
 
@@ -72,6 +72,7 @@ def test_coops_split_files_are_followed(tmp_path, monkeypatch, name, folder, ima
         ({"train": [["0/0.png", 0, "crane"], ["1/0.png", 0, "jay"]], "val": [], "test": []}, "class 0 is called 'crane' and 'jay'"),
         ({"train": [["0/0.png", 1, "crane"]], "val": [], "test": []}, r"without gaps; there is none numbered \[0\]"),
         ({"train": [["0/0.png", 0, "crane"]], "val": [], "test": []}, "names the image '0/0.png', which is neither in"),
+        ({"train": [], "val": [["0/0.png", 0, "crane"]], "test": []}, "has no images for split 'train'"),
     ],
 )
 def test_a_wrong_split_file_says_what_is_wrong(tmp_path, content, message):
@@ -205,6 +206,13 @@ def test_torchvisions_layouts_are_read_with_coops_names(tmp_path, monkeypatch, n
     assert [alias.where(i) for i in range(len(alias))] == files[: sizes[0]]
 
 
+def test_a_listing_of_imagenets_names_must_name_every_class(tmp_path):
+    imagenet(tmp_path)
+    (tmp_path / "imagenet" / "classnames.txt").write_text("n01440764 crane\n")
+    with pytest.raises(ValueError, match=r"classnames.txt lacks a name for \['n01443537'\]; take it away to use CLIP's names"):
+        load_dataset(f"imagenet?root={tmp_path}", "train")
+
+
 def test_flowers_are_numbered_by_their_annotations(tmp_path):
     base = tmp_path / "flowers-102"
     for i in range(1, 7):
@@ -273,3 +281,64 @@ def test_a_stream_is_read_once_and_no_further_than_wanted(hub, tmp_path, monkeyp
     again = load_dataset("hf-stream:somebody/birds", "train", n_images=5)
     assert hub["read"] == 5 and [red(again, i) for i in range(5)] == [red(data, i) for i in range(5)]
     assert pickle.loads(pickle.dumps(again))[4].image.size == (8, 8)
+
+
+def test_what_the_hub_cannot_give_is_said(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATCHSAE_DATA", str(tmp_path))
+    module = sys.modules["datasets"]
+    with pytest.raises(ValueError, match=r"hf-stream:somebody/birds \(train\) gave no images"):
+        load_dataset("hf-stream:somebody/birds", "train", n_images=0)
+    assert not list(tmp_path.rglob("*.bin")), "nothing half written stays"
+    monkeypatch.setattr(module, "ClassLabel", type("Other", (), {}))
+    for kind in ("hf", "hf-stream"):
+        with pytest.raises(ValueError, match=f"{kind}:somebody/birds needs an Image and a ClassLabel column; it has .*picture"):
+            load_dataset(f"{kind}:somebody/birds", "train")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for kind in ("hf", "hf-stream"):
+        with pytest.raises(ImportError, match=f"{kind}:somebody/birds needs the package `datasets`: pip install datasets"):
+            load_dataset(f"{kind}:somebody/birds", "train")
+
+
+def test_broken_images_of_the_hub_are_left_out_with_their_rows(hub, tmp_path, monkeypatch):
+    class Torn:
+        def __getattr__(self, name):
+            raise OSError("image file is truncated")
+
+    data = load_dataset("hf:somebody/birds", "test")
+    data.opener._data[3]["picture"] = Torn()
+    with pytest.raises(BrokenImage, match=r"^hf:somebody/birds \(test\), row 3 can't be read as an image: image file is truncated"):
+        data[3]
+    with pytest.warns(UserWarning, match=r"1 of 8 images .*left out: hf:somebody/birds \(test\), row 3: image file is truncated"):
+        whole = without_broken(data, tmp_path / "report.json", 0.2, progress=False)
+    assert len(whole) == 7 and [red(whole, i) for i in range(7)] == [0, 10, 20, 40, 50, 60, 70]
+    monkeypatch.setenv("PATCHSAE_DATA", str(tmp_path))
+    stream = load_dataset("hf-stream:somebody/birds", "train", n_images=4)
+    (images,) = tmp_path.rglob("images.bin")
+    images.write_bytes(bytes(images.stat().st_size))
+    with pytest.raises(BrokenImage, match=r"hf-stream:somebody/birds \(train\), image 2 of .*images.bin can't be read as an image"):
+        stream[2]
+
+
+@pytest.mark.parametrize(("split", "kept"), [("train", [0, 1, 0, 1]), ("test", [0, 1])])
+def test_any_other_set_of_torchvision(tmp_path, monkeypatch, split, kept):
+    class Toys(list):
+        def __init__(self, root, train):
+            assert root == tmp_path
+            super().__init__((Image.new("L", (8, 8), 50 * (i % 2)), i % 2) for i in range(4 if train else 2))
+
+    monkeypatch.setattr("torchvision.datasets.Toys", Toys, raising=False)
+    data = load_dataset(f"torchvision:Toys?root={tmp_path}", split)
+    assert (data.class_names, data.labels.tolist(), red(data, 1)) == (["0", "1"], kept, 50)
+    assert data.where(1) == f"torchvision:Toys ({split}), row 1"
+
+
+def test_a_set_of_torchvision_that_is_not_there_says_where_it_was_sought(tmp_path, monkeypatch):
+    class Toys:
+        def __init__(self, root, split):
+            raise RuntimeError("Dataset not found or corrupted.")
+
+    monkeypatch.setattr("torchvision.datasets.Toys", Toys, raising=False)
+    with pytest.raises(
+        FileNotFoundError, match=r"Toys is not whole under .*\(RuntimeError: Dataset not found.*could not be downloaded.*PATCHSAE_DATA"
+    ):
+        load_dataset(f"torchvision:Toys?root={tmp_path}", "train")

@@ -197,6 +197,39 @@ def test_a_tensor_is_not_larger_than_its_numbers(tmp_path):
             read_torch(path)
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (b"ctorch._utils\n_rebuild_tensor_v2\n(X\x01\x00\x00\x00aK\x00))tR.", "a tensor is built from str"),
+        (b"ctorch._utils\n_rebuild_parameter\n(K\x01tR.", "a parameter is built from int"),
+        (b"K\x01Q.", "a reference to a storage makes no sense"),
+        (
+            tensor_pickle(6, 0, (6,), (1,)).replace(b"FloatStorage", b"QUInt8Storage"),
+            "numbers of a kind that is not read .valid: .*FloatStorage",
+        ),
+        (b"K\x01K\x02a.", "puts items into a int"),
+        (b"K\x01}b.", "changes a int.*Nothing of it was run"),
+        (b"K\x01)R.", "calls a int with a tuple.*Nothing of it was run"),
+        (b"K\x01", "pickle exhausted before seeing STOP"),
+    ],
+)
+def test_pickles_that_make_no_sense_are_named(tmp_path, code, message):
+    path = archive(tmp_path / "x.pt", code, n0=bytes(24))
+    with pytest.raises(ValueError, match=rf"x.pt is (refused|damaged).*{message}"):
+        read_torch(path)
+
+
+def test_a_long_pickle_and_big_endian_numbers_are_refused(tmp_path, monkeypatch):
+    path = archive(tmp_path / "x.pt", b"].")
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("x/byteorder", b"big")
+    with pytest.raises(ValueError, match="its numbers are big-endian"):
+        read_torch(path)
+    monkeypatch.setattr("patchsae_utils.pickles._LONGEST", 1)
+    with pytest.raises(ValueError, match="its data.pkl has 2 bytes; 1 are plenty for a checkpoint"):
+        read_torch(path)
+
+
 def test_pickles_that_grow_in_memory_do_not(tmp_path):
     laughs = b"\x80\x02)q\x00" + b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(100))
     for code, message in (

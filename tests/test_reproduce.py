@@ -150,6 +150,19 @@ def test_bad_arguments_are_named(repository, capsys, arguments, message):
     assert not os.path.exists("executions")
 
 
+def test_what_a_disk_refuses_and_an_interrupt_end_in_words(repository, capsys, monkeypatch):
+    def stops(error):
+        def run(*_, **__):
+            raise error
+
+        monkeypatch.setattr(reproduce, "choose", run)
+
+    stops(PermissionError(13, "Permission denied", "notebooks/01_first.ipynb"))
+    assert reproduce.main([]) == 1 and "error: [Errno 13] Permission denied: 'notebooks/01_first.ipynb'" in capsys.readouterr().err
+    stops(KeyboardInterrupt())
+    assert reproduce.main([]) == 130 and "Interrupted. The same command goes on from here." in capsys.readouterr().err
+
+
 def test_tidy_keeps_what_people_read():
     picture = new_output("display_data", {"image/png": "aGk=", "text/plain": "<Figure size 900x320>"})
     table = new_output("execute_result", {"text/html": "<table></table>", "text/plain": "   a\n0  1"}, execution_count=1)

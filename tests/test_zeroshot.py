@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from patchsae_utils.data import ImageData, load_dataset
-from patchsae_utils.zeroshot import accuracy_table, bootstrap_share, zero_shot_accuracy, zero_shot_predictions
+from patchsae_utils.zeroshot import accuracy_table, bootstrap_share, domains_of, zero_shot_accuracy, zero_shot_predictions
 
 
 class Oracle:
@@ -88,3 +88,9 @@ def test_tokens_of_one_image_are_resampled_together():
 def test_shares_of_nothing_are_nan():
     assert all(np.isnan(value) for value in bootstrap_share(np.array([], bool)))
     assert bootstrap_share(np.ones(5, bool)) == (1.0, 1.0, 1.0)
+
+
+def test_domains_of_a_task_and_of_anything_else():
+    assert domains_of("openmoji/tools:gray") == ["openmoji/tools:gray", "openmoji/tools", "openmoji/tools:line", "openmoji/tools:night"]
+    assert domains_of("openmoji/tools")[0] == "openmoji/tools" and len(domains_of("openmoji/tools")) == 4
+    assert domains_of("hf:somebody/birds") == ["hf:somebody/birds"]

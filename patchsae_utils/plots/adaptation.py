@@ -171,7 +171,7 @@ def adapter_table(table: pd.DataFrame, halves: Sequence[str] = ("base", "novel",
     for ax, half in zip(axes[0], halves, strict=True):
         for k, kind in enumerate(kinds):
             rows = table[(table["half"] == half) & (table["kind"] == kind)].set_index("task").reindex(tasks)
-            y = np.arange(len(tasks)) + (k - (len(kinds) - 1) / 2) * 0.12
+            y = np.arange(len(tasks)) + (k - (len(kinds) - 1) / 2) * min(0.12, 0.76 / len(kinds))
             bars = 100 * np.stack([rows["accuracy"] - rows["low"], rows["high"] - rows["accuracy"]]).clip(0)
             color, marker = KIND_LOOKS.get(kind, (COLORS["sky"], "*"))
             ax.errorbar(

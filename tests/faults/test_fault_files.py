@@ -7,18 +7,28 @@ import json
 import os
 import random
 
+import numpy as np
+import pandas as pd
 import pytest
 import test_training
 import torch
 from test_checkpoints import TOKENS, trained
+from tiny import loud
 
 from patchsae_utils import artifacts
 from patchsae_utils.activations import ActivationStore, extract_activations
+from patchsae_utils.adapters import ADAPTERS, load_adapter, save_adapter
 from patchsae_utils.artifacts import file_sha256, folder_lock, read_json
 from patchsae_utils.checkpoints import CONFIG, WEIGHTS, load_sae, save_sae
+from patchsae_utils.comparison import ComparisonReport
+from patchsae_utils.concept_report import ConceptReport, load_report, save_report
 from patchsae_utils.exports import _HOLDS
+from patchsae_utils.feature_store import FeatureStore
 from patchsae_utils.features import write_features
 from patchsae_utils.latents import summarize_latents
+from patchsae_utils.monosemanticity import Likeness
+from patchsae_utils.streaming import TokenStream
+from patchsae_utils.summary import LatentSummary
 from patchsae_utils.training import train_sae
 
 
@@ -60,6 +70,85 @@ def test_a_manifest_of_before_checksums_is_read(store):
         ActivationStore.open(store).verify()
     finally:
         path.write_bytes(whole)
+
+
+@pytest.fixture(scope="module")
+def artifacts_of_all_kinds(tiny_clip, tiny_sae, tiny_dataset, tmp_path_factory):
+    """Folder -> what opens it, for everything that is kept beside stores and SAEs."""
+    root = tmp_path_factory.mktemp("artifacts")
+    options = dict(out=root / "statistics", likeness=root / "likeness", progress=False)
+    summarize_latents(tiny_clip, tiny_sae, tiny_dataset, -2, **options)
+    write_features(tiny_clip, tiny_sae, tiny_dataset, -2, root / "features", progress=False)
+    save_adapter(loud(ADAPTERS["coop"], tiny_clip), root / "adapter")
+    few = pd.DataFrame({"concept": ["red", "blue"], "ap": [0.5, 0.25]})
+    save_report(ConceptReport(few, np.eye(2), few), root / "concepts")
+    ComparisonReport(few, np.eye(2)).save(root / "comparison")
+    return {
+        root / "statistics": LatentSummary.load,
+        root / "likeness": Likeness.load,
+        root / "features": lambda folder: FeatureStore.open(folder).verify(),
+        root / "adapter": lambda folder: load_adapter(folder, tiny_clip),
+        root / "concepts": load_report,
+        root / "comparison": ComparisonReport.load,
+    }
+
+
+def test_every_flipped_bit_and_cut_end_of_other_artifacts_is_noticed(artifacts_of_all_kinds):
+    """But for those in the word "checksum", without which a manifest counts as one of before it had any."""
+    draw = random.Random(4)
+    for folder, opened in artifacts_of_all_kinds.items():
+        opened(folder)
+        for path in sorted(folder.iterdir()):
+            whole = path.read_bytes()
+            word = whole.find(b'"checksum"') if path.suffix == ".json" else -1
+            places = [i * len(whole) // 40 + draw.randrange(max(1, len(whole) // 40)) for i in range(40)]
+            for place in [each for each in places if not (word >= 0 and word <= each < word + 10)]:
+                path.write_bytes(flipped(whole, place, draw))
+                with pytest.raises((ValueError, FileNotFoundError), match="damaged|not valid JSON|JSON object|is missing|format version"):
+                    opened(folder)
+            for content in (b"", b"[]", b"{}", whole[: len(whole) // 2]):
+                path.write_bytes(content)
+                with pytest.raises(
+                    (ValueError, FileNotFoundError), match="damaged|not valid JSON|JSON object|format version|describes None"
+                ):
+                    opened(folder)
+            path.write_bytes(whole)
+
+
+def test_artifacts_of_before_checksums_are_read(artifacts_of_all_kinds):
+    for folder, opened in artifacts_of_all_kinds.items():
+        path = folder / "manifest.json"
+        whole = path.read_bytes()
+        manifest = artifacts.read_sealed(path)
+        if folder.name == "statistics":
+            manifest["sha256"] = manifest["files"]["latents.safetensors"]
+        if folder.name != "features":
+            manifest.pop("files", None)
+        artifacts.write_json(path, manifest)
+        opened(folder)
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("kind", ["statistics", "likeness", "features", "adapter", "concepts", "comparison"])
+def test_a_manifest_that_makes_no_sense_ends_in_a_documented_error(artifacts_of_all_kinds, kind):
+    """Without a checksum, as somebody might write one by hand: whatever stands in place of an entry."""
+    (folder, opened) = next(item for item in artifacts_of_all_kinds.items() if item[0].name == kind)
+    path = folder / "manifest.json"
+    whole = path.read_bytes()
+    manifest = artifacts.read_sealed(path)
+    for name in manifest:
+        for value in (None, True, -1, 2.5, "x", [], [1, "x"], {}, {"x": 1}, {"x": None}):
+            artifacts.write_json(path, manifest | {name: value})
+            try:
+                opened(folder)
+            except (ValueError, FileNotFoundError) as error:
+                assert len(str(error)) > 40
+        artifacts.write_json(path, {key: manifest[key] for key in manifest if key != name})
+        try:
+            opened(folder)
+        except (ValueError, FileNotFoundError) as error:
+            assert len(str(error)) > 40
+    path.write_bytes(whole)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])
@@ -134,9 +223,13 @@ class Spoiled:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_activations_that_are_no_numbers_are_not_stored(tiny_clip, tiny_dataset, tmp_path, value):
-    with pytest.raises(ValueError, match="don't fit bfloat16"):
+    message = "don't fit bfloat16. The model itself gives NaN or infinity.*1 of 24, at places 0 in the data set"
+    with pytest.raises(ValueError, match=message):
         extract_activations(Spoiled(tiny_clip, value), tiny_dataset, -2, tmp_path / "store", progress=False)
     assert not list((tmp_path / "store").glob("shard-*"))
+    stream = TokenStream(Spoiled(tiny_clip, value), tiny_dataset, -2, batch_size=24, buffer_bytes=1 << 30)
+    with pytest.raises(ValueError, match=message):
+        next(stream.tokens(100, shuffle=False))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from importlib import resources
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -33,6 +34,26 @@ def test_any_edit_of_a_profile_is_taken_or_refused_in_words(edits):
         assert isinstance(load_profile("openmoji", edits), Profile)
     except (ValueError, FileNotFoundError) as error:
         assert len(str(error)) > 20
+
+
+WHOLE = (resources.files("patchsae_utils") / "profiles" / "openmoji.toml").read_bytes()
+
+
+@LIGHT
+@given(
+    st.integers(0, len(WHOLE)),
+    st.integers(0, 40),
+    st.binary(max_size=30) | st.sampled_from([b"[data]", b"sae = 3\n", b'""', b"\n=", b"nan", b"{}"]),
+)
+def test_any_change_of_a_profiles_bytes_is_taken_or_refused_in_words(tmp_path, start, n_lost, put_in):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(WHOLE[:start] + put_in + WHOLE[start + n_lost :])
+    try:
+        assert isinstance(load_profile(path), Profile)
+    except ValueError as error:
+        assert "mine.toml" in str(error) or "A profile's name" in str(error)
+    except FileNotFoundError as error:
+        assert "environment variable" in str(error)
 
 
 @LIGHT

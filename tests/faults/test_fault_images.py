@@ -106,6 +106,32 @@ def test_an_empty_class_keeps_its_number(folder):
         few_shot(data, 2)
 
 
+def test_an_empty_data_set_is_said_by_every_stage(tiny_clip, tiny_sae, tmp_path):
+    from patchsae_utils.interventions import sweep_masks
+    from patchsae_utils.latents import summarize_latents
+
+    nothing = load_dataset("openmoji/tools", "test", n_images=0)
+    for call, message in (
+        (lambda: extract_activations(tiny_clip, nothing, -2, tmp_path / "store"), "is empty: there is nothing to extract"),
+        (lambda: summarize_latents(tiny_clip, tiny_sae, nothing, -2), "is empty: no statistics can be made"),
+        (
+            lambda: sweep_masks(tiny_clip, tiny_sae, nothing, [1], "random"),
+            r"'openmoji/tools' \(test\) is empty: there is nothing to measure",
+        ),
+        (lambda: few_shot(nothing, 1), r"Class 0 \('axe'\).*has 0 test examples; 1 shots"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_too_large_to_be_meant_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("RGB", (20, 20)).save(tmp_path / "bomb.png")
+    with pytest.raises(ValueError, match=r"bomb.png \([\d,]+ bytes\) can't be read as an image: Image size .* could be decompression bomb"):
+        open_image(tmp_path / "bomb.png")
+
+
 def test_one_image_goes_through_extraction_and_statistics(tiny_clip, tiny_sae, tmp_path):
     from patchsae_utils.latents import summarize_latents
 

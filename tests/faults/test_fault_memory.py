@@ -8,9 +8,13 @@ import pytest
 import torch
 from test_training import CONFIG, Store, fresh, weights
 
-from patchsae_utils import training
+from patchsae_utils import adapters, training
 from patchsae_utils.activations import extract_activations
+from patchsae_utils.adapters import fit_adapter
 from patchsae_utils.cli import main
+from patchsae_utils.config import AdapterConfig
+from patchsae_utils.data import load_dataset
+from patchsae_utils.interventions import sweep_masks
 from patchsae_utils.latents import summarize_latents
 from patchsae_utils.memory import FittingBatches, out_of_memory
 from patchsae_utils.monosemanticity import Likeness
@@ -129,6 +133,19 @@ def test_training_says_which_setting_to_lower_and_keeps_its_checkpoint(tmp_path,
     assert store.asked[0][2] == 14, "it goes on from the checkpoint"
     whole = train_sae(fresh(), Store(), CONFIG, tmp_path / "whole", progress=False)
     assert all(torch.equal(weights(ended)[name], value) for name, value in weights(whole).items())
+
+
+def test_sweeps_and_adapters_say_which_setting_to_lower(tiny_clip, tiny_sae, tiny_dataset, monkeypatch):
+    config = AdapterConfig(tasks=("openmoji/tools",), n_shots=1, epochs=1, depth=2)
+    with pytest.raises(MemoryError, match=r"ran out in a sweep over masks \(CUDA out of memory.*\)\. Set batch_size lower"):
+        sweep_masks(Small(tiny_clip, 1), tiny_sae, tiny_dataset, [1], "random", progress=False)
+
+    def full(*_):
+        raise CPU
+
+    monkeypatch.setattr(adapters.F, "cross_entropy", full)
+    with pytest.raises(MemoryError, match=r"ran out in fitting an adapter \(.*can't allocate memory.*\)\. Set adapters.batch_size lower"):
+        fit_adapter(tiny_clip, "coop", load_dataset("openmoji/tools", "train", half="novel", n_images=20), config, progress=False)
 
 
 def test_a_command_ends_in_words(monkeypatch, capsys):
