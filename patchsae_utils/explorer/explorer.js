@@ -43,9 +43,11 @@ export default {
 function referencesOf(page, heading) {
   const grid = h("div", { class: "psx-refs", role: "group", "aria-label": heading });
   const note = h("p", { class: "psx-soft" });
-  const decoder = decoding();
+  const shelf = shelfOf(6 * 10);
   const tiles = [];
   let scale = 1;
+  let latest = 0;
+  const opened = (card) => Promise.all(card.images.map(({ index, jpeg }) => shelf.picture(index, jpeg)));
   const mark = () => tiles.forEach((tile) => tile.element.setAttribute("aria-pressed", tile.image === page.get("image")));
   const repaint = () => {
     const look = lookOf(page, scale);
@@ -55,9 +57,12 @@ function referencesOf(page, heading) {
   page.on(["tau", "opacity", "mode", "contour"], repaint);
   return {
     element: h("div", {}, h("h4", {}, heading), grid, note),
+    expect: opened, // a card that may be shown next
     async show(next) {
-      const pictures = await decoder(next.images.map((image) => image.jpeg));
-      if (!pictures) return false;
+      const mine = ++latest;
+      const pictures = await opened(next);
+      if (mine !== latest) return false; // overtaken by a later card
+      shelf.hold(next.images.map((image) => image.index));
       scale = next.scale;
       note.textContent = next.note;
       resize(grid, tiles, next.images.length, () => {
@@ -81,7 +86,10 @@ function referencesOf(page, heading) {
       repaint();
       return true;
     },
-    close: decoder.close,
+    close() {
+      latest++;
+      shelf.close();
+    },
   };
 }
 
@@ -440,11 +448,11 @@ function decoding() {
   let current = [];
   const decode = async (list) => {
     const mine = ++latest;
-    const bitmaps = await Promise.all(list.map((jpeg) => createImageBitmap(new Blob([bytes(jpeg)], { type: "image/jpeg" }))));
+    const bitmaps = await Promise.all(list.map(bitmapOf));
     const old = mine === latest ? current : bitmaps;
     if (mine === latest) current = bitmaps;
     old.forEach((bitmap) => bitmap.close());
-    return mine === latest ? bitmaps.map((color) => ({ color, gray: grayOf(color) })) : null;
+    return mine === latest ? bitmaps.map(pictureOf) : null;
   };
   decode.close = () => {
     latest++;
@@ -452,6 +460,46 @@ function decoding() {
     current = [];
   };
   return decode;
+}
+
+// Decoded pictures of a data set by their index; the last ones are kept, and those on screen never freed.
+function shelfOf(limit) {
+  const kept = new Map();
+  let held = [];
+  const free = (index) => {
+    kept.get(index).then(({ color }) => color.close());
+    kept.delete(index);
+  };
+  return {
+    picture(index, jpeg) {
+      const picture = kept.get(index) ?? bitmapOf(jpeg).then(pictureOf);
+      kept.delete(index); // the newest is the last
+      kept.set(index, picture);
+      for (const old of [...kept.keys()].slice(0, Math.max(0, kept.size - limit))) if (!held.includes(old)) free(old);
+      return picture;
+    },
+    hold(indices) {
+      held = indices;
+    },
+    close() {
+      [...kept.keys()].forEach(free);
+    },
+  };
+}
+
+function bitmapOf(jpeg) {
+  return createImageBitmap(new Blob([bytes(jpeg)], { type: "image/jpeg" }));
+}
+
+// A picture, and its grey twin when a heat map first needs it.
+function pictureOf(color) {
+  let gray = null;
+  return {
+    color,
+    get gray() {
+      return (gray ??= grayOf(color));
+    },
+  };
 }
 
 function grayOf(bitmap) {

@@ -26,7 +26,7 @@ function galleryOf(data, root) {
   function decoded(image) {
     if (!pictures.has(image)) {
       const blob = new Blob([unpack(data.pictures[image])], { type: "image/jpeg" });
-      pictures.set(image, createImageBitmap(blob).then((color) => ({ color, gray: grayOf(color) })));
+      pictures.set(image, createImageBitmap(blob).then(pictureOf));
     }
     return pictures.get(image);
   }

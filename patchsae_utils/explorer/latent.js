@@ -115,6 +115,7 @@ function latentView(page, root) {
     known.delete(next.latent);
     known.set(next.latent, next);
     if (known.size > 12) known.delete(known.keys().next().value);
+    references.expect(next);
   });
   page.on(["shown"], () => showCard(page.get("shown")));
   const watch = new ResizeObserver(() => drawScatter(scatter, bytes(page.get("points")), page.get("latent")));
@@ -133,13 +134,8 @@ function drawScatter(canvas, points, chosen) {
   const { width, height } = fit(canvas);
   const context = canvas.getContext("2d");
   const at = (i) => [6 + ((points[2 * i] - 1) / 254) * (width - 12), height - 6 - ((points[2 * i + 1] - 1) / 254) * (height - 12)];
-  context.clearRect(0, 0, width, height);
-  context.fillStyle = "rgba(128, 128, 128, 0.35)";
-  for (let i = 0; i < points.length / 2; i++) {
-    if (!points[2 * i]) continue;
-    const [x, y] = at(i);
-    context.fillRect(x - 1, y - 1, 2, 2);
-  }
+  if (!canvas.width || !canvas.height) return; // not laid out yet
+  context.drawImage(cloudOf(canvas, points, at), 0, 0, width, height);
   if (chosen >= 0 && points[2 * chosen]) {
     const [x, y] = at(chosen);
     context.beginPath();
@@ -150,6 +146,23 @@ function drawScatter(canvas, points, chosen) {
     context.lineWidth = 1.5;
     context.stroke();
   }
+}
+
+// All points, drawn once for each size: there may be fifty thousand.
+function cloudOf(canvas, points, at) {
+  const drawn = canvas.cloud;
+  if (drawn?.points.buffer === points.buffer && drawn.layer.width === canvas.width && drawn.layer.height === canvas.height) return drawn.layer;
+  const layer = h("canvas", { width: canvas.width, height: canvas.height });
+  const context = layer.getContext("2d");
+  context.setTransform(canvas.getContext("2d").getTransform());
+  context.fillStyle = "rgba(128, 128, 128, 0.35)";
+  for (let i = 0; i < points.length / 2; i++) {
+    if (!points[2 * i]) continue;
+    const [x, y] = at(i);
+    context.fillRect(x - 1, y - 1, 2, 2);
+  }
+  canvas.cloud = { points, layer };
+  return layer;
 }
 
 function nearestPoint(canvas, points, event) {
