@@ -293,6 +293,16 @@ def test_what_the_hub_cannot_give_is_said(hub, tmp_path, monkeypatch):
     for kind in ("hf", "hf-stream"):
         with pytest.raises(ValueError, match=f"{kind}:somebody/birds needs an Image and a ClassLabel column; it has .*picture"):
             load_dataset(f"{kind}:somebody/birds", "train")
+
+    def offline(repository, **_):
+        raise ConnectionError(f"Couldn't reach '{repository}' on the Hub\n(LocalEntryNotFoundError)")
+
+    monkeypatch.setattr(module, "load_dataset", offline)
+    for kind in ("hf", "hf-stream"):
+        with pytest.raises(
+            FileNotFoundError, match=f"{kind}:somebody/birds could not be read .ConnectionError: Couldn't reach .*hf auth login"
+        ):
+            load_dataset(f"{kind}:somebody/birds", "train")
     monkeypatch.setitem(sys.modules, "datasets", None)
     for kind in ("hf", "hf-stream"):
         with pytest.raises(ImportError, match=f"{kind}:somebody/birds needs the package `datasets`: pip install datasets"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,12 @@ def hugging_face(repository: str, split: str) -> Opened:
         If the package ``datasets`` is missing.
     ValueError
         If there is no such split, or the columns can't be told.
+    FileNotFoundError
+        If there is no such repository, or the hub can't be reached.
     """
     datasets = _package(f"hf:{repository}")
-    data = datasets.load_dataset(repository, split=_split(datasets, repository, split))
+    with _reaching(f"hf:{repository}"):
+        data = datasets.load_dataset(repository, split=_split(datasets, repository, split))
     image, label = _columns(datasets, data.features, f"hf:{repository}")
     source = getattr(data, "_fingerprint", None) or f"{repository} {split} {len(data)}"
     return list(data.features[label].names), list(data[label]), Rows(f"hf:{repository} ({split})", source, data, image)
@@ -49,6 +53,8 @@ def hugging_face_stream(repository: str, split: str, n_images: int | None, seed:
         If the package ``datasets`` is missing.
     ValueError
         If there is no such split, the columns can't be told, or the stream is empty.
+    FileNotFoundError
+        If there is no such repository, or the hub can't be reached.
     """
     check_split(split)
     name = re.sub(r"[^A-Za-z0-9]+", "-", repository).strip("-")
@@ -63,8 +69,9 @@ def hugging_face_stream(repository: str, split: str, n_images: int | None, seed:
 
 def _save_stream(repository: str, split: str, n_images: int | None, seed: int, folder: Path) -> None:
     datasets = _package(f"hf-stream:{repository}")
-    chosen = _split(datasets, repository, split)
-    stream = datasets.load_dataset(repository, split=chosen, streaming=True)
+    with _reaching(f"hf-stream:{repository}"):
+        chosen = _split(datasets, repository, split)
+        stream = datasets.load_dataset(repository, split=chosen, streaming=True)
     image, label = _columns(datasets, stream.features, f"hf-stream:{repository}")
     names = list(stream.features[label].names)
     stream = stream.cast_column(image, datasets.Image(decode=False)).shuffle(seed=seed, buffer_size=_SHUFFLED)
@@ -113,6 +120,19 @@ def _package(spec: str):
     except ImportError as error:
         raise ImportError(f"{spec} needs the package `datasets`: pip install datasets.") from error
     return datasets
+
+
+@contextmanager
+def _reaching(spec: str) -> Iterator[None]:
+    """What the hub and the network refuse, in words."""
+    try:
+        yield
+    except OSError as error:  # DatasetNotFoundError and all that requests and huggingface_hub raise
+        reason = next(iter(str(error).splitlines()), "no answer")
+        raise FileNotFoundError(
+            f"{spec} could not be read ({type(error).__name__}: {reason}). Give the name of a repository of huggingface.co/datasets (private and gated "
+            "ones need `hf auth login`) or of a local folder that `datasets` reads; without a network, a folder of images, <class>/<image>, will do."
+        ) from error
 
 
 def _split(datasets, repository: str, split: str) -> str:
