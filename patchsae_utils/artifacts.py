@@ -279,6 +279,12 @@ def _again(path: str | Path) -> str:
     return f"Delete {Path(path).parent} and run the stage that writes it again."
 
 
+def shortened(error: Exception, length: int = 240) -> str:
+    """An error's text on one line."""
+    text = " ".join(str(error).split()) or "it ends too early"
+    return text if len(text) <= length else f"{text[:length]} ..."
+
+
 def is_current(folder: str | Path, fp: str, name: str = "manifest.json") -> bool:
     """Whether a folder holds the finished artifact of these inputs (see :func:`fingerprint`)."""
     path = Path(folder) / name

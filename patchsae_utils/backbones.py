@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .artifacts import shortened
 from .clip import PRECISIONS, ClipModel, Residual
 from .processes import default_device
-from .weight_files import shortened, weights_from
+from .weight_files import weights_from
 
 PREFIX = "timm:"
 

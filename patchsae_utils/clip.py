@@ -17,9 +17,9 @@ from open_clip.transformer import VisionTransformer
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .artifacts import read_json
+from .artifacts import read_json, shortened
 from .processes import default_device
-from .weight_files import shortened, weights_from
+from .weight_files import weights_from
 
 EMBEDDED = Path(__file__).parent / "models" / "openmoji_clip"
 """The small CLIP of the embedded world, in the form that open_clip reads as ``local-dir:<folder>``."""

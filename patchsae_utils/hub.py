@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .artifacts import shortened
 from .checkpoints import save_sae
 from .sae import SparseAutoencoder
-from .weight_files import shortened
 
 _FILES = ("*.json", "*.safetensors", "*.pt")  # what an SAE may consist of
 
@@ -53,7 +53,7 @@ def fetch(spec: str) -> Path:
         )
     except Exception as error:  # the client's errors come from several libraries
         raise FileNotFoundError(
-            f"{spec} could not be fetched ({type(error).__name__}: {str(error).strip().splitlines()[0]}). Check the name and the network; a private "
+            f"{spec} could not be fetched ({type(error).__name__}: {shortened(error)}). Check the name and the network; a private "
             "repository needs HF_TOKEN. Without a network, copy the files and give their folder."
         ) from error
     if not (found / folder).is_dir():

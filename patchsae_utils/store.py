@@ -29,7 +29,6 @@ last whole shard.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -43,7 +42,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .artifacts import _plain, file_sha256, read_json
+from .artifacts import _plain, file_sha256, fingerprint, read_json
 from .folders import LocalFolder, RemoteFolder, is_url
 from .mixing import TokenMixer, choose_tokens
 
@@ -356,13 +355,8 @@ _KEYS = {
 
 def write_manifest(folder: LocalFolder | RemoteFolder, manifest: dict[str, Any], name: str = MANIFEST) -> None:
     """Write a manifest with its checksum."""
-    text = json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=2, default=_plain, ensure_ascii=False)
+    text = json.dumps({**manifest, "checksum": fingerprint(**manifest)}, indent=2, default=_plain, ensure_ascii=False)
     folder.write(name, f"{text}\n".encode())
-
-
-def _checksum(manifest: dict[str, Any]) -> str:
-    """First 16 hex digits of the SHA-256 of the canonical JSON."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -382,6 +376,6 @@ def check_manifest(manifest: Any, path: str | Path) -> dict[str, Any]:
             "Delete the folder and extract again."
         )
     checksum = manifest.pop("checksum", None)
-    if set(manifest) != _KEYS or (checksum is not None and checksum != _checksum(manifest)):
+    if set(manifest) != _KEYS or (checksum is not None and checksum != fingerprint(**manifest)):
         raise ValueError(f"{path} is damaged: it is not what was written there. Delete the folder and extract again.")
     return manifest

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .artifacts import shortened
+
 
 @contextmanager
 def weights_from(place: str | Path, model: str) -> Iterator[None]:
@@ -29,9 +31,3 @@ def weights_from(place: str | Path, model: str) -> Iterator[None]:
             f"{place}{size} can't be loaded as weights of {model!r} ({type(error).__name__}: {shortened(error)}). A weight file must be whole, hold "
             f"nothing but tensors, and be of this very architecture: copy or download it again.{described}"
         ) from error
-
-
-def shortened(error: Exception, length: int = 240) -> str:
-    """An error's text on one line."""
-    text = " ".join(str(error).split()) or "it ends too early"
-    return text if len(text) <= length else f"{text[:length]} ..."

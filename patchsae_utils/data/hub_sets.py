@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
-from ..artifacts import atomic_folder, fingerprint, read_json, write_json
+from ..artifacts import atomic_folder, fingerprint, read_json, shortened, write_json
 from .decoding import Rows, decoded
 from .images import SPLIT_FOLDERS, Opened, check_split, data_root
 
@@ -128,9 +128,8 @@ def _reaching(spec: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # DatasetNotFoundError and all that requests and huggingface_hub raise
-        reason = next(iter(str(error).splitlines()), "no answer")
         raise FileNotFoundError(
-            f"{spec} could not be read ({type(error).__name__}: {reason}). Give the name of a repository of huggingface.co/datasets (private and gated "
+            f"{spec} could not be read ({type(error).__name__}: {shortened(error)}). Give the name of a repository of huggingface.co/datasets (private and gated "
             "ones need `hf auth login`) or of a local folder that `datasets` reads; without a network, a folder of images, <class>/<image>, will do."
         ) from error
 
