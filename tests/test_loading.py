@@ -26,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def pictures(tmp_path):
     """Three classes of ten pictures; red tells the class, green the number. b/3 is cut in half, c/0 is empty, c/7 is text."""
     root = tmp_path / "pictures"
+    (root / "val").mkdir(parents=True)  # so that train is taken whole
     for c, name in enumerate("abc"):
         (root / "train" / name).mkdir(parents=True)
         for i in range(10):

@@ -26,12 +26,13 @@ SPLIT_SHARES = {"train": (0.0, 0.8), "val": (0.8, 0.9), "test": (0.9, 1.0)}  # w
 def folder(root: Path, split: str, seed: int = 0) -> Opened:
     """``<root>/<split>/<class>/<image>``, or ``<root>/<class>/<image>``, then split 80/10/10 within each class with ``seed``.
 
-    A file ``split_zhou_*.json`` in the folder, as CoOp wrote them for its data sets, is followed instead.
+    Where ``train`` is the only split that has a folder, it is split in the same way. A file ``split_zhou_*.json`` in the folder, as CoOp
+    wrote them for its data sets, is followed instead.
 
     Raises
     ------
     FileNotFoundError
-        If the folder is missing, or holds no class folders with images.
+        If the folder is missing, holds no class folders with images, or has folders for other splits than this one.
     ValueError
         For an unknown split.
     """
@@ -45,17 +46,19 @@ def folder(root: Path, split: str, seed: int = 0) -> Opened:
     if (split_file := find_split_file(root)) is not None:
         return read_split_file(split_file, split)
     own = next((root / name for name in SPLIT_FOLDERS[split] if (root / name).is_dir()), None)
-    base = own or root
-    if own is None and (root / "train").is_dir():
+    present = {name for names in SPLIT_FOLDERS.values() for name in names if (root / name).is_dir()}
+    if own is None and present - {"train"}:
         raise FileNotFoundError(
-            f"{root} has a folder 'train' but none for split {split!r}: expected one of {', '.join(SPLIT_FOLDERS[split])}."
+            f"{root} has {' and '.join(sorted(present))} but no folder for split {split!r}: expected {' or '.join(SPLIT_FOLDERS[split])}."
         )
+    made = own is None or present == {"train"}
+    base = root / "train" if present == {"train"} else own or root
     endings = set(Image.registered_extensions())
     classes = sorted(p.name for p in base.iterdir() if p.is_dir() and not p.name.startswith("."))
     names, labels = [], []
     for label, name in enumerate(classes):
         files = sorted(entry.name for entry in os.scandir(base / name) if os.path.splitext(entry.name)[1].lower() in endings)
-        if own is None:
+        if made:
             files = share(files, *SPLIT_SHARES[split], seed)
         names += [f"{name}/{file}" for file in files]
         labels += [label] * len(files)

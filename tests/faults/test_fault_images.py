@@ -86,6 +86,7 @@ def test_a_broken_picture_is_named_and_what_was_done_is_kept(tiny_clip, folder, 
         target = folder / "train" / path.parent.name
         target.mkdir(parents=True, exist_ok=True)
         path.rename(target / path.name)
+    (folder / "val").mkdir()
     data = load_dataset(str(folder), "train")
     extract = lambda: extract_activations(tiny_clip, data, -2, tmp_path / "store", n_per_shard=4, batch_size=4, progress=False)  # noqa: E731
     with pytest.raises(ValueError, match=r"b/7\.png \([\d,]+ bytes\) can't be read as an image.*Replace it or take it away"):
@@ -142,6 +143,6 @@ def test_one_image_goes_through_extraction_and_statistics(tiny_clip, tiny_sae, t
     assert (store.n_images, len(next(store.tokens(1000, epochs=1)))) == (1, 197)
     summary = summarize_latents(tiny_clip, tiny_sae, data, -2, progress=False)
     assert summary.n_images == 1 and summary.frequency.max() == 1
-    with pytest.raises(FileNotFoundError, match="none for split 'test'"):
+    with pytest.raises(FileNotFoundError, match="train holds no images for split 'test'"):
         load_dataset(str(tmp_path), "test")
     assert torch.isfinite(summary.mean_activation).all()
