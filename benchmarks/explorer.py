@@ -108,7 +108,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     command = parser(__doc__)
     command.set_defaults(repeats=30)
     command.add_argument("--interactions", type=int, default=500, help="for the memory; 0 leaves it out")
-    command.add_argument("--worlds", nargs="+", choices=("openmoji", "large"), default=["openmoji", "large"], help="the memory is that of the first")
+    command.add_argument(
+        "--worlds", nargs="+", choices=("openmoji", "large"), default=["openmoji", "large"], help="the memory is that of the first"
+    )
     command.add_argument("--model", default="ViT-B-16", help="of the large world: of open_clip, with random weights; or 'tiny'")
     command.add_argument("--d-sae", type=int, default=49_152, help="of the large world")
     command.add_argument("--images", type=int, default=48, help="of the large world")
@@ -116,8 +118,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     command.add_argument("--timeout", type=float, default=900, help="seconds that a world may take to be shown")
     options = command.parse_args(arguments)
     if options.images < options.repeats + 2:
-        command.error(f"--images must be at least {options.repeats + 2}: every repetition shows an image for the first time; got {options.images}")
-    large = {name: getattr(options, name) for name in ("model", "d_sae", "images", "classes", "device")} | {"l0": min(150, options.d_sae // 4)}
+        command.error(
+            f"--images must be at least {options.repeats + 2}: every repetition shows an image for the first time; got {options.images}"
+        )
+    large = {name: getattr(options, name) for name in ("model", "d_sae", "images", "classes", "device")} | {
+        "l0": min(150, options.d_sae // 4)
+    }
     rows, memory = [], None
     for place, world in enumerate(options.worlds):
         settings = large if world == "large" else {}

@@ -14,8 +14,8 @@ import os
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,13 +100,14 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
     with disk_errors(path):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+        temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode
     try:
         with disk_errors(path):
             yield temporary
+        _let_read(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -141,16 +142,32 @@ def atomic_folder(out: str | Path) -> Iterator[Path]:
     """A temporary folder beside ``out`` that takes its place when the block ends well, and disappears when it doesn't."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    temporary = _beside(out)
+    temporary.mkdir()
+    mode = temporary.stat().st_mode & 0o666
     try:
         with disk_errors(out):
             yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                _let_read(path, mode)
         if out.exists():
             shutil.rmtree(out)
         os.replace(temporary, out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _beside(path: Path) -> Path:
+    """A name that nobody else takes. Not from :mod:`tempfile`, which makes what the owner alone may read: runs are shared on clusters."""
+    return path.with_name(f".{path.name}-{uuid.uuid4().hex[:12]}.tmp")
+
+
+def _let_read(path: Path, mode: int) -> None:
+    """Give a file the mode that the umask asks for: safetensors makes its files for their owner alone."""
+    if path.stat().st_mode & 0o777 != mode & 0o777:
+        path.chmod(mode & 0o777)
 
 
 _HELD: set[Path] = set()  # locks of this process: the system doesn't keep a process from locking twice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,21 @@ def test_a_folder_appears_only_when_it_is_finished(tmp_path):
     with atomic_folder(out) as folder:
         (folder / "second").write_text("2")
     assert [p.name for p in out.iterdir()] == ["second"]
+
+
+def test_others_may_read_what_their_umask_lets_them(tmp_path, tiny_sae):
+    """Runs are shared on clusters; temporary files of Python are closed to everybody else."""
+    before = os.umask(0o027)
+    try:
+        write_json(tmp_path / "numbers.json", {})
+        with atomic_folder(tmp_path / "folder") as folder:
+            (folder / "file").write_text("")
+        tiny_sae.save(tmp_path / "sae")
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(tmp_path).as_posix(): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert {mode for name, mode in modes.items() if (tmp_path / name).is_dir()} == {0o750}
+    assert {mode for name, mode in modes.items() if (tmp_path / name).is_file()} == {0o640}, modes
 
 
 def test_an_artifact_is_current_only_if_finished_and_of_the_same_inputs(tmp_path):

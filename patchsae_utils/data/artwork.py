@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import tempfile
 import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -19,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from platformdirs import user_cache_dir
+
+from ..artifacts import atomic_file
 
 ATTRIBUTION = "Artwork: OpenMoji, CC BY-SA 4.0"
 
@@ -99,10 +100,8 @@ def load_sprites(points: tuple[str, ...]) -> Sprites:
         with ThreadPoolExecutor() as pool:
             drawn = list(pool.map(lambda point: rasterise((folder / f"{point}.svg").read_text()), points))
         arrays = {f"{name}{level}": np.stack([d[i][level] for d in drawn]) for i, name in enumerate(Sprites._fields) for level in range(2)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # names that are no options of it
-        os.replace(file.name, path)
     with np.load(path, allow_pickle=False) as stored:
         return Sprites(*([stored[f"{name}{level}"] for level in range(2)] for name in Sprites._fields))
 
