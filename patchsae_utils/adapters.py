@@ -107,8 +107,9 @@ def fit_adapter(
     recipe = recipe or RECIPES[kind]
     lr = config.lr if recipe.lr is None else recipe.lr
     settings = {name: getattr(config, name) for name in ("n_shots", "epochs", "lr", "batch_size", "n_ctx", "depth", "template")}
+    settings["lr"] = lr
     # What is as the prompts' recipe has it goes without saying: adapters from before there was a choice stay current.
-    settings |= {} if recipe == PROMPT_RECIPE else {"lr": lr, "optimizer": recipe.optimizer, "weight_decay": recipe.weight_decay}
+    settings |= {} if recipe._replace(lr=None) == PROMPT_RECIPE else {"optimizer": recipe.optimizer, "weight_decay": recipe.weight_decay}
     settings |= {} if precision == clip.precision else {"precision": precision}
     settings |= {"shuffle_labels": True} if shuffle_labels else {}
     data = {

@@ -125,12 +125,14 @@ class Protocol:
         """
         out = self.folder / cell.name
         tests = {half: self.test(cell.task, half) for half in HALVES}
-        # Which tasks and seeds others use does not matter to this cell.
-        settings = dataclasses.replace(self.profile.adapters, tasks=(cell.task,), kind=cell.kind, seeds=(cell.seed,))
+        # Which tasks and seeds others use, and the profile's rate where the recipe has its own, does not matter to this cell.
+        recipe, adapters = RECIPES.get(cell.kind), self.profile.adapters
+        lr = recipe.lr if recipe is not None and recipe.lr is not None else adapters.lr
+        settings = dataclasses.replace(adapters, tasks=(cell.task,), kind=cell.kind, seeds=(cell.seed,), lr=lr)
         key = fingerprint(
             stage="protocol", format=_FORMAT, clip=self.clip.fingerprint, sae=self.sae.fingerprint, layer=self.layer, cell=cell,
             split=cell.seed in self.split_seeds,
-            settings=settings, recipe=RECIPES.get(cell.kind), tests={half: dataset_fingerprint(data) for half, data in tests.items()},
+            settings=settings, recipe=recipe, tests={half: dataset_fingerprint(data) for half, data in tests.items()},
         )  # fmt: skip
         if is_current(out, key, "measures.json"):
             return read_json(out / "measures.json")["row"]

@@ -66,6 +66,10 @@ def test_cells_are_fitted_measured_and_kept(small, tiny_clip, tiny_sae, tmp_path
     monkeypatch.setattr(protocol.stages, "adapter", lambda *args, **options: pytest.fail("fitted again"))
     again = {cell: row for cell, row, _ in run(Protocol(small, tiny_clip, tiny_sae, n_images=36, progress=False), chosen, out, "abc")}
     assert again == measured
+    # LoRA and the linear head have rates of their own: the profile's does not matter to them.
+    faster = dataclasses.replace(small, adapters=dataclasses.replace(small.adapters, lr=7 * small.adapters.lr))
+    another = Protocol(faster, tiny_clip, tiny_sae, n_images=36, progress=False)
+    assert all(another.measure(cell) == measured[cell] for cell in chosen if cell.kind != protocol.ZERO_SHOT)
 
 
 def row(base: str, novel: str):
