@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..remapping import OVERLAPS
 from .style import COLORS, HEAT, STYLE, figure
@@ -42,7 +43,7 @@ def adaptation_accuracy(table: pd.DataFrame, save: str | None = None) -> Figure:
                 x = np.arange(len(halves)) + (m - (len(models) - 1) / 2) * 0.42 + (f - 1) * 0.11
                 bars = 100 * np.stack([rows["accuracy"] - rows["low"], rows["high"] - rows["accuracy"]]).clip(0)
                 ax.errorbar(x, 100 * rows["accuracy"], bars, color=color, linestyle="none", elinewidth=1, label=f"{model}, {form}", **look)
-        ax.set(title=task, xticks=range(len(halves)), xticklabels=[half.replace(" ", "\n") for half in halves], ylim=(0, 100))
+        ax.set(title=task, xticks=range(len(halves)), xticklabels=[half.replace(" ", "\n") for half in halves], ylim=(0, 103))
         ax.grid(axis="x", visible=False)
     axes[0, 0].set_ylabel("accuracy (%)")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -82,6 +83,10 @@ def class_scatter(latents: pd.DataFrame, low: float = 0.5, save: str | None = No
             ax.text(x, y, text, transform=ax.transAxes, ha=align, va=vertical, color=GROUP_COLORS[group], fontsize=9, fontweight="bold")
         ax.set(title=task, xscale="log", yscale="log", xlim=line, ylim=line, xlabel="CLIP: tokens a picture")
         ax.set_box_aspect(1)
+        for axis in (ax.xaxis, ax.yaxis):  # over less than a decade matplotlib labels every minor tick, in powers of ten
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if largest < 30 * floor else (1,)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
     axes[0, 0].set_ylabel("adapted: tokens a picture")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, markerscale=2)
     return save_figure(fig, save)
