@@ -217,7 +217,7 @@ class AdapterConfig:
     epochs: int = 5
     """Passes over those images."""
     lr: float = 0.0035
-    """SGD's learning rate after the warm-up epoch."""
+    """Learning rate after the warm-up epoch, of kinds whose recipe has none of its own (MaPLe, CoOp)."""
     batch_size: int = 4
     """Images a step."""
     n_ctx: int = 2

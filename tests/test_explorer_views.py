@@ -277,9 +277,10 @@ def test_a_missing_artifact_names_the_notebook_that_makes_it(tmp_path):
     adapters = SimpleNamespace(tasks=["openmoji/animals:gray"], kind="maple", seeds=[1])
     profile = SimpleNamespace(folder=lambda stage: tmp_path / stage, adapters=adapters)
     told = missing_artifacts(profile)
-    notebooks = ["02_sae_training", "03_concept_labeling", "03_concept_labeling", "05_adaptation_remapping"]
-    assert len(told) == 4 and all(name in sentence for name, sentence in zip(notebooks, told, strict=True))
-    for folder in ("sae", "latents/statistics", "latents/concepts", "adapters/openmoji-animals-gray-maple-1"):
+    notebooks = ["02_sae_training", *["03_concept_labeling"] * 2, *["05_adaptation_remapping"] * 2]
+    assert len(told) == 5 and all(name in sentence for name, sentence in zip(notebooks, told, strict=True))
+    made = [f"adapters/openmoji-animals-gray-{kind}-1" for kind in ("maple", "finetune")]
+    for folder in ("sae", "latents/statistics", "latents/concepts", *made):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "manifest.json").write_text("{}")
         assert len(missing_artifacts(profile)) == len(told) - 1

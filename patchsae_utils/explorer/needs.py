@@ -20,10 +20,11 @@ def missing_artifacts(profile: Any) -> list[str]:
     profile : Profile
     """
     wanted = {what: (profile.folder(path.split("/")[0]) / "/".join(path.split("/")[1:]), by) for what, (path, by) in NOTEBOOKS.items()}
-    for task in profile.adapters.tasks:
+    shown = {f"adapter of {task}": (task, profile.adapters.kind) for task in profile.adapters.tasks}
+    shown[f"fine-tuned model of {profile.adapters.tasks[-1]}"] = (profile.adapters.tasks[-1], "finetune")
+    for what, (task, kind) in shown.items():
         name = re.sub(r"[^A-Za-z0-9]+", "-", task).strip("-")  # as stages.adapter names it
-        folder = profile.folder("adapters") / f"{name}-{profile.adapters.kind}-{profile.adapters.seeds[0]}"
-        wanted[f"adapter of {task}"] = (folder, "05_adaptation_remapping")
+        wanted[what] = (profile.folder("adapters") / f"{name}-{kind}-{profile.adapters.seeds[0]}", "05_adaptation_remapping")
     return [
         f"The {what} is missing: notebook {by} makes it in a few minutes; here it is made on the way."
         for what, (folder, by) in wanted.items()

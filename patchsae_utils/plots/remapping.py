@@ -77,7 +77,7 @@ def class_scatter(latents: pd.DataFrame, low: float = 0.5, save: str | None = No
             part = rows[rows["group"] == group]
             ax.scatter(part["base"].clip(floor), part["adapted"].clip(floor), s=11, color=color, alpha=0.7, linewidths=0, label=group)
         n_classes = rows["class"].nunique()
-        for group, (x, y, align) in {"low-to-high": (0.04, 0.96, "left"), "high-to-low": (0.96, 0.04, "right")}.items():
+        for group, (x, y, align) in {"low-to-high": (0.04, 0.78, "left"), "high-to-low": (0.78, 0.05, "right")}.items():
             text = f"{(rows['group'] == group).sum() / n_classes:.1f} a class"
             vertical = "top" if y > 0.5 else "bottom"
             ax.text(x, y, text, transform=ax.transAxes, ha=align, va=vertical, color=GROUP_COLORS[group], fontsize=9, fontweight="bold")
