@@ -30,13 +30,15 @@ from .prompts import CoOp, MaPLe, PromptedClip, VisualPrompt
 from .weight_adapters import FineTuned, LinearHead, LoRA
 
 __all__ = [
-    "ADAPTERS", "RECIPES", "AdaptedClip", "CoOp", "FineTuned", "LinearHead", "LoRA", "MaPLe", "Recipe", "VisualPrompt", "fit_adapter",
+    "ADAPTERS", "NAMES", "RECIPES", "AdaptedClip", "CoOp", "FineTuned", "LinearHead", "LoRA", "MaPLe", "Recipe", "VisualPrompt", "fit_adapter",
     "learning_rate", "load_adapter", "save_adapter",
 ]  # fmt: skip
 
 FORMAT_VERSION = 1
 
 ADAPTERS: dict[str, type[AdaptedClip]] = {cls.kind: cls for cls in (MaPLe, CoOp, VisualPrompt, LoRA, FineTuned, LinearHead)}
+NAMES = {"maple": "MaPLe", "coop": "CoOp", "vpt": "VPT", "lora": "LoRA", "finetune": "fine-tuning", "linear": "linear head"}
+"""What figures and sentences call a kind."""
 
 
 # -- fitting ----------------------------------------------------------------------------------------------------------

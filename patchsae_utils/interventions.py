@@ -29,6 +29,7 @@ from .choosing import CHOICES, MATCH_WINDOW, RANKINGS, Choosing, match_by_weight
 from .clip import ClipModel
 from .data import batches
 from .memory import out_of_memory
+from .prompts import model_tail
 from .tails import PLACES, Active, check_models, dataset_head, decoder_of, network_tail
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def sweep_masks(
 
     for batch in batches(dataset, clip.preprocess, batch_size, progress="masks" if progress else None):
         residual = clip.run_to(batch.images, layer)
-        tail = tail or network_tail(clip, layer, residual)
+        tail = tail or model_tail(clip, layer, residual)
         labels = batch.labels.to(clip.device)
         z = residual.tokens
         h = sae.encode(z)

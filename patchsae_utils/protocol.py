@@ -45,8 +45,6 @@ SPLIT_NAME = "gain_split.csv"
 """Name of the second table, in the folder of the first."""
 ZERO_SHOT, SHUFFLED = "zero-shot", "maple, shuffled labels"
 KINDS = (ZERO_SHOT, "maple", "coop", "vpt", "lora", "finetune", "linear", SHUFFLED)
-NAMES = {"maple": "MaPLe", "coop": "CoOp", "vpt": "VPT", "lora": "LoRA", "finetune": "fine-tuning", "linear": "linear head"}
-"""What figures and sentences call a kind; those that are missing have no other name."""
 SEEDS = (1, 2, 3)
 HALVES = ("base", "novel")
 MEAN = "harmonic mean"

@@ -11,6 +11,7 @@ import traitlets as t
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..adapters import NAMES
 from ..data import load_dataset
 from ..latents import TOKENS
 from ..tails import dataset_head
@@ -179,7 +180,7 @@ class AdaptationView(_View):
         shown = np.argsort(-np.maximum(before, after), kind="stable")[:N_CLASSES]
         return AdaptationCard(
             task=self.task,
-            adapter=type(adapted.clip).__name__,
+            adapter=NAMES.get(getattr(adapted.clip, "kind", ""), type(adapted.clip).__name__),
             image=self.image,
             label=base.label(self.image),
             picture=base.picture(self.image),

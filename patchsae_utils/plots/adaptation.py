@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..protocol import NAMES
+from ..adapters import NAMES
 from .style import COLORS, STYLE, figure
 from .style import save as save_figure
 
