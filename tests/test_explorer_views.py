@@ -340,7 +340,7 @@ def test_figure_of_two_models(adaptation):
     adaptation.task, adaptation.latent = "more", 3
     fig = adaptation.figure()
     texts = " ".join(t.get_text() for t in fig.findobj(plt.Text))
-    for words in ("CLIP", "VisualPrompt", "latent 3 · red", "in both", "Artwork"):
+    for words in ("CLIP", "VPT", "latent 3 · red", "in both", "Artwork"):
         assert words in texts
     plt.close(fig)
 
