@@ -14,6 +14,7 @@ from torch import Generator, nn
 
 from .adapted import AdaptedClip
 from .artifacts import atomic_file
+from .config import AdapterConfig
 
 WARMUP_LR = 1e-5
 
@@ -26,6 +27,10 @@ class Recipe(NamedTuple):
     lr: float | None
     """Rate after the warm-up epoch; None: the configuration's."""
     weight_decay: float
+
+    def rate(self, config: AdapterConfig) -> float:
+        """Its own, or the configuration's."""
+        return config.lr if self.lr is None else self.lr
 
 
 PROMPT_RECIPE = Recipe("sgd", None, 5e-4)

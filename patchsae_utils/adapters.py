@@ -107,7 +107,7 @@ def fit_adapter(
         raise ValueError(f"Unknown precision {precision!r}. Valid: {', '.join(PRECISIONS)}.")
     seed = config.seeds[0] if seed is None else seed
     recipe = recipe or RECIPES[kind]
-    lr = config.lr if recipe.lr is None else recipe.lr
+    lr = recipe.rate(config)
     settings = {name: getattr(config, name) for name in ("n_shots", "epochs", "lr", "batch_size", "n_ctx", "depth", "template")}
     settings["lr"] = lr
     # What is as the prompts' recipe has it goes without saying: adapters from before there was a choice stay current.

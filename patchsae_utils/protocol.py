@@ -125,7 +125,7 @@ class Protocol:
         tests = {half: self.test(cell.task, half) for half in HALVES}
         # Which tasks and seeds others use, and the profile's rate where the recipe has its own, does not matter to this cell.
         recipe, adapters = RECIPES.get(cell.kind), self.profile.adapters
-        lr = recipe.lr if recipe is not None and recipe.lr is not None else adapters.lr
+        lr = recipe.rate(adapters) if recipe else adapters.lr
         settings = dataclasses.replace(adapters, tasks=(cell.task,), kind=cell.kind, seeds=(cell.seed,), lr=lr)
         key = fingerprint(
             stage="protocol", format=_FORMAT, clip=self.clip.fingerprint, sae=self.sae.fingerprint, layer=self.layer, cell=cell,

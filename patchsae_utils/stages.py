@@ -148,7 +148,7 @@ def concept_comparison(
 def adapter(profile: Profile, clip: ClipModel, task: str, kind: str | None = None, seed: int | None = None) -> AdaptedClip:
     """CLIP adapted to the base classes of a task, by few shots of its train split."""
     kind, seed = kind or profile.adapters.kind, profile.adapters.seeds[0] if seed is None else seed
-    data, out = open_data(profile, task, "train", half="base"), _adapter_folder(profile, task, f"{kind}-{seed}")
+    data, out = open_data(profile, task, "train", half="base"), adapter_folder(profile, task, f"{kind}-{seed}")
     return fit_adapter(clip, kind, data, profile.adapters, out=out, seed=seed, precision=ADAPTER_PRECISION)
 
 
@@ -158,9 +158,10 @@ def adapted_dictionaries(profile: Profile, clip: ClipModel, task: str, n_images:
     spec = f"{data.statistics}:{domain}" if domain and ":" not in data.statistics else data.statistics
     pictures = open_data(profile, spec, "train", min(n_images, data.n_train_images or n_images))
     training = dataclasses.replace(profile.training, n_tokens=min(n_tokens, profile.training.n_tokens))
-    out = _adapter_folder(profile, task, "dictionaries")
+    out = adapter_folder(profile, task, "dictionaries")
     return train_dictionaries(clip, adapter(profile, clip, task), pictures, profile.model.layer, profile.sae, training, out)
 
 
-def _adapter_folder(profile: Profile, task: str, what: str) -> Path:
+def adapter_folder(profile: Profile, task: str, what: str) -> Path:
+    """Where :func:`adapter` keeps a task's model (``what`` is its kind and seed, as in "maple-1"), and :func:`adapted_dictionaries` its SAEs."""
     return profile.folder("adapters") / f"{re.sub(r'[^A-Za-z0-9]+', '-', task).strip('-')}-{what}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
+
+from ..stages import adapter_folder
 
 NOTEBOOKS = {
     "SAE": ("sae", "02_sae_training"),
@@ -23,8 +24,7 @@ def missing_artifacts(profile: Any) -> list[str]:
     shown = {f"adapter of {task}": (task, profile.adapters.kind) for task in profile.adapters.tasks}
     shown[f"fine-tuned model of {profile.adapters.tasks[-1]}"] = (profile.adapters.tasks[-1], "finetune")
     for what, (task, kind) in shown.items():
-        name = re.sub(r"[^A-Za-z0-9]+", "-", task).strip("-")  # as stages.adapter names it
-        wanted[what] = (profile.folder("adapters") / f"{name}-{kind}-{profile.adapters.seeds[0]}", "05_adaptation_remapping")
+        wanted[what] = (adapter_folder(profile, task, f"{kind}-{profile.adapters.seeds[0]}"), "05_adaptation_remapping")
     return [
         f"The {what} is missing: notebook {by} makes it in a few minutes; here it is made on the way."
         for what, (folder, by) in wanted.items()
