@@ -54,10 +54,10 @@ class Resident:
 
 def measure(side: str, settings: dict) -> dict:
     """Images and tokens a second, and memory, of one side in this process."""
-    from patchsae_utils.clip import load_clip
+    from patchsae_utils.clip.model import load_clip
     from patchsae_utils.config import TrainConfig
-    from patchsae_utils.sae import SparseAutoencoder
-    from patchsae_utils.training import train_sae, training_log
+    from patchsae_utils.sae.model import SparseAutoencoder
+    from patchsae_utils.sae.trainer import train_sae, training_log
 
     logging.disable(logging.WARNING)  # random weights are meant
     device = settings["device"]

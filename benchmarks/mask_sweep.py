@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from patchsae_utils.clip import ClipModel, load_clip
+from patchsae_utils.clip.model import ClipModel, load_clip
 from patchsae_utils.data import Example, batches
-from patchsae_utils.interventions import sweep_masks
-from patchsae_utils.sae import SparseAutoencoder
+from patchsae_utils.interventions.masks import sweep_masks
+from patchsae_utils.sae.model import SparseAutoencoder
 
 from .common import in_subprocess, peak_memory, report
 

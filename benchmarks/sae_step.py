@@ -107,9 +107,9 @@ def textbook(x: Tensor, weights: Textbook, l0: int) -> Step:
 
 def ours(x: Tensor, weights: Textbook, l0: int, activation: str = "relu", precision: str = "bfloat16") -> Step:
     """Sparse kernels, gradients summed within Adam's pass over the weights."""
-    from patchsae_utils.losses import objective
-    from patchsae_utils.sae import SparseAutoencoder
-    from patchsae_utils.sparse_adam import DeferredGradients
+    from patchsae_utils.sae.losses import objective
+    from patchsae_utils.sae.model import SparseAutoencoder
+    from patchsae_utils.sae.sparse_adam import DeferredGradients
 
     d_in, d_sae = weights.W_enc.shape
     with torch.device("meta"):
@@ -136,8 +136,8 @@ def ours(x: Tensor, weights: Textbook, l0: int, activation: str = "relu", precis
 
 def ours_autograd(x: Tensor, weights: Textbook, l0: int) -> Step:
     """Sparse kernels with ordinary dense ``.grad`` and the optimiser's own step, as several processes need them."""
-    from patchsae_utils.sparse import decode, encode
-    from patchsae_utils.sparse_adam import lay_out_columns
+    from patchsae_utils.sae.sparse import decode, encode
+    from patchsae_utils.sae.sparse_adam import lay_out_columns
 
     weights.to(x.device)
     lay_out_columns(weights)

@@ -81,9 +81,9 @@ def world(settings: dict[str, Any]):
     import open_clip
     from torchvision import transforms
 
-    from patchsae_utils.clip import ClipModel, load_clip
+    from patchsae_utils.clip.model import ClipModel, load_clip
     from patchsae_utils.data import ImageData
-    from patchsae_utils.sae import SparseAutoencoder
+    from patchsae_utils.sae.model import SparseAutoencoder
 
     torch.manual_seed(0)
     if settings["model"] == "tiny":
@@ -119,7 +119,7 @@ def _measured(run, settings: dict[str, Any]) -> dict[str, Any]:
 
 def ours(settings: dict[str, Any]) -> dict[str, Any]:
     """``summarize_latents``."""
-    from patchsae_utils.latents import summarize_latents
+    from patchsae_utils.latents.reading import summarize_latents
 
     clip, sae, data = world(settings)
     return _measured(lambda: summarize_latents(clip, sae, data, -2, batch_size=settings["batch"], progress=False), settings)
@@ -130,7 +130,7 @@ def scenes(settings: dict[str, Any]) -> dict[str, Any]:
     from patchsae_utils import stages
     from patchsae_utils.config import DEFAULT_PROFILE, load_profile
     from patchsae_utils.data import load_dataset
-    from patchsae_utils.latents import summarize_latents
+    from patchsae_utils.latents.reading import summarize_latents
 
     profile = load_profile(DEFAULT_PROFILE)
     clip, layer = stages.load_world(profile)
@@ -144,7 +144,7 @@ def scenes(settings: dict[str, Any]) -> dict[str, Any]:
 def textbook(settings: dict[str, Any]) -> dict[str, Any]:
     """The whole batch's latents at once; every image's activations kept and sorted at the end."""
     from patchsae_utils.data import batches
-    from patchsae_utils.statistics import label_entropy, label_std
+    from patchsae_utils.latents.measures import label_entropy, label_std
 
     clip, sae, data = world(settings)
 
@@ -172,7 +172,7 @@ def textbook(settings: dict[str, Any]) -> dict[str, Any]:
 
 def queries(settings: dict[str, Any]) -> dict[str, Any]:
     """Writing a feature store and asking it: milliseconds, median over random questions; ``first`` opens it and verifies what it reads."""
-    from patchsae_utils.features import FeatureStore, write_features
+    from patchsae_utils.latents.features import FeatureStore, write_features
 
     clip, sae, data = world(settings)
     rng = np.random.default_rng(0)

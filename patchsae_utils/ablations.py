@@ -18,16 +18,17 @@ import numpy as np
 import pandas as pd
 
 from . import stages
-from .activations import extract_activations
-from .artifacts import current_commit, fingerprint, is_current, read_json, write_json, write_table
-from .clip import ClipModel
-from .concepts import detect_concepts
+from .activations.extraction import extract_activations
+from .clip.model import ClipModel
+from .concepts.detection import detect_concepts
+from .concepts.grounding import ConceptPatches, concept_patches, has_truth
 from .config import Profile, load_profile, repository_root
-from .evaluation import evaluate_sae
-from .grounding import ConceptPatches, concept_patches, has_truth, sae_dictionary
-from .latents import summarize_latents
-from .stability import matched_cosine
-from .training import train_sae, training_log
+from .latents.reading import summarize_latents
+from .latents.stability import matched_cosine
+from .run.artifacts import current_commit, fingerprint, is_current, read_json, write_json, write_table
+from .sae.dictionary import sae_dictionary
+from .sae.quality import evaluate_sae
+from .sae.trainer import train_sae, training_log
 
 TABLE = Path("benchmarks") / "results" / "ablations.csv"
 N_TOKENS = 1_000_000

@@ -13,8 +13,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .artifacts import _plain, atomic_file
 from .config import Profile, load_profile, parse_settings
+from .run.artifacts import atomic_file
+from .run.results import plain
 
 _EPILOG = """\
 Every command reads a profile (a name, or your own .toml file; default: $PATCHSAE_PROFILE, else openmoji) and writes into
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
         return 130
     if int(os.environ.get("RANK", 0)) == 0:  # of several processes, one speaks
-        print(json.dumps(result, default=_plain) if options.json else _text(result))
+        print(json.dumps(result, default=plain) if options.json else _text(result))
     return 0
 
 
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting; may be repeated"
             )
         if name == "convert":
-            from .formats import FORMATS
+            from .sae.formats import FORMATS
 
             command.add_argument("out", help="folder, or a .pt file for patchsae and saev")
             command.add_argument("--format", default="saelens", choices=FORMATS, help="default: saelens, which is also ours")
@@ -138,7 +139,7 @@ def _summarize(options: argparse.Namespace) -> dict[str, Any]:
 
 def _sweep(options: argparse.Namespace) -> dict[str, Any]:
     from . import stages
-    from .interventions import CHOICES, sweep_masks
+    from .interventions.masks import CHOICES, sweep_masks
 
     profile = _profile(options)
     ks, choose = _integers(options.ks, "--ks"), options.choose.split(",")
@@ -184,7 +185,7 @@ def _info(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _convert(options: argparse.Namespace) -> dict[str, Any]:
-    from .checkpoints import load_sae, save_sae
+    from .sae.files import load_sae, save_sae
 
     sae = load_sae(options.path)
     path = save_sae(sae, options.out, format=options.format, unit_norm=False)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .artifacts import read_sealed
-from .checkpoints import load_sae
-from .folders import is_url
-from .formats import find
-from .store import FORMAT, ActivationStore, read_manifest
+from .activations.folders import is_url
+from .activations.store import FORMAT, ActivationStore, read_manifest
+from .run.artifacts import read_sealed
+from .sae.files import load_sae
+from .sae.formats import find
 
 _LONG = 12  # entries of a list that are shown
 

@@ -4,7 +4,7 @@ An adapter sees 16 shots of each *base* class of a task (the first half of its s
 classes and of the *novel* ones, which it never saw; the harmonic mean counts both. Every accuracy is given as it is (raw), with the residual stream
 replaced by its reconstruction, and with the error of the reconstruction kept.
 
-Beside it, for the first seed of each adapter, what its gain on base classes is made of (:mod:`patchsae_utils.gain_split`), with a control: MaPLe fitted to
+Beside it, for the first seed of each adapter, what its gain on base classes is made of (:mod:`patchsae_utils.adaptation.gain`), with a control: MaPLe fitted to
 shuffled labels.
 
 ``python -m patchsae_utils.protocol`` fits and measures (about four hours on one free CPU core; it goes on where it was stopped) and writes
@@ -27,18 +27,17 @@ import torch
 from torch import Tensor
 
 from . import stages
-from .adapters import ADAPTERS, RECIPES, AdaptedClip, fit_adapter
-from .artifacts import current_commit, fingerprint, is_current, read_json, write_json, write_table
-from .bootstrap import resampled_means
-from .clip import ClipModel
+from .adaptation.adapters import ADAPTERS, RECIPES, AdaptedClip, fit_adapter
+from .adaptation.compare import FORMS, harmonic_mean
+from .adaptation.gain import explain_gain
+from .clip.model import ClipModel
 from .config import Profile, load_profile, repository_root
 from .data import batches
-from .gain_split import explain_gain
-from .latents import dataset_fingerprint
-from .prompts import model_tail
-from .remapping import FORMS, harmonic_mean
-from .sae import SparseAutoencoder
-from .tails import check_models, dataset_head
+from .interventions.tail import check_models, dataset_head, network_tail
+from .latents.reading import dataset_fingerprint
+from .run.artifacts import current_commit, fingerprint, is_current, read_json, write_json, write_table
+from .run.intervals import resampled_means
+from .sae.model import SparseAutoencoder
 
 TABLE = Path("benchmarks") / "results" / "adaptation.csv"
 SPLIT_NAME = "gain_split.csv"
@@ -193,7 +192,7 @@ def feature_forms(clip: ClipModel, sae: SparseAutoencoder, dataset, layer: int, 
     tail, parts = None, []
     for batch in batches(dataset, clip.preprocess, batch_size, progress=f"classifying {dataset.name}" if progress else None):
         residual = clip.run_to(batch.images, layer)
-        tail = tail or model_tail(clip, layer, residual)
+        tail = tail or network_tail(clip, layer, residual)
         decoded = torch.cat([sae.decode(sae.encode(part)) for part in residual.tokens.split(8)])
         forms = (residual.tokens, decoded, decoded + (residual.tokens - decoded))
         parts.append(torch.stack([tail(residual._replace(tokens=tokens)) for tokens in forms]))

@@ -29,8 +29,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat.v4 import new_output
 
-from .artifacts import file_sha256, fingerprint, read_json, write_json
 from .config import DEFAULT_PROFILE, Profile, figures_folder, load_profile, repository_root
+from .run.artifacts import file_sha256, fingerprint, read_json, write_json
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 _BAR = re.compile(r"\[\d\d:\d\d[<,]")  # "30%|###   | 3/10 [00:01<00:02, 2.9it/s]"

@@ -9,24 +9,25 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from . import grounding
-from .activations import ActivationStore, extract_activations
-from .adapted import AdaptedClip
-from .adapted_dictionary import Dictionaries, train_dictionaries
-from .adapters import fit_adapter
-from .artifacts import fingerprint
-from .clip import ClipModel, load_clip
-from .comparison import ComparisonReport, measure_dictionaries
-from .concepts import ConceptReport, measure_concepts
+from .activations.extraction import ActivationStore, extract_activations
+from .adaptation.adapted import AdaptedClip
+from .adaptation.adapters import fit_adapter
+from .adaptation.own_dictionary import Dictionaries, train_dictionaries
+from .clip.model import ClipModel, load_clip
+from .concepts import grounding
+from .concepts.comparison import ComparisonReport, measure_dictionaries
+from .concepts.detection import ConceptReport, measure_concepts
+from .concepts.grounding import ConceptPatches, has_truth
 from .config import Profile
 from .data import ImageData, OpenMojiData, load_dataset, without_broken
 from .data.loading import automatic_workers
-from .grounding import ConceptPatches, has_truth
-from .latents import LatentSummary, summarize_latents
-from .monosemanticity import Likeness
-from .sae import SparseAutoencoder
-from .training import train_sae
+from .latents.likeness import Likeness
+from .latents.reading import LatentSummary, summarize_latents
+from .run.artifacts import fingerprint
+from .sae.model import SparseAutoencoder
+from .sae.trainer import train_sae
 
 ADAPTER_PRECISION = "bf16"
 """Arithmetic of the image tower while an adapter is fitted: half the time on a CPU; learned weights are float32 either way."""
@@ -165,3 +166,29 @@ def adapted_dictionaries(profile: Profile, clip: ClipModel, task: str, n_images:
 def adapter_folder(profile: Profile, task: str, what: str) -> Path:
     """Where :func:`adapter` keeps a task's model (``what`` is its kind and seed, as in "maple-1"), and :func:`adapted_dictionaries` its SAEs."""
     return profile.folder("adapters") / f"{re.sub(r'[^A-Za-z0-9]+', '-', task).strip('-')}-{what}"
+
+
+NOTEBOOKS = {
+    "SAE": ("sae", "02_sae_training"),
+    "statistics of the latents": ("latents/statistics", "03_concept_labeling"),
+    "names of the latents": ("latents/concepts", "03_concept_labeling"),
+}
+
+
+def missing_artifacts(profile: Any) -> list[str]:
+    """Artifacts of a profile that are not there, each as a sentence that names the notebook that makes it; empty when all are.
+
+    Parameters
+    ----------
+    profile : Profile
+    """
+    wanted = {what: (profile.folder(path.split("/")[0]) / "/".join(path.split("/")[1:]), by) for what, (path, by) in NOTEBOOKS.items()}
+    shown = {f"adapter of {task}": (task, profile.adapters.kind) for task in profile.adapters.tasks}
+    shown[f"fine-tuned model of {profile.adapters.tasks[-1]}"] = (profile.adapters.tasks[-1], "finetune")
+    for what, (task, kind) in shown.items():
+        wanted[what] = (adapter_folder(profile, task, f"{kind}-{profile.adapters.seeds[0]}"), "05_adaptation_remapping")
+    return [
+        f"The {what} is missing: notebook {by} makes it in a few minutes; here it is made on the way."
+        for what, (folder, by) in wanted.items()
+        if not any(folder.glob("*.json"))
+    ]

@@ -42,6 +42,6 @@ def tiny_images(tiny_clip, tiny_dataset):
 @pytest.fixture(scope="session")
 def tiny_sae(tiny_clip):
     """An untrained SAE on ``tiny_clip``'s residual stream: 32 -> 64."""
-    from patchsae_utils.sae import SparseAutoencoder
+    from patchsae_utils.sae.model import SparseAutoencoder
 
     return SparseAutoencoder(tiny_clip.width, 2 * tiny_clip.width, seed=0)

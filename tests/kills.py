@@ -18,7 +18,7 @@ import torch
 from test_training import Store, fresh
 
 from patchsae_utils.config import TrainConfig
-from patchsae_utils.training import train_sae
+from patchsae_utils.sae.trainer import train_sae
 
 torch.set_num_threads(1)  # a fork inherits no threads
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import tiny
 import torch
 
-from patchsae_utils import passes
-from patchsae_utils.activations import extract_activations
+from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.data import load_dataset
-from patchsae_utils.features import write_features
-from patchsae_utils.latents import summarize_latents
-from patchsae_utils.sae import SparseAutoencoder
+from patchsae_utils.latents import passes
+from patchsae_utils.latents.features import write_features
+from patchsae_utils.latents.reading import summarize_latents
+from patchsae_utils.sae.model import SparseAutoencoder
 
 BAD = 16
 """A picture that the interrupted runs can't open."""

@@ -11,7 +11,7 @@ def random_clip():
     import open_clip
     from torchvision import transforms
 
-    from patchsae_utils.clip import ClipModel
+    from patchsae_utils.clip.model import ClipModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -9,9 +9,9 @@ import torch
 from accelerate import PartialState
 from test_training import Store, fresh
 
+from patchsae_utils.activations.streaming import TokenStream
 from patchsae_utils.config import TrainConfig
-from patchsae_utils.streaming import TokenStream
-from patchsae_utils.training import train_sae
+from patchsae_utils.sae.trainer import train_sae
 
 torch.set_num_threads(1)
 SETTINGS = {

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from platformdirs import user_cache_dir
 
-from ..artifacts import atomic_file
+from ..run.artifacts import atomic_file
 
 ATTRIBUTION = "Artwork: OpenMoji, CC BY-SA 4.0"
 

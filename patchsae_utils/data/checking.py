@@ -17,7 +17,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..artifacts import folder_lock, read_json, write_json
+from ..run.artifacts import folder_lock, read_json, write_json
 from .decoding import BrokenImage
 from .loading import Loader
 

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
-from ..artifacts import atomic_folder, fingerprint, read_json, shortened, write_json
+from ..run.artifacts import atomic_folder, fingerprint, read_json, shortened, write_json
 from .decoding import Rows, decoded
 from .images import SPLIT_FOLDERS, Opened, check_split, data_root
 

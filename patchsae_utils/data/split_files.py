@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..artifacts import read_json
+from ..run.artifacts import read_json
 from .decoding import ImageFiles
 
 

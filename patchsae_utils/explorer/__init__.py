@@ -15,7 +15,6 @@ _PUBLIC = {
     "SteeringPanel": "steering",
     "export_gallery": "gallery",
     "link": "widgets",
-    "missing_artifacts": "needs",
     "point": "pointing",
 }
 

@@ -11,10 +11,10 @@ import traitlets as t
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..adapters import NAMES
+from ..adaptation.adapters import NAMES
 from ..data import load_dataset
-from ..latents import TOKENS
-from ..tails import dataset_head
+from ..interventions.tail import dataset_head
+from ..latents.reading import TOKENS
 from .cards import Reader, distinctiveness
 from .render import encode_heats, encode_picture
 from .widgets import SelectionError, _View, is_openmoji, script

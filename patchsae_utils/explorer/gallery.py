@@ -15,9 +15,10 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..plots.heat import palette
 from .cards import ORDERS, Reader, latent_card, living, read_names
 from .latent_explorer import latent_facts
-from .render import encode_heats, palette
+from .render import encode_heats
 from .widgets import is_openmoji, measures_of, script
 
 CREDIT = "Artwork: OpenMoji, CC BY-SA 4.0."

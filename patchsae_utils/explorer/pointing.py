@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from ..data import openmoji
-from ..latents import select_latents
+from ..sae.dictionary import select_latents
 from .cards import Reader, distinctiveness
 
 ANSWERS = ("distinctive", "strongest", "random")

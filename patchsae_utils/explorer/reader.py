@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..latents import select_latents
-from ..levels import seen_image
+from ..latents.pictures import seen_image
+from ..sae.dictionary import select_latents
 
 UPLOAD = -2
 """The index under which an uploaded image is read."""

@@ -15,9 +15,9 @@ import traitlets as t
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..attribution import image_attribution
-from ..steering import Edit, Steered, steer
-from ..tails import dataset_head
+from ..interventions.attribution import image_attribution
+from ..interventions.steering import Edit, Steered, steer
+from ..interventions.tail import dataset_head
 from .render import encode_heats, encode_picture
 from .widgets import SelectionError, _View, is_openmoji, script
 

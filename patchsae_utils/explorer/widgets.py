@@ -15,8 +15,8 @@ import anywidget
 import numpy as np
 import traitlets as t
 
+from ..plots.heat import MODES, palette
 from .cards import Name, Reader, read_names
-from .render import MODES, palette
 
 HERE = Path(__file__).parent
 

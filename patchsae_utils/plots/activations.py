@@ -12,8 +12,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..activations.layers import OUTLIER_FACTOR
 from ..data import openmoji
-from ..probes import OUTLIER_FACTOR
 from . import style
 from .style import COLORS, CYCLE, STYLE
 

@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..adapters import NAMES
+from ..adaptation.adapters import NAMES
 from .style import COLORS, STYLE, figure
 from .style import save as save_figure
 

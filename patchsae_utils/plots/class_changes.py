@@ -9,9 +9,9 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from ..adapted_dictionary import ADAPTED, BASE, OTHER_SEED
-from ..confusions import Confusions
-from ..masked_predictions import MODELS, class_heat
+from ..adaptation.confusions import Confusions
+from ..adaptation.masked_predictions import MODELS, class_heat
+from ..adaptation.own_dictionary import ADAPTED, BASE, OTHER_SEED
 from .style import COLORS, DIVERGING, HEAT, STYLE, figure
 from .style import save as save_figure
 
@@ -69,7 +69,7 @@ def prediction_heat(table: pd.DataFrame, save: str | None = None) -> Figure:
     Parameters
     ----------
     table : DataFrame
-        :func:`patchsae_utils.masked_predictions.masked_predictions` of one data set.
+        :func:`patchsae_utils.adaptation.masked_predictions.masked_predictions` of one data set.
     save : str, optional
     """
     modes = [mode for mode in _MODES if mode in set(table["mode"])]
@@ -104,7 +104,7 @@ def dictionary_cross(cross: pd.DataFrame, save: str | None = None) -> Figure:
     Parameters
     ----------
     cross : DataFrame
-        ``Dictionaries.cross`` of :mod:`patchsae_utils.adapted_dictionary`.
+        ``Dictionaries.cross`` of :mod:`patchsae_utils.adaptation.own_dictionary`.
     save : str, optional
     """
     titles = {"explained_variance": "explained variance", "l0": "active latents a token", "change": "accuracy change (points)"}

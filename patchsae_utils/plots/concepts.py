@@ -142,7 +142,7 @@ def name_agreement(agreement: pd.DataFrame, save: str | None = None) -> Figure:
     Parameters
     ----------
     agreement : DataFrame
-        :func:`patchsae_utils.naming.name_agreement`.
+        :func:`patchsae_utils.concepts.names.name_agreement`.
     save : str, optional
     """
     names = list(dict.fromkeys([*agreement["a"], *agreement["b"]]))
@@ -179,9 +179,9 @@ def concept_sharing(splitting: pd.DataFrame, absorption: pd.DataFrame, most: int
     Parameters
     ----------
     splitting : DataFrame
-        :func:`patchsae_utils.localization.splitting`.
+        :func:`patchsae_utils.concepts.places.splitting`.
     absorption : DataFrame
-        :func:`patchsae_utils.localization.absorption`.
+        :func:`patchsae_utils.concepts.places.absorption`.
     most : int
         Categories shown: those of most classes.
     save : str, optional
@@ -234,7 +234,7 @@ def monosemanticity(table: pd.DataFrame, chance: float, save: str | None = None)
     Parameters
     ----------
     table : DataFrame
-        ``Likeness.table`` of :mod:`patchsae_utils.monosemanticity`: dictionary, latent, score, n_images.
+        ``Likeness.table`` of :mod:`patchsae_utils.latents.likeness`: dictionary, latent, score, n_images.
     chance : float
         Expected score once the images are shuffled.
     save : str, optional

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import FuncNorm, Normalize
@@ -13,19 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from ..explorer.render import MODES, blend
+from ..latents.summary import LatentSummary
+from .heat import MODES, blend
 from .style import COLORS, HEAT, STYLE, figure, image_axes, save
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from ..explorer.adaptation import AdaptationCard
-    from ..explorer.cards import LatentCard, PatchCard
-    from ..latents import LatentSummary
 
 
 def latent_explorer(
-    card: LatentCard,
+    card: Any,
     summary: LatentSummary,
     *,
     tau: float = 0.2,
@@ -39,7 +34,7 @@ def latent_explorer(
 
     Parameters
     ----------
-    card : LatentCard
+    card : Any
     summary : LatentSummary
         All latents, for the scatter.
     tau, opacity, mode, contour
@@ -62,7 +57,7 @@ def latent_explorer(
 
 
 def patch_explorer(
-    card: PatchCard,
+    card: Any,
     *,
     tau: float = 0.2,
     opacity: float = 0.75,
@@ -75,7 +70,7 @@ def patch_explorer(
 
     Parameters
     ----------
-    card : PatchCard
+    card : Any
     tau, opacity, mode, contour
         How the heat map looks; see :func:`patchsae_utils.explorer.render.blend`.
     credit : bool
@@ -104,7 +99,7 @@ def patch_explorer(
 
 
 def adaptation_view(
-    card: AdaptationCard,
+    card: Any,
     *,
     tau: float = 0.2,
     opacity: float = 0.75,
@@ -117,7 +112,7 @@ def adaptation_view(
 
     Parameters
     ----------
-    card : AdaptationCard
+    card : Any
     tau, opacity, mode, contour
         How heat maps look; see :func:`patchsae_utils.explorer.render.blend`.
     credit : bool
@@ -153,7 +148,7 @@ def adaptation_view(
     return _saved(fig, save, credit)
 
 
-def _twins(axes: Axes, card: AdaptationCard, models: tuple[str, str], colors: tuple[str, str]) -> None:
+def _twins(axes: Axes, card: Any, models: tuple[str, str], colors: tuple[str, str]) -> None:
     """Latents of both models and of one alone, with a bar for each model."""
     heads = {"common": "in both", "base": f"at least halved by {models[1]}", "adapted": f"at least doubled by {models[1]}"}
     row = 0
@@ -202,7 +197,7 @@ def pointing(frame: pd.DataFrame, save: str | None = None) -> Figure:
     return _saved(fig, save, False)
 
 
-def _references(fig, card: LatentCard, look: dict) -> None:
+def _references(fig, card: Any, look: dict) -> None:
     n = len(card.images)
     columns = max(1, min(5, n))
     axes = np.atleast_1d(fig.subplots(-(-max(1, n) // columns), columns, squeeze=False)).ravel()
@@ -220,7 +215,7 @@ def _references(fig, card: LatentCard, look: dict) -> None:
         _note(axes[0], "no image of the data set activates this latent")
 
 
-def _place(axes: Axes, card: LatentCard, summary: LatentSummary) -> None:
+def _place(axes: Axes, card: Any, summary: LatentSummary) -> None:
     alive = ~summary.dead.numpy()
     frequency, activation = summary.frequency.numpy()[alive], summary.mean_activation.numpy()[alive]
     axes.scatter(frequency, activation, s=3, color=COLORS["gray"], alpha=0.4, lw=0, rasterized=True)
@@ -236,7 +231,7 @@ def _place(axes: Axes, card: LatentCard, summary: LatentSummary) -> None:
     axes.set_title(facts, fontsize=9, weight="normal")
 
 
-def _list(axes: Axes, latents: list[tuple[int, float]], card: PatchCard) -> None:
+def _list(axes: Axes, latents: list[tuple[int, float]], card: Any) -> None:
     most = max((value for _, value in latents), default=1.0)
     for row, (latent, value) in enumerate(latents):
         color = COLORS["orange"] if latent == card.latent else COLORS["blue"]
@@ -256,7 +251,7 @@ def _bars(axes: Axes, words: list[str], values: list[float], unit: str) -> None:
     axes.set_xlabel(unit)
 
 
-def _picture(axes: Axes, picture: np.ndarray, card: PatchCard) -> None:
+def _picture(axes: Axes, picture: np.ndarray, card: Any) -> None:
     height, width = picture.shape[:2]
     image_axes(axes).imshow(picture)
     for color, thickness in ((COLORS["black"], 3.5), ("white", 1.5)):  # shows on any picture

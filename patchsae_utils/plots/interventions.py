@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from ..effects import object_patches
+from ..interventions.effects import object_patches
 from . import style
 from .style import COLORS, STYLE
 

@@ -8,7 +8,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ..remapping import OVERLAPS
+from ..adaptation.compare import OVERLAPS
 from .style import COLORS, HEAT, STYLE, figure
 from .style import save as save_figure
 
@@ -28,7 +28,7 @@ def adaptation_accuracy(table: pd.DataFrame, save: str | None = None) -> Figure:
     Parameters
     ----------
     table : DataFrame
-        task, model, form, half, accuracy, low, high: tables of :func:`patchsae_utils.remapping.base_to_novel` under each other.
+        task, model, form, half, accuracy, low, high: tables of :func:`patchsae_utils.adaptation.compare.base_to_novel` under each other.
     save : str, optional
         Name under ``figures/``.
     """

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
-from ..explorer.render import MODES, blend
 from . import style
+from .heat import MODES, blend
 from .interventions import _bar
 from .style import COLORS, STYLE
 

@@ -26,7 +26,7 @@ def training_curves(log: pd.DataFrame, save: str | None = None) -> Figure:
     Parameters
     ----------
     log : DataFrame
-        As :func:`patchsae_utils.training.training_log` reads it.
+        As :func:`patchsae_utils.sae.trainer.training_log` reads it.
     save : str, optional
         Name of the picture in ``figures/``.
     """
@@ -109,7 +109,7 @@ def firing_rates(rates: Mapping[str, Tensor], n_tokens: int, save: str | None = 
     Parameters
     ----------
     rates : mapping
-        Name -> share of tokens on which each latent fires, Tensor [S]; see :func:`patchsae_utils.evaluation.firing_rates`.
+        Name -> share of tokens on which each latent fires, Tensor [S]; see :func:`patchsae_utils.sae.quality.firing_rates`.
     n_tokens : int
         Tokens they were counted on: no rate below 1 / n_tokens can be seen.
     save : str, optional
@@ -138,7 +138,7 @@ def patch_maps(images: Sequence[Image.Image], l0: Tensor, error: Tensor, save: s
     ----------
     images : sequence of PIL images, as CLIP sees them
     l0, error : Tensor [n, rows, columns]
-        See :func:`patchsae_utils.evaluation.patch_readings`.
+        See :func:`patchsae_utils.sae.quality.patch_readings`.
     save : str, optional
     credit : bool
         Whether OpenMoji art shows.

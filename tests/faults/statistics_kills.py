@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import shares  # noqa: E402
 
-from patchsae_utils import passes  # noqa: E402
+from patchsae_utils.latents import passes
 
 torch.set_num_threads(1)  # a fork inherits no threads
 passes.SAVE_SECONDS = 0.0

@@ -15,12 +15,12 @@ import pytest
 from test_checkpoints import trained
 from test_training import CONFIG, Store, assert_same, fresh, weights
 
-from patchsae_utils.activations import extract_activations
-from patchsae_utils.artifacts import file_sha256
-from patchsae_utils.features import write_features
-from patchsae_utils.latents import summarize_latents
-from patchsae_utils.sae import SparseAutoencoder
-from patchsae_utils.training import CHECKPOINT, train_sae
+from patchsae_utils.activations.extraction import extract_activations
+from patchsae_utils.latents.features import write_features
+from patchsae_utils.latents.reading import summarize_latents
+from patchsae_utils.run.artifacts import file_sha256
+from patchsae_utils.sae.model import SparseAutoencoder
+from patchsae_utils.sae.trainer import CHECKPOINT, train_sae
 
 LAYER = -2
 

@@ -15,21 +15,21 @@ import torch
 from test_checkpoints import TOKENS, trained
 from tiny import loud
 
-from patchsae_utils import artifacts
-from patchsae_utils.activations import ActivationStore, extract_activations
-from patchsae_utils.adapters import ADAPTERS, load_adapter, save_adapter
-from patchsae_utils.artifacts import file_sha256, folder_lock, read_json
-from patchsae_utils.checkpoints import CONFIG, WEIGHTS, load_sae, save_sae
-from patchsae_utils.comparison import ComparisonReport
-from patchsae_utils.concept_report import ConceptReport, load_report, save_report
-from patchsae_utils.exports import _HOLDS
-from patchsae_utils.feature_store import FeatureStore
-from patchsae_utils.features import write_features
-from patchsae_utils.latents import summarize_latents
-from patchsae_utils.monosemanticity import Likeness
-from patchsae_utils.streaming import TokenStream
-from patchsae_utils.summary import LatentSummary
-from patchsae_utils.training import train_sae
+from patchsae_utils.activations.extraction import ActivationStore, extract_activations
+from patchsae_utils.activations.streaming import TokenStream
+from patchsae_utils.adaptation.adapters import ADAPTERS, load_adapter, save_adapter
+from patchsae_utils.concepts.comparison import ComparisonReport
+from patchsae_utils.concepts.report import ConceptReport, load_report, save_report
+from patchsae_utils.latents.feature_store import FeatureStore
+from patchsae_utils.latents.features import write_features
+from patchsae_utils.latents.likeness import Likeness
+from patchsae_utils.latents.reading import summarize_latents
+from patchsae_utils.latents.summary import LatentSummary
+from patchsae_utils.run import artifacts
+from patchsae_utils.run.artifacts import file_sha256, folder_lock, read_json
+from patchsae_utils.sae.exports import _HOLDS
+from patchsae_utils.sae.files import CONFIG, WEIGHTS, load_sae, save_sae
+from patchsae_utils.sae.trainer import train_sae
 
 
 def flipped(content: bytes, place: int, draw: random.Random) -> bytes:

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_checkpoints import trained
 
-from patchsae_utils.activations import ActivationStore
-from patchsae_utils.checkpoints import CONFIG, load_sae, save_sae
+from patchsae_utils.activations.extraction import ActivationStore
 from patchsae_utils.config import _SECTIONS, Profile, load_profile, parse_settings
+from patchsae_utils.sae.files import CONFIG, load_sae, save_sae
 
 NAMES = [f"{section}.{item.name}" for section, kind in _SECTIONS.items() for item in dataclasses.fields(kind)] + [
     "name",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from patchsae_utils.activations import extract_activations
+from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.data import few_shot, load_dataset
 from patchsae_utils.data.images import open_image
 
@@ -108,8 +108,8 @@ def test_an_empty_class_keeps_its_number(folder):
 
 
 def test_an_empty_data_set_is_said_by_every_stage(tiny_clip, tiny_sae, tmp_path):
-    from patchsae_utils.interventions import sweep_masks
-    from patchsae_utils.latents import summarize_latents
+    from patchsae_utils.interventions.masks import sweep_masks
+    from patchsae_utils.latents.reading import summarize_latents
 
     nothing = load_dataset("openmoji/tools", "test", n_images=0)
     for call, message in (
@@ -134,7 +134,7 @@ def test_a_picture_too_large_to_be_meant_is_refused(tmp_path, monkeypatch):
 
 
 def test_one_image_goes_through_extraction_and_statistics(tiny_clip, tiny_sae, tmp_path):
-    from patchsae_utils.latents import summarize_latents
+    from patchsae_utils.latents.reading import summarize_latents
 
     (tmp_path / "train" / "only").mkdir(parents=True)
     Image.new("RGB", (30, 30), (200, 0, 0)).save(tmp_path / "train" / "only" / "1.png")

@@ -17,8 +17,8 @@ import torch
 from nbformat.v4 import new_code_cell, new_notebook
 from safetensors.torch import load_file, save_file
 
-from patchsae_utils import passes
-from patchsae_utils.artifacts import read_json
+from patchsae_utils.latents import passes
+from patchsae_utils.run.artifacts import read_json
 
 HERE = Path(__file__).parent
 PATHS = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parent.parent)])

@@ -8,18 +8,19 @@ import pytest
 import torch
 from test_training import CONFIG, Store, fresh, weights
 
-from patchsae_utils import adapters, training
-from patchsae_utils.activations import extract_activations
-from patchsae_utils.adapters import fit_adapter
+from patchsae_utils.activations.extraction import extract_activations
+from patchsae_utils.activations.streaming import TokenStream
+from patchsae_utils.adaptation import adapters
+from patchsae_utils.adaptation.adapters import fit_adapter
 from patchsae_utils.cli import main
 from patchsae_utils.config import AdapterConfig
 from patchsae_utils.data import load_dataset
-from patchsae_utils.interventions import sweep_masks
-from patchsae_utils.latents import summarize_latents
-from patchsae_utils.memory import FittingBatches, out_of_memory
-from patchsae_utils.monosemanticity import Likeness
-from patchsae_utils.streaming import TokenStream
-from patchsae_utils.training import train_sae
+from patchsae_utils.interventions.masks import sweep_masks
+from patchsae_utils.latents.likeness import Likeness
+from patchsae_utils.latents.reading import summarize_latents
+from patchsae_utils.run.memory import FittingBatches, out_of_memory
+from patchsae_utils.sae import trainer as training
+from patchsae_utils.sae.trainer import train_sae
 
 LAYER = -2
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore about it")

@@ -1,0 +1,190 @@
+"""Which latents a class rests on, before and after adaptation: the remapping matrix.
+
+A *link* from latent s to class c is what the margin of class c owes to the latent, on average over pictures of the class: its activation h
+times its weight w, where w is the gradient of the margin along the latent's decoder row (gradient times activation, as in
+:mod:`patchsae_utils.interventions.attribution`). A link changes because the latent answers differently (dh) or because it is read differently (dw), and
+the change splits exactly::
+
+    h_a w_a - h_b w_b  =  (h_a - h_b) (w_a + w_b) / 2  +  (h_a + h_b) / 2 (w_a - w_b)
+                          by activation                   by reading: a new mapping from the same concept
+
+summed over tokens. The positive links of a class, divided by their sum, are its *evidence*. What two models share of it, the sum over
+latents of the smaller of the two shares, is the *reuse* of the class: 1 where each latent carries as much of the class as before, 0 where
+none that carried it does so still.
+
+Dimension letters: B batch, T tokens (CLS, then patches), D d_in, S d_sae, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ..clip.model import ClipModel, Residual
+from ..interventions.attribution import logit_gradient
+from ..interventions.tail import Active
+from ..run.intervals import bootstrap_mean
+from .compare import COMPARISONS, latent_groups
+
+LINKS = {"high": "stayed", "high-to-low": "vanished", "low-to-high": "appeared"}
+"""Group of :func:`patchsae_utils.adaptation.compare.latent_groups` -> what happened to the link."""
+
+
+@dataclass(frozen=True)
+class ClassLinks:
+    """What each class's margin owes to each latent, in CLIP and in the adapted model; means over pictures of the class."""
+
+    class_names: list[str]
+    halves: Tensor
+    """[2, C, S] CLIP's links, on the pictures of each class at even and at odd turns: how far chance moves them."""
+    half_images: Tensor
+    """[2, C] how many pictures those are."""
+    adapted: Tensor
+    """[C, S] the adapted model's links, on all pictures."""
+    by_activation: Tensor
+    """[C, S] the part of adapted minus base that is due to other activations."""
+    by_reading: Tensor
+    """[C, S] the part that is due to other weights; the two parts sum to the change."""
+
+    @property
+    def base(self) -> Tensor:
+        """[C, S] CLIP's links, on all pictures."""
+        weights = self.half_images / self.half_images.sum(0).clamp_min(1)
+        return (self.halves * weights[..., None]).sum(0)
+
+    def reuse(self, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
+        """How much of a class's evidence rests on the same latents, beside what chance and unrelated classes share.
+
+        Returns
+        -------
+        DataFrame
+            comparison, reuse, low, high; means over classes, intervals over them. "CLIP twice, other pictures" compares two samples
+            of half the size, so it understates what chance leaves in common.
+        """
+        pairs = {COMPARISONS[0]: (self.base, self.adapted), COMPARISONS[1]: tuple(self.halves)}
+        if len(self.class_names) > 1:
+            shift = int(np.random.default_rng(seed).integers(1, len(self.class_names)))
+            pairs[COMPARISONS[2]] = (self.base, self.adapted.roll(shift, 0))
+        records = []
+        for name, (first, second) in pairs.items():
+            shared = shared_evidence(first, second)
+            shared = shared[~shared.isnan()].numpy()
+            mean, low, high = bootstrap_mean(shared, n_bootstrap, seed) if len(shared) else (np.nan,) * 3
+            records.append({"comparison": name, "reuse": float(mean), "low": float(low), "high": float(high)})
+        return pd.DataFrame(records)
+
+    def links(self, top_k: int = 10, low: float = 0.5) -> pd.DataFrame:
+        """The strongest links of each class in either model, and what became of them.
+
+        Parameters
+        ----------
+        top_k : int
+            Of each class and model.
+        low : float
+            A link has *vanished* when its share of the class's evidence fell below ``low`` times CLIP's, *appeared* when CLIP's lies below
+            ``low`` times the adapted model's, else *stayed*.
+
+        Returns
+        -------
+        DataFrame
+            class, class_name, latent, base, adapted (shares of the class's evidence), link.
+        """
+        table = latent_groups(evidence(self.base), evidence(self.adapted), top_k=top_k, low=low)
+        table["link"] = table.pop("group").map(LINKS)
+        table.insert(1, "class_name", [self.class_names[i] for i in table["class"]])
+        return table
+
+    def change(self, n_bootstrap: int = 1000, seed: int = 0) -> dict[str, float]:
+        """Share of the links' change (sum of absolute parts) that is due to reading, not to activations: reading, low, high.
+
+        NaN where no link has changed. The interval is over classes.
+        """
+        reading, activation = (part.abs().sum(1) for part in (self.by_reading, self.by_activation))
+        total = reading + activation
+        changed = total > 0
+        if not changed.any():
+            return dict.fromkeys(("reading", "low", "high"), float("nan"))
+        mean, low, high = bootstrap_mean((reading / total)[changed].numpy(), n_bootstrap, seed)
+        return {"reading": float(mean), "low": float(low), "high": float(high)}
+
+
+def evidence(links: Tensor) -> Tensor:
+    """Positive links [C, S], each class's divided by their sum; a class without any gets zeros."""
+    positive = links.clamp_min(0)
+    return positive / positive.sum(1, keepdim=True).clamp_min(torch.finfo(positive.dtype).tiny)
+
+
+def shared_evidence(first: Tensor, second: Tensor) -> Tensor:
+    """What two models share of each class's evidence, from links [C, S]: [C] in [0, 1], NaN where one of them has none."""
+    shares = [evidence(links) for links in (first, second)]
+    shared = torch.minimum(*shares).sum(1)
+    shared[(shares[0].sum(1) == 0) | (shares[1].sum(1) == 0)] = torch.nan
+    return shared
+
+
+class Reader(NamedTuple):
+    """One model, as the links see it."""
+
+    clip: ClipModel
+    tail: Callable[[Residual], Tensor]
+    head: Tensor
+
+
+class LinkSums:
+    """Sums of links over batches; ``links()`` gives their means."""
+
+    def __init__(self, class_names: list[str], rows: Tensor):
+        self.class_names, self.rows = class_names, rows
+        shape = (len(class_names), len(rows))
+        self.halves = rows.new_zeros(2, *shape, dtype=torch.float64)
+        self.rest = rows.new_zeros(3, *shape, dtype=torch.float64)  # adapted, by activation, by reading
+        self.seen = torch.zeros(2, len(class_names), dtype=torch.long)
+
+    def add(
+        self, readers: tuple[Reader, Reader], residuals: tuple[Residual, Residual], actives: tuple[Active, Active], labels: Tensor
+    ) -> None:
+        """Add a batch: CLIP and the adapted model, the residual streams of the same pictures, their positive latents, their classes [B]."""
+        token, latent, h = _union(actives, len(self.rows))
+        together = Active(token, latent, torch.ones_like(h[0]), actives[0].shape)
+        w = [
+            together.project(logit_gradient(reader.clip, reader.tail, residual, reader.head, labels, "margin"), self.rows)
+            for reader, residual in zip(readers, residuals, strict=True)
+        ]
+        shares = torch.stack([h[0] * w[0], h[1] * w[1], (h[1] - h[0]) * (w[0] + w[1]) / 2, (h[0] + h[1]) / 2 * (w[1] - w[0])]).double()
+        place = labels[together.image] * len(self.rows) + latent
+        turn = self._turns(labels.cpu()).to(place.device)[together.image]
+        self.halves.view(-1).index_add_(0, turn * self.halves[0].numel() + place, shares[0])
+        for total, share in zip(self.rest, shares[1:], strict=True):
+            total.view(-1).index_add_(0, place, share)
+
+    def _turns(self, labels: Tensor) -> Tensor:
+        """0 or 1 for each picture: those of a class go to its two halves by turns."""
+        turns = torch.empty_like(labels)
+        for i, label in enumerate(labels.tolist()):
+            turns[i] = int(self.seen[0, label] > self.seen[1, label])
+            self.seen[turns[i], label] += 1
+        return turns
+
+    def links(self) -> ClassLinks:
+        """The means over the pictures of each class."""
+        halves = self.halves.cpu() / self.seen.clamp_min(1)[..., None]
+        rest = self.rest.cpu() / self.seen.sum(0).clamp_min(1)[:, None]
+        return ClassLinks(self.class_names, halves, self.seen, *rest)
+
+
+def _union(actives: tuple[Active, Active], d_sae: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Tokens and latents that are positive in either model, and each model's activations there (0 where silent)."""
+    keys = [active.token * d_sae + active.latent for active in actives]  # rising, by token and latent
+    union = torch.unique(torch.cat(keys))
+    values = []
+    for key, active in zip(keys, actives, strict=True):
+        full = active.value.new_zeros(len(union))
+        full[torch.searchsorted(union, key)] = active.value
+        values.append(full)
+    return union // d_sae, union % d_sae, values

@@ -1,0 +1,151 @@
+"""A dictionary of the adapted model's own, beside CLIP's: would it have found other concepts?
+
+All else reads the adapted model through the dictionary that was trained on CLIP, which has no word for what CLIP lacked. So one SAE is trained on the
+residual stream of each model: the same pictures, settings, number of tokens and seed, hence the same tokens (by place) as starting directions; prompt
+tokens are never stored. Each SAE then reads both models (the four combinations of Lim et al., ICLR 2025, Fig. 11). A second SAE of CLIP, of
+another seed, says how much of any difference is the luck of training: dictionaries trained twice on the *same* activations don't agree either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ..activations.extraction import extract_activations
+from ..clip.model import ClipModel
+from ..config import SaeConfig, TrainConfig
+from ..interventions.tail import check_same_tower
+from ..latents.stability import MAX_LATENTS, stability
+from ..sae.model import SparseAutoencoder
+from ..sae.quality import evaluate_sae, firing_rates
+from ..sae.trainer import train_sae
+
+BASE, OTHER_SEED, ADAPTED = "CLIP", "CLIP, other seed", "adapted"
+DICTIONARIES = (BASE, OTHER_SEED, ADAPTED)
+"""Names of the three SAEs: trained on CLIP, again with the next seed, and on the adapted model."""
+MEASURES = {"explained_variance": "explained_variance", "l0": "l0", "zero_shot_top1": "accuracy", "zero_shot_change": "change"}
+"""Metric of :func:`patchsae_utils.evaluate_sae` -> column of :meth:`Dictionaries.cross`."""
+_N_ALIVE = 40_000  # tokens on which a latent must fire once to be matched
+
+
+class Dictionaries(NamedTuple):
+    """Three SAEs that differ in nothing but whose activations they were trained on, or the seed."""
+
+    saes: dict[str, SparseAutoencoder]
+    """By the names of :data:`DICTIONARIES`."""
+    alive: dict[str, Tensor]
+    """bool [S]: latents that fire on the activations that the SAE was trained on; the most frequent ones, where these are too many to match."""
+
+    def cross(
+        self, base: ClipModel, adapted: ClipModel, dataset, layer: int, *, batch_size: int = 64, progress: bool = True
+    ) -> pd.DataFrame:
+        """Each SAE on the activations of each model.
+
+        Parameters
+        ----------
+        base, adapted : ClipModel
+        dataset : ImageData or OpenMojiData
+            Labelled pictures that no SAE was trained on.
+        layer : int
+        batch_size : int
+        progress : bool
+
+        Returns
+        -------
+        DataFrame
+            sae, activations ("CLIP" or "adapted"), measure (explained_variance, l0, accuracy of that model with the reconstruction in place of
+            its residual stream, change of the accuracy against raw), value, low, high; over all tokens, intervals over pictures.
+        """
+        check_same_tower(base, adapted)
+        tables = []
+        for name, model in ((BASE, base), (ADAPTED, adapted)):
+            found = evaluate_sae(model, self.saes, dataset, layer, batch_size=batch_size, progress=progress)
+            found = found[(found["variant"] == "reconstruction") & (found["tokens"] == "all") & found["metric"].isin(list(MEASURES))]
+            tables.append(found.assign(activations=name, measure=found["metric"].map(MEASURES)))
+        return pd.concat(tables, ignore_index=True)[["sae", "activations", "measure", "value", "low", "high"]]
+
+    def matches(self, threshold: float = 0.7, seed: int = 0) -> pd.DataFrame:
+        """How many latents each pair of SAEs has in common: :func:`patchsae_utils.latents.stability.stability` on those that are alive.
+
+        The yardstick of "CLIP, other seed" and "adapted" is "CLIP" and "CLIP, other seed": neither pair shares a start.
+        """
+        return stability(self.saes, self.alive, threshold=threshold, seed=seed)
+
+
+def train_dictionaries(
+    base: ClipModel,
+    adapted: ClipModel,
+    dataset,
+    layer: int,
+    sae: SaeConfig,
+    training: TrainConfig,
+    out: str | Path,
+    *,
+    progress: bool = True,
+) -> Dictionaries:
+    """Train an SAE on each model's residual stream, and one more on CLIP's; what is in the folder already is opened.
+
+    Parameters
+    ----------
+    base, adapted : ClipModel
+    dataset : ImageData or OpenMojiData
+        Pictures that both models read, e.g. of the domain that the adapter was fitted to.
+    layer : int
+        Block whose output the SAEs read.
+    sae : SaeConfig
+    training : TrainConfig
+        The same for all, but for the seed of "CLIP, other seed", which is the next one.
+    out : path
+        Folder for two activation stores and three SAEs.
+    progress : bool
+
+    Returns
+    -------
+    Dictionaries
+
+    Raises
+    ------
+    ValueError
+        If the models' image towers differ in shape; else as :func:`~patchsae_utils.extract_activations` and :func:`~patchsae_utils.train_sae`.
+    """
+    check_same_tower(base, adapted)
+    out = Path(out)
+    stores = {
+        name: extract_activations(model, dataset, layer, out / f"activations-{folder}", progress=progress)
+        for name, folder, model in ((BASE, "base", base), (ADAPTED, "adapted", adapted))
+    }
+    saes, alive = {}, {}
+    for name, folder, source, seed in (
+        (BASE, "sae-base", BASE, training.seed),
+        (OTHER_SEED, "sae-base-other-seed", BASE, training.seed + 1),
+        (ADAPTED, "sae-adapted", ADAPTED, training.seed),
+    ):
+        fresh = SparseAutoencoder(base.width, sae.expansion_factor * base.width, seed=seed, **sae.options())
+        saes[name] = train_sae(fresh, stores[source], dataclasses.replace(training, seed=seed), out / folder, progress=progress)
+        alive[name] = _alive(firing_rates(saes[name], cast(Iterator[Tensor], stores[source].tokens(4096, seed=0)), _N_ALIVE))
+    return Dictionaries(saes, alive)
+
+
+def _alive(rates: Tensor) -> Tensor:
+    alive = torch.zeros_like(rates, dtype=torch.bool)
+    alive[rates.argsort(descending=True, stable=True)[:MAX_LATENTS]] = True
+    return alive & (rates > 0)
+
+
+def cross_table(cross: pd.DataFrame) -> pd.DataFrame:
+    """:meth:`Dictionaries.cross` to read: one row an SAE and model, cells "value [low, high]"."""
+
+    def cell(row) -> str:
+        style = {"l0": ".1f", "explained_variance": ".3f", "accuracy": ".0%"}.get(row.measure, "+.0%")
+        value, low, high = (format(number, style) for number in (row.value, row.low, row.high))
+        return f"{value} [{low}, {high}]"
+
+    cells = cross.assign(cell=[cell(row) for row in cross.itertuples()])
+    table = cells.pivot_table(index=["sae", "activations"], columns="measure", values="cell", aggfunc="first", sort=False)
+    return table.rename_axis(columns=None)

@@ -1,0 +1,308 @@
+"""Learned prompts over any CLIP of ours: MaPLe, CoOp and VPT, with the interface of the model they adapt.
+
+An adapted model shares the frozen weights of its base and adds learned prompts: in the text they take the place of the first
+words' embeddings, in the image they travel behind the patches. It is a :class:`~patchsae_utils.clip.ClipModel`, so every stage
+runs on it as it is; ``run_to`` hands the image prompts over as ``Residual.extra``, so that no statistic ever sees them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from ..clip.model import ClipModel, Residual
+from ..config import AdapterConfig
+from .adapted import TEMPLATE, AdaptedClip
+
+MAPLE_DEPTH = 9
+
+
+class PromptedClip(AdaptedClip):
+    """A frozen CLIP with learned prompts; its base class says what it can do, its subclasses which prompts there are.
+
+    Parameters
+    ----------
+    clip : ClipModel
+        The base. Its weights are shared, not copied, and never change.
+    n_ctx : int
+        Text embeddings that are replaced, and image tokens that are added.
+    depth : int, optional
+        Blocks, counted from the input, that get prompts of their own; behind them the prompts propagate. Default: the
+        adapter's own, see the subclass. Image and text towers may differ in depth: a tower with fewer blocks reads the
+        prompts of the blocks that it has.
+    seed : int
+        Of the initial prompts.
+    template : str
+        Prompt whose first ``n_ctx`` tokens are replaced. With more context than it has words, as many placeholders take
+        their place and the context starts from random vectors.
+
+    Raises
+    ------
+    ValueError
+        If the depth or the context is impossible for these towers.
+    """
+
+    OPTIONS = ("n_ctx", "depth", "seed", "template")
+    default_depth: ClassVar[int] = 1
+
+    def __init__(self, clip: ClipModel, n_ctx: int = 2, depth: int | None = None, *, seed: int = 1, template: str = TEMPLATE):
+        super().__init__(clip, seed=seed, template=template)
+        depth = min(self.default_depth, self.n_layers) if depth is None else depth
+        if not 1 <= depth <= self.n_layers:
+            raise ValueError(f"{clip.name!r} has {self.n_layers} image blocks, so depth must be 1 to {self.n_layers}; got {depth}.")
+        if n_ctx < 1:
+            raise ValueError(f"n_ctx must be 1 or more, got {n_ctx}.")
+        self.n_ctx, self.depth = n_ctx, depth
+        self._from_words = n_ctx <= _n_words(clip, template.split("{}")[0].strip())
+        self.template = template if self._from_words else " ".join(["X"] * n_ctx) + " {}."
+        self.learned = self._make_prompts(Generator().manual_seed(seed)).to(self.device).requires_grad_(False)
+
+    @classmethod
+    def for_fitting(
+        cls, clip: ClipModel, config: AdapterConfig, class_names: Sequence[str], templates: Sequence[str], seed: int
+    ) -> PromptedClip:
+        return cls(clip, config.n_ctx, config.depth if cls.default_depth > 1 else 1, seed=seed, template=config.template)
+
+    # -- what a subclass says -----------------------------------------------------------------------------------------
+
+    def _make_prompts(self, generator: Generator) -> nn.Module:
+        raise TypeError(
+            f"{type(self).__name__} is no adapter by itself. Choose one of: {', '.join(c.__name__ for c in PromptedClip.__subclasses__())}."
+        )
+
+    def text_prompts(self) -> list[Tensor]:
+        """[n_ctx, d_text] for each text block, from the first on, that gets its own; empty: the text tower is the base's."""
+        return []
+
+    def visual_prompts(self) -> list[Tensor]:
+        """[n_ctx, d] for each image block, from the first on, that gets its own; empty: the image tower is the base's."""
+        return []
+
+    # -- images -------------------------------------------------------------------------------------------------------
+
+    @property
+    def changes_images(self) -> bool:
+        return bool(self.visual_prompts())
+
+    def run_to(self, images: Tensor, layer: int) -> Residual:
+        """As :meth:`ClipModel.run_to`; the image prompts, where there are any, come apart from the tokens."""
+        x = super().run_to(images, layer).tokens
+        return Residual(x) if x.shape[1] == self.n_tokens else Residual(x[:, : self.n_tokens], x[:, self.n_tokens :])
+
+    def tail_inputs(self, layer: int) -> tuple[ClipModel, Tensor | None]:
+        """Prompts that enter in the last block are constants that stand behind the base's tokens there."""
+        prompts = self.visual_prompts()
+        if self.layer_index(layer) != self.n_layers - 2 or len(prompts) < self.n_layers:
+            return self, None
+        return self.base, prompts[-1].detach()
+
+    def finish(self, residual: Residual | Tensor, layer: int) -> Tensor:
+        """As :meth:`ClipModel.finish`, on what this model's ``run_to`` gave.
+
+        Raises
+        ------
+        ValueError
+            If the image prompts are missing that the next blocks need, or there are some that don't belong here.
+        """
+        residual = Residual(residual) if isinstance(residual, Tensor) else residual
+        start, expected = self.layer_index(layer) + 1, self.n_ctx if self.visual_prompts() else 0
+        given = 0 if residual.extra is None else residual.extra.shape[1]
+        # A block with prompts of its own, or the end of the tower, makes those of the blocks before it unnecessary.
+        if given != expected and (given or len(self.visual_prompts()) <= start < self.n_layers):
+            raise ValueError(
+                f"{type(self).__name__} carries {expected} prompt tokens after layer {layer}; this residual has {given}. "
+                f"Edit what run_to gave and hand it on: finish(run_to(images, {layer})._replace(tokens=...), {layer})."
+            )
+        x = residual.tokens if residual.extra is None else torch.cat([residual.tokens, residual.extra], 1)
+        with self._arithmetic():
+            x = self._run_blocks(x, start, self.n_layers)
+            return self._features(x[:, : self.n_tokens]).float()
+
+    def _run_blocks(self, x: Tensor, start: int, stop: int) -> Tensor:
+        visual_prompts = self.visual_prompts()
+        for i in range(start, stop):
+            if i < len(visual_prompts):
+                prompt = visual_prompts[i]
+                # The first ones pass ln_pre, as the patches did; those of later blocks enter the stream as they are.
+                prompt = self.visual.ln_pre(prompt) if i == 0 else prompt
+                x = torch.cat([x[:, : self.n_tokens], prompt.to(x.dtype).expand(len(x), -1, -1)], 1)
+            x = super()._run_blocks(x, i, i + 1)
+        return x
+
+    # -- text ---------------------------------------------------------------------------------------------------------
+
+    def head(self, tokens: Tensor) -> Tensor:
+        """Text features through the learned prompts: unit rows [C, d_embed], differentiable.
+
+        Parameters
+        ----------
+        tokens : LongTensor [C, context]
+            Of ``template`` filled with class names.
+        """
+        with self._prompted_text():
+            return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
+
+    def class_tokens(self, class_names: Sequence[str]) -> Tensor:
+        """Token ids of the template, filled with each name: LongTensor [C, context]."""
+        return self.tokenize([self.template.format(name.replace("_", " ")) for name in class_names])
+
+    def zero_shot_head(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
+        """One unit vector a class, from the learned text prompts; without any, the base's head over ``templates``.
+
+        Parameters
+        ----------
+        class_names : sequence of str
+        templates : sequence of str, optional
+            Only read by adapters without text prompts: a learned context takes the templates' place.
+
+        Returns
+        -------
+        Tensor [C, d_embed]
+        """
+        if not self.text_prompts():
+            return super().zero_shot_head(class_names, templates)
+        if not class_names:
+            raise ValueError("A head needs class names; got none.")
+        with torch.no_grad():
+            return torch.cat([self.head(self.class_tokens(class_names[i : i + 256])) for i in range(0, len(class_names), 256)])
+
+    def head_to_fit(self, class_names: Sequence[str], templates: Sequence[str]) -> Callable[[], Tensor]:
+        if not self.text_prompts():
+            return super().head_to_fit(class_names, templates)
+        tokens = self.class_tokens(class_names)
+        return lambda: self.head(tokens)
+
+    @contextmanager
+    def _prompted_text(self) -> Iterator[None]:
+        """While it lasts, the text tower reads the learned prompts at positions 1 to n_ctx."""
+        prompts, text = self.text_prompts(), _text_tower(self.model)
+        handles = []
+
+        def replace(x: Tensor, prompt: Tensor, dim: int) -> Tensor:
+            start, stop = x.narrow(dim, 0, 1), x.narrow(dim, 1 + self.n_ctx, x.shape[dim] - 1 - self.n_ctx)
+            prompt = prompt.to(x.dtype).unsqueeze(1 - dim).expand_as(x.narrow(dim, 1, self.n_ctx))
+            return torch.cat([start, prompt, stop], dim)
+
+        try:
+            if prompts:
+                handles.append(text.token_embedding.register_forward_hook(lambda module, args, out: replace(out, prompts[0], 1)))
+                dim = 1 if text.transformer.batch_first else 0
+                for block, prompt in zip(list(text.transformer.resblocks)[1:], prompts[1:], strict=False):  # towers may differ in depth
+                    handles.append(block.register_forward_pre_hook(lambda module, args, p=prompt: (replace(args[0], p, dim), *args[1:])))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _initial_context(self, generator: Generator) -> Tensor:
+        """[n_ctx, d_text]: embeddings of the template's first words, or random ones where it has too few."""
+        text = _text_tower(self.model)
+        if self._from_words:
+            return text.token_embedding(self.tokenize(self.template.format("X")))[0, 1 : 1 + self.n_ctx].detach().float().cpu().clone()
+        return torch.randn(self.n_ctx, text.token_embedding.weight.shape[1], generator=generator) * 0.02
+
+
+class MaPLe(PromptedClip):
+    """Multi-modal prompt learning: text prompts, and image prompts that are linear functions of them.
+
+    The first ``n_ctx`` word embeddings become vectors; a linear map of them is appended to the patches. For each block up
+    to ``depth``, further vectors and their linear map replace what the block before made of the prompts, in both towers.
+    Default depth: 9, or all blocks of a smaller image tower. ViT-B/16: 3,555,072 parameters.
+
+    Source: Khattak et al., CVPR 2023, section 3.
+    """
+
+    kind = "maple"
+    default_depth = MAPLE_DEPTH
+
+    def _make_prompts(self, generator: Generator) -> nn.Module:
+        ctx = self._initial_context(generator)
+        deep = [nn.Parameter(torch.randn(ctx.shape, generator=generator) * 0.02) for _ in range(self.depth - 1)]
+        maps = [_linear(ctx.shape[1], self.width, generator) for _ in range(self.depth)]
+        # The names are those of the official checkpoints.
+        prompts = nn.Module()
+        prompts.ctx = nn.Parameter(ctx)
+        prompts.proj = maps[0]
+        prompts.compound_prompts_text = nn.ParameterList(deep)
+        prompts.compound_prompt_projections = nn.ModuleList(maps[1:])
+        return prompts
+
+    def text_prompts(self) -> list[Tensor]:
+        return [self.learned.ctx, *self.learned.compound_prompts_text]
+
+    def visual_prompts(self) -> list[Tensor]:
+        maps = [self.learned.proj, *self.learned.compound_prompt_projections]
+        return [linear(prompt) for linear, prompt in zip(maps, self.text_prompts(), strict=True)]
+
+
+class CoOp(PromptedClip):
+    """Context optimisation: the first ``n_ctx`` word embeddings are learned; the image tower stays as it is.
+
+    The control for every claim about the image tower: whatever this adapter gains, it gains without a new feature.
+
+    Source: Zhou et al., IJCV 2022 (context shared by all classes, class name at the end).
+    """
+
+    kind = "coop"
+
+    def _make_prompts(self, generator: Generator) -> nn.Module:
+        prompts = nn.Module()
+        prompts.ctx = nn.Parameter(self._initial_context(generator))
+        return prompts
+
+    def text_prompts(self) -> list[Tensor]:
+        return [self.learned.ctx]
+
+
+class VisualPrompt(PromptedClip):
+    """Visual prompt tuning, deep: image tokens learned for each block; the text head stays as it is.
+
+    Source: Jia et al., ECCV 2022 (VPT-deep), with its uniform initial values. The prompts stand behind the patches, as MaPLe's.
+    """
+
+    kind = "vpt"
+    default_depth = MAPLE_DEPTH
+
+    def _make_prompts(self, generator: Generator) -> nn.Module:
+        patch = self.visual.conv1.weight[0].numel()
+        bound = math.sqrt(6 / (patch + self.width))
+        prompts = nn.Module()
+        prompts.tokens = nn.Parameter(torch.empty(self.depth, self.n_ctx, self.width).uniform_(-bound, bound, generator=generator))
+        return prompts
+
+    def visual_prompts(self) -> list[Tensor]:
+        return list(self.learned.tokens)
+
+
+# -- small things -----------------------------------------------------------------------------------------------------
+
+
+def _text_tower(model: nn.Module) -> Any:
+    """The module that holds token_embedding and transformer: the model itself, or its ``text``."""
+    text = model if hasattr(model, "token_embedding") else getattr(model, "text", None)
+    if not (hasattr(text, "token_embedding") and hasattr(getattr(text, "transformer", None), "resblocks")):
+        raise ValueError(
+            f"The text tower of this {type(model).__name__} has no token embedding and residual blocks; "
+            f"text prompts need open_clip's own text transformer."
+        )
+    return text
+
+
+def _n_words(clip: ClipModel, text: str) -> int:
+    """Tokens of a text, without start and end."""
+    return int((clip.tokenize(text)[0] != 0).sum()) - 2
+
+
+def _linear(d_in: int, d_out: int, generator: Generator) -> nn.Linear:
+    """A Linear with torch's usual initial values, from a generator."""
+    layer = nn.utils.skip_init(nn.Linear, d_in, d_out)
+    with torch.no_grad():
+        for parameter in (layer.weight, layer.bias):
+            parameter.uniform_(-1 / math.sqrt(d_in), 1 / math.sqrt(d_in), generator=generator)
+    return layer

@@ -1,0 +1,147 @@
+"""Adapters that change weights: LoRA on the vision attention, full fine-tuning of the image tower, a linear head on frozen features.
+
+The text tower stays CLIP's in all of them; the linear head replaces the text head of the classes that it was fitted to.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..clip.model import ClipModel
+from ..config import AdapterConfig
+from .adapted import TEMPLATE, AdaptedClip
+
+
+class LoRA(AdaptedClip):
+    """Low-rank changes of the queries' and values' weights in every block of the image tower: W + B A, with A [rank, d] and B [d, rank].
+
+    B starts at 0, so that the adapter starts as CLIP. The text head stays as it is.
+
+    Parameters
+    ----------
+    clip : ClipModel
+    rank : int
+    seed : int
+        Of A.
+    template : str
+
+    Raises
+    ------
+    ValueError
+        If the rank is impossible, or the attention has no packed weights (``nn.MultiheadAttention``).
+
+    Source: Hu et al., ICLR 2022, section 4 (queries and values; their factor alpha / rank is 1); for few-shot CLIP see Zanella and
+    Ben Ayed, CVPR workshops 2024, which adapts both towers: here only the vision tower's attention is adapted.
+    """
+
+    kind = "lora"
+    OPTIONS = ("rank", "seed", "template")
+
+    def __init__(self, clip: ClipModel, rank: int = 4, *, seed: int = 1, template: str = TEMPLATE):
+        super().__init__(clip, model=_twin(clip.model), seed=seed, template=template)
+        if not 1 <= rank <= clip.width:
+            raise ValueError(f"rank must lie between 1 and the width {clip.width} of {clip.name!r}, got {rank}.")
+        self.rank = rank
+        generator = Generator().manual_seed(seed)
+        self.learned = nn.ModuleList(_LowRank(clip.width, rank, generator) for _ in self.blocks).to(self.device).requires_grad_(False)
+        for block, change in zip(self.blocks, self.learned, strict=True):
+            attention = getattr(block, "attn", None)
+            if not isinstance(attention, nn.MultiheadAttention) or attention.in_proj_weight is None:
+                raise ValueError(
+                    f"LoRA changes packed attention weights (nn.MultiheadAttention); {clip.name!r} has {type(attention).__name__}."
+                )
+            parametrize.register_parametrization(attention, "in_proj_weight", change)
+
+
+class _LowRank(nn.Module):
+    """W [3 d, d] of queries, keys, values -> W plus the low-rank changes of queries and values."""
+
+    def __init__(self, width: int, rank: int, generator: Generator):
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(2, rank, width).uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width), generator=generator))
+        self.B = nn.Parameter(torch.zeros(2, width, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        queries, values = self.B @ self.A
+        return weight + torch.cat([queries, torch.zeros_like(queries), values])
+
+
+class FineTuned(AdaptedClip):
+    """All weights of the image tower are learned, starting from CLIP's; the text head stays as it is.
+
+    It holds a copy of the image tower, and so do its files.
+    """
+
+    kind = "finetune"
+
+    def __init__(self, clip: ClipModel, *, seed: int = 1, template: str = TEMPLATE):
+        super().__init__(clip, model=_twin(clip.model, but=clip.visual), seed=seed, template=template)
+        self.learned = self.visual
+
+
+class LinearHead(AdaptedClip):
+    """A linear classifier on the frozen image features; it starts from the text head, whose place it takes.
+
+    Logits are ``logit_scale`` times the unit image feature times the learned rows, which have any length. Classes that it was not fitted to
+    keep their text features, so that on novel classes it is zero-shot CLIP.
+
+    Parameters
+    ----------
+    clip : ClipModel
+    class_names : sequence of str
+        The classes that it has rows for.
+    templates : sequence of str, optional
+        Of the text head that it starts from. Default: ``template`` alone.
+    seed, template
+        As for :class:`~patchsae_utils.adapted.AdaptedClip`.
+
+    Source: Radford et al., 2021, section 3.2 (linear probe); started from the text head as in Wortsman et al., CVPR 2022.
+    """
+
+    kind = "linear"
+    OPTIONS = ("class_names", "seed", "template")
+
+    def __init__(
+        self, clip: ClipModel, class_names: Sequence[str], templates: Sequence[str] | None = None, *, seed: int = 1, template: str = TEMPLATE
+    ):  # fmt: skip
+        super().__init__(clip, seed=seed, template=template)
+        self.class_names = list(class_names)
+        self.learned = nn.Module()
+        self.learned.weight = nn.Parameter(clip.zero_shot_head(self.class_names, templates or [template]).clone(), requires_grad=False)
+
+    @classmethod
+    def for_fitting(
+        cls, clip: ClipModel, config: AdapterConfig, class_names: Sequence[str], templates: Sequence[str], seed: int
+    ) -> LinearHead:
+        return cls(clip, class_names, templates, seed=seed, template=config.template)
+
+    @property
+    def changes_images(self) -> bool:
+        return False
+
+    def head_to_fit(self, class_names: Sequence[str], templates: Sequence[str]) -> Callable[[], Tensor]:
+        return lambda: self.learned.weight
+
+    def zero_shot_head(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
+        """The learned rows of the classes that it was fitted to, the base's text features of others: [C, d_embed]."""
+        learned = self.learned.weight.detach()
+        if list(class_names) == self.class_names:  # two classes may have one name
+            return learned.clone()
+        head = super().zero_shot_head(class_names, templates)
+        for i, name in enumerate(class_names):
+            if name in self.class_names:
+                head[i] = learned[self.class_names.index(name)]
+        return head
+
+
+def _twin(model: nn.Module, but: nn.Module | None = None) -> nn.Module:
+    """A copy of a model's modules that shares its tensors, all but those of one of its parts."""
+    own = {id(tensor) for tensor in [*but.parameters(), *but.buffers()]} if but is not None else set()
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()] if id(tensor) not in own}
+    return copy.deepcopy(model, shared)

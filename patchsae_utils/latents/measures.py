@@ -1,0 +1,184 @@
+"""Statistics of a latent's reference images as plain functions: which images, which classes, how mixed."""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ..run.intervals import Interval as Interval
+from ..run.intervals import mean_interval as mean_interval
+
+
+def label_entropy(top_values: Tensor, top_labels: Tensor, n_classes: int) -> Tensor:
+    """Entropy of the labels of each latent's reference images, weighted by activation.
+
+    Low entropy: the latent answers to few classes. Dead latents (no positive value) get NaN.
+
+    Parameters
+    ----------
+    top_values : Tensor [S, k]
+        Image-level activations of the top-k images; padding is 0.
+    top_labels : LongTensor [S, k]
+        Class index of each of those images; where the value is 0, any number.
+    n_classes : int
+
+    Returns
+    -------
+    Tensor [S]
+        In nats, between 0 and log(n_classes).
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, a value is negative or a label is outside range(n_classes).
+
+    Source: Lim et al., ICLR 2025, section 3.2.
+    """
+    labels = _check_top(top_values, top_labels)
+    if labels.numel() and (labels.min() < 0 or labels.max() >= n_classes):
+        raise ValueError(f"Labels must lie in range({n_classes}), got {int(labels.min())} to {int(labels.max())}.")
+    mass = torch.zeros(len(top_values), n_classes, dtype=top_values.dtype, device=top_values.device).scatter_add_(1, labels, top_values)
+    p = mass / mass.sum(1, keepdim=True)  # 0/0 = NaN marks the dead
+    return torch.special.entr(p).sum(1)
+
+
+def label_std(top_values: Tensor, top_labels: Tensor) -> Tensor:
+    """Standard deviation of the label indices of each latent's reference images, each image counted once.
+
+    Where neighbouring labels are related (ImageNet's follow WordNet; ours are sorted by task) a small value says: related classes.
+
+    Parameters
+    ----------
+    top_values : Tensor [S, k]
+        Image-level activations of the top-k images; padding is 0.
+    top_labels : LongTensor [S, k]
+
+    Returns
+    -------
+    Tensor [S]
+        Of the population (divided by n), so one reference image gives 0; dead latents get NaN.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or a value is negative.
+
+    Source: Lim et al., ICLR 2025, section 3.2.
+    """
+    labels = _check_top(top_values, top_labels).double()
+    real = (top_values > 0).double()
+    n = real.sum(1)
+    mean = (labels * real).sum(1) / n
+    return (((labels - mean[:, None]) ** 2 * real).sum(1) / n).sqrt().to(top_values.dtype)
+
+
+_PLACES = 2**32  # places that a key can name
+
+
+def pack_top(values: Tensor, places: Tensor) -> Tensor:
+    """One integer for a value and where it was found: larger for larger values and, among equal ones, for earlier places.
+
+    The bits of a positive float32, read as an integer, are in the order of the floats; they are the key's upper half, and the place,
+    counted backwards, is its lower half. The k largest keys are thus the top k with ties decided, whatever the batch size or device.
+
+    Parameters
+    ----------
+    values : Tensor [...]
+        float32. What is not positive (or NaN) becomes key 0, which is padding.
+    places : LongTensor [...]
+        In ``range(2 ** 32)``.
+
+    Returns
+    -------
+    LongTensor [...]
+    """
+    keys = (values.contiguous().view(torch.int32).long() << 32) + (_PLACES - 1 - places)
+    return keys.masked_fill(~(values > 0), 0)
+
+
+def unpack_top(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (float32) and places of :func:`pack_top`'s keys; padding gives (0, -1)."""
+    values = (keys >> 32).int().view(torch.float32)
+    return values, (_PLACES - 1 - (keys & (_PLACES - 1))).masked_fill(keys == 0, -1)
+
+
+def merge_keys(kept: Tensor, new: Tensor) -> None:
+    """Bring the k largest keys of each latent up to date, in place.
+
+    Parameters
+    ----------
+    kept : LongTensor [S, k]
+        Descending; padding is 0. See :func:`pack_top`.
+    new : LongTensor [S, n]
+    """
+    rows = (new.amax(1) > kept[:, -1]).nonzero().flatten()  # few, once many images were read
+    if len(rows):
+        kept[rows] = torch.cat([kept[rows], new[rows]], 1).topk(kept.shape[1], dim=1).values
+
+
+def shuffled_label_entropy(top_values: Tensor, top_images: Tensor, labels: Tensor, n_classes: int, seed: int = 0) -> Tensor:
+    """Label entropy under shuffled labels: what the same reference images would give if the latent knew nothing of classes.
+
+    Parameters
+    ----------
+    top_values : Tensor [S, k]
+        As for :func:`label_entropy`.
+    top_images : LongTensor [S, k]
+        Places in the data set; padding is -1.
+    labels : LongTensor [n_images]
+        Of the whole data set.
+    n_classes : int
+    seed : int
+
+    Returns
+    -------
+    Tensor [S]
+        In nats; dead latents get NaN.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    return label_entropy(top_values, labels[order][top_images.clamp_min(0)], n_classes)
+
+
+def contrasting_latents(frame: pd.DataFrame) -> dict[int, str]:
+    """Four latents of different kind, by their statistics alone.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        ``LatentSummary.to_frame()``. Only latents that are not faint and have as many reference images as any are considered.
+
+    Returns
+    -------
+    dict
+        Latent -> what it stands for: "one class" (lowest label entropy, then most frequent), "related classes" (label indices closest
+        together among latents of more than median entropy), "everywhere" (most frequent, then strongest), "seldom, mixed" (least
+        frequent among the tenth of highest entropy). Fewer where the same latent would be taken twice and none is left.
+    """
+    full = frame[~frame["faint"]]
+    full = full[full["n_reference"] == full["n_reference"].max()]
+    rules = {
+        "one class": (full, ["label_entropy", "frequency"], [True, False]),
+        "related classes": (full[full["label_entropy"] >= full["label_entropy"].median()], ["label_std", "frequency"], [True, False]),
+        "everywhere": (full, ["frequency", "mean_activation"], [False, False]),
+        "seldom, mixed": (
+            full[full["label_entropy"] >= full["label_entropy"].quantile(0.9)],
+            ["frequency", "mean_activation"],
+            [True, False],
+        ),
+    }
+    chosen: dict[int, str] = {}
+    for title, (rows, by, ascending) in rules.items():
+        rest = rows[~rows["latent"].isin(list(chosen))].sort_values(by, ascending=ascending, kind="stable")
+        if len(rest):
+            chosen[int(rest["latent"].iloc[0])] = title
+    return chosen
+
+
+def _check_top(top_values: Tensor, top_labels: Tensor) -> Tensor:
+    """Labels with 0 where there is no reference image; ValueError for shapes that differ or negative values."""
+    if top_values.shape != top_labels.shape or top_values.ndim != 2:
+        raise ValueError(f"top_values and top_labels must both be [S, k], got {list(top_values.shape)} and {list(top_labels.shape)}.")
+    if top_values.numel() and top_values.min() < 0:
+        raise ValueError(f"Activations must not be negative, got {float(top_values.min())}.")
+    return top_labels.masked_fill(top_values <= 0, 0)

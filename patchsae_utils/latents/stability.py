@@ -1,0 +1,143 @@
+"""Do the same latents come back when an SAE is trained again? Dictionaries matched one to one, with a random baseline."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from ..run.intervals import Interval, mean_interval
+
+MAX_LATENTS = 12_288
+"""Largest dictionary that is matched one to one: the assignment takes cubic time and a [S, S] matrix."""
+
+
+class MatchedCosine(NamedTuple):
+    """Latents of two SAEs, paired so that the sum of their decoder rows' cosines is largest."""
+
+    a: np.ndarray
+    """int64 [n] latents of the first SAE, ascending."""
+    b: np.ndarray
+    """int64 [n] their partners in the second; each at most once."""
+    cosine: np.ndarray
+    """float64 [n] cosine of each pair's decoder rows."""
+    random: np.ndarray
+    """float64 [n] the same after the second decoder was replaced by random directions of its mean and covariance."""
+    mean: Interval
+    """Of ``cosine``, with a bootstrap over latents."""
+
+    @property
+    def random_mean(self) -> float:
+        """What matching alone reaches."""
+        return float(self.random.mean())
+
+
+def matched_cosine(sae_a, sae_b, alive_a: Tensor | None = None, alive_b: Tensor | None = None, *, seed: int = 0) -> MatchedCosine:
+    """Match two SAEs' latents one to one (Hungarian method) by the cosine of their decoder rows.
+
+    Matching thousands of directions finds high cosines by luck, the more so when all share a mean direction. The baseline is matched in
+    the same way to directions drawn from the normal distribution with the second decoder's mean and covariance.
+
+    Parameters
+    ----------
+    sae_a, sae_b : SparseAutoencoder
+        Of the same width.
+    alive_a, alive_b : bool Tensor [S], optional
+        Latents to match, e.g. ``~summary.dead``: dead ones stay near their random start. Default: all.
+    seed : int
+        Of the random directions and the bootstrap.
+
+    Raises
+    ------
+    ValueError
+        If the widths differ, one side has no latents, or both sides have more than ``MAX_LATENTS``.
+
+    Source: the matching by Paulo and Belrose, "Sparse autoencoders trained on the same data learn different features", 2025.
+    """
+    if sae_a.d_in != sae_b.d_in:
+        raise ValueError(f"The SAEs read different widths, {sae_a.d_in} and {sae_b.d_in}: their directions can't be compared.")
+    kept = [_kept(sae, alive) for sae, alive in ((sae_a, alive_a), (sae_b, alive_b))]
+    if min(map(len, kept)) == 0 or min(map(len, kept)) > MAX_LATENTS:
+        raise ValueError(
+            f"Matches 1 to {MAX_LATENTS:,} latents, got {len(kept[0]):,} and {len(kept[1]):,}. Choose some with alive_a and alive_b, "
+            f"e.g. those that are not faint."
+        )
+    rows = [_unit(sae.W_dec.detach().double().cpu()[which]) for sae, which in zip((sae_a, sae_b), kept, strict=True)]
+    generator = torch.Generator().manual_seed(seed)
+    centre = rows[1].mean(0)
+    left, scale, _ = torch.linalg.svd((rows[1] - centre).T, full_matrices=False)
+    noise = torch.randn(len(rows[1]), len(scale), generator=generator, dtype=torch.float64)
+    random = _unit(centre + noise * scale / len(rows[1]) ** 0.5 @ left.T)
+    (i, j, cosine), (_, _, by_luck) = _assign(rows[0], rows[1]), _assign(rows[0], random)
+    return MatchedCosine(kept[0][i].numpy(), kept[1][j].numpy(), cosine, by_luck, mean_interval(cosine, seed=seed))
+
+
+def stability(saes: Mapping[Any, Any], alive: Mapping[Any, Tensor] | None = None, *, threshold: float = 0.7, seed: int = 0) -> pd.DataFrame:
+    """How alike SAEs of several seeds are, pair by pair.
+
+    Parameters
+    ----------
+    saes : mapping of name to SparseAutoencoder
+        At least two, e.g. by seed.
+    alive : mapping of name to bool Tensor [S], optional
+    threshold : float
+        Cosine above which a pair counts as the same latent.
+    seed : int
+
+    Returns
+    -------
+    DataFrame
+        One row a pair: a, b, n (pairs of latents), cosine, low, high (mean and its 95 % interval over latents), random (mean of the
+        baseline), found, found_random (shares above the threshold).
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two, or :func:`matched_cosine` refuses a pair.
+    """
+    if len(saes) < 2:
+        raise ValueError(f"Stability needs at least two SAEs, got {len(saes)}.")
+    rows = []
+    for a, b in itertools.combinations(saes, 2):
+        found = matched_cosine(saes[a], saes[b], *((alive[a], alive[b]) if alive else (None, None)), seed=seed)
+        shares = {"found": float((found.cosine > threshold).mean()), "found_random": float((found.random > threshold).mean())}
+        mean = found.mean
+        rows.append(
+            {
+                "a": a,
+                "b": b,
+                "n": len(found.a),
+                "cosine": mean.mean,
+                "low": mean.low,
+                "high": mean.high,
+                "random": found.random_mean,
+                **shares,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _kept(sae, alive: Tensor | None) -> Tensor:
+    n = sae.W_dec.shape[0]
+    if alive is None:
+        return torch.arange(n)
+    alive = torch.as_tensor(alive)
+    if alive.dtype != torch.bool or tuple(alive.shape) != (n,):
+        raise ValueError(f"alive must be bool [{n}], got {alive.dtype} {list(alive.shape)}.")
+    return alive.cpu().nonzero().flatten()
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def _assign(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, np.ndarray]:
+    cosine = (a @ b.T).numpy()
+    i, j = linear_sum_assignment(cosine, maximize=True)
+    return torch.from_numpy(i), torch.from_numpy(j), cosine[i, j]

@@ -1,0 +1,331 @@
+"""Artifacts of a run on disk: written under a temporary name and renamed, described by a manifest, recognised by a fingerprint.
+
+A stage takes a folder and its inputs. When the folder's manifest carries the fingerprint of the same inputs, the stage opens what
+is there instead of computing it again: that is how ``make reproduce`` resumes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..config import repository_root
+from .memory import is_out_of_memory
+
+
+def fingerprint(**inputs: Any) -> str:
+    """Name a set of inputs: the first 16 hex digits of the SHA-256 of their canonical JSON.
+
+    Parameters
+    ----------
+    **inputs
+        Dataclasses, named tuples, mappings, sequences, paths, numbers, strings, or None.
+
+    Raises
+    ------
+    TypeError
+        If a value is none of those.
+    """
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=plain).encode()).hexdigest()[:16]
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; a damaged one is a ``ValueError`` that names it."""
+    return parse_json(Path(path).read_bytes(), path)
+
+
+def parse_json(content: bytes, path: str | Path) -> Any:
+    """What the bytes of a JSON file hold; damaged ones are a ``ValueError`` that names the file."""
+    try:
+        return json.loads(content.decode("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). Delete it and run the stage that writes it again.") from error
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_TEXTS = ("No space left", "os error 28", "os error 27", "os error 122", "File too large", "failed writing file", "unexpected pos")
+
+
+@contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Say of a disk that filled up which file was being written and what to do, whichever library's error it was.
+
+    Raises
+    ------
+    OSError
+        Whose ``errno`` is the system's; ``ENOSPC`` where a library keeps it to itself.
+    """
+    try:
+        yield
+    except Exception as error:  # safetensors and torch raise their own
+        number = getattr(error, "errno", None)
+        if number not in _FULL and not any(text in str(error) for text in _FULL_TEXTS):
+            raise
+        number = number if number in _FULL else errno.ENOSPC
+        raise OSError(
+            number,
+            f"{os.strerror(number)}, while this file was being written. What was whole before is kept: free some space, or move the folder to "
+            "a larger disk, and run the same again; it goes on from there",
+            str(path),
+        ) from error
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` that takes its place when the block ends well, and disappears when it doesn't.
+
+    Readers see the old file or the new one, never half of it. Folders on the way are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    with disk_errors(path):
+        temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode
+    try:
+        with disk_errors(path):
+            yield temporary
+        _let_read(temporary, mode)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON by :func:`atomic_file`."""
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, default=plain, ensure_ascii=False)
+        file.write("\n")
+
+
+def write_table(path: str | Path, table: pd.DataFrame) -> None:
+    """Write a table as CSV by :func:`atomic_file`, numbers to six digits, without its index."""
+    with atomic_file(path) as temporary:
+        table.round(6).to_csv(temporary, index=False)
+
+
+def current_commit() -> str:
+    """The commit of the code that runs, with a mark when the package's files differ from it; "unknown" outside a repository."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=repository_root(), capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "patchsae_utils")
+    return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("+changes" if changed else "")
+
+
+@contextmanager
+def atomic_folder(out: str | Path) -> Iterator[Path]:
+    """A temporary folder beside ``out`` that takes its place when the block ends well, and disappears when it doesn't."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(out)
+    temporary.mkdir()
+    mode = temporary.stat().st_mode & 0o666
+    try:
+        with disk_errors(out):
+            yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                _let_read(path, mode)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _beside(path: Path) -> Path:
+    """A name that nobody else takes. Not from :mod:`tempfile`, which makes what the owner alone may read: runs are shared on clusters."""
+    return path.with_name(f".{path.name}-{uuid.uuid4().hex[:12]}.tmp")
+
+
+def _let_read(path: Path, mode: int) -> None:
+    """Give a file the mode that the umask asks for: safetensors makes its files for their owner alone."""
+    if path.stat().st_mode & 0o777 != mode & 0o777:
+        path.chmod(mode & 0o777)
+
+
+_HELD: set[Path] = set()  # locks of this process: the system doesn't keep a process from locking twice
+
+
+@contextmanager
+def folder_lock(folder: str | Path, wait: bool = False) -> Iterator[None]:
+    """Keep other processes from writing into a folder while the block runs.
+
+    The folder gets a file ``.lock`` with this process's id and host, locked through the operating system, which lets go of it when the
+    process ends in whatever way: a lock file that a killed process has left is taken over.
+
+    Parameters
+    ----------
+    folder : path
+        Made when missing.
+    wait : bool
+        Wait until the other process has finished, instead of raising.
+
+    Raises
+    ------
+    ValueError
+        If the folder is locked; names the process that holds it.
+    """
+    import fcntl
+
+    path = Path(folder).resolve() / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path in _HELD:
+        raise ValueError(
+            f"{path.parent} is being written by this very process already. Choose another folder, or wait for the first to end."
+        )
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            if not wait:
+                raise ValueError(
+                    f"{path.parent} is being written by {holder}. Wait until it has finished, stop it, or choose another folder."
+                ) from None
+            time.sleep(0.2)
+            continue
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            break
+        file.close()  # its holder took the file away between our opening and locking it
+    _HELD.add(path)
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+    finally:
+        _HELD.discard(path)
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+MANIFEST = "manifest.json"
+
+
+def write_sealed(path: str | Path, entries: Mapping[str, Any]) -> None:
+    """Write a JSON object that :func:`read_sealed` finds whole or damaged: with a checksum of itself."""
+    entries = json.loads(json.dumps(entries, default=plain))
+    write_json(path, {**entries, "checksum": fingerprint(**entries)})
+
+
+def read_sealed(path: str | Path) -> dict[str, Any]:
+    """Read what :func:`write_sealed` wrote, without its checksum; an object that has none is taken as it is.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON object, or another one than was written.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(found).__name__}. {_again(path)}")
+    if found.pop("checksum", None) not in (None, fingerprint(**found)):
+        raise ValueError(f"{path} is damaged: it is not what was written there. {_again(path)}")
+    return found
+
+
+def seal_folder(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Write ``manifest.json`` into a finished folder: the entries, and under ``files`` the SHA-256 of every file that lies there."""
+    files = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST}
+    write_sealed(folder / MANIFEST, {**entries, "files": files})
+
+
+def read_sealed_folder(folder: Path) -> dict[str, Any]:
+    """Read what :func:`seal_folder` wrote, and compare every file with it.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is missing.
+    ValueError
+        If one is damaged, the manifest included.
+    """
+    manifest = read_sealed(folder / MANIFEST)
+    with understood(folder / MANIFEST):
+        files = dict(manifest.get("files", {}).items())
+    for name, checksum in files.items():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing, which {MANIFEST} names. {_again(folder / name)}")
+        if file_sha256(folder / name) != checksum:
+            raise ValueError(f"{folder / name} is damaged: its checksum is not the manifest's. {_again(folder / name)}")
+    return manifest
+
+
+@contextmanager
+def understood(path: str | Path) -> Iterator[None]:
+    """Around the use of a manifest's entries: one that is missing, or of another type, is a ``ValueError`` that names the file."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{path} is damaged: it doesn't say what it should ({type(error).__name__}: {error}). {_again(path)}") from error
+
+
+def _again(path: str | Path) -> str:
+    return f"Delete {Path(path).parent} and run the stage that writes it again."
+
+
+def shortened(error: Exception, length: int = 240) -> str:
+    """An error's text on one line."""
+    text = " ".join(str(error).split()) or "it ends too early"
+    return text if len(text) <= length else f"{text[:length]} ..."
+
+
+def is_current(folder: str | Path, fp: str, name: str = "manifest.json") -> bool:
+    """Whether a folder holds the finished artifact of these inputs (see :func:`fingerprint`)."""
+    path = Path(folder) / name
+    if not path.exists():
+        return False
+    manifest = read_sealed(path)
+    return manifest.get("fingerprint") == fp and manifest.get("complete", True)
+
+
+def plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if hasattr(value, "to_dict") and hasattr(value, "columns"):  # a data frame
+        return value.reset_index(drop=True).to_dict("records")
+    if hasattr(value, "_asdict"):
+        return value._asdict()
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().tolist()
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, Path):
+        return value.as_posix()
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    raise TypeError(f"Cannot write a {type(value).__name__} as JSON: {value!r}")

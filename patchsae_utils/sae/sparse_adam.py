@@ -1,0 +1,223 @@
+"""Adam that reads sparse gradients: the two weight gradients are summed, used and forgotten a thousand latents at a time.
+
+A dense gradient of both weights at d_sae 49,152 is 300 MB, written, read, projected, read by Adam, and freed, every step. Here the
+backward pass keeps what it would have been summed from (active entries, a few MB), and one pass over the weights does the rest while a
+block is in cache: sum, remove what is parallel to the decoder's rows, Adam, unit norm. The result is that of the usual four passes.
+
+Dimension letters: N tokens, D d_in, S d_sae.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from . import sparse
+from .sparse import ChosenRows, WeightedRows
+
+if TYPE_CHECKING:
+    from .model import SparseAutoencoder
+
+_BLOCK_CPU, _BLOCK_GPU = 1024, 16384  # latents a block
+
+
+class DeferredGradients:
+    """Collects the gradients of ``W_enc`` and ``W_dec`` that :func:`~patchsae_utils.sparse.encode` and ``decode`` would have summed.
+
+    Forward passes inside the ``with`` block are recorded; ``backward()`` may be called inside or after it, several times for a batch in
+    chunks. The weights' ``.grad`` stays None; biases get theirs as usual.
+
+    >>> deferred = DeferredGradients(sae)
+    >>> with deferred:
+    ...     output = sae(x, sparse=True)
+    >>> patchsae_loss(sae, x, output=output).total.backward()
+    >>> deferred.step(optimizer)
+
+    Parameters
+    ----------
+    sae : SparseAutoencoder
+        Its ``W_enc`` is laid out by columns (see :func:`lay_out_columns`) if it is not yet.
+    """
+
+    def __init__(self, sae: SparseAutoencoder):
+        lay_out_columns(sae)
+        self.sae = sae
+        self._parts: dict[str, list[WeightedRows | ChosenRows]] = {"W_enc": [], "W_dec": []}
+
+    def __enter__(self) -> DeferredGradients:
+        sparse._COLLECTORS.append(self)
+        return self
+
+    def __exit__(self, *_) -> None:
+        sparse._COLLECTORS.remove(self)
+
+    def recorder(self, W: Tensor):
+        """The function that takes the gradient of ``W``, if it is (a transposed view of) one of the SAE's weights."""
+        for name, parts in self._parts.items():
+            weight = getattr(self.sae, name)
+            if weight.requires_grad and W.data_ptr() == weight.data_ptr() and W.numel() == weight.numel() and W.requires_grad:
+                return parts.append
+        return None
+
+    def clear(self) -> None:
+        """Forget what was collected."""
+        for parts in self._parts.values():
+            parts.clear()
+
+    def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """The gradient of ``W_enc.T`` or ``W_dec``, some rows [n, D] at a time; what ``.grad`` holds besides is added."""
+        weight = _rows_of(self.sae, name)
+        size, n = _BLOCK_CPU if weight.device.type == "cpu" else _BLOCK_GPU, len(weight)
+        bounds = [*range(0, n, size), n]
+        at = torch.tensor(bounds, device=weight.device)
+        parts = [
+            (part, (part.entries.offsets[at] if isinstance(part, WeightedRows) else torch.searchsorted(part.index, at)).tolist())
+            for part in self._parts[name]
+        ]
+        dense = None if getattr(self.sae, name).grad is None else _rows_of(self.sae, name, gradient=True)
+        for i in range(len(bounds) - 1):
+            rows = slice(bounds[i], bounds[i + 1])
+            block = None
+            for part, ends in parts:
+                span = slice(ends[i], ends[i + 1])
+                if isinstance(part, WeightedRows):
+                    summed = part.block(rows, span)
+                    block = summed if block is None else block.add_(summed)
+                elif span.stop > span.start:
+                    block = torch.zeros_like(weight[rows]) if block is None else block
+                    block.index_add_(0, part.index[span] - rows.start, part.rows[span].to(block.dtype))
+            if block is None:
+                block = torch.zeros_like(weight[rows])
+            yield rows, block if dense is None else block.add_(dense[rows])
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """Norm of the gradient of all the SAE's parameters, the part along the decoder's rows already taken off: for clipping."""
+        squares = [p.grad.square().sum() for name, p in self.sae.named_parameters() if p.grad is not None and name not in self._parts]
+        for name in self._parts:
+            weight = _rows_of(self.sae, name)
+            for rows, block in self.blocks(name):
+                if name == "W_dec":
+                    remove_parallel(block, weight[rows])
+                squares.append(block.square().sum())
+        return torch.stack(squares).sum().sqrt()
+
+    @torch.no_grad()
+    def materialize(self) -> None:
+        """Sum what was collected into ``.grad`` of both weights, for whoever needs it there (several processes, another optimiser)."""
+        for name in self._parts:
+            weight = getattr(self.sae, name)
+            if not self._parts[name]:
+                continue
+            gradient = torch.empty_like(_rows_of(self.sae, name))
+            for rows, block in self.blocks(name):
+                gradient[rows] = block
+            weight.grad = gradient.T if name == "W_enc" else gradient
+        self.clear()
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None = None) -> Tensor | None:
+        """Project the decoder's gradient, clip, move every parameter by Adam, return the decoder's rows to unit norm; then forget.
+
+        The same as ``materialize()``, ``sae.remove_parallel_gradient()``, ``clip_grad_norm_``, ``optimizer.step()``,
+        ``optimizer.zero_grad()``, ``sae.normalize_decoder()``, in that order, and with the optimiser's state in the same place. Any
+        optimiser other than :class:`torch.optim.Adam` gets exactly those calls.
+
+        Parameters
+        ----------
+        optimizer : torch.optim.Optimizer
+            Over the SAE's parameters.
+        max_norm : float, optional
+            Clip the gradient of all parameters together to this norm.
+
+        Returns
+        -------
+        Tensor or None
+            The gradient's norm before clipping, if it was asked for.
+        """
+        norm = None if max_norm is None else self.norm()
+        scale = None if norm is None else (max_norm / (norm + 1e-6)).clamp_max(1.0)
+        own = {id(getattr(self.sae, name)): name for name in self._parts}
+        groups = [(group, own.get(id(p))) for group in optimizer.param_groups for p in group["params"]]
+        streamed = [(group, name) for group, name in groups if name is not None and _is_plain_adam(optimizer, group)]
+        if len(streamed) < len(own):
+            self.materialize()
+            self.sae.remove_parallel_gradient()
+            streamed = []
+        for group, name in streamed:
+            self._stream(optimizer, group, name, scale)
+        if scale is not None:
+            for parameter in self.sae.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if not streamed or self.sae.activation == "jumprelu":  # whose thresholds it also keeps from falling below 0
+            self.sae.normalize_decoder()
+        self.clear()
+        return norm
+
+    def _stream(self, optimizer: torch.optim.Optimizer, group: dict, name: str, scale: Tensor | None) -> None:
+        parameter, weight = getattr(self.sae, name), _rows_of(self.sae, name)
+        state = optimizer.state[parameter]
+        if not state:
+            device = parameter.device if group["fused"] else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        moments = []
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if state[moment].stride() != parameter.stride():  # a checkpoint's, from before the weights were laid out by columns
+                state[moment] = torch.empty_like(parameter).copy_(state[moment])
+            moments.append(state[moment].T if name == "W_enc" else state[moment])
+        options = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize", "foreach", "fused")}
+        beta1, beta2 = group["betas"]
+        for rows, block in self.blocks(name):
+            part = weight[rows]
+            if name == "W_dec":
+                remove_parallel(block, part)
+            if scale is not None:
+                block.mul_(scale)
+            first, second = (moment[rows] for moment in moments)
+            adam([part], [block], [first], [second], [], [state["step"].clone()], amsgrad=False, beta1=beta1, beta2=beta2, **options)
+            if name == "W_dec":
+                normalize_rows(part)
+        state["step"] += 1
+        parameter.grad = None
+
+
+@torch.no_grad()
+def lay_out_columns(sae: SparseAutoencoder) -> None:
+    """Store ``W_enc`` [D, S] column after column, in place: what sparse gradients touch are columns. Values and shapes stay.
+
+    The parameter stays the same object, so an optimiser made before keeps it.
+    """
+    if not sae.W_enc.T.is_contiguous():
+        sae.W_enc.data = sae.W_enc.data.T.contiguous().T
+
+
+def remove_parallel(gradient: Tensor, rows: Tensor) -> None:
+    """Take from a gradient [n, D], in place, its part along each unit row [n, D]."""
+    gradient.addcmul_(rows, torch.linalg.vecdot(gradient, rows).unsqueeze(1), value=-1)
+
+
+def normalize_rows(rows: Tensor) -> None:
+    """Scale rows [n, D] to unit norm, in place."""
+    rows.div_(rows.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(rows.dtype).tiny))
+
+
+def _rows_of(sae: SparseAutoencoder, name: str, gradient: bool = False) -> Tensor:
+    """A weight, or its gradient, as [S, D]."""
+    tensor = getattr(sae, name)
+    tensor = tensor.grad if gradient else tensor.detach()
+    return tensor.T if name == "W_enc" else tensor
+
+
+def _is_plain_adam(optimizer: torch.optim.Optimizer, group: dict) -> bool:
+    return type(optimizer) is torch.optim.Adam and not any(
+        group.get(name) for name in ("amsgrad", "capturable", "differentiable", "decoupled_weight_decay")
+    )

@@ -1,0 +1,437 @@
+"""The trainer: Adam on an SAE's objective over activations, in one process or several, resumable bit for bit.
+
+Per step: the decoder's rows are scaled to unit norm, the loss is taken on a batch of tokens mixed from many images, the gradient
+loses its part along the decoder's rows, Adam moves. Where few latents are active, all of that touches those alone. Recipe: Lim et al., ICLR 2025, appendix A.
+
+A run depends on its settings, its seed and the step alone: no random number is drawn outside the token stream, which is itself a function of
+seed and step. So a checkpoint holds the weights, Adam's moments, the counters of silent latents and what the log knows, and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..config import TrainConfig
+from ..run.artifacts import disk_errors, fingerprint, folder_lock, is_current, write_json
+from ..run.memory import out_of_memory
+from ..run.processes import Processes
+from .files import CONFIG, WEIGHTS, load_sae
+from .logs import LOG_COLUMNS, SUMMARY, TrainingLog, training_log
+from .losses import objective
+from .model import SparseAutoencoder
+from .schedules import l1_weight, learning_rate, n_steps
+from .sparse_adam import DeferredGradients
+from .starts import start_bias, start_from_data
+
+__all__ = ["LOG_COLUMNS", "learning_rate", "start_from_data", "train_sae", "training_log"]
+
+CHECKPOINT, MANIFEST = "checkpoint.pt", "manifest.json"
+_FORMAT, _CHECKPOINT_FORMAT = 1, 2
+_ORIGIN = ("model_name", "weights_hash", "layer", "tokens", "grid", "preprocessing", "dataset", "split", "seed", "n_images")
+# Settings that came after the first SAEs were trained: at their defaults they change nothing, and leave those SAEs' fingerprints alone.
+_LATER = (
+    "schedule", "lr_end", "clip_gradient", "l1_warmup_steps", "b_dec_start", "ghost", "tokens", "normalize", "sparse", "trackers",
+)  # fmt: skip
+# Latents of so many (token, latent) pairs are computed at once: on a CPU what stays in its cache is twice as fast; either way memory is bounded.
+_CHUNK_CPU, _CHUNK_GPU = 3 << 20, 1 << 28
+# But of so many tokens at least: each chunk adds to the gradients of all weights.
+_CHUNK_TOKENS = 512
+# On the sparse path only the dead latents' pre-activations are computed whole, for the term that wakes them.
+_CHUNK_DEAD = 1 << 26
+# sparse="auto": a smaller dictionary's dense step is short (50 ms against 30 at 3,072 latents and 1,024 tokens, one core), and stays what it
+# was, bit for bit. Density is the mean over so many rows of the log.
+_SPARSE_FROM, _DENSITY_ROWS = 8192, 5
+_WHOLE_BATCH = ("batchtopk", "matryoshka")  # select among all tokens of a batch
+
+
+class TokenSource(Protocol):
+    """What the trainer needs of its data; :class:`~patchsae_utils.activations.ActivationStore` and
+    :class:`~patchsae_utils.streaming.TokenStream` have it."""
+
+    d_in: int
+    metadata: Any
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def tokens(self, batch_size: int, *, seed: int, epochs: int | None, start_step: int, positions: bool): ...
+
+
+class _Sums(NamedTuple):
+    """A batch's terms, summed over its chunks."""
+
+    loss: float
+    mse: float
+    l1: float
+    ghost: float
+    l0: float
+    residual: float
+
+
+def train_sae(
+    sae: SparseAutoencoder,
+    store: TokenSource,
+    config: TrainConfig,
+    out: str | Path,
+    resume: bool = True,
+    progress: bool = True,
+) -> SparseAutoencoder:
+    """Train an SAE on activations, or open it when it is there already.
+
+    Under ``accelerate launch`` every process calls this alike, and takes its share of each batch: the loss curve is that of one process.
+    (``batchtopk`` and ``matryoshka`` then select within each process's share.) Only the main process writes.
+
+    Parameters
+    ----------
+    sae : SparseAutoencoder
+        Fresh: ``b_dec`` at 0 is moved to the geometric median of the first batch. It is trained in place, on the GPU it is on, else on the
+        one that accelerate gives this process, else on the CPU.
+    store : ActivationStore or TokenStream
+    config : TrainConfig
+    out : str or Path
+        Folder for ``cfg.json``, ``sae_weights.safetensors``, ``training_log.csv``, ``manifest.json``, ``summary.json`` (the last row of the
+        log, wall time, tokens/s); while training, ``checkpoint.pt``.
+    resume : bool
+        Open the finished SAE of the same inputs, or go on from its checkpoint. False trains anew whatever is there.
+    progress : bool
+        Show a bar with loss, L0, explained variance, the share of dead latents and tokens/s.
+
+    Returns
+    -------
+    SparseAutoencoder
+        Trained, in evaluation mode, decoder rows at unit norm, ``metadata`` saying what it reads.
+
+    Raises
+    ------
+    ValueError
+        If the store's activations are not those the SAE reads, or lack the tokens wanted; another process trains into ``out``; the loss
+        stops being finite; or a checkpoint is damaged.
+    ImportError
+        If a tracker's package is missing.
+    """
+    out = Path(out)
+    sae.check_store(store)
+    kept = _kept_tokens(config, store)
+    processes = Processes(config.trackers, out)
+    device = sae.W_enc.device if processes.number == 1 and sae.W_enc.device.type != "cpu" else processes.device
+    key = fingerprint(stage="sae", format=_FORMAT, sae=sae.fingerprint, training=_recipe(config), store=store.fingerprint)
+
+    def finished() -> bool:
+        return resume and is_current(out, key)
+
+    if processes.on_main(finished):
+        return load_sae(out, device=device).eval()
+    with ExitStack() as stack:
+        processes.on_main(lambda: stack.enter_context(folder_lock(out)))
+        if processes.on_main(finished):  # by another process, meanwhile
+            return load_sae(out, device=device).eval()
+        processes.on_main(lambda: _clear(out))
+        sae.metadata = _origin(store) | ({"tokens": kept} if kept else {}) | sae.metadata
+        run = _Run(sae.to(device), store, config, out, key, processes)
+        if resume:
+            run.restore()
+        with out_of_memory(f"training steps of {config.batch_tokens} tokens", "training.batch_tokens lower, or training.sparse='always'"):
+            run.train(progress and processes.main)
+        sae.normalize_decoder()
+        sae.eval()
+        sae.metadata |= {"n_training_tokens": run.n_steps * config.batch_tokens, "l1_coefficient": config.l1_coefficient}
+        processes.on_main(run.finish)
+    return sae
+
+
+def _recipe(config: TrainConfig) -> dict[str, Any]:
+    """The settings as a fingerprint sees them: all but the trackers, on which no result depends."""
+    fields = {field.name: field.default for field in dataclasses.fields(config)}
+    values = {name: getattr(config, name) for name in fields if name != "trackers"}
+    return {name: value for name, value in values.items() if not (name in _LATER and value == fields[name])}
+
+
+def _kept_tokens(config: TrainConfig, store: TokenSource) -> str | None:
+    """``config.tokens`` where the store holds more than those, else None."""
+    if config.tokens in ("all", store.metadata.tokens):
+        return None
+    if store.metadata.tokens != "all":
+        raise ValueError(
+            f"tokens={config.tokens!r} can't be had from a store of {store.metadata.tokens!r} tokens. Extract with tokens={config.tokens!r} or 'all'."
+        )
+    return config.tokens
+
+
+def _origin(store: TokenSource) -> dict[str, Any]:
+    """What a store says of its activations, as plain JSON values."""
+    values = {name: getattr(store.metadata, name) for name in _ORIGIN} | {"store_fingerprint": store.fingerprint}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _clear(out: Path) -> None:
+    """Remove another run's results: what lies in the folder from now on is not finished."""
+    for name in (MANIFEST, SUMMARY, CONFIG, WEIGHTS):
+        (out / name).unlink(missing_ok=True)
+
+
+class _Run:
+    """One training run: what a checkpoint must hold, and the loop."""
+
+    def __init__(self, sae: SparseAutoencoder, store: TokenSource, config: TrainConfig, out: Path, key: str, processes: Processes):
+        self.sae, self.store, self.config, self.out, self.key, self.processes = sae, store, config, out, key, processes
+        self.device = sae.W_enc.device
+        self.loss = objective(sae)
+        self.n_steps = n_steps(config)
+        self.step = 0
+        self.silent_for = torch.zeros(sae.d_sae, dtype=torch.long, device=self.device)  # steps since each latent fired
+        self.rows: list[dict[str, Any]] = []
+        self.seconds, self.n_starts, self.n_sparse = 0.0, 0, 0  # wall time until the last checkpoint, starts, sparse steps
+        self.may_be_sparse = config.sparse == "always" or (config.sparse == "auto" and sae.d_sae >= _SPARSE_FROM)
+        self.deferred = DeferredGradients(sae) if self.may_be_sparse and sae.activation != "gated" else None
+        self.unit_rows = False  # whether the last step has left the decoder's rows at unit norm
+        self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save(self, seconds: float) -> None:
+        """Everything that the rest of the run depends on, under a temporary name first; the tokens' order follows from seed and step."""
+        state = {
+            "format": _CHECKPOINT_FORMAT,
+            "fingerprint": self.key,
+            "step": self.step,
+            "sae": self.sae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "silent_for": self.silent_for,
+            "rows": self.rows,
+            "unit_rows": self.unit_rows,
+            "effort": [seconds, self.n_starts, self.n_sparse],
+        }
+        temporary = self.out / f".{CHECKPOINT}.tmp"
+        try:
+            with disk_errors(self.out / CHECKPOINT):
+                torch.save(state, temporary)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # which fills the disk
+            raise
+        os.replace(temporary, self.out / CHECKPOINT)
+
+    def restore(self) -> None:
+        """Go on where the checkpoint of the same inputs ends; without one, or with another run's, start from the beginning."""
+        path = self.out / CHECKPOINT
+        if not path.exists():
+            return
+        try:
+            with zipfile.ZipFile(path) as file:  # torch writes checksums, and doesn't read them
+                if damaged := file.testzip():
+                    raise zipfile.BadZipFile(f"{damaged} is damaged")
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            if state["fingerprint"] != self.key or state["format"] != _CHECKPOINT_FORMAT:
+                return
+            self.sae.load_state_dict(state["sae"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.silent_for, self.step, self.rows, self.unit_rows = (state[name] for name in ("silent_for", "step", "rows", "unit_rows"))
+            self.seconds, self.n_starts, self.n_sparse = state["effort"]
+        except Exception as error:  # whatever a damaged file makes torch raise
+            raise ValueError(f"{path} can't be read ({type(error).__name__}). Delete it to train from the beginning.") from error
+
+    def finish(self) -> None:
+        """Write the SAE and what the run came to."""
+        last = training_log(self.out).iloc[-1]
+        final = {name: float(last[name]) for name in ("loss", "mse", "l0", "explained_variance", "dead_fraction")}
+        self.sae.metadata["metrics"] = final
+        self.sae.save(self.out)
+        tokens = self.n_steps * self.config.batch_tokens
+        summary = {
+            "steps": self.n_steps,
+            "tokens": tokens,
+            "final": final,
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(tokens / self.seconds) if self.seconds else None,
+            "starts": self.n_starts,
+            "sparse_steps": self.n_sparse,
+            "processes": self.processes.number,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+        }
+        write_json(self.out / SUMMARY, summary)
+        manifest = {"format": _FORMAT, "fingerprint": self.key, "complete": True, "steps": self.n_steps, "training": self.config}
+        write_json(self.out / MANIFEST, manifest | {"final": final})
+        (self.out / CHECKPOINT).unlink(missing_ok=True)
+        (self.out / f".{CHECKPOINT}.tmp").unlink(missing_ok=True)
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def train(self, progress: bool) -> None:
+        config, processes = self.config, self.processes
+        self.sae.train()
+        if self.step == 0:
+            self._start()
+        started, before, tokens = time.perf_counter(), self.seconds, 0
+        self.n_starts += 1
+        stream = self._tokens(config.batch_tokens, config.seed, self.step)
+        processes.begin_tracking(dataclasses.asdict(config))
+        with ExitStack() as stack:
+            stack.callback(processes.end_tracking)
+            log = stack.enter_context(TrainingLog(self.out, self.rows)) if processes.main else None
+            bar = stack.enter_context(
+                tqdm(total=self.n_steps, initial=self.step, desc="training the SAE", unit="step", disable=not progress)
+            )
+            while self.step < self.n_steps:
+                x, positions = next(stream)
+                tokens += len(x)
+                last = self.step + 1 == self.n_steps
+                logged = self.step % config.log_every == 0 or last
+                sums = self._step(x, positions == 0, logged)
+                if logged:
+                    row = self._row(x, sums, tokens / (time.perf_counter() - started))
+                    if log is not None:
+                        log.write(row)
+                    processes.log({name: row[name] for name in LOG_COLUMNS[1:]}, self.step)
+                    bar.set_postfix(_shown(row))
+                self.step += 1
+                bar.update()
+                self.seconds = before + time.perf_counter() - started
+                if self.step % config.checkpoint_every == 0 and not last and processes.main:
+                    self.save(self.seconds)
+
+    def _tokens(self, batch_size: int, seed: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        kept = _kept_tokens(self.config, self.store)
+        return self.store.tokens(
+            batch_size, seed=seed, epochs=None, start_step=start_step, positions=True, **({"tokens": kept} if kept else {})
+        )
+
+    def _start(self) -> None:
+        """Before the first step: the input's statistics, and directions from the data; from tokens of another order than the training's."""
+        config, sae = self.config, self.sae
+        if config.start == "random" and config.normalize == "none":
+            return
+        x, _ = next(self._tokens(max(20_000, 2 * sae.d_sae), config.seed + 1, 0))
+        x = x.to(self.device)
+        sae.set_normalization(x, config.normalize)
+        if config.start == "data":
+            start_from_data(sae, x)
+
+    def _is_sparse(self) -> bool:
+        """Whether this step computes with active latents alone; follows from the settings and from rows of the log that a checkpoint holds."""
+        if self.deferred is None:
+            return False
+        if self.config.sparse == "always":
+            return True
+        from .sparse import worthwhile
+
+        recent = [row["l0"] / self.sae.d_sae for row in self.rows[-_DENSITY_ROWS:]]
+        return bool(recent) and worthwhile(sum(recent) / len(recent), self.device)
+
+    def _chunk(self, n: int, n_dead: int, sparse: bool) -> int:
+        """Tokens of n that are computed at once."""
+        if self.sae.activation in _WHOLE_BATCH:
+            return max(1, n)
+        if sparse:
+            return max(1, _CHUNK_DEAD // max(1, n_dead))
+        return max(_CHUNK_TOKENS, (_CHUNK_CPU if self.device.type == "cpu" else _CHUNK_GPU) // self.sae.d_sae)
+
+    def _step(self, x: Tensor, is_cls: Tensor, logged: bool) -> _Sums | None:
+        """One step of Adam on a batch [N, D]; chunk by chunk, since every term is a mean over tokens."""
+        sae, config, processes = self.sae, self.config, self.processes
+        if self.step == 0:
+            start_bias(sae, x.to(self.device), config.b_dec_start)
+        if not self.unit_rows:
+            sae.normalize_decoder()
+        dead = self.silent_for > config.dead_after_steps
+        n_dead = int(dead.sum()) if config.ghost else 0
+        dead = dead if n_dead else None
+        sparse = self._is_sparse()
+        self.n_sparse += sparse
+        fired = torch.zeros_like(self.silent_for, dtype=torch.bool)
+        sums = torch.zeros(len(_Sums._fields), dtype=torch.float64)
+        self.optimizer.zero_grad(set_to_none=True)
+        own = processes.share(len(x))
+        tokens, own_is_cls = x[own].to(self.device), is_cls[own].to(self.device)
+        rows = self._chunk(len(tokens), n_dead, sparse)
+        with self.deferred if sparse else nullcontext():
+            for part, part_is_cls in zip(tokens.split(rows), own_is_cls.split(rows), strict=True):
+                share = len(part) / len(x)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                    output = sae(part, sparse=True) if sparse else sae(part)
+                    weight = l1_weight(self.step, config)
+                    loss = self.loss(sae, part, dead, weight, config.cls_coefficient, is_cls=part_is_cls, output=output, ghost=config.ghost)
+                (loss.total * share).backward()
+                with torch.no_grad():
+                    latents = output.latents
+                    fired |= (latents.amax(0) > 0) if isinstance(latents, Tensor) else latents.fired()
+                    if logged:
+                        n_active = latents.count_nonzero() if isinstance(latents, Tensor) else latents.counts().sum()
+                        residual = (part - output.reconstruction).double().square().sum() / share
+                        sums += share * torch.stack([*(term.double() for term in loss), (n_active / len(part)).double(), residual]).cpu()
+        self._move(fired, sums, sparse)
+        self.silent_for = torch.where(fired, 0, self.silent_for + 1)
+        return _Sums(*sums.tolist()) if logged else None
+
+    def _move(self, fired: Tensor, sums: Tensor, sparse: bool) -> None:
+        """Gradients of all processes together, projected and clipped, and Adam's step."""
+        sae, config = self.sae, self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, config)
+        self.unit_rows = sparse and self.processes.number == 1
+        if self.unit_rows:
+            self.deferred.step(self.optimizer, max_norm=config.clip_gradient or None)
+            return
+        if sparse:
+            self.deferred.materialize()
+        self._add_up(fired, sums)
+        sae.remove_parallel_gradient()
+        if config.clip_gradient:
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip_gradient)
+        self.optimizer.step()
+
+    def _add_up(self, fired: Tensor, sums: Tensor) -> None:
+        """Over all processes: gradients, running thresholds, which latents fired, and the log's terms."""
+        if self.processes.number == 1:
+            return
+        for parameter in self.sae.parameters():
+            if parameter.grad is None:  # a share without tokens
+                parameter.grad = torch.zeros_like(parameter)
+            self.processes.add_up(parameter.grad)
+        if self.sae.activation in _WHOLE_BATCH:
+            self.processes.average(self.sae.threshold)
+        counts = torch.cat([fired.double(), sums.to(fired.device)])
+        self.processes.add_up(counts)
+        fired.copy_(counts[: len(fired)] > 0)
+        sums.copy_(counts[len(fired) :])
+
+    def _row(self, x: Tensor, sums: _Sums, speed: float) -> dict[str, Any]:
+        """A row of the log; stops the run when the loss is no number, before a checkpoint could keep it."""
+        if not math.isfinite(sums.loss):
+            raise ValueError(
+                f"The loss is {sums.loss} at step {self.step}. Look for NaN or infinite activations in the store; if there are none, lower lr "
+                f"(now {self.config.lr}) or raise warmup_steps (now {self.config.warmup_steps})."
+            )
+        variance = (x - x.mean(0)).double().square().sum().item()
+        row = {
+            "step": self.step,
+            "tokens": (self.step + 1) * self.config.batch_tokens,
+            "lr": learning_rate(self.step, self.config),
+            **{name: getattr(sums, name) for name in ("loss", "mse", "l1", "ghost", "l0")},
+            "explained_variance": 1 - sums.residual / variance if variance else math.nan,
+            "dead_fraction": (self.silent_for > self.config.dead_after_steps).double().mean().item(),
+            "tokens_per_second": round(speed),
+        }
+        self.rows.append(row)
+        return row
+
+
+def _shown(row: dict[str, Any]) -> dict[str, str]:
+    """A row of the log, as the bar shows it."""
+    return {
+        "loss": f"{row['loss']:.4f}",
+        "L0": f"{row['l0']:.0f}",
+        "EV": f"{row['explained_variance']:.3f}",
+        "dead": f"{row['dead_fraction']:.0%}",
+        "tokens/s": f"{row['tokens_per_second']:,}",
+    }

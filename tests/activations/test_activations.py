@@ -1,0 +1,350 @@
+"""The activation store: what is written is read, damage is named, an interruption costs one shard, shuffling is a seeded permutation."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from patchsae_utils.activations.extraction import ActivationStore, extract_activations
+from patchsae_utils.data import batches, load_dataset
+
+LAYER = -2
+
+
+class Watched:
+    """A data set that counts which images are asked for, and can break off at one of them."""
+
+    def __init__(self, dataset, stop_at=None):
+        self._dataset, self.stop_at, self.asked = dataset, stop_at, []
+
+    def __getattr__(self, name):
+        return getattr(self._dataset, name)
+
+    def __len__(self):
+        return len(self._dataset)
+
+    def __getitem__(self, index):
+        if index == self.stop_at:
+            raise KeyboardInterrupt
+        self.asked.append(index)
+        return self._dataset[index]
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return load_dataset("openmoji/tools", "test", n_images=21)
+
+
+@pytest.fixture(scope="module")
+def residual(tiny_clip, dataset):
+    """The truth: [21, 197, 32]."""
+    with torch.no_grad():
+        return torch.cat([tiny_clip.residual(batch.images, LAYER) for batch in batches(dataset, tiny_clip.preprocess, 8)])
+
+
+@pytest.fixture(scope="module")
+def store(tiny_clip, dataset, tmp_path_factory):
+    """Four shards of 6, 6, 6 and 3 images."""
+    return extract(tiny_clip, dataset, tmp_path_factory.mktemp("store"))
+
+
+def extract(clip, dataset, out, **options):
+    return extract_activations(clip, dataset, LAYER, out, **{"n_per_shard": 6, "batch_size": 4, "progress": False, **options})
+
+
+def shard_bytes(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+# -- what is written ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", 2**-8), ("float16", 2**-11)])
+def test_images_come_back_to_the_precision_of_the_dtype(tiny_clip, dataset, residual, tmp_path, dtype, precision):
+    store = extract(tiny_clip, dataset, tmp_path, dtype=dtype)
+    tokens, labels, indices = (torch.cat(parts) for parts in zip(*store.images(batch_size=5), strict=True))
+    torch.testing.assert_close(tokens, residual, rtol=precision, atol=1e-5)
+    assert tokens.dtype == torch.float32
+    assert labels.tolist() == dataset.labels.tolist() == store.labels.tolist()
+    assert indices.tolist() == list(range(21)) == store.indices.tolist()
+
+
+@pytest.mark.parametrize(("tokens", "kept"), [("cls", slice(0, 1)), ("patches", slice(1, None))])
+def test_only_the_chosen_tokens_are_stored(tiny_clip, dataset, residual, tmp_path, tokens, kept):
+    store = extract(tiny_clip, dataset, tmp_path, tokens=tokens)
+    found = torch.cat([batch[0] for batch in store.images()])
+    torch.testing.assert_close(found, residual[:, kept], rtol=2**-8, atol=1e-5)
+    places = torch.cat([place for _, place in store.tokens(50, positions=True)])
+    assert sorted(set(places.tolist())) == list(range(197))[kept]
+
+
+def test_metadata_says_what_the_activations_are(store, tiny_clip, dataset):
+    m = store.metadata
+    assert (m.model_name, m.weights_hash, m.layer, m.tokens, m.grid) == ("tiny", tiny_clip.weights_hash, 1, "all", (14, 14))
+    assert (m.dataset, m.split, m.n_images, m.n_tokens, m.d_in, m.dtype) == ("openmoji/tools", "test", 21, 197, 32, "bfloat16")
+    assert m.class_names == dataset.class_names
+    assert "Normalize" in m.preprocessing
+    assert (store.n_images, store.n_tokens, store.d_in, len(store)) == (21, 197, 32, 21 * 197)
+    assert "4 shards" in store.describe()["on disk"]
+
+
+def test_shards_are_laid_out_as_documented(store, residual):
+    content = (store.folder / "shard-00001.safetensors").read_bytes()
+    header = int.from_bytes(content[:8], "little")
+    entry = json.loads(content[8 : 8 + header])["tokens"]
+    assert (entry["dtype"], entry["shape"]) == ("BF16", [6, 197, 32])
+    start = 8 + header + entry["data_offsets"][0] + 2 * 32 * (2 * 197 + 5)  # image 2 of the shard, token 5
+    values = torch.frombuffer(bytearray(content[start : start + 64]), dtype=torch.bfloat16)
+    torch.testing.assert_close(values.float(), residual[8, 5], rtol=2**-8, atol=1e-5)
+
+
+# -- again, and after an interruption ---------------------------------------------------------------------------------------
+
+
+def test_a_finished_store_is_opened_without_looking_at_an_image(store, tiny_clip, dataset):
+    watched = Watched(dataset)
+    again = extract(tiny_clip, watched, store.folder)
+    assert watched.asked == []
+    assert again.fingerprint == store.fingerprint
+
+
+@pytest.mark.parametrize("n_per_shard", [8, 6])  # batches of 4 end with the shards, or run across them
+def test_an_interrupted_extraction_goes_on_behind_the_last_whole_shard(tiny_clip, dataset, store, tmp_path, n_per_shard):
+    with pytest.raises(KeyboardInterrupt):
+        extract(tiny_clip, Watched(dataset, stop_at=18), tmp_path, n_per_shard=n_per_shard)
+    with pytest.raises(ValueError, match="unfinished.*goes on"):
+        ActivationStore.open(tmp_path)
+    watched = Watched(dataset)
+    resumed = extract(tiny_clip, watched, tmp_path, n_per_shard=n_per_shard)
+    assert watched.asked == list(range(2 * n_per_shard, 21))
+    ours = torch.cat([batch[0] for batch in resumed.images()])
+    whole = torch.cat([batch[0] for batch in store.images()])
+    torch.testing.assert_close(ours, whole, rtol=2**-7, atol=1e-5)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_killed_process_leaves_a_store_that_goes_on(tiny_clip, dataset, tmp_path):
+    """SIGKILL while a shard is being written: the temporary file is swept away and whole shards are kept."""
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import patchsae_utils.activations as activations, test_activations as tests, tiny
+from patchsae_utils.data import load_dataset
+real, written = os.replace, []
+def replace(source, target):
+    if str(target).endswith("shard-00002.safetensors"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+os.replace = replace
+clip = tiny.random_clip()
+tests.extract(clip, load_dataset("openmoji/tools", "test", n_images=21), {str(tmp_path)!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -9
+    assert list(tmp_path.glob(".shard-*.tmp"))
+    watched = Watched(dataset)
+    extract(tiny_clip, watched, tmp_path).verify()
+    assert watched.asked == list(range(12, 21))
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["shard-00002.safetensors", "index.safetensors"])
+def test_a_damaged_file_is_named_and_can_be_made_again_alone(tiny_clip, dataset, tmp_path, name):
+    extract(tiny_clip, dataset, tmp_path)
+    before = shard_bytes(tmp_path)
+    damaged = bytearray(before[name])
+    damaged[-5] ^= 1
+    (tmp_path / name).write_bytes(damaged)
+
+    store = ActivationStore.open(tmp_path)
+    with pytest.raises(ValueError, match=rf"{name} is damaged.*Delete this file and call extract_activations again"):
+        for _ in store.images():
+            pass
+    with pytest.raises(ValueError, match=name):
+        store.verify()
+
+    (tmp_path / name).unlink()
+    watched = Watched(dataset)
+    repaired = extract(tiny_clip, watched, tmp_path)
+    repaired.verify()
+    assert watched.asked == (list(range(12, 18)) if name.startswith("shard") else [])
+    assert {key: value for key, value in shard_bytes(tmp_path).items() if key != name} == {k: v for k, v in before.items() if k != name}
+
+
+def test_undamaged_shards_are_read_although_another_is_damaged(tiny_clip, dataset, tmp_path):
+    store = extract(tiny_clip, dataset, tmp_path)
+    (tmp_path / "shard-00003.safetensors").unlink()
+    assert next(store.images([0, 17]))[0].shape == (2, 197, 32)
+    with pytest.raises(FileNotFoundError, match="shard-00003.*only this file"):
+        next(store.images([20]))
+
+
+def test_a_truncated_shard_is_written_again_without_asking(tiny_clip, dataset, tmp_path):
+    extract(tiny_clip, dataset, tmp_path)
+    path = tmp_path / "shard-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    watched = Watched(dataset)
+    extract(tiny_clip, watched, tmp_path).verify()
+    assert watched.asked == list(range(6))
+
+
+@pytest.mark.parametrize("change", ["layer", "tokens", "dtype", "data", "seed", "n_per_shard", "weights"])
+def test_other_inputs_replace_the_store_and_nothing_else(tiny_clip, tmp_path, change):
+    first = load_dataset("openmoji/tools", "test", n_images=7)
+    old = extract(tiny_clip, first, tmp_path, n_per_shard=2)
+    (tmp_path / "notes.txt").write_text("mine")
+    options = {"n_per_shard": 4, "batch_size": 4, "progress": False}
+    clip, data, layer = tiny_clip, first, LAYER
+    if change == "layer":
+        layer = 0
+    elif change in ("tokens", "dtype"):
+        options |= {"tokens": "cls"} if change == "tokens" else {"dtype": "float16"}
+    elif change == "data":
+        data = load_dataset("openmoji/tools:gray", "test", n_images=7)
+    elif change == "seed":
+        data = load_dataset("openmoji/tools", "test", n_images=7, seed=1)
+    elif change == "weights":
+
+        class Other:
+            weights_hash, fingerprint = "other", "other"
+
+            def __getattr__(self, name):
+                return getattr(tiny_clip, name)
+
+        clip = Other()
+    new = extract_activations(clip, data, layer, tmp_path, **options)
+    new.verify()
+    assert new.fingerprint != old.fingerprint
+    assert len(list(tmp_path.glob("shard-*"))) == 2
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+# -- errors ---------------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_choices_name_the_valid_ones(tiny_clip, dataset, tmp_path):
+    with pytest.raises(ValueError, match="Unknown tokens 'patch'. Valid: all, cls, patches"):
+        extract(tiny_clip, dataset, tmp_path, tokens="patch")
+    with pytest.raises(ValueError, match="Unknown dtype 'int8'. Valid: bfloat16, float16"):
+        extract(tiny_clip, dataset, tmp_path, dtype="int8")
+    with pytest.raises(ValueError, match="no layer 3. Valid: 0 to 2, or -3 to -1"):
+        extract_activations(tiny_clip, dataset, 3, tmp_path)
+    with pytest.raises(ValueError, match="at least 1"):
+        extract(tiny_clip, dataset, tmp_path, n_per_shard=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_store_is_refused(tiny_clip, dataset, tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no activation store"):
+        ActivationStore.open(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": "something else"}')
+    for refused in (lambda: ActivationStore.open(tmp_path), lambda: extract(tiny_clip, dataset, tmp_path)):
+        with pytest.raises(ValueError, match="not the manifest of an activation store"):
+            refused()
+    (tmp_path / "manifest.json").write_text('{"format": "patchsae_utils activations", "format_version": 99}')
+    with pytest.raises(ValueError, match="format version 99"):
+        ActivationStore.open(tmp_path)
+
+
+def test_values_that_the_dtype_cannot_hold_are_refused(tiny_clip, dataset, tmp_path):
+    class Loud:
+        def __getattr__(self, name):
+            return getattr(tiny_clip, name)
+
+        def residual(self, images, layer):
+            return tiny_clip.residual(images, layer) * 1e6
+
+    with pytest.raises(ValueError, match="don't fit float16. Use dtype='bfloat16'"):
+        extract(Loud(), dataset, tmp_path, dtype="float16")
+
+
+def test_images_out_of_range_are_refused(store):
+    with pytest.raises(ValueError, match="images 0 to 20; got indices from 3 to 21"):
+        store.images([3, 21])
+    with pytest.raises(ValueError, match="batch_size"):
+        store.images(batch_size=0)
+    with pytest.raises(ValueError, match="start_step >= 0"):
+        store.tokens(8, start_step=-1)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------------
+
+
+def test_images_come_in_the_order_asked_for(store, residual):
+    wanted = [20, 0, 7, 7, 13]
+    tokens, labels, indices = (torch.cat(parts) for parts in zip(*store.images(wanted, batch_size=2), strict=True))
+    torch.testing.assert_close(tokens, residual[wanted], rtol=2**-8, atol=1e-5)
+    assert indices.tolist() == wanted
+    assert labels.tolist() == store.labels[wanted].tolist()
+
+
+def test_unshuffled_tokens_are_the_images_in_order(store, residual):
+    tokens = torch.cat(list(store.tokens(100, shuffle=False)))
+    torch.testing.assert_close(tokens, residual.flatten(0, 1), rtol=2**-8, atol=1e-5)
+
+
+ONE_SHARD = 6 * 197 * 32 * 2  # bytes
+
+
+@pytest.mark.parametrize("buffer_bytes", [1, 2 * ONE_SHARD, 2**31])
+def test_an_epoch_of_shuffled_tokens_is_a_permutation(store, buffer_bytes):
+    stored = torch.cat([batch[0] for batch in store.images()]).flatten(0, 1)
+    shuffled = torch.cat(list(store.tokens(100, seed=3, buffer_bytes=buffer_bytes)))
+    assert not torch.equal(shuffled, stored)
+
+    def in_order(tokens):
+        return sorted(map(tuple, tokens.tolist()))
+
+    assert in_order(shuffled) == in_order(stored)
+
+
+def test_the_order_is_the_seeds_alone(store):
+    def first(**options):
+        return next(ActivationStore.open(store.folder).tokens(64, **options))
+
+    assert torch.equal(first(seed=5), first(seed=5))
+    assert not torch.equal(first(seed=5), first(seed=6))
+
+
+def test_epochs_differ_and_batches_run_across_them(store):
+    two = list(store.tokens(1000, epochs=2))
+    assert [len(batch) for batch in two] == [1000] * 8 + [274]
+    tokens = torch.cat(two)
+    assert not torch.equal(tokens[: len(store)], tokens[len(store) :])
+    endless = store.tokens(1000, epochs=None)
+    for batch in two[:-1]:
+        assert torch.equal(next(endless), batch)
+
+
+@pytest.mark.parametrize("buffer_bytes", [1, 2 * ONE_SHARD, 2**31])
+def test_a_restart_at_step_k_continues(store, buffer_bytes):
+    options = {"seed": 2, "epochs": 3, "buffer_bytes": buffer_bytes, "positions": True}
+    whole = list(store.tokens(300, **options))
+    for k in (0, 1, 5, 13, 14, 30, len(whole) - 1, len(whole), len(whole) + 1):
+        rest = list(store.tokens(300, start_step=k, **options))
+        assert len(rest) == max(0, len(whole) - k)
+        for (x, place), (y, other) in zip(rest, whole[k:], strict=True):
+            assert torch.equal(x, y) and torch.equal(place, other)
+
+
+def test_a_batch_mixes_many_images(store):
+    """With one buffer, a batch of 210 tokens draws on each of the 21 images about ten times."""
+    stored = torch.cat([batch[0] for batch in store.images()])
+    owner = {tuple(row): i for i, image in enumerate(stored.tolist()) for row in image}
+    batch, places = next(store.tokens(210, seed=1, positions=True))
+    counts = torch.bincount(torch.tensor([owner[tuple(row)] for row in batch.tolist()]), minlength=21)
+    assert (counts > 0).all() and counts.max() < 30
+    assert len(places.unique()) > 100
+    # With the smallest buffer it can only mix the images of one shard.
+    batch = next(store.tokens(210, seed=1, buffer_bytes=1))
+    images = {owner[tuple(row)] for row in batch.tolist()}
+    assert len({image // 6 for image in images}) <= 2 and len(images) >= 3
+
+
+def test_positions_are_places_in_the_sequence(store):
+    stored = torch.cat([batch[0] for batch in store.images()])
+    cls = {tuple(row) for row in stored[:, 0].tolist()}
+    for batch, places in store.tokens(500, positions=True):
+        assert [tuple(row) in cls for row in batch.tolist()] == (places == 0).tolist()

@@ -1,0 +1,142 @@
+"""What the layers hold: all of them by one pass, norms, components, and linear probes that find what is there and nothing else."""
+
+import pytest
+import torch
+
+from patchsae_utils.activations.layers import (
+    ResidualSurvey,
+    linear_probe,
+    norm_table,
+    patch_components,
+    probe_layers,
+    residual_layers,
+    survey_residuals,
+)
+from patchsae_utils.data import ImageData, load_dataset, openmoji
+
+
+@pytest.fixture(scope="module")
+def survey(tiny_clip):
+    return survey_residuals(tiny_clip, load_dataset("openmoji/tools", "test", n_images=10), n_patches=6, batch_size=4, progress=False)
+
+
+def test_all_layers_of_one_pass_are_the_layers_one_by_one(tiny_clip, tiny_images):
+    stream = residual_layers(tiny_clip, tiny_images)
+    assert stream.shape == (3, 8, 197, 32)
+    for layer in range(3):
+        torch.testing.assert_close(stream[layer], tiny_clip.residual(tiny_images, layer))
+    torch.testing.assert_close(residual_layers(tiny_clip, tiny_images, [-1, 0]), stream[[2, 0]])
+    with pytest.raises(ValueError, match="no layer 7"):
+        residual_layers(tiny_clip, tiny_images, [7])
+    assert not any(block._forward_hooks for block in tiny_clip.blocks)
+
+
+def test_a_survey_keeps_tokens_where_objects_are(survey, tiny_clip):
+    data = load_dataset("openmoji/tools", "test", n_images=10)
+    assert survey.norms.shape == (3, 10, 197) and survey.cls.shape == (3, 10, 32) and survey.patches.shape == (3, 10, 6, 32)
+    for i in range(10):
+        truth = data.truth(i)
+        residual = tiny_clip.residual(tiny_clip.preprocess(data[i].image)[None], -2)[0]
+        torch.testing.assert_close(survey.cls[1, i], residual[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(survey.patches[1, i], residual[1 + survey.places[i]], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(survey.norms[1, i], residual.norm(dim=1), rtol=1e-4, atol=1e-5)
+        for place, label in zip(survey.places[i].tolist(), survey.patch_labels[i].tolist(), strict=True):
+            shares = truth.object_share[:, place // openmoji.GRID, place % openmoji.GRID]
+            covering = [int(c) for c, share in zip(truth.class_ids, shares, strict=True) if share >= 0.5]
+            assert label in ([data.class_ids.tolist().index(c) for c in covering if c in data.class_ids] or [-1])
+    assert (survey.patch_labels >= 0).all()  # a main object always covers six patches
+    assert survey.labels.tolist() == data.labels.tolist()
+
+
+def test_a_survey_is_seeded_and_does_not_depend_on_batches(survey, tiny_clip):
+    data = load_dataset("openmoji/tools", "test", n_images=10)
+    again = survey_residuals(tiny_clip, data, n_patches=6, batch_size=10, progress=False)
+    other = survey_residuals(tiny_clip, data, n_patches=6, seed=1, progress=False)
+    assert torch.equal(again.places, survey.places)
+    assert not torch.equal(other.places, survey.places)
+    with pytest.raises(ValueError, match="between 1 and 196"):
+        survey_residuals(tiny_clip, data, n_patches=197)
+
+
+def test_without_ground_truth_patches_have_their_images_label(tiny_clip):
+    scenes = load_dataset("openmoji/tools", "test", n_images=4)
+    plain = ImageData("plain", "test", scenes.class_names, scenes.labels, lambda i: scenes[i].image)
+    survey = survey_residuals(tiny_clip, plain, n_patches=5, progress=False)
+    assert torch.equal(survey.patch_labels, survey.labels[:, None].expand(-1, 5))
+
+
+def test_norms_are_summarised_by_layer_and_token(survey):
+    norms = survey.norms.clone()
+    norms[2, :, 1:] = 1.0
+    norms[2, :, 0] = 5.0
+    norms[2, 0, 7] = 2.5
+    table = norm_table(survey._replace(norms=norms)).set_index(["layer", "token"])
+    assert len(table) == 6
+    assert table.loc[(2, "CLS"), "median"] == 5.0 and table.loc[(2, "CLS"), "outliers"] == 1.0
+    assert table.loc[(2, "patch"), "outliers"] == pytest.approx(1 / 1960)
+    assert (table["low"] <= table["median"]).all() and (table["median"] <= table["high"]).all()
+
+
+def test_components_paint_what_varies():
+    """Tokens made of three independent maps of falling strength come back as the three colours, at every layer."""
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand(2, 400, 3, generator=generator)
+    basis = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q[:, :3]
+    tokens = (maps * torch.tensor([9.0, 3.0, 1.0])) @ basis.T
+    stream = torch.cat([torch.full((2, 1, 8), 50.0), tokens], 1)
+    colors, explained = patch_components(torch.stack([stream, -stream]), (20, 20))
+    assert colors.shape == (2, 2, 20, 20, 3)
+    assert (colors.min(), colors.max()) == (0, 1)
+    torch.testing.assert_close(explained.sum(1), torch.ones(2))
+    for channel in range(3):
+        pair = torch.stack([colors[0, ..., channel].flatten(), maps[..., channel].flatten()])
+        assert torch.corrcoef(pair)[0, 1].abs() > 0.95
+    torch.testing.assert_close(colors[0], colors[1])  # signs follow the layer before
+    with pytest.raises(ValueError, match="A grid of 3x4"):
+        patch_components(stream[None], (3, 4))
+
+
+def test_a_probe_reads_what_is_linear():
+    generator = torch.Generator().manual_seed(0)
+    centres = 3 * torch.randn(10, 20, generator=generator)
+    y = torch.arange(600) % 10
+    x = centres[y] + torch.randn(600, 20, generator=generator)
+    hits = linear_probe(x[:400], y[:400], x[400:], 10, batch_size=64) == y[400:]
+    assert hits.float().mean() > 0.95
+    assert torch.equal(linear_probe(x[:400], y[:400], x[400:], 10, seed=3), linear_probe(x[:400], y[:400], x[400:], 10, seed=3))
+    noise = torch.randn(600, 20, generator=generator)
+    assert (linear_probe(noise[:400], y[:400], noise[400:], 10, batch_size=64) == y[400:]).float().mean() < 0.25
+
+
+def test_a_probe_refuses_what_it_cannot_learn():
+    x = torch.randn(4, 3)
+    with pytest.raises(ValueError, match=r"range\(2\), got 0 to 3"):
+        linear_probe(x, torch.arange(4), x, 2)
+    with pytest.raises(ValueError, match="4 vectors and 3 labels"):
+        linear_probe(x, torch.arange(3), x, 4)
+
+
+def test_layers_are_probed_with_a_control():
+    """Where the label is written into the tokens, the probe reads it, and the permuted control does not; elsewhere both fail."""
+    n_images, n_classes = 80, 4
+    labels = torch.arange(n_images) % n_classes
+    signal = 5 * torch.nn.functional.one_hot(labels, 8).float()
+
+    def written(seed):
+        generator = torch.Generator().manual_seed(seed)
+        patches = torch.randn(3, n_images, 6, 8, generator=generator)
+        patches[2] += signal[:, None]
+        patch_labels = labels[:, None].repeat(1, 6)
+        patch_labels[:, 0] = -1  # nothing to read there
+        places = torch.zeros(n_images, 6, dtype=torch.long)
+        return ResidualSurvey(
+            [0, 1, 2], torch.ones(3, n_images, 17), torch.randn(3, n_images, 8, generator=generator), patches, places, patch_labels, labels
+        )
+
+    table = probe_layers(written(0), written(1), n_classes, n_bootstrap=100, batch_size=64).set_index(["layer", "token"])
+    assert table.loc[(2, "patch"), "accuracy"] > 0.95
+    assert table.loc[(2, "patch"), "control"] < 0.5
+    assert table.loc[(0, "patch"), "accuracy"] < 0.4
+    assert table.loc[(2, "CLS"), "accuracy"] < 0.5
+    assert table.loc[(2, "patch"), "n_train"] == table.loc[(2, "patch"), "n_test"] == 5 * n_images
+    assert (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()

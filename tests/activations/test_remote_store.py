@@ -1,0 +1,168 @@
+"""Stores behind URLs: written, gone on with, read and checked as those in folders are."""
+
+from __future__ import annotations
+
+import fsspec
+import pytest
+import torch
+
+from patchsae_utils.activations import remote_store
+from patchsae_utils.activations.extraction import extract_activations
+from patchsae_utils.activations.folders import LocalFolder, RemoteFolder, is_url, open_folder
+from patchsae_utils.activations.remote_store import RemoteStore
+from patchsae_utils.activations.store import ActivationStore
+from patchsae_utils.inspection import describe
+from patchsae_utils.sae.model import SparseAutoencoder
+from patchsae_utils.sae.trainer import TrainConfig, train_sae
+
+URL = "memory://bucket/Füße und Hände/store"
+OPTIONS = {"n_per_shard": 8, "progress": False}
+
+
+@pytest.fixture
+def memory(tmp_path, monkeypatch):
+    """An object store in memory, and the folder where fetched files are kept."""
+    monkeypatch.setenv("PATCHSAE_CACHE", str(tmp_path / "cache"))
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+    yield system
+    system.store.clear()
+
+
+@pytest.fixture
+def store(memory, tiny_clip, tiny_dataset):
+    return extract_activations(tiny_clip, tiny_dataset, -2, URL, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def local(tiny_clip, tiny_dataset, tmp_path_factory):
+    return extract_activations(tiny_clip, tiny_dataset, -2, tmp_path_factory.mktemp("local"), **OPTIONS)
+
+
+def name_of(file: str) -> str:
+    return f"{RemoteFolder(URL).root}/{file}"
+
+
+def test_the_files_are_those_of_a_folder_and_reading_gives_the_same(memory, store, local):
+    assert isinstance(store, RemoteStore) and URL in repr(store)
+    for path in local.folder.iterdir():
+        assert memory.cat_file(name_of(path.name)) == path.read_bytes()
+    for one, two in zip(store.tokens(100, seed=1), local.tokens(100, seed=1), strict=True):
+        assert torch.equal(one, two)
+    tokens, labels, indices = next(store.images([20, 3]))
+    assert torch.equal(tokens, next(local.images([20, 3]))[0]) and indices.tolist() == [20, 3]
+    assert torch.equal(labels, local.labels[[20, 3]])
+    assert store.fingerprint == local.fingerprint
+    store.verify()
+
+
+def test_only_what_is_read_is_fetched_and_kept(memory, store, monkeypatch):
+    fetched = []
+    get = type(memory).get_file
+    monkeypatch.setattr(
+        type(memory), "get_file", lambda self, path, *rest, **options: fetched.append(path) or get(self, path, *rest, **options)
+    )
+    opened = ActivationStore.open(URL)
+    assert fetched == []
+    next(opened.images([9]))
+    next(opened.images([10]))
+    next(ActivationStore.open(URL).images([11]))
+    assert [path.rsplit("/", 1)[-1] for path in fetched] == ["shard-00001.safetensors", "index.safetensors"]
+
+
+def test_info_describes_it(store):
+    found = describe(URL)
+    assert found["what"] == "activation store" and found["fingerprint"] == store.fingerprint
+
+
+def test_an_sae_trains_on_it(store, tmp_path):
+    config = TrainConfig(n_tokens=640, batch_tokens=64, warmup_steps=2)
+    assert train_sae(SparseAutoencoder(store.d_in, 64), store, config, tmp_path / "sae", progress=False).metadata["store_fingerprint"]
+
+
+def test_finished_it_is_opened_and_unfinished_only_what_is_missing_is_made(memory, store, tiny_clip, tiny_dataset, monkeypatch):
+    written = []
+    write = RemoteFolder.write
+    monkeypatch.setattr(RemoteFolder, "write", lambda self, name, content: written.append(name) or write(self, name, content))
+    extract_activations(tiny_clip, tiny_dataset, -2, URL, **OPTIONS)
+    assert written == []
+    memory.rm_file(name_of("shard-00001.safetensors"))
+    with pytest.raises(FileNotFoundError, match="lacks memory://bucket.*shard-00001.*only this file is written"):
+        next(ActivationStore.open(URL).images([9]))
+    extract_activations(tiny_clip, tiny_dataset, -2, URL, **OPTIONS).verify()
+    assert [name for name in written if name != "manifest.json"] == ["shard-00001.safetensors"]
+    written.clear()
+    extract_activations(tiny_clip, tiny_dataset, 0, URL, **OPTIONS).verify()
+    assert len(written) > 4, "another layer: another store in its place"
+
+
+def test_an_interrupted_upload_goes_on(memory, tiny_clip, tiny_dataset, monkeypatch):
+    pipe = type(memory).pipe_file
+
+    def breaks(self, path, content, *rest, **options):
+        if path.endswith("shard-00002.safetensors"):
+            raise ConnectionError("the network is gone")
+        return pipe(self, path, content, *rest, **options)
+
+    monkeypatch.setattr(type(memory), "pipe_file", breaks)
+    with pytest.raises(ConnectionError):
+        extract_activations(tiny_clip, tiny_dataset, -2, URL, **OPTIONS)
+    with pytest.raises(ValueError, match="memory://.* is unfinished. Call extract_activations again"):
+        ActivationStore.open(URL)
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        tiny_dataset.__class__,
+        "__getitem__",
+        (lambda get: lambda self, i: get(self, i) if i > 15 else pytest.fail())(tiny_dataset.__class__.__getitem__),
+    )
+    assert extract_activations(tiny_clip, tiny_dataset, -2, URL, **OPTIONS).n_images == 24
+
+
+def test_damage_there_is_named_and_damage_here_is_mended(memory, store):
+    content = bytearray(memory.cat_file(name_of("shard-00000.safetensors")))
+    next(store.images([0]))
+    kept = store.folder / "shard-00000.safetensors"
+    kept.unlink()  # a file that is mapped into memory is not written into
+    kept.write_bytes(bytes(100))
+    assert torch.equal(next(ActivationStore.open(URL).images([0]))[0], next(store.images([0]))[0])
+    content[-1] ^= 1
+    memory.pipe_file(name_of("shard-00000.safetensors"), bytes(content))
+    kept.unlink()
+    with pytest.raises(ValueError, match="memory://.*shard-00000.safetensors is damaged"):
+        next(ActivationStore.open(URL).images([0]))
+    assert not kept.exists()
+    memory.pipe_file(name_of("manifest.json"), b"{")
+    with pytest.raises(ValueError, match="manifest.json is not valid JSON"):
+        ActivationStore.open(URL)
+
+
+def test_what_is_kept_has_a_limit(store, monkeypatch):
+    monkeypatch.setattr(remote_store, "CACHE_BYTES", 250_000)  # two shards of 101 KB
+    for i in (0, 8, 16, 0, 8):
+        next(store.images([i]))
+        store._mapped.clear()
+    assert len(list(store.folder.glob("shard-*"))) == 2
+
+
+def test_what_is_not_there_and_what_is_no_url(memory):
+    with pytest.raises(FileNotFoundError, match="memory://nothing holds no activation store"):
+        ActivationStore.open("memory://nothing")
+    with pytest.raises(ValueError, match="gopher://hole/ can't be opened.*such as s3://bucket/folder"):
+        ActivationStore.open("gopher://hole/")
+    assert not is_url("a/b") and not is_url("file:///a") and is_url("s3://a")
+
+
+def test_a_url_whose_package_is_missing_says_which(monkeypatch):
+    def missing(*_):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(ImportError, match="s3://bucket/x needs a package that is not installed: Install s3fs"):
+        ActivationStore.open("s3://bucket/x")
+
+
+def test_file_urls_are_folders(local, tiny_clip, tiny_dataset, tmp_path):
+    assert isinstance(open_folder(f"file://{tmp_path}"), LocalFolder)
+    assert ActivationStore.open(f"file://{local.folder}").folder == local.folder
+    assert extract_activations(tiny_clip, tiny_dataset, -2, f"file://{tmp_path}/new", **OPTIONS).folder == tmp_path / "new"

@@ -1,0 +1,131 @@
+"""Tokens straight from the model: those of the store, in an order that follows from seed and step, in bounded memory."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_training import CONFIG, assert_same, weights
+
+from patchsae_utils.activations.extraction import extract_activations
+from patchsae_utils.activations.mixing import choose_tokens
+from patchsae_utils.activations.streaming import TokenStream
+from patchsae_utils.sae.model import SparseAutoencoder
+from patchsae_utils.sae.trainer import train_sae, training_log
+
+BYTES = 2 * 197 * 32  # of an image of the tiny model
+
+
+@pytest.fixture(scope="module")
+def stream(tiny_clip, tiny_dataset):
+    """A buffer of eight images of 24."""
+    return TokenStream(tiny_clip, tiny_dataset, -2, batch_size=4, buffer_bytes=8 * BYTES)
+
+
+@pytest.fixture(scope="module")
+def store(tiny_clip, tiny_dataset, tmp_path_factory):
+    return extract_activations(tiny_clip, tiny_dataset, -2, tmp_path_factory.mktemp("store"), n_per_shard=8, progress=False)
+
+
+@pytest.mark.parametrize("tokens", ["all", "patches", "cls"])
+def test_an_epoch_holds_what_the_store_holds(stream, store, tokens):
+    n = {"all": 197, "patches": 196, "cls": 1}[tokens]
+    mine, stored = (list(source.tokens(500, seed=3, positions=True, tokens=tokens)) for source in (stream, store))
+    assert sum(len(x) for x, _ in mine) == 24 * n == sum(len(x) for x, _ in stored)
+    order = [torch.cat([x for x, _ in batches]) for batches in (mine, stored)]
+    # Sums are blind to the order; the batches of the forward passes differ, so bfloat16 may round another way here and there.
+    torch.testing.assert_close(order[0].sum(0), order[1].sum(0), rtol=1e-3, atol=0.05)
+    places = torch.cat([p for _, p in mine])
+    expected = torch.arange(197)[choose_tokens("all", tokens)]
+    assert torch.equal(places.sort().values, expected.repeat_interleave(24))
+
+
+def test_positions_are_those_of_the_tokens(stream, tiny_clip, tiny_dataset):
+    """The token at a position, of one image among 24, is what the model says there."""
+    images = torch.stack([tiny_clip.preprocess(tiny_dataset[i].image) for i in range(24)])
+    truth = tiny_clip.residual(images, -2)
+    x, places = next(stream.tokens(64, seed=1, positions=True))
+    distances = (truth[:, places] - x).abs().amax(-1).amin(0)
+    assert distances.max() < 0.02 * truth.abs().max()
+
+
+def test_batches_mix_images_and_follow_from_the_seed(stream):
+    first, again, other = (next(stream.tokens(256, seed=seed, positions=True))[1] for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert len(first.unique()) > 100, "not image by image"
+    epochs = list(stream.tokens(24 * 197, epochs=2, positions=True))
+    assert not torch.equal(epochs[0][1], epochs[1][1]), "another order every epoch"
+
+
+@pytest.mark.parametrize("start", [1, 7, 10, 40])
+def test_step_k_is_the_same_wherever_one_starts(stream, start):
+    whole = stream.tokens(400, epochs=None, seed=2, positions=True)
+    for _ in range(start):
+        next(whole)
+    late = stream.tokens(400, epochs=None, seed=2, positions=True, start_step=start)
+    for _ in range(4):
+        for a, b in zip(next(whole), next(late), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_skipped_buffers_are_not_computed_and_the_buffer_is_bounded(stream, monkeypatch):
+    seen, fill = [], TokenStream._fill
+    monkeypatch.setattr(TokenStream, "_fill", lambda self, images, kept: seen.append(len(images)) or fill(self, images, kept))
+    next(stream.tokens(100, epochs=None, start_step=2 * 24 * 197 // 100 + 20))  # the second buffer of the third epoch
+    assert seen == [8]
+    assert sum(len(x) for x in stream.tokens(1000)) == 24 * 197
+    assert seen == [8] * 4
+
+
+def test_training_on_a_stream_goes_on_bit_for_bit(tmp_path, stream, monkeypatch):
+    config = dataclasses.replace(CONFIG, n_tokens=30 * 512, batch_tokens=512, start="data", tokens="patches")
+    fresh = lambda: SparseAutoencoder(32, 64, seed=0)  # noqa: E731
+    whole = weights(train_sae(fresh(), stream, config, tmp_path / "whole", progress=False))
+    fill, calls = TokenStream._fill, []
+
+    def power_cut(self, images, kept):
+        calls.append(1)
+        if len(calls) == 20:  # thirteen fill the sample from which latents start
+            raise KeyboardInterrupt
+        return fill(self, images, kept)
+
+    monkeypatch.setattr(TokenStream, "_fill", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(fresh(), stream, config, tmp_path / "cut", progress=False)
+    assert (tmp_path / "cut" / "checkpoint.pt").exists()
+    sae = train_sae(fresh(), stream, config, tmp_path / "cut", progress=False)
+    assert_same(weights(sae), whole)
+    assert sae.metadata["tokens"] == "patches" and sae.metadata["model_name"] == "tiny"
+    assert len(training_log(tmp_path / "cut")) == 11
+
+
+def test_the_fingerprint_names_what_the_batches_depend_on(stream, tiny_clip, tiny_dataset):
+    def of(**changes):
+        return TokenStream(tiny_clip, tiny_dataset, **{"layer": -2, "batch_size": 4, "buffer_bytes": 8 * BYTES} | changes).fingerprint
+
+    assert of() == stream.fingerprint
+    others = [of(layer=0), of(tokens="cls"), of(dtype="float16"), of(batch_size=5), of(buffer_bytes=9 * BYTES)]
+    assert len({stream.fingerprint, *others}) == 6
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"tokens": "cls-only"}, "Valid: all, cls, patches"),
+        ({"dtype": "int8"}, "Valid: bfloat16, float16"),
+        ({"batch_size": 0}, "at least 1"),
+    ],
+)
+def test_bad_arguments(tiny_clip, tiny_dataset, changes, message):
+    with pytest.raises(ValueError, match=message):
+        TokenStream(tiny_clip, tiny_dataset, -2, **changes)
+
+
+def test_tokens_that_are_not_there_are_refused(tiny_clip, tiny_dataset, stream):
+    patches = TokenStream(tiny_clip, tiny_dataset, -2, tokens="patches")
+    with pytest.raises(ValueError, match="no tokens 'cls' here, only 'patches'"):
+        patches.tokens(10, tokens="cls")
+    with pytest.raises(ValueError, match="Unknown tokens 'some'"):
+        stream.tokens(10, tokens="some")
+    with pytest.raises(ValueError, match="batch_size >= 1"):
+        stream.tokens(0)
+    assert next(patches.tokens(10, positions=True))[1].min() >= 1

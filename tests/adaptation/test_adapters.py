@@ -1,0 +1,494 @@
+"""Adapters: MaPLe is MaPLe, prompts never reach tokens, nothing loads that does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchsae_utils.adaptation import adapters as adapters_module
+from patchsae_utils.adaptation.adapters import (
+    ADAPTERS,
+    CoOp,
+    FineTuned,
+    LinearHead,
+    LoRA,
+    MaPLe,
+    Recipe,
+    fit_adapter,
+    learning_rate,
+    load_adapter,
+    save_adapter,
+)
+from patchsae_utils.adaptation.prompts import PromptedClip
+from patchsae_utils.clip.model import ClipModel
+from patchsae_utils.config import AdapterConfig
+from patchsae_utils.data import load_dataset
+from patchsae_utils.interventions.tail import network_tail
+from patchsae_utils.run import artifacts
+
+NAMES = ["hammer", "french_horn", "accordion"]
+KINDS = list(ADAPTERS)
+CONFIG = AdapterConfig(tasks=("openmoji/tools",), n_shots=1, epochs=2, lr=0.01, batch_size=6, depth=2)
+
+
+@pytest.fixture(scope="module")
+def maple(tiny_clip):
+    return MaPLe(tiny_clip, n_ctx=2, depth=2, seed=3)
+
+
+@pytest.fixture(scope="module")
+def few(tiny_clip):
+    return load_dataset("openmoji/tools", "train", n_images=18, half="base")
+
+
+# -- MaPLe, written down a second time --------------------------------------------------------------------------------
+
+
+def attention_block(block, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """One pre-norm transformer block from its weights: [T, d] -> [T, d]."""
+    n_heads, d = block.attn.num_heads, x.shape[1]
+    y = F.layer_norm(x, (d,), block.ln_1.weight, block.ln_1.bias, block.ln_1.eps)
+    q, k, v = (y @ block.attn.in_proj_weight.T + block.attn.in_proj_bias).chunk(3, -1)
+    heads = []
+    for h in range(n_heads):
+        part = slice(h * d // n_heads, (h + 1) * d // n_heads)
+        scores = q[:, part] @ k[:, part].T / math.sqrt(d // n_heads)
+        heads.append((scores if mask is None else scores + mask).softmax(-1) @ v[:, part])
+    x = x + torch.cat(heads, -1) @ block.attn.out_proj.weight.T + block.attn.out_proj.bias
+    y = F.layer_norm(x, (d,), block.ln_2.weight, block.ln_2.bias, block.ln_2.eps)
+    y = block.mlp.gelu(y @ block.mlp.c_fc.weight.T + block.mlp.c_fc.bias)
+    return x + y @ block.mlp.c_proj.weight.T + block.mlp.c_proj.bias
+
+
+def reference_image(model, prompts: dict[str, Tensor], image: Tensor, depth: int) -> Tensor:
+    """Image features of one image, by the description in the MaPLe paper."""
+    v = model.visual
+    n_ctx, patch = len(prompts["ctx"]), v.patch_size[0]
+    patches = image.unfold(1, patch, patch).unfold(2, patch, patch).permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1)
+    x = torch.cat([v.class_embedding[None], patches @ v.conv1.weight.flatten(1).T]) + v.positional_embedding
+    x = torch.cat([x, prompts["ctx"] @ prompts["proj.weight"].T + prompts["proj.bias"]])
+    x = F.layer_norm(x, x.shape[1:], v.ln_pre.weight, v.ln_pre.bias, v.ln_pre.eps)
+    for i, block in enumerate(v.transformer.resblocks):
+        if 1 <= i < depth:
+            deep, name = prompts[f"compound_prompts_text.{i - 1}"], f"compound_prompt_projections.{i - 1}"
+            x = torch.cat([x[:-n_ctx], deep @ prompts[f"{name}.weight"].T + prompts[f"{name}.bias"]])
+        x = attention_block(block, x)
+    return F.layer_norm(x[0], x.shape[1:], v.ln_post.weight, v.ln_post.bias, v.ln_post.eps) @ v.proj
+
+
+def reference_text(model, prompts: dict[str, Tensor], tokens: Tensor, depth: int) -> Tensor:
+    """Unit text feature of one prompt, likewise."""
+    n_ctx = len(prompts["ctx"])
+    x = model.token_embedding.weight[tokens]
+    x = torch.cat([x[:1], prompts["ctx"], x[1 + n_ctx :]]) + model.positional_embedding
+    mask = torch.full((len(x), len(x)), -torch.inf).triu(1)
+    for i, block in enumerate(model.transformer.resblocks):
+        if 1 <= i < depth:
+            x = torch.cat([x[:1], prompts[f"compound_prompts_text.{i - 1}"], x[1 + n_ctx :]])
+        x = attention_block(block, x, mask)
+    x = F.layer_norm(x[tokens.argmax()], x.shape[1:], model.ln_final.weight, model.ln_final.bias, model.ln_final.eps)
+    return F.normalize(x @ model.text_projection, dim=-1)
+
+
+def assert_is_maple(adapted: MaPLe, images: Tensor) -> None:
+    prompts = adapted.learned.state_dict()
+    with torch.no_grad():
+        expected = torch.stack([reference_image(adapted.model, prompts, image, adapted.depth) for image in images])
+        torch.testing.assert_close(adapted.encode_image(images), expected, rtol=0, atol=1e-5)
+        expected = torch.stack([reference_text(adapted.model, prompts, tokens, adapted.depth) for tokens in adapted.class_tokens(NAMES)])
+        torch.testing.assert_close(adapted.zero_shot_head(NAMES), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("n_ctx", [1, 2, 4])
+def test_maple_is_what_the_paper_describes(tiny_clip, tiny_images, n_ctx, depth):
+    adapted = MaPLe(tiny_clip, n_ctx=n_ctx, depth=depth, seed=n_ctx)
+    for parameter in adapted.learned.parameters():
+        parameter.mul_(5)  # the initial ones are small
+    assert_is_maple(adapted, tiny_images[:2])
+
+
+@pytest.fixture(scope="module")
+def vit_b_16():
+    """Random weights: the size is what matters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.create_model("ViT-B-16-quickgelu", pretrained=None)
+    return ClipModel(model, preprocess=None, tokenizer=open_clip.get_tokenizer("ViT-B-16-quickgelu"), name="ViT-B-16-quickgelu")
+
+
+def test_on_vit_b_16_maple_has_the_papers_size_and_the_papers_forward_pass(vit_b_16):
+    adapted = MaPLe(vit_b_16)
+    assert (adapted.depth, adapted.n_ctx, adapted.n_parameters) == (9, 2, 3_555_072)
+    assert_is_maple(adapted, torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
+
+
+# -- the interface ----------------------------------------------------------------------------------------------------
+
+
+def loud(kind: str, clip: ClipModel):
+    """An adapter whose learned weights are far from where they start."""
+    adapted = ADAPTERS[kind].for_fitting(clip, CONFIG, NAMES, ["a {}."], seed=1)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in adapted.learned.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return adapted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_finish_takes_up_where_run_to_stopped(tiny_clip, tiny_images, kind):
+    adapted = loud(kind, tiny_clip)
+    expected = adapted.encode_image(tiny_images)
+    for layer in range(-3, 3):
+        torch.testing.assert_close(adapted.finish(adapted.run_to(tiny_images, layer), layer), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reconstruction_with_its_error_kept_changes_nothing(tiny_clip, tiny_sae, tiny_images, kind):
+    adapted = loud(kind, tiny_clip)
+    residual = adapted.run_to(tiny_images, -2)
+    decoded = tiny_sae.decode(tiny_sae.encode(residual.tokens))
+    assert (decoded - residual.tokens).abs().max() > 0.1
+    for run in (lambda edited: adapted.finish(edited, -2), network_tail(adapted, -2, residual)):
+        kept = run(residual._replace(tokens=decoded + (residual.tokens - decoded)))
+        torch.testing.assert_close(kept, adapted.encode_image(tiny_images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_quick_tail_is_the_tail(tiny_clip, tiny_images, kind, depth):
+    adapted = ADAPTERS[kind].for_fitting(tiny_clip, dataclasses.replace(CONFIG, depth=depth), NAMES, ["a {}."], seed=1)
+    for parameter in adapted.learned.parameters():
+        parameter.mul_(2)
+    residual = adapted.run_to(tiny_images, -2)
+    edited = residual._replace(tokens=residual.tokens + 1)
+    torch.testing.assert_close(network_tail(adapted, -2, residual)(edited), adapted.finish(edited, -2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        network_tail(adapted, -3, adapted.run_to(tiny_images, -3))(edited), adapted.finish(edited, -3), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_an_adapter_may_change_changes(tiny_clip, tiny_images, kind):
+    adapted = loud(kind, tiny_clip)
+    moved = (adapted.encode_image(tiny_images) - tiny_clip.encode_image(tiny_images)).abs().max()
+    assert adapted.changes_images == (kind not in ("coop", "linear")) == (moved > 1e-3)
+    moved = (adapted.zero_shot_head(NAMES, ["a {}."]) - tiny_clip.zero_shot_head(NAMES, ["a {}."])).abs().max()
+    assert (kind in ("maple", "coop", "linear")) == (moved > 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["lora", "finetune", "linear"])
+def test_changed_weights_start_as_clip(tiny_clip, tiny_images, kind):
+    adapted = ADAPTERS[kind].for_fitting(tiny_clip, CONFIG, NAMES, ["a {}."], seed=1)
+    torch.testing.assert_close(adapted.encode_image(tiny_images), tiny_clip.encode_image(tiny_images), rtol=0, atol=0)
+    torch.testing.assert_close(adapted.zero_shot_head(NAMES, ["a {}."]), tiny_clip.zero_shot_head(NAMES, ["a {}."]), rtol=0, atol=0)
+
+
+def test_lora_is_what_the_paper_describes(tiny_clip, tiny_images):
+    """W + B A, for queries and values and for no keys, written into a copy of the weights."""
+    adapted, other = loud("lora", tiny_clip), FineTuned(tiny_clip)
+    for block, change in zip(other.blocks, adapted.learned, strict=True):
+        q, k, v = block.attn.in_proj_weight.chunk(3)
+        q += change.B[0] @ change.A[0]
+        v += change.B[1] @ change.A[1]
+    torch.testing.assert_close(adapted.encode_image(tiny_images), other.encode_image(tiny_images), rtol=0, atol=1e-5)
+    assert adapted.n_parameters == 3 * 2 * 2 * 4 * 32
+    assert adapted.visual.conv1.weight is tiny_clip.visual.conv1.weight is not other.visual.conv1.weight  # shared, not copied
+
+
+def test_a_linear_head_keeps_clips_text_for_classes_that_it_does_not_know(tiny_clip):
+    adapted = loud("linear", tiny_clip)
+    mixed, text = adapted.zero_shot_head(["anvil", NAMES[1]], ["a {}."]), tiny_clip.zero_shot_head(["anvil", NAMES[1]], ["a {}."])
+    torch.testing.assert_close(mixed[0], text[0])
+    torch.testing.assert_close(mixed[1], adapted.learned.weight[1])
+
+
+def test_prompt_tokens_never_reach_the_tokens(maple, tiny_clip, tiny_images):
+    for layer in range(3):
+        residual = maple.run_to(tiny_images, layer)
+        assert residual.tokens.shape == (8, tiny_clip.n_tokens, tiny_clip.width)
+        assert residual.extra.shape == (8, 2, tiny_clip.width)
+        assert maple.residual(tiny_images, layer).shape == residual.tokens.shape
+
+
+def test_the_tokens_of_an_adapted_model_can_be_masked(maple, tiny_images):
+    """The official hook returned a tensor where the next block wanted a tuple, and crashed."""
+    residual = maple.run_to(tiny_images, -2)
+    masked = maple.finish(residual._replace(tokens=torch.zeros_like(residual.tokens)), -2)
+    assert masked.shape == (8, 16) and (masked - maple.encode_image(tiny_images)).abs().max() > 1e-3
+    # After block 0 nothing is left of the images: block 1 has prompts of its own.
+    residual = maple.run_to(tiny_images, 0)
+    masked = maple.finish(residual._replace(tokens=torch.zeros_like(residual.tokens)), 0)
+    torch.testing.assert_close(masked, masked[:1].expand(8, -1), rtol=0, atol=1e-5)
+
+
+def test_forgotten_prompt_tokens_are_an_error_where_they_matter(maple, tiny_images):
+    tokens = maple.residual(tiny_images, 1)
+    with pytest.raises(ValueError, match="2 prompt tokens"):
+        maple.finish(tokens, 1)
+    # Block 1 has prompts of its own, so those after block 0 are thrown away anyway.
+    torch.testing.assert_close(maple.finish(maple.residual(tiny_images, 0), 0), maple.encode_image(tiny_images))
+    with pytest.raises(ValueError, match="this residual has 1"):
+        maple.finish(maple.run_to(tiny_images, 1)._replace(extra=torch.zeros(8, 1, 32)), 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_leave_the_base_alone(tiny_clip, tiny_images, few, kind):
+    before = tiny_clip.fingerprint, tiny_clip.encode_image(tiny_images), tiny_clip.encode_text(["a hammer."])
+    adapted = fit_adapter(tiny_clip, kind, few, CONFIG, progress=False)
+    adapted.zero_shot_head(NAMES)
+    del tiny_clip.__dict__["fingerprint"], tiny_clip.__dict__["weights_hash"]  # hash the weights again
+    assert tiny_clip.fingerprint == before[0] != adapted.fingerprint
+    torch.testing.assert_close(tiny_clip.encode_image(tiny_images), before[1], rtol=0, atol=0)
+    torch.testing.assert_close(tiny_clip.encode_text(["a hammer."]), before[2], rtol=0, atol=0)
+
+
+def test_coop_changes_the_text_head_and_nothing_in_the_image_tower(tiny_clip, tiny_images, few):
+    adapted = fit_adapter(tiny_clip, "coop", few, CONFIG, progress=False)
+    residual = adapted.run_to(tiny_images, -2)
+    assert residual.extra is None
+    torch.testing.assert_close(residual.tokens, tiny_clip.residual(tiny_images, -2), rtol=0, atol=0)
+    torch.testing.assert_close(adapted.encode_image(tiny_images), tiny_clip.encode_image(tiny_images), rtol=0, atol=0)
+    assert (adapted.zero_shot_head(NAMES) - CoOp(tiny_clip).zero_shot_head(NAMES)).abs().max() > 1e-4
+
+
+def test_untrained_coop_is_zero_shot_clip(tiny_clip):
+    expected = tiny_clip.zero_shot_head(["french horn"], ["a photo of a {}."])
+    torch.testing.assert_close(CoOp(tiny_clip).zero_shot_head(["french_horn"]), expected, rtol=0, atol=1e-6)
+
+
+def test_visual_prompts_change_the_image_tower_and_not_the_text_head(tiny_clip, tiny_images, few):
+    adapted = fit_adapter(tiny_clip, "vpt", few, CONFIG, progress=False)
+    templates = ["a {}.", "a picture of a {}."]
+    torch.testing.assert_close(adapted.zero_shot_head(NAMES, templates), tiny_clip.zero_shot_head(NAMES, templates), rtol=0, atol=0)
+    assert (adapted.encode_image(tiny_images) - tiny_clip.encode_image(tiny_images)).abs().max() > 1e-4
+
+
+def test_impossible_settings_say_what_is_possible(tiny_clip, few):
+    with pytest.raises(ValueError, match="depth must be 1 to 3; got 9"):
+        MaPLe(tiny_clip, depth=9)
+    with pytest.raises(ValueError, match="n_ctx must be 1 or more"):
+        CoOp(tiny_clip, n_ctx=0)
+    with pytest.raises(ValueError, match="Valid: maple, coop, vpt, lora, finetune, linear"):
+        fit_adapter(tiny_clip, "bitfit", None, CONFIG)
+    with pytest.raises(TypeError, match="Choose one of"):
+        PromptedClip(tiny_clip)
+    with pytest.raises(ValueError, match="rank must lie between 1 and the width 32"):
+        LoRA(tiny_clip, rank=33)
+    with pytest.raises(ValueError, match="has no '{}'"):
+        LinearHead(tiny_clip, NAMES, template="a hammer")
+    with pytest.raises(ValueError, match="Valid: sgd, adamw"):
+        fit_adapter(tiny_clip, "coop", few, CONFIG, recipe=Recipe("lion", 0.1, 0), progress=False)
+    with pytest.raises(ValueError, match="Valid: fp32, bf16"):
+        fit_adapter(tiny_clip, "coop", few, CONFIG, precision="fp8")
+    with pytest.raises(ValueError, match="class names"):
+        MaPLe(tiny_clip).zero_shot_head([])
+
+
+def test_more_context_than_the_template_has_words_starts_from_placeholders(tiny_clip):
+    adapted = CoOp(tiny_clip, n_ctx=6)
+    assert adapted.template == "X X X X X X {}." and adapted.learned.ctx.shape == (6, 32)
+    assert adapted.zero_shot_head(NAMES).shape == (3, 16)
+
+
+# -- fitting ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_is_constant_for_an_epoch_and_then_a_cosine():
+    rates = [learning_rate(epoch, 5, 0.0035) for epoch in range(5)]
+    assert rates[0] == 1e-5
+    assert rates[1] == pytest.approx(0.0035)
+    assert rates[4] == pytest.approx(0.0035 * 0.5 * (1 + math.cos(3 * math.pi / 5)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fitting_lowers_the_loss_and_repeats_with_the_seed(tiny_clip, few, kind):
+    config = AdapterConfig(tasks=("openmoji/tools",), n_shots=1, epochs=6, lr=0.05, batch_size=9, depth=3)
+    recipe = Recipe("adamw", 3e-3, 0) if kind in ("lora", "finetune", "linear") else None
+    first, again, other = (fit_adapter(tiny_clip, kind, few, config, seed=seed, recipe=recipe, progress=False) for seed in (1, 1, 2))
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    assert first.log == again.log
+    assert first.log[-1]["loss"] < first.log[0]["loss"]
+    assert not any(p.requires_grad for p in (*first.learned.parameters(), *tiny_clip.model.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["maple", "lora", "linear"])
+def test_a_fit_that_was_stopped_goes_on_where_it_was(tiny_clip, few, tmp_path, kind, monkeypatch):
+    config = AdapterConfig(tasks=("openmoji/tools",), n_shots=1, epochs=4, lr=0.01, batch_size=6, depth=2)
+    whole = fit_adapter(tiny_clip, kind, few, config, tmp_path / "whole", progress=False)
+
+    def stop(epoch, epochs, lr):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return learning_rate(epoch, epochs, lr)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(adapters_module, "learning_rate", stop)
+        fit_adapter(tiny_clip, kind, few, config, tmp_path / "stopped", progress=False)
+    epochs = []
+    monkeypatch.setattr(adapters_module, "learning_rate", lambda epoch, *rest: epochs.append(epoch) or learning_rate(epoch, *rest))
+    resumed = fit_adapter(tiny_clip, kind, few, config, tmp_path / "stopped", progress=False)
+    assert epochs == [2, 3] and resumed.log == whole.log and resumed.fingerprint == whole.fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stopped", "whole"]
+
+
+def test_a_damaged_or_foreign_unfinished_fit_is_not_gone_on_with(tiny_clip, few, tmp_path):
+    whole = fit_adapter(tiny_clip, "coop", few, CONFIG, progress=False)
+    (tmp_path / "adapter.unfinished").write_bytes(b"half a file")
+    assert fit_adapter(tiny_clip, "coop", few, CONFIG, tmp_path / "adapter", progress=False).fingerprint == whole.fingerprint
+    torch.save({"fingerprint": "another", "log": [{}]}, tmp_path / "again.unfinished")
+    assert fit_adapter(tiny_clip, "coop", few, CONFIG, tmp_path / "again", progress=False).fingerprint == whole.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["maple", "lora"])
+def test_bfloat16_learns_much_the_same_and_leaves_the_model_in_float32(tiny_clip, few, tiny_images, kind):
+    full, half = (fit_adapter(tiny_clip, kind, few, CONFIG, precision=precision, progress=False) for precision in ("fp32", "bf16"))
+    assert half.log[-1]["loss"] == pytest.approx(full.log[-1]["loss"], rel=0.05) and half.log != full.log
+    assert half.precision == "fp32" and half.visual.transformer.batch_first == tiny_clip.visual.transformer.batch_first
+    assert all(p.dtype == torch.float32 for p in half.learned.parameters())
+    torch.testing.assert_close(half.encode_image(tiny_images), full.encode_image(tiny_images), rtol=0, atol=0.1)
+
+
+def test_shuffled_labels_are_the_same_labels_on_other_images(tiny_clip, few, tmp_path):
+    right = fit_adapter(tiny_clip, "linear", few, CONFIG, tmp_path / "right", progress=False)
+    wrong = fit_adapter(tiny_clip, "linear", few, CONFIG, tmp_path / "wrong", shuffle_labels=True, progress=False)
+    assert right.fingerprint != wrong.fingerprint and right.log[0] != wrong.log[0]
+    manifests = [artifacts.read_json(tmp_path / name / "manifest.json") for name in ("right", "wrong")]
+    assert manifests[0]["fingerprint"] != manifests[1]["fingerprint"] and manifests[1]["recipe"]["shuffle_labels"]
+    again = fit_adapter(tiny_clip, "linear", few, CONFIG, shuffle_labels=True, progress=False)
+    assert again.log == wrong.log
+
+
+def test_too_few_images_are_an_error(tiny_clip, few):
+    config = AdapterConfig(tasks=("openmoji/tools",), n_shots=7, depth=2)
+    with pytest.raises(ValueError, match="7 shots"):
+        fit_adapter(tiny_clip, "maple", few, config, progress=False)
+
+
+def test_a_loss_that_is_no_number_stops_a_fit(tiny_clip, few):
+    with pytest.raises(ValueError, match=r"The loss of 'coop' on 'openmoji/tools' is nan in epoch \d+: lower lr \(now 1e\+38\)"):
+        fit_adapter(tiny_clip, "coop", few, dataclasses.replace(CONFIG, lr=1e38, epochs=3), progress=False)
+
+
+def test_prompt_settings_are_refused_for_adapters_without_prompts(tiny_clip, tmp_path):
+    save_adapter(ADAPTERS["linear"](tiny_clip, class_names=("a", "b")), tmp_path / "linear")
+    with pytest.raises(ValueError, match="holds a 'linear' adapter, which has no prompts: leave n_ctx and depth out"):
+        load_adapter(tmp_path / "linear", tiny_clip, n_ctx=2)
+
+
+# -- on disk ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_adapter_comes_back_the_same(tiny_clip, tiny_images, few, tmp_path, kind):
+    adapted = fit_adapter(tiny_clip, kind, few, CONFIG, tmp_path / "adapter", progress=False)
+    loaded = load_adapter(tmp_path / "adapter", tiny_clip)
+    assert type(loaded) is type(adapted) and loaded.fingerprint == adapted.fingerprint and loaded.log == adapted.log
+    torch.testing.assert_close(loaded.encode_image(tiny_images), adapted.encode_image(tiny_images), rtol=0, atol=0)
+    torch.testing.assert_close(loaded.zero_shot_head(NAMES), adapted.zero_shot_head(NAMES), rtol=0, atol=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_a_current_adapter_is_not_fitted_again(tiny_clip, few, tmp_path):
+    out = tmp_path / "adapter"
+    fit_adapter(tiny_clip, "maple", few, CONFIG, out, progress=False)
+    stamp = (out / "adapter.safetensors").stat().st_mtime_ns
+    fit_adapter(tiny_clip, "maple", few, CONFIG, out, progress=False)
+    assert (out / "adapter.safetensors").stat().st_mtime_ns == stamp
+    fit_adapter(tiny_clip, "maple", few, CONFIG, out, seed=5, progress=False)
+    assert (out / "adapter.safetensors").stat().st_mtime_ns != stamp
+
+
+def test_another_depth_context_or_model_is_an_error(tiny_clip, few, tmp_path):
+    out = tmp_path / "adapter"
+    fit_adapter(tiny_clip, "maple", few, CONFIG, out, progress=False)
+    with pytest.raises(ValueError, match=r"holds 2 prompted blocks \(depth\); 3 were asked for"):
+        load_adapter(out, tiny_clip, depth=3)
+    with pytest.raises(ValueError, match="holds 2 context vectors; 4 were asked for"):
+        load_adapter(out, tiny_clip, n_ctx=4)
+    with pytest.raises(ValueError, match="was fitted to 'tiny'"):
+        load_adapter(out, CoOp(tiny_clip))
+    with pytest.raises(FileNotFoundError, match="holds no adapter"):
+        load_adapter(tmp_path / "nothing", tiny_clip)
+
+
+def test_a_damaged_adapter_is_an_error(tiny_clip, few, tmp_path):
+    out = tmp_path / "adapter"
+    fit_adapter(tiny_clip, "coop", few, CONFIG, out, progress=False)
+    data = bytearray((out / "adapter.safetensors").read_bytes())
+    data[-1] ^= 1
+    (out / "adapter.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="checksum"):
+        load_adapter(out, tiny_clip)
+    artifacts.write_sealed(out / "manifest.json", artifacts.read_sealed(out / "manifest.json") | {"format_version": 99})
+    with pytest.raises(ValueError, match="format version 99"):
+        load_adapter(out, tiny_clip)
+
+
+# -- official checkpoints ---------------------------------------------------------------------------------------------
+
+
+def official(adapted: MaPLe, path, **extra) -> None:
+    """A file as the official code writes it: prompts among frozen weights, beside the optimiser and its schedule."""
+    state = {f"prompt_learner.{key}": value.half() for key, value in adapted.learned.state_dict().items()}
+    state |= {
+        "prompt_learner.token_prefix": torch.zeros(3, 1, 32),
+        "image_encoder.proj": torch.zeros(2, 2),
+        "logit_scale": torch.tensor(4.6),
+    }
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+    torch.save({"state_dict": state, "epoch": 5, "optimizer": optimizer.state_dict(), "scheduler": {"successor": schedule}, **extra}, path)
+
+
+def test_an_official_checkpoint_loads(maple, tiny_clip, tiny_images, tmp_path):
+    official(maple, tmp_path / "model.pth.tar-5")
+    loaded = load_adapter(tmp_path / "model.pth.tar-5", tiny_clip, depth=2)
+    torch.testing.assert_close(loaded.encode_image(tiny_images), maple.encode_image(tiny_images), rtol=0, atol=1e-2)
+    assert all(p.dtype == torch.float32 for p in loaded.learned.parameters())
+
+
+def test_an_official_checkpoint_of_another_depth_or_model_is_an_error(maple, tiny_clip, tmp_path):
+    path = tmp_path / "model.pth.tar-5"
+    official(maple, path)
+    with pytest.raises(ValueError, match="9 were asked for"):
+        load_adapter(path, tiny_clip, depth=9)
+    wider = {"image_size": 32, "patch_size": 16, "width": 48, "layers": 2, "head_width": 16}
+    text = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    other = ClipModel(open_clip.CLIP(16, wider, text), preprocess=None, tokenizer=tiny_clip.tokenize, name="wider")
+    with pytest.raises(ValueError, match="does not fit 'wider': .*proj.bias is \\(32,\\), expected \\(48,\\)"):
+        load_adapter(path, other)
+    with pytest.raises(ValueError, match="give clip="):
+        load_adapter(path)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (exec, ("import builtins; builtins.patchsae_was_here = True",))
+
+
+def test_nothing_in_a_checkpoint_is_executed(maple, tiny_clip, tmp_path):
+    import builtins
+
+    path = tmp_path / "model.pth.tar-5"
+    official(maple, path, surprise=Malicious())
+    try:
+        load_adapter(path, tiny_clip)
+    except ValueError:
+        pass  # refusing is as good as ignoring
+    assert not hasattr(builtins, "patchsae_was_here")
+
+
+def test_a_file_that_is_no_checkpoint_is_an_error(tiny_clip, tmp_path):
+    (tmp_path / "weights.bin").write_bytes(b"not torch")
+    with pytest.raises(ValueError, match="weights.bin can't be read"):
+        load_adapter(tmp_path / "weights.bin", tiny_clip)
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(2)}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="holds no MaPLe prompts"):
+        load_adapter(tmp_path / "other.pt", tiny_clip)

@@ -1,0 +1,248 @@
+"""The split of a gain: its parts sum to it, what can't change has no part in it, and slow float64 arithmetic says the same."""
+
+from __future__ import annotations
+
+import copy
+from itertools import permutations, product
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import loud
+
+from patchsae_utils import plots
+from patchsae_utils.adaptation.adapters import CoOp, MaPLe, VisualPrompt
+from patchsae_utils.adaptation.compare import compare_models, stack
+from patchsae_utils.adaptation.gain import CHANGES, CONCEPTS, EXPERIMENTS, PARTS, TOWER_PARTS, _ratio_interval, explain_gain, owen_values
+from patchsae_utils.adaptation.links import evidence, shared_evidence
+from patchsae_utils.data import load_dataset
+from patchsae_utils.interventions.attribution import attribute_latents
+from patchsae_utils.interventions.tail import dataset_head
+from patchsae_utils.sae.model import SparseAutoencoder
+
+LAYER = -2
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return load_dataset("openmoji/tools", "test", n_images=18, half="base")
+
+
+@pytest.fixture(scope="module")
+def models(tiny_clip):
+    return {
+        "itself": tiny_clip,
+        **{name: loud(kind, tiny_clip) for name, kind in (("maple", MaPLe), ("coop", CoOp), ("vpt", VisualPrompt))},
+    }
+
+
+@pytest.fixture(scope="module")
+def found(tiny_clip, tiny_sae, scenes, models):
+    return explain_gain(tiny_clip, models, tiny_sae, scenes, LAYER, batch_size=7, progress=False)
+
+
+def gains(analysis, measure="log-probability"):
+    return analysis.split.parts(measure, n_bootstrap=20).set_index("part")["gain"]
+
+
+# -- the split --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("measure", ["accuracy", "log-probability"])
+@pytest.mark.parametrize("name", ["maple", "vpt", "coop"])
+def test_parts_sum_to_the_gain_picture_by_picture(found, name, measure):
+    split = found[name].split
+    values = split._measured(measure)
+    parts = owen_values(values)
+    np.testing.assert_allclose(sum(parts.values()), values[1, 1, 1, 1] - values[0, 0, 0, 0], atol=1e-12)
+    table = gains(found[name], measure)
+    assert sum(table[part] for part in PARTS) == pytest.approx(table["both"], abs=1e-12)
+    assert sum(table[concept] for concept in CONCEPTS) == pytest.approx(table["both"], abs=1e-12)
+    assert sum(table[part] for part in TOWER_PARTS) == pytest.approx(table["image tower"], abs=1e-12)
+
+
+def test_the_towers_parts_are_those_of_the_crossed_towers(tiny_clip, tiny_sae, scenes, models, found):
+    """The two-sided split of the remapping module is this one with the tower's parts put together."""
+    crossed = (
+        compare_models(tiny_clip, models["maple"], tiny_sae, scenes, LAYER, progress=False)
+        .gain_split(n_bootstrap=20)
+        .set_index("part")["gain"]
+    )
+    table = gains(found["maple"], "accuracy")
+    for part in ("image tower", "text head", "both"):
+        assert table[part] == pytest.approx(crossed[part], abs=1e-12)
+
+
+def test_a_model_without_a_change_gains_nothing_anywhere(found):
+    for measure in ("accuracy", "log-probability"):
+        table = found["itself"].split.parts(measure, n_bootstrap=20)
+        assert (table[["gain", "low", "high"]] == 0).all(axis=None) and table["share"].isna().all()
+    assert found["itself"].split.change(n_bootstrap=20).set_index("change")["outside"].isna()[["adaptation", "random direction"]].all()
+
+
+def test_coop_has_no_new_concepts_at_all(found):
+    table = gains(found["coop"])
+    assert (table[list(TOWER_PARTS)] == 0).all() and table["new concepts"] == table["retuning"] == table["interaction"] == 0
+    assert table["text head"] == pytest.approx(table["both"], rel=1e-12) and table["both"] != 0
+    assert (found["coop"].split.squares[:, 0] == 0).all()
+
+
+def test_visual_prompts_leave_the_head_without_a_part(found):
+    table = gains(found["vpt"])
+    assert table["text head"] == table["interaction"] == 0
+    assert table["image tower"] == pytest.approx(table["both"], rel=1e-12) and table["both"] != 0  # a sum of three parts, in floats
+    assert table["existing latents"] != 0 and table["outside the dictionary"] != 0 and table["later blocks"] != 0
+
+
+class Everything(torch.nn.Module):
+    """A dictionary that says all of every token: latents are its positive and negative coordinates."""
+
+    def __init__(self, width: int, silent: bool = False):
+        super().__init__()
+        self.d_in, self.d_sae = width, 2 * width
+        self.W_dec = torch.cat([torch.eye(width), -torch.eye(width)])
+        self.W_enc = 0 * self.W_dec.T if silent else self.W_dec.T
+
+    def encode(self, x):
+        return (x @ self.W_enc).relu()
+
+    def decode(self, h):
+        return h @ self.W_dec
+
+
+def test_a_dictionary_that_says_everything_leaves_nothing_new_and_a_silent_one_nothing_old(tiny_clip, scenes, models):
+    whole = explain_gain(tiny_clip, models["maple"], Everything(tiny_clip.width), scenes, LAYER, progress=False)
+    table, change = gains(whole), whole.split.change(n_bootstrap=20).set_index("change")["outside"]
+    assert abs(table["outside the dictionary"]) < 1e-4 < abs(table["existing latents"]) and (change < 1e-9).all()
+    silent = explain_gain(tiny_clip, models["maple"], Everything(tiny_clip.width, silent=True), scenes, LAYER, progress=False)
+    table, change = gains(silent), silent.split.change(n_bootstrap=20).set_index("change")["outside"]
+    assert table["existing latents"] == 0 != table["outside the dictionary"] and change.tolist() == pytest.approx([1, 1, 1])
+
+
+def test_shares_are_of_the_whole_gain_and_only_where_there_is_one(found):
+    table = found["maple"].split.parts("log-probability", n_bootstrap=200).set_index("part")
+    gain = table.loc["both"]
+    if gain["low"] <= 0 <= gain["high"]:
+        assert table["share"].isna().all()
+    else:
+        assert table.loc["both", ["share", "share_low", "share_high"]].tolist() == pytest.approx([1, 1, 1])
+        assert table.loc[list(PARTS), "share"].sum() == pytest.approx(1)
+    assert (table["low"] <= table["gain"] + 1e-12).all() and (table["gain"] <= table["high"] + 1e-12).all()
+
+
+def test_experiments_start_with_clip_and_end_with_the_adapted_model(tiny_clip, models, scenes, found):
+    table = found["maple"].split.experiments(n_bootstrap=20).set_index("experiment")
+    for name, model in (("CLIP", tiny_clip), ("adapted", models["maple"])):
+        head = dataset_head(model, scenes)
+        images = torch.stack([tiny_clip.preprocess(scenes[i].image) for i in range(len(scenes))])
+        right = (model.logits(model.encode_image(images), head).argmax(1) == torch.as_tensor(scenes.labels)).double().mean()
+        assert table.loc[name, "value"] == pytest.approx(right.item())
+    assert len(table) == len(EXPERIMENTS) == len(set(EXPERIMENTS.values()))
+
+
+def test_slow_float64_arithmetic_gives_the_same_split(tiny_clip, tiny_sae, scenes, models, found):
+    """Every combination picture by picture in float64 with plain loops, and the Owen value over all orders that keep the tower together."""
+    adapted, sae = models["maple"], copy.deepcopy(tiny_sae).double()
+    double = copy.deepcopy(tiny_clip.model).double()
+    block, visual = double.visual.transformer.resblocks[-1], double.visual
+    heads = [dataset_head(model, scenes).double() for model in (tiny_clip, adapted)]
+    fast = found["maple"].split.outcomes[1]
+    for n in range(0, len(scenes), 5):
+        image = tiny_clip.preprocess(scenes[n].image)[None]
+        before, after = (model.run_to(image, LAYER) for model in (tiny_clip, adapted))
+        z = [residual.tokens.double()[0] for residual in (before, after)]
+        said = [sae.decode(sae.encode(tokens)) for tokens in z]
+        error = [whole - part for whole, part in zip(z, said, strict=True)]
+        extra = adapted.visual_prompts()[-1].double()
+        value = {}
+        for latents, outside, tail, head in product((0, 1), repeat=4):
+            tokens = said[latents] + error[outside]
+            x = block(torch.cat([tokens, extra])[None] if tail else tokens[None])[0, 0]
+            feature = F.normalize(visual.ln_post(x) @ visual.proj, dim=-1)
+            logits = tiny_clip.logit_scale * heads[head] @ feature
+            value[latents, outside, tail, head] = logits.log_softmax(0)[scenes.labels[n]].item()
+            assert fast[latents, outside, tail, head, n] == pytest.approx(value[latents, outside, tail, head], abs=2e-3)
+        slow, orders = dict.fromkeys(PARTS, 0.0), [o for o in permutations(range(4)) if o.index(3) in (0, 3)]
+        for order in orders:
+            state = [0, 0, 0, 0]
+            for part in order:
+                start = value[tuple(state)]
+                state[part] = 1
+                slow[PARTS[part]] += (value[tuple(state)] - start) / len(orders)
+        quick = owen_values(fast[..., n])
+        assert {part: float(quick[part]) for part in PARTS} == pytest.approx(slow, abs=5e-3)
+
+
+def test_bad_input_says_what_is_expected(tiny_clip, tiny_sae, found, scenes):
+    with pytest.raises(ValueError, match="Valid: accuracy, log-probability"):
+        found["maple"].split.parts("loss")
+    with pytest.raises(ValueError, match="empty"):
+        explain_gain(tiny_clip, tiny_clip, tiny_sae, load_dataset("openmoji/tools", "test", n_images=0), LAYER)
+    with pytest.raises(ValueError, match="width 32"):
+        explain_gain(tiny_clip, tiny_clip, SparseAutoencoder(16, 32, seed=0), scenes, LAYER)
+
+
+def test_the_changes_are_named_and_the_yardsticks_do_not_depend_on_the_adapter(found):
+    tables = {name: analysis.split.change(n_bootstrap=20).set_index("change")["outside"] for name, analysis in found.items()}
+    assert all(tuple(table.index) == CHANGES for table in tables.values())
+    assert len({round(table["another picture"], 9) for table in tables.values()}) == 1
+
+
+# -- the links --------------------------------------------------------------------------------------------------------
+
+
+def test_links_are_attributions_and_their_change_splits_exactly(tiny_clip, tiny_sae, scenes, models, found):
+    for name in ("maple", "coop", "vpt"):
+        links = found[name].links
+        for model, scores in ((tiny_clip, links.base), (models[name], links.adapted)):
+            slow = attribute_latents(model, tiny_sae, scenes, LAYER, target="margin", progress=False)
+            torch.testing.assert_close(scores.float(), slow.scores, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(links.by_activation + links.by_reading, links.adapted - links.base)
+
+
+def test_coops_links_change_by_reading_alone_and_the_same_models_not_at_all(found):
+    coop, itself = found["coop"].links, found["itself"].links
+    assert not coop.by_activation.any() and coop.by_reading.any() and coop.change()["reading"] == 1
+    assert not itself.by_activation.any() and not itself.by_reading.any() and np.isnan(itself.change()["reading"])
+    assert set(itself.links(top_k=5)["link"]) == {"stayed"}
+    reuse = itself.reuse(n_bootstrap=20).set_index("comparison")["reuse"]
+    assert reuse["CLIP and adapted"] == pytest.approx(1) and reuse["CLIP and adapted, other class"] < 1
+
+
+def test_what_two_models_share_of_a_class():
+    first, second = (
+        torch.tensor([[3.0, 1.0, -5.0], [1.0, 0.0, 0.0], [-1.0, 0.0, 0.0]]),
+        torch.tensor([[1.0, 1.0, 2.0], [0.0, 2.0, 0.0], [1.0, 0.0, 0.0]]),
+    )
+    assert evidence(first)[0].tolist() == [0.75, 0.25, 0]
+    shared = shared_evidence(first, second)
+    assert shared[:2].tolist() == [0.5, 0.0] and shared[2].isnan()
+    torch.testing.assert_close(shared[:2], shared_evidence(second, 7 * first)[:2])
+
+
+def test_resamples_without_a_gain_have_no_share():
+    rows, whole = np.array([[1.0, 0.0], [0.5, 0.0]]), np.array([1.0, 0.0])
+    low, high = _ratio_interval(rows, whole, 200, seed=0)  # a quarter of the resamples hold the second picture alone
+    assert low.tolist() == high.tolist() == [1.0, 0.5]
+
+
+# -- the figures ------------------------------------------------------------------------------------------------------
+
+
+def test_figures_show_what_the_tables_say(found):
+    names = ["maple", "coop"]
+    parts = stack({("tools", name): found[name].split.parts(n_bootstrap=20) for name in names}, ["task", "adapter"])
+    fig = plots.gain_parts(parts)
+    assert [ax.get_title(loc="left").split("\n")[0] for ax in fig.axes][-1] == "whole gain"
+    widths = [bar.get_width() for bar in fig.axes[-1].patches]
+    assert widths == pytest.approx([100 * found[name].split.parts(n_bootstrap=20).set_index("part").loc["both", "gain"] for name in names])
+    fig = plots.gain_experiments(stack({name: found[name].split.experiments(n_bootstrap=20) for name in names}, "task"))
+    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == list(EXPERIMENTS)
+    links = found["maple"].links.links(top_k=4)
+    ax = plots.class_links(links, per_class=2).axes[0]
+    top = links.assign(size=links[["base", "adapted"]].max(axis=1)).sort_values("size", ascending=False).groupby("class").head(2)
+    discs = sum(len(part.get_offsets()) for part in ax.collections)
+    assert discs == links["latent"].isin(top["latent"]).sum() and len(ax.get_xticks()) == top["latent"].nunique()
+    with pytest.raises(ValueError, match="no links"):
+        plots.class_links(links.head(0))

@@ -1,0 +1,69 @@
+"""Rank-biased overlap: against the infinite sum that it stands for, and where its value is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from patchsae_utils.adaptation.rank_overlap import overlaps, rank_biased_overlap
+
+
+def by_infinite_sum(first, second, p, depth=3000):
+    """The definition, term by term: beyond the end of the shorter list its share of common items goes on, beyond both the agreement stays."""
+    short, long = sorted((first, second), key=len)
+    s, length = len(short), len(long)
+    total = 0.0
+    for d in range(1, depth + 1):
+        end = min(d, length)
+        assumed = len({*short} & {*long[:s]}) * max(end - s, 0) / s
+        agreement = (len({*short[:end]} & {*long[:end]}) + assumed) / end
+        total += (1 - p) * p ** (d - 1) * agreement
+    return total
+
+
+@pytest.mark.parametrize("p", [0.3, 0.9, 0.98])
+def test_it_is_the_infinite_sum(p):
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        first, second = (rng.permutation(14)[: rng.integers(1, 12)].tolist() for _ in range(2))
+        expected = by_infinite_sum(first, second, p)
+        assert rank_biased_overlap(first, second, p) == pytest.approx(expected, abs=1e-9)
+        assert rank_biased_overlap(second, first, p) == pytest.approx(expected, abs=1e-9)
+        assert -1e-12 <= expected <= 1 + 1e-12
+
+
+def test_known_values():
+    letters = list("abcdefg")
+    assert rank_biased_overlap(letters, letters) == pytest.approx(1)
+    assert rank_biased_overlap(letters, list("tuvwxyz")) == 0
+    # By hand: agreements 0, 1/2, 1, and 1 ever after.
+    assert rank_biased_overlap([1, 2, 3], [3, 2, 1], 0.9) == pytest.approx(0.1 * (0.45 + 0.81) + 0.729)
+    # The example of Webber et al., Figure 1: agreements 0, 0, 2/3, 2/4, 2/5, 2/6, 2/7.
+    terms = [0, 0, 2 / 3, 2 / 4, 2 / 5, 2 / 6, 2 / 7]
+    expected = sum(0.1 * 0.9**d * a for d, a in enumerate(terms)) + 0.9**7 * 2 / 7
+    assert rank_biased_overlap(letters, list("zcavwxy"), 0.9) == pytest.approx(expected)
+    assert rank_biased_overlap("abcdef", "abc") == pytest.approx(1)  # what is missing is taken to go on as it began
+
+
+def test_the_first_places_matter_most():
+    ranking = list(range(10))
+    swapped_first, swapped_last = [1, 0, *ranking[2:]], [*ranking[:8], 9, 8]
+    assert rank_biased_overlap(ranking, swapped_first) < rank_biased_overlap(ranking, swapped_last) < 1
+
+
+def test_empty_rankings():
+    assert math.isnan(rank_biased_overlap([], [])) and rank_biased_overlap([], [1]) == 0
+    table = overlaps([[], [1, 2], [1, 2]], [[], [2, 3], [1, 2]])
+    assert table["jaccard"].tolist() == pytest.approx([math.nan, 1 / 3, 1], nan_ok=True)
+    assert table["rbo"].isna().tolist() == [True, False, False]
+
+
+def test_bad_rankings_are_named():
+    with pytest.raises(ValueError, match="p must lie between 0 and 1, got 1"):
+        rank_biased_overlap([1], [1], 1)
+    with pytest.raises(ValueError, match="each item once"):
+        rank_biased_overlap([1, 1], [2])
+    with pytest.raises(ValueError, match="got 1 and 2"):
+        overlaps([[1]], [[1], [2]])

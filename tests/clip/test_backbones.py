@@ -1,0 +1,127 @@
+"""A vision transformer without text: its residual stream is timm's own, edits of it finish as they should, and words are refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from patchsae_utils.cli import main
+from patchsae_utils.clip.model import load_clip
+from patchsae_utils.clip.timm_models import NoText, TimmModel
+from patchsae_utils.config import load_profile
+from patchsae_utils.latents.reading import latent_masks, summarize_latents
+from patchsae_utils.sae.model import SparseAutoencoder
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 0}
+
+
+def small(**options):
+    torch.manual_seed(0)
+    network = timm.create_model("vit_tiny_patch16_224", pretrained=False, **(SMALL | options))
+    preprocess = timm.data.create_transform(input_size=(3, 32, 32), is_training=False)
+    return TimmModel(network, preprocess, "timm:small", "random")
+
+
+@pytest.fixture(params=[{}, {"reg_tokens": 4}], ids=["plain", "registers"])
+def model(request):
+    return small(**request.param)
+
+
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def test_reading_and_finishing_is_timms_own_forward_pass(model):
+    expected = model.model(IMAGES)
+    for layer in range(3):
+        residual = model.run_to(IMAGES, layer)
+        assert residual.tokens.shape == (3, 17, 24) and model.grid == (4, 4)
+        torch.testing.assert_close(model.finish(residual, layer), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.encode_image(IMAGES), expected, rtol=0, atol=1e-5)
+    residual = model.run_to(IMAGES, 1)
+    edited = residual._replace(tokens=residual.tokens.roll(1, dims=0))
+    assert not torch.allclose(model.finish(edited, 1), expected)
+    if residual.extra is not None:
+        with pytest.raises(ValueError, match="4 register tokens"):
+            model.finish(residual.tokens, 1)
+
+
+def test_stages_without_words_run(model, tiny_dataset, tmp_path):
+    sae = SparseAutoencoder(24, 48)
+    summary = summarize_latents(model, sae, tiny_dataset, -2, progress=False)
+    assert summary.n_images == len(tiny_dataset)
+    assert latent_masks(model, sae, IMAGES, [0, 5], 1).shape == (3, 2, 4, 4)
+
+
+def test_words_are_refused_by_name(model):
+    for call in (
+        lambda: model.encode_text("a dog"),
+        lambda: model.tokenize("a dog"),
+        lambda: model.zero_shot_head(["dog"], ["a {}."]),
+        lambda: model.logit_scale,
+    ):
+        with pytest.raises(NoText, match="'timm:small' has no text tower.*mask sweeps and prompts need a CLIP"):
+            call()
+
+
+def test_models_that_are_read_otherwise_are_refused():
+    for name in ("resnet18", "vit_base_patch16_siglip_224"):
+        with pytest.raises(ValueError, match="without what is read here.*dinov2"):
+            TimmModel(timm.create_model(name, num_classes=0).to("meta"), None, name)
+    with pytest.raises(ValueError, match="Unknown precision 'int4'. Valid: fp32, bf16"):
+        small().__class__(small().model, None, "timm:small", precision="int4")
+    with pytest.raises(ValueError, match=r"'timm:small' reads images \[B, 3, 32, 32\], got \[3, 32, 32\]. Apply clip.preprocess"):
+        small().residual(IMAGES[0], 1)
+    with pytest.raises(ValueError, match="timm has no model 'vit_dinov9'. Near it: .*dinov2"):
+        load_clip("timm:vit_dinov9")
+    with pytest.raises(FileNotFoundError, match="No weight file '/nowhere.safetensors'"):
+        load_clip("timm:vit_tiny_patch16_224", "/nowhere.safetensors")
+
+
+def test_a_local_weight_file_is_loaded(tmp_path):
+    torch.manual_seed(3)
+    network = timm.create_model("test_vit", num_classes=0)
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, tmp_path / "w é.safetensors")
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    images = torch.randn(2, 3, *network.patch_embed.img_size)
+    for name in ("w é.safetensors", "w.pt"):
+        loaded = load_clip("timm:test_vit", str(tmp_path / name))
+        torch.testing.assert_close(loaded.encode_image(images), network.eval()(images), rtol=0, atol=1e-5)
+    assert load_clip("timm:test_vit@96", str(tmp_path / "w.pt")).grid == (6, 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: {key: value for key, value in state.items() if "blocks.1" not in key}, "it lacks blocks.1.*and more"),
+        (lambda state: state | {"blocks.99.norm1.weight": torch.ones(3)}, "it also holds blocks.99.norm1.weight"),
+        (lambda state: state | {"norm.weight": torch.ones(3)}, "size mismatch for norm.weight"),
+    ],
+)
+def test_weights_of_another_model_are_refused_where_timm_would_leave_some_random(tmp_path, change, message):
+    state = timm.create_model("test_vit", num_classes=3).state_dict()
+    torch.save(state, tmp_path / "w.pt")
+    load_clip("timm:test_vit", str(tmp_path / "w.pt"))  # a classifier is no part of the backbone
+    torch.save(change(state), tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=f"can't be loaded as weights of 'timm:test_vit' .*{message}"):
+        load_clip("timm:test_vit", str(tmp_path / "w.pt"))
+
+
+def test_weights_that_cannot_be_fetched_and_sizes_that_are_none(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    with pytest.raises(ValueError, match="The image size of 'timm:test_vit@big' is no whole number of pixels"):
+        load_clip("timm:test_vit@big")
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(FileNotFoundError, match="The weights of 'timm:test_vit' could not be loaded .*no route.*download them elsewhere"):
+        load_clip("timm:test_vit")
+
+
+def test_commands_that_need_words_say_so_and_are_skipped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATCHSAE_IMAGES", str(tmp_path))
+    assert load_profile("dinov2").model.name.startswith("timm:vit_small_patch14_dinov2")
+    for command in ("sweep", "adapt"):
+        assert main([command, "--profile", "dinov2", "--set", "model.name=timm:test_vit", "--set", "model.pretrained=random"]) == 0
+        assert f"skipped: {command} needs a text tower" in capsys.readouterr().out

@@ -1,0 +1,551 @@
+"""What the explorers do beyond looking: search, several patches, uploads of strangers, two models side by side, and the gallery file."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from explorer_pages import UNLABELLED, browser, check_that_it_fits, pixels, show, wait_for_pixels, wire  # noqa: F401 (fixtures)
+from PIL import Image
+
+from patchsae_utils.explorer import cards, render, uploads
+
+BAD = "<img src=x onerror=document.title='bad'>.png"
+NAMES = {3: cards.Name("red", "color", 0.5), 5: cards.Name(BAD, "object", 0.4), 7: cards.Name("redwood", "object", 0.9)}
+
+
+@pytest.fixture(scope="module")
+def summary(tiny_clip, tiny_sae, tiny_dataset):
+    from patchsae_utils.latents.reading import summarize_latents
+
+    return summarize_latents(tiny_clip, tiny_sae, tiny_dataset, -2, k=6, progress=False)
+
+
+@pytest.fixture
+def named():
+    import pandas as pd
+
+    return pd.DataFrame([{"latent": i, "name": n.name, "kind": n.kind, "score": n.score} for i, n in NAMES.items()])
+
+
+@pytest.fixture
+def latents(tiny_clip, tiny_sae, summary, tiny_dataset, named):
+    from patchsae_utils.explorer import LatentExplorer
+
+    return LatentExplorer(tiny_clip, tiny_sae, summary, tiny_dataset, named)
+
+
+@pytest.fixture
+def patches(tiny_clip, tiny_sae, summary, tiny_dataset, named):
+    from patchsae_utils.explorer import PatchExplorer
+
+    return PatchExplorer(tiny_clip, tiny_sae, summary, tiny_dataset, named)
+
+
+@pytest.fixture
+def adaptation(tiny_clip, tiny_sae, tiny_dataset, named, summary):
+    from patchsae_utils.adaptation.adapters import VisualPrompt
+    from patchsae_utils.explorer import AdaptationView
+
+    other = copy.deepcopy(tiny_clip)  # differs more than a few prompts would make it
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        other.visual.positional_embedding += 0.5 * torch.randn_like(other.visual.positional_embedding)
+    adapters = {"tools": other, "more": VisualPrompt(tiny_clip, 2, 1, seed=1)}
+    datasets = {task: tiny_dataset for task in adapters}
+    return AdaptationView(tiny_clip, adapters, tiny_sae, named, summary=summary, datasets=datasets)
+
+
+def picture_file(kind="PNG", size=(60, 40), color=(200, 30, 30)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).save(buffer, kind)
+    return buffer.getvalue()
+
+
+# -- latents: orders, neighbours, contour -------------------------------------------------------------------------------
+
+
+def test_neighbours_are_the_nearest_decoder_directions(latents, tiny_sae):
+    latents.latent = 3
+    rows = torch.nn.functional.normalize(tiny_sae.W_dec, dim=1)
+    cosine = (rows @ rows[3]).detach()
+    cosine[3] = -2
+    assert [i for i, _ in latents.card.neighbors] == cosine.topk(6).indices.tolist()
+    assert latents.card.neighbors[0][1] == pytest.approx(float(cosine.max()), abs=1e-5)
+    assert [row[0] for row in latents.shown["neighbors"]] == cosine.topk(6).indices.tolist()
+
+
+def test_dead_latents_are_nobodys_neighbours(tiny_clip, tiny_sae, tiny_dataset):
+    reader = cards.Reader(tiny_clip, tiny_sae, tiny_dataset)
+    first = reader.nearest(3, 6)[0][0]
+    dead = np.arange(64) == first
+    assert first not in [i for i, _ in reader.nearest(3, 6, dead)]
+
+
+def test_latents_can_be_sorted_by_what_was_given_only(latents, tiny_clip, tiny_sae, summary, tiny_dataset):
+    from patchsae_utils.explorer import LatentExplorer
+
+    latents.sort = "score"
+    assert np.frombuffer(latents.order, np.uint32)[:3].tolist() == [7, 3, 5]
+    with pytest.raises(ValueError, match="monosemanticity="):
+        latents.sort = "monosemanticity"
+    assert latents.sort == "score"
+    scores = np.linspace(0, 1, 64)
+    view = LatentExplorer(tiny_clip, tiny_sae, summary, tiny_dataset, monosemanticity=scores, sort="monosemanticity")
+    assert np.frombuffer(view.order, np.uint32)[0] == np.flatnonzero(~summary.dead.numpy())[-1]
+    view.latent = 9
+    assert ["Monosemanticity", f"{scores[9]:.2f}"] in view.shown["facts"]
+    with pytest.raises(ValueError, match="64 latents"):
+        LatentExplorer(tiny_clip, tiny_sae, summary, tiny_dataset, monosemanticity=scores[:9])
+
+
+def test_a_contour_is_drawn_at_the_threshold_and_nowhere_else():
+    picture = np.full((56, 56, 3), 120, np.uint8)
+    heat = np.zeros((14, 14), np.float32)
+    heat[3:6, 4:9] = 1.0
+    plain, lined = (render.blend(picture, heat, 1.0, 0.5, 0.0, size=448, contour=contour) for contour in (False, True))
+    changed = np.argwhere((plain != lined).any(-1))
+    assert changed.min(0) == pytest.approx([3 * 32, 4 * 32], abs=3)
+    assert changed.max(0) == pytest.approx([6 * 32, 9 * 32], abs=3)
+    assert not (plain != lined)[4 * 32 + 8 : 5 * 32 - 8, 5 * 32 : 8 * 32].any()
+
+
+def test_prefetching_shows_nothing_and_saves_the_forward_pass(latents, monkeypatch):
+    order = np.frombuffer(latents.order, np.uint32)
+    shown = latents.shown
+    latents._receive({"kind": "prefetch", "latents": [int(order[1]), 10**9, "3", None]}, [])
+    assert latents.shown is shown
+    assert latents.ahead["latent"] == order[1]
+    monkeypatch.setattr(latents._reader.clip, "residual", None)  # is not called again
+    latents.latent = int(order[1])
+    assert latents.shown == latents.ahead
+
+
+def test_what_a_stranger_sends_is_ignored(latents, patches):
+    for view in (latents, patches):
+        before = view.shown
+        for content in (None, 3, [], {}, {"kind": "prefetch"}, {"kind": "prefetch", "latents": 4}, {"kind": "upload"}, {"kind": "rm"}):
+            view._receive(content, [])
+        assert view.shown is before
+
+
+def test_selection_is_read_and_set_at_once(patches, latents):
+    patches.selection = {"image": 4, "patches": [3, 17], "latent": 5}
+    assert patches.selection == {"latent": 5, "image": 4, "patch": 17, "patches": [3, 17]}
+    assert latents.selection == {"latent": latents.latent, "image": -1}
+    with pytest.raises(ValueError, match="no choice 'colour'"):
+        patches.selection = {"colour": 3}
+
+
+# -- several patches ----------------------------------------------------------------------------------------------------
+
+
+def test_several_patches_are_listed_by_their_mean(patches, tiny_clip, tiny_sae, tiny_images):
+    patches.set_state({"image": 2, "patches": [100, 20], "patch": 20})
+    h = tiny_sae.encode(tiny_clip.residual(tiny_images[2:3], -2))[0, [101, 21]].mean(0)
+    assert [entry["latent"] for entry in patches.shown["patch_latents"]] == h.topk(8).indices.tolist()
+    assert patches.patches == [20, 100] and patches.patch == 20
+    patches.patch = 7
+    assert patches.patches == [7]
+    patches.patch = -1
+    assert patches.patches == []
+    patches.patches = [4, 9]
+    assert patches.patch == 9
+    with pytest.raises(ValueError, match="0 to 195"):
+        patches.patches = [4, 196]
+
+
+def test_tops_are_every_patchs_list(patches):
+    tops, n = patches.tops, patches.tops["n"]
+    which = np.frombuffer(tops["latents"], np.uint32).reshape(196, n)
+    values = np.frombuffer(tops["values"], np.float32).reshape(196, n)
+    for patch in (0, 101):
+        patches.patch = patch
+        assert [(entry["latent"], entry["value"]) for entry in patches.shown["patch_latents"]] == [
+            (i, v) for i, v in zip(which[patch].tolist(), values[patch].tolist(), strict=True) if v > 0
+        ]
+
+
+def test_heat_maps_of_listed_latents_come_with_the_list(patches):
+    patches.patch = 100
+    shown = patches.shown
+    for place in (0, len(shown["listed"]) - 1):
+        patches.latent = shown["listed"][place]
+        heat = shown["listed_heats"][196 * place : 196 * (place + 1)]
+        assert heat == patches.shown["heat"] and shown["listed_scales"][place] == patches.shown["scale"]
+
+
+def test_patches_are_linked_to_the_steering_panel(patches, tiny_clip, tiny_sae, tiny_dataset):
+    from patchsae_utils.explorer import SteeringPanel, link
+    from patchsae_utils.interventions.tail import dataset_head
+
+    panel = SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, head=dataset_head(tiny_clip, tiny_dataset), latents=[3])
+    links = link(patches, panel)
+    patches.patches, patches.latent = [5, 2], 9
+    assert panel.patches == [2, 5] and panel.latent == 9
+    panel.image = 3
+    assert patches.image == 3
+    assert panel.latent == patches.latent == 9  # chosen still, though it has no slider
+    assert len(links) == 3
+
+
+# -- uploads ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", uploads.FORMATS)
+def test_uploads_of_every_kind_are_read(kind):
+    picture, name = uploads.read_upload(picture_file(kind), "a\nb\x00" + "c" * 200)
+    assert picture.mode == "RGB" and picture.size == (60, 40)
+    assert np.abs(np.asarray(picture)[20, 30].astype(int) - (200, 30, 30)).max() < 12
+    assert len(name) == 80 and name.isprintable()
+
+
+def test_uploads_are_upright_on_white_and_small():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    buffer = io.BytesIO()
+    Image.new("RGB", (60, 40)).save(buffer, "JPEG", exif=exif)
+    assert uploads.read_upload(buffer.getvalue())[0].size == (40, 60)
+    buffer = io.BytesIO()
+    Image.new("RGBA", (3000, 20), (0, 0, 0, 0)).save(buffer, "PNG")
+    picture, _ = uploads.read_upload(buffer.getvalue())
+    assert picture.width == uploads.SIDE and np.asarray(picture).min() == 255
+
+
+def bomb():
+    """A PNG of a few bytes that says it has 900 million pixels."""
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "empty"),
+        (b"GIF89a but no picture", "can't be read"),
+        (b"%PDF-1.4", "can't be read"),
+        (picture_file()[:60], "can't be read"),
+        (picture_file("TIFF"), "can't be read"),
+        (bytes(uploads.MAX_BYTES + 1), "at most 8 MB"),
+        (bomb(), "million"),
+        (picture_file(size=(8000, 6000)), "48 million"),
+    ],
+)
+def test_bad_uploads_are_told_and_change_nothing(patches, data, message):
+    with pytest.raises(uploads.UploadError, match=message):
+        patches.upload(data, BAD)
+    before = patches.shown
+    patches._receive({"kind": "upload", "name": BAD}, [memoryview(data)])
+    assert message in patches.notice and patches.shown is before and patches.uploaded == ""
+
+
+def test_an_uploaded_picture_is_read_like_any_other(patches, tiny_clip, tiny_sae):
+    data = picture_file(color=(20, 40, 200))
+    patches.upload(data, "mine.png")
+    assert patches.shown["uploaded"] == "mine.png" == patches.card.label
+    picture = tiny_clip.preprocess(uploads.read_upload(data)[0])[None]
+    h = tiny_sae.encode(tiny_clip.residual(picture, -2))[0]
+    assert patches.shown["image_latents"][0]["latent"] == int(h.mean(0).argmax())
+    first = patches.shown
+    patches.upload(picture_file(color=(250, 250, 0)), "mine.png")  # another of the same name
+    assert patches.shown["jpeg"] != first["jpeg"]
+    patches.image = 3
+    assert patches.uploaded == "" and patches.shown["image"] == 3
+    with pytest.raises(ValueError, match="No picture 'other'"):
+        patches.uploaded = "other"
+
+
+# -- what is needed -----------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_artifact_names_the_notebook_that_makes_it(tmp_path):
+    from types import SimpleNamespace
+
+    from patchsae_utils.explorer import missing_artifacts
+
+    adapters = SimpleNamespace(tasks=["openmoji/animals:gray"], kind="maple", seeds=[1])
+    profile = SimpleNamespace(folder=lambda stage: tmp_path / stage, adapters=adapters)
+    told = missing_artifacts(profile)
+    notebooks = ["02_sae_training", *["03_concept_labeling"] * 2, *["05_adaptation_remapping"] * 2]
+    assert len(told) == 5 and all(name in sentence for name, sentence in zip(notebooks, told, strict=True))
+    made = [f"adapters/openmoji-animals-gray-{kind}-1" for kind in ("maple", "finetune")]
+    for folder in ("sae", "latents/statistics", "latents/concepts", *made):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "manifest.json").write_text("{}")
+        assert len(missing_artifacts(profile)) == len(told) - 1
+        told = missing_artifacts(profile)
+    assert told == []
+
+
+# -- two models ---------------------------------------------------------------------------------------------------------
+
+
+def test_groups_say_what_halved_and_what_doubled(adaptation, tiny_clip, tiny_sae, tiny_images):
+    adaptation.image = 2
+    card = adaptation.card
+    base = tiny_sae.encode(tiny_clip.residual(tiny_images[2:3], -2))[0].mean(0).detach()
+    adapted = tiny_sae.encode(adaptation._adapters["tools"].residual(tiny_images[2:3], -2)[:, :197])[0].mean(0).detach()
+    assert card.groups["base"] or card.groups["adapted"]
+    assert all(adapted[i] <= base[i] / 2 for i in card.groups["base"])
+    assert all(base[i] <= adapted[i] / 2 for i in card.groups["adapted"])
+    assert card.groups["common"] and all(0.5 < adapted[i] / base[i] < 2 for i in card.groups["common"])
+    place = card.listed.index(card.groups["common"][0])
+    np.testing.assert_allclose(card.values[place], [float(base[card.listed[place]]), float(adapted[card.listed[place]])], atol=1e-5)
+
+
+def test_probabilities_are_those_of_each_model(adaptation, tiny_clip, tiny_images, tiny_dataset):
+    from patchsae_utils.interventions.tail import dataset_head
+
+    for side, model in ((1, tiny_clip), (2, adaptation._adapters["tools"])):
+        p = model.logits(model.encode_image(tiny_images[:1]), dataset_head(model, tiny_dataset)).softmax(-1)[0]
+        for row in adaptation.card.bars:
+            assert row[side] == pytest.approx(float(p[tiny_dataset.class_names.index(row[0])]), abs=1e-5)
+
+
+def test_another_task_starts_at_its_first_image(adaptation):
+    adaptation.image = 5
+    before = adaptation.shown["bars"]
+    adaptation.task = "more"
+    assert adaptation.image == 0 and adaptation.shown["task"] == "more" and adaptation.shown["bars"] != before
+    adaptation.selection = {"image": 3, "task": "tools", "latent": 4}
+    assert adaptation.selection == {"task": "tools", "image": 3, "latent": 4} and adaptation.shown["listed"][-1] == 4
+    for trait, value in (("task", "none"), ("image", 24), ("latent", 64)):
+        with pytest.raises(ValueError, match="no .*(none|24|64)"):
+            setattr(adaptation, trait, value)
+
+
+def test_models_that_do_not_fit_are_refused(tiny_clip, tiny_sae):
+    from patchsae_utils.explorer import AdaptationView
+
+    with pytest.raises(ValueError, match="for each task"):
+        AdaptationView(tiny_clip, {}, tiny_sae)
+    with pytest.raises(ValueError, match="top must"):
+        AdaptationView(tiny_clip, {"tools": tiny_clip}, tiny_sae, top=0)
+
+
+def test_figure_of_two_models(adaptation):
+    import matplotlib.pyplot as plt
+
+    adaptation.task, adaptation.latent = "more", 3
+    fig = adaptation.figure()
+    texts = " ".join(t.get_text() for t in fig.findobj(plt.Text))
+    for words in ("CLIP", "VPT", "latent 3 · red", "in both", "Artwork"):
+        assert words in texts
+    plt.close(fig)
+
+
+# -- the page -----------------------------------------------------------------------------------------------------------
+
+
+def test_page_finds_latents_by_name(show, latents):  # noqa: F811
+    page = show(latents)
+    page.fill("input[type=search]", "RED")
+    page.wait_for_selector("[role=option]")
+    assert [text.split()[0] for text in page.locator("[role=option]").all_inner_texts()] == ["3", "7"]  # the whole word first
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("h3:has-text('Latent 7 · redwood (object)')")
+    page.fill("input[type=search]", "onerror")
+    page.locator("[role=option]").click()
+    page.wait_for_selector("h3:has-text('Latent 5')")
+    assert latents.latent == 5
+    assert page.locator(".psx-find img, h3 img").count() == 0 and page.title() == ""
+
+
+def test_page_takes_the_next_step_before_python_answers(show, latents):  # noqa: F811
+    order = np.frombuffer(latents.order, np.uint32)
+    page = show(latents)
+    for latent in order[[1, 2]].tolist():  # the page asks for one card after the other; a fake model brings the last one only
+        latents._receive({"kind": "prefetch", "latents": [latent]}, [])
+        page.evaluate("([card]) => window.update({ ahead: card })", [wire(latents.ahead)])
+    before = pixels(page, ".psx-ref canvas")
+    page.evaluate("void (window.answer = window.python, window.python = async () => '{}')")
+    page.focus("input[aria-label='Latent, in the chosen order']")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector(f"h3:has-text('Latent {order[1]}')")
+    assert (pixels(page, ".psx-ref canvas") != before).any() and latents.latent == order[0]
+    page.evaluate("void (window.python = window.answer)")
+    page.keyboard.press("ArrowRight")  # two steps ahead was here, too; what Python answers to it changes nothing
+    page.wait_for_selector(f"h3:has-text('Latent {order[2]}')")
+    page.wait_for_function(f"window.model.get('shown').latent === {order[2]}")
+    assert f"Latent {order[2]}" in page.inner_text("h3")
+
+
+def test_page_goes_to_a_neighbour(show, latents):  # noqa: F811
+    page = show(latents)
+    nearest = latents.card.neighbors[0][0]
+    page.locator(".psx-chip").first.click()
+    page.wait_for_selector(f"h3:has-text('Latent {nearest}')")
+    assert latents.latent == nearest
+
+
+def test_page_draws_contours_without_python(show, latents):  # noqa: F811
+    page = show(latents)
+    page.wait_for_selector(".psx-ref")
+    bare = pixels(page, ".psx-ref canvas")
+    page.evaluate("window.python = async () => '{}'")
+    page.check("label:has-text('Contour') input")
+    card = latents.card
+    look = {"tau": latents.tau, "opacity": latents.opacity, "size": 160}
+    expected = render.blend(card.pictures[0], card.heats[0], card.heats.max(), contour=True, **look)
+    lined = pixels(page, ".psx-ref canvas")
+    assert (lined != bare).any()
+    assert np.abs(lined.astype(int) - expected).mean() < np.abs(bare.astype(int) - expected).mean()
+
+
+def test_page_paints_a_listed_latent_before_python_answers(show, patches):  # noqa: F811
+    patches.patch = 100
+    page = show(patches)
+    page.wait_for_selector(".psx-pick")
+    before = pixels(page, ".psx-stage")
+    page.evaluate("window.python = async () => '{}'")  # Python never answers
+    page.locator(".psx-pick").first.click()
+    page.wait_for_selector(".psx-pick[aria-pressed='true']")
+    assert np.abs(pixels(page, ".psx-stage").astype(int) - before).mean() > 3
+
+
+def test_page_lists_the_patch_under_the_pointer_and_several_chosen_ones(show, patches):  # noqa: F811
+    page = show(patches)
+    page.wait_for_selector(".psx-pick")
+    page.evaluate("window.asked = 0; const to = window.python; window.python = (m) => { window.asked++; return to(m); }; null")
+    box = page.locator(".psx-stage").bounding_box()
+    at = lambda row, column: {"x": box["width"] * (column + 0.5) / 14, "y": box["height"] * (row + 0.5) / 14}  # noqa: E731
+    page.hover(".psx-stage", position=at(3, 3))
+    page.wait_for_selector("text=Patch under the pointer")
+    assert page.evaluate("window.asked") == 0
+    page.click(".psx-stage", position=at(3, 3))
+    page.click(".psx-stage", position=at(3, 4), modifiers=["Shift"])
+    page.wait_for_selector("text=2 chosen patches, mean")
+    page.wait_for_function("window.model.get('shown').patches.length === 2")
+    assert patches.patches == [45, 46]
+    page.focus(".psx-stage")
+    page.keyboard.press("Shift+ArrowDown")
+    page.wait_for_function("window.model.get('shown').patches.length === 3")
+    assert patches.patches == [45, 46, 60]
+
+
+def test_page_takes_uploads_as_text_and_tells_of_broken_ones(show, patches):  # noqa: F811
+    page = show(patches)
+    page.wait_for_selector(".psx-pick")
+    before = pixels(page, ".psx-stage")
+    page.set_input_files("input[type=file]", {"name": BAD, "mimeType": "image/png", "buffer": picture_file()})
+    page.wait_for_selector("h3:has-text('Your image')")
+    assert "onerror" in page.inner_text("h3 >> nth=0")
+    assert page.locator("h3 img").count() == 0 and page.title() == ""
+    assert np.abs(pixels(page, ".psx-stage").astype(int) - before).mean() > 3
+    page.set_input_files("input[type=file]", {"name": BAD, "mimeType": "image/png", "buffer": b"no picture"})
+    page.wait_for_selector("[role=alert]:has-text('can\\'t be read')")
+    assert page.locator("[role=alert] img").count() == 0
+    drop = """([name, bytes]) => {
+      const data = new DataTransfer();
+      data.items.add(new File([new Uint8Array(bytes)], name));
+      document.querySelector('.psx').dispatchEvent(new DragEvent('drop', { dataTransfer: data, bubbles: true, cancelable: true }));
+    }"""
+    page.evaluate(drop, ["big.png", uploads.MAX_BYTES + 1])  # made there: to send it takes a busy machine longer than the page waits
+    page.wait_for_selector("[role=alert]:has-text('at most 8 MB')")
+    page.evaluate(drop, ["dropped.png", list(picture_file(color=(0, 200, 0)))])
+    page.wait_for_selector("h3:has-text('dropped.png')")
+    assert patches.uploaded == "dropped.png"
+    page.locator(".psx-thumb").nth(0).click()
+    page.wait_for_selector("h3:has-text('Image 0 ·')")
+    assert patches.uploaded == ""
+
+
+def test_page_of_two_models(show, adaptation):  # noqa: F811
+    page = show(adaptation)
+    page.wait_for_selector(".psx-twins .psx-pick")
+    before = [pixels(page, f".psx-pair > div:nth-child({i}) canvas") for i in (1, 2)]
+    assert (before[0] == before[1]).all()  # one picture, no latent yet
+    page.evaluate("window.asked = window.python; window.python = async () => '{}'")  # masks need no answer
+    page.locator(".psx-twins .psx-pick").last.click()
+    page.wait_for_selector(".psx-pick[aria-pressed='true']")
+    after = [pixels(page, f".psx-pair > div:nth-child({i}) canvas") for i in (1, 2)]
+    assert (after[0] != after[1]).any()
+    page.evaluate("void (window.python = window.asked)")
+    page.select_option("label:has-text('Task') select", "more")
+    page.wait_for_function("window.model.get('shown').task === 'more'")
+    page.click("[aria-label='Next image']")
+    page.wait_for_selector("h3:has-text('Image 1 ·')")
+    assert adaptation.image == 1 and adaptation.task == "more"
+    page.evaluate("window.stop()")
+    assert page.evaluate("window.model.count()") == 0
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_page_of_two_models_fits_narrow_and_dark_outputs(show, adaptation, dark):  # noqa: F811
+    adaptation.latent = adaptation.card.listed[0]
+    page = show(adaptation, dark=dark)
+    page.wait_for_selector(".psx-odds li")
+    check_that_it_fits(page, adaptation, dark)
+
+
+# -- the gallery --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory, tiny_clip, tiny_sae, summary, tiny_dataset):
+    from patchsae_utils.explorer import export_gallery
+
+    path = tmp_path_factory.mktemp("gallery") / "page.html"
+    names = {3: "red", 5: "</script><img src=x onerror=document.title='bad'>"}
+    return export_gallery(
+        path, tiny_clip, tiny_sae, summary, tiny_dataset, names, n=20, k=4, title="<b>Mine</b>", order="frequency", progress=False
+    )
+
+
+def test_gallery_holds_everything_and_each_picture_once(gallery, summary):
+    text = gallery.read_text(encoding="utf-8")
+    assert not re.search(r"https?://", text)
+    assert text.count("</script>") == 2 and "<b>" not in text and "&lt;b&gt;Mine" in text
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+    assert [entry["latent"] for entry in data["latents"]] == cards.living(summary, "frequency")[:20].tolist()
+    used = {image for entry in data["latents"] for image, *_ in entry["images"]}
+    assert {int(i) for i in data["pictures"]} == used
+    assert len(text) < 15e6 / 200 * 20
+    assert "OpenMoji" in text
+
+
+def test_gallery_opens_from_a_file_and_is_searched(gallery, browser):  # noqa: F811
+    page = browser.new_page()
+    asked, errors = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(gallery.as_uri())
+    page.wait_for_selector("li[data-drawn]")
+    assert page.locator(".psx-cards li").count() == 20
+    before = pixels(page, ".psx-cards canvas")
+    page.fill("label:has-text('Threshold') input", "1000")
+    wait_for_pixels(page, ".psx-cards canvas", before)
+    assert pixels(page, ".psx-cards canvas").mean() < before.mean()
+    word = json.loads(page.inner_text("#data") or page.text_content("#data"))["latents"][0]["classes"][0]
+    page.fill("input[type=search]", word)
+    page.wait_for_function("document.querySelectorAll('.psx-cards li').length < 20")
+    assert all(word in text for text in page.locator(".psx-cards li").all_inner_texts())
+    first = page.evaluate("JSON.parse(document.getElementById('data').textContent).latents[7].latent")
+    page.fill("input[type=search]", str(first))
+    page.wait_for_selector(f"h3:has-text('Latent {first}')")
+    assert page.locator(".psx-cards li").count() == 1
+    assert page.locator(".psx-cards img").count() == 0 and page.title() == "<b>Mine</b>"
+    assert page.evaluate(UNLABELLED) == []
+    assert asked == [gallery.as_uri()] and errors == []
+    page.close()
+
+
+def test_gallery_refuses_what_makes_no_page(tmp_path, tiny_clip, tiny_sae, summary, tiny_dataset):
+    from patchsae_utils.explorer import export_gallery
+
+    for wrong in ({"n": 0}, {"quality": 100}, {"order": "beauty"}):
+        with pytest.raises(ValueError, match="at least 1|beauty"):
+            export_gallery(tmp_path / "x.html", tiny_clip, tiny_sae, summary, tiny_dataset, progress=False, **wrong)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,284 @@
+"""The steering panel in two layers: its traits in Python, and its page in headless Chromium with a fake model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from explorer_pages import browser, check_that_it_fits, pixels, show  # noqa: F401 (fixtures)
+
+from patchsae_utils.interventions.masks import dataset_head
+from patchsae_utils.interventions.steering import Edit, steer
+
+BAD = "<img src=x onerror=document.title='bad'>"
+
+
+@pytest.fixture(scope="module")
+def head(tiny_clip, tiny_dataset):
+    return dataset_head(tiny_clip, tiny_dataset)
+
+
+@pytest.fixture
+def panel(tiny_clip, tiny_sae, tiny_dataset, head):
+    from patchsae_utils.explorer import SteeringPanel
+
+    return SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, {3: "a wheel", 5: BAD}, head=head, latents=[3, 5, 9])
+
+
+# -- traits in Python ----------------------------------------------------------------------------------------------------------
+
+
+def test_moving_a_slider_steers_the_image(panel, tiny_clip, tiny_sae, tiny_images, tiny_dataset, head):
+    panel.set_state({"image": 2})
+    panel.set_state({"edits": [{"latent": 3, "op": "scale", "value": 0}, {"latent": 9, "op": "add", "value": 5.0}]})
+    expected = steer(tiny_clip, tiny_sae, tiny_images[2:3], [Edit(3), Edit(9, "add", 5.0)], -2, head)
+    torch.testing.assert_close(panel.steered.probabilities, expected.probabilities, rtol=0, atol=1e-5)
+    shown = {name: (before, after) for name, before, after in panel.shown["bars"]}
+    for name, (before, after) in shown.items():
+        c = tiny_dataset.class_names.index(name)
+        assert before == pytest.approx(float(expected.probabilities_before[0, c]), abs=1e-5)
+        assert after == pytest.approx(float(expected.probabilities[0, c]), abs=1e-5)
+    assert tiny_dataset.class_names[int(expected.probabilities[0].argmax())] in shown
+    assert [slider["edited"] for slider in panel.shown["sliders"]] == [True, False, True]
+
+
+@pytest.mark.parametrize(("where", "place"), [("all", None), ("cls", "cls"), ("patches", "patches"), ("selected", [4, 90])])
+def test_edits_act_where_the_panel_says(panel, where, place):
+    panel.patches, panel.where = [90, 4, 4], where
+    panel.edits = [{"latent": 5, "op": "scale", "value": 2.0}]
+    assert panel.to_edits() == [Edit(5, "scale", 2.0, place)]
+    assert panel.selection["patches"] == [4, 90] and panel.shown["where"] == where
+
+
+def test_a_selection_is_kept_and_set_again(panel):
+    chosen = {
+        "image": 6,
+        "latents": [9, 3],
+        "latent": 3,
+        "patches": [4, 90],
+        "where": "selected",
+        "edits": [{"latent": 3, "op": "scale", "value": 2.0}],
+    }
+    panel.selection = dict(reversed(chosen.items()))  # another image takes edits back: the order of setting is the panel's
+    assert panel.selection == chosen and panel.shown["image"] == 6 and panel.to_edits() == [Edit(3, "scale", 2.0, [4, 90])]
+    panel.reset()
+    panel.selection = chosen
+    assert panel.selection == chosen
+    with pytest.raises(ValueError, match="no choice 'colour'; valid are image, latents, latent, patches, where, edits"):
+        panel.selection = {"colour": 3}
+
+
+def test_the_line_of_python_is_the_edit(panel, tiny_clip, tiny_sae, tiny_dataset, head):
+    import patchsae_utils as ps
+
+    panel.image, panel.where, panel.patches = 6, "selected", [7, 8]
+    panel.edits = [{"latent": 5, "op": "scale", "value": 3.0}, {"latent": 3, "op": "add", "value": -0.25}]
+    names = {"ps": ps, "clip": tiny_clip, "sae": tiny_sae, "dataset": tiny_dataset, "head": head}
+    steered = eval(panel.code, names)  # noqa: S307 (our own line)
+    torch.testing.assert_close(steered.logits, panel.steered.logits, rtol=0, atol=1e-5)
+    assert panel.shown["code"] == panel.code and "\n" not in panel.code
+
+
+def test_reset_takes_everything_back(panel):
+    panel.patches, panel.where = [4], "selected"
+    panel.edits = [{"latent": 5, "op": "scale", "value": 2.0}]
+    panel.reset()
+    assert panel.edits == [] and panel.patches == [] and panel.where == "all"
+    assert all(before == after for _, before, after in panel.shown["bars"])
+
+
+def test_another_image_starts_afresh(panel, tiny_clip, tiny_sae, tiny_dataset, head):
+    from patchsae_utils.explorer import SteeringPanel
+    from patchsae_utils.interventions.attribution import image_attribution
+
+    panel.edits = [{"latent": 5, "op": "scale", "value": 2.0}]
+    panel.image = 4
+    assert panel.edits == [] and panel.latents == [3, 5, 9] and panel.shown["image"] == 4  # latents that were given stay
+    free = SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, head=head, n_sliders=4, image=1)
+    for image in (1, 3):
+        free.image = image
+        scores = image_attribution(tiny_clip, tiny_sae, tiny_clip.preprocess(tiny_dataset[image].image)[None], head)[0]
+        assert free.latents == scores.topk(4).indices.tolist()
+    free.latents = [0, 1]
+    free.image = 5
+    assert free.latents == [0, 1]
+
+
+def test_removing_a_slider_takes_its_edit_back(panel):
+    panel.edits = [{"latent": 5, "op": "scale", "value": 2.0}, {"latent": 3, "op": "scale", "value": 0.0}]
+    panel.latents = [3, 9]
+    assert [edit["latent"] for edit in panel.edits] == [3]
+    assert [slider["latent"] for slider in panel.shown["sliders"]] == [3, 9]
+
+
+@pytest.mark.parametrize(
+    ("trait", "value", "message"),
+    [
+        ("image", 24, "no image 24"),
+        ("latents", [64], "no latent 64"),
+        ("patches", [196], "0 to 195"),
+        ("edits", [{"latent": 64, "op": "scale", "value": 1.0}], "no latent 64"),
+        ("edits", [{"latent": 3, "op": "set", "value": 1.0}], "scale"),
+        ("edits", [{"latent": 3, "op": "scale", "value": -1.0}], "0 or more"),
+        ("edits", [{"latent": 3, "op": "add", "value": "many"}], "finite"),
+        ("edits", [{"latent": 3}], "An edit is"),
+    ],
+)
+def test_choices_that_do_not_exist_are_refused_and_change_nothing(panel, trait, value, message):
+    before = getattr(panel, trait)
+    with pytest.raises(ValueError, match=message):
+        setattr(panel, trait, value)
+    with pytest.raises(ValueError, match=message):
+        panel.set_state({trait: value})
+    assert getattr(panel, trait) == before
+
+
+def test_parts_that_do_not_fit_are_refused(tiny_clip, tiny_sae, tiny_dataset, head):
+    from patchsae_utils.explorer import SteeringPanel
+    from patchsae_utils.sae.model import SparseAutoencoder
+
+    with pytest.raises(ValueError, match="24 classes|row for each"):
+        SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, head=head[:5])
+    with pytest.raises(ValueError, match="dimensional"):
+        SteeringPanel(tiny_clip, SparseAutoencoder(8, 16), tiny_dataset, head=head)
+    with pytest.raises(ValueError, match="n_sliders"):
+        SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, head=head, n_sliders=0)
+
+
+def test_an_adapted_model_can_be_steered(tiny_clip, tiny_sae, tiny_dataset, head):
+    from patchsae_utils.adaptation.adapters import VisualPrompt
+    from patchsae_utils.explorer import SteeringPanel
+
+    panel = SteeringPanel(
+        VisualPrompt(tiny_clip, 2, 1), tiny_sae, tiny_dataset, head=head, edits=[{"latent": 3, "op": "add", "value": 9.0}]
+    )
+    before, after = panel.steered.probabilities_before, panel.steered.probabilities
+    assert (before - after).abs().max() > 1e-4
+
+
+def test_figure_shows_what_is_on_screen(panel):
+    import matplotlib.pyplot as plt
+
+    panel.where, panel.patches, panel.latent = "selected", [3, 4], 3
+    panel.edits = [{"latent": 3, "op": "scale", "value": 2.5}]
+    fig = panel.figure()
+    texts = " ".join(t.get_text() for t in fig.findobj(plt.Text))
+    for words in ("a wheel", "×2.5", "2 selected patches", "Artwork", panel.shown["bars"][0][0]):
+        assert words in texts
+    plt.close(fig)
+    assert repr(panel).startswith("SteeringPanel(") and len(panel._repr_mimebundle_()[0]["text/plain"]) < 120
+
+
+# -- the page ------------------------------------------------------------------------------------------------------------------
+
+
+def strength(latent):
+    return f".psx-sliders input[aria-label^='Strength of latent {latent}']"
+
+
+def test_page_keys_move_a_slider_and_the_bars_follow(show, panel):  # noqa: F811
+    page = show(panel)
+    page.wait_for_selector(".psx-odds li")
+    before = page.inner_text(".psx-odds")
+    page.focus(strength(9))
+    page.keyboard.press("End")
+    page.wait_for_function("window.model.get('shown').sliders[2].edited")
+    assert panel.edits == [{"latent": 9, "op": "scale", "value": 4.0}]
+    page.wait_for_function(f"document.querySelector('.psx-odds').innerText !== {before!r}")
+    assert page.evaluate("document.activeElement.type") == "range"  # the focus stays where it was
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("window.model.get('edits')[0].value < 4")
+    assert panel.edits[0]["value"] == pytest.approx(3.9)
+    page.click("text=Reset")
+    page.wait_for_function("!window.model.get('shown').sliders[2].edited")
+    assert panel.edits == [] and page.inner_text(".psx-odds") == before
+
+
+def test_page_off_add_and_remove(show, panel):  # noqa: F811
+    page = show(panel)
+    page.click("[aria-label^='Turn off latent 3']")
+    page.wait_for_function("window.model.get('shown').sliders[0].edited")
+    assert panel.edits == [{"latent": 3, "op": "scale", "value": 0.0}]
+    page.select_option("select[aria-label^='Multiply or add: latent 9']", "add")
+    page.focus(strength(9))
+    page.keyboard.press("End")
+    page.wait_for_function("window.model.get('shown').sliders[2].value > 0")
+    assert {edit["op"] for edit in panel.edits} == {"scale", "add"}
+    page.click("[aria-label^='Remove the slider of latent 3']")
+    page.wait_for_function("window.model.get('shown').sliders.length === 2")
+    assert [edit["latent"] for edit in panel.edits] == [9]
+    page.fill("[aria-label='Add a latent, by its index']", "20")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(strength(20))
+    page.fill("[aria-label='Add a latent, by its index']", "999")  # there is none: nothing happens
+    page.keyboard.press("Enter")
+    assert panel.latents == [5, 9, 20]
+
+
+def test_page_selects_patches_by_mouse_and_keys(show, panel):  # noqa: F811
+    page = show(panel)
+    page.wait_for_selector(".psx-odds li")
+    bare = pixels(page, ".psx-stage")
+    box = page.locator(".psx-stage").bounding_box()
+    at = lambda row, column: (box["x"] + box["width"] * (column + 0.5) / 14, box["y"] + box["height"] * (row + 0.5) / 14)  # noqa: E731
+    page.mouse.move(*at(2, 3))
+    page.mouse.down()
+    page.mouse.move(*at(2, 5), steps=12)
+    page.mouse.up()
+    page.wait_for_function("window.model.get('shown').patches.length === 3")
+    assert panel.patches == [31, 32, 33] and panel.where == "selected"
+    assert np.abs(pixels(page, ".psx-stage").astype(int) - bare).sum() > 0
+    page.focus(".psx-stage")
+    page.keyboard.press("ArrowDown")  # from the last touched patch
+    page.keyboard.press(" ")
+    page.wait_for_function("window.model.get('shown').patches.length === 4")
+    assert panel.patches == [31, 32, 33, 47]
+    page.wait_for_selector("[aria-live]:has-text('Row 4, column 6, selected')", state="attached")
+    page.keyboard.press("Escape")
+    page.wait_for_function("window.model.get('shown').patches.length === 0")
+
+
+def test_page_shows_a_latents_place_and_its_name_as_text(show, panel):  # noqa: F811
+    page = show(panel)
+    page.wait_for_selector(".psx-odds li")
+    bare = pixels(page, ".psx-stage")
+    page.click("[aria-label^='Show where latent 5']")
+    page.wait_for_selector(".psx-pick[aria-pressed='true']")
+    assert panel.latent == 5
+    assert np.abs(pixels(page, ".psx-stage").astype(int) - bare).mean() > 1
+    assert "<img src=x" in page.inner_text(".psx-sliders")
+    assert page.locator(".psx-sliders img").count() == 0 and page.title() == ""
+
+
+def test_page_turns_images_and_copies_the_line(show, panel):  # noqa: F811
+    page = show(panel)
+    page.wait_for_selector(".psx-odds li")
+    assert page.is_disabled("[aria-label='Previous image']")
+    page.click("[aria-label='Next image']")
+    page.wait_for_selector("h3:has-text('Image 1 ·')")
+    assert panel.image == 1
+    page.evaluate(
+        "Object.defineProperty(navigator, 'clipboard', { value: { writeText: async (t) => { window.copied = t; } }, configurable: true })"
+    )
+    page.click("text=Copy")
+    page.wait_for_selector("text=Copied")
+    assert page.evaluate("window.copied") == panel.code
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined, configurable: true })")
+    page.wait_for_selector("button:text-is('Copy')")
+    page.click("text=Copy")
+    page.wait_for_selector("text=Marked")
+    assert page.evaluate("getSelection().toString()") == panel.code
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_page_fits_narrow_and_dark_outputs(show, panel, dark):  # noqa: F811
+    page = show(panel, dark=dark)
+    page.wait_for_selector(".psx-odds li")
+    check_that_it_fits(page, panel, dark)
+
+
+def test_page_leaves_nothing_behind(show, panel):  # noqa: F811
+    page = show(panel)
+    page.wait_for_selector(".psx")
+    page.evaluate("window.stop()")
+    assert page.evaluate("window.model.count()") == 0 and page.locator(".psx").count() == 0

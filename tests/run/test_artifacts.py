@@ -1,0 +1,126 @@
+"""Artifacts: nothing half-written stays, and equal inputs are recognised."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from patchsae_utils.config import load_profile
+from patchsae_utils.run.artifacts import atomic_folder, file_sha256, fingerprint, is_current, read_json, write_json
+from patchsae_utils.run.results import check_claims, results
+
+
+@dataclass(frozen=True)
+class _Settings:
+    rate: float
+    where: Path
+
+
+class _Profile:
+    def __init__(self, root: Path):
+        self.root = root
+
+    def folder(self, stage: str) -> Path:
+        return self.root / stage
+
+
+def test_a_fingerprint_depends_on_every_input_and_on_no_order():
+    one = fingerprint(a=1, settings=_Settings(0.1, Path("x")), names=["p", "q"])
+    assert one == fingerprint(names=["p", "q"], settings=_Settings(0.1, Path("x")), a=1)
+    others = [
+        fingerprint(a=2, settings=_Settings(0.1, Path("x")), names=["p", "q"]),
+        fingerprint(a=1, settings=_Settings(0.2, Path("x")), names=["p", "q"]),
+        fingerprint(a=1, settings=_Settings(0.1, Path("y")), names=["p", "q"]),
+        fingerprint(a=1, settings=_Settings(0.1, Path("x")), names=["q", "p"]),
+    ]
+    assert len({one, *others}) == 5
+
+
+def test_a_fingerprint_refuses_what_has_no_plain_form():
+    with pytest.raises(TypeError, match="function"):
+        fingerprint(f=lambda: 0)
+
+
+def test_json_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "numbers.json"
+    write_json(path, {"a": np.float32(0.5), "b": torch.tensor([1, 2]), "c": pd.DataFrame({"x": [1]})})
+    assert read_json(path) == {"a": 0.5, "b": [1, 2], "c": [{"x": 1}]}
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert read_json(path)["a"] == 0.5
+    assert [p.name for p in path.parent.iterdir()] == ["numbers.json"]
+
+
+def test_damaged_json_is_named(tmp_path):
+    path = tmp_path / "manifest.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match="manifest.json is not valid JSON"):
+        read_json(path)
+
+
+def test_a_folder_appears_only_when_it_is_finished(tmp_path):
+    out = tmp_path / "sae"
+    with pytest.raises(KeyboardInterrupt), atomic_folder(out) as folder:
+        (folder / "half").write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with atomic_folder(out) as folder:
+        (folder / "first").write_text("1")
+    with pytest.raises(ValueError), atomic_folder(out) as folder:
+        raise ValueError
+    assert (out / "first").read_text() == "1"
+    with atomic_folder(out) as folder:
+        (folder / "second").write_text("2")
+    assert [p.name for p in out.iterdir()] == ["second"]
+
+
+def test_others_may_read_what_their_umask_lets_them(tmp_path, tiny_sae):
+    """Runs are shared on clusters; temporary files of Python are closed to everybody else."""
+    before = os.umask(0o027)
+    try:
+        write_json(tmp_path / "numbers.json", {})
+        with atomic_folder(tmp_path / "folder") as folder:
+            (folder / "file").write_text("")
+        tiny_sae.save(tmp_path / "sae")
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(tmp_path).as_posix(): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert {mode for name, mode in modes.items() if (tmp_path / name).is_dir()} == {0o750}
+    assert {mode for name, mode in modes.items() if (tmp_path / name).is_file()} == {0o640}, modes
+
+
+def test_an_artifact_is_current_only_if_finished_and_of_the_same_inputs(tmp_path):
+    assert not is_current(tmp_path, "abc")
+    write_json(tmp_path / "manifest.json", {"fingerprint": "abc"})
+    assert is_current(tmp_path, "abc")
+    assert not is_current(tmp_path, "abd")
+    write_json(tmp_path / "manifest.json", {"fingerprint": "abc", "complete": False})
+    assert not is_current(tmp_path, "abc")
+
+
+def test_results_merge_and_round(tmp_path):
+    profile = _Profile(tmp_path)
+    results(profile, "01_x", accuracy=1 / 3, table=pd.DataFrame({"k": [1], "low": [np.float64(0.123456789)]}))
+    merged = results(profile, "01_x", other={"n": 3})
+    assert merged == {"accuracy": 0.333333, "table": [{"k": 1, "low": 0.123457}], "other": {"n": 3}}
+    assert read_json(tmp_path / "results" / "01_x.json") == merged
+
+
+def test_sha256_is_of_the_bytes(tmp_path):
+    (tmp_path / "f").write_bytes(b"abc")
+    assert file_sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_claims_are_asserted_on_the_default_profile_and_told_elsewhere(capsys):
+    claims = {"latents are sparse": True, "they are few": False}
+    with pytest.raises(AssertionError, match="they are few"):
+        check_claims(load_profile(), claims)
+    capsys.readouterr()
+    check_claims(load_profile(overrides={"training.n_tokens": 1000}), claims)
+    assert capsys.readouterr().out == "latents are sparse\nDOES NOT HOLD HERE: they are few\n"

@@ -1,0 +1,212 @@
+"""The command line: a model folder and a folder of pictures go through the stages; errors are sentences, with the exit status that says so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from test_checkpoints import trained
+from tiny import TINY_TEXT, TINY_VISION
+
+from patchsae_utils.cli import main
+from patchsae_utils.sae.files import load_sae, save_sae
+from patchsae_utils.sae.trainer import CHECKPOINT
+
+FORMATS = ("png", "jpg", "webp", "bmp", "tiff", "gif", "grey.png", "cmyk.jpg", "deep.png")
+N_PER_CLASS = 52
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A CLIP of random weights on disk, and 4 classes of 52 pictures of nine kinds, their colours by class; one of them is broken."""
+    root = tmp_path_factory.mktemp("eine Welt für sich")
+    torch.manual_seed(0)
+    model = open_clip.CLIP(embed_dim=16, vision_cfg=TINY_VISION | {"image_size": 32}, text_cfg=TINY_TEXT)
+    (root / "clip").mkdir()
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, root / "clip" / "open_clip_model.safetensors")
+    model_cfg = {"embed_dim": 16, "vision_cfg": TINY_VISION | {"image_size": 32}, "text_cfg": TINY_TEXT}
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    (root / "clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess}))
+    generator = torch.Generator().manual_seed(1)
+    for label, name in enumerate(("red_fox", "grüner Frosch", "blue jay", "kiwi")):
+        (root / "pictures" / name).mkdir(parents=True)
+        for i in range(N_PER_CLASS):
+            pixels = torch.randint(0, 120, (40, 48, 3), generator=generator)
+            pixels[..., label % 3] += 100
+            save(Image.fromarray(pixels.to(torch.uint8).numpy()), root / "pictures" / name / f"{i}.{FORMATS[i % len(FORMATS)]}")
+        if label == 2:
+            (root / "pictures" / name / "0.png").write_bytes(b"no picture")
+    (root / "mine.toml").write_text(f"""
+[model]
+name = "{root / "clip"}"
+[data]
+train = "{root / "pictures"}"
+statistics = "{root / "pictures"}"
+evaluation = "{root / "pictures"}"
+tasks = ["{root / "pictures"}"]
+[sae]
+expansion_factor = 2
+[training]
+n_tokens = 2000
+batch_tokens = 100
+warmup_steps = 5
+[adapters]
+kind = "coop"
+tasks = ["{root / "pictures"}"]
+n_shots = 2
+epochs = 1
+depth = 2
+""")
+    return root
+
+
+def save(image, path):
+    if ".grey." in path.name:
+        image = image.convert("L")
+    elif ".cmyk." in path.name:
+        image = image.convert("CMYK")
+    elif ".deep." in path.name:
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    image.save(path)
+
+
+@pytest.fixture
+def run(world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+
+    def call(*words, profile=True):
+        status = main([words[0], *(["--profile", "mine.toml"] if profile else []), *words[1:], "--json"])
+        out, err = capsys.readouterr()
+        return status, json.loads(out), err
+
+    return call
+
+
+def test_all_stages_by_commands(run, world):
+    status, found, _ = run("extract")
+    assert status == 0 and "mine" in found["store"] and found["width"] == "32"
+    reports = [json.loads(path.read_text()) for path in (world / "runs" / "mine" / "images").glob("*.json")]
+    assert [(each["split"], each["images_broken"], each["images_checked"]) for each in reports] == [("train", 1, 42 * 4)]
+    assert "0.png (10 bytes)" in reports[0]["broken"][0]["image"] and "167 images" in found["data set"]
+    status, found, _ = run("train")
+    assert status == 0 and load_sae(found["sae"]).fingerprint == found["fingerprint"] and found["l0"] > 0
+    status, found, _ = run("summarize")
+    assert status == 0 and found["latents"] == 64 and 0 < found["alive"] <= 64
+    assert len((world / "runs" / "mine" / "results" / "latents.csv").read_text().splitlines()) == found["alive"] + 1
+    status, found, _ = run("sweep", "--ks", "1,8", "--choose", "predicted")
+    assert status == 0 and {row["k"] for row in found["rows"]} >= {1, 8}
+    status, found, _ = run("adapt")
+    assert status == 0 and found["adapters"][0]["kind"] == "coop"
+    status, found, _ = run("info", "runs/mine/activations/train", profile=False)
+    assert status == 0 and found["what"] == "activation store" and found["files"].startswith("all whole")
+    status, found, _ = run("info", "runs/mine/sae", profile=False)
+    assert status == 0 and found["reads"]["layer"] == 1 and found["reads"]["metrics"]["l0"] > 0
+    assert found["reads"]["dataset"].endswith("pictures") and len(found["reads"]["weights_hash"]) == 16
+
+
+def test_settings_are_changed_from_the_command_line(run):
+    status, found, _ = run("train", "--set", "sae.expansion_factor=1", "--set", "name=small; training.n_tokens=300")
+    assert status == 0 and found["size"] == "32 -> 32" and found["sae"].endswith("runs/small/sae")
+
+
+@pytest.mark.parametrize("form", ["patchsae", "prisma", "saev", "dictionary_learning"])
+def test_info_and_convert_know_every_format(run, tmp_path, form):
+    sae = trained({})
+    path = save_sae(sae, tmp_path / "sae", format=form)
+    status, found, _ = run("info", str(path), profile=False)
+    assert status == 0 and (found["what"], found["format"], found["d_sae"]) == ("sparse autoencoder", form, 20)
+    status, found, _ = run("convert", str(path), str(tmp_path / "ours"), profile=False)
+    assert status == 0 and found["written"] == str(tmp_path / "ours")
+    x = torch.randn(20, 6)
+    torch.testing.assert_close(load_sae(tmp_path / "ours").encode(x), sae.eval().encode(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train", "--set", "training.speed=3"), "no setting 'training.speed'. Valid: "),
+        (("train", "--set", "data.train=/nowhere/at/all", "--set", "name=x"), "There is no folder '/nowhere/at/all'"),
+        (("train", "--set", "lr"), "A setting is written section.key=value"),
+        (("sweep", "--ks", "few"), "--ks takes numbers with commas"),
+        (("sweep", "--choose", "random,magic"), "--choose takes words with commas between them, of oracle, predicted"),
+        (("adapt", "--kind", "magic"), "magic"),
+    ],
+)
+def test_errors_are_sentences_and_status_1(run, words, message):
+    status, found, err = run(*words)
+    assert status == 1 and message in found["error"] and err.strip().endswith(f"error: {found['error']}"[-40:])
+    assert "Traceback" not in err
+
+
+def test_info_of_nothing(run, tmp_path):
+    status, found, _ = run("info", str(tmp_path / "nothing"), profile=False)
+    assert status == 1 and found["error"].startswith("No SAE at")
+    (tmp_path / "manifest.json").write_text('{"kind": "something", "long": ' + json.dumps(list(range(99))) + "}")
+    status, found, _ = run("info", str(tmp_path), profile=False)
+    assert status == 0 and found == {"what": "artifact", "kind": "something", "long": "99 entries"}
+    assert run("info", str(tmp_path / "manifest.json"), profile=False)[1] == found
+    (tmp_path / "manifest.json").write_text("[1]")
+    status, found, _ = run("info", str(tmp_path), profile=False)
+    assert status == 1 and "manifest.json must hold a JSON object, got a list. Delete" in found["error"]
+
+
+def test_people_get_lines_and_tables(capsys, monkeypatch):
+    monkeypatch.setattr(
+        "patchsae_utils.inspection.describe", lambda path: {"what": "x", "rows": [{"k": 1, "accuracy": 0.5}], "reads": {"layer": 4}}
+    )
+    assert main(["info", "somewhere"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "what: x" and out[2].split() == ["k", "accuracy"] and out[3].split() == ["1", "0.5"] and out[-1] == "  layer: 4"
+
+
+def test_an_unfinished_store_is_called_so(run, world, monkeypatch):
+    import patchsae_utils.activations.extraction as activations
+
+    wanted, write = [1], activations._write
+
+    def stops(folder, name, tensors):
+        if not wanted:
+            raise KeyboardInterrupt
+        wanted.pop()
+        return write(folder, name, tensors)
+
+    monkeypatch.setattr(activations, "_write", stops)
+    assert main(["extract", "--profile", "mine.toml", "--set", "name=cut"]) == 130
+    status, found, _ = run("info", "runs/cut/activations/train", profile=False)
+    assert status == 0 and found["what"] == "activation store, unfinished"
+
+
+def test_an_interrupted_command_says_that_it_goes_on(world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("patchsae_utils.stages.trained_sae", stop)
+    assert main(["train", "--profile", "mine.toml"]) == 130
+    assert "The same command goes on from here" in capsys.readouterr().err
+    assert not list((world / "runs").rglob(CHECKPOINT))
+
+
+def test_the_module_is_a_command_that_teaches(capsys):
+    shown = subprocess.run([sys.executable, "-m", "patchsae_utils", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0
+    for word in ("extract", "train", "summarize", "sweep", "adapt", "notebooks", "info", "Exit status", "--profile imagenet"):
+        assert word in shown.stdout
+    with pytest.raises(SystemExit) as end:
+        main(["dance"])
+    assert end.value.code == 2 and "invalid choice: 'dance'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["extract", "train", "summarize", "sweep", "adapt", "info", "convert", "notebooks"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0 and len(capsys.readouterr().out.splitlines()) > 8

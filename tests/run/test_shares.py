@@ -1,0 +1,135 @@
+"""Two processes and three write what one writes, byte for byte, and any number goes on where others were stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import shares
+import torch
+
+from patchsae_utils.activations.store import ActivationStore
+from patchsae_utils.latents.features import FeatureStore
+from patchsae_utils.latents.likeness import Likeness
+from patchsae_utils.latents.passes import own_rows
+from patchsae_utils.latents.reading import LatentSummary
+from patchsae_utils.run.artifacts import read_json
+from patchsae_utils.run.processes import Alone
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """As in launched processes: sums are split between threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, one_thread):
+    """Folders of what one, two and three processes made."""
+    out = tmp_path_factory.mktemp("shares")
+    folders = {number: out / str(number) for number in (1, 2, 3)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    launched = []
+    for number, folder in folders.items():
+        folder.mkdir()
+        if number > 1:
+            command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number), HERE / "shares.py", folder]
+            launched.append(subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=environment))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shares.passes, "SAVE_SECONDS", 0.0)
+        shares.main(folders[1])
+    for process in launched:
+        _, text = process.communicate(timeout=300)
+        assert process.returncode == 0, text[-4000:]
+    return folders
+
+
+def files(folder: Path, *but: str) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in but
+    }
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("name", ["store", "statistics", "features"])
+def test_processes_write_what_one_writes(runs, number, name):
+    """Byte for byte, manifests included."""
+    one, several = (files(runs[n] / "whole" / name) for n in (1, number))
+    assert one.keys() == several.keys() and len(one) >= 4
+    assert [key for key in one if one[key] != several[key]] == []
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_every_image_is_read_once_and_shares_are_fair(runs, number):
+    for name in shares.STAGES:
+        read = [list(map(int, (runs[number] / f"read-{name}-{rank}").read_text().split())) for rank in range(number)]
+        extra = [0, 1] if name == "statistics" else []  # the first batch again, by which the controls are made
+        first = read[0] if name != "statistics" else read[0][len(extra) :]
+        rest = [row for part in read[1:] for row in part[len(extra) :]]
+        assert sorted(first + rest) == list(range(23)), name
+        assert max(map(len, read)) <= 23 // number + 4 + len(extra)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_monosemanticity_agrees_to_rounding(runs, number):
+    one, several = (Likeness.load(runs[n] / "whole" / "likeness") for n in (1, number))
+    assert torch.equal(one.embeddings, several.embeddings)
+    pd.testing.assert_frame_equal(one.table, several.table, check_exact=False, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_store_beside_statistics_is_whole(runs, number):
+    one, several = (FeatureStore.open(runs[n] / "beside") for n in (1, number))
+    several.verify()
+    assert one.n_entries == several.n_entries and one.fingerprint == several.fingerprint
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("name", shares.STAGES)
+def test_what_stops_one_process_is_said_by_all_and_any_number_goes_on(runs, tmp_path, one_thread, number, name):
+    messages = [(runs[number] / f"error-{name}-{rank}").read_text() for rank in range(number)]
+    assert all(f"picture {shares.BAD} is broken" in message for message in messages)
+    assert sum(message.startswith("Process ") for message in messages) == number - 1, "one has the error itself, the others its text"
+    shutil.copytree(runs[number] / "cut", tmp_path / "cut")
+    data = shares.Pictures()
+    shares.STAGES[name](tmp_path / "cut", data)
+    expected, found = files(runs[1] / "whole" / name), files(tmp_path / "cut" / name)
+    assert expected.keys() == found.keys() and [key for key in expected if expected[key] != found[key]] == []
+    assert shares.BAD in data.read and len(set(data.read)) <= 12, "what was done is not done again"
+    left = {path.name for path in (tmp_path / "cut").rglob(".*")}
+    assert left == (set() if name == "statistics" else {".statistics-unfinished"}), "of what was completed nothing is left lying about"
+
+
+def test_a_share_is_whole_units():
+    class Process:
+        number = 3
+
+        def __init__(self, index):
+            self.index = index
+
+    for n, unit in ((23, 4), (24, 4), (2, 4), (0, 4), (100, 7)):
+        parts = [own_rows(n, unit, Process(i)) for i in range(3)]
+        assert [row for part in parts for row in range(n)[part]] == list(range(n))
+        assert all(part.start % unit == 0 for part in parts)
+    assert own_rows(23, 4, Alone()) == slice(0, 23)
+
+
+def test_stores_open_as_usual(runs):
+    store, summary = ActivationStore.open(runs[3] / "whole" / "store"), LatentSummary.load(runs[3] / "whole" / "statistics" / "all")
+    store.verify()
+    assert store.n_images == summary.n_images == 23
+    assert read_json(runs[3] / "whole" / "store" / "manifest.json")["complete"]

@@ -1,0 +1,285 @@
+"""SAE folders: what is written is what is read, and everything else is refused by name."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import patchsae_utils
+from patchsae_utils.sae.files import CONFIG, WEIGHTS, load_sae
+from patchsae_utils.sae.losses import objective
+from patchsae_utils.sae.model import SparseAutoencoder
+
+METADATA = {"model_name": "openmoji", "layer": 4, "tokens": "all", "grid": [14, 14]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    sae = SparseAutoencoder(6, 20, metadata=METADATA, seed=1)
+    with torch.no_grad():
+        sae.b_enc.add_(0.1)
+        sae.b_dec.add_(torch.arange(6.0))
+    return sae, sae.save(tmp_path / "an SAE é")
+
+
+def change(directory, **entries):
+    config = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps({**config, **entries}))
+
+
+VARIANTS = [
+    {},
+    {"activation": "topk", "k": 3},
+    {"activation": "batchtopk", "k": 3},
+    {"activation": "jumprelu", "bandwidth": 0.2},
+    {"activation": "gated"},
+    {"activation": "matryoshka", "k": 3, "groups": (5, 20)},
+]
+TOKENS = 4 + 2 * torch.randn(300, 6, generator=torch.Generator().manual_seed(4))
+
+
+def trained(options, normalize="none"):
+    """An SAE with no weight at its start, and a threshold where there is one."""
+    sae = SparseAutoencoder(6, 20, metadata=METADATA, seed=1, **options)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            if name != "b_dec":
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        sae.set_normalization(TOKENS, normalize)
+        sae.b_dec.add_(0.1 * torch.randn(6, generator=generator))
+    sae.normalize_decoder()
+    sae(TOKENS)
+    return sae
+
+
+@pytest.mark.parametrize("normalize", ["none", "mean", "mean_and_norm"])
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda options: options.get("activation", "relu"))
+def test_round_trip_gives_identical_outputs(tmp_path, options, normalize):
+    sae = trained(options, normalize)
+    loaded = load_sae(sae.save(tmp_path / "sae"))
+    x = TOKENS[:30]
+    assert not loaded.training
+    torch.testing.assert_close(loaded.encode(x), sae.encode(x), rtol=0, atol=0)
+    for mode in (False, True):  # and ready to be trained further
+        for before, after in zip(sae.train(mode)(x), loaded.train(mode)(x), strict=True):
+            torch.testing.assert_close(after, before, rtol=0, atol=0)
+    terms = [objective(each)(each, x, torch.ones(20, dtype=torch.bool), 0.1) for each in (sae, loaded)]
+    torch.testing.assert_close(terms[1], terms[0], rtol=0, atol=0)
+    assert loaded.fingerprint == sae.fingerprint and repr(loaded) == repr(sae)
+    assert {name: loaded.metadata[name] for name in METADATA} == METADATA
+    assert "patchsae" not in loaded.metadata
+    assert loaded.fingerprint == load_sae(loaded.save(tmp_path / "again")).fingerprint
+    if normalize != "none":
+        with pytest.raises(ValueError, match="trained on activations"):
+            loaded.check_statistics(10 * x)
+
+
+def read_as_saelens(directory, x):
+    """Latents and reconstruction by the equations of SAELens v6, from its keys alone."""
+    config, w = json.loads((directory / CONFIG).read_text()), load_file(directory / WEIGHTS)
+    x = x.double()
+    w = {name: value.double() for name, value in w.items()}
+    projection = (x - w["b_dec"]) @ w["W_enc"]
+    if config["architecture"] == "gated":
+        h = ((projection + w["b_gate"]) > 0) * torch.relu((x - w["b_dec"]) @ (w["W_enc"] * w["r_mag"].exp()) + w["b_mag"])
+    else:
+        pre = projection + w["b_enc"]
+        h = torch.relu(pre)
+        if config["architecture"] == "jumprelu":
+            h = h * (pre > w["threshold"])
+        if config["architecture"] == "topk":
+            h = h * (h >= h.topk(config["k"], dim=1).values[:, -1:])
+    return h, h @ w["W_dec"] + w["b_dec"]
+
+
+@pytest.mark.parametrize("normalize", ["none", "mean_and_norm"])
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda options: options.get("activation", "relu"))
+def test_other_readers_see_the_same_latents_and_reconstructions(tmp_path, options, normalize):
+    sae = trained(options, normalize).eval()
+    latents, reconstruction = read_as_saelens(sae.save(tmp_path), TOKENS)
+    torch.testing.assert_close(latents.float(), sae.encode(TOKENS), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(reconstruction.float(), sae(TOKENS).reconstruction, rtol=1e-4, atol=1e-4)
+    assert latents.count_nonzero() > 300
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["normalize_activations"] == "none" and config["apply_b_dec_to_input"] is True
+
+
+@pytest.mark.parametrize("options", [VARIANTS[0], VARIANTS[3], VARIANTS[4]], ids=["relu", "jumprelu", "gated"])
+def test_rows_are_saved_at_unit_norm_with_the_same_reconstruction(tmp_path, options):
+    sae = trained(options).double()
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.linspace(0.2, 3, 20)[:, None])
+        sae.W_dec[7] = 0
+    directory = sae.save(tmp_path)
+    assert (load_file(directory / WEIGHTS)["W_dec"].norm(dim=1) - 1).abs().max() < 1e-6
+    loaded, x = load_sae(directory), TOKENS.double()
+    torch.testing.assert_close(loaded.double()(x).reconstruction, sae(x).reconstruction, rtol=1e-4, atol=1e-4)
+    assert not loaded.encode(x)[:, 7].any()
+
+
+@pytest.mark.parametrize("options", [VARIANTS[1], VARIANTS[2], VARIANTS[5]], ids=["topk", "batchtopk", "matryoshka"])
+def test_rows_that_would_change_what_is_kept_are_not_saved(tmp_path, options):
+    sae = trained(options)
+    sae.W_dec.data *= 2
+    with pytest.raises(ValueError, match=r"norms from 2 to 2.*normalize_decoder\(\) before saving"):
+        sae.save(tmp_path / "sae")
+    assert not (tmp_path / "sae").exists()
+
+
+def test_the_folder_is_saelens_v6(folder):
+    sae, directory = folder
+    config = json.loads((directory / CONFIG).read_text())
+    assert {key: config[key] for key in config if key != "metadata"} == {
+        "architecture": "standard", "d_in": 6, "d_sae": 20, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
+        "normalize_activations": "none", "reshape_activations": "none",
+    }  # fmt: skip
+    assert config["metadata"]["sae_lens_version"] >= "6"
+    assert config["metadata"]["model_name"] == "openmoji"
+    assert config["metadata"]["hook_name"] == "visual.transformer.resblocks.4"
+    shapes = {name: tuple(value.shape) for name, value in load_file(directory / WEIGHTS).items()}
+    assert shapes == {"W_enc": (6, 20), "b_enc": (20,), "W_dec": (20, 6), "b_dec": (6,)}
+    assert sorted(path.name for path in directory.iterdir()) == [CONFIG, WEIGHTS]  # no temporary file left
+
+
+def test_a_folder_says_who_wrote_it_and_what_it_read(tmp_path):
+    sae = trained({}, "mean")
+    sae.metadata |= {"preprocessing": "Compose(Resize(112))", "metrics": {"l0": 3.5}}
+    metadata = json.loads((sae.save(tmp_path) / CONFIG).read_text())["metadata"]
+    assert metadata["patchsae_version"] == patchsae_utils.__version__ and len(metadata["preprocessing_fingerprint"]) == 8
+    assert metadata["metrics"] == {"l0": 3.5} and len(metadata["patchsae"]["input_mean"]) == 6
+    assert load_sae(tmp_path).metadata["metrics"] == {"l0": 3.5}
+
+
+def test_topk_adds_its_keys(tmp_path):
+    config = json.loads((SparseAutoencoder(6, 20, "topk", k=3).save(tmp_path / "sae") / CONFIG).read_text())
+    assert (config["architecture"], config["k"], config["rescale_acts_by_decoder_norm"]) == ("topk", 3, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "architecture", "more"),
+    [
+        (VARIANTS[2], "jumprelu", {"threshold": (20,)}),
+        (VARIANTS[3], "jumprelu", {"threshold": (20,)}),
+        (VARIANTS[5], "jumprelu", {"threshold": (20,)}),
+        (VARIANTS[4], "gated", {"b_gate": (20,), "b_mag": (20,), "r_mag": (20,)}),
+    ],
+)
+def test_variants_have_saelens_names(tmp_path, options, architecture, more):
+    directory = trained(options).save(tmp_path)
+    assert json.loads((directory / CONFIG).read_text())["architecture"] == architecture
+    shapes = {name: tuple(value.shape) for name, value in load_file(directory / WEIGHTS).items()}
+    bias = {} if architecture == "gated" else {"b_enc": (20,)}
+    assert shapes == {"W_enc": (6, 20), "W_dec": (20, 6), "b_dec": (6,)} | bias | more
+
+
+def test_another_programs_jumprelu_is_read_as_one(tmp_path):
+    directory = trained(VARIANTS[2]).save(tmp_path)
+    sae = load_sae(directory)
+    change(directory, metadata={})
+    other = load_sae(directory)
+    assert (sae.activation, other.activation, tuple(other.threshold.shape)) == ("batchtopk", "jumprelu", (20,))
+    torch.testing.assert_close(other.encode(TOKENS), sae.encode(TOKENS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"activation": "gated"}, "'gated' is not saved as architecture 'jumprelu'"),
+        ({"activation": "tanh"}, "'tanh' is not saved as"),
+        ({"activation": "batchtopk"}, "needs k between"),
+        ({"activation": "batchtopk", "k": "three"}, "can't be read"),
+        ({"activation": "matryoshka", "k": 3, "groups": [30]}, "rise from at least 1"),
+        ({"activation": "jumprelu", "input_mean": [1.0, 2.0]}, "can't be read"),
+        (["batchtopk"], "can't be read"),
+    ],
+)
+def test_own_entries_that_make_no_sense_are_refused(tmp_path, own, message):
+    directory = trained(VARIANTS[3]).save(tmp_path)
+    change(directory, metadata={"patchsae": own})
+    with pytest.raises(ValueError, match=message):
+        load_sae(directory)
+
+
+def test_a_single_threshold_must_be_single(tmp_path):
+    directory = trained(VARIANTS[3]).save(tmp_path)
+    change(directory, metadata={"patchsae": {"activation": "batchtopk", "k": 3}})
+    with pytest.raises(ValueError, match="thresholds that differ between latents"):
+        load_sae(directory)
+
+
+def test_half_precision_files_are_read(folder):
+    _, directory = folder
+    tensors = load_file(directory / WEIGHTS)
+    save_file({name: value.half() for name, value in tensors.items()}, directory / WEIGHTS)
+    change(directory, metadata={"sae_lens_version": "6.0.0"})  # another program's file has no checksum
+    assert load_sae(directory).W_enc.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"architecture": "temporal"}, "architecture 'temporal'. Valid: standard, topk, jumprelu, gated"),
+        ({"architecture": "gated"}, "don't belong together"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm'"),
+        ({"architecture": "topk"}, "needs k between"),
+        ({"d_in": 7}, "don't belong together"),
+        ({"d_in": "six"}, "positive integers"),
+        ({"d_in": 1_000_000_000}, r"says d_in=1000000000, d_sae=20; sae_weights.safetensors has [\d,]+ bytes, too few"),
+        ({"metadata": "none"}, "metadata must be an object, got a str"),
+    ],
+)
+def test_configs_that_would_give_wrong_latents_are_refused(folder, entries, message):
+    _, directory = folder
+    change(directory, **entries)
+    with pytest.raises(ValueError, match=message):
+        load_sae(directory)
+
+
+def test_damage_is_noticed(folder):
+    _, directory = folder
+    content = bytearray((directory / WEIGHTS).read_bytes())
+    content[-5] ^= 1
+    (directory / WEIGHTS).write_bytes(content)
+    with pytest.raises(ValueError, match="damaged.*SHA-256"):
+        load_sae(directory)
+    change(directory, metadata={})
+    (directory / WEIGHTS).write_bytes(content[:200])
+    with pytest.raises(ValueError, match="no valid safetensors"):
+        load_sae(directory)
+    (directory / CONFIG).write_text('{"architecture": ')
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load_sae(directory)
+    (directory / CONFIG).write_text("[]")
+    with pytest.raises(ValueError, match="needs the entries architecture, d_in, d_sae"):
+        load_sae(directory)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    sae = SparseAutoencoder(6, 20)
+    sae.b_dec.data[0] = torch.nan
+    with pytest.raises(ValueError, match="b_dec holds NaN"):
+        load_sae(sae.save(tmp_path))
+
+
+def test_missing_things_are_named(tmp_path, folder):
+    with pytest.raises(FileNotFoundError, match="expected a folder with cfg.json and sae_weights.safetensors"):
+        load_sae(tmp_path / "nowhere")
+    _, directory = folder
+    (directory / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match="holds no sae_weights.safetensors.*found: cfg.json"):
+        load_sae(directory)
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "trap was sprung"), "w"))
+
+    path = tmp_path / "sae.pt"
+    path.write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(ValueError, match="If it is a pickle, it could run code"):
+        load_sae(path)
+    assert not (tmp_path / "trap was sprung").exists()

@@ -1,0 +1,263 @@
+"""The measures: centred, by token type, on all tokens, with intervals; and the splice into CLIP."""
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from patchsae_utils.data import load_dataset, templates_for
+from patchsae_utils.plots.training import firing_rates as draw_rates
+from patchsae_utils.plots.training import patch_maps, reconstruction_quality
+from patchsae_utils.sae.dead_latents import CAUSES, dead_causes
+from patchsae_utils.sae.losses import explained_variance, patchsae_loss
+from patchsae_utils.sae.model import SparseAutoencoder
+from patchsae_utils.sae.quality import (
+    evaluate_sae,
+    evaluation_table,
+    firing_rates,
+    patch_readings,
+    random_control,
+    read_tokens,
+    readings_by_place,
+)
+
+matplotlib.use("Agg")
+LAYER = -2
+
+
+def measured(clip, sae, dataset, **options):
+    frame = evaluate_sae(clip, sae, dataset, LAYER, batch_size=10, n_bootstrap=50, progress=False, **options)
+    assert set(frame["sae"]) == {"SAE"}
+    return frame.drop(columns="sae").set_index(["variant", "tokens", "metric"])
+
+
+@pytest.fixture(scope="module")
+def residual(tiny_clip, tiny_dataset):
+    images = torch.stack([tiny_clip.preprocess(tiny_dataset[i].image) for i in range(len(tiny_dataset))])
+    return tiny_clip.residual(images, LAYER)
+
+
+@pytest.fixture(scope="module")
+def good_sae(tiny_sae, residual):
+    """Reconstructs roughly: enough to tell its measures from trivial ones."""
+    return random_control(tiny_sae, residual.flatten(0, 1))
+
+
+@pytest.fixture(scope="module")
+def frame(tiny_clip, good_sae, tiny_dataset):
+    return measured(tiny_clip, good_sae, tiny_dataset)
+
+
+@pytest.mark.parametrize(("tokens", "part"), [("cls", slice(0, 1)), ("patch", slice(1, None)), ("all", slice(None))])
+def test_reconstruction_measures_are_those_of_all_tokens_of_the_type(frame, good_sae, residual, tokens, part):
+    x = residual[:, part].double()
+    sae = SparseAutoencoder(good_sae.d_in, good_sae.d_sae).double()
+    sae.load_state_dict(good_sae.state_dict())
+    with torch.no_grad():
+        out = sae(x)
+        expected = {
+            "mse": patchsae_loss(sae, x, None, 0.0).mse,
+            "l1": out.latents.sum(-1).mean(),
+            "l0": (out.latents > 0).sum(-1).double().mean(),
+            "explained_variance": explained_variance(x, out.reconstruction),
+            "dead_fraction": (out.latents.flatten(0, 1) == 0).all(0).double().mean(),
+        }
+    for metric, value in expected.items():
+        assert frame.loc[("reconstruction", tokens, metric), "value"] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), metric
+
+
+def test_explained_variance_of_the_mean_is_zero(tiny_clip, tiny_dataset, residual):
+    """Uncentred it would be large: the residual stream has a big common part."""
+    mean = residual.flatten(0, 1).mean(0)
+    sae = SparseAutoencoder(32, 64)
+    for parameter in sae.parameters():
+        parameter.data.zero_()
+    sae.b_dec.data.copy_(mean)
+    frame = measured(tiny_clip, sae, tiny_dataset)
+    assert frame.loc[("reconstruction", "all", "explained_variance"), "value"] == pytest.approx(0, abs=1e-5)
+    assert frame.loc[("reconstruction", "cls", "explained_variance"), "value"] < 0
+    assert (frame.xs("dead_fraction", level="metric")["value"] == 1).all()
+    assert frame["value"].notna().all()  # dead latents make no NaN
+
+
+def test_error_kept_is_raw_and_replacing_hits_its_tokens_alone(tiny_clip, good_sae, tiny_dataset, residual, frame):
+    labels = tiny_dataset.labels
+    head = tiny_clip.zero_shot_head(tiny_dataset.class_names, templates_for(tiny_dataset.spec))
+    reconstruction = read_tokens(good_sae, residual).reconstruction
+    cases = {("raw", "none"): residual, ("error_kept", "all"): residual, ("reconstruction", "all"): reconstruction}
+    cases["reconstruction", "cls"] = torch.cat([reconstruction[:, :1], residual[:, 1:]], 1)
+    cases["reconstruction", "patch"] = torch.cat([residual[:, :1], reconstruction[:, 1:]], 1)
+    for key, tokens in cases.items():
+        logits = tiny_clip.logits(tiny_clip.finish(tokens, LAYER), head)
+        assert frame.loc[(*key, "contrastive_loss"), "value"] == pytest.approx(
+            torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4
+        )
+        assert frame.loc[(*key, "zero_shot_top1"), "value"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert frame.loc[("error_kept", "all", "zero_shot_change"), ["value", "low", "high"]].tolist() == [0, 0, 0]
+    assert ("raw", "none", "zero_shot_change") not in frame.index
+
+
+def test_several_saes_share_one_pass_and_give_what_each_gives_alone(tiny_clip, good_sae, tiny_sae, tiny_dataset, frame):
+    both = evaluate_sae(
+        tiny_clip, {"good": good_sae, "fresh": tiny_sae}, tiny_dataset, LAYER, batch_size=10, n_bootstrap=50, progress=False
+    )
+    assert both["sae"].unique().tolist() == ["good", "fresh"]
+    pd.testing.assert_frame_equal(both[both["sae"] == "good"].drop(columns="sae").set_index(frame.index.names), frame)
+    assert evaluation_table(both).index.get_level_values("sae").unique().tolist() == ["good", "fresh"]
+
+
+def test_batch_size_does_not_matter(tiny_clip, good_sae, tiny_dataset, frame):
+    again = evaluate_sae(tiny_clip, good_sae, tiny_dataset, LAYER, batch_size=7, n_bootstrap=50, progress=False).set_index(
+        frame.index.names
+    )
+    np.testing.assert_allclose(again["value"], frame["value"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(again["low"], frame["low"], rtol=1e-3, atol=1e-5)
+
+
+def test_intervals_hold_the_value(frame):
+    rows = frame[frame["low"].notna()]
+    assert (rows["low"] <= rows["value"] + 1e-9).all() and (rows["value"] <= rows["high"] + 1e-9).all()
+    assert set(frame.index[frame["low"].isna()].get_level_values("metric")) == {"dead_fraction"}
+
+
+def test_the_table_reads(frame):
+    table = evaluation_table(frame.reset_index().assign(sae="SAE")).loc["SAE"]
+    assert table.index.tolist() == [
+        ("reconstruction", "cls"),
+        ("reconstruction", "patch"),
+        ("reconstruction", "all"),
+        ("raw", "none"),
+        ("error_kept", "all"),
+    ]
+    assert table.loc[("raw", "none"), "l0"] == ""
+    assert table.loc[("reconstruction", "all"), "zero_shot_top1"].count("[") == 1
+
+
+def test_sae_of_another_layer_or_width_is_refused(tiny_clip, tiny_dataset):
+    sae = SparseAutoencoder(32, 64, metadata={"model_name": "tiny", "layer": 0})
+    with pytest.raises(
+        ValueError, match="activations of 'tiny', layer 0; the residual stream of 'tiny' holds 32-dimensional ones of 'tiny', layer 1"
+    ):
+        evaluate_sae(tiny_clip, sae, tiny_dataset, LAYER, progress=False)
+    with pytest.raises(ValueError, match="reads 31-dimensional"):
+        evaluate_sae(tiny_clip, SparseAutoencoder(31, 64), tiny_dataset, LAYER, progress=False)
+
+
+def test_activations_unlike_those_of_training_are_refused(tiny_clip, tiny_dataset, residual):
+    sae = SparseAutoencoder(32, 64)
+    sae.set_normalization(residual.flatten(0, 1))
+    measured(tiny_clip, sae, tiny_dataset)
+    sae.set_normalization(10 * residual.flatten(0, 1))
+    with pytest.raises(ValueError, match="the activations of 'tiny' on 'openmoji/tools' are"):
+        measured(tiny_clip, sae, tiny_dataset)
+
+
+def test_an_empty_data_set_is_refused(tiny_clip, tiny_sae):
+    with pytest.raises(ValueError, match="is empty"):
+        evaluate_sae(tiny_clip, tiny_sae, load_dataset("openmoji/tools", "test", n_images=0), LAYER, progress=False)
+
+
+def test_random_control_matches_sparsity_scale_and_centre(tiny_sae, residual):
+    x = residual.flatten(0, 1)
+    control = random_control(tiny_sae, x, seed=1)
+    assert (control.encode(x) > 0).sum().item() == pytest.approx((tiny_sae.encode(x) > 0).sum().item(), rel=0.01)
+    torch.testing.assert_close(control.W_dec.norm(dim=1), torch.ones(64))
+    guess = (control(x).reconstruction - control.b_dec).detach()
+    gain = ((x - control.b_dec.detach()) * guess).sum() / guess.square().sum()
+    assert gain.item() == pytest.approx(1, abs=1e-3)  # no other gain is better
+    assert not torch.equal(control.W_dec, random_control(tiny_sae, x, seed=2).W_dec)
+    torch.testing.assert_close(control.W_dec, random_control(tiny_sae, x, seed=1).W_dec, rtol=0, atol=0)
+
+
+def test_patch_readings_leave_cls_out(tiny_clip, tiny_sae, tiny_images):
+    l0, error = patch_readings(tiny_clip, tiny_sae, tiny_images, LAYER)
+    x = tiny_clip.residual(tiny_images, LAYER)[:, 1:]
+    out = tiny_sae(x)
+    torch.testing.assert_close(l0.flatten(1), (out.latents > 0).sum(-1).float())
+    torch.testing.assert_close(error.flatten(1), (x - out.reconstruction).norm(dim=-1) / x.norm(dim=-1), rtol=1e-4, atol=1e-5)
+    assert l0.shape == (8, 14, 14)
+
+
+def test_readings_by_place_follow_the_ground_truth(tiny_clip, tiny_sae, tiny_dataset, tiny_images):
+    frame = readings_by_place(tiny_clip, tiny_sae, tiny_dataset, LAYER, batch_size=9, n_bootstrap=20, progress=False).set_index(
+        ["place", "metric"]
+    )
+    images = torch.stack([tiny_clip.preprocess(tiny_dataset[i].image) for i in range(len(tiny_dataset))])
+    l0, error = patch_readings(tiny_clip, tiny_sae, images, LAYER)
+    bare = np.stack([tiny_dataset.truth(i).background_share for i in range(len(tiny_dataset))])
+    assert frame.loc[("object", "l0"), "value"] == pytest.approx(l0.numpy()[bare <= 0.5].mean(), rel=1e-5)
+    assert frame.loc[("background", "error"), "value"] == pytest.approx(error.numpy()[bare >= 0.9].mean(), rel=1e-5)
+    assert (frame["low"] <= frame["value"]).all() and (frame["value"] <= frame["high"]).all()
+
+
+def test_firing_rates_count_tokens(tiny_sae, residual):
+    x = residual.flatten(0, 1)
+    rates = firing_rates(tiny_sae, x.split(100), n_tokens=250)
+    torch.testing.assert_close(rates, (tiny_sae.encode(x[:250]) > 0).float().mean(0))
+    with pytest.raises(ValueError, match="no tokens"):
+        firing_rates(tiny_sae, [])
+
+
+# -- why latents are dead -------------------------------------------------------------------------------------------------
+
+UP, RIGHT = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
+
+
+def five_causes(activation="relu", **options):
+    """Latents that each fire for one reason or not for another; train tokens lie up and right, test tokens right alone."""
+    sae = SparseAutoencoder(2, 5, activation, **options)
+    directions = torch.stack([RIGHT, UP, RIGHT, 0.02 * RIGHT, -RIGHT])
+    sae.W_enc.data.copy_(directions.T)
+    sae.W_dec.data.copy_(torch.nn.functional.normalize(directions, dim=1))
+    sae.b_enc.data.copy_(torch.tensor([-0.5, -0.5, -5.0, 0.0, -0.5]))
+    return sae, [torch.stack([3 * UP, 2 * RIGHT])], [torch.stack([RIGHT, 2 * RIGHT, 3 * RIGHT])]
+
+
+def test_every_cause_of_death_is_found():
+    sae, train, test = five_causes("jumprelu")
+    sae.threshold.data.fill_(0.1)
+    frame = dead_causes(sae, train, test)
+    assert frame["cause"].tolist() == ["alive", "train_only", "bias", "bias", "starved"]  # 0.02 * 3 < 0.1: no direction helps
+    assert frame["train_rate"].tolist() == [0.5, 0.5, 0, 0, 0]
+    assert frame["test_rate"].tolist() == [1, 0, 0, 0, 0]
+    np.testing.assert_allclose(frame["largest"], [3 - 0.6, 3 - 0.6, 3 - 5.1, 0.06 - 0.1, -0.6], atol=1e-6)
+    np.testing.assert_allclose(frame["bound"], [3 - 0.6, 3 - 0.6, 3 - 5.1, 0.06 - 0.1, 3 - 0.6], atol=1e-6)
+    sae, train, test = five_causes("topk", k=1)
+    assert dead_causes(sae, train, test)["cause"].tolist() == ["alive", "train_only", "bias", "outcompeted", "starved"]
+    sae, train, test = five_causes("relu")
+    assert dead_causes(sae, train, test)["cause"].tolist() == ["alive", "train_only", "bias", "alive", "starved"]
+
+
+def test_causes_agree_with_rates_on_real_activations(good_sae, residual):
+    x = residual.flatten(0, 1)
+    frame = dead_causes(good_sae, x[:2000].split(300), x[2000:].split(300), n_tokens=1500, chunk=6400)
+    torch.testing.assert_close(torch.tensor(frame["test_rate"]).float(), firing_rates(good_sae, [x[2000:]], 1500))
+    torch.testing.assert_close(torch.tensor(frame["train_rate"]).float(), firing_rates(good_sae, [x], 1500))
+    assert ((frame["cause"] == "alive") == (frame["test_rate"] > 0)).all()
+    assert (frame["bound"] >= frame["largest"] - 1e-4).all()  # a bound is a bound
+    assert frame["cause"].isin(CAUSES).all()
+    with pytest.raises(ValueError, match="no test tokens"):
+        dead_causes(good_sae, [x], [])
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu", "gated", "matryoshka"])
+def test_variants_are_measured_as_they_encode_single_tokens(tiny_clip, tiny_dataset, residual, activation):
+    sae = SparseAutoencoder(32, 64, activation, **({"k": 5} if "topk" in activation or activation == "matryoshka" else {}))
+    sae(residual)  # finds a threshold
+    frame = measured(tiny_clip, sae, tiny_dataset)  # in training mode, yet batches don't matter
+    l0 = (sae.encode(residual) > 0).sum(-1).float().mean().item()
+    assert frame.loc[("reconstruction", "all", "l0"), "value"] == pytest.approx(l0, rel=1e-5)
+    error = residual - sae.decode(sae.encode(residual))
+    explained = 1 - error.square().sum() / (residual - residual.flatten(0, 1).mean(0)).square().sum()
+    assert frame.loc[("reconstruction", "all", "explained_variance"), "value"] == pytest.approx(explained.item(), rel=1e-3, abs=1e-4)
+
+
+def test_figures_draw(frame, tiny_sae, tiny_dataset, residual):
+    assert len(patch_maps([tiny_dataset[i].image for i in range(3)], torch.rand(3, 14, 14), torch.rand(3, 14, 14)).axes) == 11
+    fig = reconstruction_quality(pd.concat([frame.reset_index().assign(sae=name) for name in ("PatchSAE", "random")]))
+    assert len(fig.axes) == 2
+    rates = firing_rates(tiny_sae, [residual.flatten(0, 1)])
+    rates[:5] = 0
+    assert len(draw_rates({"PatchSAE": rates}, 1000).axes) == 1
+    matplotlib.pyplot.close("all")

@@ -1,0 +1,156 @@
+"""The hub, played by a small server of ours that speaks the client's protocol: what is pushed is what is loaded."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+import yaml
+from test_checkpoints import TOKENS, trained
+
+from patchsae_utils.sae.files import load_sae, save_sae
+from patchsae_utils.sae.publishing import model_card, push_sae
+
+
+class StandIn(BaseHTTPRequestHandler):
+    """As much of the hub as create_repo, upload_folder and snapshot_download ask for."""
+
+    @property
+    def commit(self):
+        return f"{self.server.n_commits:040x}"
+
+    def do_GET(self, body=True):
+        files, commit = self.server.files, self.commit
+        path = self.path.partition("?")[0]
+        if match := re.fullmatch(r"/api/models/(\w+/\w+)(/revision/[\w.]+)?", path):
+            if match[1] not in files:
+                return self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+            siblings = [{"rfilename": name} for name in files[match[1]]]
+            return self.answer(
+                {"id": match[1], "modelId": match[1], "sha": commit, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
+            )
+        if match := re.fullmatch(r"/api/models/(\w+/\w+)/tree/[\w.]+", path):
+            entries = [{"type": "file", "path": name, "size": len(data), "oid": commit} for name, data in files[match[1]].items()]
+            return self.answer(entries)
+        if match := re.fullmatch(r"/(\w+/\w+)/resolve/[\w.]+/(.+)", path):
+            data = files.get(match[1], {}).get(match[2])
+            if data is None:
+                return self.answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+            headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}
+            return self.answer(data, 200, headers, body)
+        return self.answer({"error": f"no {path}"}, 404)
+
+    def do_HEAD(self):
+        self.do_GET(body=False)
+
+    def do_POST(self):
+        self.server.n_commits += "/commit/" in self.path
+        files, commit = self.server.files, self.commit
+        sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.path == "/api/repos/create":
+            wanted = json.loads(sent)
+            if wanted["organization"] == "others":
+                return self.answer({"error": "You don't have the rights to create a model under this namespace"}, 403)
+            name = f"{wanted['organization']}/{wanted['name']}"
+            files.setdefault(name, {})
+            return self.answer({"url": f"http://{self.headers['Host']}/{name}"})
+        if match := re.match(r"/api/models/(\w+/\w+)/preupload/", self.path):
+            found = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None} for file in json.loads(sent)["files"]
+            ]
+            return self.answer({"files": found})
+        if match := re.match(r"/api/models/(\w+/\w+)/commit/", self.path):
+            for line in sent.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    files[match[1]][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            return self.answer(
+                {"commitUrl": f"http://{self.headers['Host']}/{match[1]}/commit/{commit}", "commitOid": commit, "success": True}
+            )
+        if self.path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        return self.answer({"error": f"no {self.path}"}, 404)
+
+    def answer(self, content, status=200, headers=(), body=True):
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": len(data), "Content-Type": "application/json", **dict(headers)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
+    server.files, server.n_commits = {}, 0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_nobody")
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_what_is_pushed_is_what_is_loaded(hub):
+    sae = trained({"activation": "jumprelu"}, "mean_and_norm").eval()
+    address = push_sae(sae, "somebody/animals", metrics={"explained_variance": 0.87654})
+    assert address.endswith("/somebody/animals") and sorted(hub.files["somebody/animals"]) == [
+        "README.md",
+        "cfg.json",
+        "sae_weights.safetensors",
+    ]
+    loaded = load_sae("hf:somebody/animals")
+    assert loaded.fingerprint == sae.fingerprint
+    torch.testing.assert_close(loaded.encode(TOKENS), sae.encode(TOKENS), rtol=0, atol=0)
+    card = hub.files["somebody/animals"]["README.md"].decode()
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["library_name"], front["license"]) == ("saelens", "mit") and "patchsae" in front["tags"]
+    assert "| explained_variance | 0.8765 |" in card and 'ps.load_sae("hf:somebody/animals")' in card and "layer=4" in card
+    push_sae(sae, "somebody/animals", folder="layer_4")
+    assert load_sae("hf:somebody/animals/layer_4@main").fingerprint == sae.fingerprint
+
+
+def test_other_programs_sae_is_loaded_from_the_hub(hub, tmp_path):
+    sae = trained({})
+    path = save_sae(sae, tmp_path / "sae.pt", format="patchsae")
+    hub.files["author/patchsae"] = {"sae.pt": path.read_bytes(), "notes.txt": b"x"}
+    torch.testing.assert_close(load_sae("hf:author/patchsae").encode(TOKENS), sae.encode(TOKENS), rtol=0, atol=1e-6)
+
+
+def test_what_is_not_there_is_said(hub):
+    with pytest.raises(FileNotFoundError, match="hf:nobody/nothing could not be fetched .*Check the name"):
+        load_sae("hf:nobody/nothing")
+    hub.files["a/b"] = {"cfg.json": b"{}"}
+    with pytest.raises(FileNotFoundError, match="has no folder 'c'"):
+        load_sae("hf:a/b/c")
+    for spec in ("hf:alone", "hf:", "hf:a/b/../../x"):
+        with pytest.raises(ValueError, match="is named hf:<owner>/<repository>"):
+            load_sae(spec)
+    with pytest.raises(ValueError, match="is named <owner>/<name>"):
+        push_sae(trained({}), "alone")
+    with pytest.raises(ConnectionError, match="others/sae could not be written on the hub .*403.*log in with a token that may write"):
+        push_sae(trained({}), "others/sae")
+
+
+def test_the_card_says_what_is_not_known():
+    sae = trained({"activation": "topk", "k": 3})
+    sae.metadata = {"dataset": "openmoji/scenes", "split": "train", "n_images": 6000, "metrics": {"l0": 12.0}}
+    card = model_card(sae, "a/b")
+    assert "| Model | not known |" in card and "| l0 | 12 |" in card and "topk, k = 3" in card
+    assert "openmoji/scenes, train, 6,000 images" in card and "CC BY-SA 4.0" in card
+    assert "Not measured." in model_card(trained({}), "a/b")

@@ -1,0 +1,178 @@
+"""Killed at any moment, a run goes on bit for bit; what was half written is never read; two processes never train into one folder."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from test_training import CONFIG, Store, assert_same, fresh, weights
+
+from patchsae_utils.config import TrainConfig
+from patchsae_utils.run.artifacts import folder_lock, read_json
+from patchsae_utils.sae import trainer as training
+from patchsae_utils.sae.files import load_sae
+from patchsae_utils.sae.trainer import train_sae, training_log
+
+HERE = Path(__file__).parent
+SETTINGS = {
+    "n_tokens": 160 * 64, "batch_tokens": 64, "lr": 3e-3, "warmup_steps": 30, "schedule": "cosine", "l1_coefficient": 1e-3, "l1_warmup_steps": 50,
+    "clip_gradient": 1.0, "dead_after_steps": 4, "log_every": 1, "checkpoint_every": 3, "normalize": "mean_and_norm", "seed": 1,
+}  # fmt: skip
+
+
+RUNS = {
+    "relu": {"n_kills": 20, "options": {}, "settings": SETTINGS},
+    # Its threshold is a running mean.
+    "batchtopk": {"n_kills": 5, "options": {"activation": "batchtopk", "k": 3}, "settings": SETTINGS | {"l1_coefficient": 0.0}},
+    "sparse": {"n_kills": 5, "options": {}, "settings": SETTINGS | {"sparse": "always", "start": "data", "normalize": "none"}},
+}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Each run's folder, and at which rows of its log it was killed."""
+    out = tmp_path_factory.mktemp("killed")
+    run = subprocess.run(
+        [sys.executable, HERE / "kills.py", out, json.dumps(RUNS)],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return out, json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_at_random_moments_a_run_ends_bit_for_bit_as_if_it_had_not_been(tmp_path, killed, name):
+    folder, found = killed[0] / name, killed[1][name]
+    n_kills, options, settings = RUNS[name].values()
+    assert len(found["killed_at"]) == n_kills and found["status"] == 0
+    assert max(found["killed_at"]) < 160 and len(set(found["killed_at"])) > n_kills / 2, "at different moments"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the killed run: sums are split between threads
+    try:
+        train_sae(fresh(**options), Store(), TrainConfig(**settings), tmp_path, progress=False)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(weights(load_sae(folder)), weights(load_sae(tmp_path)))
+    logs = [training_log(path).drop(columns="tokens_per_second") for path in (folder, tmp_path)]
+    pd.testing.assert_frame_equal(*logs)
+    assert len(logs[0]) == 160
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in tmp_path.iterdir())
+    assert read_json(folder / "summary.json")["starts"] > 1
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(fresh(), Store(stop_at=20), CONFIG, tmp_path, progress=False)
+    return tmp_path / training.CHECKPOINT
+
+
+def test_a_checkpoint_with_a_changed_byte_is_refused(tmp_path, checkpoint):
+    """In the middle of a tensor, where nothing but a checksum can notice."""
+    content = bytearray(checkpoint.read_bytes())
+    state = torch.load(checkpoint, weights_only=True)
+    place = content.index(state["sae"]["W_enc"].numpy().tobytes())
+    content[place + 100] ^= 1
+    checkpoint.write_bytes(content)
+    with pytest.raises(ValueError, match="checkpoint.pt can't be read.*Delete it"):
+        train_sae(fresh(), Store(), CONFIG, tmp_path, progress=False)
+
+
+def test_a_half_written_checkpoint_beside_a_whole_one_is_not_read(tmp_path, checkpoint):
+    (tmp_path / f".{training.CHECKPOINT}.tmp").write_bytes(b"half")
+    store = Store()
+    train_sae(fresh(), store, CONFIG, tmp_path, progress=False)
+    assert store.asked[0][2] == 14
+    assert not list(tmp_path.glob(".*")), "nothing is left lying about"
+
+
+def test_a_checkpoint_of_an_older_form_is_not_gone_on_from(tmp_path, checkpoint):
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(state | {"format": 1}, checkpoint)
+    store = Store()
+    train_sae(fresh(), store, CONFIG, tmp_path, progress=False)
+    assert store.asked[0][2] == 0
+
+
+def test_trackers_don_t_keep_a_run_from_going_on(tmp_path, checkpoint):
+    key = [training._recipe(dataclasses.replace(CONFIG, trackers=names)) for names in ((), ("wandb",))]
+    assert key[0] == key[1]
+
+
+def test_wall_time_counts_all_starts(tmp_path, checkpoint, monkeypatch):
+    before = torch.load(checkpoint, weights_only=True)["effort"][0]
+    readings = []
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: readings.append(1) or float(len(readings))))
+    train_sae(fresh(), Store(), CONFIG, tmp_path, progress=False)
+    summary = read_json(tmp_path / "summary.json")
+    seconds = before + len(readings) - 1  # a second from each reading of the clock to the next
+    assert summary["starts"] == 2 and summary["seconds"] == pytest.approx(seconds, abs=1e-3) and before > 0
+    assert summary["tokens_per_second"] == round(summary["tokens"] / seconds)
+    assert summary["final"] == read_json(tmp_path / "manifest.json")["final"]
+
+
+# -- the lock ---------------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from patchsae_utils.artifacts import folder_lock
+with folder_lock(sys.argv[1]):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "locked\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_two_processes_can_t_train_into_one_folder(tmp_path, holder, tiny_clip, tiny_dataset):
+    with pytest.raises(ValueError, match=rf"is being written by process {holder.pid} on \S+\. Wait"):
+        train_sae(fresh(), Store(), CONFIG, tmp_path, progress=False)
+    with pytest.raises(ValueError, match=f"process {holder.pid} "):
+        from patchsae_utils.activations.extraction import extract_activations
+
+        extract_activations(tiny_clip, tiny_dataset, 0, tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"], "and nothing was touched"
+    holder.kill()
+    holder.wait()
+    assert (tmp_path / ".lock").exists(), "the dead process has left its lock"
+    train_sae(fresh(), Store(), CONFIG, tmp_path, progress=False)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_lock_can_be_waited_for(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLDER.replace("60", "1"), tmp_path], stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    with folder_lock(tmp_path, wait=True):
+        assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
+    assert process.wait() == 0
+
+
+def test_a_process_doesn_t_lock_a_folder_twice(tmp_path):
+    with folder_lock(tmp_path):
+        with pytest.raises(ValueError, match="this very process"), folder_lock(tmp_path / "." / "x" / ".."):
+            pass
+    with folder_lock(tmp_path):
+        pass
+
+
+def test_a_run_that_fails_lets_go_of_its_folder(tmp_path, checkpoint):
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_finished_sae_is_opened_although_its_folder_is_locked(tmp_path):
+    train_sae(fresh(), Store(), CONFIG, tmp_path, progress=False)
+    with folder_lock(tmp_path):
+        train_sae(fresh(), Store(), CONFIG, tmp_path, progress=False)

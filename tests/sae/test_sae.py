@@ -1,0 +1,335 @@
+"""The autoencoder: its equations, its refusals."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import loud
+
+from patchsae_utils.adaptation.prompts import VisualPrompt
+from patchsae_utils.sae.model import ACTIVATIONS, SparseAutoencoder
+
+
+def perturbed(d_in=6, d_sae=20, seed=0, **options):
+    """An SAE with no parameter left at 0, in float64."""
+    sae = SparseAutoencoder(d_in, d_sae, seed=seed, **options).double()
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return sae
+
+
+def test_forward_is_the_papers_equation():
+    sae = perturbed()
+    x = torch.randn(7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    W_enc, b_enc, W_dec, b_dec = (p.detach().numpy() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
+    pre = np.einsum("nd,ds->ns", x.numpy() - b_dec, W_enc) + b_enc
+    latents = np.where(pre > 0, pre, 0)
+    out = sae(x)
+    np.testing.assert_allclose(out.pre_activations.detach(), pre, rtol=1e-12)
+    np.testing.assert_allclose(out.latents.detach(), latents, rtol=1e-12)
+    np.testing.assert_allclose(out.reconstruction.detach(), latents @ W_dec + b_dec, rtol=1e-12)
+    torch.testing.assert_close(sae.encode(x), out.latents, rtol=0, atol=0)
+    torch.testing.assert_close(sae.decode(out.latents), out.reconstruction, rtol=0, atol=0)
+
+
+def test_leading_dimensions_are_free():
+    sae = SparseAutoencoder(6, 20)
+    x = torch.randn(3, 5, 6)
+    assert sae(x).latents.shape == (3, 5, 20)
+    torch.testing.assert_close(sae(x).reconstruction[1, 2], sae(x[1, 2]).reconstruction)
+
+
+def test_topk_keeps_the_largest_and_no_negative():
+    sae = perturbed(activation="topk", k=4)
+    x = torch.randn(50, 6, dtype=torch.float64)
+    out = sae(x)
+    assert (out.latents >= 0).all()
+    assert (out.latents.count_nonzero(1) <= 4).all()
+    for pre, latents in zip(out.pre_activations, out.latents, strict=True):
+        kept = latents > 0
+        torch.testing.assert_close(latents[kept], pre[kept])
+        if kept.any():
+            assert pre[~kept].max() <= max(pre[kept].min().item(), 0) or kept.sum() == 4
+
+
+def test_batchtopk_keeps_the_largest_of_the_batch_in_training_and_what_exceeds_its_threshold_afterwards():
+    sae = perturbed(activation="batchtopk", k=3)
+    x = torch.randn(4, 10, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    out = sae(x)
+    pre = out.pre_activations.detach().flatten()
+    kept = torch.zeros_like(pre)
+    best = torch.from_numpy(np.argsort(-pre.numpy())[: 3 * 40].copy())
+    kept[best] = pre[best].clamp_min(0)
+    torch.testing.assert_close(out.latents.flatten(), kept)
+    assert out.latents.count_nonzero(-1).unique().numel() > 1  # tokens share the budget
+    assert sae.threshold.item() == pytest.approx(kept[kept > 0].min().item())
+    sae.eval()
+    expected = torch.where(out.pre_activations > sae.threshold, out.pre_activations, 0.0)
+    torch.testing.assert_close(sae(x).latents, expected)
+    torch.testing.assert_close(sae.train().encode(x), expected)  # of single tokens, in either mode
+    torch.testing.assert_close(sae.encode(x[1, 2]), expected[1, 2])
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_threshold_is_a_running_mean_and_moves_in_training_alone(sparse):
+    sae = perturbed(activation="matryoshka", k=3)
+    batches = [torch.randn(30, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    expected = None
+    for x in batches:
+        pre = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc).detach().flatten()
+        smallest = pre.clamp_min(0).sort(descending=True).values[:90]
+        smallest = smallest[smallest > 0].min().item()
+        expected = smallest if expected is None else 0.99 * expected + 0.01 * smallest
+        sae(x, sparse=sparse)
+        assert sae.threshold.item() == pytest.approx(expected, rel=1e-6)
+    with torch.no_grad():
+        sae(batches[0], sparse=sparse)
+    sae.eval()(batches[0], sparse=sparse)
+    sae.encode(batches[0])
+    assert sae.threshold.item() == pytest.approx(expected, rel=1e-6)
+    sae.train()
+    before = sae.threshold.item()
+    sae.b_enc.data.fill_(-1e9)
+    sae(batches[0], sparse=sparse)  # nothing is kept: nothing to learn from
+    assert sae.threshold.item() == before
+
+
+def test_gated_is_the_papers_equation():
+    sae = perturbed(activation="gated")
+    x = torch.randn(30, 6, dtype=torch.float64)
+    W_enc, b_gate, b_mag, r_mag, b_dec = (p.detach().numpy() for p in (sae.W_enc, sae.b_enc, sae.b_mag, sae.r_mag, sae.b_dec))
+    centred = x.numpy() - b_dec
+    gate, magnitude = centred @ W_enc + b_gate > 0, np.maximum(centred @ (np.exp(r_mag) * W_enc) + b_mag, 0)
+    np.testing.assert_allclose(sae.encode(x).detach(), gate * magnitude, rtol=1e-9, atol=1e-12)
+
+
+def test_prefixes_are_the_dictionarys_own_nested_parts():
+    sae = perturbed(activation="matryoshka", k=5, groups=(2, 7, 20))
+    x = torch.randn(3, 4, 6, dtype=torch.float64)
+    out = sae(x)
+    parts = sae.decode_prefixes(out.latents)
+    for size, part in zip((2, 7, 20), parts, strict=True):
+        kept = out.latents.clone()
+        kept[..., size:] = 0
+        torch.testing.assert_close(part, sae.decode(kept))
+    torch.testing.assert_close(parts[-1], out.reconstruction)
+    assert SparseAutoencoder(4, 64, "matryoshka", k=2).groups == (4, 8, 16, 32, 64)
+    assert SparseAutoencoder(4, 3, "matryoshka", k=2).groups == (1, 3)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_columns_alone_are_columns_of_all(activation):
+    sae = perturbed(activation=activation, **({"k": 3} if activation in ("topk", "batchtopk", "matryoshka") else {}))
+    x, some = torch.randn(5, 4, 6, dtype=torch.float64), torch.tensor([17, 2, 2, 9])
+    if sae.threshold is not None:
+        sae.threshold.data.abs_().add_(0.05)
+    torch.testing.assert_close(sae.pre_activations(x, latents=some), sae.pre_activations(x)[..., some])
+    torch.testing.assert_close(sae.encode(x, latents=some), sae.encode(x)[..., some])
+    if activation == "topk":
+        with pytest.raises(ValueError, match="compares all latents of a token"):
+            sae.activate(torch.zeros(3, 4), latents=some)
+
+
+def test_infinite_pre_activations_of_silent_latents_make_no_nan():
+    sae = SparseAutoencoder(6, 20, "jumprelu")
+    sae.b_enc.data[3] = -torch.inf
+    assert torch.isfinite(sae.encode(torch.randn(5, 6))).all()
+
+
+def test_normalisation_is_invisible_to_who_encodes_and_decodes():
+    sae = SparseAutoencoder(6, 20, "jumprelu", seed=1)
+    plain = SparseAutoencoder(6, 20, "jumprelu", seed=1)
+    x = 30 + 4 * torch.randn(2000, 6, generator=torch.Generator().manual_seed(0))
+    assert not sae.normalizes
+    sae.set_normalization(x)
+    assert sae.normalizes
+    torch.testing.assert_close(sae.input_mean, x.mean(0))
+    torch.testing.assert_close(((x - sae.input_mean) / sae.input_scale).square().mean().item(), 1.0, rtol=1e-4, atol=0)
+    torch.testing.assert_close(sae.b_dec.detach(), x.mean(0))
+    inside = (x - sae.input_mean) / sae.input_scale
+    torch.testing.assert_close(sae.encode(x), sae.input_scale * plain.encode(inside), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(sae(x).reconstruction, sae.input_mean + sae.input_scale * plain(inside).reconstruction, rtol=1e-3, atol=1e-3)
+    centred = SparseAutoencoder(6, 20)
+    centred.set_normalization(x, "mean")
+    assert centred.input_scale == 1 and centred.normalizes
+    centred.set_normalization(x, "none")
+    assert sae.fingerprint != plain.fingerprint
+    for bad, message in ((x[:1], "at least two finite tokens"), (x[:1].expand(9, 6), "at least two"), (x * torch.nan, "at least two")):
+        with pytest.raises(ValueError, match=message):
+            sae.set_normalization(bad)
+    with pytest.raises(ValueError, match="Unknown normalization 'layer_norm'. Valid: none, mean, mean_and_norm"):
+        sae.set_normalization(x, "layer_norm")
+
+
+@pytest.mark.parametrize("kind", ["mean", "mean_and_norm"])
+def test_activations_with_other_statistics_are_refused(kind):
+    x = 5 + torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
+    sae = SparseAutoencoder(6, 20, metadata={"model_name": "openmoji", "layer": 4})
+    sae.check_statistics(100 * x)  # nothing known, nothing refused
+    sae.set_normalization(x, kind)
+    sae.check_statistics(x[:100])
+    sae.check_statistics(x.view(50, 10, 6) * 1.02)
+    for other in (x / x.norm(dim=1, keepdim=True), 10 * x, x - x.mean(0), x.mean(0) + 0.01 * (x - x.mean(0)), x * torch.nan):
+        with pytest.raises(ValueError, match=r"trained on activations 2.4\d away .* of 'openmoji', layer 4; another model's are"):
+            sae.check_statistics(other, source="another model's")
+
+
+def test_fresh_weights_follow_the_recipe():
+    sae = SparseAutoencoder(16, 64, seed=3)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
+    assert sae.W_enc.abs().max() <= (6 / 64) ** 0.5  # Kaiming-uniform, fan = columns
+    assert not sae.b_enc.any() and not sae.b_dec.any()
+    torch.testing.assert_close(SparseAutoencoder(16, 64, seed=3).W_enc, sae.W_enc, rtol=0, atol=0)
+    assert not torch.equal(SparseAutoencoder(16, 64, seed=4).W_enc, sae.W_enc)
+
+
+def test_fresh_weights_leave_the_global_random_state_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    SparseAutoencoder(4, 8)
+    torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
+
+
+def test_parallel_gradient_is_removed_and_nothing_else():
+    sae = perturbed()
+    sae.normalize_decoder()
+    sae(torch.randn(9, 6, dtype=torch.float64)).reconstruction.square().sum().backward()
+    before = sae.W_dec.grad.clone()
+    sae.remove_parallel_gradient()
+    after = sae.W_dec.grad
+    torch.testing.assert_close((after * sae.W_dec).sum(1), torch.zeros(20, dtype=torch.float64), rtol=0, atol=1e-12)
+    removed = before - after
+    cosine = torch.nn.functional.cosine_similarity(removed, sae.W_dec, dim=1).abs()
+    torch.testing.assert_close(cosine[removed.norm(dim=1) > 1e-9], torch.ones_like(cosine[removed.norm(dim=1) > 1e-9]))
+
+
+def test_normalising_a_zero_row_gives_no_nan():
+    sae = SparseAutoencoder(4, 8)
+    sae.W_dec.data[2] = 0
+    sae.normalize_decoder()
+    assert torch.isfinite(sae.W_dec).all()
+
+
+def test_fingerprint_follows_the_weights():
+    sae = SparseAutoencoder(4, 8)
+    before = sae.fingerprint
+    assert before == SparseAutoencoder(4, 8).fingerprint
+    sae.b_enc.data[3] += 1e-3
+    assert sae.fingerprint != before
+    assert SparseAutoencoder(4, 8, "topk", k=2).fingerprint != before
+    variants = [SparseAutoencoder(4, 8, "matryoshka", k=2, groups=groups) for groups in ((8,), (2, 8))]
+    variants += [SparseAutoencoder(4, 8, "jumprelu", bandwidth=width) for width in (0.1, 0.2)] + [SparseAutoencoder(4, 8, "gated")]
+    variants[0].threshold.fill_(0.3)
+    trained = variants[0].fingerprint
+    variants[0].threshold.fill_(0.4)
+    assert len({trained, *(sae.fingerprint for sae in variants)}) == 6
+
+
+def test_fingerprint_of_the_first_variants_is_what_it_always_was():
+    """Artifacts are recognised by it."""
+    assert constant("relu").fingerprint == "a5b41f01eaeef572" and constant("topk", k=2).fingerprint == "f06aa406365d08da"
+
+
+def constant(activation, **options):
+    sae = SparseAutoencoder(4, 8, activation, **options)
+    for i, parameter in enumerate(sae.parameters()):
+        parameter.data.copy_(torch.arange(parameter.numel()).view(parameter.shape) / 8 + i)
+    return sae
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"d_in": 0, "d_sae": 4}, "must be positive"),
+        ({"d_in": 4, "d_sae": 4, "activation": "tanh"}, "Unknown activation 'tanh'. Valid: relu, topk"),
+        ({"d_in": 4, "d_sae": 4, "activation": "topk"}, "needs k between 1 and d_sae=4"),
+        ({"d_in": 4, "d_sae": 4, "activation": "topk", "k": 5}, "needs k between 1 and d_sae=4"),
+        ({"d_in": 4, "d_sae": 4, "k": 2}, "no meaning for activation='relu'"),
+        ({"d_in": 4, "d_sae": 4, "activation": "batchtopk"}, "activation='batchtopk' needs k between 1 and d_sae=4"),
+        ({"d_in": 4, "d_sae": 4, "groups": (2, 4)}, "groups=.* no meaning for activation='relu'.*'matryoshka'"),
+        ({"d_in": 4, "d_sae": 4, "bandwidth": 0.1}, "bandwidth=0.1 has no meaning"),
+        ({"d_in": 4, "d_sae": 4, "activation": "jumprelu", "bandwidth": -1.0}, "bandwidth must be positive"),
+        (
+            {"d_in": 4, "d_sae": 4, "activation": "matryoshka", "k": 1, "groups": (3, 2, 4)},
+            r"rise from at least 1 to d_sae=4, got \(3, 2, 4\)",
+        ),
+        ({"d_in": 4, "d_sae": 4, "activation": "matryoshka", "k": 1, "groups": (2, 3)}, "rise from at least 1 to d_sae=4"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SparseAutoencoder(**arguments)
+
+
+def test_wrong_width_names_both_sides():
+    sae = SparseAutoencoder(4, 8, metadata={"model_name": "openmoji", "layer": 4})
+    with pytest.raises(ValueError, match=r"reads 4-dimensional activations of 'openmoji', layer 4; the given tensor holds 5-dimensional"):
+        sae(torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize(
+    "given", [{"d_in": 5}, {"d_in": 4, "model_name": "ViT-B-16", "layer": 4}, {"d_in": 4, "model_name": "openmoji", "layer": 3}]
+)
+def test_activations_of_another_source_are_refused(given):
+    sae = SparseAutoencoder(4, 8, metadata={"model_name": "openmoji", "layer": 4})
+    with pytest.raises(
+        ValueError, match=r"The SAE reads 4-dimensional activations of 'openmoji', layer 4; this store holds .*Extract again with layer=4"
+    ):
+        sae.check_source(**given)
+
+
+KNOWN = {"model_name": "ViT-B-16", "layer": 4, "weights_hash": "aaaa", "tokens": "patches", "preprocessing": "Resize(224)"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"weights_hash": "bbbb"}, "of 'ViT-B-16', layer 4, weights aaaa; this store holds .* layer 4, weights bbbb"),
+        ({"tokens": "cls"}, "tokens patches; this store .* tokens cls"),
+        ({"preprocessing": "Resize(\n  336)"}, r"preprocessing Resize\(224\); this store .* preprocessing Resize\( 336\)"),
+        ({"model_name": "ViT-L-14", "weights_hash": "bbbb"}, "of 'ViT-B-16', layer 4; this store holds .*'ViT-L-14'"),
+    ],
+)
+def test_what_an_sae_says_of_itself_is_compared(given, message):
+    sae = SparseAutoencoder(4, 8, metadata=KNOWN)
+    sae.check_source(d_in=4, **KNOWN)
+    sae.check_source(d_in=4, **(KNOWN | {"model_name": "the same/in another place", "tokens": "all"}))
+    with pytest.raises(ValueError, match=message):
+        sae.check_source(d_in=4, **(KNOWN | given))
+    with pytest.raises(TypeError, match="knows no colour"):
+        sae.check_source(d_in=4, colour="red")
+
+
+def test_a_model_of_other_weights_or_another_layer_is_refused(tiny_clip, tiny_dataset):
+    from patchsae_utils.latents.reading import summarize_latents
+
+    metadata = {"model_name": "tiny", "weights_hash": tiny_clip.weights_hash, "layer": 1}
+    sae = SparseAutoencoder(tiny_clip.width, 64, metadata=metadata)
+    sae.check_model(tiny_clip, -2)
+    with pytest.raises(ValueError, match="layer 1; the residual stream of 'tiny' holds .* layer 2"):
+        summarize_latents(tiny_clip, sae, tiny_dataset, 2)
+    other = SparseAutoencoder(tiny_clip.width, 64, metadata=metadata | {"weights_hash": "0" * 16})
+    with pytest.raises(ValueError, match=f"weights 0{{16}}; .*weights {tiny_clip.weights_hash}"):
+        summarize_latents(tiny_clip, other, tiny_dataset, 1)
+
+
+def test_an_adapted_model_counts_as_its_base_on_either_side(tiny_clip):
+    """An SAE of CLIP reads an adapted CLIP, an adapted CLIP's SAE reads both; another CLIP's still reads neither."""
+    adapted = loud(VisualPrompt, tiny_clip)
+    for trained_on in (tiny_clip, adapted):
+        sae = SparseAutoencoder(tiny_clip.width, 64, metadata={"model_name": "tiny", "weights_hash": trained_on.weights_hash, "layer": 1})
+        for model in (tiny_clip, adapted):
+            sae.check_model(model, -2)
+    stranger = SparseAutoencoder(tiny_clip.width, 64, metadata={"model_name": "tiny", "weights_hash": "0" * 16 + "+1", "layer": 1})
+    for model in (tiny_clip, adapted):
+        with pytest.raises(ValueError, match="weights 0"):
+            stranger.check_model(model, -2)
+
+
+def test_activations_of_the_same_or_an_unknown_source_pass():
+    sae = SparseAutoencoder(4, 8, metadata={"model_name": "openmoji", "layer": 4})
+    sae.check_source(d_in=4, model_name="openmoji", layer=4)
+    sae.check_source(d_in=4)
+    SparseAutoencoder(4, 8).check_source(d_in=4, model_name="openmoji", layer=4)

@@ -1,0 +1,514 @@
+"""Sparse kernels and the Adam that reads their gradients, against dense float64 autograd and the usual calls one by one."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from patchsae_utils.sae import sparse, sparse_selection
+from patchsae_utils.sae.losses import patchsae_loss
+from patchsae_utils.sae.model import SparseAutoencoder
+from patchsae_utils.sae.sparse import BatchTopK, SparseLatents, TopK, decode, encode, take_rows, worthwhile
+from patchsae_utils.sae.sparse_adam import DeferredGradients, lay_out_columns, normalize_rows, remove_parallel
+
+N, D, S = 13, 8, 40
+
+
+def weights(seed=0, columns=False, dtype=torch.float64, n=N, d=D, s=S, bias=-0.5):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    W_enc = draw(s, d).T
+    parts = [draw(n, d), W_enc if columns else W_enc.contiguous(), 0.3 * draw(s) + bias, draw(s, d), draw(d)]
+    return [part.detach().requires_grad_() for part in parts]
+
+
+def batch_topk_mask(pre, k):
+    mask = torch.zeros(pre.numel(), dtype=torch.bool)
+    mask[pre.flatten().topk(k * len(pre)).indices] = True
+    return mask.view_as(pre)
+
+
+LEVELS = torch.linspace(-0.2, 0.6, S, dtype=torch.float64)
+SELECTIONS = {
+    "relu": (None, lambda pre: pre > 0),
+    "a number": (0.3, lambda pre: pre > 0.3),
+    "one per latent": (LEVELS, lambda pre: pre > LEVELS),
+    "topk": (TopK(4), lambda pre: torch.zeros_like(pre, dtype=torch.bool).scatter_(1, pre.topk(4, 1).indices, True) & (pre > 0)),
+    "batchtopk": (BatchTopK(3), lambda pre: batch_topk_mask(pre, 3) & (pre > 0)),
+    "a function": (lambda pre: pre > 0.5, lambda pre: pre > 0.5),
+    "nothing": (lambda pre: pre > 99, lambda pre: pre > 99),
+    "nothing above": (99.0, lambda pre: pre > 99),
+    "everything": (-99.0, lambda pre: pre > -99),
+}
+
+
+def dense_step(parts, mask_of):
+    x, W_enc, bias, W_dec, b_dec = parts
+    pre = x @ W_enc + bias
+    latents = pre * mask_of(pre)
+    return latents, latents @ W_dec + b_dec
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 5])
+@pytest.mark.parametrize("select,mask_of", SELECTIONS.values(), ids=SELECTIONS)
+def test_values_and_all_gradients_are_those_of_dense_autograd(select, mask_of, chunk_tokens, columns, monkeypatch):
+    monkeypatch.setattr(sparse_selection, "BLOCK_CPU", 16)  # so that blocks, the last one smaller, are met at this size
+    parts = weights(columns=columns)
+    latents = encode(*parts[:3], select, chunk_tokens=chunk_tokens)
+    reconstruction = decode(latents, *parts[3:])
+    expected_latents, expected = dense_step(parts, mask_of)
+    torch.testing.assert_close(latents.dense(), expected_latents)
+    torch.testing.assert_close(reconstruction, expected)
+    towards = torch.randn(N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours = (reconstruction * towards).sum() + latents.sums().square().sum() + latents.values.pow(3).sum()
+    dense = (expected * towards).sum() + expected_latents.sum(1).square().sum() + expected_latents.pow(3).sum()
+    for got, want in zip(torch.autograd.grad(ours, parts), torch.autograd.grad(dense, parts), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_gradients_pass_finite_differences():
+    parts = weights(n=3, d=4, s=9, columns=True)
+    mask = torch.rand(3, 9, generator=torch.Generator().manual_seed(2)) < 0.5
+    fixed = (parts[0] @ parts[1] + parts[2]).detach() > 0
+
+    def step(*parts):
+        latents = encode(*parts[:3], lambda pre: mask & fixed)
+        return decode(latents, *parts[3:]), latents.sums()
+
+    assert torch.autograd.gradcheck(step, parts)
+
+
+def test_a_token_without_latents_and_one_with_all_of_them():
+    x, W_enc, bias, W_dec, b_dec = weights()
+    wanted = torch.zeros(N, S, dtype=torch.bool)
+    wanted[2] = True
+    latents = encode(x, torch.zeros_like(W_enc), torch.ones_like(bias), lambda pre: wanted)
+    assert latents.counts().tolist() == [S if i == 2 else 0 for i in range(N)]
+    out = decode(latents, W_dec, b_dec)
+    torch.testing.assert_close(out[2], W_dec.sum(0) + b_dec)
+    torch.testing.assert_close(out[0], b_dec)
+
+
+def test_no_tokens_at_all():
+    x, *rest = weights()
+    latents = encode(x[:0], *rest[:2])
+    assert latents.dense().shape == (0, S)
+    assert decode(latents, *rest[2:]).shape == (0, D)
+    assert not latents.fired().any()
+
+
+def test_indices_ascend_within_tokens_and_the_summaries_are_those_of_the_dense_latents():
+    latents = encode(*weights()[:3])
+    dense = latents.dense()
+    assert latents.n_tokens == N and latents.d_sae == S
+    assert torch.equal(dense.nonzero(), torch.stack([latents.tokens(), latents.indices], 1))
+    torch.testing.assert_close(latents.sums(), dense.sum(1))
+    assert torch.equal(latents.counts(), dense.count_nonzero(1))
+    assert torch.equal(latents.fired(), (dense > 0).any(0))
+
+
+@pytest.mark.parametrize("groups", [[40], [1, 40], [5, 17, 30]])
+def test_groups_reconstruct_from_each_prefix(groups):
+    parts = weights()
+    latents = encode(*parts[:3])
+    nested = decode(latents, *parts[3:], groups=groups)
+    dense = dense_step(parts, lambda pre: pre > 0)[0]
+    expected = torch.stack([dense[:, :g] @ parts[3][:g] + parts[4] for g in groups])
+    torch.testing.assert_close(nested, expected)
+    towards = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for got, want in zip(
+        torch.autograd.grad((nested * towards).sum(), parts), torch.autograd.grad((expected * towards).sum(), parts), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_the_input_gets_a_gradient_only_if_it_asks():
+    x, W_enc, bias, W_dec, b_dec = weights()
+    latents = encode(x.detach(), W_enc, bias)
+    decode(latents, W_dec, b_dec).sum().backward()
+    assert x.grad is None and W_enc.grad is not None
+    frozen = [part.detach() for part in (W_enc, bias)]
+    encode(x, *frozen).values.sum().backward()
+    assert x.grad is not None
+
+
+def big(dtype=torch.float32, n=96, d=64, s=4096, l0=40):
+    x, W_enc, bias, W_dec, b_dec = weights(columns=True, dtype=dtype, n=n, d=d, s=s)
+    with torch.no_grad():
+        W_enc /= d**0.5
+        pre = x @ W_enc
+        bias.fill_(-float(pre.flatten().kthvalue(pre.numel() - l0 * n).values))
+    return x, W_enc, bias, W_dec, b_dec
+
+
+@pytest.mark.parametrize("select", [None, TopK(40), BatchTopK(40)], ids=["relu", "topk", "batchtopk"])
+def test_bfloat16_finds_the_latents_and_float32_gives_their_values(select):
+    parts = big()
+    exact, found = (encode(*parts[:3], select, precision=precision).dense() for precision in ("float32", "bfloat16"))
+    both = (exact > 0) & (found > 0)
+    torch.testing.assert_close(found[both], exact[both], rtol=1e-5, atol=1e-5)
+    missed = (exact > 0) ^ (found > 0)
+    assert missed.sum() < 0.02 * both.sum()
+    if select is None:  # what rounding hides is hardly active at all
+        assert exact[missed].max() < 0.01 * exact.max()
+
+
+def test_autocast_around_it_changes_nothing():
+    parts = big()
+    plain = encode(*parts[:3])
+    expected = torch.autograd.grad(decode(plain, *parts[3:]).square().sum(), parts)
+    with torch.autocast("cpu", torch.bfloat16):
+        latents = encode(*parts[:3])
+        got = torch.autograd.grad(decode(latents, *parts[3:]).square().sum(), parts)
+    assert torch.equal(latents.values, plain.values)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation has made."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and not function.is_view:
+                self.size = max(self.size, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("select", [None, 0.01, TopK(40), BatchTopK(40)], ids=["relu", "level", "topk", "batchtopk"])
+def test_no_tensor_of_all_tokens_and_latents_is_ever_made(select, precision, monkeypatch):
+    monkeypatch.setattr(sparse_selection, "_PIECE_CPU", 1 << 16)
+    x, *parts = big(n=400)
+    with LargestTensor() as largest:
+        latents = encode(x.detach(), *parts[:2], select, precision=precision)
+        decode(latents, *parts[2:]).square().sum().backward()
+    n_weights = parts[0].numel()
+    assert largest.size <= n_weights < x.shape[0] * 4096 / 5
+
+
+def test_batch_topk_is_exact_over_any_chunks():
+    parts = big(dtype=torch.float64)
+    whole = encode(*parts[:3], BatchTopK(20), chunk_tokens=10**6).dense()
+    for chunk in (1, 7, 50):
+        assert torch.equal(encode(*parts[:3], BatchTopK(20), chunk_tokens=chunk).dense(), whole)
+    assert whole.count_nonzero() == 20 * len(whole)
+
+
+def test_positions_by_words_are_those_of_nonzero():
+    generator = torch.Generator().manual_seed(0)
+    for n in (8, 64, 63, 1):
+        for p in (0.0, 0.1, 1.0):
+            mask = torch.rand(3, n, generator=generator) < p
+            for array in (mask, mask.float(), mask.bfloat16()):
+                assert torch.equal(sparse_selection.positions(array), mask.flatten().nonzero().squeeze(1))
+
+
+def test_taken_rows_are_index_select_with_its_gradient():
+    W = weights()[3]
+    index = torch.tensor([0, 7, 39])
+    got = take_rows(W, index)
+    assert torch.equal(got, W[index])
+    (gradient,) = torch.autograd.grad(got.pow(3).sum(), W)
+    torch.testing.assert_close(gradient, torch.autograd.grad(W[index].pow(3).sum(), W)[0])
+
+
+def test_worthwhile_where_few_latents_are_active():
+    assert worthwhile(150 / 49152, "cpu")
+    assert not worthwhile(0.5, "cpu")
+    assert not worthwhile(150 / 49152, "meta")
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"precision": "float8"}, "Valid: bfloat16, float32"),
+        ({"x": torch.zeros(2, 3, D)}, "Flatten images to tokens"),
+        ({"bias": torch.zeros(S + 1)}, "bias \\[S\\]"),
+        ({"W_enc": torch.zeros(D, S).bfloat16(), "bias": torch.zeros(S).bfloat16()}, "master weights in float32"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be positive"),
+        ({"select": lambda pre: pre}, "bool mask of shape"),
+        ({"select": lambda pre: pre[:1] > 0}, "bool mask of shape"),
+    ],
+)
+def test_encode_says_what_does_not_fit(change, message):
+    given = {"x": torch.ones(N, D), "W_enc": torch.ones(D, S), "bias": torch.zeros(S)} | change
+    with pytest.raises(ValueError, match=message):
+        encode(given.pop("x"), given.pop("W_enc"), given.pop("bias"), given.pop("select", None), **given)
+
+
+@pytest.mark.parametrize("groups", [[], [0, 40], [10, 10], [20, 10], [41]])
+def test_decode_refuses_groups_that_do_not_ascend(groups):
+    parts = weights()
+    with pytest.raises(ValueError, match="groups must ascend"):
+        decode(encode(*parts[:3]), *parts[3:], groups=groups)
+
+
+def test_decode_refuses_weights_of_another_size():
+    parts = weights()
+    latents = encode(*parts[:3])
+    with pytest.raises(ValueError, match="W_dec \\[40, D\\]"):
+        decode(latents, parts[3][1:], parts[4])
+
+
+# -- Adam over deferred gradients ---------------------------------------------------------------------------------------------
+
+
+def autoencoder(activation="relu", **options):
+    sae = SparseAutoencoder(16, 96, activation, seed=3, **options)
+    with torch.no_grad():
+        sae.b_enc.fill_(-0.05)
+        sae.b_dec.copy_(torch.linspace(-0.1, 0.1, 16))
+    return sae
+
+
+def tokens(step, n=48):
+    return torch.randn(n, 16, generator=torch.Generator().manual_seed(100 + step))
+
+
+DEAD = torch.arange(96) % 7 == 0
+
+
+def loss_of(sae, x, output, ghost):
+    return patchsae_loss(sae, x, DEAD if ghost else None, 1e-2, output=output).total
+
+
+def train(sae, optimizer, deferred, ghost=False, max_norm=None, n_steps=4, chunks=1):
+    norms = []
+    for i in range(n_steps):
+        for x in tokens(i).chunk(chunks):
+            if deferred is None:
+                loss = loss_of(sae, x, sae(x, sparse=True), ghost) / chunks
+            else:
+                with deferred:
+                    loss = loss_of(sae, x, sae(x, sparse=True), ghost) / chunks
+            loss.backward()
+        if deferred is not None:
+            norms.append(deferred.step(optimizer, max_norm=max_norm))
+            continue
+        sae.remove_parallel_gradient()
+        if max_norm is not None:
+            norms.append(torch.nn.utils.clip_grad_norm_(sae.parameters(), max_norm))
+        optimizer.step()
+        optimizer.zero_grad()
+        sae.normalize_decoder()
+    return norms
+
+
+def adam(sae, **options):
+    return torch.optim.Adam(sae.parameters(), lr=1e-2, fused=True, **options)
+
+
+@pytest.mark.parametrize("max_norm", [None, 1e-3])
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize(
+    "activation,options,ghost",
+    [("relu", {}, False), ("relu", {}, True), ("topk", {"k": 5}, False), ("batchtopk", {"k": 5}, False), ("jumprelu", {}, False)],
+)
+def test_one_pass_over_the_weights_equals_the_usual_calls(activation, options, ghost, chunks, max_norm, monkeypatch):
+    from patchsae_utils.sae import sparse_adam
+
+    monkeypatch.setattr(sparse_adam, "_BLOCK_CPU", 40)
+    monkeypatch.setattr(sparse, "_TOKENS_CPU", 20)  # 48 tokens go in three parts
+    usual, streamed = autoencoder(activation, **options), autoencoder(activation, **options)
+    optimizers = adam(usual), adam(streamed)
+    expected = train(usual, optimizers[0], None, ghost, max_norm, chunks=chunks)
+    norms = train(streamed, optimizers[1], DeferredGradients(streamed), ghost, max_norm, chunks=chunks)
+    for name, parameter in usual.named_parameters():
+        torch.testing.assert_close(getattr(streamed, name), parameter, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        ours, theirs = (o.state[getattr(s, name)] for o, s in zip(optimizers[::-1], (streamed, usual), strict=True))
+        assert ours["step"] == theirs["step"] == 4
+        torch.testing.assert_close(ours["exp_avg"], theirs["exp_avg"], rtol=1e-3, atol=1e-6)
+    if max_norm is not None:
+        torch.testing.assert_close(torch.stack(norms), torch.stack(expected), rtol=1e-4, atol=0)
+    torch.testing.assert_close(streamed.W_dec.norm(dim=1), torch.ones(96))
+    assert all(parameter.grad is None for parameter in streamed.parameters())
+
+
+def test_weights_have_no_dense_gradient_while_deferred_and_materialize_gives_it():
+    sae, reference = autoencoder(), autoencoder()
+    deferred, x = DeferredGradients(sae), tokens(0)
+    with deferred:
+        loss_of(sae, x, sae(x, sparse=True), ghost=False).backward()
+    assert sae.W_enc.grad is None and sae.W_dec.grad is None and sae.b_enc.grad is not None
+    loss_of(reference, x, reference(x), ghost=False).backward()
+    deferred.materialize()
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        torch.testing.assert_close(getattr(sae, name).grad, getattr(reference, name).grad, rtol=1e-4, atol=1e-6)
+    assert sae.W_enc.grad.stride() == sae.W_enc.stride()
+
+
+def test_what_grad_holds_already_is_added():
+    sae, reference = autoencoder(), autoencoder()
+    x = tokens(0)
+    deferred = DeferredGradients(sae)
+    for model, context in ((sae, deferred), (reference, None)):
+        (0.1 * model.W_dec.pow(3).sum() + model.W_enc.square().sum()).backward()
+        if context is not None:
+            with context:
+                loss_of(model, x, model(x, sparse=True), ghost=False).backward()
+        else:
+            loss_of(model, x, model(x), ghost=False).backward()
+    deferred.materialize()
+    for name in ("W_enc", "W_dec"):
+        torch.testing.assert_close(getattr(sae, name).grad, getattr(reference, name).grad, rtol=1e-4, atol=1e-6)
+
+
+def test_taken_rows_stay_rows_while_deferred():
+    sae = autoencoder()
+    deferred, index = DeferredGradients(sae), DEAD.nonzero().squeeze(1)
+    with deferred:
+        loss = take_rows(sae.W_dec, index).pow(3).sum() + 2 * take_rows(sae.W_enc.T, index).pow(3).sum()
+    loss.backward()
+    assert sae.W_dec.grad is None and sae.W_enc.grad is None
+    deferred.materialize()
+    torch.testing.assert_close(sae.W_dec.grad, 3 * sae.W_dec.square() * DEAD[:, None])
+    torch.testing.assert_close(sae.W_enc.grad, 6 * sae.W_enc.square() * DEAD)
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, lr=0.1), lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True)])
+def test_another_optimiser_gets_the_usual_calls(make):
+    usual, streamed = autoencoder(), autoencoder()
+    train(usual, make(usual.parameters()), None)
+    train(streamed, make(streamed.parameters()), DeferredGradients(streamed))
+    for name, parameter in usual.named_parameters():
+        torch.testing.assert_close(getattr(streamed, name), parameter, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_without_gradients_of_the_weights_is_adams_with_zeros():
+    sae = autoencoder()
+    optimizer, before = adam(sae), sae.W_dec.detach().clone()
+    DeferredGradients(sae).step(optimizer)
+    torch.testing.assert_close(sae.W_dec.detach(), before)
+
+
+def test_state_goes_through_a_checkpoint():
+    whole, first, second = autoencoder(), autoencoder(), autoencoder()
+    train(whole, adam(whole), DeferredGradients(whole), n_steps=2)
+    optimizer = adam(first)
+    train(first, optimizer, DeferredGradients(first), n_steps=1)
+    saved, state = {k: v.clone() for k, v in first.state_dict().items()}, optimizer.state_dict()
+    second.load_state_dict(saved)
+    state["state"] = {
+        number: {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in values.items()}  # as files keep them
+        for number, values in state["state"].items()
+    }
+    resumed = adam(second)
+    resumed.load_state_dict(state)
+    deferred = DeferredGradients(second)
+    x = tokens(1)
+    with deferred:
+        loss_of(second, x, second(x, sparse=True), False).backward()
+    deferred.step(resumed)
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(getattr(second, name), parameter), name
+
+
+def test_columns_are_laid_out_in_place():
+    sae = autoencoder()
+    parameter, values = sae.W_enc, sae.W_enc.detach().clone()
+    fingerprint = sae.fingerprint
+    lay_out_columns(sae)
+    assert sae.W_enc is parameter and sae.W_enc.T.is_contiguous()
+    assert torch.equal(sae.W_enc, values) and sae.fingerprint == fingerprint
+
+
+def test_rows_lose_their_parallel_part_and_keep_unit_norm():
+    generator = torch.Generator().manual_seed(0)
+    rows, gradient = torch.randn(6, 9, generator=generator), torch.randn(6, 9, generator=generator)
+    normalize_rows(rows)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(6))
+    remove_parallel(gradient, rows)
+    torch.testing.assert_close((gradient * rows).sum(1), torch.zeros(6), rtol=0, atol=1e-6)
+
+
+def test_sparse_latents_are_a_plain_tuple():
+    latents = SparseLatents(torch.tensor([1.0, 2.0]), torch.tensor([3, 0]), torch.tensor([0, 1, 2]), 4)
+    assert torch.equal(latents.dense(), torch.tensor([[0, 0, 0, 1.0], [2.0, 0, 0, 0]]))
+    assert math.isclose(float(latents.sums().sum()), 3)
+
+
+# -- Triton -------------------------------------------------------------------------------------------------------------------
+
+TRITON_CHECK = """
+import torch
+from patchsae_utils import sparse, sparse_triton
+device = "cuda" if torch.cuda.is_available() else "cpu"
+generator = torch.Generator().manual_seed(0)
+for dtype, select in ((torch.float32, None), (torch.float64, sparse.TopK(3))):
+    x, W_enc, W_dec = (torch.randn(*shape, generator=generator).to(device, dtype) for shape in ((4, 10), (12, 10), (12, 10)))
+    parts = [x, W_enc.T, torch.full((12,), -0.5, device=device, dtype=dtype), W_dec, torch.ones(10, device=device, dtype=dtype)]
+    parts = [part.requires_grad_() for part in parts]
+    assert sparse._triton(x) is sparse_triton
+    latents = sparse.encode(*parts[:3], select)
+    ours = sparse.decode(latents, *parts[3:]).square().sum() + latents.sums().sum()
+    pre = parts[0] @ parts[1] + parts[2]
+    mask = pre > 0
+    if select is not None:
+        mask &= torch.zeros_like(mask).scatter_(1, pre.topk(3, 1).indices, True)
+    dense = pre * mask
+    expected = (dense @ parts[3] + parts[4]).square().sum() + dense.sum()
+    torch.testing.assert_close(latents.dense(), dense)
+    for got, want in zip(torch.autograd.grad(ours, parts), torch.autograd.grad(expected, parts), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+print("equal")
+"""
+
+
+def run_triton_check(**environment):
+    return subprocess.run(
+        [sys.executable, "-c", TRITON_CHECK], capture_output=True, text=True, env={**os.environ, **environment}, timeout=300, check=False
+    )
+
+
+def test_triton_kernels_equal_dense_autograd_when_interpreted():
+    pytest.importorskip("triton")
+    done = run_triton_check(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_triton_kernels_equal_dense_autograd_on_a_gpu():
+    done = run_triton_check()
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_on_a_gpu_is_that_of_the_cpu():
+    results = []
+    for device in ("cpu", "cuda"):
+        parts = [part.detach().to(device).requires_grad_() for part in big()]
+        latents = encode(*parts[:3])
+        loss = decode(latents, *parts[3:]).square().mean() + latents.sums().mean()
+        results.append([loss.cpu(), *(gradient.cpu() for gradient in torch.autograd.grad(loss, parts))])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_triton_kernels_compile_for_gpus_that_are_not_here(capability):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from patchsae_utils.sae import sparse_triton
+
+    pointers = {"rows": "*fp32", "numbers": "*i64", "offsets": "*i64", "weights": "*fp32", "bag_rows": "*fp32", "out": "*fp32"}
+    for kernel in (sparse_triton._bags_kernel, sparse_triton._pairs_kernel):
+        constants = {"D_BLOCK": 1024, "ACCUMULATE": triton.language.float32}
+        signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        assert ".entry" in triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]

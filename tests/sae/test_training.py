@@ -1,0 +1,368 @@
+"""The trainer: what a step does, what is saved, and that a killed run goes on bit for bit."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from patchsae_utils.activations.extraction import extract_activations
+from patchsae_utils.config import TrainConfig
+from patchsae_utils.plots.training import training_curves
+from patchsae_utils.sae import trainer as training
+from patchsae_utils.sae.files import load_sae
+from patchsae_utils.sae.losses import geometric_median, patchsae_loss
+from patchsae_utils.sae.model import SparseAutoencoder
+from patchsae_utils.sae.trainer import LOG_COLUMNS, learning_rate, train_sae, training_log
+
+matplotlib.use("Agg")
+
+CONFIG = TrainConfig(
+    n_tokens=40 * 64,
+    batch_tokens=64,
+    lr=3e-3,
+    warmup_steps=5,
+    l1_coefficient=1e-3,
+    dead_after_steps=4,
+    log_every=3,
+    checkpoint_every=7,
+    seed=0,
+)
+METADATA = SimpleNamespace(
+    model_name="toy",
+    weights_hash="0",
+    layer=1,
+    tokens="all",
+    grid=(2, 2),
+    preprocessing="",
+    dataset="toy",
+    split="train",
+    seed=0,
+    n_images=200,
+)
+
+
+class Store:
+    """Sparse combinations of 12 directions in 8 dimensions around a far centre; ``stop_at`` plays the power cut before that step."""
+
+    d_in = 8
+    metadata = METADATA
+
+    def __init__(self, stop_at=None, fingerprint="toy", cls=0.2):
+        self.stop_at, self.fingerprint, self.cls = stop_at, fingerprint, cls
+        generator = torch.Generator().manual_seed(0)
+        self.directions = torch.nn.functional.normalize(torch.randn(12, 8, generator=generator), dim=1)
+        self.asked = []
+
+    def tokens(self, batch_size, *, seed, epochs, start_step, positions):
+        assert epochs is None and positions
+        self.asked.append((batch_size, seed, start_step))
+        step = start_step
+        while True:
+            if step == self.stop_at:
+                raise KeyboardInterrupt
+            generator = torch.Generator().manual_seed(1000 * seed + step)
+            active = torch.rand(batch_size, 12, generator=generator) < 0.2
+            x = 5 + (active * torch.rand(batch_size, 12, generator=generator) * 4) @ self.directions
+            yield x, (torch.rand(batch_size, generator=generator) > self.cls).long()
+            step += 1
+
+
+def fresh(**options):
+    return SparseAutoencoder(8, 32, seed=0, **options)
+
+
+def weights(sae):
+    return {name: value.clone() for name, value in sae.state_dict().items()}
+
+
+def assert_same(left, right):
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    return weights(train_sae(fresh(), Store(), CONFIG, out, progress=False)), training_log(out)
+
+
+@pytest.mark.parametrize("kills", [(1,), (7,), (13,), (14, 15, 31), (39,)])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, uninterrupted, kills):
+    for step in kills:
+        with pytest.raises(KeyboardInterrupt):
+            train_sae(fresh(), Store(stop_at=step), CONFIG, tmp_path, progress=False)
+        with pytest.raises(FileNotFoundError):
+            load_sae(tmp_path)  # unfinished: nothing that looks finished
+    store = Store()
+    sae = train_sae(fresh(), store, CONFIG, tmp_path, progress=False)
+    assert store.asked == [(64, 0, 7 * (kills[-1] // 7))]  # data position of the last checkpoint
+    assert_same(weights(sae), uninterrupted[0])
+    pd.testing.assert_frame_equal(
+        training_log(tmp_path).drop(columns="tokens_per_second"), uninterrupted[1].drop(columns="tokens_per_second")
+    )
+    assert not (tmp_path / training.CHECKPOINT).exists()
+
+
+def test_a_kill_while_the_checkpoint_is_written_loses_nothing(tmp_path, uninterrupted, monkeypatch):
+    real, calls = torch.save, []
+
+    def save(state, path):
+        calls.append(path)
+        if len(calls) == 3:
+            path.write_bytes(b"half of a check")
+            raise KeyboardInterrupt
+        real(state, path)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(fresh(), Store(), CONFIG, tmp_path, progress=False)
+    store = Store()
+    assert_same(weights(train_sae(fresh(), store, CONFIG, tmp_path, progress=False)), uninterrupted[0])
+    assert store.asked[0][2] == 14
+
+
+def test_finished_runs_are_opened_not_repeated(tmp_path, uninterrupted):
+    train_sae(fresh(), Store(), CONFIG, tmp_path, progress=False)
+    store = Store(stop_at=0)
+    assert_same(weights(train_sae(fresh(), store, CONFIG, tmp_path, progress=False)), uninterrupted[0])
+    assert store.asked == []
+
+
+def test_other_inputs_train_anew(tmp_path):
+    train_sae(fresh(), Store(), CONFIG, tmp_path, progress=False)
+    for sae, store, config in (
+        (fresh(), Store(), dataclasses.replace(CONFIG, lr=1e-3)),
+        (fresh(), Store(fingerprint="other"), CONFIG),
+        (SparseAutoencoder(8, 32, seed=1), Store(), CONFIG),
+    ):
+        train_sae(sae, store, config, tmp_path, progress=False)
+        assert store.asked == [(64, 0, 0)]
+    with pytest.raises(KeyboardInterrupt):  # a checkpoint of other inputs is not gone on from
+        train_sae(fresh(), Store(stop_at=20), CONFIG, tmp_path, progress=False)
+    store = Store()
+    train_sae(fresh(), store, dataclasses.replace(CONFIG, seed=5), tmp_path, progress=False)
+    assert store.asked == [(64, 5, 0)]
+
+
+def test_without_resume_everything_is_done_again(tmp_path, uninterrupted):
+    train_sae(fresh(), Store(), CONFIG, tmp_path, progress=False)
+    store = Store()
+    assert_same(weights(train_sae(fresh(), store, CONFIG, tmp_path, resume=False, progress=False)), uninterrupted[0])
+    assert store.asked == [(64, 0, 0)]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(fresh(), Store(stop_at=20), CONFIG, tmp_path, progress=False)
+    path = tmp_path / training.CHECKPOINT
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match="checkpoint.pt can't be read.*Delete it"):
+        train_sae(fresh(), Store(), CONFIG, tmp_path, progress=False)
+
+
+def test_saved_and_returned_decoder_rows_have_unit_norm(tmp_path):
+    sae = train_sae(fresh(), Store(), CONFIG, tmp_path, progress=False)
+    for decoder in (sae.W_dec, load_sae(tmp_path).W_dec):
+        torch.testing.assert_close(decoder.norm(dim=1), torch.ones(32), rtol=0, atol=1e-6)
+    assert_same(weights(sae), weights(load_sae(tmp_path)))
+
+
+def test_training_learns(tmp_path):
+    train_sae(fresh(), Store(), dataclasses.replace(CONFIG, n_tokens=300 * 64, log_every=50), tmp_path, progress=False)
+    log = training_log(tmp_path)
+    assert log["explained_variance"].iloc[-1] > 0.9 > 0.5 > log["explained_variance"].iloc[0]
+    assert log["l0"].iloc[-1] < log["l0"].iloc[0]
+
+
+@pytest.mark.parametrize("cls_coefficient", [1.0, 4.0])
+def test_one_step_is_adam_on_the_projected_gradient_of_the_loss(tmp_path, cls_coefficient):
+    """Against a step written out with plain Adam; the batch is split in chunks, which must not matter."""
+    config = dataclasses.replace(CONFIG, n_tokens=64, warmup_steps=0, cls_coefficient=cls_coefficient)
+    sae = train_sae(fresh(), Store(), config, tmp_path, progress=False)
+
+    expected = fresh()
+    x, positions = next(Store().tokens(64, seed=0, epochs=None, start_step=0, positions=True))
+    expected.b_dec.data.copy_(geometric_median(x))
+    expected.normalize_decoder()
+    patchsae_loss(expected, x, None, config.l1_coefficient, cls_coefficient, is_cls=positions == 0).total.backward()
+    row = torch.nn.functional.normalize(expected.W_dec.detach(), dim=1)
+    expected.W_dec.grad -= row * (row * expected.W_dec.grad).sum(1, keepdim=True)
+    for parameter in expected.parameters():
+        g = parameter.grad  # Adam's first step: m_hat = g, v_hat = g^2
+        parameter.data -= config.lr * g / (g.square().sqrt() + 1e-8)
+    expected.normalize_decoder()
+    for name, value in weights(expected).items():
+        torch.testing.assert_close(weights(sae)[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_do_not_matter(tmp_path, uninterrupted, monkeypatch):
+    monkeypatch.setattr(training, "_CHUNK_TOKENS", 1)
+    monkeypatch.setattr(training, "_CHUNK_CPU", 32 * 10)  # ten tokens at a time
+    sae = train_sae(fresh(), Store(), CONFIG, tmp_path, progress=False)
+    chunked = weights(sae)
+    assert not torch.equal(chunked["W_enc"], uninterrupted[0]["W_enc"]), "sums in another order round another way: there were chunks"
+    for name, value in chunked.items():
+        torch.testing.assert_close(value, uninterrupted[0][name], rtol=1e-2, atol=1e-3)
+    log = training_log(tmp_path)
+    np.testing.assert_allclose(log["explained_variance"], uninterrupted[1]["explained_variance"], atol=1e-3)
+    np.testing.assert_allclose(log["l0"], uninterrupted[1]["l0"], rtol=1e-2)
+
+
+def test_cls_coefficient_is_honoured(tmp_path):
+    runs = {
+        c: train_sae(fresh(), Store(), dataclasses.replace(CONFIG, cls_coefficient=c), tmp_path / str(c), progress=False)
+        for c in (1.0, 5.0)
+    }
+    assert not torch.equal(runs[1.0].W_enc, runs[5.0].W_enc)
+
+
+def test_warm_up_arguments_are_honoured(tmp_path):
+    config = dataclasses.replace(CONFIG, warmup_steps=10, lr=2e-3)
+    assert [learning_rate(step, config) for step in (0, 4, 9, 10, 1000)] == pytest.approx([2e-4, 1e-3, 2e-3, 2e-3, 2e-3])
+    assert learning_rate(0, dataclasses.replace(config, warmup_steps=0)) == 2e-3
+    train_sae(fresh(), Store(), config, tmp_path, progress=False)
+    log = training_log(tmp_path)
+    assert log["lr"].tolist() == pytest.approx([learning_rate(step, config) for step in log["step"]])
+
+
+def test_the_rate_reaches_the_optimiser(tmp_path):
+    """Adam's first steps move every weight by about the rate, whatever the gradient: so the moves show the warm-up."""
+    config = dataclasses.replace(CONFIG, n_tokens=64, warmup_steps=100)
+    start = weights(fresh())["W_enc"]
+    moved = (train_sae(fresh(), Store(), config, tmp_path, progress=False).W_enc - start).abs().max().item()
+    assert moved == pytest.approx(config.lr / 100, rel=0.02)
+
+
+def test_the_log_has_its_rows_and_columns(uninterrupted):
+    log = uninterrupted[1]
+    assert tuple(log.columns) == LOG_COLUMNS
+    assert log["step"].tolist() == [*range(0, 40, 3)]
+    assert log["tokens"].tolist() == [64 * (step + 1) for step in range(0, 40, 3)]
+    assert np.isfinite(log.to_numpy()).all()
+    np.testing.assert_allclose(log["loss"], log["mse"] + log["l1"] + log["ghost"], rtol=1e-4)
+
+
+def test_the_logged_explained_variance_is_centred(tmp_path):
+    """At step 0, before any update: 1 - residual / variance of the very batch."""
+    log_row = training_log_of_one_step(tmp_path)
+    sae = fresh()
+    x, _ = next(Store().tokens(64, seed=0, epochs=None, start_step=0, positions=True))
+    sae.b_dec.data.copy_(geometric_median(x))
+    residual = (x - sae(x).reconstruction).square().sum()
+    assert log_row["explained_variance"] == pytest.approx((1 - residual / (x - x.mean(0)).square().sum()).item(), rel=1e-4)
+    assert log_row["l0"] == pytest.approx((sae(x).latents > 0).sum(1).float().mean().item(), rel=1e-4)
+
+
+def training_log_of_one_step(tmp_path):
+    train_sae(fresh(), Store(), dataclasses.replace(CONFIG, n_tokens=64), tmp_path, progress=False)
+    return training_log(tmp_path).iloc[0]
+
+
+def test_ghost_gradients_wake_the_dead_and_never_make_nan(tmp_path):
+    silent = {}
+    for name, dead_after_steps in (("with", 4), ("without", 10**6)):
+        sae = fresh()
+        with torch.no_grad():
+            sae.b_enc[:16] = -3  # half the dictionary is dead from the start
+            sae.b_enc[0] = -1e5  # exp underflows: beyond help, but no reason for NaN
+        config = dataclasses.replace(CONFIG, n_tokens=300 * 64, lr=5e-3, dead_after_steps=dead_after_steps)
+        sae = train_sae(sae, Store(), config, tmp_path / name, progress=False)
+        log = training_log(tmp_path / name)
+        assert np.isfinite(log.to_numpy()).all()
+        assert all(torch.isfinite(value).all() for value in weights(sae).values())
+        assert (log["ghost"] > 0).any() == (name == "with")
+        x = torch.cat([next(Store().tokens(64, seed=9, epochs=None, start_step=i, positions=True))[0] for i in range(20)])
+        silent[name] = (sae.encode(x) == 0).all(0)[:16].sum().item()
+    assert silent["with"] <= 6 < 11 <= silent["without"]
+
+
+def test_dead_means_silent_for_more_than_the_given_steps(tmp_path):
+    sae = fresh()
+    with torch.no_grad():
+        sae.b_enc[3] = -1e6
+    train_sae(sae, Store(), dataclasses.replace(CONFIG, n_tokens=8 * 64, log_every=1, dead_after_steps=4), tmp_path, progress=False)
+    log = training_log(tmp_path)
+    assert log["dead_fraction"].gt(0).tolist() == [False] * 4 + [True] * 4  # after step 4 it has been silent for five
+    assert log["ghost"].gt(0).tolist() == [False] * 5 + [True] * 3
+
+
+def test_bfloat16_follows_float32_and_keeps_float32_weights(tmp_path, uninterrupted):
+    sae = train_sae(fresh(), Store(), dataclasses.replace(CONFIG, precision="bfloat16"), tmp_path, progress=False)
+    assert all(value.dtype == torch.float32 for value in weights(sae).values())
+    log = training_log(tmp_path)
+    assert log["explained_variance"].iloc[-1] == pytest.approx(uninterrupted[1]["explained_variance"].iloc[-1], abs=0.02)
+    assert log["l0"].iloc[-1] == pytest.approx(uninterrupted[1]["l0"].iloc[-1], rel=0.05)
+
+
+def test_topk_trains(tmp_path):
+    sae = train_sae(fresh(activation="topk", k=3), Store(), dataclasses.replace(CONFIG, l1_coefficient=0.0), tmp_path, progress=False)
+    assert training_log(tmp_path)["l0"].max() <= 3
+    assert load_sae(tmp_path).k == sae.k == 3
+
+
+def test_a_b_dec_that_is_set_already_stays_the_start(tmp_path):
+    sae = fresh()
+    sae.b_dec.data.fill_(4.0)
+    trained = train_sae(sae, Store(), dataclasses.replace(CONFIG, n_tokens=64, warmup_steps=0), tmp_path, progress=False)
+    assert (trained.b_dec - 4.0).abs().max() <= CONFIG.lr * 1.01
+
+
+def test_activations_of_another_source_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="The SAE reads 9-dimensional"):
+        train_sae(SparseAutoencoder(9, 32), Store(), CONFIG, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="layer 7; this store holds 8-dimensional ones of 'toy', layer 1"):
+        train_sae(fresh(metadata={"model_name": "toy", "layer": 7}), Store(), CONFIG, tmp_path, progress=False)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    class Broken(Store):
+        def tokens(self, *args, **kwargs):
+            for i, (x, positions) in enumerate(super().tokens(*args, **kwargs)):
+                yield (x * torch.nan if i == 10 else x), positions
+
+    with pytest.raises(ValueError, match="The loss is nan at step 12.*lower lr"):
+        train_sae(fresh(), Broken(), CONFIG, tmp_path, progress=False)
+
+
+def test_a_store_on_disk_trains_and_names_its_source(tmp_path, tiny_clip, tiny_dataset):
+    store = extract_activations(tiny_clip, tiny_dataset, -2, tmp_path / "store", progress=False)
+    config = dataclasses.replace(CONFIG, n_tokens=20 * 512, batch_tokens=512, cls_coefficient=2.0)
+    sae = train_sae(SparseAutoencoder(32, 64), store, config, tmp_path / "sae", progress=False)
+    assert (sae.metadata["model_name"], sae.metadata["layer"], sae.metadata["tokens"]) == ("tiny", 1, "all")
+    assert load_sae(tmp_path / "sae").metadata.items() >= sae.metadata.items()
+    with pytest.raises(ValueError, match="layer 0"):
+        train_sae(
+            sae, extract_activations(tiny_clip, tiny_dataset, 0, tmp_path / "other", progress=False), config, tmp_path / "x", progress=False
+        )
+
+
+def test_missing_log_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No training_log.csv"):
+        training_log(tmp_path)
+
+
+def test_training_curves_draw_the_log(uninterrupted):
+    fig = training_curves(uninterrupted[1])
+    assert len(fig.axes) == 3
+    matplotlib.pyplot.close(fig)
+
+
+def test_started_from_data_every_latent_fires_on_its_share_of_the_tokens():
+    from patchsae_utils.sae.trainer import start_from_data
+
+    x = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0)) + 3
+    sae = SparseAutoencoder(16, 64)
+    start_from_data(sae, x, rate=0.05)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
+    directions = torch.nn.functional.normalize(x[:64] - sae.b_dec, dim=1)
+    torch.testing.assert_close(sae.W_dec.detach(), directions)
+    rates = (sae.encode(x) > 0).float().mean(0)
+    assert (rates - 0.05).abs().max() < 0.002
+    scaled = [(x - sae.decode(factor * sae.encode(x))).square().sum() for factor in (0.9, 1.0, 1.1)]
+    assert scaled[1] < scaled[0] and scaled[1] < scaled[2]
+    with pytest.raises(ValueError, match="64 latents; got 10"):
+        start_from_data(sae, x[:10])

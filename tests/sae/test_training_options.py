@@ -1,0 +1,342 @@
+"""The trainer's settings: schedules, clipping, warm-ups, token types, normalisation, variants, the sparse path, trackers."""
+
+import dataclasses
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_training import CONFIG, METADATA, Store, assert_same, fresh, weights
+
+from patchsae_utils.activations.extraction import extract_activations
+from patchsae_utils.config import SaeConfig, TrainConfig
+from patchsae_utils.run.artifacts import read_json
+from patchsae_utils.sae import sparse
+from patchsae_utils.sae import trainer as training
+from patchsae_utils.sae.files import load_sae
+from patchsae_utils.sae.losses import geometric_median, patchsae_loss
+from patchsae_utils.sae.model import SparseAutoencoder
+from patchsae_utils.sae.schedules import l1_weight, learning_rate
+from patchsae_utils.sae.starts import start_bias
+from patchsae_utils.sae.trainer import LOG_COLUMNS, train_sae, training_log
+
+NEW = dataclasses.replace(CONFIG, n_tokens=12 * 64, log_every=1)
+
+
+def train(tmp_path, sae=None, store=None, config=NEW, **changes):
+    out = tmp_path / str(len(list(tmp_path.iterdir())))
+    return train_sae(sae or fresh(), store or Store(), dataclasses.replace(config, **changes), out, progress=False), training_log(out)
+
+
+# -- schedules ----------------------------------------------------------------------------------------------------------
+
+
+def test_schedules_have_their_values():
+    config = TrainConfig(n_tokens=21 * 64, batch_tokens=64, lr=2.0, warmup_steps=10, schedule="linear", lr_end=0.1)
+    assert [learning_rate(step, config) for step in (0, 4, 9, 10, 15, 20)] == pytest.approx([0.2, 1, 2, 2, 1.1, 0.2])
+    cosine = dataclasses.replace(config, schedule="cosine")
+    expected = [0.2 + 1.8 * (1 + np.cos(np.pi * share)) / 2 for share in (0, 0.25, 0.5, 0.75, 1)]
+    assert [learning_rate(step, dataclasses.replace(cosine, n_tokens=51 * 64)) for step in (10, 20, 30, 40, 50)] == pytest.approx(expected)
+    rates = [learning_rate(step, dataclasses.replace(cosine, lr_end=0.0)) for step in range(21)]
+    assert max(rates) == rates[10] == 2 and rates[20] == 0 and all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_schedule_reaches_the_optimiser(tmp_path, schedule, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: rates.append([g["lr"] for g in self.param_groups]) or step(self))
+    config = dataclasses.replace(NEW, schedule=schedule)
+    _, log = train(tmp_path, config=config)
+    assert rates == [[learning_rate(i, config)] for i in range(12)]
+    assert log["lr"].tolist() == pytest.approx([rate for (rate,) in rates], rel=1e-5)
+    assert (rates[-1][0] < config.lr / 2) == (schedule != "constant")
+
+
+def test_the_l1_term_warms_up(tmp_path):
+    config = dataclasses.replace(NEW, l1_warmup_steps=8, lr=1e-9)
+    assert [l1_weight(step, config) for step in (0, 3, 7, 8, 99)] == pytest.approx([1e-3 / 8, 5e-4, 1e-3, 1e-3, 1e-3])
+    _, warm = train(tmp_path, config=config)
+    _, cold = train(tmp_path, config=config, l1_warmup_steps=0)
+    np.testing.assert_allclose(warm["l1"] / cold["l1"], [min(1, (i + 1) / 8) for i in range(12)], rtol=1e-3)
+
+
+# -- the gradient -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["never", "always"])
+def test_gradients_are_clipped_to_their_common_norm(tmp_path, how):
+    """Adam's first moment after one step is a tenth of the gradient it was given."""
+    moments = {}
+    for clip in (0.0, 1e-3):
+        run = train_one_step(tmp_path / f"{how}-{clip}", dataclasses.replace(NEW, clip_gradient=clip, sparse=how))
+        moments[clip] = [10 * run.optimizer.state[p]["exp_avg"] for p in run.sae.parameters()]
+    norms = {clip: torch.cat([m.flatten() for m in moments[clip]]).norm().item() for clip in moments}
+    assert norms[0.0] > 1e-2 and norms[1e-3] == pytest.approx(1e-3, rel=1e-4)
+    for long, short in zip(moments[0.0], moments[1e-3], strict=True):  # shorter, of the same direction
+        torch.testing.assert_close(short, long * 1e-3 / norms[0.0], rtol=1e-3, atol=1e-9)
+
+
+def train_one_step(out, config):
+    """The run after its first step."""
+    runs = []
+    real = training._Run
+
+    class Kept(real):
+        def __init__(self, *args):
+            super().__init__(*args)
+            runs.append(self)
+
+    training._Run = Kept
+    try:
+        train_sae(fresh(), Store(), dataclasses.replace(config, n_tokens=64), out, progress=False)
+    finally:
+        training._Run = real
+    return runs[0]
+
+
+def test_without_ghosts_the_dead_get_no_gradient(tmp_path):
+    for ghost in (True, False):
+        sae = fresh()
+        with torch.no_grad():
+            sae.b_enc[:16] = -8  # out of reach of any token
+        trained, log = train(tmp_path, sae, n_tokens=30 * 64, ghost=ghost)
+        assert (log["dead_fraction"].iloc[-1] > 0) and (log["ghost"] > 0).any() == ghost
+        assert bool((trained.b_enc[:16] != -8).any()) == ghost
+
+
+# -- where it starts ----------------------------------------------------------------------------------------------------
+
+
+def test_b_dec_starts_where_it_is_told():
+    x = next(Store().tokens(64, seed=0, epochs=None, start_step=0, positions=True))[0]
+    for kind, expected in (("median", geometric_median(x)), ("mean", x.mean(0)), ("zero", torch.zeros(8))):
+        sae = fresh()
+        start_bias(sae, x, kind)
+        torch.testing.assert_close(sae.b_dec.detach(), expected)
+        start_bias(sae, x + 1, kind)
+        torch.testing.assert_close(sae.b_dec.detach(), expected if kind != "zero" else torch.zeros(8))
+
+
+def test_the_start_of_b_dec_is_a_setting(tmp_path):
+    x = next(Store().tokens(64, seed=0, epochs=None, start_step=0, positions=True))[0]
+    for kind, expected in (("median", geometric_median(x)), ("mean", x.mean(0)), ("zero", torch.zeros(8))):
+        sae, _ = train(tmp_path, n_tokens=64, lr=1e-9, b_dec_start=kind)
+        torch.testing.assert_close(sae.b_dec.detach(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mean", "mean_and_norm"])
+def test_input_statistics_are_the_datas_and_come_back_from_disk(tmp_path, kind):
+    out = tmp_path / "sae"
+    train_sae(fresh(), Store(), dataclasses.replace(NEW, normalize=kind), out, progress=False)
+    sae = load_sae(out)
+    x = torch.cat([next(Store().tokens(64, seed=5, epochs=None, start_step=i, positions=True))[0] for i in range(100)])
+    torch.testing.assert_close(sae.input_mean, x.mean(0), rtol=0, atol=0.05)
+    rms = (x - x.mean(0)).square().sum(1).mean().sqrt().item() / 8**0.5
+    assert sae.input_scale.item() == pytest.approx(rms if kind == "mean_and_norm" else 1.0, rel=0.05)
+    sae.check_statistics(x)
+    with pytest.raises(ValueError, match="away from"):
+        sae.check_statistics(10 * x)
+
+
+# -- tokens -------------------------------------------------------------------------------------------------------------
+
+
+class KindStore(Store):
+    """Notes which tokens it was asked for."""
+
+    def tokens(self, *args, tokens="all", **kwargs):
+        self.kind = tokens
+        return super().tokens(*args, **kwargs)
+
+
+def test_token_types_are_chosen_from_the_store(tmp_path):
+    for kind in ("all", "patches", "cls"):
+        store = KindStore()
+        sae, _ = train(tmp_path, store=store, tokens=kind)
+        assert store.kind == kind and sae.metadata["tokens"] == kind
+
+
+def test_a_store_without_those_tokens_is_refused(tmp_path):
+    store = Store()
+    store.metadata = SimpleNamespace(**vars(METADATA) | {"tokens": "cls"})
+    with pytest.raises(ValueError, match="tokens='patches' can't be had from a store of 'cls' tokens. Extract with"):
+        train(tmp_path, store=store, tokens="patches")
+    assert train(tmp_path, store=store, tokens="cls")[0].metadata["tokens"] == "cls"
+
+
+def test_a_store_gives_the_tokens_wanted(tmp_path, tiny_clip, tiny_dataset):
+    store = extract_activations(tiny_clip, tiny_dataset, 0, tmp_path, n_per_shard=10, progress=False)
+    whole, _, _ = next(store.images(batch_size=24))
+    for kind, kept in (("cls", slice(0, 1)), ("patches", slice(1, None)), ("all", slice(None))):
+        x, places = next(store.tokens(10**5, shuffle=False, positions=True, tokens=kind))
+        assert torch.equal(x, whole[:, kept].flatten(0, 1)) and torch.equal(places, torch.arange(197)[kept].repeat(24))
+        mixed = torch.cat([batch for batch, _ in store.tokens(77, seed=1, positions=True, tokens=kind, buffer_bytes=1)])
+        assert torch.equal(mixed.sum(1).sort().values, x.sum(1).sort().values)
+        late = next(store.tokens(5, seed=1, start_step=3, tokens=kind, buffer_bytes=1))
+        assert torch.equal(late, mixed[15:20])
+
+
+# -- variants and the sparse path ---------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "relu": ({}, 1e-3), "topk": ({"k": 3}, 0.0), "batchtopk": ({"k": 3}, 0.0), "matryoshka": ({"k": 3, "groups": (8, 32)}, 0.0), "jumprelu": ({}, 1e-2),
+    "gated": ({}, 1e-2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", VARIANTS)
+def test_every_variant_learns_and_comes_back_from_disk(tmp_path, activation):
+    options, weight = VARIANTS[activation]
+    config = dataclasses.replace(NEW, n_tokens=200 * 64, log_every=20, l1_coefficient=weight, normalize="mean_and_norm")
+    logs = {}
+    for how in ("never", "always"):
+        out = tmp_path / how
+        sae = train_sae(fresh(activation=activation, **options), Store(), dataclasses.replace(config, sparse=how), out, progress=False)
+        logs[how] = training_log(out)
+        assert not sae.training
+        x = next(Store().tokens(64, seed=9, epochs=None, start_step=0, positions=True))[0]
+        loaded = load_sae(out)
+        torch.testing.assert_close(loaded.encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(loaded(x).reconstruction, sae(x).reconstruction, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(32), rtol=0, atol=1e-6)
+        assert read_json(out / "summary.json")["sparse_steps"] == (200 if how == "always" and activation != "gated" else 0)
+    assert logs["never"]["explained_variance"].iloc[-1] > 0.7 > logs["never"]["explained_variance"].iloc[0]
+    early = slice(0, 4)  # afterwards rounding has been amplified
+    np.testing.assert_allclose(logs["always"]["loss"][early], logs["never"]["loss"][early], rtol=1e-2)
+    assert logs["always"]["explained_variance"].iloc[-1] == pytest.approx(logs["never"]["explained_variance"].iloc[-1], abs=0.03)
+    assert logs["always"]["l0"].iloc[-1] == pytest.approx(logs["never"]["l0"].iloc[-1], rel=0.1)
+
+
+def test_one_sparse_step_is_the_dense_one(tmp_path):
+    states = [weights(train(tmp_path, n_tokens=2 * 64, sparse=how, clip_gradient=0.1)[0]) for how in ("never", "always")]
+    for name in states[0]:
+        torch.testing.assert_close(states[1][name], states[0][name], rtol=1e-4, atol=1e-5)
+
+
+def test_auto_turns_sparse_when_few_latents_are_active(tmp_path, monkeypatch):
+    config = dataclasses.replace(NEW, n_tokens=60 * 64, l1_coefficient=0.05, lr=1e-2, sparse="auto")
+    _, log = train(tmp_path, config=config)
+    assert read_json(tmp_path / "0" / "summary.json")["sparse_steps"] == 0, "a small dictionary stays dense"
+    monkeypatch.setattr(training, "_SPARSE_FROM", 1)
+    asked = []
+    monkeypatch.setattr(sparse, "worthwhile", lambda density, device: asked.append(density) or density < 0.2)
+    _, log = train(tmp_path, config=config)
+    density = log["l0"].to_numpy() / 32
+    recent = [density[max(0, i - 5) : i].mean() for i in range(1, 60)]  # steps 1 to 59; step 0 knows nothing
+    assert asked == pytest.approx(recent, rel=1e-4)
+    n_sparse = read_json(tmp_path / "1" / "summary.json")["sparse_steps"]
+    assert n_sparse == sum(value < 0.2 for value in asked) and 0 < n_sparse < 59
+
+
+def test_auto_goes_on_bit_for_bit_over_the_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_SPARSE_FROM", 1)
+    monkeypatch.setattr(sparse, "worthwhile", lambda density, device: density < 0.2)
+    config = dataclasses.replace(NEW, n_tokens=40 * 64, l1_coefficient=0.05, lr=1e-2, sparse="auto", checkpoint_every=5)
+    whole, _ = train(tmp_path, config=config)
+    out = tmp_path / "cut"
+    for stop in (12, 23, 34):
+        with pytest.raises(KeyboardInterrupt):
+            train_sae(fresh(), Store(stop_at=stop), config, out, progress=False)
+    assert_same(weights(train_sae(fresh(), Store(), config, out, progress=False)), weights(whole))
+
+
+def test_defaults_leave_fingerprints_alone():
+    recipe = training._recipe(TrainConfig())
+    assert "schedule" not in recipe and "sparse" not in recipe and recipe["lr"] == 4e-4
+    assert training._recipe(TrainConfig(schedule="cosine"))["schedule"] == "cosine"
+    assert set(training._LATER) < {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+# -- trackers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("patchsae_utils.run.processes.importlib.util.find_spec", lambda package: None)
+    with pytest.raises(ImportError, match=f"'{name}' needs a package that is not installed: pip install {name}"):
+        train(tmp_path, trackers=(name,))
+
+
+def test_trackers_get_the_log(tmp_path, monkeypatch):
+    """Through accelerate, into a stand-in for wandb's module."""
+    seen = {"rows": [], "config": {}, "finished": 0}
+    run = SimpleNamespace(
+        log=lambda values, step=None, **_: seen["rows"].append((step, values)), finish=lambda: seen.__setitem__("finished", 1)
+    )
+    module = ModuleType("wandb")
+    module.init = lambda **_: run
+    module.config = SimpleNamespace(update=lambda values, **_: seen["config"].update(values))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr("patchsae_utils.run.processes.importlib.util.find_spec", lambda package: package)
+    monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: True)
+    import accelerate.tracking
+
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "wandb", accelerate.tracking.WandBTracker)
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [accelerate.tracking.LoggerType.WANDB])
+    _, log = train(tmp_path, trackers=("wandb",), log_every=4)
+    assert [step for step, _ in seen["rows"]] == log["step"].tolist()
+    for (_, values), (_, row) in zip(seen["rows"], log.iterrows(), strict=True):
+        assert set(values) == set(LOG_COLUMNS[1:]) and values["loss"] == pytest.approx(row["loss"], rel=1e-5)
+    assert seen["config"]["lr"] == NEW.lr and seen["finished"] == 1
+
+
+def test_the_bar_shows_the_numbers(tmp_path, capsys):
+    train_sae(fresh(), Store(), NEW, tmp_path, progress=True)
+    last = capsys.readouterr().err
+    assert all(f"{name}=" in last for name in ("loss", "L0", "EV", "dead", "tokens/s"))
+
+
+# -- settings -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"schedule": "step"}, "schedule must be constant, linear or cosine, got 'step'"),
+        ({"lr_end": 0.5}, "no meaning for schedule='constant'"),
+        ({"lr_end": 1.5, "schedule": "linear"}, "between 0 and 1"),
+        ({"clip_gradient": -1.0}, "clip_gradient must be 0 or more"),
+        ({"l1_warmup_steps": -1}, "l1_warmup_steps must be 0 or more"),
+        ({"tokens": "CLS"}, "tokens must be all, patches or cls"),
+        ({"sparse": "yes"}, "sparse must be auto, never or always"),
+        ({"normalize": "layer_norm"}, "normalize must be none, mean or mean_and_norm"),
+        ({"b_dec_start": "median_of_means"}, "b_dec_start must be median, mean or zero"),
+        ({"trackers": ("mlflow",)}, "tensorboard and wandb"),
+        ({"trackers": ("wandb", "wandb")}, "each once"),
+    ],
+)
+def test_settings_are_checked(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    "settings, options",
+    [
+        ({}, {"activation": "relu"}),
+        ({"activation": "topk", "k": 3}, {"activation": "topk", "k": 3}),
+        ({"activation": "matryoshka", "k": 3, "groups": (4, 8)}, {"activation": "matryoshka", "k": 3, "groups": (4, 8)}),
+        ({"activation": "jumprelu", "bandwidth": 0.1}, {"activation": "jumprelu", "bandwidth": 0.1}),
+    ],
+)
+def test_sae_settings_make_an_sae(settings, options):
+    assert SaeConfig(**settings).options() == options
+    sae = SparseAutoencoder(4, 8, **SaeConfig(**settings).options())
+    assert all(getattr(sae, name) == value for name, value in options.items())
+
+
+@pytest.mark.parametrize("settings", [{"groups": (4, 8)}, {"bandwidth": 0.1}, {"activation": "matryoshka", "k": 1, "groups": (8, 4)}])
+def test_sae_settings_are_checked(settings):
+    with pytest.raises(ValueError, match="no meaning|rising"):
+        SaeConfig(**settings)
+
+
+def test_the_objective_is_the_papers(tmp_path):
+    """What the log calls loss at step 0 is ``patchsae_loss`` of the batch."""
+    x, places = next(Store().tokens(64, seed=0, epochs=None, start_step=0, positions=True))
+    sae = fresh()
+    sae.b_dec.data.copy_(geometric_median(x))
+    expected = patchsae_loss(sae, x, None, NEW.l1_coefficient, is_cls=places == 0)
+    _, log = train(tmp_path)
+    assert log["loss"][0] == pytest.approx(expected.total.item(), rel=1e-5)
