@@ -55,7 +55,7 @@ def page(browser):  # noqa: F811
 @pytest.mark.parametrize("front", ["voila", "jupyterlab"])
 def test_explorers_answer(front, notebook, page):
     pytest.importorskip(front, reason=f"this test needs {front}: pip install -e .[explore]")
-    here = [Path(__file__).parent]
+    here = [Path(__file__).parents[1]]
     if front == "voila":
         with voila(notebook, paths=here) as address:
             page.goto(address)

@@ -18,7 +18,7 @@ from patchsae_utils.run.artifacts import read_json
 from patchsae_utils.sae.files import load_sae
 from patchsae_utils.sae.trainer import training_log
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from patchsae_utils.latents.reading import LatentSummary
 from patchsae_utils.run.artifacts import read_json
 from patchsae_utils.run.processes import Alone
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
