@@ -7,7 +7,7 @@ from typing import Any
 
 from .activations.folders import is_url
 from .activations.store import FORMAT, ActivationStore, read_manifest
-from .run.artifacts import read_sealed
+from .run.artifacts import read_checked_json
 from .sae.files import load_sae
 from .sae.formats import find
 
@@ -63,7 +63,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 def _manifest(path: Path) -> dict[str, Any]:
     """An activation store, checked file by file; of other artifacts, the manifest."""
-    manifest = read_sealed(path / "manifest.json")
+    manifest = read_checked_json(path / "manifest.json")
     if manifest.get("format") == FORMAT:
         if not read_manifest(path / "manifest.json")["complete"]:
             return {

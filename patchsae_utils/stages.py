@@ -22,7 +22,7 @@ from .concepts.detection import ConceptReport, measure_concepts
 from .concepts.grounding import ConceptPatches, has_truth
 from .config import Profile
 from .data import ImageData, OpenMojiData, load_dataset, without_broken
-from .data.loading import automatic_workers
+from .data.loader import automatic_workers
 from .latents.likeness import Likeness
 from .latents.reading import LatentSummary, summarize_latents
 from .run.artifacts import fingerprint

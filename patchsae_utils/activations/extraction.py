@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from ..data import batches
 from ..run.artifacts import fingerprint
-from ..run.memory import FittingBatches
-from ..run.processes import together
+from ..run.memory import HalvedBatches
+from ..run.processes import current_processes
 from .folders import LocalFolder, RemoteFolder, open_folder, read_object
 from .mixing import TOKENS, choose_tokens
 from .store import (
@@ -95,7 +95,7 @@ def extract_activations(
     inputs = describe_activations(clip, dataset, layer, tokens, dtype)
     folder = open_folder(out)
     key = fingerprint(n_per_shard=n_per_shard, **inputs)
-    processes = together()
+    processes = current_processes()
     if not processes.on_main(lambda: _is_whole(folder, key)):
         with ExitStack() as stack:
             processes.on_main(lambda: stack.enter_context(folder.lock()))
@@ -147,7 +147,7 @@ def _shards(clip, loaded: Iterator[Tensor], inputs: dict[str, Any], sizes: list[
     Batches begin anew with every shard: how the forward passes are cut, and with that the last bit, is the same wherever a run was interrupted
     and however many processes share the shards.
     """
-    kept, fitting = choose_tokens("all", inputs["tokens"]), FittingBatches(clip.device)
+    kept, fitting = choose_tokens("all", inputs["tokens"]), HalvedBatches(clip.device)
     waiting: Tensor | None = None
     for size in sizes:
         shard = torch.empty(size, *inputs["shape"][1:], dtype=DTYPES[inputs["dtype"]])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data import batches
 from ..run.artifacts import fingerprint
-from ..run.memory import FittingBatches
+from ..run.memory import HalvedBatches
 from .extraction import describe_activations
 from .mixing import TokenMixer, choose_tokens
 from .store import DTYPES, StoreMetadata, check_fits
@@ -93,7 +93,7 @@ class TokenStream:
         self.fingerprint: str = fingerprint(stage="stream", batch_size=batch_size, buffer_bytes=buffer_bytes, **inputs)
         """Names everything that the batches depend on."""
         self._batch_size, self._workers, self._buffer_bytes = batch_size, workers, buffer_bytes
-        self._fitting = FittingBatches(clip.device)
+        self._fitting = HalvedBatches(clip.device)
 
     def __len__(self) -> int:
         """Tokens of an epoch: ``n_images * n_tokens``."""
@@ -132,8 +132,8 @@ class TokenStream:
     @torch.no_grad()
     def _fill(self, images: np.ndarray, kept: slice) -> Tensor:
         """Tokens [n, T, d] of some images; each process computes every so-many-th and gets the others' from them."""
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        number, index = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if together else (1, 0)
+        current_processes = torch.distributed.is_available() and torch.distributed.is_initialized()
+        number, index = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if current_processes else (1, 0)
         share = -(-len(images) // number)  # equal shares: the last images may be computed twice
         own = images[(np.arange(share) * number + index) % len(images)]
         dtype = DTYPES[self.metadata.dtype]

@@ -203,7 +203,7 @@ def save_adapter(adapted: AdaptedClip, out: str | Path, **manifest: Any) -> None
     """
     with artifacts.atomic_folder(out) as folder:
         save_file({k: v.detach().cpu().contiguous() for k, v in adapted.learned.state_dict().items()}, folder / "adapter.safetensors")
-        artifacts.write_sealed(
+        artifacts.write_checked_json(
             folder / "manifest.json",
             {
                 "format_version": FORMAT_VERSION,
@@ -249,15 +249,15 @@ def load_adapter(path: str | Path, clip: ClipModel | None = None, *, n_ctx: int 
         raise FileNotFoundError(
             f"{path} holds no adapter (manifest.json and adapter.safetensors). Fit one: fit_adapter(clip, kind, dataset, config, out)."
         )
-    manifest = artifacts.read_sealed(path / "manifest.json")
+    manifest = artifacts.read_checked_json(path / "manifest.json")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {manifest.get('format_version')}; this package reads {FORMAT_VERSION}. Fit the adapter again."
         )
-    with artifacts.understood(path / "manifest.json"):
+    with artifacts.damage_named(path / "manifest.json"):
         base = manifest["base"]["name"], manifest["base"]["pretrained"]
     clip = clip or load_clip(*base)
-    with artifacts.understood(path / "manifest.json"):
+    with artifacts.damage_named(path / "manifest.json"):
         return _from_manifest(path, manifest, clip, n_ctx, depth)
 
 

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..latents.reading import dataset_fingerprint
-from ..run.artifacts import atomic_folder, fingerprint, is_current, read_sealed_folder, seal_folder
+from ..run.artifacts import atomic_folder, fingerprint, is_current, read_folder_manifest, write_folder_manifest
 from ..run.intervals import centred_interval
 from ..sae.dictionary import NEEDS_NO_THRESHOLD, Dictionary, dimensions, random_sae, sae_dictionary
 from .baselines import ica_dictionary, kmeans_dictionary, nmf_dictionary, pca_dictionary, random_weights_sae, sample_patches
@@ -162,7 +162,7 @@ class ComparisonReport(NamedTuple):
         with atomic_folder(folder) as temporary:
             self.detection.to_csv(temporary / "detection.csv", index=False)
             np.save(temporary / "replicates.npy", self.replicates, allow_pickle=False)
-            seal_folder(temporary, {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True})
+            write_folder_manifest(temporary, {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True})
 
     @classmethod
     def load(cls, folder: str | Path) -> ComparisonReport:
@@ -180,7 +180,7 @@ class ComparisonReport(NamedTuple):
             raise FileNotFoundError(
                 f"{folder} holds no comparison: {', '.join(missing)} missing. Make one: measure_dictionaries(..., out=...)."
             )
-        version = read_sealed_folder(folder).get("format_version")
+        version = read_folder_manifest(folder).get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"{folder} has format version {version}; this package reads {FORMAT_VERSION}. Delete the folder and measure again."

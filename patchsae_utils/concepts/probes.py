@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..data import openmoji
 from ..latents.reading import dataset_fingerprint
-from ..run.artifacts import atomic_folder, fingerprint, is_current, read_sealed_folder, seal_folder
+from ..run.artifacts import atomic_folder, fingerprint, is_current, read_folder_manifest, write_folder_manifest
 from ..sae.dictionary import Dictionary
 from .grounding import ConceptPatches, average_precision, has_truth, n_threads
 
@@ -96,7 +96,7 @@ def fit_probes(
             first=choose.tokens[:8].double().sum().item(), epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, ridge=RIDGE,
         )  # fmt: skip
         if is_current(out, key):
-            read_sealed_folder(Path(out))
+            read_folder_manifest(Path(out))
             parts = load_file(Path(out) / "probes.safetensors")
             return probe_dictionary(parts["weights"], parts["bias"])
     masks = patch_concepts(dataset, progress)
@@ -106,7 +106,7 @@ def fit_probes(
     if out is not None:
         with atomic_folder(out) as temporary:
             save_file({"weights": weights, "bias": bias}, temporary / "probes.safetensors")
-            seal_folder(temporary, {"format_version": 1, "fingerprint": key, "complete": True})
+            write_folder_manifest(temporary, {"format_version": 1, "fingerprint": key, "complete": True})
     return probe_dictionary(weights, bias)
 
 

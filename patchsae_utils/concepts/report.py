@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..run.artifacts import atomic_folder, read_sealed_folder, seal_folder
+from ..run.artifacts import atomic_folder, read_folder_manifest, write_folder_manifest
 from ..run.intervals import centred_interval
 
 FORMAT_VERSION = 1
@@ -99,7 +99,7 @@ def save_report(report: ConceptReport, folder: str | Path, fp: str = "") -> None
         report.detection.to_csv(temporary / "detection.csv", index=False)
         report.latents.to_csv(temporary / "latents.csv", index=False)
         np.save(temporary / "replicates.npy", report.replicates, allow_pickle=False)
-        seal_folder(temporary, {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True})
+        write_folder_manifest(temporary, {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True})
 
 
 def load_report(folder: str | Path) -> ConceptReport:
@@ -118,7 +118,7 @@ def load_report(folder: str | Path) -> ConceptReport:
         raise FileNotFoundError(
             f"{folder} holds no concept report: {', '.join(missing)} missing. Make one: measure_concepts(..., out={str(folder)!r})."
         )
-    version = read_sealed_folder(folder).get("format_version")
+    version = read_folder_manifest(folder).get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{folder} has format version {version}; this package reads {FORMAT_VERSION}. Delete the folder and measure again."

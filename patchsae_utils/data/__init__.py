@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from . import openmoji
-from .checking import TooManyBroken, without_broken
-from .decoding import BrokenImage, decoded
-from .loading import Batch, DeadWorker, batches
+from .broken import TooManyBroken, without_broken
+from .loader import Batch, DeadWorker, batches
+from .pictures import BrokenImage, decoded
 from .splits import few_shot, half_of_classes
 from .templates import TEMPLATES, name_of, templates_for
 

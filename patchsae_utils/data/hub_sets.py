@@ -15,10 +15,12 @@ from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..run.artifacts import atomic_folder, fingerprint, read_json, shortened, write_json
-from .decoding import Rows, decoded
-from .images import SPLIT_FOLDERS, Opened, check_split, data_root
+from .folders import SPLIT_FOLDERS, Opened, check_split, data_root
+from .pictures import Rows, decoded
 
-_SHUFFLED = 1000  # images of a stream that are mixed at a time: shards come in a drawn order too, but classes may lie together in each
+_SHUFFLED = (
+    1000  # images of a stream that are mixed at a time: shards come in a drawn order too, but classes may lie current_processes in each
+)
 
 
 def hugging_face(repository: str, split: str) -> Opened:
@@ -44,7 +46,7 @@ def hugging_face(repository: str, split: str) -> Opened:
 def hugging_face_stream(repository: str, split: str, n_images: int | None, seed: int = 0) -> Opened:
     """The first images of a data set that is not downloaded whole, mixed with ``seed``.
 
-    Their encoded bytes are written to one file under :func:`~patchsae_utils.data.images.data_root` while they arrive, and read from there
+    Their encoded bytes are written to one file under :func:`~patchsae_utils.data.folders.data_root` while they arrive, and read from there
     ever after: memory holds one image at a time (and the stream's buffer of a thousand), the disk as many as were asked for.
 
     Raises

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .decoding import ImageFiles
-from .images import Opened, data_root, folder, opened_by_torchvision, share
+from .folders import Opened, data_root, folder, opened_by_torchvision, share
+from .pictures import ImageFiles
 from .split_files import find_split_file, read_split_file
 
 _SHARES = {"train": (0.0, 0.5), "val": (0.5, 0.7), "test": (0.7, 1.0)}  # CoOp's p_trn, p_val
@@ -112,7 +112,7 @@ def paper_set(name: str, split: str, root: str | os.PathLike | None = None, seed
     name : str
     split : {"train", "val", "test"}
     root : path, optional
-        The folder that holds the data sets' folders. Default: :func:`~patchsae_utils.data.images.data_root`.
+        The folder that holds the data sets' folders. Default: :func:`~patchsae_utils.data.folders.data_root`.
     seed : int
         Draws the split, where the set has none.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..run.artifacts import read_json
-from .decoding import ImageFiles
+from .pictures import ImageFiles
 
 
 def find_split_file(folder: Path) -> Path | None:

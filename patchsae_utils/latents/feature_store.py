@@ -52,7 +52,7 @@ from safetensors.numpy import load_file
 from scipy import sparse
 from torch import Tensor
 
-from ..run.artifacts import file_sha256, read_sealed, understood
+from ..run.artifacts import damage_named, file_sha256, read_checked_json
 
 FORMAT = "patchsae_utils features"
 FORMAT_VERSION = 1
@@ -122,13 +122,13 @@ class FeatureStore:
                 f"{folder} holds no feature store ({MANIFEST} is missing). "
                 f"Make one with write_features(clip, sae, dataset, layer, {str(folder)!r})."
             )
-        manifest = read_sealed(folder / MANIFEST)
+        manifest = read_checked_json(folder / MANIFEST)
         if manifest.get("format") != FORMAT or manifest.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"{folder / MANIFEST} describes {manifest.get('format')!r}, version {manifest.get('format_version')}; this package reads {FORMAT!r}, "
                 f"version {FORMAT_VERSION}. Write it again with write_features into an empty folder."
             )
-        with understood(folder / MANIFEST):
+        with damage_named(folder / MANIFEST):
             return cls._checked(folder, manifest, verify)
 
     @classmethod

@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 from scipy import sparse
 from torch import Tensor
 
-from ..run.artifacts import atomic_file, file_sha256, fingerprint, folder_lock, read_sealed, write_sealed
-from ..run.processes import together
+from ..run.artifacts import atomic_file, file_sha256, fingerprint, folder_lock, read_checked_json, write_checked_json
+from ..run.processes import current_processes
 from .feature_store import FORMAT, FORMAT_VERSION, INDEX, MANIFEST, FeatureStore, LatentEntries, TokenEntries, shard_name
 from .passes import one_pass
 from .reading import dataset_fingerprint, read_latents
@@ -91,12 +91,12 @@ def write_features(
 class FeatureWriter:
     """Writes a store shard by shard while images come in, in the order of the data set. Made by :meth:`of`; a ``with`` block lets go of the folder.
 
-    Several processes that were launched together write one store: each adds whole shards of its own, and all call :meth:`finish`.
+    Several processes that were launched current_processes write one store: each adds whole shards of its own, and all call :meth:`finish`.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], labels: np.ndarray):
         self.folder, self._manifest, self._labels = folder, manifest, labels
-        self._processes, self._lock = together(), ExitStack()
+        self._processes, self._lock = current_processes(), ExitStack()
         self.n_images, self.n_tokens, self.n_latents = manifest["shape"]
         self._size = manifest["shard_images"]
         self._entries: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -178,7 +178,7 @@ class FeatureWriter:
             return self._manifest
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink()
-        write_sealed(path, self._manifest)
+        write_checked_json(path, self._manifest)
         for part in self._parts():
             part.unlink()
         if INDEX not in self._manifest["files"]:
@@ -187,7 +187,7 @@ class FeatureWriter:
 
     def _take_over(self, path: Path, clear: bool = False) -> bool:
         """Enter the whole files of the same inputs into the manifest, and remove those of others if asked to; whether nothing is missing."""
-        told = [read_sealed(each) for each in (path, *self._parts()) if each.exists()]
+        told = [read_checked_json(each) for each in (path, *self._parts()) if each.exists()]
         if told and told[0].get("format") != FORMAT:
             raise ValueError(f"{self.folder} holds {told[0].get('format')!r}, no feature store. Give write_features a folder of its own.")
         same = [each for each in told if each.get("fingerprint") == self._manifest["fingerprint"]]
@@ -254,7 +254,7 @@ class FeatureWriter:
         return FeatureStore.open(self.folder)
 
     def _complete(self) -> None:
-        write_sealed(self.folder / MANIFEST, self._manifest)
+        write_checked_json(self.folder / MANIFEST, self._manifest)
         for part in self._parts():
             part.unlink()
         self._lock.close()
@@ -306,7 +306,7 @@ class FeatureWriter:
             entry = {"bytes": temporary.stat().st_size, "sha256": file_sha256(temporary), "n_entries": n_entries}
         self._manifest["files"][name] = entry
         where = MANIFEST if self._processes.main else f"manifest-{self._processes.index}.json"
-        write_sealed(self.folder / where, self._manifest)
+        write_checked_json(self.folder / where, self._manifest)
 
 
 def _whole(path: Path, entry: dict[str, Any]) -> bool:

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..clip.zero_shot import embed_images
-from ..run.artifacts import atomic_folder, read_sealed_folder, seal_folder
-from ..run.processes import Alone, Processes
+from ..run.artifacts import atomic_folder, read_folder_manifest, write_folder_manifest
+from ..run.processes import OneProcess, Processes
 from ..sae.dictionary import Dictionary, dimensions, random_sae
 from .reading import latent_chunks, read_latents
 from .summary import TOKENS
@@ -215,7 +215,7 @@ class Likeness(NamedTuple):
         with atomic_folder(folder) as temporary:
             self.table.to_csv(temporary / "monosemanticity.csv", index=False)
             save_file({"embeddings": self.embeddings.contiguous()}, temporary / "embeddings.safetensors")
-            seal_folder(temporary, {"format_version": 1, "fingerprint": fp, "complete": True})
+            write_folder_manifest(temporary, {"format_version": 1, "fingerprint": fp, "complete": True})
 
     @classmethod
     def load(cls, folder: str | Path) -> Likeness:
@@ -231,7 +231,7 @@ class Likeness(NamedTuple):
         folder = Path(folder)
         if missing := [name for name in ("monosemanticity.csv", "embeddings.safetensors", "manifest.json") if not (folder / name).exists()]:
             raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}. Make them: summarize_latents(..., likeness={str(folder)!r}).")
-        version = read_sealed_folder(folder).get("format_version")
+        version = read_folder_manifest(folder).get("format_version")
         if version != 1:
             raise ValueError(
                 f"{folder} has format version {version}; this package reads 1. Delete the folder and call summarize_latents again."
@@ -297,7 +297,7 @@ class LikenessPass:
             scores.absorb({key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")})
         self.embeddings = torch.where(state["embeddings"].isnan(), self.embeddings, state["embeddings"])
 
-    def merge(self, processes: Processes | Alone) -> None:
+    def merge(self, processes: Processes | OneProcess) -> None:
         """Have, in every process, what all have collected."""
         if processes.number == 1:
             return

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..run.artifacts import file_sha256, folder_lock
-from ..run.processes import Alone, Processes, together
+from ..run.processes import OneProcess, Processes, current_processes
 
 SAVE_SECONDS = 300.0
 """Between two savings of what was counted; longer where saving itself would take more than a twentieth of the time."""
@@ -31,7 +31,7 @@ SAVE_SECONDS = 300.0
 _FILE = re.compile(r"counted-\d+-([0-9a-f]{16})\.safetensors")
 
 
-def own_rows(n: int, unit: int, processes: Processes | Alone) -> slice:
+def own_rows(n: int, unit: int, processes: Processes | OneProcess) -> slice:
     """A process's share of n rows: neighbouring whole units, so that what is cut into units is cut as one process cuts it."""
     units = -(-n // unit)
     low, high = (units * (processes.index + i) // processes.number for i in (0, 1))
@@ -59,7 +59,7 @@ class Unfinished:
         """[N] images that were counted."""
         self._saved, self._effort, self._own_name = time.monotonic(), 0.0, ""
 
-    def take_up(self, needed: Sequence[int] = ()) -> Tensor:
+    def resume_counts(self, needed: Sequence[int] = ()) -> Tensor:
         """Count what all files of an earlier attempt counted, and make one file of them; only in the main process.
 
         Parameters
@@ -132,7 +132,7 @@ def one_pass(
     batch_size: int,
     unfinished: Path | None,
     key: str,
-) -> Iterator[Processes | Alone]:
+) -> Iterator[Processes | OneProcess]:
     """Read a data set into statistics. In the block, they hold what all processes counted; write them there, in the main process.
 
     Parameters
@@ -154,7 +154,7 @@ def one_pass(
     ------
     Processes
     """
-    processes = together()
+    processes = current_processes()
     parts = {**summaries, **({} if watch is None else {"likeness": watch})}
     saved: Unfinished | None = None
     with ExitStack() as stack:
@@ -167,7 +167,7 @@ def one_pass(
             needed = () if writer is None else writer.missing_images()
             if watch is not None and processes.main and any(unfinished.glob("counted-*")):
                 watch.prepare()
-            done = processes.on_main(lambda: saved.take_up(needed))
+            done = processes.on_main(lambda: saved.resume_counts(needed))
         if watch is not None and processes.number > 1 and watch.control is None:
             watch.prepare()
         rows = (~done).nonzero().flatten().tolist() if parts else writer.missing_images()

@@ -20,8 +20,8 @@ from torch import Tensor
 from ..clip.model import Residual
 from ..data import batches
 from ..run.artifacts import fingerprint, is_current
-from ..run.memory import FittingBatches
-from ..run.processes import together
+from ..run.memory import HalvedBatches
+from ..run.processes import current_processes
 from ..sae.dictionary import select_latents
 from .passes import one_pass
 from .summary import FORMAT_VERSION, TOKENS, LatentSummary, RunningSummary
@@ -129,7 +129,7 @@ def summarize_latents(
         prints = {kind: fingerprint(**source, **settings, tokens=kind) for kind in kinds}
     if likeness is not None:
         likeness_print = fingerprint(**source, stage="likeness", version=1)
-    made = together().on_main(lambda: {kind for kind in folders if is_current(folders[kind], prints[kind])})
+    made = current_processes().on_main(lambda: {kind for kind in folders if is_current(folders[kind], prints[kind])})
     found = {kind: LatentSummary.load(folders[kind]) for kind in made}
     device, n_classes = sae.W_enc.device, len(dataset.class_names)
     running = {
@@ -138,7 +138,7 @@ def summarize_latents(
         if kind not in found
     }
     watch = None
-    if likeness is not None and not together().on_main(lambda: is_current(likeness, likeness_print)):
+    if likeness is not None and not current_processes().on_main(lambda: is_current(likeness, likeness_print)):
         from .likeness import LikenessPass
 
         watch = LikenessPass(clip, sae, layer, len(dataset), first=lambda: _first_images(clip, dataset, batch_size))
@@ -225,7 +225,7 @@ def read_latents(
     MemoryError
         If not even one image fits the memory.
     """
-    fitting = FittingBatches(clip.device)
+    fitting = HalvedBatches(clip.device)
     n_classes, device = len(dataset.class_names), sae.W_enc.device
     for batch in batches(dataset, clip.preprocess, batch_size, workers, indices, progress):
         labels, places = batch.labels.to(device), batch.indices.to(device)

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..run.artifacts import atomic_folder, file_sha256, read_sealed_folder, seal_folder, understood
-from ..run.processes import Alone, Processes
+from ..run.artifacts import atomic_folder, damage_named, file_sha256, read_folder_manifest, write_folder_manifest
+from ..run.processes import OneProcess, Processes
 from .measures import label_entropy, label_std, merge_keys, pack_top, unpack_top
 
 FORMAT_VERSION = 2
@@ -132,7 +132,7 @@ class LatentSummary:
         with atomic_folder(folder) as temporary:
             path = temporary / "latents.safetensors"
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-            seal_folder(temporary, {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True, **plain})
+            write_folder_manifest(temporary, {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True, **plain})
 
     @classmethod
     def load(cls, folder: str | Path) -> LatentSummary:
@@ -152,7 +152,7 @@ class LatentSummary:
                 raise FileNotFoundError(
                     f"{folder} holds no latent summary ({name} is missing). Make one: summarize_latents(..., out={str(folder)!r})."
                 )
-        manifest = read_sealed_folder(folder)
+        manifest = read_folder_manifest(folder)
         remedy = "Delete the folder and call summarize_latents again."
         if manifest.get("format_version") != FORMAT_VERSION:
             raise ValueError(
@@ -160,7 +160,7 @@ class LatentSummary:
             )
         if "files" not in manifest and file_sha256(path) != manifest.get("sha256"):  # as it was written before
             raise ValueError(f"{path} is damaged: its checksum is not the manifest's. {remedy}")
-        with understood(folder / "manifest.json"):
+        with damage_named(folder / "manifest.json"):
             fields = {**load_file(path), **manifest, "class_names": tuple(manifest["class_names"])}
             for name in _COUNTS:
                 if f"{name}.places" in fields:
@@ -278,7 +278,7 @@ class RunningSummary:
             if getattr(self, name) is not None:
                 merge_keys(getattr(self, name), state[name].to(self.sum_mean.device))
 
-    def merge(self, processes: Processes | Alone) -> None:
+    def merge(self, processes: Processes | OneProcess) -> None:
         """Have, in every process, what all have counted."""
         for name in self._SUMS:
             processes.add_up(getattr(self, name))

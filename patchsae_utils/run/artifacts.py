@@ -232,14 +232,14 @@ def folder_lock(folder: str | Path, wait: bool = False) -> Iterator[None]:
 MANIFEST = "manifest.json"
 
 
-def write_sealed(path: str | Path, entries: Mapping[str, Any]) -> None:
-    """Write a JSON object that :func:`read_sealed` finds whole or damaged: with a checksum of itself."""
+def write_checked_json(path: str | Path, entries: Mapping[str, Any]) -> None:
+    """Write a JSON object that :func:`read_checked_json` finds whole or damaged: with a checksum of itself."""
     entries = json.loads(json.dumps(entries, default=plain))
     write_json(path, {**entries, "checksum": fingerprint(**entries)})
 
 
-def read_sealed(path: str | Path) -> dict[str, Any]:
-    """Read what :func:`write_sealed` wrote, without its checksum; an object that has none is taken as it is.
+def read_checked_json(path: str | Path) -> dict[str, Any]:
+    """Read what :func:`write_checked_json` wrote, without its checksum; an object that has none is taken as it is.
 
     Raises
     ------
@@ -254,14 +254,14 @@ def read_sealed(path: str | Path) -> dict[str, Any]:
     return found
 
 
-def seal_folder(folder: Path, entries: Mapping[str, Any]) -> None:
+def write_folder_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
     """Write ``manifest.json`` into a finished folder: the entries, and under ``files`` the SHA-256 of every file that lies there."""
     files = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST}
-    write_sealed(folder / MANIFEST, {**entries, "files": files})
+    write_checked_json(folder / MANIFEST, {**entries, "files": files})
 
 
-def read_sealed_folder(folder: Path) -> dict[str, Any]:
-    """Read what :func:`seal_folder` wrote, and compare every file with it.
+def read_folder_manifest(folder: Path) -> dict[str, Any]:
+    """Read what :func:`write_folder_manifest` wrote, and compare every file with it.
 
     Raises
     ------
@@ -270,8 +270,8 @@ def read_sealed_folder(folder: Path) -> dict[str, Any]:
     ValueError
         If one is damaged, the manifest included.
     """
-    manifest = read_sealed(folder / MANIFEST)
-    with understood(folder / MANIFEST):
+    manifest = read_checked_json(folder / MANIFEST)
+    with damage_named(folder / MANIFEST):
         files = dict(manifest.get("files", {}).items())
     for name, checksum in files.items():
         if not (folder / name).is_file():
@@ -282,7 +282,7 @@ def read_sealed_folder(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def understood(path: str | Path) -> Iterator[None]:
+def damage_named(path: str | Path) -> Iterator[None]:
     """Around the use of a manifest's entries: one that is missing, or of another type, is a ``ValueError`` that names the file."""
     try:
         yield
@@ -307,7 +307,7 @@ def is_current(folder: str | Path, fp: str, name: str = "manifest.json") -> bool
     path = Path(folder) / name
     if not path.exists():
         return False
-    manifest = read_sealed(path)
+    manifest = read_checked_json(path)
     return manifest.get("fingerprint") == fp and manifest.get("complete", True)
 
 

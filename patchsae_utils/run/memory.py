@@ -12,7 +12,7 @@ import torch
 Result = TypeVar("Result")
 
 
-class FittingBatches:
+class HalvedBatches:
     """Runs a model on the largest part of a batch that fits, and remembers its size for the batches to come.
 
     Parameters

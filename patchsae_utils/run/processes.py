@@ -23,7 +23,7 @@ _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)
 
 
 class Processes:
-    """The processes that train together; most often there is one.
+    """The processes that train current_processes; most often there is one.
 
     Parameters
     ----------
@@ -154,12 +154,12 @@ class Processes:
             self._accelerator.log(dict(numbers), step=step)
 
     def end_tracking(self) -> None:
-        """Close the trackers; the processes stay together."""
+        """Close the trackers; the processes stay current_processes."""
         for tracker in self._accelerator.trackers if self._tracks else ():
             tracker.finish()
 
 
-class Alone:
+class OneProcess:
     """The words of :class:`Processes` for one process that nobody launched: nothing is set up, nothing is waited for."""
 
     number, index, main = 1, 0, True
@@ -180,9 +180,9 @@ class Alone:
         """There is nothing to add."""
 
 
-def together() -> Processes | Alone:
+def current_processes() -> Processes | OneProcess:
     """The processes that ``accelerate launch`` or ``torchrun`` started with this one; all of them must come to each call that asks others."""
-    return Processes() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else Alone()
+    return Processes() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else OneProcess()
 
 
 def default_device() -> str:

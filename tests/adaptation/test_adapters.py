@@ -426,7 +426,7 @@ def test_a_damaged_adapter_is_an_error(tiny_clip, few, tmp_path):
     (out / "adapter.safetensors").write_bytes(data)
     with pytest.raises(ValueError, match="checksum"):
         load_adapter(out, tiny_clip)
-    artifacts.write_sealed(out / "manifest.json", artifacts.read_sealed(out / "manifest.json") | {"format_version": 99})
+    artifacts.write_checked_json(out / "manifest.json", artifacts.read_checked_json(out / "manifest.json") | {"format_version": 99})
     with pytest.raises(ValueError, match="format version 99"):
         load_adapter(out, tiny_clip)
 

@@ -15,8 +15,8 @@ from PIL import Image
 from patchsae_utils import stages
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.config import load_profile
-from patchsae_utils.data import BrokenImage, DeadWorker, TooManyBroken, batches, checking, load_dataset, loading, without_broken
-from patchsae_utils.data.loading import Loader, automatic_workers
+from patchsae_utils.data import BrokenImage, DeadWorker, TooManyBroken, batches, broken, load_dataset, loader, without_broken
+from patchsae_utils.data.loader import Loader, automatic_workers
 from patchsae_utils.latents.reading import summarize_latents
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -86,7 +86,7 @@ def test_stores_and_statistics_mean_the_same_image(pictures, tiny_clip, tiny_sae
 
 
 def test_a_check_is_remembered_shared_by_subsets_and_goes_on(pictures, tmp_path, monkeypatch):
-    from patchsae_utils.data.decoding import ImageFiles
+    from patchsae_utils.data.pictures import ImageFiles
 
     seen, check = [], ImageFiles.check
     monkeypatch.setattr(ImageFiles, "check", lambda self, i: (seen.append(i), check(self, i))[1])
@@ -143,9 +143,9 @@ def test_how_images_are_opened_names_no_artifact():
 
 def test_a_check_that_takes_long_is_saved_on_the_way(pictures, tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(checking, "_SAVE_EVERY", -1.0)
-    monkeypatch.setattr(checking, "write_json", lambda path, report: written.append(report["images_checked"]))
-    monkeypatch.setattr(checking, "Loader", lambda items, size, *options: loading.Loader(items, 7, *options[:1], list))
+    monkeypatch.setattr(broken, "_SAVE_EVERY", -1.0)
+    monkeypatch.setattr(broken, "write_json", lambda path, report: written.append(report["images_checked"]))
+    monkeypatch.setattr(broken, "Loader", lambda items, size, *options: loader.Loader(items, 7, *options[:1], list))
     cleaned(load_dataset(str(pictures), "train"), tmp_path / "report.json")
     assert written == [7, 14, 21, 28, 30, 30]
 

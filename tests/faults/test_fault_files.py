@@ -119,7 +119,7 @@ def test_artifacts_of_before_checksums_are_read(artifacts_of_all_kinds):
     for folder, opened in artifacts_of_all_kinds.items():
         path = folder / "manifest.json"
         whole = path.read_bytes()
-        manifest = artifacts.read_sealed(path)
+        manifest = artifacts.read_checked_json(path)
         if folder.name == "statistics":
             manifest["sha256"] = manifest["files"]["latents.safetensors"]
         if folder.name != "features":
@@ -135,7 +135,7 @@ def test_a_manifest_that_makes_no_sense_ends_in_a_documented_error(artifacts_of_
     (folder, opened) = next(item for item in artifacts_of_all_kinds.items() if item[0].name == kind)
     path = folder / "manifest.json"
     whole = path.read_bytes()
-    manifest = artifacts.read_sealed(path)
+    manifest = artifacts.read_checked_json(path)
     for name in manifest:
         for value in (None, True, -1, 2.5, "x", [], [1, "x"], {}, {"x": 1}, {"x": None}):
             artifacts.write_json(path, manifest | {name: value})

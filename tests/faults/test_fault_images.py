@@ -9,7 +9,7 @@ from PIL import Image
 
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.data import few_shot, load_dataset
-from patchsae_utils.data.images import open_image
+from patchsae_utils.data.folders import open_image
 
 
 def pixel(path, place=(0, 0)):

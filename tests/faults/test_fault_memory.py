@@ -18,7 +18,7 @@ from patchsae_utils.data import load_dataset
 from patchsae_utils.interventions.masks import sweep_masks
 from patchsae_utils.latents.likeness import Likeness
 from patchsae_utils.latents.reading import summarize_latents
-from patchsae_utils.run.memory import FittingBatches, out_of_memory
+from patchsae_utils.run.memory import HalvedBatches, out_of_memory
 from patchsae_utils.sae import trainer as training
 from patchsae_utils.sae.trainer import train_sae
 
@@ -105,7 +105,7 @@ def test_other_errors_are_not_taken_for_it(tiny_clip, tiny_dataset, tmp_path):
 
 
 def test_parts_cover_every_batch_also_when_the_room_shrinks():
-    fitting, holds = FittingBatches("here"), iter([9, 9, 4, 4, 4, 2] + [1] * 20)
+    fitting, holds = HalvedBatches("here"), iter([9, 9, 4, 4, 4, 2] + [1] * 20)
 
     def action(rows):
         if rows.stop - rows.start > next(holds):

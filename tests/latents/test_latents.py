@@ -25,7 +25,7 @@ from patchsae_utils.latents.measures import (
 )
 from patchsae_utils.latents.pictures import activation_levels, level_overlap, reference_images, seen_image, upsample_masks
 from patchsae_utils.latents.reading import LatentSummary, latent_chunks, latent_masks, summarize_latents
-from patchsae_utils.run.artifacts import read_sealed, write_sealed
+from patchsae_utils.run.artifacts import read_checked_json, write_checked_json
 from patchsae_utils.sae.dictionary import select_latents
 from patchsae_utils.sae.model import ACTIVATIONS, SparseAutoencoder
 
@@ -268,20 +268,20 @@ def test_several_kinds_of_tokens_take_one_pass(tiny_clip, sae, data, tmp_path, m
     passes = []
     real = module.read_latents
     monkeypatch.setattr(module, "read_latents", lambda *args: passes.append(1) or real(*args))
-    together = summarize_latents(tiny_clip, sae, data, LAYER, tokens=["all", "patches", "cls"], out=tmp_path / "s", progress=False)
-    assert len(passes) == 1 and list(together) == ["all", "patches", "cls"]
-    for kind, found in together.items():
+    current_processes = summarize_latents(tiny_clip, sae, data, LAYER, tokens=["all", "patches", "cls"], out=tmp_path / "s", progress=False)
+    assert len(passes) == 1 and list(current_processes) == ["all", "patches", "cls"]
+    for kind, found in current_processes.items():
         for field in dataclasses.fields(LatentSummary):
             mine, other = getattr(found, field.name), getattr(alone[kind], field.name)
             if isinstance(mine, torch.Tensor):
                 torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
             else:
                 assert mine == other
-    assert together["cls"].top_patches is None and together["patches"].top_patches is not None
-    both = together["patches"].class_counts + together["cls"].class_counts
-    assert torch.equal(together["all"].class_counts, both)
+    assert current_processes["cls"].top_patches is None and current_processes["patches"].top_patches is not None
+    both = current_processes["patches"].class_counts + current_processes["cls"].class_counts
+    assert torch.equal(current_processes["all"].class_counts, both)
     again = summarize_latents(tiny_clip, sae, data, LAYER, tokens=["cls", "all"], out=tmp_path / "s", progress=False)
-    assert len(passes) == 1 and torch.equal(again["cls"].top_images, together["cls"].top_images)
+    assert len(passes) == 1 and torch.equal(again["cls"].top_images, current_processes["cls"].top_images)
 
 
 def test_images_may_be_read_in_any_batches(tiny_clip, sae, data, summary):
@@ -389,7 +389,7 @@ def test_loading_says_what_is_missing_or_old(summary, tmp_path):
         LatentSummary.load(tmp_path)
     summary.save(tmp_path / "s")
     manifest = tmp_path / "s" / "manifest.json"
-    write_sealed(manifest, read_sealed(manifest) | {"format_version": 0})
+    write_checked_json(manifest, read_checked_json(manifest) | {"format_version": 0})
     with pytest.raises(ValueError, match="format version 0"):
         LatentSummary.load(tmp_path / "s")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .decoding import BrokenImage
+from .pictures import BrokenImage
 
 PREFETCH = 2
 """Batches that each process has ready at most: the bound on memory."""

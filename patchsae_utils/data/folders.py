@@ -12,7 +12,7 @@ import torchvision
 from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 
-from .decoding import ImageFiles, Rows, open_image
+from .pictures import ImageFiles, Rows, open_image
 from .split_files import find_split_file, read_split_file
 
 __all__ = ["Opened", "data_root", "folder", "open_image", "torchvision_set"]

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..run.artifacts import folder_lock, read_json, write_json
-from .decoding import BrokenImage
-from .loading import Loader
+from .loader import Loader
+from .pictures import BrokenImage
 
 _SHOWN, _SAVE_EVERY = 5, 60.0  # images that a message names; seconds between two reports of an unfinished check
 
