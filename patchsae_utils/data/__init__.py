@@ -221,7 +221,7 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
     if spec.startswith("openmoji/"):
         task, _, domain = spec.removeprefix("openmoji/").partition(":")
         return OpenMojiData(task, split, domain or "color", half, n_images, seed)
-    from . import hub_sets, images, paper_sets
+    from . import folders, hub_sets, paper_sets
 
     kind, _, rest = spec.partition(":")
     name, _, root = spec.partition("?root=")
@@ -233,7 +233,7 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
         images.check_split(split)
         opened = paper_sets.paper_set(one_of_eleven, split, root or None, seed)
     elif kind == "torchvision":
-        opened = images.torchvision_set(name.removeprefix("torchvision:"), split, root or None)
+        opened = folders.torchvision_set(name.removeprefix("torchvision:"), split, root or None)
     else:
-        opened = images.folder(Path(spec), split, seed)
+        opened = folders.folder(Path(spec), split, seed)
     return ImageData(spec, split, *opened, half, n_images, seed)
