@@ -230,7 +230,7 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
     elif kind == "hf-stream":
         opened = hub_sets.hugging_face_stream(rest, split, n_images, seed)
     elif (one_of_eleven := paper_sets.paper_name(spec)) is not None:
-        images.check_split(split)
+        folders.check_split(split)
         opened = paper_sets.paper_set(one_of_eleven, split, root or None, seed)
     elif kind == "torchvision":
         opened = folders.torchvision_set(name.removeprefix("torchvision:"), split, root or None)

@@ -1,7 +1,7 @@
 """Percentile bootstraps: how far a number would move had other images been drawn.
 
-What is resampled is what is independent: whole images (or scenes, concepts, latents), never single tokens of one image. Each function
-takes a ``seed`` and resamples nothing but what it was given. The interval holds the middle ``level`` of the resampled statistics.
+What is resampled is what is independent, whole images (or scenes, concepts, latents), never single tokens of one image; it is named
+by ``unit``. The interval holds the middle 95 % of the resampled statistics.
 
 Source: Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1979); percentile intervals: Efron and
 Tibshirani, "An introduction to the bootstrap" (1993), chapter 13.
@@ -11,23 +11,119 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 _ENTRIES = 10_000_000  # of a piece of resamples [pieces, n]: bounds memory
+N_RESAMPLES = 1000
 
 
 class Interval(NamedTuple):
-    """A mean with its 95 % interval; prints as "1.23 [1.10, 1.36]"."""
+    """A number, its 95 % interval, and what was resampled; prints as "1.23 [1.10, 1.36]". Numbers are floats, or arrays of one shape."""
 
-    mean: float
-    low: float
-    high: float
+    value: Any
+    low: Any
+    high: Any
+    unit: str = "images"
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def interval(statistic: Callable[[np.ndarray], np.ndarray], n: int, unit: str, *, seed: int = 0, centred: bool = False) -> Interval:
+    """A statistic of n units with its percentile interval.
+
+    Parameters
+    ----------
+    statistic : callable
+        Takes weights [R, n], how often each unit counts in each of R resamples, and returns [R, ...]. Weights of one give the value.
+    n : int
+        How many units there are.
+    unit : str
+        What they are: "images", "scenes", "concepts", ...
+    seed : int
+        Statistics with the same n and seed see the same resamples.
+    centred : bool
+        Move the interval so that the resamples' mean lies at the value. Average precision and IoU of concepts that few images show are lower
+        in the mean of their resamples, where fewer images carry the weight; left as they are, percentiles may exclude the value itself.
+        The difference is the bootstrap's estimate of that bias (Efron and Tibshirani, 1993, chapter 10).
+
+    Returns
+    -------
+    Interval
+        Of floats, or of arrays [...]. NaN where the statistic is.
+
+    Raises
+    ------
+    ValueError
+        If there are no units.
+    """
+    if n == 0:
+        raise ValueError(f"There is nothing to resample: no {unit}.")
+    value = np.asarray(statistic(np.ones((1, n))), np.float64)[0]
+    draws = np.concatenate([np.asarray(statistic(weights), np.float64) for weights in resamples(n, seed=seed)])
+    bare = np.isnan(draws).all(0)
+    low, high = np.nanpercentile(np.where(bare, 0.0, draws), [2.5, 97.5], axis=0)
+    if centred:
+        shift = value - np.nanmean(np.where(bare, 0.0, draws), axis=0)
+        low, high = low + shift, high + shift
+    low, high = (np.where(bare, np.nan, end) for end in (low, high))
+    if value.ndim == 0:
+        return Interval(float(value), float(low), float(high), unit)
+    return Interval(value, low, high, unit)
+
+
+def mean_interval(values: Iterable[float] | np.ndarray | Tensor, unit: str = "images", *, groups: Any = None, seed: int = 0) -> Interval:
+    """Mean over the last axis, with its interval.
+
+    Parameters
+    ----------
+    values : array [..., n]
+        Numbers, or hits and misses.
+    unit : str
+        What each value belongs to, or each group.
+    groups : int array [n], optional
+        Values of one group (tokens of one image) are no independent evidence: whole groups are resampled.
+    seed : int
+
+    Raises
+    ------
+    ValueError
+        If there are no values.
+    """
+    values = np.asarray(values if hasattr(values, "__len__") else list(values), np.float64)
+    if not values.shape[-1]:
+        raise ValueError(f"There is nothing to resample: no {unit}.")
+    if groups is None:
+        return interval(lambda w: w @ np.moveaxis(values, -1, 0) / _column(w.sum(1), values), values.shape[-1], unit, seed=seed)
+    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    sums = np.stack([np.bincount(group, row) for row in values.reshape(-1, values.shape[-1])]).reshape(*values.shape[:-1], -1)
+    sums, counts = np.moveaxis(sums, -1, 0), np.bincount(group)
+    return interval(lambda w: w @ sums / _column(w @ counts, values), len(counts), unit, seed=seed)
+
+
+def _column(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    return weights.reshape(-1, *[1] * (values.ndim - 1))
+
+
+def resamples(n: int, *, seed: int = 0) -> Iterator[np.ndarray]:
+    """How often each of n units is drawn in each of ``N_RESAMPLES`` resamples: float arrays [some, n], in pieces that fit the memory."""
+    if n * N_RESAMPLES <= _ENTRIES:
+        yield _resamples(n, seed)
+        return
+    rng, even = np.random.default_rng(seed), np.full(n, 1 / n)
+    for size in _pieces(N_RESAMPLES, n):
+        yield rng.multinomial(n, even, size=size).astype(np.float64)
+
+
+@lru_cache(maxsize=8)  # statistics of the same pictures share their resamples
+def _resamples(n: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES).astype(np.float64)
+
+
+# -- the older functions, until nobody calls them -------------------------------------------------------------------------
 
 
 def bootstrap(
@@ -141,22 +237,6 @@ def resampled_means(values: np.ndarray, n_resamples: int = 1000, seed: int = 0) 
 @lru_cache(maxsize=8)  # statistics of the same pictures share their resamples
 def _counts(n: int, n_resamples: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
-
-
-def mean_interval(values: Iterable[float], n_bootstrap: int = 1000, seed: int = 0) -> Interval:
-    """Mean of some values, with a percentile bootstrap over them.
-
-    Raises
-    ------
-    ValueError
-        If there are none.
-    """
-    values = np.asarray(list(values), np.float64)
-    if not len(values):
-        raise ValueError("A mean needs at least one value, got none.")
-    rng, n = np.random.default_rng(seed), len(values)
-    draws = np.concatenate([values[rng.integers(n, size=(size, n))].mean(1) for size in _pieces(n_bootstrap, n)])
-    return Interval(float(values.mean()), *(float(v) for v in np.percentile(draws, [2.5, 97.5])))
 
 
 def centred_interval(draws: np.ndarray, value: float, level: float = 0.95) -> tuple[float, float]:
