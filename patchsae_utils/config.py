@@ -155,7 +155,7 @@ class TrainConfig:
     lr_end: float = 0.0
     """Share of ``lr`` at which a falling schedule ends."""
     clip_gradient: float = 0.0
-    """Largest norm of the gradient of all weights current_processes, longer ones are shortened to it; 0 leaves it as it is."""
+    """Largest norm of the gradient of all weights together, longer ones are shortened to it; 0 leaves it as it is."""
     batch_tokens: int = 4096
     """Tokens a step, mixed from many images."""
     l1_coefficient: float = 8e-5

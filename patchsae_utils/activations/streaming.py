@@ -132,8 +132,8 @@ class TokenStream:
     @torch.no_grad()
     def _fill(self, images: np.ndarray, kept: slice) -> Tensor:
         """Tokens [n, T, d] of some images; each process computes every so-many-th and gets the others' from them."""
-        current_processes = torch.distributed.is_available() and torch.distributed.is_initialized()
-        number, index = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if current_processes else (1, 0)
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        number, index = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if together else (1, 0)
         share = -(-len(images) // number)  # equal shares: the last images may be computed twice
         own = images[(np.arange(share) * number + index) % len(images)]
         dtype = DTYPES[self.metadata.dtype]

@@ -151,14 +151,14 @@ class LinkSums:
     ) -> None:
         """Add a batch: CLIP and the adapted model, the residual streams of the same pictures, their positive latents, their classes [B]."""
         token, latent, h = _union(actives, len(self.rows))
-        current_processes = Active(token, latent, torch.ones_like(h[0]), actives[0].shape)
+        together = Active(token, latent, torch.ones_like(h[0]), actives[0].shape)
         w = [
-            current_processes.project(logit_gradient(reader.clip, reader.tail, residual, reader.head, labels, "margin"), self.rows)
+            together.project(logit_gradient(reader.clip, reader.tail, residual, reader.head, labels, "margin"), self.rows)
             for reader, residual in zip(readers, residuals, strict=True)
         ]
         shares = torch.stack([h[0] * w[0], h[1] * w[1], (h[1] - h[0]) * (w[0] + w[1]) / 2, (h[0] + h[1]) / 2 * (w[1] - w[0])]).double()
-        place = labels[current_processes.image] * len(self.rows) + latent
-        turn = self._turns(labels.cpu()).to(place.device)[current_processes.image]
+        place = labels[together.image] * len(self.rows) + latent
+        turn = self._turns(labels.cpu()).to(place.device)[together.image]
         self.halves.view(-1).index_add_(0, turn * self.halves[0].numel() + place, shares[0])
         for total, share in zip(self.rest, shares[1:], strict=True):
             total.view(-1).index_add_(0, place, share)

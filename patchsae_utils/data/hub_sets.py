@@ -19,7 +19,7 @@ from .folders import SPLIT_FOLDERS, Opened, check_split, data_root
 from .pictures import Rows, decoded
 
 _SHUFFLED = (
-    1000  # images of a stream that are mixed at a time: shards come in a drawn order too, but classes may lie current_processes in each
+    1000  # images of a stream that are mixed at a time: shards come in a drawn order too, but classes may lie together in each
 )
 
 

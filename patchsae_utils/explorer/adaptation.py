@@ -84,7 +84,7 @@ class AdaptationView(_View):
     Raises
     ------
     ValueError
-        If there are no adapters, the models don't fit current_processes, or a choice does not exist.
+        If there are no adapters, the models don't fit together, or a choice does not exist.
     """
 
     LINKED = ("latent",)  # images of a task mean nothing in another view

@@ -45,7 +45,7 @@ class PatchExplorer(_View):
     Raises
     ------
     ValueError
-        If SAE, model, summary and data set don't fit current_processes, or a choice does not exist.
+        If SAE, model, summary and data set don't fit together, or a choice does not exist.
     """
 
     PAGE = 12

@@ -69,7 +69,7 @@ class SteeringPanel(_View):
     Raises
     ------
     ValueError
-        If SAE, model and data set don't fit current_processes, or a choice does not exist.
+        If SAE, model and data set don't fit together, or a choice does not exist.
     """
 
     CHOICES = ("image", "latents", "latent", "patches", "where", "edits")  # another image takes edits and patches back

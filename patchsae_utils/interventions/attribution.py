@@ -86,7 +86,7 @@ def attribute_latents(
     Raises
     ------
     ValueError
-        For an unknown target or place, or models that don't fit current_processes.
+        For an unknown target or place, or models that don't fit together.
 
     Source: gradient times activation, the first-order estimate of an ablation's effect (Molchanov et al., ICLR 2017, section 2.2; for
     latents of SAEs Marks et al., ICLR 2025, section 3.1).

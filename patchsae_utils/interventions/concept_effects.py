@@ -35,7 +35,7 @@ KINDS = ("object", "category", "color", "background")
 def concept_prompts(concept: str) -> list[str]:
     """What CLIP is asked about a concept of the embedded world: ``object:dog``, ``category:bird``, ``color:red``, ``background:sand``.
 
-    A colour or background is named current_processes with each category, as the captions of the embedded world do.
+    A colour or background is named together with each category, as the captions of the embedded world do.
 
     Raises
     ------
@@ -197,7 +197,7 @@ def concept_specificity(
     dataset : OpenMojiData
         Of the test split.
     latents : mapping of str to int, or to a sequence of int
-        Concept -> its latents, the same number for each (``ConceptLatents.mapping``); turned off current_processes, on all tokens.
+        Concept -> its latents, the same number for each (``ConceptLatents.mapping``); turned off together, on all tokens.
     ks : sequence of int, optional
         How many of them are turned off: the first k; by default all.
     n_images : int

@@ -136,7 +136,7 @@ def specificity(
     dataset : ImageData or OpenMojiData
         Images that the choice of latents has not seen.
     latents : mapping of int to int, or to a sequence of int
-        Class -> its latent, or its latents, the same number for each (see :func:`concept_latents`); turned off current_processes.
+        Class -> its latent, or its latents, the same number for each (see :func:`concept_latents`); turned off together.
     layer : int
     ks : sequence of int, optional
         How many of each class's latents are turned off: the first k of them; by default all.

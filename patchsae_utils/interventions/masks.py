@@ -97,7 +97,7 @@ def sweep_masks(
         - ``oracle``: those of the image's *true* class. The paper's mask; it knows the label.
         - ``predicted``: of the class that the unmasked model predicts.
         - ``wrong``: of a random class other than the predicted one.
-        - ``dataset``: of all classes current_processes.
+        - ``dataset``: of all classes together.
         - ``random``: latents that are not dead on the train split, drawn ``n_random`` times.
         - ``matched``: for each ``predicted`` latent another one, not among them, that is about as active in this very image and was
           active in about as many images of the train split.

@@ -91,7 +91,7 @@ def write_features(
 class FeatureWriter:
     """Writes a store shard by shard while images come in, in the order of the data set. Made by :meth:`of`; a ``with`` block lets go of the folder.
 
-    Several processes that were launched current_processes write one store: each adds whole shards of its own, and all call :meth:`finish`.
+    Several processes that were launched together write one store: each adds whole shards of its own, and all call :meth:`finish`.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], labels: np.ndarray):

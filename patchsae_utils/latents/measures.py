@@ -152,7 +152,7 @@ def contrasting_latents(frame: pd.DataFrame) -> dict[int, str]:
     -------
     dict
         Latent -> what it stands for: "one class" (lowest label entropy, then most frequent), "related classes" (label indices closest
-        current_processes among latents of more than median entropy), "everywhere" (most frequent, then strongest), "seldom, mixed" (least
+        together among latents of more than median entropy), "everywhere" (most frequent, then strongest), "seldom, mixed" (least
         frequent among the tenth of highest entropy). Fewer where the same latent would be taken twice and none is left.
     """
     full = frame[~frame["faint"]]

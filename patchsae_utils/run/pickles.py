@@ -1,6 +1,6 @@
 """Files of ``torch.save``, read as data: tensors and plain values come out, and nothing in them can run.
 
-Such a file is a zip archive: ``<name>/data.pkl``, a pickle that says how everything hangs current_processes, and ``<name>/data/<key>``, each
+Such a file is a zip archive: ``<name>/data.pkl``, a pickle that says how everything hangs together, and ``<name>/data/<key>``, each
 tensor's raw numbers. A pickle is a program for a small stack machine; Python's own machine imports and calls whatever it names. The one
 here (:func:`_run`) knows the few instructions that build values. A name is a name to it, and calling one gives a :class:`Record`, unless
 it is one of the few constructors of tensors in :data:`_CONSTRUCTORS`.

@@ -23,7 +23,7 @@ _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)
 
 
 class Processes:
-    """The processes that train current_processes; most often there is one.
+    """The processes that train together; most often there is one.
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ class Processes:
             self._accelerator.log(dict(numbers), step=step)
 
     def end_tracking(self) -> None:
-        """Close the trackers; the processes stay current_processes."""
+        """Close the trackers; the processes stay together."""
         for tracker in self._accelerator.trackers if self._tracks else ():
             tracker.finish()
 

@@ -3,7 +3,7 @@
 :func:`load_sae` and :func:`save_sae` also take the forms of other programs (:mod:`.formats`, :mod:`.exports`); the folder is what training
 writes, since it alone keeps everything.
 
-What an SAE reads (model, layer, tokens) lies in the config's ``metadata``, current_processes with a checksum of the weights, and under ``patchsae``
+What an SAE reads (model, layer, tokens) lies in the config's ``metadata``, together with a checksum of the weights, and under ``patchsae``
 what SAELens has no key for: which variant was trained, and the statistics of its input. SAELens ignores those, and needs none of them.
 """
 
@@ -223,7 +223,7 @@ def _from_config(config: Any, path: Path) -> SparseAutoencoder:
     n_bytes = (path / WEIGHTS).stat().st_size
     if sizes[0] * sizes[1] > n_bytes:  # before memory of that size is asked for
         raise ValueError(
-            f"{path / CONFIG} says d_in={sizes[0]}, d_sae={sizes[1]}; {WEIGHTS} has {n_bytes:,} bytes, too few. The two files don't belong current_processes."
+            f"{path / CONFIG} says d_in={sizes[0]}, d_sae={sizes[1]}; {WEIGHTS} has {n_bytes:,} bytes, too few. The two files don't belong together."
         )
     metadata = config.get("metadata") or {}
     if not isinstance(metadata, dict):
@@ -251,12 +251,12 @@ def _check_tensors(sae: SparseAutoencoder, tensors: dict[str, Tensor], path: Pat
     expected = {name: tuple(value.shape) for name, value in _file_tensors(sae).items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if expected != found:
-        raise ValueError(f"{path / WEIGHTS} holds {found}; its {CONFIG} asks for {expected}. The two files don't belong current_processes.")
+        raise ValueError(f"{path / WEIGHTS} holds {found}; its {CONFIG} asks for {expected}. The two files don't belong together.")
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"{path / WEIGHTS}: {name} holds NaN or infinite values. Train or copy it again.")
     if sae.activation in ("batchtopk", "matryoshka") and not (tensors["threshold"] == tensors["threshold"][0]).all():
         raise ValueError(
             f"{path / WEIGHTS} holds thresholds that differ between latents; {sae.activation!r}, which its {CONFIG} names, has one for all. "
-            "The two files don't belong current_processes."
+            "The two files don't belong together."
         )

@@ -229,7 +229,7 @@ def _bags(rows: Tensor, numbers: Tensor, offsets: Tensor, weights: Tensor) -> Te
 
 
 def _pair_products(rows: Tensor, numbers: Tensor, bags: Tensor, bag_rows: Tensor, offsets: Tensor) -> Tensor:
-    """<rows[numbers[e]], bag_rows[bags[e]]> of every entry e: [nnz]; a bag's entries lie current_processes.
+    """<rows[numbers[e]], bag_rows[bags[e]]> of every entry e: [nnz]; a bag's entries lie together.
 
     It is the gradient of :func:`_bags` in its weights, and torch has a kernel for that.
     """

@@ -132,7 +132,7 @@ class DeferredGradients:
         optimizer : torch.optim.Optimizer
             Over the SAE's parameters.
         max_norm : float, optional
-            Clip the gradient of all parameters current_processes to this norm.
+            Clip the gradient of all parameters together to this norm.
 
         Returns
         -------

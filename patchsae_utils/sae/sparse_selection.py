@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Latents whose weight rows (float32) stay in a core's cache current_processes with what is computed from them.
+# Latents whose weight rows (float32) stay in a core's cache together with what is computed from them.
 BLOCK_CPU = 1024
 # Elements of one piece of pre-activations: bounds memory, and on a CPU keeps a piece in the last cache until it was searched.
 _PIECE_CPU, _PIECE_GPU = 8 << 20, 1 << 28

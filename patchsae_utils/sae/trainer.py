@@ -374,7 +374,7 @@ class _Run:
         return _Sums(*sums.tolist()) if logged else None
 
     def _move(self, fired: Tensor, sums: Tensor, sparse: bool) -> None:
-        """Gradients of all processes current_processes, projected and clipped, and Adam's step."""
+        """Gradients of all processes together, projected and clipped, and Adam's step."""
         sae, config = self.sae, self.config
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, config)

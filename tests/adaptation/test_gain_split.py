@@ -63,7 +63,7 @@ def test_parts_sum_to_the_gain_picture_by_picture(found, name, measure):
 
 
 def test_the_towers_parts_are_those_of_the_crossed_towers(tiny_clip, tiny_sae, scenes, models, found):
-    """The two-sided split of the remapping module is this one with the tower's parts put current_processes."""
+    """The two-sided split of the remapping module is this one with the tower's parts put together."""
     crossed = (
         compare_models(tiny_clip, models["maple"], tiny_sae, scenes, LAYER, progress=False)
         .gain_split(n_bootstrap=20)
@@ -142,7 +142,7 @@ def test_experiments_start_with_clip_and_end_with_the_adapted_model(tiny_clip, m
 
 
 def test_slow_float64_arithmetic_gives_the_same_split(tiny_clip, tiny_sae, scenes, models, found):
-    """Every combination picture by picture in float64 with plain loops, and the Owen value over all orders that keep the tower current_processes."""
+    """Every combination picture by picture in float64 with plain loops, and the Owen value over all orders that keep the tower together."""
     adapted, sae = models["maple"], copy.deepcopy(tiny_sae).double()
     double = copy.deepcopy(tiny_clip.model).double()
     block, visual = double.visual.transformer.resblocks[-1], double.visual

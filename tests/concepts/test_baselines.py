@@ -46,7 +46,7 @@ def blobs(n: int, d: int = 6, seed: int = 0) -> torch.Tensor:
 
 
 def planted(seed: int, n_images: int = 60) -> ConceptPatches:
-    """Six dimensions: 0 holds object:a, 1 object:b with noise, 2 and 3 current_processes color:red, the rest noise."""
+    """Six dimensions: 0 holds object:a, 1 object:b with noise, 2 and 3 together color:red, the rest noise."""
     rng = np.random.default_rng(seed)
     n = n_images * PER_IMAGE
     images = np.repeat(np.arange(n_images), PER_IMAGE)

@@ -61,7 +61,7 @@ def test_adjusted_p_values_are_scipys():
 
 def test_p_values_are_uniform_when_nothing_is_there():
     rng = np.random.default_rng(1)
-    pool = torch.from_numpy(rng.normal(size=(300, 12))) + torch.from_numpy(rng.exponential(size=(300, 1)))  # words go current_processes
+    pool = torch.from_numpy(rng.normal(size=(300, 12))) + torch.from_numpy(rng.exponential(size=(300, 1)))  # words go together
     sets = np.array([rng.choice(300, 6, replace=False) for _ in range(600)])
     sets[::2, 4:] = -1  # some latents have fewer reference images
     scores = vocabulary._means(pool, sets)
@@ -80,7 +80,7 @@ def test_sets_are_compared_with_sets_of_their_own_size():
     p = _permutation_p(np.array([0.8, 0.8]), [(pool, sets)], 2000, rng)
     assert (
         p[0] == pytest.approx((pool.numpy() >= 0.8).mean(), abs=0.04) and p[1] < 0.03
-    )  # nine current_processes seldom reach what one does
+    )  # nine together seldom reach what one does
     empty = _permutation_p(np.array([5.0]), [(pool, np.full((1, 9), -1))], 100, rng)
     assert empty[0] == 1
 

@@ -268,20 +268,20 @@ def test_several_kinds_of_tokens_take_one_pass(tiny_clip, sae, data, tmp_path, m
     passes = []
     real = module.read_latents
     monkeypatch.setattr(module, "read_latents", lambda *args: passes.append(1) or real(*args))
-    current_processes = summarize_latents(tiny_clip, sae, data, LAYER, tokens=["all", "patches", "cls"], out=tmp_path / "s", progress=False)
-    assert len(passes) == 1 and list(current_processes) == ["all", "patches", "cls"]
-    for kind, found in current_processes.items():
+    together = summarize_latents(tiny_clip, sae, data, LAYER, tokens=["all", "patches", "cls"], out=tmp_path / "s", progress=False)
+    assert len(passes) == 1 and list(together) == ["all", "patches", "cls"]
+    for kind, found in together.items():
         for field in dataclasses.fields(LatentSummary):
             mine, other = getattr(found, field.name), getattr(alone[kind], field.name)
             if isinstance(mine, torch.Tensor):
                 torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
             else:
                 assert mine == other
-    assert current_processes["cls"].top_patches is None and current_processes["patches"].top_patches is not None
-    both = current_processes["patches"].class_counts + current_processes["cls"].class_counts
-    assert torch.equal(current_processes["all"].class_counts, both)
+    assert together["cls"].top_patches is None and together["patches"].top_patches is not None
+    both = together["patches"].class_counts + together["cls"].class_counts
+    assert torch.equal(together["all"].class_counts, both)
     again = summarize_latents(tiny_clip, sae, data, LAYER, tokens=["cls", "all"], out=tmp_path / "s", progress=False)
-    assert len(passes) == 1 and torch.equal(again["cls"].top_images, current_processes["cls"].top_images)
+    assert len(passes) == 1 and torch.equal(again["cls"].top_images, together["cls"].top_images)
 
 
 def test_images_may_be_read_in_any_batches(tiny_clip, sae, data, summary):

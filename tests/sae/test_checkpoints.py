@@ -222,10 +222,10 @@ def test_half_precision_files_are_read(folder):
     ("entries", "message"),
     [
         ({"architecture": "temporal"}, "architecture 'temporal'. Valid: standard, topk, jumprelu, gated"),
-        ({"architecture": "gated"}, "don't belong current_processes"),
+        ({"architecture": "gated"}, "don't belong together"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm'"),
         ({"architecture": "topk"}, "needs k between"),
-        ({"d_in": 7}, "don't belong current_processes"),
+        ({"d_in": 7}, "don't belong together"),
         ({"d_in": "six"}, "positive integers"),
         ({"d_in": 1_000_000_000}, r"says d_in=1000000000, d_sae=20; sae_weights.safetensors has [\d,]+ bytes, too few"),
         ({"metadata": "none"}, "metadata must be an object, got a str"),
