@@ -156,3 +156,12 @@ def shoot(page, name):
     """Keep a picture of a page, for people to look at."""
     SHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
+
+
+BAD = "<img src=x onerror=document.title='bad'>.png"
+
+
+def picture_file(kind="PNG", size=(60, 40), color=(200, 30, 30)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).save(buffer, kind)
+    return buffer.getvalue()

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from test_training import Store, fresh
+from tiny_training import Store, fresh
 
 from patchsae_utils.config import TrainConfig
 from patchsae_utils.sae.trainer import train_sae

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from test_training import Store, fresh
+from tiny_training import Store, fresh
 
 from patchsae_utils.activations.streaming import TokenStream
 from patchsae_utils.config import TrainConfig

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_training import CONFIG, assert_same, weights
+from tiny_training import CONFIG, assert_same, weights
 
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.activations.mixing import choose_tokens

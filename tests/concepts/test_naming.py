@@ -78,9 +78,7 @@ def test_sets_are_compared_with_sets_of_their_own_size():
     sets = np.full((2, 9), -1)
     sets[0, 0], sets[1] = 0, np.arange(9)
     p = _permutation_p(np.array([0.8, 0.8]), [(pool, sets)], 2000, rng)
-    assert (
-        p[0] == pytest.approx((pool.numpy() >= 0.8).mean(), abs=0.04) and p[1] < 0.03
-    )  # nine together seldom reach what one does
+    assert p[0] == pytest.approx((pool.numpy() >= 0.8).mean(), abs=0.04) and p[1] < 0.03  # nine together seldom reach what one does
     empty = _permutation_p(np.array([5.0]), [(pool, np.full((1, 9), -1))], 100, rng)
     assert empty[0] == 1
 

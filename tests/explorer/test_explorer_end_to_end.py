@@ -7,8 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from explorer_pages import browser, pixels, shoot  # noqa: F401 (fixture)
-from test_explorer_views import BAD, picture_file
+from explorer_pages import BAD, browser, picture_file, pixels, shoot  # noqa: F401 (fixture)
 
 from benchmarks.browser import jupyterlab, run_in_lab, voila
 

@@ -10,12 +10,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from explorer_pages import UNLABELLED, browser, check_that_it_fits, pixels, show, wait_for_pixels, wire  # noqa: F401 (fixtures)
+from explorer_pages import BAD, UNLABELLED, browser, check_that_it_fits, picture_file, pixels, show, wait_for_pixels, wire  # noqa: F401 (fixtures)
 from PIL import Image
 
-from patchsae_utils.explorer import cards, render, uploads
+from patchsae_utils.explorer import cards, uploads
+from patchsae_utils.plots import heat
 
-BAD = "<img src=x onerror=document.title='bad'>.png"
 NAMES = {3: cards.Name("red", "color", 0.5), 5: cards.Name(BAD, "object", 0.4), 7: cards.Name("redwood", "object", 0.9)}
 
 
@@ -61,12 +61,6 @@ def adaptation(tiny_clip, tiny_sae, tiny_dataset, named, summary):
     return AdaptationView(tiny_clip, adapters, tiny_sae, named, summary=summary, datasets=datasets)
 
 
-def picture_file(kind="PNG", size=(60, 40), color=(200, 30, 30)):
-    buffer = io.BytesIO()
-    Image.new("RGB", size, color).save(buffer, kind)
-    return buffer.getvalue()
-
-
 # -- latents: orders, neighbours, contour -------------------------------------------------------------------------------
 
 
@@ -108,7 +102,7 @@ def test_a_contour_is_drawn_at_the_threshold_and_nowhere_else():
     picture = np.full((56, 56, 3), 120, np.uint8)
     heat = np.zeros((14, 14), np.float32)
     heat[3:6, 4:9] = 1.0
-    plain, lined = (render.blend(picture, heat, 1.0, 0.5, 0.0, size=448, contour=contour) for contour in (False, True))
+    plain, lined = (heat.blend(picture, heat, 1.0, 0.5, 0.0, size=448, contour=contour) for contour in (False, True))
     changed = np.argwhere((plain != lined).any(-1))
     assert changed.min(0) == pytest.approx([3 * 32, 4 * 32], abs=3)
     assert changed.max(0) == pytest.approx([6 * 32, 9 * 32], abs=3)
@@ -398,7 +392,7 @@ def test_page_draws_contours_without_python(show, latents):  # noqa: F811
     page.check("label:has-text('Contour') input")
     card = latents.card
     look = {"tau": latents.tau, "opacity": latents.opacity, "size": 160}
-    expected = render.blend(card.pictures[0], card.heats[0], card.heats.max(), contour=True, **look)
+    expected = heat.blend(card.pictures[0], card.heats[0], card.heats.max(), contour=True, **look)
     lined = pixels(page, ".psx-ref canvas")
     assert (lined != bare).any()
     assert np.abs(lined.astype(int) - expected).mean() < np.abs(bare.astype(int) - expected).mean()

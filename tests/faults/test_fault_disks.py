@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from test_checkpoints import trained
-from test_training import CONFIG, Store, assert_same, fresh, weights
+from tiny_saes import trained
+from tiny_training import CONFIG, Store, assert_same, fresh, weights
 
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.latents.features import write_features

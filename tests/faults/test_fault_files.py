@@ -10,10 +10,10 @@ import random
 import numpy as np
 import pandas as pd
 import pytest
-import test_training
+import tiny_training
 import torch
-from test_checkpoints import TOKENS, trained
 from tiny import loud
+from tiny_saes import TOKENS, trained
 
 from patchsae_utils.activations.extraction import ActivationStore, extract_activations
 from patchsae_utils.activations.streaming import TokenStream
@@ -243,13 +243,13 @@ def test_activations_that_are_no_numbers_are_not_counted(tiny_clip, tiny_sae, ti
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_activations_that_are_no_numbers_are_not_learned(tmp_path, value):
-    class Bad(test_training.Store):
+    class Bad(tiny_training.Store):
         def tokens(self, *args, **kwargs):
             for i, (x, positions) in enumerate(super().tokens(*args, **kwargs)):
                 yield x.masked_fill(torch.full_like(x, i == 3, dtype=torch.bool), value), positions
 
     with pytest.raises(ValueError, match=r"The loss is (nan|inf) at step 3. Look for NaN or infinite activations in the store"):
-        train_sae(test_training.fresh(), Bad(), dataclasses.replace(test_training.CONFIG, log_every=1), tmp_path, progress=False)
+        train_sae(tiny_training.fresh(), Bad(), dataclasses.replace(tiny_training.CONFIG, log_every=1), tmp_path, progress=False)
 
 
 def test_two_runs_in_one_folder_are_not_mixed(tiny_clip, tiny_dataset, tmp_path):

@@ -8,7 +8,7 @@ from importlib import resources
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_checkpoints import trained
+from tiny_saes import trained
 
 from patchsae_utils.activations.extraction import ActivationStore
 from patchsae_utils.config import _SECTIONS, Profile, load_profile, parse_settings

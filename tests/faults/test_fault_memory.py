@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from test_training import CONFIG, Store, fresh, weights
+from tiny_training import CONFIG, Store, fresh, weights
 
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.activations.streaming import TokenStream

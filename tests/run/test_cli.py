@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from test_checkpoints import trained
 from tiny import TINY_TEXT, TINY_VISION
+from tiny_saes import trained
 
 from patchsae_utils.cli import main
 from patchsae_utils.sae.files import load_sae, save_sae

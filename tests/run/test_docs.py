@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from test_checkpoints import TOKENS, trained
+from tiny_saes import TOKENS, trained
 
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.sae.formats import FORMATS

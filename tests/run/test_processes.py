@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import two_processes
-from test_training import weights
+from tiny_training import weights
 
 from patchsae_utils.run.artifacts import read_json
 from patchsae_utils.sae.files import load_sae
@@ -35,7 +35,11 @@ def runs(tmp_path_factory):
         HERE / "two_processes.py",
         out / "two",
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+        "ACCELERATE_USE_CPU": "true",
+    }
     (out / "two").mkdir()
     (out / "one").mkdir()
     two = subprocess.run(launch, capture_output=True, text=True, timeout=180, env=environment)

@@ -6,13 +6,12 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_saes import METADATA, TOKENS, VARIANTS, change, trained
 
 import patchsae_utils
 from patchsae_utils.sae.files import CONFIG, WEIGHTS, load_sae
 from patchsae_utils.sae.losses import objective
 from patchsae_utils.sae.model import SparseAutoencoder
-
-METADATA = {"model_name": "openmoji", "layer": 4, "tokens": "all", "grid": [14, 14]}
 
 
 @pytest.fixture
@@ -22,37 +21,6 @@ def folder(tmp_path):
         sae.b_enc.add_(0.1)
         sae.b_dec.add_(torch.arange(6.0))
     return sae, sae.save(tmp_path / "an SAE é")
-
-
-def change(directory, **entries):
-    config = json.loads((directory / CONFIG).read_text())
-    (directory / CONFIG).write_text(json.dumps({**config, **entries}))
-
-
-VARIANTS = [
-    {},
-    {"activation": "topk", "k": 3},
-    {"activation": "batchtopk", "k": 3},
-    {"activation": "jumprelu", "bandwidth": 0.2},
-    {"activation": "gated"},
-    {"activation": "matryoshka", "k": 3, "groups": (5, 20)},
-]
-TOKENS = 4 + 2 * torch.randn(300, 6, generator=torch.Generator().manual_seed(4))
-
-
-def trained(options, normalize="none"):
-    """An SAE with no weight at its start, and a threshold where there is one."""
-    sae = SparseAutoencoder(6, 20, metadata=METADATA, seed=1, **options)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in sae.named_parameters():
-            if name != "b_dec":
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        sae.set_normalization(TOKENS, normalize)
-        sae.b_dec.add_(0.1 * torch.randn(6, generator=generator))
-    sae.normalize_decoder()
-    sae(TOKENS)
-    return sae
 
 
 @pytest.mark.parametrize("normalize", ["none", "mean", "mean_and_norm"])

@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_checkpoints import METADATA, TOKENS, VARIANTS, change, trained
+from tiny_saes import METADATA, TOKENS, VARIANTS, change, trained
 
 from patchsae_utils.sae.exports import _HOLDS
 from patchsae_utils.sae.files import CONFIG, WEIGHTS, load_sae, save_sae

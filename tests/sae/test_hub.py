@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 import yaml
-from test_checkpoints import TOKENS, trained
+from tiny_saes import TOKENS, trained
 
 from patchsae_utils.sae.files import load_sae, save_sae
 from patchsae_utils.sae.publishing import model_card, push_sae

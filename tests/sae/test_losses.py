@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_sae import perturbed
+from tiny_saes import perturbed
 
 from patchsae_utils.sae.losses import (
     dead_pre_activations,

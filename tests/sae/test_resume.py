@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from test_training import CONFIG, Store, assert_same, fresh, weights
+from tiny_training import CONFIG, Store, assert_same, fresh, weights
 
 from patchsae_utils.config import TrainConfig
 from patchsae_utils.run.artifacts import folder_lock, read_json
@@ -40,7 +40,7 @@ def killed(tmp_path_factory):
     out = tmp_path_factory.mktemp("killed")
     run = subprocess.run(
         [sys.executable, HERE / "kills.py", out, json.dumps(RUNS)],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)},
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return out, json.loads(run.stdout.splitlines()[-1])

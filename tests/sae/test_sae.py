@@ -4,19 +4,10 @@ import numpy as np
 import pytest
 import torch
 from tiny import loud
+from tiny_saes import perturbed
 
 from patchsae_utils.adaptation.prompts import VisualPrompt
 from patchsae_utils.sae.model import ACTIVATIONS, SparseAutoencoder
-
-
-def perturbed(d_in=6, d_sae=20, seed=0, **options):
-    """An SAE with no parameter left at 0, in float64."""
-    sae = SparseAutoencoder(d_in, d_sae, seed=seed, **options).double()
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return sae
 
 
 def test_forward_is_the_papers_equation():

@@ -1,16 +1,15 @@
 """The trainer: what a step does, what is saved, and that a killed run goes on bit for bit."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny_training import CONFIG, Store, assert_same, fresh, weights
 
 from patchsae_utils.activations.extraction import extract_activations
-from patchsae_utils.config import TrainConfig
 from patchsae_utils.plots.training import training_curves
 from patchsae_utils.sae import trainer as training
 from patchsae_utils.sae.files import load_sae
@@ -19,69 +18,6 @@ from patchsae_utils.sae.model import SparseAutoencoder
 from patchsae_utils.sae.trainer import LOG_COLUMNS, learning_rate, train_sae, training_log
 
 matplotlib.use("Agg")
-
-CONFIG = TrainConfig(
-    n_tokens=40 * 64,
-    batch_tokens=64,
-    lr=3e-3,
-    warmup_steps=5,
-    l1_coefficient=1e-3,
-    dead_after_steps=4,
-    log_every=3,
-    checkpoint_every=7,
-    seed=0,
-)
-METADATA = SimpleNamespace(
-    model_name="toy",
-    weights_hash="0",
-    layer=1,
-    tokens="all",
-    grid=(2, 2),
-    preprocessing="",
-    dataset="toy",
-    split="train",
-    seed=0,
-    n_images=200,
-)
-
-
-class Store:
-    """Sparse combinations of 12 directions in 8 dimensions around a far centre; ``stop_at`` plays the power cut before that step."""
-
-    d_in = 8
-    metadata = METADATA
-
-    def __init__(self, stop_at=None, fingerprint="toy", cls=0.2):
-        self.stop_at, self.fingerprint, self.cls = stop_at, fingerprint, cls
-        generator = torch.Generator().manual_seed(0)
-        self.directions = torch.nn.functional.normalize(torch.randn(12, 8, generator=generator), dim=1)
-        self.asked = []
-
-    def tokens(self, batch_size, *, seed, epochs, start_step, positions):
-        assert epochs is None and positions
-        self.asked.append((batch_size, seed, start_step))
-        step = start_step
-        while True:
-            if step == self.stop_at:
-                raise KeyboardInterrupt
-            generator = torch.Generator().manual_seed(1000 * seed + step)
-            active = torch.rand(batch_size, 12, generator=generator) < 0.2
-            x = 5 + (active * torch.rand(batch_size, 12, generator=generator) * 4) @ self.directions
-            yield x, (torch.rand(batch_size, generator=generator) > self.cls).long()
-            step += 1
-
-
-def fresh(**options):
-    return SparseAutoencoder(8, 32, seed=0, **options)
-
-
-def weights(sae):
-    return {name: value.clone() for name, value in sae.state_dict().items()}
-
-
-def assert_same(left, right):
-    for name in left:
-        torch.testing.assert_close(left[name], right[name], rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_training import CONFIG, METADATA, Store, assert_same, fresh, weights
+from tiny_training import CONFIG, METADATA, Store, assert_same, fresh, weights
 
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.config import SaeConfig, TrainConfig
