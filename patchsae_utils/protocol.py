@@ -33,8 +33,8 @@ from .adaptation.gain import explain_gain
 from .clip.model import ClipModel
 from .config import Profile, load_profile, repository_root
 from .data import batches
+from .data.dataset import dataset_fingerprint
 from .interventions.tail import check_models, dataset_head, network_tail
-from .latents.reading import dataset_fingerprint
 from .run.artifacts import current_commit, fingerprint, is_current, read_json, write_json, write_table
 from .run.intervals import resampled_means
 from .sae.model import SparseAutoencoder

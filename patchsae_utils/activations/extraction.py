@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data import batches
+from ..data.dataset import describe_dataset
+from ..data.loader import batches
 from ..run.artifacts import fingerprint
 from ..run.memory import HalvedBatches
 from ..run.processes import current_processes
@@ -194,22 +195,8 @@ def describe_activations(clip, dataset, layer: int, tokens: str, dtype: str) -> 
         "tokens": tokens,
         "dtype": dtype,
         "preprocessing": re.sub(r" at 0x[0-9a-f]+", "", repr(clip.preprocess)),
-        "dataset": _describe(dataset),
+        "dataset": describe_dataset(dataset),
         "shape": [len(dataset), len(range(clip.n_tokens)[choose_tokens("all", tokens)]), clip.width],
-    }
-
-
-def _describe(dataset) -> dict[str, Any]:
-    """What distinguishes a data set from others of its kind."""
-    labels = torch.as_tensor(dataset.labels, dtype=torch.int64)
-    return {
-        "spec": dataset.spec,
-        "split": dataset.split,
-        "half": getattr(dataset, "half", None),
-        "seed": getattr(dataset, "seed", None),
-        "n_images": len(dataset),
-        "labels": hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16],
-        "class_names": list(dataset.class_names),
     }
 
 

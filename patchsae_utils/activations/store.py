@@ -19,7 +19,8 @@ the patches row by row (``tokens="all"``), 1 (``"cls"``), or P (``"patches"``).
      "model": {"name", "pretrained", "weights": hash of the weights, "fingerprint", "grid": [rows, columns]},
      "layer": block whose output this is, from 0,        "tokens": "all" | "cls" | "patches",
      "dtype": "bfloat16" | "float16",                    "preprocessing": the transforms, as text,
-     "dataset": {"spec", "split", "half", "seed", "n_images", "labels": hash of the labels, "class_names": [...]},
+     "dataset": {"spec", "split", "half", "seed", "n_images", "labels": hash of the labels, "class_names": [...],
+                 "contents": what names the images themselves, as far as known},
      "shape": [N, T, d],                                 "checksum": of all this without itself (absent in older stores),
      "files": {"<file name>": {"n_images", "bytes", "sha256"}, ...}}
 

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..clip.model import PRECISIONS, ClipModel, load_clip
 from ..config import AdapterConfig
 from ..data import batches, few_shot, templates_for
-from ..latents.reading import dataset_fingerprint
+from ..data.dataset import dataset_fingerprint
 from ..run import artifacts
 from ..run.memory import out_of_memory
 from .adapted import AdaptedClip

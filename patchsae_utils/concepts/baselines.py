@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..activations.extraction import extract_activations
 from ..clip.model import ClipModel
-from ..latents.reading import dataset_fingerprint
+from ..data.dataset import dataset_fingerprint
 from ..run.artifacts import fingerprint, is_current, write_json
 from ..sae.dictionary import Dictionary
 from ..sae.files import load_sae

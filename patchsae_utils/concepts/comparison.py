@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from ..latents.reading import dataset_fingerprint
+from ..data.dataset import dataset_fingerprint
 from ..run.artifacts import atomic_folder, fingerprint, is_current, read_folder_manifest, write_folder_manifest
 from ..run.intervals import centred_interval
 from ..sae.dictionary import NEEDS_NO_THRESHOLD, Dictionary, dimensions, random_sae, sae_dictionary

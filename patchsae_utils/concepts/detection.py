@@ -17,7 +17,7 @@ import torch
 from scipy import sparse
 from tqdm.auto import tqdm
 
-from ..latents.reading import dataset_fingerprint
+from ..data.dataset import dataset_fingerprint
 from ..run.artifacts import fingerprint, is_current
 from ..sae.dictionary import NEEDS_NO_THRESHOLD, Dictionary, dimensions, random_sae, sae_dictionary
 from ..sae.model import SparseAutoencoder

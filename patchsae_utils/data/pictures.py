@@ -29,8 +29,7 @@ class BrokenImage(ValueError):
     def __str__(self) -> str:
         return (
             f"{self.where} can't be read as an image: {self.reason}. Replace it or take it away, or let broken images be left out "
-            "(data.max_broken above 0; if it is, this one has changed since all were checked: delete the report in runs/<profile>/images). "
-            "What was computed before it is kept."
+            "(data.max_broken above 0; if it is, this one has changed since all were checked: delete the report in runs/<profile>/images)."
         )
 
 
@@ -101,6 +100,18 @@ class ImageFiles:
         digest.update(self._ends.astype(np.int64).tobytes() + self._names.tobytes())
         return digest.hexdigest()[:16]
 
+    def contents(self, rows: Sequence[int]) -> str:
+        """Names what lies in the files' place: names, sizes, times of change."""
+        digest = hashlib.sha256()
+        for path in map(self.where, rows):
+            try:
+                state = os.stat(path)
+                size, time = state.st_size, state.st_mtime_ns
+            except OSError:  # the one who opens it says so
+                size = time = -1
+            digest.update(f"{os.path.relpath(path, self.root)}\0{size}\0{time}\0".encode(errors="surrogateescape"))
+        return digest.hexdigest()[:16]
+
     def __call__(self, i: int) -> Image.Image:
         return open_image(self.where(i))
 
@@ -115,18 +126,24 @@ class Rows:
     Parameters
     ----------
     name, source : str
-        What to call it in messages; what names its contents.
+        What to call it in messages; what names the listing.
     data : sequence
     column : str or int
         Where in a row the picture is.
+    known : str, optional
+        What names the contents.
     """
 
-    def __init__(self, name: str, source: str, data: Any, column: str | int):
-        self.name, self.source = name, source
+    def __init__(self, name: str, source: str, data: Any, column: str | int, known: str | None = None):
+        self.name, self.source, self._known = name, source, known
         self._data, self._column = data, column
 
     def where(self, i: int) -> str:
         return f"{self.name}, row {i}"
+
+    def contents(self, rows: Sequence[int]) -> str | None:
+        """Names what the rows hold, if that is known."""
+        return self._known
 
     def __call__(self, i: int) -> Image.Image:
         return decoded(lambda: self._data[i][self._column], self.where(i))

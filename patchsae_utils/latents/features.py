@@ -13,11 +13,12 @@ from safetensors.numpy import save_file
 from scipy import sparse
 from torch import Tensor
 
+from ..data.dataset import dataset_fingerprint
 from ..run.artifacts import atomic_file, file_sha256, fingerprint, folder_lock, read_checked_json, write_checked_json
 from ..run.processes import current_processes
 from .feature_store import FORMAT, FORMAT_VERSION, INDEX, MANIFEST, FeatureStore, LatentEntries, TokenEntries, shard_name
 from .passes import one_pass
-from .reading import dataset_fingerprint, read_latents
+from .reading import read_latents
 from .summary import TOKENS
 
 __all__ = ["FeatureStore", "FeatureWriter", "LatentEntries", "TokenEntries", "write_features"]

@@ -7,7 +7,6 @@ it grows, is in summary.py; its formulas are in statistics.py; features.py keeps
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..clip.model import Residual
-from ..data import batches
+from ..data.dataset import dataset_fingerprint
+from ..data.loader import batches
 from ..run.artifacts import fingerprint, is_current
 from ..run.memory import HalvedBatches
 from ..run.processes import current_processes
@@ -315,16 +315,3 @@ def latent_masks(clip, sae, images: Tensor, latents: Sequence[int] | Tensor, lay
         raise ValueError(f"Latents must lie in range({n_latents}), got {int(latents.min())} to {int(latents.max())}.")
     patches = clip.residual(images, layer)[:, 1 : clip.n_tokens]
     return select_latents(sae, patches, latents).transpose(1, 2).unflatten(2, clip.grid)
-
-
-# -- helpers ------------------------------------------------------------------------------------------------------------
-
-
-def dataset_fingerprint(dataset) -> str:
-    """Name a data set by what decides its examples: spec, split, settings and labels."""
-    given = getattr(dataset, "fingerprint", None)
-    if given is not None:
-        return given
-    labels = hashlib.sha256(torch.as_tensor(dataset.labels, dtype=torch.int64).numpy().tobytes()).hexdigest()
-    parts = {name: getattr(dataset, name, None) for name in ("spec", "split", "half", "seed")}
-    return fingerprint(labels=labels, class_names=list(dataset.class_names), n=len(dataset), **parts)
