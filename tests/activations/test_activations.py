@@ -130,8 +130,8 @@ def test_a_killed_process_leaves_a_store_that_goes_on(tiny_clip, dataset, tmp_pa
     """SIGKILL while a shard is being written: the temporary file is swept away and whole shards are kept."""
     code = f"""
 import os, signal, sys
-sys.path.insert(0, {os.path.dirname(__file__)!r})
-import patchsae_utils.activations as activations, test_activations as tests, tiny
+sys.path[:0] = [{os.path.dirname(__file__)!r}, {os.path.dirname(os.path.dirname(__file__))!r}]
+import patchsae_utils.activations.extraction as activations, test_activations as tests, tiny
 from patchsae_utils.data import load_dataset
 real, written = os.replace, []
 def replace(source, target):

@@ -14,7 +14,7 @@ from explorer_pages import BAD, UNLABELLED, browser, check_that_it_fits, picture
 from PIL import Image
 
 from patchsae_utils.explorer import cards, uploads
-from patchsae_utils.plots import heat
+from patchsae_utils.plots.heat import blend
 
 NAMES = {3: cards.Name("red", "color", 0.5), 5: cards.Name(BAD, "object", 0.4), 7: cards.Name("redwood", "object", 0.9)}
 
@@ -102,7 +102,7 @@ def test_a_contour_is_drawn_at_the_threshold_and_nowhere_else():
     picture = np.full((56, 56, 3), 120, np.uint8)
     heat = np.zeros((14, 14), np.float32)
     heat[3:6, 4:9] = 1.0
-    plain, lined = (heat.blend(picture, heat, 1.0, 0.5, 0.0, size=448, contour=contour) for contour in (False, True))
+    plain, lined = (blend(picture, heat, 1.0, 0.5, 0.0, size=448, contour=contour) for contour in (False, True))
     changed = np.argwhere((plain != lined).any(-1))
     assert changed.min(0) == pytest.approx([3 * 32, 4 * 32], abs=3)
     assert changed.max(0) == pytest.approx([6 * 32, 9 * 32], abs=3)
@@ -266,7 +266,7 @@ def test_an_uploaded_picture_is_read_like_any_other(patches, tiny_clip, tiny_sae
 def test_a_missing_artifact_names_the_notebook_that_makes_it(tmp_path):
     from types import SimpleNamespace
 
-    from patchsae_utils.explorer import missing_artifacts
+    from patchsae_utils.stages import missing_artifacts
 
     adapters = SimpleNamespace(tasks=["openmoji/animals:gray"], kind="maple", seeds=[1])
     profile = SimpleNamespace(folder=lambda stage: tmp_path / stage, adapters=adapters)
@@ -392,7 +392,7 @@ def test_page_draws_contours_without_python(show, latents):  # noqa: F811
     page.check("label:has-text('Contour') input")
     card = latents.card
     look = {"tau": latents.tau, "opacity": latents.opacity, "size": 160}
-    expected = heat.blend(card.pictures[0], card.heats[0], card.heats.max(), contour=True, **look)
+    expected = blend(card.pictures[0], card.heats[0], card.heats.max(), contour=True, **look)
     lined = pixels(page, ".psx-ref canvas")
     assert (lined != bare).any()
     assert np.abs(lined.astype(int) - expected).mean() < np.abs(bare.astype(int) - expected).mean()

@@ -121,7 +121,7 @@ def test_wall_time_counts_all_starts(tmp_path, checkpoint, monkeypatch):
 
 HOLDER = """
 import sys, time
-from patchsae_utils.artifacts import folder_lock
+from patchsae_utils.run.artifacts import folder_lock
 with folder_lock(sys.argv[1]):
     print("locked", flush=True)
     time.sleep(60)

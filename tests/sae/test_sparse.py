@@ -443,7 +443,7 @@ def test_sparse_latents_are_a_plain_tuple():
 
 TRITON_CHECK = """
 import torch
-from patchsae_utils import sparse, sparse_triton
+from patchsae_utils.sae import sparse, sparse_triton
 device = "cuda" if torch.cuda.is_available() else "cpu"
 generator = torch.Generator().manual_seed(0)
 for dtype, select in ((torch.float32, None), (torch.float64, sparse.TopK(3))):
