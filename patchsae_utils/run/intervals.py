@@ -64,6 +64,12 @@ def interval(statistic: Callable[[np.ndarray], np.ndarray], n: int, unit: str, *
         raise ValueError(f"There is nothing to resample: no {unit}.")
     value = np.asarray(statistic(np.ones((1, n))), np.float64)[0]
     draws = np.concatenate([np.asarray(statistic(weights), np.float64) for weights in resamples(n, seed=seed)])
+    return drawn_interval(value, draws, unit, centred=centred)
+
+
+def drawn_interval(value: Any, draws: np.ndarray, unit: str, *, centred: bool = False) -> Interval:
+    """The interval of a statistic of which the values [R, ...] in all :func:`resamples` are at hand; see :func:`interval`."""
+    value = np.asarray(value, np.float64)
     bare = np.isnan(draws).all(0)
     low, high = np.nanpercentile(np.where(bare, 0.0, draws), [2.5, 97.5], axis=0)
     if centred:
