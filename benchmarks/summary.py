@@ -1,4 +1,4 @@
-"""Statistics of every latent in one pass: peak memory and images a second, and how long a query of the feature store takes.
+"""Statistics of every latent in one pass: peak memory and images per second.
 
 ``python -m benchmarks.summary`` reads random pictures with a ViT-B/16 of random weights and an SAE of 49,152 latents, of which about 150 are
 active on a token (the paper's L0), at batch 128. On the other side stands the textbook way: encode the whole batch, keep every image's
@@ -10,9 +10,7 @@ its own SAE (made when missing, before the clock starts). Each side has a proces
 from __future__ import annotations
 
 import json
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,7 +56,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     large = {**common, "d_sae": options.d_sae, "batch": options.batch, "images": options.images}
     small = {**common, "d_sae": options.small_d_sae, "batch": options.small_batch, "images": options.small_images}
     rows = []
-    for side, settings in (("ours", large), ("ours", small), ("textbook", small), ("queries", small)):
+    for side, settings in (("ours", large), ("ours", small), ("textbook", small)):
         result = in_subprocess("benchmarks.summary", side, settings)
         rows.append({"side": side, **{name: settings[name] for name in ("d_sae", "batch", "images")}, **result})
     if options.scenes:
@@ -119,7 +117,7 @@ def _measured(run, settings: dict[str, Any]) -> dict[str, Any]:
 
 def ours(settings: dict[str, Any]) -> dict[str, Any]:
     """``summarize_latents``."""
-    from patchsae_utils.latents.reading import summarize_latents
+    from patchsae_utils.latents import summarize_latents
 
     clip, sae, data = world(settings)
     return _measured(lambda: summarize_latents(clip, sae, data, -2, batch_size=settings["batch"], progress=False), settings)
@@ -130,7 +128,7 @@ def scenes(settings: dict[str, Any]) -> dict[str, Any]:
     from patchsae_utils import stages
     from patchsae_utils.config import DEFAULT_PROFILE, load_profile
     from patchsae_utils.data import load_dataset
-    from patchsae_utils.latents.reading import summarize_latents
+    from patchsae_utils.latents import summarize_latents
 
     profile = load_profile(DEFAULT_PROFILE)
     clip, layer = stages.load_world(profile)
@@ -170,42 +168,7 @@ def textbook(settings: dict[str, Any]) -> dict[str, Any]:
     return _measured(run, settings)
 
 
-def queries(settings: dict[str, Any]) -> dict[str, Any]:
-    """Writing a feature store and asking it: milliseconds, median over random questions; ``first`` opens it and verifies what it reads."""
-    from patchsae_utils.latents.features import FeatureStore, write_features
-
-    clip, sae, data = world(settings)
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "features"
-        start = time.perf_counter()
-        shard_images = max(1, settings["images"] // 4)
-        written = write_features(clip, sae, data, -2, out, batch_size=settings["batch"], shard_images=shard_images, progress=False)
-        seconds = time.perf_counter() - start
-        start = time.perf_counter()
-        store = FeatureStore.open(out)
-        store.latent(0)
-        first = 1000 * (time.perf_counter() - start)
-        rows, columns = store.grid
-        asked = {
-            "latent": lambda: store.latent(rng.integers(store.n_latents)),
-            "image": lambda: store.image(rng.integers(store.n_images)),
-            "patch": lambda: store.patch(rng.integers(store.n_images), rng.integers(rows), rng.integers(columns)),
-            "class": lambda: store.of_class(rng.integers(len(store.class_names))),
-        }
-        result = {"seconds": seconds, "images_per_second": settings["images"] / seconds, "entries": written.n_entries}
-        result |= {"bytes_on_disk": written.n_bytes, "first_ms": first}
-        for name, ask in asked.items():
-            times = []
-            for _ in range(max(20, settings["repeats"])):
-                start = time.perf_counter()
-                ask()
-                times.append(1000 * (time.perf_counter() - start))
-            result[f"{name}_ms"] = float(np.median(times))
-    return result
-
-
-SIDES = {"ours": ours, "textbook": textbook, "queries": queries, "scenes": scenes}
+SIDES = {"ours": ours, "textbook": textbook, "scenes": scenes}
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from .clip.model import ClipModel
 from .concepts.detection import detect_concepts
 from .concepts.grounding import ConceptPatches, concept_patches, has_truth
 from .config import Profile, load_profile, repository_root
+from .latents.matching import matched_cosine
 from .latents.reading import summarize_latents
-from .latents.stability import matched_cosine
 from .run.artifacts import current_commit, fingerprint, is_current, read_json, write_json, write_table
 from .sae.dictionary import sae_dictionary
 from .sae.quality import evaluate_sae

@@ -23,8 +23,9 @@ from .concepts.grounding import ConceptPatches, has_truth
 from .config import Profile
 from .data import ImageData, OpenMojiData, load_dataset, without_broken
 from .data.loader import automatic_workers
-from .latents.likeness import Likeness
-from .latents.reading import LatentSummary, summarize_latents
+from .latents.likeness import Likeness, LikenessObserver
+from .latents.reading import summarize_latents
+from .latents.summary import LatentSummary
 from .run.artifacts import fingerprint
 from .sae.model import SparseAutoencoder
 from .sae.trainer import train_sae
@@ -86,9 +87,9 @@ def trained_sae(profile: Profile, clip: ClipModel) -> SparseAutoencoder:
 
 def latent_summary(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) -> LatentSummary:
     """Statistics of every latent over :func:`statistics_data`; the same pass makes what :func:`latent_likeness` opens."""
-    folder = profile.folder("latents")
-    data = statistics_data(profile)
-    return summarize_latents(clip, sae, data, profile.model.layer, out=folder / "statistics", likeness=folder / "likeness")
+    folder, data, layer = profile.folder("latents"), statistics_data(profile), profile.model.layer
+    likeness = LikenessObserver(clip, sae, data, layer, folder / "likeness")
+    return summarize_latents(clip, sae, data, layer, out=folder / "statistics", observers=[likeness])
 
 
 def latent_likeness(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) -> Likeness:

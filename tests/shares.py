@@ -12,7 +12,7 @@ import torch
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.data import load_dataset
 from patchsae_utils.latents import passes
-from patchsae_utils.latents.features import write_features
+from patchsae_utils.latents.likeness import LikenessObserver
 from patchsae_utils.latents.reading import summarize_latents
 from patchsae_utils.sae.model import SparseAutoencoder
 
@@ -50,16 +50,12 @@ def store(out: Path, data: Pictures):
 
 def statistics(out: Path, data: Pictures):
     clip, sae = models()
-    settings = dict(k=3, tau=0.05, batch_size=2, progress=False)
-    return summarize_latents(clip, sae, data, -2, tokens=("all", "cls"), out=out / "statistics", likeness=out / "likeness", **settings)
+    likeness = LikenessObserver(clip, sae, data, -2, out / "likeness")
+    settings = dict(k=3, tau=0.05, batch_size=2, observers=[likeness], progress=False)
+    return summarize_latents(clip, sae, data, -2, out=out / "statistics", **settings)
 
 
-def features(out: Path, data: Pictures):
-    clip, sae = models()
-    return write_features(clip, sae, data, -2, out / "features", shard_images=4, batch_size=2, progress=False)
-
-
-STAGES = {"store": store, "statistics": statistics, "features": features}
+STAGES = {"store": store, "statistics": statistics}
 
 
 def main(out: Path) -> None:
@@ -75,8 +71,6 @@ def main(out: Path) -> None:
             stage(out / "cut", Pictures(BAD))
         except ValueError as error:
             (out / f"error-{name}-{rank}").write_text(str(error))
-    clip, sae = models()
-    summarize_latents(clip, sae, Pictures(), -2, features=out / "beside", batch_size=4, progress=False)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from torch import Generator, Tensor
 from ..clip.model import ClipModel, Residual
 from ..data import batches
 from ..interventions.tail import Active, check_models, check_same_tower, dataset_head, decoder_of, network_tail
-from ..latents.reading import latent_chunks
+from ..latents.passes import latent_chunks
 from ..run.intervals import bootstrap, bootstrap_mean
 from .links import ClassLinks, LinkSums, Reader
 

@@ -21,7 +21,7 @@ from ..activations.extraction import extract_activations
 from ..clip.model import ClipModel
 from ..config import SaeConfig, TrainConfig
 from ..interventions.tail import check_same_tower
-from ..latents.stability import MAX_LATENTS, stability
+from ..latents.matching import MAX_LATENTS, stability
 from ..sae.model import SparseAutoencoder
 from ..sae.quality import evaluate_sae, firing_rates
 from ..sae.trainer import train_sae
@@ -70,12 +70,12 @@ class Dictionaries(NamedTuple):
             tables.append(found.assign(activations=name, measure=found["metric"].map(MEASURES)))
         return pd.concat(tables, ignore_index=True)[["sae", "activations", "measure", "value", "low", "high"]]
 
-    def matches(self, threshold: float = 0.7, seed: int = 0) -> pd.DataFrame:
-        """How many latents each pair of SAEs has in common: :func:`patchsae_utils.latents.stability.stability` on those that are alive.
+    def matches(self, threshold: float = 0.7) -> pd.DataFrame:
+        """How many latents each pair of SAEs has in common: :func:`patchsae_utils.latents.stability` on those that are alive.
 
         The yardstick of "CLIP, other seed" and "adapted" is "CLIP" and "CLIP, other seed": neither pair shares a start.
         """
-        return stability(self.saes, self.alive, threshold=threshold, seed=seed)
+        return stability(self.saes, self.alive, threshold=threshold)
 
 
 def train_dictionaries(

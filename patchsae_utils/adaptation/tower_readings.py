@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..clip.model import ClipModel, Residual
 from ..interventions.tail import check_models, network_tail
-from ..latents.reading import latent_chunks
+from ..latents.passes import latent_chunks
 
 if TYPE_CHECKING:
     from ..sae.model import SparseAutoencoder

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..adaptation.adapters import NAMES
 from ..data import load_dataset
 from ..interventions.tail import dataset_head
-from ..latents.reading import TOKENS
+from ..latents.summary import TOKENS
 from .cards import Reader, distinctiveness
 from .render import encode_heats, encode_picture
 from .widgets import SelectionError, _View, is_openmoji, script

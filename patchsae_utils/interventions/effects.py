@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..clip.model import ClipModel, Residual
 from ..data import batches
-from ..latents.reading import LatentSummary
+from ..latents.classes import class_scores
+from ..latents.summary import LatentSummary
 from ..run.intervals import bootstrap_mean
 from .choosing import matched_latents
 from .concept_effects import ConceptLatents, concept_head, concept_prompts, concept_specificity, rank_concepts
@@ -50,29 +51,6 @@ __all__ = [
 ]
 
 SCENES = ("show it", "show another")
-
-
-def class_scores(summary: LatentSummary) -> Tensor:
-    """How characteristic each latent is of each class: its activation on the class times the class's share of all its activation.
-
-    A latent that answers to every class scores low however active it is; so does one that is faint or rare on its own class. Classes
-    count as equally frequent.
-
-    Parameters
-    ----------
-    summary : LatentSummary
-        Of the train split.
-
-    Returns
-    -------
-    Tensor [C, S]
-        Summed activation an image of the class, times a share in [0, 1].
-    """
-    tokens = summary.class_counts.double()
-    rate = tokens / summary.class_images.double().clamp_min(1)[:, None]
-    # Activation of the tokens above tau, averaged: what the summary knows of the latent's strength.
-    level = summary.mean_activation.double() * summary.frequency.double() / tokens.sum(0).clamp_min(1)
-    return rate * rate / rate.sum(0).clamp_min(torch.finfo(torch.float64).tiny) * level
 
 
 def rank_latents(summary: LatentSummary, k: int = 1) -> Tensor:

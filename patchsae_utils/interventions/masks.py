@@ -32,7 +32,7 @@ from .choosing import CHOICES, MATCH_WINDOW, RANKINGS, Choosing, match_by_weight
 from .tail import PLACES, Active, check_models, dataset_head, decoder_of, network_tail
 
 if TYPE_CHECKING:
-    from ..latents.reading import LatentSummary
+    from ..latents.summary import LatentSummary
     from ..sae.model import SparseAutoencoder
 
 __all__ = [

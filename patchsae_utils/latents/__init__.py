@@ -1,10 +1,40 @@
 """Latents: one pass over a data set, and what it says of every latent.
 
-Statistics (`summary`), likeness (`likeness`), pictures (`pictures`), other domains (`domains`), other seeds (`stability`). May import: sae, activations, clip, data, run.
+Statistics (`summary`, `measures`), what else reads the same pass (`passes`, `likeness`), latents of a class (`classes`), pictures (`pictures`), other domains
+and written words (`domains`), other seeds (`matching`). May import: sae, activations, clip, data, run.
 """
 
-from .pictures import activation_levels, reference_images, seen_image
+from .classes import class_scores, top_latents
+from .domains import cross_domain_references, text_and_image_examples, text_and_image_latents, word_scenes
+from .likeness import Likeness, LikenessObserver
+from .matching import matched_cosine, stability
+from .measures import contrasting_latents, label_entropy, label_std, shuffled_label_entropy
+from .passes import Observer
+from .pictures import activation_levels, level_overlap, reference_images, seen_image
 from .reading import latent_masks, summarize_latents
 from .summary import LatentSummary
 
-__all__ = ["LatentSummary", "activation_levels", "latent_masks", "reference_images", "seen_image", "summarize_latents"]
+__all__ = [
+    "LatentSummary",
+    "Likeness",
+    "LikenessObserver",
+    "Observer",
+    "activation_levels",
+    "class_scores",
+    "contrasting_latents",
+    "cross_domain_references",
+    "label_entropy",
+    "label_std",
+    "latent_masks",
+    "level_overlap",
+    "matched_cosine",
+    "reference_images",
+    "seen_image",
+    "shuffled_label_entropy",
+    "stability",
+    "summarize_latents",
+    "text_and_image_examples",
+    "text_and_image_latents",
+    "top_latents",
+    "word_scenes",
+]

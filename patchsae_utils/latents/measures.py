@@ -6,9 +6,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..run.intervals import Interval as Interval
-from ..run.intervals import mean_interval as mean_interval
-
 
 def label_entropy(top_values: Tensor, top_labels: Tensor, n_classes: int) -> Tensor:
     """Entropy of the labels of each latent's reference images, weighted by activation.
@@ -77,21 +74,11 @@ _PLACES = 2**32  # places that a key can name
 
 
 def pack_top(values: Tensor, places: Tensor) -> Tensor:
-    """One integer for a value and where it was found: larger for larger values and, among equal ones, for earlier places.
+    """One integer for a float32 value and its place in ``range(2**32)``: larger for larger values and, among equal ones, for earlier places.
 
     The bits of a positive float32, read as an integer, are in the order of the floats; they are the key's upper half, and the place,
     counted backwards, is its lower half. The k largest keys are thus the top k with ties decided, whatever the batch size or device.
-
-    Parameters
-    ----------
-    values : Tensor [...]
-        float32. What is not positive (or NaN) becomes key 0, which is padding.
-    places : LongTensor [...]
-        In ``range(2 ** 32)``.
-
-    Returns
-    -------
-    LongTensor [...]
+    What is not positive (or NaN) becomes key 0, which is padding.
     """
     keys = (values.contiguous().view(torch.int32).long() << 32) + (_PLACES - 1 - places)
     return keys.masked_fill(~(values > 0), 0)
@@ -104,14 +91,7 @@ def unpack_top(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge_keys(kept: Tensor, new: Tensor) -> None:
-    """Bring the k largest keys of each latent up to date, in place.
-
-    Parameters
-    ----------
-    kept : LongTensor [S, k]
-        Descending; padding is 0. See :func:`pack_top`.
-    new : LongTensor [S, n]
-    """
+    """Bring the k largest keys of each latent up to date, in place: kept [S, k], descending, by new ones [S, n]."""
     rows = (new.amax(1) > kept[:, -1]).nonzero().flatten()  # few, once many images were read
     if len(rows):
         kept[rows] = torch.cat([kept[rows], new[rows]], 1).topk(kept.shape[1], dim=1).values

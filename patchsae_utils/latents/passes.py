@@ -1,34 +1,190 @@
-"""One pass of the statistics over a data set: shared by processes, saved now and then, taken up where it was killed.
+"""One pass over a data set: read once, shared by processes, saved now and then, resumed where it was killed.
 
-Every process reads whole batches, cut as one process cuts them, and all that is counted can be added exactly (:mod:`.summary`): the result
-is, bit for bit, the same however many processes share the images and however often they were killed. Only :mod:`.monosemanticity` sums
-float64 products in the order in which images come; its scores agree to about 1e-9.
+Every process reads whole batches, cut as one process cuts them, and what the statistics count can be added exactly (:mod:`.summary`): the result is, bit
+for bit, the same however many processes share the images and however often they were killed. Only :mod:`.likeness` sums float64 products in
+the order in which images come; its scores agree to about 1e-9.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..clip.model import Residual
+from ..data.loader import batches
 from ..run.artifacts import file_sha256, folder_lock
+from ..run.memory import HalvedBatches
 from ..run.processes import OneProcess, Processes, current_processes
 
+CHUNK_BYTES = 24 * 2**20
+"""Size of the largest [images, tokens, S] float32 block, small enough for a processor's caches; one image is the smallest chunk."""
 SAVE_SECONDS = 300.0
 """Between two savings of what was counted; longer where saving itself would take more than a twentieth of the time."""
 
 _FILE = re.compile(r"counted-\d+-([0-9a-f]{16})\.safetensors")
+
+
+class Observer:
+    """What counts something while :func:`summarize_latents` reads a data set; a subclass overrides what it needs.
+
+    Each image comes once, in one of the processes. What was counted on other images, by another process or before a kill, is absorbed:
+    the order must not matter.
+    """
+
+    key = ""
+    """Names what is made from which inputs (:func:`patchsae_utils.run.artifacts.fingerprint`)."""
+
+    def is_complete(self) -> bool:
+        """Whether what it makes is there already, so that no image need be read."""
+        return False
+
+    def prepare(self, tokens: Tensor) -> None:
+        """Before all else: the residual stream [B, 1+P, D] of the data set's first batch, in every process and every attempt the same."""
+
+    def read(self, stream: Residual, places: Tensor) -> None:
+        """A batch's residual stream and its places in the data set [B], before its latents come."""
+
+    def add(self, h: Tensor, labels: Tensor, places: Tensor) -> None:
+        """Some images of the batch: latents [b, 1+P, S], classes and places [b]."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All that was counted."""
+        return {}
+
+    def absorb(self, state: Mapping[str, Tensor]) -> None:
+        """Add entries of another's :meth:`state`, which counted other images."""
+
+    def finish(self) -> object:
+        """After the last image, in the main process: write, or return, what was counted."""
+
+
+# -- reading --------------------------------------------------------------------------------------------------------------
+
+
+def read_streams(
+    clip, dataset, layer: int, batch_size: int = 64, indices: Sequence[int] | None = None, progress: str | None = None
+) -> Iterator[tuple[Tensor, Tensor, Residual]]:
+    """Labels [B], places in the data set [B] and residual stream, batch by batch; one that doesn't fit the memory comes in parts, with a warning."""
+    fitting, n_classes = HalvedBatches(clip.device), len(dataset.class_names)
+    for batch in batches(dataset, clip.preprocess, batch_size, indices=indices, progress=progress):
+        if batch.labels.min() < 0 or batch.labels.max() >= n_classes:
+            raise ValueError(
+                f"Labels must lie in range({n_classes}), the number of class names; got {int(batch.labels.min())} to {int(batch.labels.max())}."
+            )
+        for rows, stream in fitting.run(len(batch.labels), partial(_run_to, clip, layer, batch.images)):
+            _check_finite(stream.tokens, batch.indices[rows], clip, layer)
+            yield batch.labels[rows], batch.indices[rows], stream
+
+
+def read_latents(
+    clip, sae, dataset, layer: int, batch_size: int = 64, progress: str | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Labels [b], places [b] and latents [b, 1+P, S] at CLS and the patches, a few images at a time."""
+    for labels, places, stream in read_streams(clip, dataset, layer, batch_size, progress=progress):
+        for rows, h in latent_chunks(sae, stream.tokens[:, : clip.n_tokens]):
+            yield labels[rows], places[rows], h
+
+
+def latent_chunks(sae, residual: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a batch [B, T, D] and their latents [b, T, S]: ``CHUNK_BYTES`` at a time (on a GPU 16 times that), at least one image."""
+    most = CHUNK_BYTES if sae.W_enc.device.type == "cpu" else 16 * CHUNK_BYTES
+    step = max(1, most // (4 * residual.shape[1] * sae.W_enc.shape[1]))
+    for start in range(0, len(residual), step):
+        rows = slice(start, min(start + step, len(residual)))
+        yield rows, sae.encode(residual[rows].to(sae.W_enc.device))
+
+
+def _run_to(clip, layer: int, images: Tensor, rows: slice) -> Residual:
+    return clip.run_to(images[rows], layer)
+
+
+def _check_finite(tokens: Tensor, places: Tensor, clip, layer: int) -> None:
+    bad = ~tokens.isfinite().flatten(1).all(1).cpu()
+    if bad.any():
+        shown = ", ".join(map(str, places[bad].tolist()[:5]))
+        raise ValueError(
+            f"The residual stream of {clip.name!r} after layer {layer} holds NaN or infinity in {int(bad.sum())} of {len(bad)} images of a batch "
+            f"(places {shown} in the data set). Look at these images; with precision='bf16', try 'fp32'."
+        )
+
+
+# -- counting -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def one_pass(
+    clip,
+    sae,
+    dataset,
+    layer: int,
+    observers: Mapping[str, Observer],
+    *,
+    batch_size: int,
+    unfinished: Path | None,
+    key: str,
+    progress: str | None,
+) -> Iterator[Processes | OneProcess]:
+    """Read a data set into observers. In the block they hold what all processes counted; finish them there.
+
+    ``unfinished`` is a folder for what was counted so far, removed at the end of the block; ``key`` names the inputs.
+    """
+    processes, read = current_processes(), partial(read_streams, clip, dataset, layer, batch_size)
+    prepared = False
+
+    def prepare(stream: Residual) -> None:
+        nonlocal prepared
+        for observer in () if prepared else observers.values():
+            observer.prepare(stream.tokens[:, : clip.n_tokens].to(sae.W_enc.device))
+        prepared = True
+
+    with ExitStack() as stack:
+        done, saved = torch.zeros(len(dataset), dtype=torch.bool), None
+        if unfinished is not None:
+            if processes.main:
+                stack.callback(_remove_if_empty, unfinished)  # of a pass that failed before anything was saved
+            processes.on_main(lambda: stack.enter_context(folder_lock(unfinished)))
+            saved = SavedCounts(unfinished, key, observers, len(dataset), processes.index)
+        if processes.number > 1 or (saved is not None and saved.any()):  # whoever begins elsewhere reads the first batch for this alone
+            prepare(next(read(range(min(batch_size, len(dataset)))))[2])
+        if saved is not None:
+            done = processes.on_main(saved.resume)
+        rows = (~done).nonzero().flatten().tolist()
+        own = rows[own_rows(len(rows), batch_size, processes)]
+
+        def count() -> None:
+            for labels, places, stream in read(own, progress) if own else ():
+                prepare(stream)
+                if saved is not None:
+                    saved.save_if_time()
+                for observer in observers.values():
+                    observer.read(stream, places)
+                for some, h in latent_chunks(sae, stream.tokens[:, : clip.n_tokens]):
+                    for observer in observers.values():
+                        observer.add(h, labels[some].to(h.device), places[some].to(h.device))
+                if saved is not None:
+                    saved.done[places] = True
+            if saved is not None and processes.number > 1 and own:
+                saved.save()  # others may take longer, or stop
+
+        processes.everywhere(count)
+        for observer in observers.values():
+            for name, value in observer.state().items():
+                for other in processes.others(value):
+                    observer.absorb({name: other})
+        yield processes
+        if saved is not None:
+            processes.on_main(lambda: shutil.rmtree(saved.folder, ignore_errors=True))
 
 
 def own_rows(n: int, unit: int, processes: Processes | OneProcess) -> slice:
@@ -38,48 +194,29 @@ def own_rows(n: int, unit: int, processes: Processes | OneProcess) -> slice:
     return slice(low * unit, min(n, high * unit))
 
 
-class Unfinished:
-    """What a pass has counted so far, on disk: a file for each process, named by its own hash.
+class SavedCounts:
+    """What a pass has counted so far, on disk: a file for each process, named by its own hash. Files of another ``key`` are not resumed."""
 
-    Parameters
-    ----------
-    folder : Path
-    key : str
-        Names the inputs; files of others are not taken up.
-    parts : mapping
-        What counts: each has ``state() -> dict of Tensor`` and ``absorb(state)``.
-    n_images : int
-    index : int
-        Of this process.
-    """
-
-    def __init__(self, folder: Path, key: str, parts: Mapping[str, Any], n_images: int, index: int):
-        self.folder, self.key, self.parts, self.index = folder, key, parts, index
+    def __init__(self, folder: Path, key: str, observers: Mapping[str, Observer], n_images: int, index: int):
+        self.folder, self.key, self.observers, self.index = folder, key, observers, index
         self.done = torch.zeros(n_images, dtype=torch.bool)
         """[N] images that were counted."""
         self._saved, self._effort, self._own_name = time.monotonic(), 0.0, ""
 
-    def resume_counts(self, needed: Sequence[int] = ()) -> Tensor:
-        """Count what all files of an earlier attempt counted, and make one file of them; only in the main process.
+    def any(self) -> bool:
+        """Whether an earlier attempt left a file."""
+        return any(self.folder.glob("counted-*"))
 
-        Parameters
-        ----------
-        needed : sequence of int
-            Images that another output of the pass needs to see. If one of them was counted already, all begins anew.
-
-        Returns
-        -------
-        BoolTensor [N]
-            Images that need not be read.
-        """
+    def resume(self) -> Tensor:
+        """In the main process: count what an earlier attempt counted, and make one file of it. Images [N] that need not be read."""
         found = [(path, done) for path in sorted(self.folder.glob("counted-*")) if (done := self._done_by(path)) is not None]
         # A process that was killed between writing a file and removing those it replaces leaves images counted twice: the larger file holds them.
         for path, done in sorted(found, key=lambda pair: -int(pair[1].sum())):
-            if not (done & self.done).any() and not done[list(needed)].any():
+            if not (done & self.done).any():
                 state = load_file(path)
-                for name, part in self.parts.items():
+                for name, observer in self.observers.items():
                     head = f"{name}/"
-                    part.absorb({key.removeprefix(head): value for key, value in state.items() if key.startswith(head)})
+                    observer.absorb({key.removeprefix(head): value for key, value in state.items() if key.startswith(head)})
                 self.done |= done
         if self.done.any():
             self.save()
@@ -96,7 +233,8 @@ class Unfinished:
     def save(self) -> None:
         """Write all that was counted, as a whole, and remove this process's earlier file."""
         start = time.monotonic()
-        state = {f"{name}/{key}": value.cpu().contiguous() for name, part in self.parts.items() for key, value in part.state().items()}
+        parts = self.observers.items()
+        state = {f"{name}/{key}": value.cpu().contiguous() for name, observer in parts for key, value in observer.state().items()}
         temporary = self.folder / f".counted-{self.index}.tmp"
         save_file({**state, "done": self.done.to(torch.uint8)}, temporary, {"key": self.key})
         self._own_name = f"counted-{self.index}-{file_sha256(temporary)[:16]}.safetensors"
@@ -119,81 +257,3 @@ class Unfinished:
 def _remove_if_empty(folder: Path) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-@contextmanager
-def one_pass(
-    read: Callable[[list[int] | None, Callable[[], None]], Iterable[tuple[Tensor, Tensor, Tensor]]],
-    n_images: int,
-    summaries: Mapping[str, Any],
-    watch: Any,
-    writer: Any,
-    *,
-    batch_size: int,
-    unfinished: Path | None,
-    key: str,
-) -> Iterator[Processes | OneProcess]:
-    """Read a data set into statistics. In the block, they hold what all processes counted; write them there, in the main process.
-
-    Parameters
-    ----------
-    read : callable
-        Takes places in the data set (None: all), and something to call between batches; yields labels, places and latents as
-        :func:`patchsae_utils.latents.reading.read_latents` does.
-    n_images : int
-    summaries : mapping of RunningSummary
-    watch : LikenessPass or None
-    writer : FeatureWriter or None
-    batch_size : int
-    unfinished : Path, optional
-        A folder of its own, for what was counted so far; removed at the end of the block.
-    key : str
-        Names the inputs.
-
-    Yields
-    ------
-    Processes
-    """
-    processes = current_processes()
-    parts = {**summaries, **({} if watch is None else {"likeness": watch})}
-    saved: Unfinished | None = None
-    with ExitStack() as stack:
-        done = torch.zeros(n_images, dtype=torch.bool)
-        if unfinished is not None and parts:
-            if processes.main:
-                stack.callback(_remove_if_empty, unfinished)  # of a pass that failed before anything was saved
-            processes.on_main(lambda: stack.enter_context(folder_lock(unfinished)))
-            saved = Unfinished(unfinished, key, parts, n_images, processes.index)
-            needed = () if writer is None else writer.missing_images()
-            if watch is not None and processes.main and any(unfinished.glob("counted-*")):
-                watch.prepare()
-            done = processes.on_main(lambda: saved.resume_counts(needed))
-        if watch is not None and processes.number > 1 and watch.control is None:
-            watch.prepare()
-        rows = (~done).nonzero().flatten().tolist() if parts else writer.missing_images()
-        unit = batch_size if writer is None else math.lcm(batch_size, writer.shard_images)
-        own = rows[own_rows(len(rows), unit, processes)]
-
-        def between() -> None:
-            if saved is not None and (writer is None or writer.between_shards):
-                saved.save_if_time()
-
-        def count() -> None:
-            for labels, places, h in read(None if len(own) == n_images else own, between) if own else ():
-                for summary in summaries.values():
-                    summary.update(h, labels, places)
-                if watch is not None:
-                    watch.add(h, places)
-                if writer is not None:
-                    writer.add(h, places)
-                if saved is not None:
-                    saved.done[places.cpu()] = True
-            if saved is not None and processes.number > 1 and own:
-                saved.save()  # others may take longer, or stop
-
-        processes.everywhere(count)
-        for part in parts.values():
-            part.merge(processes)
-        yield processes
-        if saved is not None:
-            processes.on_main(lambda: shutil.rmtree(saved.folder, ignore_errors=True))

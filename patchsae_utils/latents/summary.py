@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..run.artifacts import atomic_folder, damage_named, file_sha256, read_folder_manifest, write_folder_manifest
-from ..run.processes import OneProcess, Processes
+from ..run.artifacts import atomic_folder, damage_named, read_folder_manifest, write_folder_manifest
 from .measures import label_entropy, label_std, merge_keys, pack_top, unpack_top
+from .passes import Observer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 TOKENS = {"all": slice(None), "patches": slice(1, None), "cls": slice(0, 1)}
 """Which tokens of [CLS, patch 1, ..., patch P] a statistic reads."""
@@ -158,8 +158,6 @@ class LatentSummary:
             raise ValueError(
                 f"{folder} has format version {manifest.get('format_version')}; this package reads version {FORMAT_VERSION}. {remedy}"
             )
-        if "files" not in manifest and file_sha256(path) != manifest.get("sha256"):  # as it was written before
-            raise ValueError(f"{path} is damaged: its checksum is not the manifest's. {remedy}")
         with damage_named(folder / "manifest.json"):
             fields = {**load_file(path), **manifest, "class_names": tuple(manifest["class_names"])}
             for name in _COUNTS:
@@ -178,145 +176,97 @@ _COARSE, _FINE = 2.0**20, 2.0**50  # a float32 is a whole number of 2**-20, and 
 
 
 def exact_sums(values: Tensor) -> Tensor:
-    """Column sums that don't depend on the order of their terms.
+    """Column sums of float32 [b, S] that don't depend on the order of their terms: whole numbers of 2**-20 and of 2**-50, float64 [2, S].
 
-    Parameters
-    ----------
-    values : Tensor [b, S]
-        float32.
-
-    Returns
-    -------
-    Tensor [2, S], float64
-        Sums of whole numbers of 2**-20 and of 2**-50, in these units. They are exact, and so are sums of such sums, while there are fewer
-        than 2**24 terms and they sum to less than 2**33; beyond, they are as good as any float64.
+    They are exact, and so are sums of such sums, while there are fewer than 2**24 terms and they sum to less than 2**33; beyond, they are as
+    good as any float64.
     """
     values = values.double()
     coarse = (values * _COARSE).round()
     return torch.stack([coarse.sum(0), ((values - coarse / _COARSE) * _FINE).round().sum(0)])
 
 
-class RunningSummary:
+class RunningSummary(Observer):
     """A :class:`LatentSummary` that grows chunk by chunk; holds 16 bytes a (latent, reference) and 8 a (class, latent).
 
-    Everything in it is a sum of whole numbers or a set of largest keys, so the order in which images come does not matter, and several that
-    counted different images make one (:meth:`absorb`), bit for bit.
-
-    Parameters
-    ----------
-    n_latents, n_classes, n_patches : int
-    k : int
-        Reference images and reference patches of a latent.
-    tau : float
-    tokens : str
-        A key of ``TOKENS``.
-    patches_per_image : int
-        Reference patches that one image may give a latent.
-    device : torch.device
+    All of it is sums of whole numbers and sets of largest keys, so the order in which images come does not matter, bit for bit.
     """
 
-    def __init__(
-        self, n_latents: int, n_classes: int, n_patches: int, k: int, tau: float, tokens: str, patches_per_image: int, device: torch.device
-    ):
+    def __init__(self, dataset, n_latents: int, n_patches: int, k: int, tau: float, tokens: str, device: torch.device):
+        self.labels, self.class_names = torch.as_tensor(dataset.labels, dtype=torch.long), tuple(dataset.class_names)
         self.tau, self.tokens, self.n_patches = tau, tokens, n_patches
-        self.patches_per_image = min(patches_per_image, k, n_patches)
-        self.sum_mean = torch.zeros(2, n_latents, dtype=torch.float64, device=device)
-        self.top = torch.zeros(n_latents, k, dtype=torch.long, device=device)
-        self.top_patches = None if tokens == "cls" else self.top.clone()
-        self.class_counts = torch.zeros(n_classes, n_latents, device=device)
-        self.class_hits = torch.zeros(n_classes, n_latents, device=device)
-        self.class_images = torch.zeros(n_classes, dtype=torch.long, device=device)
+        n_classes = len(self.class_names)
+        self.sums = {
+            "sum_mean": torch.zeros(2, n_latents, dtype=torch.float64, device=device),
+            "class_counts": torch.zeros(n_classes, n_latents, device=device),
+            "class_hits": torch.zeros(n_classes, n_latents, device=device),
+            "class_images": torch.zeros(n_classes, dtype=torch.long, device=device),
+        }
+        kinds = ("top",) if tokens == "cls" else ("top", "top_patches")
+        self.tops = {kind: torch.zeros(n_latents, k, dtype=torch.long, device=device) for kind in kinds}
 
-    def update(self, h: Tensor, labels: Tensor, indices: Tensor) -> None:
-        """Count some images.
-
-        Parameters
-        ----------
-        h : Tensor [b, 1+P, S]
-            Latent activations at CLS and the patches.
-        labels, indices : LongTensor [b]
-            Classes, and places in the data set.
-        """
+    def add(self, h: Tensor, labels: Tensor, places: Tensor) -> None:
+        """Count some images: see :meth:`Observer.add`."""
         h = h[:, TOKENS[self.tokens]]
         means = h.mean(1)
         counts = (h > self.tau).to(h.dtype).sum(1)  # faster than summing booleans, and exact
-        self.sum_mean += exact_sums(means)
-        self.class_counts.index_add_(0, labels, counts)
-        self.class_hits.index_add_(0, labels, (means > 0).to(h.dtype))
-        self.class_images += torch.bincount(labels, minlength=len(self.class_images))
-        merge_keys(self.top, pack_top(means.T, indices.expand(means.shape[1], -1)))
-        if self.top_patches is not None:
-            self._update_patches(h if self.tokens == "patches" else h[:, 1:], indices)
+        self.sums["sum_mean"] += exact_sums(means)
+        self.sums["class_counts"].index_add_(0, labels, counts)
+        self.sums["class_hits"].index_add_(0, labels, (means > 0).to(h.dtype))
+        self.sums["class_images"] += torch.bincount(labels, minlength=len(self.class_names))
+        merge_keys(self.tops["top"], pack_top(means.T, places.expand(means.shape[1], -1)))
+        if "top_patches" in self.tops:
+            self._add_patches(h if self.tokens == "patches" else h[:, 1:], places)
 
-    def _update_patches(self, patches: Tensor, indices: Tensor) -> None:
-        """Only where an image's strongest patch beats a latent's k-th one, which soon is rare, are places looked up."""
-        peaks = patches.amax(1)
-        image, latent = (peaks > unpack_top(self.top_patches[:, -1])[0]).nonzero(as_tuple=True)
+    def _add_patches(self, patches: Tensor, places: Tensor) -> None:
+        """Only where an image's strongest patch beats a latent's k-th one, which soon is rare, is its place looked up."""
+        kept = self.tops["top_patches"]
+        image, latent = (patches.amax(1) > unpack_top(kept[:, -1])[0]).nonzero(as_tuple=True)
         if not len(image):
             return
-        places = indices[image, None] * self.n_patches + torch.arange(self.n_patches, device=patches.device)
-        best = pack_top(patches[image, :, latent], places).topk(self.patches_per_image, dim=1).values
+        at = places[image, None] * self.n_patches + torch.arange(self.n_patches, device=patches.device)
         latents, row = latent.unique(return_inverse=True)
-        fresh = torch.zeros(len(latents), len(patches), self.patches_per_image, dtype=torch.long, device=best.device)
-        fresh[row, image] = best
-        some = self.top_patches[latents]
-        merge_keys(some, fresh.flatten(1))
-        self.top_patches[latents] = some
-
-    _SUMS = ("sum_mean", "class_counts", "class_hits", "class_images")
-    _TOPS = ("top", "top_patches")
+        fresh = torch.zeros(len(latents), len(patches), dtype=torch.long, device=patches.device)
+        fresh[row, image] = pack_top(patches[image, :, latent], at).amax(1)
+        some = kept[latents]
+        merge_keys(some, fresh)
+        kept[latents] = some
 
     def state(self) -> dict[str, Tensor]:
         """All that was counted."""
-        return {name: getattr(self, name) for name in (*self._SUMS, *self._TOPS) if getattr(self, name) is not None}
+        return {**self.sums, **self.tops}
 
-    def absorb(self, state: dict[str, Tensor]) -> None:
-        """Add what another has counted on other images (its :meth:`state`): exactly as if this had counted them."""
-        for name in self._SUMS:
-            getattr(self, name).add_(state[name].to(self.sum_mean.device))
-        for name in self._TOPS:
-            if getattr(self, name) is not None:
-                merge_keys(getattr(self, name), state[name].to(self.sum_mean.device))
+    def absorb(self, state: Mapping[str, Tensor]) -> None:
+        """Add what another has counted on other images: exactly as if this had counted them."""
+        for name, value in state.items():
+            if name in self.sums:
+                self.sums[name].add_(value.to(self.sums[name].device))
+            else:
+                merge_keys(self.tops[name], value.to(self.tops[name].device))
 
-    def merge(self, processes: Processes | OneProcess) -> None:
-        """Have, in every process, what all have counted."""
-        for name in self._SUMS:
-            processes.add_up(getattr(self, name))
-        for name in self._TOPS:
-            if getattr(self, name) is not None:
-                for other in processes.others(getattr(self, name)):
-                    merge_keys(getattr(self, name), other)
-
-    def finish(self, labels: Tensor, class_names: Sequence[str]) -> LatentSummary:
-        """The summary of everything that was counted.
-
-        Parameters
-        ----------
-        labels : LongTensor [n_images]
-            By place in the data set.
-        class_names : sequence of str
-        """
-        values, images = unpack_top(self.top)
-        top_labels = labels[images.clamp_min(0)].masked_fill(images < 0, -1)
-        active = self.class_hits.sum(0, dtype=torch.float64)
+    def finish(self) -> LatentSummary:
+        """The summary of everything that was counted."""
+        counted = {name: value.cpu() for name, value in self.state().items()}
+        values, images = unpack_top(counted["top"])
+        top_labels = self.labels[images.clamp_min(0)].masked_fill(images < 0, -1)
+        active = counted["class_hits"].sum(0, dtype=torch.float64)
+        total = counted["sum_mean"][0] / _COARSE + counted["sum_mean"][1] / _FINE
         patches = {}
-        if self.top_patches is not None:
-            peaks, places = unpack_top(self.top_patches)
+        if "top_patches" in counted:
+            peaks, places = unpack_top(counted["top_patches"])
             of, at = (part.masked_fill(places < 0, -1) for part in (places // self.n_patches, places % self.n_patches))
-            patches = {"top_patch_images": of.cpu(), "top_patches": at.cpu(), "top_patch_values": peaks.cpu()}
+            patches = {"top_patch_images": of, "top_patches": at, "top_patch_values": peaks}
         return LatentSummary(
-            frequency=(active / self.class_images.sum()).float().cpu(),
-            mean_activation=((self.sum_mean[0] / _COARSE + self.sum_mean[1] / _FINE) / active.clamp_min(1)).float().cpu(),
-            label_entropy=label_entropy(values, top_labels, len(class_names)).cpu(),
-            label_std=label_std(values, top_labels).cpu(),
-            top_images=images.cpu(),
-            top_values=values.cpu(),
-            top_labels=top_labels.cpu(),
-            class_counts=self.class_counts.cpu(),
-            class_hits=self.class_hits.cpu(),
-            class_images=self.class_images.cpu(),
-            dead=(active == 0).cpu(),
-            class_names=tuple(class_names),
+            frequency=(active / counted["class_images"].sum()).float(),
+            mean_activation=(total / active.clamp_min(1)).float(),
+            label_entropy=label_entropy(values, top_labels, len(self.class_names)),
+            label_std=label_std(values, top_labels),
+            top_images=images,
+            top_values=values,
+            top_labels=top_labels,
+            **{name: counted[name] for name in ("class_counts", "class_hits", "class_images")},
+            dead=active == 0,
+            class_names=self.class_names,
             tau=self.tau,
             tokens=self.tokens,
             **patches,

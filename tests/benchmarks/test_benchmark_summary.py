@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 
-def test_the_benchmark_reports_both_sides_and_the_queries(tmp_path, monkeypatch, capsys):
+def test_the_benchmark_reports_both_sides(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     from benchmarks import summary
     from patchsae_utils import stages
@@ -36,15 +36,11 @@ def test_the_benchmark_reports_both_sides_and_the_queries(tmp_path, monkeypatch,
         ("ours", 96),
         ("ours", 64),
         ("textbook", 64),
-        ("queries", 64),
         ("scenes", 64),
     ]
     assert all(row["peak_bytes"] > 1e7 and row["images_per_second"] > 0 for row in result["rows"][:3])
     assert result["within_limit"] == (result["rows"][0]["peak_bytes"] < 4e9) and result["rows"][2]["added_bytes"] >= 0
-    asked = result["rows"][3]
-    assert all(0 < asked[f"{name}_ms"] < 1000 for name in ("latent", "image", "patch", "class"))
-    assert result["rows"][4]["images"] == 12 and result["scenes_within_limit"] == (result["rows"][4]["seconds"] * 5000 / 12 < 180)
-    assert 0.3 * 9 < asked["entries"] / (8 * 197) < 3 * 9  # about l0 a token
+    assert result["rows"][3]["images"] == 12 and result["scenes_within_limit"] == (result["rows"][3]["seconds"] * 5000 / 12 < 180)
 
 
 def test_a_side_alone_prints_its_result(monkeypatch, capsys):

@@ -22,7 +22,7 @@ from patchsae_utils.concepts.detection import (
 from patchsae_utils.concepts.grounding import ConceptPatches, average_precision, bootstrap_precision, concept_patches, concept_sums
 from patchsae_utils.concepts.places import ConceptExample, concept_examples
 from patchsae_utils.data import load_dataset, openmoji
-from patchsae_utils.latents.reading import LatentSummary
+from patchsae_utils.latents.summary import LatentSummary
 from patchsae_utils.sae.dictionary import Dictionary, dimensions, random_sae, sae_dictionary
 from patchsae_utils.sae.model import ACTIVATIONS, SparseAutoencoder
 

@@ -16,7 +16,6 @@ from tiny_saes import trained
 from tiny_training import CONFIG, Store, assert_same, fresh, weights
 
 from patchsae_utils.activations.extraction import extract_activations
-from patchsae_utils.latents.features import write_features
 from patchsae_utils.latents.reading import summarize_latents
 from patchsae_utils.run.artifacts import file_sha256
 from patchsae_utils.sae.model import SparseAutoencoder
@@ -80,12 +79,11 @@ def test_training_on_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     assert_same(weights(ended), weights(train_sae(fresh(), Store(), CONFIG, tmp_path / "whole", progress=False)))
 
 
-@pytest.mark.parametrize("make", ["store", "statistics", "features", "sae"])
+@pytest.mark.parametrize("make", ["store", "statistics", "sae"])
 def test_a_file_that_may_not_grow_is_named_and_the_same_call_goes_on(tiny_clip, tiny_sae, tiny_dataset, tmp_path, make):
     calls = {
         "store": lambda out: extract_activations(tiny_clip, tiny_dataset, LAYER, out, n_per_shard=5, progress=False),
         "statistics": lambda out: summarize_latents(tiny_clip, tiny_sae, tiny_dataset, LAYER, k=50, out=out, progress=False),
-        "features": lambda out: write_features(tiny_clip, tiny_sae, tiny_dataset, LAYER, out, shard_images=8, progress=False),
         "sae": lambda out: SparseAutoencoder(32, 64).save(out),
     }
     with files_of_at_most(12_000), pytest.raises(OSError, match="What was whole before is kept: free some space") as raised:

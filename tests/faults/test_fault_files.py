@@ -20,9 +20,7 @@ from patchsae_utils.activations.streaming import TokenStream
 from patchsae_utils.adaptation.adapters import ADAPTERS, load_adapter, save_adapter
 from patchsae_utils.concepts.comparison import ComparisonReport
 from patchsae_utils.concepts.report import ConceptReport, load_report, save_report
-from patchsae_utils.latents.feature_store import FeatureStore
-from patchsae_utils.latents.features import write_features
-from patchsae_utils.latents.likeness import Likeness
+from patchsae_utils.latents.likeness import Likeness, LikenessObserver
 from patchsae_utils.latents.reading import summarize_latents
 from patchsae_utils.latents.summary import LatentSummary
 from patchsae_utils.run import artifacts
@@ -76,9 +74,8 @@ def test_a_manifest_of_before_checksums_is_read(store):
 def artifacts_of_all_kinds(tiny_clip, tiny_sae, tiny_dataset, tmp_path_factory):
     """Folder -> what opens it, for everything that is kept beside stores and SAEs."""
     root = tmp_path_factory.mktemp("artifacts")
-    options = dict(out=root / "statistics", likeness=root / "likeness", progress=False)
-    summarize_latents(tiny_clip, tiny_sae, tiny_dataset, -2, **options)
-    write_features(tiny_clip, tiny_sae, tiny_dataset, -2, root / "features", progress=False)
+    likeness = LikenessObserver(tiny_clip, tiny_sae, tiny_dataset, -2, root / "likeness")
+    summarize_latents(tiny_clip, tiny_sae, tiny_dataset, -2, out=root / "statistics", observers=[likeness], progress=False)
     save_adapter(loud(ADAPTERS["coop"], tiny_clip), root / "adapter")
     few = pd.DataFrame({"concept": ["red", "blue"], "ap": [0.5, 0.25]})
     save_report(ConceptReport(few, np.eye(2), few), root / "concepts")
@@ -86,7 +83,6 @@ def artifacts_of_all_kinds(tiny_clip, tiny_sae, tiny_dataset, tmp_path_factory):
     return {
         root / "statistics": LatentSummary.load,
         root / "likeness": Likeness.load,
-        root / "features": lambda folder: FeatureStore.open(folder).verify(),
         root / "adapter": lambda folder: load_adapter(folder, tiny_clip),
         root / "concepts": load_report,
         root / "comparison": ComparisonReport.load,
@@ -120,16 +116,13 @@ def test_artifacts_of_before_checksums_are_read(artifacts_of_all_kinds):
         path = folder / "manifest.json"
         whole = path.read_bytes()
         manifest = artifacts.read_checked_json(path)
-        if folder.name == "statistics":
-            manifest["sha256"] = manifest["files"]["latents.safetensors"]
-        if folder.name != "features":
-            manifest.pop("files", None)
+        manifest.pop("files", None)
         artifacts.write_json(path, manifest)
         opened(folder)
         path.write_bytes(whole)
 
 
-@pytest.mark.parametrize("kind", ["statistics", "likeness", "features", "adapter", "concepts", "comparison"])
+@pytest.mark.parametrize("kind", ["statistics", "likeness", "adapter", "concepts", "comparison"])
 def test_a_manifest_that_makes_no_sense_ends_in_a_documented_error(artifacts_of_all_kinds, kind):
     """Without a checksum, as somebody might write one by hand: whatever stands in place of an entry."""
     (folder, opened) = next(item for item in artifacts_of_all_kinds.items() if item[0].name == kind)
@@ -258,19 +251,16 @@ def test_two_runs_in_one_folder_are_not_mixed(tiny_clip, tiny_dataset, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == []
 
 
-def test_two_statistics_or_feature_stores_in_one_folder_are_not_mixed(tiny_clip, tiny_sae, tiny_dataset, tmp_path):
-    calls = {
-        tmp_path / ".s-unfinished": lambda: summarize_latents(tiny_clip, tiny_sae, tiny_dataset, -2, out=tmp_path / "s", progress=False),
-        tmp_path / "f": lambda: write_features(tiny_clip, tiny_sae, tiny_dataset, -2, tmp_path / "f", progress=False),
-    }
-    for folder, call in calls.items():
-        with folder_lock(folder), pytest.raises(ValueError, match="is being written by"):
-            call()
-        assert not folder.exists() or list(folder.iterdir()) == []
+def test_two_statistics_in_one_folder_are_not_mixed(tiny_clip, tiny_sae, tiny_dataset, tmp_path):
+    call = lambda: summarize_latents(tiny_clip, tiny_sae, tiny_dataset, -2, out=tmp_path / "s", progress=False)  # noqa: E731
+    folder = tmp_path / ".s-unfinished"
+    with folder_lock(folder), pytest.raises(ValueError, match="is being written by"):
         call()
-        assert not (folder / ".lock").exists()
-        with folder_lock(folder):
-            call()  # what is finished is opened
+    assert not folder.exists() or list(folder.iterdir()) == []
+    call()
+    assert not (folder / ".lock").exists()
+    with folder_lock(folder):
+        call()  # what is finished is opened
 
 
 def test_a_disk_that_fills_up_costs_the_shard_it_was_writing(tiny_clip, tiny_dataset, tmp_path, monkeypatch):

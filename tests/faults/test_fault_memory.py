@@ -16,7 +16,7 @@ from patchsae_utils.cli import main
 from patchsae_utils.config import AdapterConfig
 from patchsae_utils.data import load_dataset
 from patchsae_utils.interventions.masks import sweep_masks
-from patchsae_utils.latents.likeness import Likeness
+from patchsae_utils.latents.likeness import Likeness, LikenessObserver
 from patchsae_utils.latents.reading import summarize_latents
 from patchsae_utils.run.memory import HalvedBatches, out_of_memory
 from patchsae_utils.sae import trainer as training
@@ -67,7 +67,8 @@ def test_statistics_halve_a_batch_and_count_nothing_twice(tiny_clip, tiny_sae, t
     for name, clip, size in (("small", Small(tiny_clip, 5), 16), ("whole", tiny_clip, 4)):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            settings = dict(batch_size=size, likeness=tmp_path / name, progress=False)
+            likeness = LikenessObserver(clip, tiny_sae, tiny_dataset, LAYER, tmp_path / name)
+            settings = dict(batch_size=size, observers=[likeness], progress=False)
             results.append(summarize_latents(clip, tiny_sae, tiny_dataset, LAYER, tau=0.05, **settings))
         assert len([each for each in told if "going on with 4 at a time" in str(each.message)]) == (name == "small")
     small, whole = results

@@ -1,4 +1,4 @@
-"""Statistics, reference images, masks and levels of latents, each against a slow float64 reference."""
+"""Statistics of latents, each against a slow float64 reference."""
 
 from __future__ import annotations
 
@@ -9,62 +9,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision import transforms
+from safetensors.torch import load_file
 
 from patchsae_utils.data import ImageData
-from patchsae_utils.latents import reading as module
+from patchsae_utils.latents import passes
 from patchsae_utils.latents.measures import (
     contrasting_latents,
     label_entropy,
     label_std,
-    mean_interval,
     merge_keys,
     pack_top,
     shuffled_label_entropy,
     unpack_top,
 )
-from patchsae_utils.latents.pictures import activation_levels, level_overlap, reference_images, seen_image, upsample_masks
-from patchsae_utils.latents.reading import LatentSummary, latent_chunks, latent_masks, summarize_latents
+from patchsae_utils.latents.passes import Observer, latent_chunks
+from patchsae_utils.latents.reading import latent_masks, summarize_latents
+from patchsae_utils.latents.summary import LatentSummary
 from patchsae_utils.run.artifacts import read_checked_json, write_checked_json
-from patchsae_utils.sae.dictionary import select_latents
-from patchsae_utils.sae.model import ACTIVATIONS, SparseAutoencoder
+from patchsae_utils.sae.model import SparseAutoencoder
 
 LAYER = 1
-
-
-@pytest.fixture(scope="module")
-def sae(tiny_clip):
-    """32 -> 24 with sparse latents; latents 3 and 7 can never be active."""
-    sae = SparseAutoencoder(tiny_clip.width, 24, seed=1).requires_grad_(False)
-    sae.b_enc.fill_(-1.0)
-    sae.b_enc[[3, 7]] = -1e6
-    return sae
-
-
-@pytest.fixture(scope="module")
-def data():
-    """Twelve small pictures, two of them alike; two classes of equal name, one with a single image, one with none."""
-    rng = np.random.default_rng(0)
-    pixels = [rng.integers(0, 255, (112, 112, 3), dtype=np.uint8) // (1 + i % 3) for i in range(12)]
-    pixels[5] = pixels[2]
-    labels = [0, 1, 2, 0, 1, 0, 1, 0, 1, 0, 1, 0]
-    return ImageData("noise", "test", ["missile", "crane", "crane", "empty"], labels, lambda i: Image.fromarray(pixels[i]))
-
-
-@pytest.fixture(scope="module")
-def summary(tiny_clip, sae, data):
-    return summarize_latents(tiny_clip, sae, data, LAYER, k=4, tau=0.2, batch_size=5, progress=False)
-
-
-@pytest.fixture(scope="module")
-def all_latents(tiny_clip, sae, data):
-    """[12, 197, 24] in float64, all at once."""
-    inputs = torch.stack([tiny_clip.preprocess(data[i].image) for i in range(len(data))])
-    with torch.no_grad():
-        return sae.encode(tiny_clip.residual(inputs, LAYER)).double()
-
-
-# -- plain functions ------------------------------------------------------------------------------------------------------
 
 
 def slow_entropy(values, labels):
@@ -153,16 +117,6 @@ def test_shuffled_labels_make_the_entropy_of_random_images():
     assert torch.equal(shuffled[1:], shuffled_label_entropy(values, images, labels, 20, seed=1)[1:])
 
 
-def test_mean_interval_is_that_of_the_mean():
-    values = np.random.default_rng(0).normal(3, 2, 400)
-    found = mean_interval(values)
-    assert found.mean == pytest.approx(values.mean()) and found.low < found.mean < found.high
-    assert found.high - found.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.15)
-    assert str(mean_interval([1, 1])) == "1.00 [1.00, 1.00]"
-    with pytest.raises(ValueError, match="at least one"):
-        mean_interval([])
-
-
 def test_contrasting_latents_differ(summary):
     chosen = contrasting_latents(summary.to_frame())
     assert list(chosen.values()) == ["one class", "related classes", "everywhere", "seldom, mixed"] and len(chosen) == 4
@@ -170,9 +124,6 @@ def test_contrasting_latents_differ(summary):
     full = frame[~frame["faint"]]
     full = full[full["n_reference"] == full["n_reference"].max()]
     assert frame.loc[next(iter(chosen)), "label_entropy"] == full["label_entropy"].min()
-
-
-# -- summary --------------------------------------------------------------------------------------------------------------
 
 
 def test_summary_equals_the_slow_reference(summary, all_latents, data):
@@ -223,15 +174,14 @@ def test_classes_of_equal_name_stay_two(summary, all_latents):
     assert summary.class_counts[2].tolist() == lonely.tolist() and summary.class_counts[1].sum() > lonely.sum()
 
 
-@pytest.mark.parametrize("per_image", [1, 2, 50])
-def test_top_patches_equal_the_slow_reference(tiny_clip, sae, data, all_latents, per_image):
-    found = summarize_latents(tiny_clip, sae, data, LAYER, k=6, patches_per_image=per_image, batch_size=5, progress=False)
+def test_top_patches_equal_the_slow_reference(tiny_clip, sae, data, all_latents):
+    found = summarize_latents(tiny_clip, sae, data, LAYER, k=6, batch_size=5, progress=False)
     patches = all_latents[:, 1:].float().numpy()
     for latent in range(24):
         candidates = []
-        for image in range(12):  # the strongest patches of each image, then the strongest of those
+        for image in range(12):  # the strongest patch of each image, then the strongest of those
             own = sorted((-patches[image, p, latent], image, p) for p in range(196) if patches[image, p, latent] > 0)
-            candidates += own[:per_image]
+            candidates += own[:1]
         expected = sorted(candidates)[:6]
         n = len(expected)
         # Rounding may order two nearly equal patches otherwise, so values are compared, and each place must hold its value.
@@ -241,7 +191,7 @@ def test_top_patches_equal_the_slow_reference(tiny_clip, sae, data, all_latents,
         images, places = found.top_patch_images[latent, :n].numpy(), found.top_patches[latent, :n].numpy()
         np.testing.assert_allclose(patches[images, places, latent], found.top_patch_values[latent, :n], rtol=1e-4)
         assert len({*zip(images.tolist(), places.tolist(), strict=True)}) == n
-        assert n == 0 or np.bincount(images).max() <= per_image
+        assert n == 0 or np.bincount(images).max() == 1
 
 
 def test_equal_patches_keep_their_order(tiny_clip, data):
@@ -252,8 +202,6 @@ def test_equal_patches_keep_their_order(tiny_clip, data):
     one = summarize_latents(tiny_clip, flat, data, LAYER, k=3, batch_size=7, progress=False)
     assert one.top_patch_images[0].tolist() == [0, 1, 2] and one.top_patches[0].tolist() == [0, 0, 0]
     assert one.top_images[0].tolist() == [0, 1, 2] and one.top_values[0].tolist() == [1.5] * 3
-    many = summarize_latents(tiny_clip, flat, data, LAYER, k=3, patches_per_image=3, progress=False)
-    assert many.top_patch_images[0].tolist() == [0, 0, 0] and many.top_patches[0].tolist() == [0, 1, 2]
     assert one.dead.tolist() == [False, True] and one.top_patches[1].tolist() == [-1] * 3 and one.top_patch_values[1].tolist() == [0] * 3
 
 
@@ -263,36 +211,9 @@ def test_no_value_is_ever_nan(summary):
     assert summary.frequency.max() <= 1  # images over images: tokens would give up to 197
 
 
-def test_several_kinds_of_tokens_take_one_pass(tiny_clip, sae, data, tmp_path, monkeypatch):
-    alone = {kind: summarize_latents(tiny_clip, sae, data, LAYER, tokens=kind, progress=False) for kind in ("all", "patches", "cls")}
-    passes = []
-    real = module.read_latents
-    monkeypatch.setattr(module, "read_latents", lambda *args: passes.append(1) or real(*args))
-    together = summarize_latents(tiny_clip, sae, data, LAYER, tokens=["all", "patches", "cls"], out=tmp_path / "s", progress=False)
-    assert len(passes) == 1 and list(together) == ["all", "patches", "cls"]
-    for kind, found in together.items():
-        for field in dataclasses.fields(LatentSummary):
-            mine, other = getattr(found, field.name), getattr(alone[kind], field.name)
-            if isinstance(mine, torch.Tensor):
-                torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
-            else:
-                assert mine == other
-    assert together["cls"].top_patches is None and together["patches"].top_patches is not None
-    both = together["patches"].class_counts + together["cls"].class_counts
-    assert torch.equal(together["all"].class_counts, both)
-    again = summarize_latents(tiny_clip, sae, data, LAYER, tokens=["cls", "all"], out=tmp_path / "s", progress=False)
-    assert len(passes) == 1 and torch.equal(again["cls"].top_images, together["cls"].top_images)
-
-
 def test_images_may_be_read_in_any_batches(tiny_clip, sae, data, summary):
     other = summarize_latents(tiny_clip, sae, data, LAYER, k=4, batch_size=1, progress=False)
     assert torch.equal(other.top_images, summary.top_images) and torch.equal(other.class_counts, summary.class_counts)
-
-
-def test_an_empty_data_set_is_refused(tiny_clip, sae):
-    empty = ImageData("noise", "test", ["a"], torch.zeros(0, dtype=torch.long), lambda i: Image.new("RGB", (112, 112)))
-    with pytest.raises(ValueError, match="empty"):
-        summarize_latents(tiny_clip, sae, empty, LAYER, progress=False)
 
 
 @pytest.mark.parametrize("tokens, part", [("patches", slice(1, None)), ("cls", slice(0, 1))])
@@ -303,6 +224,8 @@ def test_statistics_of_patches_or_cls_alone(tiny_clip, sae, data, all_latents, t
 
 
 def test_prompt_tokens_of_adapted_models_do_not_count(tiny_clip, sae, data, summary):
+    """PAPER.md, trap 4."""
+
     class Prompted:
         def __getattr__(self, name):
             return getattr(tiny_clip, name)
@@ -319,23 +242,7 @@ def test_prompt_tokens_of_adapted_models_do_not_count(tiny_clip, sae, data, summ
     assert masks.shape == (1, 1, 14, 14)
 
 
-def test_no_block_is_larger_than_one_chunk(tiny_clip, data):
-    class Watched(SparseAutoencoder):
-        largest = 0
-
-        def encode(self, x):
-            self.largest = max(self.largest, x.shape[:-1].numel())
-            return super().encode(x)
-
-    watched = Watched(tiny_clip.width, 24)
-    residual = torch.randn(6, 197, tiny_clip.width)
-    blocks = list(latent_chunks(watched, residual, chunk_bytes=2 * 197 * 24 * 4 + 5))
-    assert watched.largest == 2 * 197 and [rows.stop - rows.start for rows, _ in blocks] == [2, 2, 2]
-    torch.testing.assert_close(torch.cat([h for _, h in blocks]), watched.encode(residual))
-    assert len(list(latent_chunks(watched, residual, chunk_bytes=1))) == 6  # one image is the smallest chunk
-
-
-def test_a_whole_pass_never_encodes_more_than_a_chunk(tiny_clip, data, tmp_path, monkeypatch):
+def test_a_whole_pass_never_encodes_more_than_a_chunk(tiny_clip, data, monkeypatch):
     largest = []
 
     class Watched(SparseAutoencoder):
@@ -343,15 +250,16 @@ def test_a_whole_pass_never_encodes_more_than_a_chunk(tiny_clip, data, tmp_path,
             largest.append(x.shape[:-1].numel())
             return super().encode(x)
 
-    monkeypatch.setattr(module, "CHUNK_BYTES", 3 * 197 * 24 * 4)
+    monkeypatch.setattr(passes, "CHUNK_BYTES", 3 * 197 * 24 * 4)
     watched = Watched(tiny_clip.width, 24)
-    found = summarize_latents(tiny_clip, watched, data, LAYER, batch_size=12, features=tmp_path / "f", progress=False)
+    found = summarize_latents(tiny_clip, watched, data, LAYER, batch_size=12, progress=False)
     assert largest == [3 * 197] * 4 and found.n_images == 12
+    assert len(list(latent_chunks(watched, torch.randn(6, 400, tiny_clip.width)))) == 6  # one image is the smallest chunk
 
 
 def test_summary_survives_the_disk_and_is_not_made_twice(tiny_clip, sae, data, tmp_path, monkeypatch):
     first = summarize_latents(tiny_clip, sae, data, LAYER, k=4, out=tmp_path / "s", progress=False)
-    monkeypatch.setattr(module, "batches", lambda *_, **__: pytest.fail("the images were read again"))
+    monkeypatch.setattr(passes, "batches", lambda *_, **__: pytest.fail("the images were read again"))
     again = summarize_latents(tiny_clip, sae, data, LAYER, k=4, out=tmp_path / "s", progress=False)
     for name in ("frequency", "top_images", "class_counts", "dead"):
         assert torch.equal(getattr(first, name), getattr(again, name))
@@ -361,8 +269,6 @@ def test_summary_survives_the_disk_and_is_not_made_twice(tiny_clip, sae, data, t
 
 
 def test_large_tables_are_written_sparse_and_come_back_whole(summary, tmp_path):
-    from safetensors.torch import load_file
-
     counts = torch.zeros(4, 24)
     counts[1, 5], counts[3, 0] = 7, 2
     few = dataclasses.replace(summary, class_counts=counts)
@@ -401,126 +307,36 @@ def test_bad_arguments_are_named(tiny_clip, sae, data):
         summarize_latents(tiny_clip, sae, data, LAYER, k=0)
     with pytest.raises(ValueError, match="dimensional"):
         summarize_latents(tiny_clip, SparseAutoencoder(8, 16), data, LAYER)
-    with pytest.raises(ValueError, match=r"range\(24\), got 0 to 24"):
-        latent_masks(tiny_clip, sae, torch.zeros(1, 3, 112, 112), [0, 24], LAYER)
+    with pytest.raises(ValueError, match="empty"):
+        summarize_latents(tiny_clip, sae, ImageData("noise", "test", ["a"], torch.zeros(0, dtype=torch.long), None), LAYER)
     wrong = ImageData("noise", "test", ["one", "two"], [0, 1], lambda i: Image.new("RGB", (112, 112)))
     wrong.class_names = ["one"]
     with pytest.raises(ValueError, match=r"range\(1\)"):
         summarize_latents(tiny_clip, sae, wrong, LAYER, progress=False)
 
 
-# -- masks and pictures -----------------------------------------------------------------------------------------------------
+def test_observers_read_the_same_pass_and_those_that_are_complete_none(tiny_clip, sae, data, summary):
+    class Counter(Observer):
+        def __init__(self, complete):
+            self.complete, self.told = complete, []
 
+        def is_complete(self):
+            return self.complete
 
-@pytest.mark.parametrize("activation, k", [("relu", None), ("topk", 5)])
-def test_latent_masks_are_the_latents_on_the_grid(tiny_clip, data, activation, k):
-    sae = SparseAutoencoder(tiny_clip.width, 24, activation, k=k, seed=2)
-    images = torch.stack([tiny_clip.preprocess(data[i].image) for i in range(3)])
-    masks = latent_masks(tiny_clip, sae, images, [9, 0, 9], LAYER)
-    assert masks.shape == (3, 3, 14, 14) and not masks.requires_grad
-    with torch.no_grad():
-        h = sae.encode(tiny_clip.residual(images, LAYER))
-    torch.testing.assert_close(masks[:, 1], h[:, 1:, 0].reshape(3, 14, 14))  # row by row, CLS left out
-    torch.testing.assert_close(masks[:, 0], masks[:, 2])
+        def prepare(self, tokens):
+            self.told.append(("prepare", len(tokens)))
 
+        def read(self, stream, places):
+            self.told.append(("read", *places.tolist()))
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_select_latents_are_columns_of_the_encoding(activation, monkeypatch):
-    sae = SparseAutoencoder(32, 24, activation, k=5 if "topk" in activation or activation == "matryoshka" else None, seed=2)
-    sae.requires_grad_(False).b_enc.add_(0.1)
-    x = torch.randn(7, 3, 32, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 32 * 4)  # four tokens at a time
-    torch.testing.assert_close(select_latents(sae, x, [4, 1]), sae.encode(x)[..., [4, 1]])
-    assert select_latents(sae, x[:0], [4, 1]).shape == (0, 3, 2)
+        def add(self, h, labels, places):
+            self.told.append(("add", *places.tolist()))
 
+        def finish(self):
+            self.told.append(("finish",))
 
-def test_upsampling_covers_the_image(tiny_clip):
-    masks = torch.arange(4.0).reshape(1, 1, 2, 2)
-    near = upsample_masks(masks, 4)
-    assert near[0, 0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
-    smooth = upsample_masks(masks, (6, 8), "bilinear")
-    assert smooth.shape == (1, 1, 6, 8) and smooth.min() == 0 and smooth.max() == 3
-    with pytest.raises(ValueError, match="nearest, bilinear"):
-        upsample_masks(masks, 4, "cubic")
-
-
-def test_seen_image_is_the_crop_that_clip_saw(tiny_clip):
-    """A wide picture whose sides are red: after resize and centre crop no red is left, so masks don't lie over it."""
-
-    class Cropping:
-        preprocess = transforms.Compose(
-            [
-                transforms.Resize(112),
-                transforms.CenterCrop(112),
-                transforms.ToTensor(),
-                transforms.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)),
-            ]
-        )
-
-    picture = np.zeros((112, 336, 3), np.uint8)
-    picture[:, :100, 0] = picture[:, -100:, 0] = 255
-    picture[:, 112:224] = (10, 200, 30)
-    seen = seen_image(Cropping(), Image.fromarray(picture))
-    assert seen.shape == (112, 112, 3) and seen.dtype == torch.uint8
-    assert (seen == torch.tensor([10, 200, 30])).all()
-    with pytest.raises(ValueError, match="Normalize"):
-        seen_image(type("Bare", (), {"preprocess": transforms.ToTensor()})(), Image.fromarray(picture))
-
-
-def test_reference_images_hold_no_padding(tiny_clip, sae, data, summary):
-    living = int((~summary.dead).nonzero()[0])
-    strong, dead = reference_images(tiny_clip, sae, data, summary, [living, 3], LAYER, k=3)
-    n = min(3, int((summary.top_images[living] >= 0).sum()))
-    assert strong.images.shape == (n, 112, 112, 3) and strong.masks.shape == (n, 14, 14)
-    assert torch.equal(strong.indices, summary.top_images[living, :n])
-    assert (strong.images[0] == torch.from_numpy(np.array(data[int(strong.indices[0])].image))).all()
-    assert dead.images.shape == (0, 112, 112, 3) and dead.masks.shape == (0, 14, 14) and len(dead.indices) == 0
-    shorter = ImageData("noise", "test", ["a"], [0], lambda i: Image.new("RGB", (112, 112)))
-    with pytest.raises(ValueError, match="12 images, this data set has 1"):
-        reference_images(tiny_clip, sae, shorter, summary, [0], LAYER)
-
-
-def test_levels_count_what_they_say(tiny_clip, sae, data, summary, all_latents):
-    found = activation_levels(tiny_clip, sae, data, 4, LAYER, summary, patch=(2, 5), k=24)
-    assert found.class_name == "crane" and found.patch == (2, 5)
-    value = found.table.set_index(["level", "latent"])["value"]
-    expected = {
-        "patch": all_latents[4, 1 + 2 * 14 + 5],
-        "image": (all_latents[4] > 0.2).sum(0),
-        "class": summary.class_counts[1] / 5,
-        "data set": summary.dataset_counts / 12,
-    }
-    for level, activation in expected.items():
-        for latent in range(24):
-            assert value.get((level, latent), 0.0) == pytest.approx(float(activation[latent]), rel=1e-4)
-    for _, rows in found.table.groupby("level"):
-        assert rows["value"].is_monotonic_decreasing
-    with pytest.raises(ValueError, match="outside the grid of 14 x 14"):
-        activation_levels(tiny_clip, sae, data, 4, LAYER, summary, patch=(14, 0))
-    rows, columns = activation_levels(tiny_clip, sae, data, 4, LAYER, summary).patch
-    assert 0 <= rows < 14 and 0 <= columns < 14
-
-
-def test_overlap_of_levels_counts_shared_latents(summary):
-    found = level_overlap(summary, k=3).set_index("class_index")
-    tops = {c: set(summary.class_counts[c].topk(3).indices.tolist()) for c in (0, 1, 2)}
-    overall = set(summary.dataset_counts.topk(3).indices.tolist())
-    assert found.index.tolist() == [0, 1, 2]  # the class without images is left out
-    for c in (0, 1, 2):
-        assert found.loc[c, "dataset"] == len(tops[c] & overall)
-        assert found.loc[c, "other"] == pytest.approx(np.mean([len(tops[c] & tops[o]) for o in (0, 1, 2) if o != c]))
-    assert found["chance"].iloc[0] == pytest.approx(9 / int((~summary.dead).sum()))
-
-
-def test_figures_draw(tiny_clip, sae, data, summary):
-    import matplotlib.pyplot as plt
-
-    from patchsae_utils.plots import latents as plots
-
-    living = summary.to_frame()["latent"].tolist()
-    plots.latent_statistics(summary.to_frame(), {living[0]: "one", living[1]: "two"})
-    plots.reference_images(reference_images(tiny_clip, sae, data, summary, [living[0], 3, living[1]], LAYER), ["a", "dead", "b"])
-    plots.levels(activation_levels(tiny_clip, sae, data, 4, LAYER, summary))
-    for number in plt.get_fignums():
-        plt.figure(number).canvas.draw()
-    plt.close("all")
+    reading, complete = Counter(False), Counter(True)
+    found = summarize_latents(tiny_clip, sae, data, LAYER, k=4, batch_size=7, observers=[complete, reading], progress=False)
+    assert torch.equal(found.top_images, summary.top_images) and complete.told == []
+    first, last = range(7), range(7, 12)
+    assert reading.told == [("prepare", 7), ("read", *first), ("add", *first), ("read", *last), ("add", *last), ("finish",)]

@@ -1,8 +1,6 @@
-"""Monosemanticity against the sum over pairs, localisation against definitions written out for one latent and one concept at a time."""
+"""Localisation against definitions written out for one latent and one concept at a time."""
 
 from __future__ import annotations
-
-import copy
 
 import numpy as np
 import pandas as pd
@@ -13,154 +11,11 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import average_precision_score, jaccard_score
 
 from patchsae_utils.concepts.grounding import ConceptPatches
-from patchsae_utils.concepts.names import embed_images
 from patchsae_utils.concepts.places import absorption, concept_matrix, localize, match_latents, splitting
 from patchsae_utils.data import load_dataset
-from patchsae_utils.latents import reading as latents
-from patchsae_utils.latents.likeness import Likeness, LikenessPass, monosemanticity, monosemanticity_scores, stream_scores
-from patchsae_utils.latents.reading import read_latents, summarize_latents
-from patchsae_utils.sae.dictionary import Dictionary, random_sae
+from patchsae_utils.sae.dictionary import Dictionary
 
 PER_IMAGE = 8
-
-
-def by_pairs(a: np.ndarray, e: np.ndarray) -> float:
-    """The definition: all ordered pairs of different images, in float64."""
-    above = below = 0.0
-    for i in range(len(a)):
-        for j in range(len(a)):
-            if i != j:
-                above += a[i] * a[j] * (e[i] @ e[j])
-                below += a[i] * a[j]
-    return above / below if below > 0 else np.nan
-
-
-def unit(rng, n, d=5):
-    e = rng.normal(size=(n, d))
-    return e / np.linalg.norm(e, axis=1, keepdims=True)
-
-
-# -- the score --------------------------------------------------------------------------------------------------------------
-
-
-def test_score_is_the_sum_over_pairs():
-    rng = np.random.default_rng(0)
-    a, e = rng.exponential(size=(20, 9)) * (rng.random((20, 9)) < 0.5), unit(rng, 20)
-    a[:, 0] = 0  # dead
-    a[1:, 1], a[0, 1] = 0, 2.0  # one image alone
-    a[:, 2] = 1.0  # always, equally
-    found = monosemanticity_scores(torch.from_numpy(a), torch.from_numpy(e)).numpy()
-    expected = np.array([by_pairs(a[:, s], e) for s in range(9)])
-    assert np.isnan(found[:2]).all() and not np.isnan(found[2:]).any()
-    np.testing.assert_allclose(found, expected, atol=1e-12)
-
-
-def test_score_does_not_depend_on_scale_or_batches():
-    rng = np.random.default_rng(1)
-    a, e = torch.from_numpy(rng.random((30, 6))).float(), torch.from_numpy(unit(rng, 30)).float()
-    whole = monosemanticity_scores(a, e)
-    torch.testing.assert_close(monosemanticity_scores(a * 1e3, e), whole, rtol=1e-5, atol=1e-6)
-    (parts,) = stream_scores(zip(a.split(7), e.split(7), strict=True))
-    torch.testing.assert_close(parts, whole)
-
-
-def test_one_kind_of_image_scores_one_and_a_tiny_second_image_decides_nothing():
-    e = torch.eye(3)[[0, 0, 1, 2]]
-    a = torch.tensor([[1.0, 1.0], [3.0, 0.0], [0.0, 1e-13], [0.0, 0.0]])
-    found = monosemanticity_scores(a, e)
-    assert float(found[0]) == pytest.approx(1) and bool(found[1].isnan())
-
-
-def test_bad_input_is_refused():
-    good, e = torch.ones(3, 2), torch.eye(3)
-    with pytest.raises(ValueError, match="unit norm"):
-        monosemanticity_scores(good, 2 * e)
-    with pytest.raises(ValueError, match="not be negative"):
-        monosemanticity_scores(-good, e)
-    with pytest.raises(ValueError, match="same images"):
-        monosemanticity_scores(good, e[:2])
-    with pytest.raises(ValueError, match="got none"):
-        stream_scores([])
-
-
-def test_over_a_data_set_with_a_shuffled_control(tiny_clip, tiny_sae, tiny_dataset):
-    embeddings = embed_images(tiny_clip, tiny_dataset, progress=False)
-    frame = monosemanticity(tiny_clip, tiny_sae, tiny_dataset, 1, embeddings=embeddings, batch_size=7, progress=False)
-    h = torch.cat([h for _, _, h in read_latents(tiny_clip, tiny_sae, tiny_dataset, 1)]).mean(1).detach().double().numpy()
-    order = np.random.default_rng(0).permutation(len(tiny_dataset))
-    e = embeddings.double().numpy()
-    for s in range(0, tiny_sae.d_sae, 9):
-        np.testing.assert_allclose(
-            frame.loc[s, ["score", "shuffled"]].astype(float), [by_pairs(h[:, s], e), by_pairs(h[:, s], e[order])], atol=1e-6
-        )
-    assert frame["n_images"].tolist() == (h > 0).sum(0).tolist()
-    with pytest.raises(ValueError, match="24 images need as many"):
-        monosemanticity(tiny_clip, tiny_sae, tiny_dataset, 1, embeddings=embeddings[:3])
-    with pytest.raises(ValueError, match="Unknown pooling"):
-        monosemanticity(tiny_clip, tiny_sae, tiny_dataset, 1, pooling="sum")
-
-
-def test_a_planted_concept_scores_above_its_shuffle():
-    rng = np.random.default_rng(2)
-    centre = np.eye(8)[rng.integers(0, 4, 200)]
-    e = centre + 0.2 * rng.normal(size=centre.shape)
-    e = torch.from_numpy(e / np.linalg.norm(e, axis=1, keepdims=True))
-    a = torch.from_numpy(np.stack([centre[:, 0], rng.random(200)], 1))
-    real, control = stream_scores([(a, e, e[torch.from_numpy(rng.permutation(200))])])
-    assert real[0] > control[0] + 0.4 and abs(real[1] - control[1]) < 0.05
-
-
-def test_the_statistics_pass_scores_latents_and_controls(tiny_clip, tiny_sae, tiny_dataset, tmp_path, monkeypatch):
-    """Every kind of feature against all pairs of images in float64, from one pass over the images; the summary is what it is without."""
-    sae = copy.deepcopy(tiny_sae).requires_grad_(False)
-    sae.b_enc.fill_(-0.5)
-    sae.b_enc[[3, 9]] = -1e6  # dead
-    settings = dict(batch_size=7, progress=False)
-    plain = summarize_latents(tiny_clip, sae, tiny_dataset, 1, **settings)
-    summary = summarize_latents(tiny_clip, sae, tiny_dataset, 1, likeness=tmp_path / "l", **settings)
-    assert torch.equal(plain.top_images, summary.top_images) and torch.equal(plain.class_counts, summary.class_counts)
-    found = Likeness.load(tmp_path / "l")
-    torch.testing.assert_close(found.embeddings, embed_images(tiny_clip, tiny_dataset, progress=False), rtol=1e-4, atol=1e-5)
-    e = found.embeddings.double().numpy()
-    tokens = torch.stack([tiny_clip.residual(tiny_clip.preprocess(example.image)[None], 1)[0] for example in tiny_dataset]).detach()
-    control = random_sae(sae, 0, tokens[:7].flatten(0, 1))
-    centred = tokens - sae.b_dec
-    means = {
-        "SAE": sae.encode(tokens), "random directions": control.encode(tokens), "single dimensions": torch.cat([centred, -centred], -1).relu(),
-    }  # fmt: skip
-    assert found.table["dictionary"].unique().tolist() == list(means)
-    for name, h in means.items():
-        a, rows = h.double().mean(1).numpy(), found.table[found.table["dictionary"] == name].reset_index(drop=True)
-        assert rows["latent"].tolist() == list(range(a.shape[1])) and rows["n_images"].tolist() == (a > 0).sum(0).tolist()
-        for s in [*range(0, a.shape[1], 9), 3]:
-            assert rows.loc[s, "score"] == pytest.approx(by_pairs(a[:, s], e), abs=1e-5, nan_ok=True), (name, s)
-    assert found.table.query("dictionary == 'SAE'")["score"].isna().to_numpy()[[3, 9]].all()
-    assert found.chance == pytest.approx(by_pairs(np.ones(len(e)), e))  # every pair alike
-    monkeypatch.setattr(latents, "batches", lambda *_, **__: pytest.fail("the images were read again"))
-    with pytest.raises(pytest.fail.Exception):
-        summarize_latents(tiny_clip, sae, tiny_dataset, 1, likeness=tmp_path / "l", **settings)  # the summary itself was not kept
-
-
-def test_what_was_made_before_is_opened_and_what_is_missing_made_alone(tiny_clip, tiny_sae, tiny_dataset, tmp_path, monkeypatch):
-    settings = dict(out=tmp_path / "s", batch_size=7, progress=False)
-    first = summarize_latents(tiny_clip, tiny_sae, tiny_dataset, 1, **settings)
-    with pytest.raises(FileNotFoundError, match="lacks monosemanticity.csv"):
-        Likeness.load(tmp_path / "l")
-    again = summarize_latents(tiny_clip, tiny_sae, tiny_dataset, 1, likeness=tmp_path / "l", **settings)
-    assert torch.equal(first.top_images, again.top_images) and len(Likeness.load(tmp_path / "l").embeddings) == 24
-    monkeypatch.setattr(latents, "batches", lambda *_, **__: pytest.fail("the images were read again"))
-    summarize_latents(tiny_clip, tiny_sae, tiny_dataset, 1, likeness=tmp_path / "l", **settings)
-
-
-def test_images_that_were_not_read_are_missed(tiny_clip, tiny_sae, tiny_images):
-    watch = LikenessPass(tiny_clip, tiny_sae, 1, 9)
-    with torch.no_grad():
-        watch.read(tiny_clip.run_to(tiny_images, 1), torch.arange(8))
-    with pytest.raises(ValueError, match="1 of 9 images were not read"):
-        watch.finish()
-
-
-# -- localisation -------------------------------------------------------------------------------------------------------------
 
 
 def scenes(seed: int, n_images: int = 40) -> ConceptPatches:

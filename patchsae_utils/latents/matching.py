@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class MatchedCosine(NamedTuple):
         return float(self.random.mean())
 
 
-def matched_cosine(sae_a, sae_b, alive_a: Tensor | None = None, alive_b: Tensor | None = None, *, seed: int = 0) -> MatchedCosine:
+def matched_cosine(sae_a, sae_b, alive_a: Tensor | None = None, alive_b: Tensor | None = None) -> MatchedCosine:
     """Match two SAEs' latents one to one (Hungarian method) by the cosine of their decoder rows.
 
     Matching thousands of directions finds high cosines by luck, the more so when all share a mean direction. The baseline is matched in
@@ -50,8 +51,10 @@ def matched_cosine(sae_a, sae_b, alive_a: Tensor | None = None, alive_b: Tensor 
         Of the same width.
     alive_a, alive_b : bool Tensor [S], optional
         Latents to match, e.g. ``~summary.dead``: dead ones stay near their random start. Default: all.
-    seed : int
-        Of the random directions and the bootstrap.
+
+    Returns
+    -------
+    MatchedCosine
 
     Raises
     ------
@@ -69,16 +72,15 @@ def matched_cosine(sae_a, sae_b, alive_a: Tensor | None = None, alive_b: Tensor 
             f"e.g. those that are not faint."
         )
     rows = [_unit(sae.W_dec.detach().double().cpu()[which]) for sae, which in zip((sae_a, sae_b), kept, strict=True)]
-    generator = torch.Generator().manual_seed(seed)
     centre = rows[1].mean(0)
     left, scale, _ = torch.linalg.svd((rows[1] - centre).T, full_matrices=False)
-    noise = torch.randn(len(rows[1]), len(scale), generator=generator, dtype=torch.float64)
+    noise = torch.randn(len(rows[1]), len(scale), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     random = _unit(centre + noise * scale / len(rows[1]) ** 0.5 @ left.T)
     (i, j, cosine), (_, _, by_luck) = _assign(rows[0], rows[1]), _assign(rows[0], random)
-    return MatchedCosine(kept[0][i].numpy(), kept[1][j].numpy(), cosine, by_luck, mean_interval(cosine, seed=seed))
+    return MatchedCosine(kept[0].numpy()[i], kept[1].numpy()[j], cosine, by_luck, mean_interval(cosine, "latents"))
 
 
-def stability(saes: Mapping[Any, Any], alive: Mapping[Any, Tensor] | None = None, *, threshold: float = 0.7, seed: int = 0) -> pd.DataFrame:
+def stability(saes: Mapping[Any, Any], alive: Mapping[Any, Tensor] | None = None, *, threshold: float = 0.7) -> pd.DataFrame:
     """How alike SAEs of several seeds are, pair by pair.
 
     Parameters
@@ -88,12 +90,11 @@ def stability(saes: Mapping[Any, Any], alive: Mapping[Any, Tensor] | None = None
     alive : mapping of name to bool Tensor [S], optional
     threshold : float
         Cosine above which a pair counts as the same latent.
-    seed : int
 
     Returns
     -------
     DataFrame
-        One row a pair: a, b, n (pairs of latents), cosine, low, high (mean and its 95 % interval over latents), random (mean of the
+        One row for each pair: a, b, n (pairs of latents), cosine, low, high (mean and its 95 % interval over latents), random (mean of the
         baseline), found, found_random (shares above the threshold).
 
     Raises
@@ -105,39 +106,26 @@ def stability(saes: Mapping[Any, Any], alive: Mapping[Any, Tensor] | None = None
         raise ValueError(f"Stability needs at least two SAEs, got {len(saes)}.")
     rows = []
     for a, b in itertools.combinations(saes, 2):
-        found = matched_cosine(saes[a], saes[b], *((alive[a], alive[b]) if alive else (None, None)), seed=seed)
+        found = matched_cosine(saes[a], saes[b], *((alive[a], alive[b]) if alive else (None, None)))
+        mean = dict(zip(("cosine", "low", "high"), found.mean, strict=False))
         shares = {"found": float((found.cosine > threshold).mean()), "found_random": float((found.random > threshold).mean())}
-        mean = found.mean
-        rows.append(
-            {
-                "a": a,
-                "b": b,
-                "n": len(found.a),
-                "cosine": mean.mean,
-                "low": mean.low,
-                "high": mean.high,
-                "random": found.random_mean,
-                **shares,
-            }
-        )
+        rows.append({"a": a, "b": b, "n": len(found.a), **mean, "random": found.random_mean, **shares})
     return pd.DataFrame(rows)
 
 
 def _kept(sae, alive: Tensor | None) -> Tensor:
     n = sae.W_dec.shape[0]
-    if alive is None:
-        return torch.arange(n)
-    alive = torch.as_tensor(alive)
+    alive = torch.ones(n, dtype=torch.bool) if alive is None else torch.as_tensor(alive)
     if alive.dtype != torch.bool or tuple(alive.shape) != (n,):
         raise ValueError(f"alive must be bool [{n}], got {alive.dtype} {list(alive.shape)}.")
     return alive.cpu().nonzero().flatten()
 
 
 def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return F.normalize(rows, dim=1)
 
 
-def _assign(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, np.ndarray]:
+def _assign(a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     cosine = (a @ b.T).numpy()
     i, j = linear_sum_assignment(cosine, maximize=True)
-    return torch.from_numpy(i), torch.from_numpy(j), cosine[i, j]
+    return i, j, cosine[i, j]

@@ -1,0 +1,74 @@
+"""Which latents are characteristic of a class: the one definition, by counts of active tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .summary import LatentSummary
+
+RANKS = ("count", "specific", "share")
+
+
+def class_scores(counts: LatentSummary | Tensor, rank: str = "share") -> Tensor:
+    """How high each latent stands for each class. Classes count as equally frequent.
+
+    Parameters
+    ----------
+    counts : LatentSummary, or Tensor [C, S]
+        Of the train split; or active tokens for each image of a class.
+    rank : {"share", "specific", "count"}
+        "share" multiplies the activation on the class by the class's share of all activation: a latent that answers to every class scores low
+        however active it is, and so does one that is faint or rare on its own class. "specific" is the class's count less the mean over classes,
+        "count" the count itself (a_c of Lim et al., ICLR 2025, section 3, for each image).
+
+    Returns
+    -------
+    Tensor [C, S]
+        Positive where a latent may be called the class's own. Of a summary "share" is in units of activation: the mean activation of tokens
+        above tau, summed over an image of the class, times a share in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        For an unknown rank.
+    """
+    if rank not in RANKS:
+        raise ValueError(f"Unknown rank {rank!r}. Valid: {', '.join(RANKS)}.")
+    summary = counts if isinstance(counts, LatentSummary) else None
+    rate = counts if summary is None else summary.class_counts.double() / summary.class_images.double().clamp_min(1)[:, None]
+    if rank == "count":
+        return rate
+    if rank == "specific":
+        return rate - rate.mean(0)
+    score = rate * rate / rate.sum(0).clamp_min(torch.finfo(rate.dtype).tiny)
+    if summary is None:
+        return score
+    # Activation of the tokens above tau, averaged: what the summary knows of the latent's strength.
+    return score * summary.mean_activation.double() * summary.frequency.double() / summary.dataset_counts.clamp_min(1)
+
+
+def top_latents(scores: Tensor, k: int = 10) -> list[list[int]]:
+    """The k latents of highest score, best first, for each row.
+
+    Parameters
+    ----------
+    scores : Tensor [C, S]
+        See :func:`class_scores`.
+    k : int
+
+    Returns
+    -------
+    list of C lists
+        Shorter where fewer scores are positive: a latent that is silent on a class is none of its own. Equal scores keep the latents' order.
+
+    Raises
+    ------
+    ValueError
+        If k is not positive.
+    """
+    if k < 1:
+        raise ValueError(f"k must be 1 or more, got {k}.")
+    best = scores.sort(dim=1, descending=True, stable=True)
+    positive = (best.values[:, :k] > 0).sum(1).tolist()
+    return [order[:n].tolist() for order, n in zip(best.indices, positive, strict=True)]
