@@ -18,7 +18,7 @@ from ..data.dataset import describe_dataset
 from ..data.loader import batches
 from ..run.artifacts import fingerprint
 from ..run.memory import HalvedBatches
-from ..run.processes import current_processes
+from ..run.processes import Processes
 from .folders import LocalFolder, RemoteFolder, open_folder, read_object
 from .mixing import TOKENS, choose_tokens
 from .store import (
@@ -96,7 +96,7 @@ def extract_activations(
     inputs = describe_activations(clip, dataset, layer, tokens, dtype)
     folder = open_folder(out)
     key = fingerprint(n_per_shard=n_per_shard, **inputs)
-    processes = current_processes()
+    processes = Processes()
     if not processes.on_main(lambda: _is_whole(folder, key)):
         with ExitStack() as stack:
             processes.on_main(lambda: stack.enter_context(folder.lock()))

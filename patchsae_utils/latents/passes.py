@@ -25,7 +25,7 @@ from ..clip.model import Residual
 from ..data.loader import batches
 from ..run.artifacts import file_sha256, folder_lock
 from ..run.memory import HalvedBatches
-from ..run.processes import OneProcess, Processes, current_processes
+from ..run.processes import Processes
 
 CHUNK_BYTES = 24 * 2**20
 """Size of the largest [images, tokens, S] float32 block, small enough for a processor's caches; one image is the smallest chunk."""
@@ -134,12 +134,12 @@ def one_pass(
     unfinished: Path | None,
     key: str,
     progress: str | None,
-) -> Iterator[Processes | OneProcess]:
+) -> Iterator[Processes]:
     """Read a data set into observers. In the block they hold what all processes counted; finish them there.
 
     ``unfinished`` is a folder for what was counted so far, removed at the end of the block; ``key`` names the inputs.
     """
-    processes, read = current_processes(), partial(read_streams, clip, dataset, layer, batch_size)
+    processes, read = Processes(), partial(read_streams, clip, dataset, layer, batch_size)
     prepared = False
 
     def prepare(stream: Residual) -> None:
@@ -187,7 +187,7 @@ def one_pass(
             processes.on_main(lambda: shutil.rmtree(saved.folder, ignore_errors=True))
 
 
-def own_rows(n: int, unit: int, processes: Processes | OneProcess) -> slice:
+def own_rows(n: int, unit: int, processes: Processes) -> slice:
     """A process's share of n rows: neighbouring whole units, so that what is cut into units is cut as one process cuts it."""
     units = -(-n // unit)
     low, high = (units * (processes.index + i) // processes.number for i in (0, 1))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.dataset import dataset_fingerprint
 from ..run.artifacts import fingerprint, is_current
-from ..run.processes import current_processes
+from ..run.processes import Processes
 from ..sae.dictionary import select_latents
 from .passes import Observer, one_pass
 from .summary import FORMAT_VERSION, TOKENS, LatentSummary, RunningSummary
@@ -89,7 +89,7 @@ def summarize_latents(
         raise ValueError(f"{len(dataset):,} images of {n_patches} patches are more than 2**32 patches: summarise a part of the data set.")
     settings = dict(stage="latents", version=FORMAT_VERSION, k=k, tau=tau, tokens=tokens)
     key = "" if out is None else fingerprint(**pass_inputs(clip, sae, dataset, layer), **settings)
-    kept, complete = current_processes().on_main(
+    kept, complete = Processes().on_main(
         lambda: (out is not None and is_current(out, key), [observer.is_complete() for observer in observers])
     )
     summary = LatentSummary.load(out) if kept else None

@@ -12,15 +12,14 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import subprocess
-import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pandas as pd
 import torch
@@ -115,9 +114,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON by :func:`atomic_file`."""
+    """Write JSON by :func:`atomic_file`; NaN and infinities, which JSON doesn't know, become null."""
+    value = as_json(value)
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, default=plain, ensure_ascii=False)
+        json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
 
 
@@ -170,63 +170,42 @@ def _let_read(path: Path, mode: int) -> None:
         path.chmod(mode & 0o777)
 
 
-_HELD: set[Path] = set()  # locks of this process: the system doesn't keep a process from locking twice
+_LOCKLESS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # what file systems without locks answer
 
 
 @contextmanager
 def folder_lock(folder: str | Path, wait: bool = False) -> Iterator[None]:
-    """Keep other processes from writing into a folder while the block runs.
+    """Keep other processes from writing into a folder while the block runs; ``wait``: until they have finished, instead of raising.
 
-    The folder gets a file ``.lock`` with this process's id and host, locked through the operating system, which lets go of it when the
-    process ends in whatever way: a lock file that a killed process has left is taken over.
-
-    Parameters
-    ----------
-    folder : path
-        Made when missing.
-    wait : bool
-        Wait until the other process has finished, instead of raising.
+    The lock is the system's, on a file ``.lock``, and ends with the process that holds it. On a file system without locks the file itself
+    is the lock.
 
     Raises
     ------
     ValueError
-        If the folder is locked; names the process that holds it.
+        If the folder is being written already.
     """
-    import fcntl
-
-    path = Path(folder).resolve() / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path in _HELD:
-        raise ValueError(
-            f"{path.parent} is being written by this very process already. Choose another folder, or wait for the first to end."
-        )
-    while True:
-        file = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            if not wait:
-                raise ValueError(
-                    f"{path.parent} is being written by {holder}. Wait until it has finished, stop it, or choose another folder."
-                ) from None
-            time.sleep(0.2)
-            continue
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-            break
-        file.close()  # its holder took the file away between our opening and locking it
-    _HELD.add(path)
+    folder = Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    timeout = -1 if wait else 0
+    lock: filelock.BaseFileLock = filelock.FileLock(folder / ".lock", timeout=timeout, thread_local=False)
     try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        try:
+            lock.acquire()
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, filelock.Timeout) or getattr(error, "errno", errno.ENOSYS) not in _LOCKLESS:
+                raise
+            lock = filelock.SoftFileLock(folder / ".lock-held", timeout=timeout, thread_local=False)
+            lock.acquire()
+    except filelock.Timeout:
+        raise ValueError(
+            f"{folder} is being written by another process, or by this one already. Wait until it has finished, stop it, or choose another folder."
+        ) from None
+    try:
         yield
     finally:
-        _HELD.discard(path)
-        path.unlink(missing_ok=True)
-        file.close()
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: who opened it meanwhile finds it gone, and opens anew
+        lock.release()
 
 
 MANIFEST = "manifest.json"
@@ -234,7 +213,7 @@ MANIFEST = "manifest.json"
 
 def write_checked_json(path: str | Path, entries: Mapping[str, Any]) -> None:
     """Write a JSON object that :func:`read_checked_json` finds whole or damaged: with a checksum of itself."""
-    entries = json.loads(json.dumps(entries, default=plain))
+    entries = as_json(entries)
     write_json(path, {**entries, "checksum": fingerprint(**entries)})
 
 
@@ -311,7 +290,13 @@ def is_current(folder: str | Path, fp: str, name: str = "manifest.json") -> bool
     return manifest.get("fingerprint") == fp and manifest.get("complete", True)
 
 
+def as_json(value: Any) -> Any:
+    """A value as JSON holds it: see :func:`plain`; NaN and infinities as None."""
+    return json.loads(json.dumps(value, default=plain), parse_constant=lambda _: None)
+
+
 def plain(value: Any) -> Any:
+    """A data class, table, tensor, array, mapping, path or set as plain values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if hasattr(value, "to_dict") and hasattr(value, "columns"):  # a data frame

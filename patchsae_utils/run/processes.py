@@ -1,8 +1,8 @@
 """One process or several: what accelerate knows of the machine, in the few words that extraction, statistics and the trainer need.
 
 A script that runs as ``python train.py`` runs on every GPU as ``accelerate launch train.py`` (on two CPUs: ``torchrun --nproc_per_node 2
-train.py``) and gives the same loss curve: each process takes its share of every batch, and sums over the batch are added up over the
-processes. Extraction and statistics give every process its share of the images. Precision is the profile's affair, not the launcher's.
+train.py``): training gives each process its share of every batch and sums over the processes; extraction and statistics give each its
+share of the images. Precision is the profile's affair, not the launcher's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)
 
 
 class Processes:
-    """The processes that train together; most often there is one.
+    """The processes that work together; most often there is one, for which nothing is set up and nothing waited for.
 
     Parameters
     ----------
@@ -51,6 +51,10 @@ class Processes:
         for name in trackers:
             if not any(importlib.util.find_spec(package) for package in _PACKAGES[name]):
                 raise ImportError(f"The tracker {name!r} needs a package that is not installed: pip install {_PACKAGES[name][0]}.")
+        self.device, self.number, self.index, self.main = torch.device(default_device()), 1, 0, True
+        self._tracks, self._accelerator = bool(trackers), None
+        if not trackers and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return
         from accelerate import Accelerator, InitProcessGroupKwargs  # here: whoever only opens a trained SAE needs none of it
 
         # Apple's GPUs have no float64, in which medians and variances are summed.
@@ -60,11 +64,8 @@ class Processes:
             project_dir=folder,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         )
-        self.device: torch.device = self._accelerator.device
-        self.number: int = self._accelerator.num_processes
-        self.index: int = self._accelerator.process_index
-        self.main: bool = self._accelerator.is_main_process
-        self._tracks = bool(trackers)
+        self.device, self.main = self._accelerator.device, self._accelerator.is_main_process
+        self.number, self.index = self._accelerator.num_processes, self._accelerator.process_index
 
     def share(self, n: int) -> slice:
         """This process's part of n rows."""
@@ -87,41 +88,24 @@ class Processes:
 
     def on_main(self, action: Callable[[], Any]) -> Any:
         """Run a function in the main process, and have its result, or its error, in all."""
-        if self.number == 1:
-            return action()
-        answer: list[Any] = [None, None]
-        error: Exception | None = None
-        if self.main:
-            try:
-                answer = [action(), None]
-            except Exception as caught:
-                error, answer = caught, [None, str(caught)]
-        torch.distributed.broadcast_object_list(answer, src=0)
-        if error is not None:
-            raise error
-        if answer[1] is not None:
-            raise ValueError(f"The main process stopped: {answer[1]}")
-        return answer[0]
+        return self.everywhere(action if self.main else lambda: None)[0]
 
     def everywhere(self, action: Callable[[], Any]) -> list[Any]:
         """Run a function in every process, and have all results, by process, in all; or an error in all, once every one has ended.
 
-        Raises
-        ------
-        Exception
-            In the process where the function failed, its own error; in the others a ``ValueError`` with its text.
+        In the process where the function failed it is the error itself, in the others a ``ValueError`` with its text.
         """
         if self.number == 1:
             return [action()]
-        answer: list[Any] = [None, None]
-        error: Exception | None = None
+        from accelerate.utils import gather_object
+
+        answer, error = (None, None), None
         try:
-            answer = [action(), None]
+            answer = (action(), None)
         except Exception as caught:
-            error, answer = caught, [None, str(caught)]
+            error, answer = caught, (None, str(caught))
             print(f"Process {self.index} stopped; the others end their shares first. {caught}", file=sys.stderr, flush=True)
-        answers: list[Any] = [None] * self.number
-        torch.distributed.all_gather_object(answers, answer)
+        answers = gather_object([answer])
         if error is not None:
             raise error
         for index, (_, text) in enumerate(answers):
@@ -138,15 +122,11 @@ class Processes:
         torch.distributed.all_gather(found, own)
         return [part.to(tensor.device) for index, part in enumerate(found) if index != self.index]
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        self._accelerator.wait_for_everyone()
-
     def begin_tracking(self, settings: Mapping[str, Any]) -> None:
         """Open the trackers; settings are shown beside the curves."""
         if self._tracks:
-            plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}
-            self._accelerator.init_trackers("patchsae", config=plain)
+            shown = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}
+            self._accelerator.init_trackers("patchsae", config=shown)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         """Send numbers to the trackers, if there are any."""
@@ -157,32 +137,6 @@ class Processes:
         """Close the trackers; the processes stay together."""
         for tracker in self._accelerator.trackers if self._tracks else ():
             tracker.finish()
-
-
-class OneProcess:
-    """The words of :class:`Processes` for one process that nobody launched: nothing is set up, nothing is waited for."""
-
-    number, index, main = 1, 0, True
-
-    def on_main(self, action: Callable[[], Any]) -> Any:
-        """Run a function."""
-        return action()
-
-    def everywhere(self, action: Callable[[], Any]) -> list[Any]:
-        """Run a function; its result as a list of one."""
-        return [action()]
-
-    def others(self, tensor: Tensor) -> list[Tensor]:
-        """Nobody."""
-        return []
-
-    def add_up(self, tensor: Tensor) -> None:
-        """There is nothing to add."""
-
-
-def current_processes() -> Processes | OneProcess:
-    """The processes that ``accelerate launch`` or ``torchrun`` started with this one; all of them must come to each call that asks others."""
-    return Processes() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else OneProcess()
 
 
 def default_device() -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .artifacts import plain, read_json, write_json
+from .artifacts import as_json, read_json, write_json
+
+_BEGUN: set[Path] = set()  # files that this process has begun anew: a notebook's kernel leaves no numbers of earlier runs
 
 
 def results(profile: Any, notebook: str, **numbers: Any) -> dict[str, Any]:
-    """Merge numbers that a notebook quotes into ``runs/<profile>/results/<notebook>.json`` and return all of them.
+    """Add numbers that a notebook quotes to ``runs/<profile>/results/<notebook>.json``.
+
+    The file is valid JSON (NaN is null). What an earlier run of the notebook wrote there is gone with its first call.
 
     Parameters
     ----------
@@ -21,10 +24,16 @@ def results(profile: Any, notebook: str, **numbers: Any) -> dict[str, Any]:
         The notebook's name without its ending, e.g. ``"01_activation_extraction"``.
     **numbers
         Plain values, arrays, tensors, data frames (as records), or nested mappings of them; floats are rounded to six digits.
+
+    Returns
+    -------
+    dict
+        All numbers of this run so far.
     """
-    path = Path(profile.folder("results")) / f"{notebook}.json"
-    known = read_json(path) if path.exists() else {}
-    known.update(_rounded(json.loads(json.dumps(numbers, default=plain))))
+    path = Path(profile.folder("results")).resolve() / f"{notebook}.json"
+    known = read_json(path) if path in _BEGUN and path.exists() else {}
+    _BEGUN.add(path)
+    known |= _rounded(as_json(numbers))
     write_json(path, known)
     return known
 
@@ -32,8 +41,7 @@ def results(profile: Any, notebook: str, **numbers: Any) -> dict[str, Any]:
 def check_claims(profile: Any, claims: Mapping[str, bool]) -> None:
     """Print the claims of a notebook that hold, and say which don't.
 
-    They are findings about the default profile. On other images or sizes another result is a finding too: there it is printed, and
-    the notebook goes on.
+    They are findings about the default profile. On other images or sizes another result is a finding too: there the notebook goes on.
 
     Parameters
     ----------
@@ -54,10 +62,8 @@ def check_claims(profile: Any, claims: Mapping[str, bool]) -> None:
 
 
 def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, 6)
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_rounded(item) for item in value]
-    return value
+    return round(value, 6) if isinstance(value, float) else value

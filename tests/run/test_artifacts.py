@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from patchsae_utils.config import load_profile
-from patchsae_utils.run.artifacts import atomic_folder, file_sha256, fingerprint, is_current, read_json, write_json
+from patchsae_utils.run.artifacts import atomic_folder, file_sha256, fingerprint, folder_lock, is_current, read_json, write_json
 from patchsae_utils.run.results import check_claims, results
 
 
@@ -124,3 +127,38 @@ def test_claims_are_asserted_on_the_default_profile_and_told_elsewhere(capsys):
     capsys.readouterr()
     check_claims(load_profile(overrides={"training.n_tokens": 1000}), claims)
     assert capsys.readouterr().out == "latents are sparse\nDOES NOT HOLD HERE: they are few\n"
+
+
+def test_results_are_valid_json_without_keys_of_earlier_runs(tmp_path):
+    """FAULTS D11: NaN is null, and the first call of a process leaves nothing of an earlier run."""
+    profile = _Profile(tmp_path)
+    path = tmp_path / "results" / "01_test.json"
+    path.parent.mkdir()
+    path.write_text('{"gone": 1}')
+    results(profile, "01_test", a=float("nan"), b=np.array([np.inf, 1.0]), table=pd.DataFrame({"x": [None, 2.0]}))
+    results(profile, "01_test", c=3)
+    strict = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert strict == {"a": None, "b": [None, 1.0], "table": [{"x": None}, {"x": 2.0}], "c": 3}
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_not_another_process(tmp_path, monkeypatch, number):
+    """FAULTS D12: any OSError counted as "held"."""
+
+    def refuses(self):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(filelock.FileLock, "_acquire", refuses)
+    for wait in (False, True):
+        with folder_lock(tmp_path, wait=wait), pytest.raises(ValueError, match="another process"), folder_lock(tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_the_disk_is_said_as_it_is(tmp_path, monkeypatch):
+    def refuses(self):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(filelock.FileLock, "_acquire", refuses)
+    with pytest.raises(OSError, match="Input/output"), folder_lock(tmp_path):
+        pass

@@ -18,7 +18,7 @@ from patchsae_utils.latents.likeness import Likeness
 from patchsae_utils.latents.passes import own_rows
 from patchsae_utils.latents.summary import LatentSummary
 from patchsae_utils.run.artifacts import read_json
-from patchsae_utils.run.processes import OneProcess
+from patchsae_utils.run.processes import Processes
 
 HERE = Path(__file__).parents[1]
 
@@ -117,7 +117,7 @@ def test_a_share_is_whole_units():
         parts = [own_rows(n, unit, Process(i)) for i in range(3)]
         assert [row for part in parts for row in range(n)[part]] == list(range(n))
         assert all(part.start % unit == 0 for part in parts)
-    assert own_rows(23, 4, OneProcess()) == slice(0, 23)
+    assert own_rows(23, 4, Processes()) == slice(0, 23)
 
 
 def test_stores_open_as_usual(runs):

@@ -138,9 +138,9 @@ def holder(tmp_path):
 
 
 def test_two_processes_can_t_train_into_one_folder(tmp_path, holder, tiny_clip, tiny_dataset):
-    with pytest.raises(ValueError, match=rf"is being written by process {holder.pid} on \S+\. Wait"):
+    with pytest.raises(ValueError, match="is being written by another process.*Wait"):
         train_sae(fresh(), Store(), CONFIG, tmp_path, progress=False)
-    with pytest.raises(ValueError, match=f"process {holder.pid} "):
+    with pytest.raises(ValueError, match="another process"):
         from patchsae_utils.activations.extraction import extract_activations
 
         extract_activations(tiny_clip, tiny_dataset, 0, tmp_path, progress=False)
@@ -156,13 +156,13 @@ def test_a_lock_can_be_waited_for(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", HOLDER.replace("60", "1"), tmp_path], stdout=subprocess.PIPE, text=True)
     process.stdout.readline()
     with folder_lock(tmp_path, wait=True):
-        assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
+        assert (tmp_path / ".lock").exists()
     assert process.wait() == 0
 
 
 def test_a_process_doesn_t_lock_a_folder_twice(tmp_path):
     with folder_lock(tmp_path):
-        with pytest.raises(ValueError, match="this very process"), folder_lock(tmp_path / "." / "x" / ".."):
+        with pytest.raises(ValueError, match="or by this one"), folder_lock(tmp_path / "." / "x" / ".."):
             pass
     with folder_lock(tmp_path):
         pass
