@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .config import Profile, load_profile, parse_settings
-from .run.artifacts import atomic_file
-from .run.results import plain
+from .run.artifacts import atomic_file, plain
 
 _EPILOG = """\
 Every command reads a profile (a name, or your own .toml file; default: $PATCHSAE_PROFILE, else openmoji) and writes into
