@@ -7,8 +7,8 @@ and written words (`domains`), other seeds (`matching`). May import: sae, activa
 from .classes import class_scores, top_latents
 from .domains import cross_domain_references, text_and_image_examples, text_and_image_latents, word_scenes
 from .likeness import Likeness, LikenessObserver
-from .matching import matched_cosine, stability
-from .measures import contrasting_latents, label_entropy, label_std, shuffled_label_entropy
+from .matching import stability
+from .measures import contrasting_latents, shuffled_label_entropy
 from .passes import Observer
 from .pictures import activation_levels, level_overlap, reference_images, seen_image
 from .reading import latent_masks, summarize_latents
@@ -23,11 +23,8 @@ __all__ = [
     "class_scores",
     "contrasting_latents",
     "cross_domain_references",
-    "label_entropy",
-    "label_std",
     "latent_masks",
     "level_overlap",
-    "matched_cosine",
     "reference_images",
     "seen_image",
     "shuffled_label_entropy",

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import rankdata
 from torch import Tensor
 
-from ..data import ImageData
+from ..data.dataset import ImageData
 from ..sae.dictionary import select_latents
 from .measures import merge_keys, pack_top, unpack_top
 from .passes import read_latents, read_streams
@@ -72,11 +72,11 @@ def cross_domain_references(
         is not among the latents.
     """
     sae.check_model(clip, layer)
-    latents = [int(s) for s in latents]
-    if not datasets or any(len(data) == 0 for data in datasets.values()):
-        raise ValueError(f"Give at least one data set, and none that is empty; got { ({n: len(d) for n, d in datasets.items()}) }.")
-    if latents and not (0 <= min(latents) and max(latents) < sae.W_enc.shape[1]):
-        raise ValueError(f"Latents must lie in range({sae.W_enc.shape[1]}), got {min(latents)} to {max(latents)}.")
+    latents, sizes = [int(s) for s in latents], {name: len(data) for name, data in datasets.items()}
+    if not sizes or not all(sizes.values()):
+        raise ValueError(f"Give at least one data set, and none that is empty; got {sizes}.")
+    if wrong := [s for s in latents if not 0 <= s < sae.d_sae]:
+        raise ValueError(f"Latents must lie in range({sae.d_sae}), got {wrong}.")
     if unknown := {int(s) for s in pictured} - set(latents):
         raise ValueError(f"Latent {min(unknown)} is to be pictured but not among the latents. Add it.")
     same_classes = len({tuple(data.class_names) for data in datasets.values()}) == 1
@@ -90,7 +90,8 @@ def cross_domain_references(
         merge_keys(kept, pack_top(means.T, torch.arange(len(data)).expand(len(latents), -1)))
         values, images = unpack_top(kept)
         labels = torch.as_tensor(data.labels)
-        profiles = _class_means(means, labels, len(data.class_names)).numpy()
+        sums = torch.zeros(len(data.class_names), len(latents), dtype=torch.float64).index_add_(0, labels, means.double())
+        profiles = (sums / torch.bincount(labels, minlength=len(sums)).clamp_min(1)[:, None]).numpy()
         base = (profiles, images, labels) if base is None else base
         for column, latent in enumerate(latents):
             if latent in found:
@@ -112,12 +113,6 @@ def cross_domain_references(
                 }
             records.append(record)
     return CrossDomain(found, pd.DataFrame(records))
-
-
-def _class_means(values: Tensor, labels: Tensor, n_classes: int) -> Tensor:
-    """Means by class, [N, n] -> float64 [C, n]; 0 for classes without images."""
-    sums = torch.zeros(n_classes, values.shape[1], dtype=torch.float64).index_add_(0, labels, values.double())
-    return sums / torch.bincount(labels, minlength=n_classes).clamp_min(1)[:, None]
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -172,10 +167,9 @@ class TextAndImage(NamedTuple):
     """Which latents answer to a thing and to its written name."""
 
     table: pd.DataFrame
-    """One row a latent that is active on things: latent, label and class_name (the class on whose pictures it is strongest), object and
-    other_objects (mean activation on that class's pictures, and on the others'), word and other_words (the same on written words), p
-    (share of all words on which it is at least as active as on its own: 1/C at best), score (the smaller of the two excesses in standard
-    deviations over classes; 0 where either is not positive). Best score first."""
+    """One row for each latent that is active on things: latent, label (the class on whose pictures it is strongest), p (share of all words on
+    which it is at least as active as on that class's name: 1/C at best), score (how far its mean activation on the class exceeds that on the
+    others, in standard deviations over classes, on pictures or on words, whichever is less; 0 where either is not positive). Best score first."""
     share: float
     """Of these latents, with p <= alpha."""
     shuffled: np.ndarray
@@ -230,33 +224,20 @@ def text_and_image_latents(clip, sae, objects, words, layer: int, *, progress: b
     thing, word, n_classes, columns = thing[:, alive], word[:, alive], len(present), np.arange(len(alive))
     own = thing.argmax(0)
     rank = rankdata(-word, method="max", axis=0) / n_classes  # share of the words that reach each word's activation, itself included
-    p = rank[own, columns]
     rng = np.random.default_rng(0)
-    # Column 0 is the share itself; without living latents all are 0.
     dealt = [own, *(rng.permutation(n_classes)[own] for _ in range(N_SHUFFLES))]
     share, *shuffled = [float((rank[classes, columns] <= ALPHA).mean()) if len(alive) else 0.0 for classes in dealt]
-    others = [(values.sum(0) - values[own, columns]) / (n_classes - 1) for values in (thing, word)]
-    excess = [
-        np.divide(values[own, columns] - rest, spread, out=np.zeros(len(alive)), where=spread > 1e-12)
-        for values, rest in zip((thing, word), others, strict=True)
-        for spread in [values.std(0)]
-    ]
-    labels = present.numpy()[own]
-    table = pd.DataFrame(
-        {
-            "latent": alive,
-            "label": labels,
-            "class_name": [objects.class_names[c] for c in labels],
-            "object": thing[own, columns],
-            "other_objects": others[0],
-            "word": word[own, columns],
-            "other_words": others[1],
-            "p": p,
-            "score": np.minimum(*excess).clip(0),
-        }
-    )
+    score = np.minimum(*(_excess(values, own) for values in (thing, word))).clip(0)
+    table = pd.DataFrame({"latent": alive, "label": present.numpy()[own], "p": rank[own, columns], "score": score})
     table = table.sort_values(["score", "latent"], ascending=[False, True], ignore_index=True)
     return TextAndImage(table, share, np.array(shuffled), float((1 + (np.array(shuffled) >= share).sum()) / (1 + N_SHUFFLES)))
+
+
+def _excess(values: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """How far each column of [C, S] stands out at its own class, in standard deviations over classes; 0 where it is constant."""
+    at, spread = values[own, np.arange(len(own))], values.std(0)
+    others = (values.sum(0) - at) / (len(values) - 1)
+    return np.divide(at - others, spread, out=np.zeros(len(own)), where=spread > 1e-12)
 
 
 def _activation_by_class(clip, sae, data, layer: int, progress: str | None) -> tuple[Tensor, Tensor]:

@@ -20,12 +20,12 @@ MAX_LATENTS = 12_288
 
 
 class MatchedCosine(NamedTuple):
-    """Latents of two SAEs, paired so that the sum of their decoder rows' cosines is largest."""
+    """Latents of two SAEs, paired so that the sum of their decoder rows' cosines is largest; each at most once."""
 
     a: np.ndarray
     """int64 [n] latents of the first SAE, ascending."""
     b: np.ndarray
-    """int64 [n] their partners in the second; each at most once."""
+    """int64 [n] their partners in the second."""
     cosine: np.ndarray
     """float64 [n] cosine of each pair's decoder rows."""
     random: np.ndarray
@@ -40,27 +40,10 @@ class MatchedCosine(NamedTuple):
 
 
 def matched_cosine(sae_a, sae_b, alive_a: Tensor | None = None, alive_b: Tensor | None = None) -> MatchedCosine:
-    """Match two SAEs' latents one to one (Hungarian method) by the cosine of their decoder rows.
+    """Match the latents of two SAEs of one width, or those that are alive (bool [S]), by the Hungarian method.
 
     Matching thousands of directions finds high cosines by luck, the more so when all share a mean direction. The baseline is matched in
     the same way to directions drawn from the normal distribution with the second decoder's mean and covariance.
-
-    Parameters
-    ----------
-    sae_a, sae_b : SparseAutoencoder
-        Of the same width.
-    alive_a, alive_b : bool Tensor [S], optional
-        Latents to match, e.g. ``~summary.dead``: dead ones stay near their random start. Default: all.
-
-    Returns
-    -------
-    MatchedCosine
-
-    Raises
-    ------
-    ValueError
-        If the widths differ, one side has no latents, or both sides have more than ``MAX_LATENTS``.
-
     Source: the matching by Paulo and Belrose, "Sparse autoencoders trained on the same data learn different features", 2025.
     """
     if sae_a.d_in != sae_b.d_in:
@@ -71,23 +54,24 @@ def matched_cosine(sae_a, sae_b, alive_a: Tensor | None = None, alive_b: Tensor 
             f"Matches 1 to {MAX_LATENTS:,} latents, got {len(kept[0]):,} and {len(kept[1]):,}. Choose some with alive_a and alive_b, "
             f"e.g. those that are not faint."
         )
-    rows = [_unit(sae.W_dec.detach().double().cpu()[which]) for sae, which in zip((sae_a, sae_b), kept, strict=True)]
+    rows = [F.normalize(sae.W_dec.detach().double().cpu()[which], dim=1) for sae, which in zip((sae_a, sae_b), kept, strict=True)]
     centre = rows[1].mean(0)
     left, scale, _ = torch.linalg.svd((rows[1] - centre).T, full_matrices=False)
     noise = torch.randn(len(rows[1]), len(scale), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    random = _unit(centre + noise * scale / len(rows[1]) ** 0.5 @ left.T)
+    random = F.normalize(centre + noise * scale / len(rows[1]) ** 0.5 @ left.T, dim=1)
     (i, j, cosine), (_, _, by_luck) = _assign(rows[0], rows[1]), _assign(rows[0], random)
     return MatchedCosine(kept[0].numpy()[i], kept[1].numpy()[j], cosine, by_luck, mean_interval(cosine, "latents"))
 
 
 def stability(saes: Mapping[Any, Any], alive: Mapping[Any, Tensor] | None = None, *, threshold: float = 0.7) -> pd.DataFrame:
-    """How alike SAEs of several seeds are, pair by pair.
+    """How alike SAEs of several seeds are, pair by pair: their latents matched one to one by the cosine of their decoder rows.
 
     Parameters
     ----------
     saes : mapping of name to SparseAutoencoder
         At least two, e.g. by seed.
     alive : mapping of name to bool Tensor [S], optional
+        Latents to match, e.g. ``~summary.dead``: dead ones stay near their random start. Default: all.
     threshold : float
         Cosine above which a pair counts as the same latent.
 
@@ -95,12 +79,12 @@ def stability(saes: Mapping[Any, Any], alive: Mapping[Any, Tensor] | None = None
     -------
     DataFrame
         One row for each pair: a, b, n (pairs of latents), cosine, low, high (mean and its 95 % interval over latents), random (mean of the
-        baseline), found, found_random (shares above the threshold).
+        baseline: random directions of the second's mean and covariance), found, found_random (shares above the threshold).
 
     Raises
     ------
     ValueError
-        If there are fewer than two, or :func:`matched_cosine` refuses a pair.
+        If there are fewer than two, their widths differ, or one has no living latents or more than 12,288.
     """
     if len(saes) < 2:
         raise ValueError(f"Stability needs at least two SAEs, got {len(saes)}.")
@@ -119,10 +103,6 @@ def _kept(sae, alive: Tensor | None) -> Tensor:
     if alive.dtype != torch.bool or tuple(alive.shape) != (n,):
         raise ValueError(f"alive must be bool [{n}], got {alive.dtype} {list(alive.shape)}.")
     return alive.cpu().nonzero().flatten()
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return F.normalize(rows, dim=1)
 
 
 def _assign(a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

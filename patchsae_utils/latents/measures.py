@@ -8,63 +8,23 @@ from torch import Tensor
 
 
 def label_entropy(top_values: Tensor, top_labels: Tensor, n_classes: int) -> Tensor:
-    """Entropy of the labels of each latent's reference images, weighted by activation.
+    """Entropy [S], in nats, of the labels of each latent's reference images [S, k], weighted by activation (0 where there is none).
 
-    Low entropy: the latent answers to few classes. Dead latents (no positive value) get NaN.
-
-    Parameters
-    ----------
-    top_values : Tensor [S, k]
-        Image-level activations of the top-k images; padding is 0.
-    top_labels : LongTensor [S, k]
-        Class index of each of those images; where the value is 0, any number.
-    n_classes : int
-
-    Returns
-    -------
-    Tensor [S]
-        In nats, between 0 and log(n_classes).
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ, a value is negative or a label is outside range(n_classes).
-
-    Source: Lim et al., ICLR 2025, section 3.2.
+    Low entropy: the latent answers to few classes. Dead latents get NaN. Source: Lim et al., ICLR 2025, section 3.2.
     """
-    labels = _check_top(top_values, top_labels)
-    if labels.numel() and (labels.min() < 0 or labels.max() >= n_classes):
-        raise ValueError(f"Labels must lie in range({n_classes}), got {int(labels.min())} to {int(labels.max())}.")
-    mass = torch.zeros(len(top_values), n_classes, dtype=top_values.dtype, device=top_values.device).scatter_add_(1, labels, top_values)
+    mass = torch.zeros(len(top_values), n_classes, dtype=top_values.dtype, device=top_values.device)
+    mass.scatter_add_(1, top_labels.masked_fill(top_values <= 0, 0), top_values)
     p = mass / mass.sum(1, keepdim=True)  # 0/0 = NaN marks the dead
     return torch.special.entr(p).sum(1)
 
 
 def label_std(top_values: Tensor, top_labels: Tensor) -> Tensor:
-    """Standard deviation of the label indices of each latent's reference images, each image counted once.
+    """Standard deviation [S] of the label indices of each latent's reference images [S, k], each image counted once; NaN for dead latents.
 
-    Where neighbouring labels are related (ImageNet's follow WordNet; ours are sorted by task) a small value says: related classes.
-
-    Parameters
-    ----------
-    top_values : Tensor [S, k]
-        Image-level activations of the top-k images; padding is 0.
-    top_labels : LongTensor [S, k]
-
-    Returns
-    -------
-    Tensor [S]
-        Of the population (divided by n), so one reference image gives 0; dead latents get NaN.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ or a value is negative.
-
-    Source: Lim et al., ICLR 2025, section 3.2.
+    Where neighbouring labels are related (ImageNet's follow WordNet; ours are sorted by task) a small value says: related classes. Of the
+    population (divided by n), so one reference image gives 0. Source: Lim et al., ICLR 2025, section 3.2.
     """
-    labels = _check_top(top_values, top_labels).double()
-    real = (top_values > 0).double()
+    labels, real = top_labels.double(), (top_values > 0).double()
     n = real.sum(1)
     mean = (labels * real).sum(1) / n
     return (((labels - mean[:, None]) ** 2 * real).sum(1) / n).sqrt().to(top_values.dtype)
@@ -103,7 +63,7 @@ def shuffled_label_entropy(top_values: Tensor, top_images: Tensor, labels: Tenso
     Parameters
     ----------
     top_values : Tensor [S, k]
-        As for :func:`label_entropy`.
+        ``LatentSummary.top_values``.
     top_images : LongTensor [S, k]
         Places in the data set; padding is -1.
     labels : LongTensor [n_images]
@@ -137,15 +97,12 @@ def contrasting_latents(frame: pd.DataFrame) -> dict[int, str]:
     """
     full = frame[~frame["faint"]]
     full = full[full["n_reference"] == full["n_reference"].max()]
+    above = lambda share: full[full["label_entropy"] >= full["label_entropy"].quantile(share)]  # noqa: E731
     rules = {
         "one class": (full, ["label_entropy", "frequency"], [True, False]),
-        "related classes": (full[full["label_entropy"] >= full["label_entropy"].median()], ["label_std", "frequency"], [True, False]),
+        "related classes": (above(0.5), ["label_std", "frequency"], [True, False]),
         "everywhere": (full, ["frequency", "mean_activation"], [False, False]),
-        "seldom, mixed": (
-            full[full["label_entropy"] >= full["label_entropy"].quantile(0.9)],
-            ["frequency", "mean_activation"],
-            [True, False],
-        ),
+        "seldom, mixed": (above(0.9), ["frequency", "mean_activation"], [True, False]),
     }
     chosen: dict[int, str] = {}
     for title, (rows, by, ascending) in rules.items():
@@ -153,12 +110,3 @@ def contrasting_latents(frame: pd.DataFrame) -> dict[int, str]:
         if len(rest):
             chosen[int(rest["latent"].iloc[0])] = title
     return chosen
-
-
-def _check_top(top_values: Tensor, top_labels: Tensor) -> Tensor:
-    """Labels with 0 where there is no reference image; ValueError for shapes that differ or negative values."""
-    if top_values.shape != top_labels.shape or top_values.ndim != 2:
-        raise ValueError(f"top_values and top_labels must both be [S, k], got {list(top_values.shape)} and {list(top_labels.shape)}.")
-    if top_values.numel() and top_values.min() < 0:
-        raise ValueError(f"Activations must not be negative, got {float(top_values.min())}.")
-    return top_labels.masked_fill(top_values <= 0, 0)

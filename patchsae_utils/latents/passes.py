@@ -30,7 +30,7 @@ from ..run.processes import Processes
 CHUNK_BYTES = 24 * 2**20
 """Size of the largest [images, tokens, S] float32 block, small enough for a processor's caches; one image is the smallest chunk."""
 SAVE_SECONDS = 300.0
-"""Between two savings of what was counted; longer where saving itself would take more than a twentieth of the time."""
+"""Between two savings of what was counted."""
 
 _FILE = re.compile(r"counted-\d+-([0-9a-f]{16})\.safetensors")
 
@@ -163,7 +163,7 @@ def one_pass(
         own = rows[own_rows(len(rows), batch_size, processes)]
 
         def count() -> None:
-            for labels, places, stream in read(own, progress) if own else ():
+            for labels, places, stream in read(own, progress if processes.main else None) if own else ():
                 prepare(stream)
                 if saved is not None:
                     saved.save_if_time()
@@ -201,7 +201,7 @@ class SavedCounts:
         self.folder, self.key, self.observers, self.index = folder, key, observers, index
         self.done = torch.zeros(n_images, dtype=torch.bool)
         """[N] images that were counted."""
-        self._saved, self._effort, self._own_name = time.monotonic(), 0.0, ""
+        self._saved, self._own_name = time.monotonic(), ""
 
     def any(self) -> bool:
         """Whether an earlier attempt left a file."""
@@ -227,12 +227,11 @@ class SavedCounts:
 
     def save_if_time(self) -> None:
         """Save, if the last time is long ago."""
-        if self.done.any() and time.monotonic() - self._saved >= SAVE_SECONDS * max(1.0, self._effort / 15):
+        if self.done.any() and time.monotonic() - self._saved >= SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
         """Write all that was counted, as a whole, and remove this process's earlier file."""
-        start = time.monotonic()
         parts = self.observers.items()
         state = {f"{name}/{key}": value.cpu().contiguous() for name, observer in parts for key, value in observer.state().items()}
         temporary = self.folder / f".counted-{self.index}.tmp"
@@ -243,7 +242,6 @@ class SavedCounts:
             if path.name != self._own_name:
                 path.unlink()
         self._saved = time.monotonic()
-        self._effort = self._saved - start
 
     def _done_by(self, path: Path) -> Tensor | None:
         """Images that a file counts; None for one that is damaged or of other inputs."""

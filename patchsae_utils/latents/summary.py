@@ -88,29 +88,12 @@ class LatentSummary:
         """[S] bool: alive, but above tau on less than one token in a hundred images."""
         return ~self.dead & (self.dataset_counts < self.n_images / 100)
 
-    def to_frame(self, dead: bool = False) -> pd.DataFrame:
-        """One row a latent: latent, frequency, mean_activation, label_entropy, label_std, top_class, n_reference, dead, faint.
-
-        Parameters
-        ----------
-        dead : bool
-            Whether dead latents get a row. Theirs has frequency and mean activation 0, entropy and std NaN, and no top class (-1);
-            without them the frame holds no NaN.
-        """
-        frame = pd.DataFrame(
-            {
-                "latent": torch.arange(self.n_latents).numpy(),
-                "frequency": self.frequency.numpy(),
-                "mean_activation": self.mean_activation.numpy(),
-                "label_entropy": self.label_entropy.numpy(),
-                "label_std": self.label_std.numpy(),
-                "top_class": self.top_labels[:, 0].numpy(),
-                "n_reference": (self.top_images >= 0).sum(1).numpy(),
-                "dead": self.dead.numpy(),
-                "faint": self.faint.numpy(),
-            }
-        )
-        return frame if dead else frame[~frame["dead"]].reset_index(drop=True)
+    def to_frame(self) -> pd.DataFrame:
+        """One row for each living latent: latent, frequency, mean_activation, label_entropy, label_std, top_class, n_reference, faint; no NaN."""
+        columns = {name: getattr(self, name) for name in ("frequency", "mean_activation", "label_entropy", "label_std")}
+        columns |= {"top_class": self.top_labels[:, 0], "n_reference": (self.top_images >= 0).sum(1), "faint": self.faint}
+        frame = pd.DataFrame({"latent": range(self.n_latents), **{name: values.numpy() for name, values in columns.items()}})
+        return frame[~self.dead.numpy()].reset_index(drop=True)
 
     def save(self, folder: str | Path, fp: str = "") -> None:
         """Write ``latents.safetensors`` and ``manifest.json`` into a folder, atomically.
@@ -118,11 +101,9 @@ class LatentSummary:
         The [C, S] tables are mostly 0 when there are many classes and latents. Where that saves space they are written as
         ``<name>.places`` (int64 [n], ``class * S + latent``) and ``<name>.values`` (float32 [n]).
         """
-        tensors: dict[str, Tensor] = {}
-        plain: dict[str, object] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            (tensors if isinstance(value, Tensor) else plain)[field.name] = value
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+        plain = {name: value for name, value in fields.items() if name not in tensors}
         for name in _COUNTS:
             flat = tensors[name].flatten()
             if 3 * int(flat.count_nonzero()) < len(flat):  # 12 bytes an entry against 4
@@ -153,10 +134,10 @@ class LatentSummary:
                     f"{folder} holds no latent summary ({name} is missing). Make one: summarize_latents(..., out={str(folder)!r})."
                 )
         manifest = read_folder_manifest(folder)
-        remedy = "Delete the folder and call summarize_latents again."
-        if manifest.get("format_version") != FORMAT_VERSION:
+        if (version := manifest.get("format_version")) != FORMAT_VERSION:
             raise ValueError(
-                f"{folder} has format version {manifest.get('format_version')}; this package reads version {FORMAT_VERSION}. {remedy}"
+                f"{folder} has format version {version}; this package reads version {FORMAT_VERSION}. Delete the folder and call "
+                f"summarize_latents again."
             )
         with damage_named(folder / "manifest.json"):
             fields = {**load_file(path), **manifest, "class_names": tuple(manifest["class_names"])}
@@ -165,11 +146,7 @@ class LatentSummary:
                     table = torch.zeros(len(fields["class_names"]), len(fields["frequency"]))
                     table.view(-1)[fields[f"{name}.places"]] = fields[f"{name}.values"]
                     fields[name] = table
-        names = [field.name for field in dataclasses.fields(cls)]
-        missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in fields]
-        if missing:
-            raise ValueError(f"{folder} is damaged: {', '.join(missing)} missing. {remedy}")
-        return cls(**{name: fields[name] for name in names if name in fields})
+            return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls)})
 
 
 _COARSE, _FINE = 2.0**20, 2.0**50  # a float32 is a whole number of 2**-20, and what is left one of 2**-50, to 2**-51
@@ -251,11 +228,10 @@ class RunningSummary(Observer):
         top_labels = self.labels[images.clamp_min(0)].masked_fill(images < 0, -1)
         active = counted["class_hits"].sum(0, dtype=torch.float64)
         total = counted["sum_mean"][0] / _COARSE + counted["sum_mean"][1] / _FINE
-        patches = {}
+        peaks = of = at = None
         if "top_patches" in counted:
             peaks, places = unpack_top(counted["top_patches"])
             of, at = (part.masked_fill(places < 0, -1) for part in (places // self.n_patches, places % self.n_patches))
-            patches = {"top_patch_images": of, "top_patches": at, "top_patch_values": peaks}
         return LatentSummary(
             frequency=(active / counted["class_images"].sum()).float(),
             mean_activation=(total / active.clamp_min(1)).float(),
@@ -269,5 +245,7 @@ class RunningSummary(Observer):
             class_names=self.class_names,
             tau=self.tau,
             tokens=self.tokens,
-            **patches,
+            top_patch_images=of,
+            top_patches=at,
+            top_patch_values=peaks,
         )
