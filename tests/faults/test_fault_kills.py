@@ -100,9 +100,8 @@ def test_images_that_two_files_count_are_counted_once(half_done, tmp_path_factor
     (larger.parent / smaller.name.replace("counted-0", "counted-1")).write_bytes(smaller.read_bytes())
     assert resumed(folder) < 11
     shares.statistics(earlier, shares.Pictures())
-    for name in ("all", "cls"):
-        one, two = (root / "statistics" / name / "latents.safetensors" for root in (folder, earlier))
-        assert one.read_bytes() == two.read_bytes()
+    one, two = (root / "statistics" / "latents.safetensors" for root in (folder, earlier))
+    assert one.read_bytes() == two.read_bytes()
 
 
 # -- notebooks --------------------------------------------------------------------------------------------------------------
