@@ -18,6 +18,8 @@ STRIP := -m nbstripout --keep-output --keep-count --keep-id --extra-keys "metada
 export JUPYTER_PREFER_ENV_PATH := 1
 unexport JUPYTER_PATH
 export PIP_ARGS
+# Threads that spin at barriers cost five to ten times beside any other busy program.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help reproduce test ablations lab explore lint notebooks-clean notebooks-check clean-runs venv
 

@@ -10,11 +10,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from .config import Profile, load_profile, parse_settings
-from .run.artifacts import atomic_file, plain
+from .config import load_profile, parse_settings
+from .run.artifacts import plain, read_checked_json, write_table
 
 _EPILOG = """\
 Every command reads a profile (a name, or your own .toml file; default: $PATCHSAE_PROFILE, else openmoji) and writes into
@@ -27,8 +28,9 @@ runs/<profile>. What is there already, and was made with the same settings, is o
   python -m patchsae_utils info runs/openmoji/sae                any SAE, store or artifact, of ours or of another program
   python -m patchsae_utils convert hf:owner/sae my_sae --format saelens
 
-Exit status: 0 done; 1 an error, which standard error explains; 2 the command line is not understood; 130 interrupted.
+Exit status: 0 done; 1 an error, which standard error explains; 2 unknown command or option; 130 interrupted.
 """
+_LONG = 12  # entries of a list that ``info`` shows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,107 +64,114 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     # Shown in the help and in errors; main hands them on.
     commands.add_parser("notebooks", help="run the notebooks in order (the same as python -m patchsae_utils.reproduce)", add_help=False)
-    for name, (run, text) in _COMMANDS.items():
-        command = commands.add_parser(name, help=text.splitlines()[0], description=text, formatter_class=layout)
+    for run in (_extract, _train, _summarize, _sweep, _adapt, _info, _convert):
+        name, first, rest = run.__name__[1:], *run.__doc__.split("\n", 1)
+        text = "\n".join([first, *(line.removeprefix("    ") for line in rest.splitlines())])
+        command = commands.add_parser(name, help=first, description=text, formatter_class=layout)
         command.set_defaults(run=run)
         command.add_argument(
             "--json", action="store_true", help="print one JSON object on standard output; progress goes to standard error"
         )
-        if name in ("info", "convert"):
+        if run in (_info, _convert):
             command.add_argument("path", help="a folder, a file, or hf:<owner>/<repository>")
         else:
             command.add_argument("--profile", help="name or .toml file of the settings (default: $PATCHSAE_PROFILE, else openmoji)")
             command.add_argument(
                 "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting; may be repeated"
             )
-        if name == "convert":
+        if run is _convert:
             from .sae.formats import FORMATS
 
             command.add_argument("out", help="folder, or a .pt file for patchsae and saev")
             command.add_argument("--format", default="saelens", choices=FORMATS, help="default: saelens, which is also ours")
-        if name == "sweep":
+        if run is _sweep:
             command.add_argument("--ks", default="1,2,5,10,20,50,100", help="numbers of latents, with commas (default: %(default)s)")
             command.add_argument("--choose", default="predicted,random", help="which latents, with commas (default: %(default)s)")
-        if name == "adapt":
+        if run is _adapt:
             command.add_argument("--task", action="append", metavar="SPEC", help="data set; may be repeated (default: adapters.tasks)")
             command.add_argument("--kind", help="which adapter (default: adapters.kind)")
     return parser
 
 
-def _profile(options: argparse.Namespace) -> Profile:
+def _world(options: argparse.Namespace, needs_text: bool = False):
+    """The stages, the profile, its CLIP and layer."""
+    from . import stages
+
     changes: dict[str, Any] = {}
     for item in options.set:
         changes |= parse_settings(item)
-    return load_profile(options.profile, changes)
+    profile = load_profile(options.profile, changes)
+    clip, layer = stages.load_world(profile)
+    if needs_text and not clip.has_text:
+        raise ValueError(
+            f"{options.command} needs a text tower, and {clip.name!r} has none. extract, train and summarize work without."
+        )
+    return stages, profile, clip, layer
 
 
 def _extract(options: argparse.Namespace) -> dict[str, Any]:
-    from . import stages
+    """write the activations of the training images
 
-    profile = _profile(options)
-    clip, _ = stages.load_world(profile)
+    Residual-stream tokens of data.train after block model.layer, into runs/<profile>/activations. An interrupted run goes on behind the last
+    whole shard. Sizes: 2 bytes a number, so 300 KB an image of ViT-B/16, 390 GB for ImageNet. On several GPUs, each of which writes its
+    share of the shards: accelerate launch -m patchsae_utils extract ..."""
+    stages, profile, clip, _ = _world(options)
     store = stages.training_store(profile, clip)
     return {"store": str(store.folder)} | store.describe().to_dict()
 
 
 def _train(options: argparse.Namespace) -> dict[str, Any]:
-    from . import stages
+    """train the SAE (extracts first, where that is missing)
 
-    profile = _profile(options)
-    clip, _ = stages.load_world(profile)
+    Settings: [sae] and [training] of the profile. A killed run goes on from its last checkpoint, bit for bit. On several GPUs:
+    accelerate launch -m patchsae_utils train ..."""
+    stages, profile, clip, _ = _world(options)
     sae = stages.trained_sae(profile, clip)
-    return {"sae": str(profile.folder("sae")), "fingerprint": sae.fingerprint, "size": f"{sae.d_in} -> {sae.d_sae}"} | {
-        name: value for name, value in sae.metadata.get("metrics", {}).items()
-    }
+    facts = {"sae": str(profile.folder("sae")), "fingerprint": sae.fingerprint, "size": f"{sae.d_in} -> {sae.d_sae}"}
+    return facts | sae.metadata.get("metrics", {})
 
 
 def _summarize(options: argparse.Namespace) -> dict[str, Any]:
-    from . import stages
+    """statistics of every latent (trains first, where that is missing)
 
-    profile = _profile(options)
-    clip, _ = stages.load_world(profile)
+    How often and how strongly each latent fires on data.statistics, its labels' entropy and reference images: runs/<profile>/latents and
+    results/latents.csv. On several GPUs, each of which reads its share of the images: accelerate launch -m patchsae_utils summarize ...
+    What was counted is saved every five minutes, and a killed run goes on from there."""
+    stages, profile, clip, _ = _world(options)
     summary = stages.latent_summary(profile, clip, stages.trained_sae(profile, clip))
-    path = profile.folder("results") / "latents.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frame = summary.to_frame()
-    with atomic_file(path) as temporary:
-        frame.to_csv(temporary)
-    alive = summary.frequency > 0
-    return {
-        "table": str(path),
-        "latents": len(alive),
-        "alive": int(alive.sum()),
-        "median_frequency_of_the_alive": float(summary.frequency[alive].median()) if alive.any() else None,
-    }
+    path, alive = profile.folder("results") / "latents.csv", summary.frequency > 0
+    write_table(path, summary.to_frame())
+    median = float(summary.frequency[alive].median()) if alive.any() else None
+    return {"table": str(path), "latents": len(alive), "alive": int(alive.sum()), "median_frequency_of_the_alive": median}
 
 
 def _sweep(options: argparse.Namespace) -> dict[str, Any]:
-    from . import stages
+    """zero-shot accuracy with the top k latents kept or removed
+
+    On data.evaluation, with latents ranked on data.statistics: runs/<profile>/results/sweep.csv."""
     from .interventions.masks import CHOICES, sweep_masks
 
-    profile = _profile(options)
-    ks, choose = _integers(options.ks, "--ks"), options.choose.split(",")
+    choose = options.choose.split(",")
+    try:
+        ks = [int(part) for part in options.ks.split(",")]
+    except ValueError:
+        raise ValueError(f"--ks takes numbers with commas between them, such as 1,10,100; got {options.ks!r}.") from None
     if unknown := set(choose) - set(CHOICES):  # before hours of training
         raise ValueError(f"--choose takes words with commas between them, of {', '.join(CHOICES)}; got {', '.join(sorted(unknown))}.")
-    clip, layer = stages.load_world(profile)
-    if not clip.has_text:
-        return _skipped(clip, "sweep")
+    stages, profile, clip, layer = _world(options, needs_text=True)
     sae = stages.trained_sae(profile, clip)
     summary = stages.latent_summary(profile, clip, sae)
     table = sweep_masks(clip, sae, stages.evaluation_data(profile), ks=ks, choose=choose, layer=layer, class_counts=summary)
     path = profile.folder("results") / "sweep.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(path, index=False)
+    write_table(path, table)
     return {"table": str(path), "rows": table.to_dict("records")}
 
 
 def _adapt(options: argparse.Namespace) -> dict[str, Any]:
-    from . import stages
+    """adapt CLIP to tasks by learned prompts (MaPLe, CoOp)
 
-    profile = _profile(options)
-    clip, _ = stages.load_world(profile)
-    if not clip.has_text:
-        return _skipped(clip, "adapt")
+    Few shots of each base class; one adapter a task and seed of [adapters]: runs/<profile>/adapters."""
+    stages, profile, clip, _ = _world(options, needs_text=True)
     made = []
     for task in options.task or profile.adapters.tasks:
         for seed in profile.adapters.seeds:
@@ -172,18 +181,10 @@ def _adapt(options: argparse.Namespace) -> dict[str, Any]:
     return {"adapters": made, "folder": str(profile.folder("adapters"))}
 
 
-def _skipped(clip: Any, command: str) -> dict[str, Any]:
-    """What a command says that needs class names in words."""
-    return {"skipped": f"{command} needs a text tower, and {clip.name!r} has none. extract, train and summarize work without."}
-
-
-def _info(options: argparse.Namespace) -> dict[str, Any]:
-    from .inspection import describe
-
-    return describe(options.path)
-
-
 def _convert(options: argparse.Namespace) -> dict[str, Any]:
+    """write an SAE in another program's format
+
+    The latents stay what they are. Not every format can say every activation; the error names those that can."""
     from .sae.files import load_sae, save_sae
 
     sae = load_sae(options.path)
@@ -191,11 +192,54 @@ def _convert(options: argparse.Namespace) -> dict[str, Any]:
     return {"written": str(path), "format": options.format, "activation": sae.activation, "d_in": sae.d_in, "d_sae": sae.d_sae}
 
 
-def _integers(text: str, name: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{name} takes numbers with commas between them, such as 1,10,100; got {text!r}.") from None
+def _info(options: argparse.Namespace) -> dict[str, Any]:
+    """say what a checkpoint, store or other artifact is
+
+    SAEs of any format, activation stores, and everything with a manifest. Reads descriptions, and checks what it can."""
+    from .activations.folders import is_url
+    from .activations.store import FORMAT, ActivationStore, read_manifest
+    from .sae.files import load_sae
+    from .sae.formats import find
+
+    path = Path(options.path)
+    if is_url(options.path):
+        store = ActivationStore.open(options.path)
+        return {"what": "activation store", **store.describe().to_dict(), "files": "checked when they are read"}
+    folder = path.parent if path.name == "manifest.json" else path
+    if (folder / "manifest.json").is_file() and not (folder / "cfg.json").is_file():
+        manifest = read_checked_json(folder / "manifest.json")
+        if manifest.get("format") != FORMAT:
+            return {"what": "artifact", **_short(manifest)}
+        if not read_manifest(folder / "manifest.json")["complete"]:
+            facts = {name: value for name, value in manifest.items() if name not in ("files", "complete")}
+            return {"what": "activation store, unfinished", "files": len(manifest["files"]), **_short(facts)}
+        store = ActivationStore.open(folder)
+        store.verify()
+        return {"what": "activation store", **store.describe().to_dict(), "files": "all whole, by their checksums"}
+    sae = load_sae(options.path)
+    hub = options.path.startswith("hf:")
+    norms = sae.W_dec.detach().norm(dim=1)
+    facts = {
+        "what": "sparse autoencoder",
+        "format": (sae.metadata.get("converted_from") if hub else find(path)[0]) or "saelens",
+        **{name: getattr(sae, name) for name in ("activation", "k", "d_in", "d_sae")},
+        "decoder_norms": [round(float(norms.min()), 4), round(float(norms.max()), 4)],
+        "normalised_input": sae.normalizes,
+        "fingerprint": sae.fingerprint,
+        "reads": {key: value for key, value in sae.metadata.items() if key != "converted_from"},
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _short(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with its long lists counted."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > _LONG:
+            return f"{len(value)} entries"
+        return {key: shown(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    return {key: shown(value) for key, value in manifest.items()}
 
 
 def _text(result: Any, indent: str = "") -> str:
@@ -211,61 +255,3 @@ def _text(result: Any, indent: str = "") -> str:
         else:
             lines.append(f"{indent}{name}: {value}")
     return "\n".join(lines)
-
-
-_COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], str]] = {
-    "extract": (
-        _extract,
-        """\
-write the activations of the training images
-
-Residual-stream tokens of data.train after block model.layer, into runs/<profile>/activations. An interrupted run goes on behind the last
-whole shard. Sizes: 2 bytes a number, so 300 KB an image of ViT-B/16, 390 GB for ImageNet. On several GPUs, each of which writes its
-share of the shards: accelerate launch -m patchsae_utils extract ...""",
-    ),
-    "train": (
-        _train,
-        """\
-train the SAE (extracts first, where that is missing)
-
-Settings: [sae] and [training] of the profile. A killed run goes on from its last checkpoint, bit for bit. On several GPUs:
-accelerate launch -m patchsae_utils train ...""",
-    ),
-    "summarize": (
-        _summarize,
-        """\
-statistics of every latent (trains first, where that is missing)
-
-How often and how strongly each latent fires on data.statistics, its labels' entropy and reference images: runs/<profile>/latents and
-results/latents.csv. On several GPUs, each of which reads its share of the images: accelerate launch -m patchsae_utils summarize ...
-What was counted is saved every five minutes, and a killed run goes on from there.""",
-    ),
-    "sweep": (
-        _sweep,
-        """\
-zero-shot accuracy with the top k latents kept or removed
-
-On data.evaluation, with latents ranked on data.statistics: runs/<profile>/results/sweep.csv.""",
-    ),
-    "adapt": (
-        _adapt,
-        """\
-adapt CLIP to tasks by learned prompts (MaPLe, CoOp)
-
-Few shots of each base class; one adapter a task and seed of [adapters]: runs/<profile>/adapters.""",
-    ),
-    "info": (
-        _info,
-        """\
-say what a checkpoint, store or other artifact is
-
-SAEs of any format, activation stores, and everything with a manifest. Reads descriptions, and checks what it can.""",
-    ),
-    "convert": (
-        _convert,
-        """\
-write an SAE in another program's format
-
-The latents stay what they are. Not every format can say every activation; the error names those that can.""",
-    ),
-}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import hashlib
 import itertools
 import os
 import re
@@ -28,10 +27,13 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat.v4 import new_output
+from nbstripout import strip_output
+from tqdm import tqdm
 
 from .config import DEFAULT_PROFILE, Profile, figures_folder, load_profile, repository_root
-from .run.artifacts import file_sha256, fingerprint, read_json, write_json
+from .run.artifacts import atomic_file, file_sha256, fingerprint, read_json, write_json
 
+NOISE = "metadata.widgets cell.metadata.execution cell.metadata.papermill metadata.papermill metadata.language_info.version"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 _BAR = re.compile(r"\[\d\d:\d\d[<,]")  # "30%|###   | 3/10 [00:01<00:02, 2.9it/s]"
 _CELL_FILE = re.compile(r"[^\s\"']*[/\\]ipykernel_\d+[/\\]\d+\.py")
@@ -52,19 +54,14 @@ class _ThisPython(AsyncKernelManager):
 
 
 class _Client(NotebookClient):
-    """Runs one notebook, remembering where it is."""
+    """Runs one notebook in its folder, and shows a bar over its cells on a terminal."""
 
-    def __init__(self, notebook, folder: Path, on_cell=None):
+    def __init__(self, notebook, folder: Path):
         super().__init__(
-            notebook,
-            timeout=None,
-            record_timing=False,
-            store_widget_state=False,
-            kernel_manager_class=_ThisPython,
-            resources={"metadata": {"path": str(folder)}},
-            on_cell_start=self._start,
-        )
-        self.cell_number, self._on_cell = 0, on_cell
+            notebook, timeout=None, record_timing=False, store_widget_state=False, kernel_manager_class=_ThisPython,
+            resources={"metadata": {"path": str(folder)}}, on_cell_start=self._start,
+        )  # fmt: skip
+        self.cell_number, self.bar = 0, tqdm(total=len(notebook.cells), unit="cell", leave=False, disable=None)
 
     @asynccontextmanager
     async def async_setup_kernel(self, **options):
@@ -73,56 +70,38 @@ class _Client(NotebookClient):
             yield
 
     def _start(self, cell, cell_index: int) -> None:
+        self.bar.update(cell_index + 1 - self.cell_number)
         self.cell_number = cell_index + 1
-        if self._on_cell is not None:
-            self._on_cell(self.cell_number, len(self.nb.cells))
 
 
-def run_notebook(source: Path, target: Path, failed: Path, on_cell=None) -> None:
-    """Execute a notebook in its folder and save it, tidied, as ``target``; only if it ran to its end.
-
-    Parameters
-    ----------
-    source, target : Path
-        May be the same file.
-    failed : Path
-        Where the partial notebook goes if it fails.
-    on_cell : callable, optional
-        Called with (number of the cell that starts, number of cells).
-
-    Raises
-    ------
-    NotebookFailed
-        If a cell raises or the kernel dies.
-    """
+def run_notebook(source: Path, target: Path, failed: Path) -> None:
+    """Execute a notebook and save it, tidied, as ``target`` (which may be itself) if it ran to its end, else as far as it came as ``failed``."""
     notebook = nbformat.read(source, as_version=4)
-    client = _Client(notebook, source.parent, on_cell)
+    client = _Client(notebook, source.parent)
     try:
         client.execute()
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
     except (CellExecutionError, DeadKernelError) as error:
         _save(tidy(notebook), failed)
+        what = "the kernel died, most often because memory ran out (or somebody ended the run)"
         if isinstance(error, CellExecutionError):
             what = _COLOR.sub("", f"{error.ename}: {error.evalue}")
-        else:
-            what = "the kernel died, most often because memory ran out (or somebody ended the run)"
         raise NotebookFailed(f"{source.stem}, cell {client.cell_number}: {what}\nThe notebook up to there: {failed}") from error
+    finally:
+        client.bar.close()
     _save(tidy(notebook), target)
     failed.unlink(missing_ok=True)
 
 
 def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Take out what differs between two runs or two machines, in place: widget state, progress bars, timings, versions, paths.
+    """Take out what differs between two runs or two machines: widget state, progress bars, timings, versions, paths.
 
     A widget needs its kernel; in its place stays a line that says what it is.
     """
-    language = {key: value for key, value in notebook.metadata.get("language_info", {}).items() if key != "version"}
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": language})
+    notebook = strip_output(notebook, keep_output=True, keep_count=True, keep_id=True, extra_keys=NOISE.split())
+    notebook.metadata["kernelspec"] = nbformat.from_dict({"display_name": "Python 3", "language": "python", "name": "python3"})
     for cell in notebook.cells:
-        for key in ("execution", "papermill"):
-            cell.metadata.pop(key, None)
         if cell.cell_type == "code":
             cell.outputs = _streams_in_order(output for output in map(_tidy_output, cell.outputs) if output is not None)
     return notebook
@@ -169,18 +148,15 @@ def _without_paths(text: str) -> str:
 
 
 def _save(notebook: nbformat.NotebookNode, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    nbformat.write(notebook, temporary)
-    temporary.replace(path)
+    with atomic_file(path) as temporary:
+        nbformat.write(notebook, temporary)
 
 
 def run_key(source: Path, profile: Profile) -> str:
     """Names everything a notebook's outputs depend on: its code, the package's files (weights included), the settings."""
-    package = Path(__file__).parent
-    kinds = (".py", ".toml", ".csv", ".json", ".js", ".css", ".safetensors")
+    package, kinds = Path(__file__).parent, (".py", ".toml", ".csv", ".json", ".js", ".css", ".safetensors")
     files = sorted(path for path in package.rglob("*") if path.suffix in kinds and path.is_file())
-    code = hashlib.sha256("".join(f"{path.relative_to(package).as_posix()} {file_sha256(path)}\n" for path in files).encode()).hexdigest()
+    code = {path.relative_to(package).as_posix(): file_sha256(path) for path in files}
     cells = [cell.source for cell in nbformat.read(source, as_version=4).cells if cell.cell_type == "code"]
     settings = {item.name: getattr(profile, item.name) for item in dataclasses.fields(profile) if item.name != "root"}
     return fingerprint(cells=cells, package=code, settings=settings)
@@ -212,15 +188,7 @@ def _left_behind(source: Path, profile: Profile) -> list[str]:
 
 
 def choose(folder: Path, only: Sequence[str] = ()) -> tuple[list[Path], list[Path]]:
-    """The notebooks of a folder in order, and those of them that ``only`` names by number or name.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there are none.
-    ValueError
-        If one in ``only`` is not there; the message names the valid ones.
-    """
+    """The notebooks of a folder in order, and those of them that ``only`` names by number or name."""
     notebooks = sorted(folder.glob("0*.ipynb"))
     if not notebooks:
         raise FileNotFoundError(f"No notebooks 0*.ipynb in {folder}. Run this in the repository, or give their folder by --notebooks.")
@@ -255,6 +223,7 @@ def _run(options: argparse.Namespace) -> int:
     # The notebooks' kernels, which run in another folder, inherit both.
     os.environ["PATCHSAE_PROFILE"] = str(Path(name).resolve()) if name.endswith(".toml") else name
     os.environ["PATCHSAE_SET"] = changes
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # beside a busy program, threads that spin at barriers cost five to ten times
     profile = load_profile()
     folder = (options.notebooks or repository_root() / "notebooks").resolve()
     notebooks, chosen = choose(folder, options.only)
@@ -266,38 +235,20 @@ def _run(options: argparse.Namespace) -> int:
             continue
         _stamp(source, profile).unlink(missing_ok=True)
         key, start = run_key(source, profile), time.monotonic()
-        with _Line(label) as line:
-            run_notebook(source, target, profile.folder("failed") / source.name, line.cell)
-            seconds = time.monotonic() - start
-            line.end(_duration(seconds))
+        print(label, end=" ", file=sys.stderr, flush=True)
+        try:
+            run_notebook(source, target, profile.folder("failed") / source.name)
+        except BaseException:
+            print("did not end", file=sys.stderr)
+            raise
+        seconds = time.monotonic() - start
+        print(_duration(seconds), file=sys.stderr)
         write_json(_stamp(source, profile), {"key": key, "seconds": round(seconds, 1), "files": _left_behind(source, profile)})
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, kilobytes elsewhere
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
     if peak:
         print(f"Peak memory of a notebook: {peak / 1e9:.1f} GB", file=sys.stderr)
     return 0
-
-
-class _Line:
-    """One line of progress; on a terminal it also counts cells."""
-
-    def __init__(self, label: str):
-        self.label, self.live = label, sys.stderr.isatty()
-
-    def __enter__(self) -> _Line:
-        print(self.label, end="", file=sys.stderr, flush=True)
-        return self
-
-    def cell(self, number: int, total: int) -> None:
-        if self.live:
-            print(f"\r\x1b[K{self.label} cell {number}/{total}", end="", file=sys.stderr, flush=True)
-
-    def end(self, text: str) -> None:
-        print(f"\r\x1b[K{self.label} {text}" if self.live else f" {text}", file=sys.stderr)
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if kind is not None:
-            print(" failed" if issubclass(kind, Exception) else "", file=sys.stderr)
 
 
 def _duration(seconds: float) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
-from tiny import random_clip
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; the notebooks' kernels inherit it
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tiny import random_clip  # noqa: E402
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

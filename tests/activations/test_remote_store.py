@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import fsspec
 import pytest
 import torch
@@ -11,7 +13,7 @@ from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.activations.folders import LocalFolder, RemoteFolder, is_url, open_folder
 from patchsae_utils.activations.remote_store import RemoteStore
 from patchsae_utils.activations.store import ActivationStore
-from patchsae_utils.inspection import describe
+from patchsae_utils.cli import main
 from patchsae_utils.sae.model import SparseAutoencoder
 from patchsae_utils.sae.trainer import TrainConfig, train_sae
 
@@ -71,8 +73,9 @@ def test_only_what_is_read_is_fetched_and_kept(memory, store, monkeypatch):
     assert [path.rsplit("/", 1)[-1] for path in fetched] == ["shard-00001.safetensors", "index.safetensors"]
 
 
-def test_info_describes_it(store):
-    found = describe(URL)
+def test_info_describes_it(store, capsys):
+    assert main(["info", URL, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
     assert found["what"] == "activation store" and found["fingerprint"] == store.fingerprint
 
 

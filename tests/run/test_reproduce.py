@@ -109,6 +109,18 @@ def test_failure_names_notebook_cell_and_error_and_leaves_the_notebook_alone(rep
     assert not (repository / "runs/openmoji/failed/02_second.ipynb").exists()
 
 
+@pytest.mark.parametrize("given", [None, "active"])
+def test_threads_wait_passively_unless_the_user_says_otherwise(repository, monkeypatch, given):
+    """FAULTS D18: beside any other program, threads that spin at barriers slow everything five to ten times."""
+    write(repository, "01_first", "import os\nprint(os.environ['OMP_WAIT_POLICY'])")
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert reproduce.main(["--only", "01"]) == 0
+    ran = nbformat.read(repository / "notebooks/01_first.ipynb", as_version=4)
+    assert ran.cells[1].outputs[0].text == f"{given or 'passive'}\n"
+
+
 def test_dead_kernel_is_an_error(repository, capsys):
     write(repository, "01_first", "import os", "os._exit(1)")
     assert reproduce.main(["--only", "01"]) == 1
