@@ -28,7 +28,7 @@ class TooManyBroken(ValueError):
     """More images than allowed can't be read; the message names the first few, and the report of all."""
 
 
-def without_broken(dataset, report: str | Path, max_broken: float = 0.01, *, workers: int = 0, progress: bool = True):
+def without_broken(dataset, report: str | Path, max_broken: float = 0.01, *, workers: int | None = None, progress: bool = True):
     """A data set without the images that can't be decoded.
 
     Each image is decoded once; which were, and which are broken, is kept in ``report``, a JSON file with paths and reasons. Subsets and halves
@@ -59,7 +59,7 @@ def without_broken(dataset, report: str | Path, max_broken: float = 0.01, *, wor
     TooManyBroken
         If more than that share is broken. Checking ends as soon as that is known.
     """
-    if max_broken <= 0 or not hasattr(getattr(dataset, "opener", None), "check"):
+    if max_broken <= 0 or not hasattr(getattr(dataset, "opener", None), "listing"):
         return dataset
     report = Path(report)
     if _is_known_whole(dataset, report):
@@ -86,7 +86,7 @@ def without_broken(dataset, report: str | Path, max_broken: float = 0.01, *, wor
 def _read(dataset, report: Path) -> tuple[np.ndarray, dict[int, BrokenImage]]:
     """Which rows of the listing have been decoded, and the broken ones; nothing where the report is of another listing."""
     known = read_json(report) if report.exists() else {}
-    if known.get("source") != dataset.opener.source or known.get("images") != dataset.n_listed:
+    if known.get("source") != dataset.opener.listing or known.get("images") != dataset.n_listed:
         return np.zeros(dataset.n_listed, bool), {}
     broken = {entry["row"]: BrokenImage(entry["image"], entry["reason"]) for entry in known["broken"]}
     return _unpacked(known["checked"], dataset.n_listed), broken
@@ -97,16 +97,16 @@ def _is_known_whole(dataset, report: Path) -> bool:
     return bool(checked[dataset.rows.numpy()].all()) and broken.keys().isdisjoint(dataset.rows.tolist())
 
 
-def _check(dataset, report: Path, max_broken: float, workers: int, progress: bool) -> dict[int, BrokenImage]:
+def _check(dataset, report: Path, max_broken: float, workers: int | None, progress: bool) -> dict[int, BrokenImage]:
     """The data set's broken images, by their rows of the listing; writes the report."""
     rows = dataset.rows.numpy()
     checked, before = _read(dataset, report)
-    broken = {row: error for row in before if (error := _broken(dataset.opener, row)) is not None}
+    broken = {row: error for row in before if (error := _broken(dataset, row)) is not None}
     mine, saved = set(rows.tolist()), time.monotonic()
     todo = rows[~checked[rows]]
     bar = tqdm(total=len(todo), desc=f"checking images of {dataset.name}", unit="image", disable=not progress or not len(todo), leave=False)
     with bar:
-        for batch in Loader(_Decoded(dataset.opener, todo), 64, workers, list) if len(todo) else ():
+        for batch in Loader(_Decoded(dataset, todo), 64, workers, list) if len(todo) else ():
             checked[[row for row, _ in batch]] = True
             broken |= {row: BrokenImage(*words) for row, words in batch if words is not None}
             bar.update(len(batch))
@@ -124,7 +124,7 @@ def _report(dataset, checked: np.ndarray, broken: dict[int, BrokenImage]) -> dic
     return {
         "data": dataset.spec,
         "split": dataset.split,
-        "source": dataset.opener.source,
+        "source": dataset.opener.listing,
         "images": int(checked.size),
         "images_checked": int(checked.sum()),
         "images_broken": len(broken),
@@ -139,9 +139,9 @@ def _named(broken: dict[int, BrokenImage]) -> list[str]:
     return named + ([f"and {len(broken) - _SHOWN} more"] if len(broken) > _SHOWN else [])
 
 
-def _broken(opener, row: int) -> BrokenImage | None:
+def _broken(dataset, row: int) -> BrokenImage | None:
     try:
-        opener.check(row)
+        dataset.open_row(row, draft=True)
     except BrokenImage as error:
         return error
     return None
@@ -150,14 +150,14 @@ def _broken(opener, row: int) -> BrokenImage | None:
 class _Decoded(Dataset):
     """Rows, each with None or what is wrong with its image (where, reason)."""
 
-    def __init__(self, opener, rows: np.ndarray):
-        self.opener, self.rows = opener, rows
+    def __init__(self, dataset, rows: np.ndarray):
+        self.dataset, self.rows = dataset, rows
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i):
-        error = _broken(self.opener, row := int(self.rows[i]))
+        error = _broken(self.dataset, row := int(self.rows[i]))
         return row, None if error is None else error.args
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..run.artifacts import fingerprint
-from .pictures import decoded
-from .splits import half_of_classes
-from .templates import name_of
+from .pictures import open_picture
+from .splits import UNLABELLED, checked_labels, half_of_classes
 
 UNKNOWN = "not known: if pictures are exchanged for others under the same spec, delete what was made of them"
 
@@ -31,50 +31,77 @@ class Example(NamedTuple):
     """Its place in the data set."""
 
 
+class Listing(NamedTuple):
+    """What a source gives of a split."""
+
+    class_names: list[str]
+    """Of all its splits together."""
+    labels: Sequence[int]
+    """One a row."""
+    opener: Callable[[int], Any]
+    """Row -> anything that :func:`~.pictures.open_picture` opens."""
+    ends: Sequence[float] | None = None
+    """Where the shares of the splits end, if this is a whole that is to be split within each class."""
+
+
 class ImageData(Dataset):
-    """Pictures that are opened when asked for.
+    """Pictures that are opened when asked for. Rows without a label are left out, with a warning.
 
     Parameters
     ----------
     spec, split : str
-    class_names : sequence of str
-    labels : sequence of int
-        One a picture.
+    class_names : sequence of str [C]
+    labels : sequence of int [N], or LongTensor [N]
+        One a row, in range(C), or -1 where there is none.
     open_image : callable
-        Place in ``labels`` -> PIL image.
+        Row -> path, bytes or PIL image.
     half : {"base", "novel"}, optional
         Keep this half of the classes, relabelled from 0.
     n_images : int, optional
         Keep so many pictures, drawn with ``seed``.
+    seed : int
+    rows : sequence of int, optional
+        Keep only these.
+
+    Raises
+    ------
+    ValueError
+        If a label is anything else (names the row), or no row has one.
     """
 
-    workers = 0
-    """Processes that :func:`batches` opens pictures with, where it is not told otherwise."""
+    workers: int | None = None
+    """Processes that :func:`batches` opens pictures with, where it is not told otherwise; None: as many as suit the machine."""
 
     def __init__(
         self,
         spec: str,
         split: str,
         class_names: Sequence[str],
-        labels: Sequence[int],
-        open_image: Callable[[int], Image.Image],
+        labels: Sequence[int] | Tensor,
+        open_image: Callable[[int], Any],
         half: str | None = None,
         n_images: int | None = None,
         seed: int = 0,
+        rows: Sequence[int] | None = None,
     ):
         self.spec, self.split, self.half, self.seed = spec, split, half, seed
         self.opener, self.n_listed = open_image, len(labels)
+        given = checked_labels(labels, len(class_names), self.where_row)
         kept = half_of_classes(len(class_names), half)
         self.class_names = [class_names[i] for i in kept]
-        relabel = torch.full((len(class_names),), -1)
+        relabel = torch.full((len(class_names) + 1,), -1)  # the last is that of rows without label
         relabel[kept] = torch.arange(len(kept))
-        new_labels = relabel[torch.as_tensor(labels)]
-        self.rows: Tensor = (new_labels >= 0).nonzero().flatten()
+        self.rows: Tensor = torch.arange(len(given)) if rows is None else torch.as_tensor(rows, dtype=torch.int64)
         """[N] place of each picture in the whole listing, before halves, subsets and broken images were taken out."""
+        if n_without := int((given[self.rows] == UNLABELLED).sum()):
+            if n_without == len(self.rows):
+                raise ValueError(f"No row of {spec} ({split}) has a label; give a split that has labels.")
+            warnings.warn(f"{n_without:,} of {len(self.rows):,} rows of {spec} ({split}) have no label and are left out.", stacklevel=2)
+        self.rows = self.rows[relabel[given[self.rows]] >= 0]
         if n_images is not None and n_images < len(self.rows):
             order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed))
             self.rows = self.rows[order[:n_images].sort().values]
-        self.labels = new_labels[self.rows]
+        self.labels = relabel[given[self.rows]]
 
     @property
     def name(self) -> str:
@@ -88,10 +115,17 @@ class ImageData(Dataset):
             return None
         return fingerprint(opener=known, rows=hash_of(self.rows))
 
+    def where_row(self, row: int) -> str:
+        """The file of a row of the listing, or its number in a data set without files."""
+        return self.opener.where(row) if hasattr(self.opener, "where") else f"{self.spec} ({self.split}), row {row}"
+
     def where(self, index: int) -> str:
         """The file of a picture, or its place in a data set without files."""
-        row = int(self.rows[index])
-        return self.opener.where(row) if hasattr(self.opener, "where") else f"{self.spec} ({self.split}), row {row}"
+        return self.where_row(int(self.rows[index]))
+
+    def open_row(self, row: int, draft: bool = False) -> Image.Image:
+        """The picture of a row of the listing; see :func:`~.pictures.open_picture`."""
+        return open_picture(lambda: self.opener(row), self.where_row(row), draft)
 
     def without(self, rows: Sequence[int]) -> ImageData:
         """The same data set without some rows of the listing; classes and the order of the others stay."""
@@ -106,9 +140,15 @@ class ImageData(Dataset):
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.spec!r} ({self.split}) has {len(self)} images; there is no index {index}.")
-        row = int(self.rows[index])  # our own openers check and convert by themselves
-        image = self.opener(row) if hasattr(self.opener, "check") else decoded(lambda: self.opener(row), self.where(index))
-        return Example(image, int(self.labels[index]), index)
+        return Example(self.open_row(int(self.rows[index])), int(self.labels[index]), index)
+
+
+def name_of(spec: str) -> str:
+    """The name in a data set's spec: ``DTD`` of ``torchvision:DTD?root=/data``, ``pets`` of ``/data/pets/``, ``birds`` of ``hf:owner/birds:small``."""
+    path = spec.partition("?")[0]
+    if path.startswith(("hf:", "hf-stream:")):
+        path = path.split(":")[1]
+    return path.rsplit(":", 1)[-1].rstrip("/").rsplit("/", 1)[-1]
 
 
 def describe_dataset(dataset) -> dict[str, Any]:
@@ -116,8 +156,7 @@ def describe_dataset(dataset) -> dict[str, Any]:
 
     Parameters
     ----------
-    dataset
-        As :func:`load_dataset` gives it, or any with ``labels`` and ``class_names``.
+    dataset : ImageData or OpenMojiData
 
     Returns
     -------
@@ -136,15 +175,16 @@ def describe_dataset(dataset) -> dict[str, Any]:
 
 
 def dataset_fingerprint(dataset) -> str:
-    """Name a data set: 16 hex digits over :func:`describe_dataset`. Artifacts made from it are current as long as this stays.
+    """Name a data set: what is made of it is current as long as this stays.
 
     Parameters
     ----------
-    dataset
+    dataset : ImageData or OpenMojiData
 
     Returns
     -------
     str
+        16 hex digits over :func:`describe_dataset`.
     """
     return fingerprint(**describe_dataset(dataset))
 

@@ -1,42 +1,28 @@
-"""Pictures from a folder, and any of torchvision's sets. Each reader returns (class names, labels, opener)."""
+"""Listings of folders of images, of CoOp's ``split_zhou_*.json`` beside images, and of any of torchvision's sets."""
 
 from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import torchvision
-from open_clip import IMAGENET_CLASSNAMES
-from PIL import Image
 
-from .pictures import ImageFiles, Rows, open_image
-from .split_files import find_split_file, read_split_file
-
-__all__ = ["Opened", "data_root", "folder", "open_image", "torchvision_set"]
-
-Opened = tuple[list[str], list[int], Callable[[int], Image.Image]]
-
-SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test", "val", "valid", "validation")}
-SPLIT_SHARES = {"train": (0.0, 0.8), "val": (0.8, 0.9), "test": (0.9, 1.0)}  # where a folder has no split of its own
+from ..run.artifacts import read_json
+from .dataset import Listing
+from .pictures import ImageFiles, Rows, is_picture
+from .splits import SHARES, SPLITS, class_names, find_split
 
 
-def folder(root: Path, split: str, seed: int = 0) -> Opened:
-    """``<root>/<split>/<class>/<image>``, or ``<root>/<class>/<image>``, then split 80/10/10 within each class with ``seed``.
+def read_folder(root: Path, split: str, names: Callable[[Sequence[str]], list[str]] = class_names) -> Listing:
+    """``<root>/<split>/<class>/<image>``, or ``<root>/<class>/<image>``; a file ``split_zhou_*.json`` in the folder is followed instead.
 
-    Where ``train`` is the only split that has a folder, it is split in the same way. A file ``split_zhou_*.json`` in the folder, as CoOp
-    wrote them for its data sets, is followed instead.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder is missing, holds no class folders with images, or has folders for other splits than this one.
-    ValueError
-        For an unknown split.
+    ``names``: folders' names -> names of the classes. Classes are those of all splits together.
     """
-    check_split(split)
     if not root.is_dir():
         raise FileNotFoundError(
             f"There is no folder {str(root)!r}. Expected {root}/train/<class>/<image> and {root}/val/<class>/<image>, or {root}/<class>/<image>; "
@@ -45,86 +31,145 @@ def folder(root: Path, split: str, seed: int = 0) -> Opened:
         )
     if (split_file := find_split_file(root)) is not None:
         return read_split_file(split_file, split)
-    own = next((root / name for name in SPLIT_FOLDERS[split] if (root / name).is_dir()), None)
-    present = {name for names in SPLIT_FOLDERS.values() for name in names if (root / name).is_dir()}
-    if own is None and present - {"train"}:
-        raise FileNotFoundError(
-            f"{root} has {' and '.join(sorted(present))} but no folder for split {split!r}: expected {' or '.join(SPLIT_FOLDERS[split])}."
-        )
-    made = own is None or present == {"train"}
-    base = root / "train" if present == {"train"} else own or root
-    endings = set(Image.registered_extensions())
-    classes = sorted(p.name for p in base.iterdir() if p.is_dir() and not p.name.startswith("."))
-    names, labels = [], []
+    present = [name for kind in SPLITS.values() for name in kind if (root / name).is_dir()] or ["."]
+    parts, shared = find_split(split, present, str(root))
+    part = next((name for name in parts if _folders(root / name)), parts[0])
+    if part != parts[0]:
+        warnings.warn(f"{root / parts[0]} has no class folders; {root / part} is read instead.", stacklevel=3)
+    classes = sorted({name for each in present for name in _folders(root / each)})
+    base, files, labels, deeper = root / part, [], [], {}
     for label, name in enumerate(classes):
-        files = sorted(entry.name for entry in os.scandir(base / name) if os.path.splitext(entry.name)[1].lower() in endings)
-        if made:
-            files = share(files, *SPLIT_SHARES[split], seed)
-        names += [f"{name}/{file}" for file in files]
-        labels += [label] * len(files)
-    if not names:
+        if not (base / name).is_dir():
+            continue
+        with os.scandir(base / name) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+        pictures = [entry.name for entry in found if is_picture(entry.name)]
+        files += [f"{name}/{file}" for file in pictures]
+        labels += [label] * len(pictures)
+        for entry in found:
+            if entry.is_dir() and _is_visible(entry.name) and (n := sum(map(is_picture, _all_files(entry.path)))):
+                deeper[f"{name}/{entry.name}"] = n
+    if loose := sum(is_picture(entry.name) for entry in base.iterdir()):
+        deeper["."] = loose
+    told = (
+        f"{sum(deeper.values()):,} images of {base} lie in no class folder or deeper than one ({', '.join(list(deeper)[:3])})"
+        if deeper
+        else ""
+    )
+    if not files:
         raise FileNotFoundError(
-            f"{base} holds no images for split {split!r}: expected {base}/<class>/<image> with endings such as .jpg, .png, .webp."
+            f"{base} holds no images for split {split!r}: expected {base}/<class>/<image> with endings such as .jpg, .png, .webp.{' ' + told if told else ''}"
         )
-    return readable(classes), labels, ImageFiles(base, names)
+    if deeper:
+        warnings.warn(f"{told} and are left out; expected {base}/<class>/<image>, of which there are {len(files):,}.", stacklevel=3)
+    return Listing(names(classes), labels, ImageFiles(base, files), SHARES if shared else None)
 
 
-def share(items: Sequence, low: float, high: float, seed: int) -> list:
-    """The part of a sequence between two shares of it, in an order drawn with ``seed``; given back in their first order."""
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [items[i] for i in sorted(order[round(low * len(items)) : round(high * len(items))])]
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"
 
 
-def torchvision_set(name: str, split: str, root: str | os.PathLike | None = None) -> Opened:
-    """One of torchvision's classification sets, downloaded when it can be.
+def _folders(base: Path) -> list[str]:
+    return [entry.name for entry in os.scandir(base) if entry.is_dir() and _is_visible(entry.name)]
 
-    Parameters
-    ----------
-    name : str
-        Of the class in ``torchvision.datasets``.
-    split : str
-    root : path, optional
-        Default: :func:`data_root`.
 
-    Raises
-    ------
-    ValueError
-        For a name that torchvision doesn't have.
-    FileNotFoundError
-        If it is neither there nor to be downloaded; says where it was sought.
+def _all_files(folder: str) -> list[str]:
+    return [name for _, _, names in os.walk(folder) for name in names]
+
+
+# -- CoOp's split files ----------------------------------------------------------------------------------------------------
+
+
+def find_split_file(folder: Path) -> Path | None:
+    """The folder's ``split_zhou_*.json``, if it has one."""
+    found = sorted(folder.glob("split_zhou_*.json"))
+    if len(found) > 1:
+        raise ValueError(f"{folder} has {len(found)} files split_zhou_*.json ({', '.join(p.name for p in found)}); keep one.")
+    return found[0] if found else None
+
+
+def read_split_file(path: Path, split: str) -> Listing:
+    """Which image is in which split, so that everybody measures on the same ones; of two classes of the same name both stay.
+
+    A file holds ``{"train": [[path, label, class name], ...], "val": [...], "test": [...]}``; paths are relative to the folder of images that
+    lies beside it. Source: Zhou et al., "Learning to prompt for vision-language models", IJCV 2022 (github.com/KaiyangZhou/CoOp, DATASETS.md).
     """
-    check_split(split)
+    content = read_json(path)
+    if not isinstance(content, dict) or not {"train", "val", "test"} <= content.keys():
+        raise ValueError(
+            f"{path} must hold an object with train, val and test, as CoOp's files do. Take it away to have the folder split anew."
+        )
+    names: dict[int, str] = {}
+    for part in ("train", "val", "test"):
+        for item in content[part]:
+            if not (isinstance(item, list) and list(map(type, item)) == [str, int, str]):
+                raise ValueError(f"{path}, {part}: expected [path, label, class name], got {item!r}.")
+            if names.setdefault(item[1], item[2]) != item[2]:
+                raise ValueError(f"{path}: class {item[1]} is called {names[item[1]]!r} and {item[2]!r}.")
+    if sorted(names) != list(range(len(names))):
+        missing = sorted(set(range(1 + max(names, default=0))) - names.keys())
+        raise ValueError(f"{path}: classes must be numbered from 0 without gaps; there is none numbered {missing[:5]}.")
+    if not content[split]:
+        raise ValueError(f"{path} has no images for split {split!r}.")
+    files, labels = [item[0] for item in content[split]], [item[1] for item in content[split]]
+    candidates = [path.parent, *sorted(p for p in path.parent.iterdir() if p.is_dir())]  # such as images, jpg or 2750
+    base = next((folder for folder in candidates if (folder / files[0]).exists()), None)
+    if base is None:
+        raise FileNotFoundError(
+            f"{path} names the image {files[0]!r}, which is neither in {path.parent} nor in a folder of it "
+            f"({', '.join(p.name for p in candidates[1:]) or 'there is none'}). Unpack the data set's images beside the file."
+        )
+    return Listing(class_names(names[i] for i in range(len(names))), labels, ImageFiles(base, files))
+
+
+# -- torchvision -----------------------------------------------------------------------------------------------------------
+
+
+def read_torchvision(name: str, split: str, root: str | os.PathLike | None = None) -> Listing:
+    """One of torchvision's classification sets, downloaded when it can be; ``root`` is :func:`data_root` if not given."""
     sets = torchvision.datasets
     if not inspect.isclass(getattr(sets, name, None)):
-        raise ValueError(
-            f"torchvision has no data set {name!r}. Valid: {', '.join(n for n in sets.__all__ if inspect.isclass(getattr(sets, n)))}."
-        )
-    accepted = inspect.signature(getattr(sets, name)).parameters
-    options: dict[str, str | bool] = {}
+        valid = ", ".join(n for n in sets.__all__ if inspect.isclass(getattr(sets, n)))
+        raise ValueError(f"torchvision has no data set {name!r}. Valid: {valid}.")
+    accepted, place, source = inspect.signature(getattr(sets, name)).parameters, Path(root or data_root()), f"torchvision:{name}"
     if "split" in accepted:
-        options["split"] = split
+        data = _open_split(name, place, split)
     elif "train" in accepted:
-        options["train"] = split == "train"
-    data = opened_by_torchvision(name, Path(root or data_root()), options)
-    names = getattr(data, "classes", None) or getattr(data, "categories", None)
-    labels = next((list(getattr(data, key)) for key in ("targets", "_labels", "labels", "y") if hasattr(data, key)), None)
-    if labels is None:
-        labels = [int(data[i][1]) for i in range(len(data))]
-    if names is None:
-        names = [str(i) for i in range(1 + max(labels))]
-    return readable([str(n) for n in names]), labels, Rows(f"torchvision:{name} ({split})", f"{name} {split} {len(labels)}", data, 0)
+        data = open_torchvision(name, place, {"train": split == "train"})
+    else:
+        data = open_torchvision(name, place, {})
+    given = next((getattr(data, key) for key in ("targets", "_labels", "labels", "y") if hasattr(data, key)), None)
+    labels = [int(data[i][1]) for i in range(len(data))] if given is None else torch.as_tensor(given).tolist()
+    names = getattr(data, "classes", None) or getattr(data, "categories", None) or range(1 + max(labels))
+    ends = None if {"split", "train"} & set(accepted) else SHARES
+    return Listing(class_names(names), labels, Rows(f"{source} ({split})", partial(_image, data), len(data)), ends)
 
 
-def opened_by_torchvision(name: str, root: Path, options: Mapping[str, str | bool]):
+def _image(data, row: int):
+    return data[row][0]
+
+
+def _open_split(name: str, root: Path, split: str):
+    """The object for the best of the splits that a class of torchvision has, of which only trying tells."""
+    for own in find_split(split, [own for names in SPLITS.values() for own in names], name)[0]:
+        try:
+            return open_torchvision(name, root, {"split": own})
+        except ValueError as error:
+            refused = error
+    raise ValueError(f"torchvision's {name} has no split {split!r}: {refused}") from refused
+
+
+def open_torchvision(name: str, root: Path, options: Mapping[str, str | bool]):
     """The object of ``torchvision.datasets``, downloaded when it is not there and can be."""
     kind = getattr(torchvision.datasets, name)
     try:
-        try:
-            return kind(root, **options)
-        except (OSError, RuntimeError):
-            if "download" not in inspect.signature(kind).parameters:
-                raise
-            return kind(root, **options, download=True)
+        return kind(root, **options)  # a ValueError: it has no such split
+    except (OSError, RuntimeError) as error:
+        missing = error
+    try:
+        if "download" not in inspect.signature(kind).parameters:
+            raise missing
+        return kind(root, **options, download=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise FileNotFoundError(
             f"torchvision's {name} is not whole under {root} ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}), and could not be downloaded. "
@@ -137,16 +182,3 @@ def data_root() -> Path:
     """Where data sets lie that are called by name: ``$PATCHSAE_DATA``, else ``~/.cache/patchsae_utils/data``."""
     given = os.environ.get("PATCHSAE_DATA")
     return Path(given).expanduser() if given else Path.home() / ".cache" / "patchsae_utils" / "data"
-
-
-def readable(classes: Sequence[str]) -> list[str]:
-    """ImageNet's folders are WordNet ids (n01440764): say CLIP's names for them, in the same order."""
-    if len(classes) == 1000 and all(name.startswith("n") and name[1:].isdigit() for name in classes):
-        return list(IMAGENET_CLASSNAMES)
-    return [name.replace("_", " ") for name in classes]
-
-
-def check_split(split: str) -> None:
-    """Raise ``ValueError`` for an unknown split."""
-    if split not in SPLIT_FOLDERS:
-        raise ValueError(f"Unknown split {split!r}. Valid: {', '.join(SPLIT_FOLDERS)}.")

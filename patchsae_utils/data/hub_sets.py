@@ -2,130 +2,180 @@
 
 from __future__ import annotations
 
-import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..run.artifacts import atomic_folder, fingerprint, read_json, shortened, write_json
-from .folders import SPLIT_FOLDERS, Opened, check_split, data_root
-from .pictures import Rows, decoded
+from .dataset import Listing
+from .folders import data_root
+from .pictures import Rows
+from .splits import SHARES, UNLABELLED, class_names, find_split, half_of_classes
 
+STREAMED = 10_000
+"""Images of a stream where no number is given."""
 _SHUFFLED = 1000  # images of a stream that are mixed at a time: shards come in a drawn order too, but classes may lie together in each
+_TENTHS = {"train": range(8), "val": range(8, 9), "test": range(9, 10)}  # of a stream without splits of its own: classes come in any order
 
 
-def hugging_face(repository: str, split: str) -> Opened:
-    """A map-style image data set of the hub, or of a local folder that ``datasets`` reads, with one image and one class-label column.
+def read_hub(given: str, split: str) -> Listing:
+    """A map-style image data set of the hub, or of a local folder that ``datasets`` reads: ``<repository>[:<configuration>]``."""
+    spec = f"hf:{given}"
+    source = _Source(spec)
+    for own, shared in source.splits(split):
+        with _reaching(spec):
+            data = source.load(own)
+        image, label = source.columns(data.features)
+        labels = [UNLABELLED if each is None else each for each in data[label]]
+        if any(each != UNLABELLED for each in labels):
+            break
+        warnings.warn(f"{spec}: no row of split {own!r} has a label.", stacklevel=3)
+    rows = Rows(f"{spec} ({split})", partial(_cell, data, image), len(data), getattr(data, "_fingerprint", None))
+    return Listing(class_names(data.features[label].names), labels, rows, SHARES if shared else None)
 
-    Raises
-    ------
-    ImportError
-        If the package ``datasets`` is missing.
-    ValueError
-        If there is no such split, or the columns can't be told.
-    FileNotFoundError
-        If there is no such repository, or the hub can't be reached.
+
+def _cell(data, column: str, row: int):
+    return data[row][column]
+
+
+def read_stream(given: str, split: str, n_images: int | None, half: str | None, seed: int) -> Listing:
+    """As many images of a data set as are asked for (of a half of its classes), without the others; mixed with ``seed``.
+
+    Their encoded bytes are written to one file under :func:`~.folders.data_root` while they arrive, and read from there ever after: memory
+    holds one image at a time (and the stream's buffer of a thousand).
     """
-    datasets = _package(f"hf:{repository}")
-    with _reaching(f"hf:{repository}"):
-        data = datasets.load_dataset(repository, split=_split(datasets, repository, split))
-    image, label = _columns(datasets, data.features, f"hf:{repository}")
-    known = getattr(data, "_fingerprint", None)
-    rows = Rows(f"hf:{repository} ({split})", known or f"{repository} {split} {len(data)}", data, image, known)
-    return list(data.features[label].names), list(data[label]), rows
-
-
-def hugging_face_stream(repository: str, split: str, n_images: int | None, seed: int = 0) -> Opened:
-    """The first images of a data set that is not downloaded whole, mixed with ``seed``.
-
-    Their encoded bytes are written to one file under :func:`~patchsae_utils.data.folders.data_root` while they arrive, and read from there
-    ever after: memory holds one image at a time (and the stream's buffer of a thousand), the disk as many as were asked for.
-
-    Raises
-    ------
-    ImportError
-        If the package ``datasets`` is missing.
-    ValueError
-        If there is no such split, the columns can't be told, or the stream is empty.
-    FileNotFoundError
-        If there is no such repository, or the hub can't be reached.
-    """
-    check_split(split)
-    name = re.sub(r"[^A-Za-z0-9]+", "-", repository).strip("-")
-    key = fingerprint(repository=repository, split=split, n_images=n_images, seed=seed, shuffled=_SHUFFLED)
-    folder = data_root() / "streams" / f"{name}-{split}-{key}"
+    name, n_wanted = re.sub(r"[^A-Za-z0-9]+", "-", given).strip("-"), STREAMED if n_images is None else n_images
+    key = fingerprint(repository=given, split=split, n_images=n_wanted, half=half, seed=seed, shuffled=_SHUFFLED, version=2)
+    folder, spec = data_root() / "streams" / f"{name}-{split}-{key}", f"hf-stream:{given}"
     if not (folder / "description.json").exists():
-        _save_stream(repository, split, n_images, seed, folder)
+        source = _Source(spec)
+        for own, shared in source.splits(split):
+            with suppress(_NoLabels):
+                _save_stream(source, own, _TENTHS[split] if shared else range(10), n_wanted, half, seed, folder)
+                break
+        else:
+            raise ValueError(f"{spec} ({split}) gave no images with a label.")
     index = load_file(folder / "index.safetensors")
-    names = read_json(folder / "description.json")["class_names"]
-    return names, index["labels"].tolist(), _SavedStream(f"hf-stream:{repository} ({split})", folder, index["ends"])
+    labels, ends = index["labels"], index["ends"]
+    if n_images is None and len(labels) == STREAMED:
+        warnings.warn(f"The first {STREAMED:,} images of {spec} ({split}) are read; ask for more by n_images.", stacklevel=3)
+    return Listing(read_json(folder / "description.json")["class_names"], labels.tolist(), _SavedStream(f"{spec} ({split})", folder, ends))
 
 
-def _save_stream(repository: str, split: str, n_images: int | None, seed: int, folder: Path) -> None:
-    datasets = _package(f"hf-stream:{repository}")
-    with _reaching(f"hf-stream:{repository}"):
-        chosen = _split(datasets, repository, split)
-        stream = datasets.load_dataset(repository, split=chosen, streaming=True)
-    image, label = _columns(datasets, stream.features, f"hf-stream:{repository}")
-    names = list(stream.features[label].names)
-    stream = stream.cast_column(image, datasets.Image(decode=False)).shuffle(seed=seed, buffer_size=_SHUFFLED)
-    labels, ends = [], [0]
-    with atomic_folder(folder) as temporary, (temporary / "images.bin").open("wb") as file:
-        for row in tqdm(_first(stream, n_images), total=n_images, desc=f"streaming {repository}", unit="image", leave=False):
-            content = row[image]["bytes"] or Path(row[image]["path"]).read_bytes()
-            file.write(content)
-            labels.append(int(row[label]))
-            ends.append(ends[-1] + len(content))
+class _NoLabels(Exception):
+    pass
+
+
+def _save_stream(source: _Source, own: str, tenths: Sequence[int], n_images: int, half: str | None, seed: int, folder: Path) -> None:
+    with _reaching(source.spec):
+        stream = source.load(own, streaming=True)
+    image, label = source.columns(stream.features)
+    names = class_names(stream.features[label].names)
+    unwanted = set(range(len(names))) - set(half_of_classes(len(names), half))
+    stream = stream.cast_column(image, source.datasets.Image(decode=False)).shuffle(seed=seed, buffer_size=_SHUFFLED)
+    labels: list[int] = []
+    ends, without = [0], []
+    bar = tqdm(total=n_images, desc=f"streaming {source.spec}", unit="image", leave=False)
+    with atomic_folder(folder) as temporary, (temporary / "images.bin").open("wb") as file, bar:
+        for i, row in enumerate(stream if n_images else ()):
+            if i % 10 not in tenths or row[label] in unwanted:
+                continue
+            content = _bytes(row[image])
+            if content is not None and row[label] not in (None, UNLABELLED):
+                file.write(content)
+                labels.append(row[label])
+                ends.append(ends[-1] + len(content))
+                bar.update()
+            else:
+                without.append(i)
+            if len(labels) == n_images or (not labels and len(without) == _SHUFFLED):
+                break
         if not labels:
-            raise ValueError(f"hf-stream:{repository} ({split}) gave no images.")
+            raise _NoLabels
         save_file({"labels": np.array(labels), "ends": np.array(ends)}, temporary / "index.safetensors")
-        write_json(temporary / "description.json", {"repository": repository, "split": chosen, "seed": seed, "class_names": names})
+        write_json(
+            temporary / "description.json", {"source": source.spec, "split": own, "seed": seed, "class_names": names, "left_out": without}
+        )
+    if without:
+        shown = ", ".join(map(str, without[:5])) + (", ..." if len(without) > 5 else "")
+        warnings.warn(f"{len(without):,} rows of {source.spec} ({own}) have no image or no label and are left out: {shown}.", stacklevel=4)
 
 
-def _first(stream: Any, n: int | None) -> Iterator[dict[str, Any]]:
-    yield from stream if n is None else stream.take(n)
+def _bytes(image: dict[str, Any] | None) -> bytes | None:
+    """A picture's encoded bytes, where there is one."""
+    if image is None or image["bytes"] is not None:
+        return None if image is None else image["bytes"]
+    return Path(image["path"]).read_bytes() if image["path"] and Path(image["path"]).exists() else None
 
 
 class _SavedStream:
-    """Opener of pictures that lie behind each other in one file."""
+    """Opener of pictures that lie behind each other in one file: row -> bytes."""
 
     def __init__(self, name: str, folder: Path, ends: np.ndarray):
-        self.name, self.source = name, folder.name
+        self.name, self.listing = name, folder.name
         self._path, self._ends = folder / "images.bin", ends
 
-    def where(self, i: int) -> str:
-        return f"{self.name}, image {i} of {self._path}"
+    def where(self, row: int) -> str:
+        return f"{self.name}, image {row} of {self._path}"
 
     def contents(self, rows: Sequence[int]) -> str:
-        """Names what the file holds."""
         state = self._path.stat()
-        return f"{self.source} {state.st_size} {state.st_mtime_ns}"
+        return f"{self.listing} {state.st_size} {state.st_mtime_ns}"
 
-    def __call__(self, i: int) -> Image.Image:
-        return decoded(lambda: self._read(i), self.where(i))
-
-    def check(self, i: int) -> None:
-        self(i)
-
-    def _read(self, i: int) -> Image.Image:
+    def __call__(self, row: int) -> bytes:
         with self._path.open("rb") as file:
-            file.seek(self._ends[i])
-            return Image.open(io.BytesIO(file.read(self._ends[i + 1] - self._ends[i])))
+            file.seek(self._ends[row])
+            return file.read(self._ends[row + 1] - self._ends[row])
 
 
-def _package(spec: str):
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"{spec} needs the package `datasets`: pip install datasets.") from error
-    return datasets
+class _Source:
+    """A repository and one of its configurations."""
+
+    def __init__(self, spec: str):
+        self.spec, (self.repository, _, self.configuration) = spec, spec.partition(":")[2].partition(":")
+        try:
+            import datasets
+        except ImportError as error:
+            raise ImportError(f"{spec} needs the package `datasets`: pip install datasets.") from error
+        self.datasets = datasets
+        self._given = (self.repository, self.configuration) if self.configuration else (self.repository,)
+
+    def splits(self, split: str) -> Iterator[tuple[str, bool]]:
+        """What to read for a split, the best first, and whether a share of it is meant."""
+        with _reaching(self.spec):
+            if self.configuration and self.configuration not in (valid := self.datasets.get_dataset_config_names(self.repository)):
+                raise ValueError(self._choose(valid))
+            try:
+                present = self.datasets.get_dataset_split_names(*self._given)
+            except ValueError as error:  # several configurations, and none of them is the default
+                valid = self.datasets.get_dataset_config_names(self.repository)
+                raise ValueError(self._choose(valid) if len(valid) > 1 else str(error)) from error
+        names, shared = find_split(split, present, self.spec)
+        return ((name, shared) for name in names)
+
+    def _choose(self, valid: Sequence[str]) -> str:
+        kind = self.spec.partition(":")[0]
+        wrong = f"has no configuration {self.configuration!r}" if self.configuration else "has several configurations"
+        return f"{self.spec} {wrong}. Name one of them, as in {kind}:{self.repository}:{valid[0]}: {', '.join(valid)}."
+
+    def load(self, own_split: str, **options: Any):
+        return self.datasets.load_dataset(*self._given, split=own_split, **options)
+
+    def columns(self, features) -> tuple[str, str]:
+        """Of the image and of its label."""
+        image = next((key for key, kind in features.items() if isinstance(kind, self.datasets.Image)), None)
+        label = next((key for key, kind in features.items() if isinstance(kind, self.datasets.ClassLabel)), None)
+        if image is None or label is None:
+            raise ValueError(f"{self.spec} needs an Image and a ClassLabel column; it has {dict(features)}.")
+        return image, label
 
 
 @contextmanager
@@ -138,20 +188,3 @@ def _reaching(spec: str) -> Iterator[None]:
             f"{spec} could not be read ({type(error).__name__}: {shortened(error)}). Give the name of a repository of huggingface.co/datasets (private and gated "
             "ones need `hf auth login`) or of a local folder that `datasets` reads; without a network, a folder of images, <class>/<image>, will do."
         ) from error
-
-
-def _split(datasets, repository: str, split: str) -> str:
-    check_split(split)
-    splits = datasets.get_dataset_split_names(repository)
-    chosen = next((name for name in SPLIT_FOLDERS[split] if name in splits), None)
-    if chosen is None:
-        raise ValueError(f"hf:{repository} has no split {split!r}; it has {', '.join(splits)}.")
-    return chosen
-
-
-def _columns(datasets, features, spec: str) -> tuple[str, str]:
-    image = next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
-    label = next((key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
-    if image is None or label is None:
-        raise ValueError(f"{spec} needs an Image and a ClassLabel column; it has {dict(features)}.")
-    return image, label

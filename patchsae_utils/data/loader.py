@@ -40,14 +40,13 @@ def batches(
     dataset: Sized,
     preprocess: Callable[[Image.Image], Tensor],
     batch_size: int = 64,
-    workers: int = 0,
+    workers: int | None = None,
     indices: Sequence[int] | None = None,
     progress: str | None = None,
 ) -> Iterator[Batch]:
-    """Preprocessed pictures in order, a batch at a time; never more than a few batches in memory.
+    """Preprocessed pictures in order, a batch at a time; the same ones however many processes open them.
 
-    However many processes open them, the batches are the same. Where there is a GPU, they lie in pinned memory, from which it reads
-    while the processor goes on.
+    Where there is a GPU, they lie in pinned memory, from which it reads while the processor goes on.
 
     Parameters
     ----------
@@ -55,13 +54,17 @@ def batches(
     preprocess : callable
         ``clip.preprocess``.
     batch_size : int
-    workers : int
-        Processes that open and preprocess pictures; each has ``PREFETCH`` batches ready at most. 0 leaves it to ``dataset.workers``, which a
-        profile sets (``data.workers``) and which is otherwise 0 too: pictures are opened here.
+    workers : int, optional
+        Processes that open and preprocess pictures; each has two batches ready at most. 0: none, pictures are opened here. None:
+        ``dataset.workers``, which a profile sets (``data.workers``); where that is None too, one a spare processor if a GPU computes, else none.
     indices : sequence of int, optional
         Only these places, in this order.
     progress : str, optional
         Show a bar with this label.
+
+    Yields
+    ------
+    Batch
 
     Raises
     ------
@@ -70,25 +73,18 @@ def batches(
     DeadWorker
         If a process ends before its time; says why that happens, and what to do.
     """
+    workers = getattr(dataset, "workers", None) if workers is None else workers
     pictures = _Preprocessed(dataset, preprocess, range(len(dataset)) if indices is None else [int(i) for i in indices])
-    loader = Loader(pictures, batch_size, workers or getattr(dataset, "workers", 0))
+    loader = Loader(pictures, batch_size, workers)
     for batch in tqdm(loader, desc=progress, disable=progress is None, leave=False):
         yield Batch(*batch)
 
 
 class Loader:
-    """torch's DataLoader, with errors for people.
+    """torch's DataLoader, with errors for people; ``workers`` None: :func:`automatic_workers`, ``collate`` None: torch's."""
 
-    Parameters
-    ----------
-    items : Dataset
-        A :class:`BrokenImage` that it raises arrives as it is, not as a traceback of another process.
-    batch_size, workers : int
-    collate : callable, optional
-        List of items -> batch; default: torch's, stacking tensors.
-    """
-
-    def __init__(self, items: Sized, batch_size: int, workers: int, collate: Callable[[list], Any] | None = None):
+    def __init__(self, items: Sized, batch_size: int, workers: int | None, collate: Callable[[list], Any] | None = None):
+        workers = automatic_workers() if workers is None else workers
         n_batches = -(-len(items) // batch_size)
         self.workers = workers = min(workers, n_batches) if n_batches > 1 else 0  # starting a process takes longer than opening a batch
         self._loader = DataLoader(

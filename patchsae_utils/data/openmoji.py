@@ -16,32 +16,34 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
+from torch.utils.data import Dataset
 
 from .artwork import (
-    ATTRIBUTION,
     BACKGROUND_KINDS,
     BACKGROUNDS,
     COLORS,
     N_VARIANTS,
     OUTLINE,
-    PALETTE,
+    PALETTE,  # noqa: F401  # part of the world, with the names above
     SPRITE_SIZES,
     TEXTURE_SIZE,
     Sprites,
     load_sprites,
     textures,
+    version,
 )
-
-__all__ = ["ATTRIBUTION", "BACKGROUNDS", "BACKGROUND_KINDS", "COLORS", "PALETTE"]
-
+from .dataset import Example
+from .splits import SPLITS as _SPLITS
+from .splits import check_split, half_of_classes
 
 IMAGE_SIZE = 112
 PATCH_SIZE = 8
 GRID = IMAGE_SIZE // PATCH_SIZE
 
 DOMAINS = ("color", "line", "gray", "night")
-SPLITS = ("train", "val", "test")
+SPLITS = tuple(_SPLITS)
 LAYOUTS = ("main", "several")
 
 # How often a training caption says an object's name; otherwise it says its colour and category.
@@ -112,6 +114,80 @@ class SceneTruth(NamedTuple):
         return 1 - self.object_share.sum(0)
 
 
+class OpenMojiData(Dataset):
+    """Scenes of the embedded world: drawn on demand, balanced over classes, with ground truth.
+
+    Parameters
+    ----------
+    task : str
+        One of ``openmoji.tasks()``; ``"all"``; or ``"scenes"``, the mixture that the small CLIP was trained on.
+    split : {"train", "val", "test"}
+    domain : {"color", "line", "gray", "night"}
+        ``scenes`` mixes them.
+    half : {"base", "novel"}, optional
+    n_images : int, optional
+        Default: 20 a class.
+    seed : int
+
+    Raises
+    ------
+    ValueError
+        For anything unknown, naming the valid ones.
+    """
+
+    workers: int | None = None
+    """Processes that :func:`batches` draws scenes with, where it is not told otherwise; None: as many as suit the machine."""
+
+    def __init__(self, task: str, split: str, domain: str = "color", half: str | None = None, n_images: int | None = None, seed: int = 0):
+        table, valid = class_table(), ["all", "scenes", *tasks()]
+        if task not in valid:
+            raise ValueError(f"Unknown task {task!r} of the embedded world. Valid: {', '.join(valid)}.")
+        check_split(split)
+        if domain not in DOMAINS:
+            raise ValueError(f"Unknown domain {domain!r}. Valid: {', '.join(DOMAINS)}.")
+        half_of_classes(0, half)  # refuses an unknown half
+        if task == "scenes" and domain != "color":
+            raise ValueError(
+                f"openmoji/scenes mixes the domains; openmoji/scenes:{domain} does not exist. Use openmoji/all:{domain} or a task."
+            )
+        if task == "scenes" and half is not None:
+            raise ValueError("openmoji/scenes mixes objects of both halves; halves are for openmoji/all and the tasks.")
+        rows = table if task in ("all", "scenes") else table[table["task"] == task]
+        rows = rows if half is None else rows[rows["half"] == half]
+        self.task, self.split, self.domain, self.half, self.seed = task, split, domain, half, seed
+        self.spec = f"openmoji/{task}" + ("" if domain == "color" else f":{domain}")
+        self.name = task if domain == "color" else f"{task} ({domain})"
+        self.class_ids, self.class_names = rows.index.to_numpy(), rows["name"].tolist()
+        n = 20 * len(rows) if n_images is None else n_images
+        self.labels = torch.arange(n) % len(rows)
+        if task == "scenes":
+            self.labels = torch.tensor([pretraining_main(seed, split, i) for i in range(n)])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def contents(self) -> str:
+        """What draws the scenes."""
+        return version()
+
+    def scene(self, index: int) -> Scene:
+        """What is in scene ``index``."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.spec!r} ({self.split}) has {len(self)} images; there is no index {index}.")
+        if self.task == "scenes":
+            return pretraining_scene(self.seed, self.split, index)
+        main = int(self.class_ids[self.labels[index]])
+        return draw_scene(scene_rng(self.seed, self.split, index), main, "main", self.domain)
+
+    def truth(self, index: int) -> SceneTruth:
+        """What every patch of scene ``index`` shows."""
+        return scene_truth(self.scene(index))
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(Image.fromarray(render(self.scene(index))), int(self.labels[index]), index)
+
+
 @lru_cache
 def class_table() -> pd.DataFrame:
     """One row a class: codepoint, name, task, half (base or novel), category, caption tier. Sorted by task, then name."""
@@ -144,19 +220,7 @@ def concept_names() -> tuple[str, ...]:
 
 
 def concept_masks(truth: SceneTruth, threshold: float = 0.5) -> np.ndarray:
-    """Which concepts a patch shows.
-
-    Parameters
-    ----------
-    truth : SceneTruth
-    threshold : float
-        Smallest share of a patch's pixels that counts. The outline is thin: for it the threshold is halved.
-
-    Returns
-    -------
-    bool array [n_concepts, 14, 14]
-        In the order of :func:`concept_names`.
-    """
+    """bool [n_concepts, 14, 14]: which concepts (:func:`concept_names`) fill that share of a patch; of the thin outline half of it is enough."""
     n_classes, categories = len(class_table()), _categories()
     share = np.zeros((len(concept_names()), GRID, GRID), np.float32)
     np.add.at(share, truth.class_ids, truth.object_share)
@@ -176,19 +240,8 @@ def scene_rng(seed: int, split: str, index: int, stream: int = 0) -> np.random.G
 def draw_scene(rng: np.random.Generator, main: int, layout: str = "main", domain: str = "color") -> Scene:
     """Choose the objects, their places and the background.
 
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-    main : int
-        Class of the main object (``main``) or of one of the objects (``several``).
-    layout : {"main", "several"}
-        One large object, in half of the scenes with one or two small distractors of other tasks; or two or three objects of similar size.
-    domain : {"color", "line", "gray", "night"}
-
-    Raises
-    ------
-    ValueError
-        For an unknown layout or domain.
+    ``main`` is the class of the main object, or of one of several. Layout ``main``: one large object, in half of the scenes with one or two small
+    distractors of other tasks; ``several``: two or three objects of similar size.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"Unknown layout {layout!r}. Valid: {', '.join(LAYOUTS)}.")

@@ -1,4 +1,4 @@
-"""The paper's eleven data sets by name: where they lie, which images are in which split, what CLIP calls their classes.
+"""The paper's eleven data sets by name: where they lie, which images are in which split, what CLIP calls their classes, and prompts.
 
 Found under one folder (``$PATCHSAE_DATA``, or ``caltech101?root=/data``) as CoOp's instructions lay them out or as torchvision does, whichever is
 there. Names and prompts are CoOp's (Zhou et al., IJCV 2022), which MaPLe and PatchSAE follow; with CoOp's ``split_zhou_*.json`` in the folder,
@@ -13,12 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .folders import Opened, data_root, folder, opened_by_torchvision, share
-from .pictures import ImageFiles
-from .split_files import find_split_file, read_split_file
+from open_clip import OPENAI_IMAGENET_TEMPLATES
 
-_SHARES = {"train": (0.0, 0.5), "val": (0.5, 0.7), "test": (0.7, 1.0)}  # CoOp's p_trn, p_val
-_OF_TRAIN = {"train": (0.0, 0.8), "val": (0.8, 1.0)}  # CoOp's split_trainval
+from . import openmoji
+from .dataset import Listing, name_of
+from .folders import data_root, find_split_file, open_torchvision, read_folder, read_split_file
+from .pictures import ImageFiles
+from .splits import class_names
+
+_ENDS, _ENDS_OF_TRAIN = (0.5, 0.7, 1.0), (0.8, 1.0)  # CoOp's p_trn and p_val; its split_trainval
 
 _EUROSAT = {
     "AnnualCrop": "Annual Crop Land", "Forest": "Forest", "HerbaceousVegetation": "Herbaceous Vegetation Land", "Highway": "Highway or Road",
@@ -104,30 +107,15 @@ def paper_name(spec: str) -> str | None:
     return name if not kind and name in PAPER_SETS else None
 
 
-def paper_set(name: str, split: str, root: str | os.PathLike | None = None, seed: int = 0) -> Opened:
-    """Class names, labels and opener of one split of one of :data:`PAPER_SETS`.
-
-    Parameters
-    ----------
-    name : str
-    split : {"train", "val", "test"}
-    root : path, optional
-        The folder that holds the data sets' folders. Default: :func:`~patchsae_utils.data.folders.data_root`.
-    seed : int
-        Draws the split, where the set has none.
-
-    Raises
-    ------
-    FileNotFoundError
-        If it is not there; says which folders were looked for, and where to get it.
-    """
+def read_paper_set(name: str, split: str, root: str | os.PathLike | None = None) -> Listing:
+    """One split of one of :data:`PAPER_SETS`; ``root`` holds the data sets' folders, and is :func:`~.folders.data_root` if not given."""
     entry, root = PAPER_SETS[name], Path(root).expanduser() if root else data_root()
     places = [root / place for place in entry.folders if (root / place).is_dir()]
     for place in places:
         if (split_file := find_split_file(place)) is not None:
             return read_split_file(split_file, split)
     if name == "imagenet":
-        return _imagenet(places, split, entry, root)
+        return _imagenet(places, split, root)
     if name == "fgvc_aircraft" and (root / "fgvc_aircraft" / "variants.txt").exists():
         return _aircraft(root / "fgvc_aircraft", split)
     if name == "ucf101":  # torchvision's are videos, of which CLIP reads one frame
@@ -136,13 +124,8 @@ def paper_set(name: str, split: str, root: str | os.PathLike | None = None, seed
         names, labels, files = _from_torchvision(entry, root, split)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{_missing(name, root)} torchvision says: {error}") from error
-    if entry.splits is None:
-        labels, files = _part(labels, files, *_SHARES[split], seed)
-    elif split == "val" and split not in entry.splits:
-        labels, files = _part(labels, files, *_OF_TRAIN["val"], seed)
-    elif split == "train" and "val" not in entry.splits:
-        labels, files = _part(labels, files, *_OF_TRAIN["train"], seed)
-    return names, labels, ImageFiles(root, files)
+    shares_train = entry.splits is not None and "val" not in entry.splits and split != "test"
+    return Listing(names, labels, ImageFiles(root, files), _ENDS if entry.splits is None else _ENDS_OF_TRAIN if shares_train else None)
 
 
 def _missing(name: str, root: Path, content: str = "") -> str:
@@ -158,7 +141,7 @@ def _missing(name: str, root: Path, content: str = "") -> str:
 def _from_torchvision(entry: PaperSet, root: Path, split: str) -> tuple[list[str], list[int], list[str]]:
     """Class names, labels, and files relative to the root, sorted; torchvision knows the layout and the annotations."""
     options = {} if entry.splits is None else {"split": entry.splits.get(split, entry.splits["train"])}
-    data = opened_by_torchvision(entry.torchvision, root, options)
+    data = open_torchvision(entry.torchvision, root, options)
     if entry.torchvision == "Caltech101":
         names = list(data.categories)
         base = Path(data.root) / "101_ObjectCategories"
@@ -175,33 +158,18 @@ def _from_torchvision(entry: PaperSet, root: Path, split: str) -> tuple[list[str
         if pairs is None:
             pairs = zip(getattr(data, "_images", None) or data._image_files, data._labels, strict=True)
     rows = sorted((os.path.relpath(path, root), int(label)) for path, label in pairs)  # SUN397's come in the disk's order
-    return [entry.rename(name).replace("_", " ") for name in names], [label for _, label in rows], [path for path, _ in rows]
+    return class_names(map(entry.rename, names)), [label for _, label in rows], [path for path, _ in rows]
 
 
-def _part(labels: Sequence[int], files: Sequence[str], low: float, high: float, seed: int) -> tuple[list[int], list[str]]:
-    """A share of every class."""
-    members: dict[int, list[int]] = {}
-    for i, label in enumerate(labels):
-        members.setdefault(label, []).append(i)
-    kept = sorted(i for rows in members.values() for i in share(rows, low, high, seed))
-    return [labels[i] for i in kept], [files[i] for i in kept]
-
-
-def _aircraft(place: Path, split: str) -> Opened:
+def _aircraft(place: Path, split: str) -> Listing:
     """CoOp's layout: ``variants.txt``, ``images_variant_<split>.txt`` with "<image> <variant>" lines, and ``images``."""
-    names = (place / "variants.txt").read_text(encoding="utf-8").splitlines()
-    numbers = {name.strip(): i for i, name in enumerate(names)}
-    lines = [
-        line.split(" ", 1) for line in (place / f"images_variant_{split}.txt").read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
-    return (
-        [name.strip() for name in names],
-        [numbers[name.strip()] for _, name in lines],
-        ImageFiles(place / "images", [f"{image}.jpg" for image, _ in lines]),
-    )
+    names = [line.strip() for line in (place / "variants.txt").read_text(encoding="utf-8").splitlines()]
+    lines = (place / f"images_variant_{split}.txt").read_text(encoding="utf-8").splitlines()
+    pairs = [line.strip().split(" ", 1) for line in lines if line.strip()]
+    return Listing(names, [names.index(name) for _, name in pairs], ImageFiles(place / "images", [f"{image}.jpg" for image, _ in pairs]))
 
 
-def _imagenet(places: Sequence[Path], split: str, entry: PaperSet, root: Path) -> Opened:
+def _imagenet(places: Sequence[Path], split: str, root: Path) -> Listing:
     """Folders of WordNet ids, also right under the root, as torchvision has them.
 
     Names: of CoOp's ``classnames.txt`` ("<id> <name>" lines) where it lies in ``imagenet``, else CLIP's.
@@ -209,15 +177,47 @@ def _imagenet(places: Sequence[Path], split: str, entry: PaperSet, root: Path) -
     place = next((place for place in [*places, root] if (place / "train").is_dir()), None)
     if place is None:
         raise FileNotFoundError(_missing("imagenet", root, "with train/<wnid>/*.JPEG and val/<wnid>/*.JPEG in it"))
-    names, labels, opener = folder(place, split)
     listing = root / "imagenet" / "classnames.txt"
-    if listing.exists():
-        words = dict(line.strip().split(" ", 1) for line in listing.read_text(encoding="utf-8").splitlines() if line.strip())
-        ids = sorted(p.name for p in (place / "train").iterdir() if p.is_dir())
-        unknown = [wnid for wnid in ids if wnid not in words]
-        if unknown or len(ids) != len(names):
-            raise ValueError(
-                f"{listing} lacks a name for {unknown[:3] or 'the classes of ' + str(place)}; take it away to use CLIP's names."
-            )
-        names = [words[wnid] for wnid in ids]
-    return names, labels, opener
+    if not listing.exists():
+        return read_folder(place, split)
+    words = dict(line.strip().split(" ", 1) for line in listing.read_text(encoding="utf-8").splitlines() if line.strip())
+
+    def named(ids: Sequence[str]) -> list[str]:
+        if unknown := [wnid for wnid in ids if wnid not in words]:
+            raise ValueError(f"{listing} lacks a name for {unknown[:3]}; take it away to use CLIP's names.")
+        return [words[wnid] for wnid in ids]
+
+    return read_folder(place, split, named)
+
+
+# -- prompts ---------------------------------------------------------------------------------------------------------------
+
+# Source: CUSTOM_TEMPLATES of CoOp (Zhou et al., IJCV 2022; trainers/zsclip.py), after Radford et al., 2021; for ImageNet OpenAI's 80.
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    **{name: (entry.template,) for name, entry in PAPER_SETS.items()},
+    "openmoji": openmoji.TEMPLATES,
+    "imagenet": tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES),
+}
+_OTHER_NAMES = {
+    alias.lower(): name
+    for name, entry in PAPER_SETS.items()
+    for alias in (entry.torchvision, *(folder.split("/")[0] for folder in entry.folders))
+}
+
+
+def templates_for(spec: str) -> tuple[str, ...]:
+    """The prompt templates that suit a data set; OpenAI's 80 where none are known.
+
+    Parameters
+    ----------
+    spec : str
+        As for ``load_dataset``: ``openmoji/animals``, ``oxford_pets``, ``torchvision:DTD``, a folder, ... A folder of the name of one of the paper's
+        data sets, CoOp's or torchvision's, gets its template.
+
+    Returns
+    -------
+    tuple of str
+        Each with one ``{}`` for the class name.
+    """
+    name = spec.split("/")[0] if spec.startswith("openmoji") else name_of(spec).lower()
+    return TEMPLATES.get(_OTHER_NAMES.get(name, name), TEMPLATES["imagenet"])

@@ -1,15 +1,31 @@
-"""Picture files as RGB, whatever they are; a broken one is named."""
+"""Pictures as RGB, whatever they are and wherever they come from; a broken one is named."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+
+GROUND = "white"
+"""Shows through the transparent parts of a picture."""
+_NO_PICTURES = {
+    "BUFR",
+    "EPS",
+    "GRIB",
+    "HDF5",
+    "IPTC",
+    "MPEG",
+    "PALM",
+    "PDF",
+    "WMF",
+}  # Pillow knows these endings, and can't decode the files
 
 
 class BrokenImage(ValueError):
@@ -33,51 +49,89 @@ class BrokenImage(ValueError):
         )
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture as RGB: turned as its camera says (EXIF), the first frame of an animation, 16 bits a channel scaled to 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # convert would cut off all above 255
-        values = np.asarray(image).astype(np.float32)
-        image = Image.fromarray((values * (255 / 65535)).clip(0, 255).round().astype(np.uint8))
-    return image.convert("RGB")
-
-
-def open_image(path: str | os.PathLike, draft: bool = False) -> Image.Image:
-    """A picture from disk as RGB (see :func:`as_rgb`).
+def open_picture(source: Any, where: str | None = None, draft: bool = False) -> Image.Image:
+    """Any picture as RGB (see :func:`as_rgb`).
 
     Parameters
     ----------
-    path : path
+    source : path, bytes, PIL image, or a function that returns one of these
+    where : str, optional
+        What an error calls it. Default: its path.
     draft : bool
         A JPEG at an eighth of its size: as good for telling whether the file is whole, and quicker.
 
     Raises
     ------
     BrokenImage
-        If it can't be read, naming the file.
+        If it can't be read.
     """
     try:
-        with Image.open(path) as image:
+        source = source() if callable(source) else source
+        if source is None:
+            raise ValueError("there is none")
+        with (
+            source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image
+        ):
             if draft:
                 image.draft(None, (1, 1))
-            image.load()
             return as_rgb(image)
     except Exception as error:  # decoders of damaged files raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
-        size = f" ({Path(path).stat().st_size:,} bytes)" if Path(path).exists() else ""
-        raise BrokenImage(f"{path}{size}", _first_line(error).replace(f" {str(path)!r}", "")) from error
+        where, reason = where or str(source), (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        if isinstance(source, str | os.PathLike) and Path(source).exists():
+            where += f" ({Path(source).stat().st_size:,} bytes)"
+        raise BrokenImage(where, reason.replace(f" {str(source)!r}", "")) from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture as RGB, and the one rule for all kinds of them.
+
+    It is turned as its camera says (EXIF); of an animation the first frame is taken; transparent parts are white; 16 bits a channel are scaled to
+    8; other whole numbers by the smaller of 255 and 65,535 that holds them, fractions by the smallest of 1, 255 and 65,535.
+
+    Raises
+    ------
+    ValueError
+        For numbers outside these ranges.
+    """
+    image.load()
+    with suppress(Exception):  # damaged EXIF of a picture that is whole
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, GROUND), image)
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A gray picture of deeper numbers, scaled by the range that they have."""
+    values, clear = np.asarray(image).astype(np.float64), image.info.get("transparency")
+    fractions = image.mode == "F"
+    ranges = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535) if fractions else (255, 65535)
+    low, high, slack = values.min(), values.max(), 0.05 if fractions else 0  # resampling overshoots
+    top = next((top for top in ranges if high <= (1 + slack) * top and low >= -slack * top), None)
+    if top is None:
+        raise ValueError(
+            f"its values lie between {low:g} and {high:g}; fractions from 0 to 1 are read, and numbers from 0 to 255 or 65,535"
+        )
+    scaled = (values * (255 / top)).clip(0, 255).round().astype(np.uint8)
+    if isinstance(clear, int):
+        scaled[values == clear] = 255
+    return Image.fromarray(scaled)
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's name is that of a picture: not hidden, with an ending that Pillow can open."""
+    kind = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
+    return kind is not None and kind not in _NO_PICTURES and not name.startswith(".")
 
 
 class ImageFiles:
-    """Opener of picture files: place -> RGB picture.
+    """Opener of picture files: row -> path.
 
-    Names are kept as one block of bytes: 1.3 million strings would take 150 MB, and as much again in every process that opens pictures, which by
-    counting references copies the pages that they lie on.
-
-    Parameters
-    ----------
-    root : path
-    names : sequence of str
-        Relative to ``root``.
+    Names (relative to the root) are kept as one block of bytes: 1.3 million strings would take 150 MB, and as much again in every process that
+    opens pictures, which by counting references copies the pages that they lie on.
     """
 
     def __init__(self, root: str | os.PathLike, names: Sequence[str]):
@@ -89,21 +143,22 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def where(self, i: int) -> str:
-        """The file."""
-        return os.path.join(self.root, os.fsdecode(self._names[self._ends[i] : self._ends[i + 1]].tobytes()))
+    def __call__(self, row: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self._names[self._ends[row] : self._ends[row + 1]].tobytes()))
+
+    where = __call__
 
     @property
-    def source(self) -> str:
+    def listing(self) -> str:
         """Names the list of files, not their contents: 16 hex digits."""
         digest = hashlib.sha256(self.root.encode(errors="surrogateescape"))
         digest.update(self._ends.astype(np.int64).tobytes() + self._names.tobytes())
         return digest.hexdigest()[:16]
 
     def contents(self, rows: Sequence[int]) -> str:
-        """Names what lies in the files' place: names, sizes, times of change."""
+        """Names what lies in the files' place: names, sizes, times of change; 16 hex digits."""
         digest = hashlib.sha256()
-        for path in map(self.where, rows):
+        for path in map(self, rows):
             try:
                 state = os.stat(path)
                 size, time = state.st_size, state.st_mtime_ns
@@ -112,55 +167,22 @@ class ImageFiles:
             digest.update(f"{os.path.relpath(path, self.root)}\0{size}\0{time}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()[:16]
 
-    def __call__(self, i: int) -> Image.Image:
-        return open_image(self.where(i))
-
-    def check(self, i: int) -> None:
-        """Raise :class:`BrokenImage` if the picture is not whole."""
-        open_image(self.where(i), draft=True)
-
 
 class Rows:
-    """Opener of a data set that has no files of its own to show: place -> RGB picture.
+    """Opener of a data set that has no files of its own to show: row -> what ``read`` gives.
 
-    Parameters
-    ----------
-    name, source : str
-        What to call it in messages; what names the listing.
-    data : sequence
-    column : str or int
-        Where in a row the picture is.
-    known : str, optional
-        What names the contents.
+    Called ``name`` in messages; ``known`` names what it holds, where that is known.
     """
 
-    def __init__(self, name: str, source: str, data: Any, column: str | int, known: str | None = None):
-        self.name, self.source, self._known = name, source, known
-        self._data, self._column = data, column
+    def __init__(self, name: str, read: Callable[[int], Any], n: int, known: str | None = None):
+        self.name, self.read, self.known = name, read, known
+        self.listing = known or f"{name}, {n}"
 
-    def where(self, i: int) -> str:
-        return f"{self.name}, row {i}"
+    def where(self, row: int) -> str:
+        return f"{self.name}, row {row}"
 
     def contents(self, rows: Sequence[int]) -> str | None:
-        """Names what the rows hold, if that is known."""
-        return self._known
+        return self.known
 
-    def __call__(self, i: int) -> Image.Image:
-        return decoded(lambda: self._data[i][self._column], self.where(i))
-
-    def check(self, i: int) -> None:
-        self(i)
-
-
-def decoded(read: Callable[[], Image.Image], where: str) -> Image.Image:
-    """What ``read`` returns as RGB; whatever it raises as :class:`BrokenImage` of ``where``."""
-    try:
-        return as_rgb(read())
-    except BrokenImage:
-        raise
-    except Exception as error:
-        raise BrokenImage(where, _first_line(error)) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    def __call__(self, row: int) -> Any:
+        return self.read(row)

@@ -1,16 +1,82 @@
-"""Base and novel halves of the classes, and few-shot subsets."""
+"""Which rows belong to a split, a half or a few-shot draw; what classes are called; whether labels are right. The same for every source."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from numbers import Integral
+from typing import Any
 
+import numpy as np
 import torch
+from open_clip import IMAGENET_CLASSNAMES
+from timm.data import ImageNetInfo
+from torch import Tensor
 
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+"""What sources call our splits."""
+SHARES = (0.8, 0.9, 1.0)
+"""Where the shares of train, val and test end, of a class that is split here."""
+RULE = (
+    "Where a source has no split val, its test serves, and where it has no test, its val; where it has neither, its one part is split 80/10/10 "
+    "within each class, drawn with the seed."
+)
+UNLABELLED = -1
 HALVES = ("base", "novel")
+
+
+# -- splits ---------------------------------------------------------------------------------------------------------------
+
+
+def check_split(split: str) -> None:
+    """Raise ``ValueError`` for an unknown split."""
+    if split not in SPLITS:
+        raise ValueError(f"Unknown split {split!r}. Valid: {', '.join(SPLITS)}.")
+
+
+def find_split(split: str, present: Sequence[str], source: str) -> tuple[Sequence[str], bool]:
+    """Which of a source's splits to read (the best first), and whether a share of it is meant: see :data:`RULE`."""
+    own = {kind: [name for name in names if name in present] for kind, names in SPLITS.items()}
+    held_out = {"val": [*own["val"], *own["test"]], "test": [*own["test"], *own["val"]]}
+    if not held_out["val"] and (own["train"] or len(present) == 1):
+        return own["train"] or present, True
+    found = {"train": own["train"], **held_out}[split]
+    if not found:
+        raise ValueError(f"{source} has no split {split!r}; it has {', '.join(present)}. {RULE}")
+    return found, False
+
+
+def share(labels: Sequence[int], split: str, ends: Sequence[float], seed: int, class_names: Sequence[str], source: str) -> list[int]:
+    """Rows of one split of a listing that is split within each class, at least one row a split; unlabelled rows are in all of them."""
+    members: dict[int, list[int]] = {}
+    for row, label in enumerate(labels):
+        members.setdefault(label, []).append(row)
+    kept, part = members.pop(UNLABELLED, []), list(SPLITS).index(split)
+    few = [f"{class_names[label]!r} has {len(rows)}" for label, rows in sorted(members.items()) if len(rows) < len(ends)]
+    if few:
+        more = f" and {len(few) - 3} more" if len(few) > 3 else ""
+        raise ValueError(
+            f"{source} has too few images a class to split: {', '.join(few[:3])}{more}; at least {len(ends)} are needed, one a split. Add images, or "
+            "split it yourself: train/<class>/<image>, val/<class>/<image> and test/<class>/<image>."
+        )
+    for rows in members.values():
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+        cuts = [0]
+        for i, end in enumerate(ends, 1):
+            cuts.append(min(max(round(end * len(rows)), cuts[-1] + 1), len(rows) - len(ends) + i))
+        kept += [rows[i] for i in order[cuts[part] : cuts[part + 1]]]
+    return sorted(kept)
 
 
 def half_of_classes(n_classes: int, half: str | None) -> list[int]:
     """Labels of a half: the first ceil(n/2) are base, the rest novel; all for None.
+
+    Parameters
+    ----------
+    n_classes : int
+    half : {"base", "novel"} or None
 
     Raises
     ------
@@ -28,7 +94,14 @@ def half_of_classes(n_classes: int, half: str | None) -> list[int]:
 
 
 def few_shot(dataset, n_shots: int, seed: int = 0) -> list[int]:
-    """Indices of ``n_shots`` examples of each class, drawn with ``seed``.
+    """Indices of ``n_shots`` examples of each class.
+
+    Parameters
+    ----------
+    dataset : ImageData or OpenMojiData
+    n_shots : int
+    seed : int
+        Draws them.
 
     Raises
     ------
@@ -46,3 +119,51 @@ def few_shot(dataset, n_shots: int, seed: int = 0) -> list[int]:
             )
         chosen += members[torch.randperm(len(members), generator=generator)[:n_shots]].tolist()
     return chosen
+
+
+# -- classes ---------------------------------------------------------------------------------------------------------------
+
+
+def class_names(given: Iterable[Any]) -> list[str]:
+    """What a source calls its classes -> what prompts call them, in the same order.
+
+    WordNet ids (n01440764), and ImageNet's own 1,000 names, become CLIP's names for these classes. Of comma-separated synonyms the first is
+    taken, unless two classes would share it; ``_`` becomes a space.
+    """
+    names = [", ".join(map(str, name)) if isinstance(name, tuple | list) else str(name) for name in given]
+    if names and all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return [_wordnet().get(wnid, wnid) for wnid in names]
+    first = [name.split(",")[0].strip() for name in names]
+    if len(names) == 1000 and first == [text.split(",")[0] for text in ImageNetInfo().label_descriptions()]:
+        return list(IMAGENET_CLASSNAMES)
+    whole = {name for name in first if first.count(name) > 1}
+    return [(name if short in whole else short).replace("_", " ").strip() for name, short in zip(names, first, strict=True)]
+
+
+@lru_cache
+def _wordnet() -> dict[str, str]:
+    """WordNet ids -> CLIP's names where it has one, else the first of WordNet's."""
+    others = ImageNetInfo("imagenet-22k")
+    names = {wnid: others.label_name_to_description(wnid).split(",")[0] for wnid in others.label_names()}
+    return names | dict(zip(ImageNetInfo().label_names(), IMAGENET_CLASSNAMES, strict=True))
+
+
+def checked_labels(labels: Sequence[Any] | Tensor, n_classes: int, where: Callable[[int], str]) -> Tensor:
+    """Labels [N] in range(C), or :data:`UNLABELLED`; an error names the first row (``where``) that has anything else."""
+    if isinstance(labels, np.ndarray):
+        labels = torch.from_numpy(labels)
+    if not isinstance(labels, Tensor):
+        labels = [label.item() if isinstance(label, Tensor | np.generic) and np.ndim(label) == 0 else label for label in labels]
+        wrong = next((row for row, label in enumerate(labels) if not isinstance(label, Integral)), None)
+    else:
+        wrong = 0 if labels.is_floating_point() and len(labels) else None
+    if wrong is None:
+        found = torch.as_tensor(labels, dtype=torch.int64)
+        outside = ((found < UNLABELLED) | (found >= n_classes)).nonzero().flatten()
+        if not len(outside):
+            return found
+        wrong = int(outside[0])
+    value = labels[wrong].item() if isinstance(labels, Tensor) else labels[wrong]
+    raise ValueError(
+        f"{where(wrong)} has the label {value!r}; expected a whole number in range({n_classes}), or {UNLABELLED} for one without label."
+    )

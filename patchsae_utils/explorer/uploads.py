@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 
-from PIL import Image, ImageOps
+from PIL import Image
+
+from ..data.pictures import as_rgb
 
 MAX_BYTES = 8 * 2**20
 """Of the file; a notebook server's messages end at 10 MiB."""
@@ -33,7 +35,7 @@ def read_upload(data: bytes | memoryview, name: str = "") -> tuple[Image.Image, 
     Returns
     -------
     picture : PIL image
-        RGB, upright (by its EXIF tag), transparent parts white, sides at most ``SIDE``; of an animation the first frame.
+        As :func:`~patchsae_utils.data.pictures.as_rgb` makes any picture of a data set; sides at most ``SIDE``.
     name : str
         On one line, at most 80 characters. Still not HTML: show it as text.
 
@@ -52,7 +54,7 @@ def read_upload(data: bytes | memoryview, name: str = "") -> tuple[Image.Image, 
         width, height = picture.size
         if width * height <= MAX_PIXELS:
             picture.draft("RGB", (SIDE, SIDE))  # JPEG: decodes no more than is needed
-            picture = ImageOps.exif_transpose(picture).convert("RGBA")
+            picture = as_rgb(picture)
     except Image.DecompressionBombError:
         raise UploadError(f"The picture is too large; at most {MAX_PIXELS // 10**6} million pixels are read.") from None
     except Exception:  # decoders raise whatever they like on broken files
@@ -62,5 +64,4 @@ def read_upload(data: bytes | memoryview, name: str = "") -> tuple[Image.Image, 
             f"The picture has {width} x {height} pixels, {width * height / 1e6:.0f} million; at most {MAX_PIXELS // 10**6} million are read."
         )
     picture.thumbnail((SIDE, SIDE))
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB"), name
+    return picture, name

@@ -1,0 +1,80 @@
+"""What a data set's spec means: one function opens any of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import folders, hub_sets, paper_sets
+from .dataset import ImageData
+from .openmoji import OpenMojiData
+from .splits import check_split, share
+
+
+def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: str | None = None, seed: int = 0) -> ImageData | OpenMojiData:
+    """Open a data set.
+
+    Where a source has no split ``val``, its ``test`` serves, and where it has no ``test``, its ``val``; where it has neither, its one part is split
+    80/10/10 within each class, of at least three images, drawn with ``seed``. Classes are those of all its splits.
+
+    Parameters
+    ----------
+    spec : str
+        ``openmoji/<task>[:<domain>]``; a folder (``<split>/<class>/<image>`` or ``<class>/<image>``); one of the paper's eleven (``caltech101``,
+        ``oxford_pets``, ``stanford_cars``, ``flowers102``, ``food101``, ``fgvc_aircraft``, ``sun397``, ``dtd``, ``eurosat``, ``ucf101``,
+        ``imagenet``; a folder of such a name is written ``./dtd``); ``torchvision:<Name>``; ``hf:<repository>[:<configuration>]``; or
+        ``hf-stream:<repository>[:<configuration>]``, of which only ``n_images`` are fetched (10,000 if no number is given). Names may end in
+        ``?root=<folder>`` that holds the data set, instead of ``$PATCHSAE_DATA``.
+    split : str
+        ``train``, ``val`` or ``test``.
+    n_images : int, optional
+        Take so many.
+    half : {"base", "novel"}, optional
+        Only this half of the classes, relabelled from 0.
+    seed : int
+        Draws the scenes, or the subset.
+
+    Returns
+    -------
+    ImageData or OpenMojiData
+
+    Raises
+    ------
+    ValueError
+        For an unknown spec, task, domain, split, configuration or half (the message names the valid ones); a wrong label; classes of too few
+        images to be split.
+    FileNotFoundError
+        For a missing folder; the message says what is expected in it.
+    """
+    check_split(split)
+    if has_truth(spec):
+        task, _, domain = spec.removeprefix("openmoji/").partition(":")
+        return OpenMojiData(task, split, domain or "color", half, n_images, seed)
+    kind, _, rest = spec.partition(":")
+    name, _, root = rest.partition("?root=")
+    if kind == "hf":
+        listing = hub_sets.read_hub(rest, split)
+    elif kind == "hf-stream":
+        listing = hub_sets.read_stream(rest, split, n_images, half, seed)
+    elif (one_of_eleven := paper_sets.paper_name(spec)) is not None:
+        listing = paper_sets.read_paper_set(one_of_eleven, split, spec.partition("?root=")[2] or None)
+    elif kind == "torchvision":
+        listing = folders.read_torchvision(name, split, root or None)
+    else:
+        listing = folders.read_folder(Path(spec), split)
+    names, labels, opener, ends = listing
+    rows = None if ends is None else share(labels, split, ends, seed, names, spec)
+    return ImageData(spec, split, names, labels, opener, half, n_images, seed, rows)
+
+
+def has_truth(data) -> bool:
+    """Whether a data set, or the one that a spec means, knows what every patch shows. Opens nothing.
+
+    Parameters
+    ----------
+    data : str, ImageData or OpenMojiData
+
+    Returns
+    -------
+    bool
+    """
+    return data.startswith("openmoji/") if isinstance(data, str) else hasattr(data, "truth")
