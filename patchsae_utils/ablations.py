@@ -21,7 +21,7 @@ from . import stages
 from .activations.extraction import extract_activations
 from .clip.model import ClipModel
 from .concepts.detection import detect_concepts
-from .concepts.grounding import ConceptPatches, concept_patches, has_truth
+from .concepts.grounding import ConceptPatches, concept_patches
 from .config import Profile, load_profile, repository_root
 from .latents.matching import matched_cosine
 from .latents.reading import summarize_latents
@@ -193,7 +193,7 @@ class Grid:
     def _concepts(self, sae, layer: int) -> dict[str, float]:
         if self._patches[0] != layer:
             scenes = [stages.concept_scenes(self.profile, split) for split in ("val", "test")]
-            patches = [concept_patches(self.clip, each, layer, progress=False) for each in scenes] if has_truth(scenes[0]) else None
+            patches = None if None in scenes else [concept_patches(self.clip, each, layer, progress=False) for each in scenes]
             self._patches = (layer, patches)
         if self._patches[1] is None:
             return {}

@@ -19,10 +19,9 @@ from .clip.model import ClipModel, load_clip
 from .concepts import grounding
 from .concepts.comparison import ComparisonReport, measure_dictionaries
 from .concepts.detection import ConceptReport, measure_concepts
-from .concepts.grounding import ConceptPatches, has_truth
+from .concepts.grounding import ConceptPatches
 from .config import Profile
-from .data import ImageData, OpenMojiData, load_dataset, without_broken
-from .data.loader import automatic_workers
+from .data import ImageData, OpenMojiData, has_truth, load_dataset, without_broken
 from .latents.likeness import Likeness, LikenessObserver
 from .latents.reading import summarize_latents
 from .latents.summary import LatentSummary
@@ -48,10 +47,9 @@ def open_data(
     Those are reported in ``runs/<profile>/images`` (see :func:`~patchsae_utils.data.without_broken`, which also says what is raised).
     """
     data = load_dataset(spec, split, n_images=n_images, half=half, seed=profile.data.seed)
-    workers = automatic_workers() if profile.data.workers is None else profile.data.workers
     report = f"{re.sub(r'[^A-Za-z0-9]+', '-', spec).strip('-')[-60:]}-{split}-{fingerprint(spec=spec)[:6]}.json"
-    data = without_broken(data, profile.folder("images") / report, profile.data.max_broken, workers=workers, progress=progress)
-    data.workers = workers
+    data = without_broken(data, profile.folder("images") / report, profile.data.max_broken, workers=profile.data.workers, progress=progress)
+    data.workers = profile.data.workers
     return data
 
 
@@ -98,9 +96,12 @@ def latent_likeness(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) -
     return Likeness.load(profile.folder("latents") / "likeness")
 
 
-def concept_scenes(profile: Profile, split: str) -> ImageData | OpenMojiData:
-    """Scenes on which latents are chosen for concepts (``val``) and reported (``test``); the SAE has seen neither."""
-    return open_data(profile, profile.data.train, split, 1000)
+def concept_scenes(profile: Profile, split: str) -> ImageData | OpenMojiData | None:
+    """Scenes on which latents are chosen for concepts (``val``) and reported (``test``); the SAE has seen neither.
+
+    None, and nothing is opened, where the data set knows no concepts.
+    """
+    return open_data(profile, profile.data.train, split, 1000) if has_truth(profile.data.train) else None
 
 
 def concept_patches(profile: Profile, clip: ClipModel) -> tuple[ConceptPatches, ConceptPatches] | None:
@@ -108,21 +109,19 @@ def concept_patches(profile: Profile, clip: ClipModel) -> tuple[ConceptPatches, 
 
     Nothing is left under ``runs``: what was measured is kept, and patches take 150 MB a thousand scenes.
     """
-    scenes = [concept_scenes(profile, split) for split in ("val", "test")]
-    if not has_truth(scenes[0]):
+    choose, held_out = (concept_scenes(profile, split) for split in ("val", "test"))
+    if choose is None or held_out is None:
         return None
-    choose, report = (grounding.concept_patches(clip, each, profile.model.layer) for each in scenes)
-    return choose, report
+    return grounding.concept_patches(clip, choose, profile.model.layer), grounding.concept_patches(clip, held_out, profile.model.layer)
 
 
 def concept_report(
     profile: Profile, clip: ClipModel, sae: SparseAutoencoder, patches: Sequence[ConceptPatches] | None = None
 ) -> ConceptReport | None:
     """Which latents find which ground-truth concepts; None where the data set knows none. ``patches``: :func:`concept_patches`, if at hand."""
-    held_out = concept_scenes(profile, "test")
-    if not has_truth(held_out):
+    choose, held_out = (concept_scenes(profile, split) for split in ("val", "test"))
+    if choose is None or held_out is None:
         return None
-    choose = concept_scenes(profile, "val")
     out = profile.folder("latents") / "concepts"
     return measure_concepts(clip, sae, choose, held_out, profile.model.layer, baselines=False, patches=patches, out=out)
 
@@ -136,7 +135,7 @@ def concept_comparison(
     many scenes as keep the main run's passes over them.
     """
     choose, held_out = (concept_scenes(profile, split) for split in ("val", "test"))
-    if not has_truth(held_out):
+    if choose is None or held_out is None:
         return None
     training, shorter = training_data(profile), min(profile.training.n_tokens, 1_000_000)
     n_scenes = max(1, round(len(training) * shorter / profile.training.n_tokens))

@@ -10,13 +10,14 @@ from PIL import Image
 
 
 def fake_datasets():
-    """The module, and a dict that counts how many rows of a stream were read."""
-    served = {"read": 0}
+    """The module, and a dict of what it serves: ``rows`` by split, ``names`` of the classes, configurations; counts rows of streams that were read."""
+    pictures = [Image.new("RGB", (8, 8), (10 * i, 0, 0)) for i in range(8)]
+    birds = [{"picture": picture, "species": i % 2} for i, picture in enumerate(pictures)]
+    served = {"read": 0, "rows": {"train": birds, "test": birds}, "names": ["crane", "jay"], "configurations": ["default"]}
     module = types.ModuleType("datasets")
     module.Image = type("Image", (), {"__init__": lambda self, decode=True: None})
-    module.ClassLabel = type("ClassLabel", (), {"names": ["crane", "jay"]})
+    module.ClassLabel = type("ClassLabel", (), {"names": property(lambda self: served["names"])})
     features = {"picture": module.Image(), "species": module.ClassLabel()}
-    pictures = [Image.new("RGB", (8, 8), (10 * i, 0, 0)) for i in range(8)]
 
     class Whole(list):
         _fingerprint = "abc"
@@ -30,6 +31,8 @@ def fake_datasets():
 
         def cast_column(self, name, _):
             def encoded(picture):
+                if picture is None:
+                    return None
                 buffer = io.BytesIO()
                 picture.save(buffer, "png")
                 return {"bytes": buffer.getvalue(), "path": None}
@@ -47,12 +50,18 @@ def fake_datasets():
                 served["read"] += 1
                 yield row
 
-    def load_dataset(repository, split, streaming=False):
-        rows = [{"picture": picture, "species": i % 2} for i, picture in enumerate(pictures)]
+    def check(name):
+        if (name or "default") not in served["configurations"]:
+            raise ValueError("Config name is missing.")
+
+    def load_dataset(repository, name=None, *, split, streaming=False):
+        check(name)
+        rows = [dict(row) for row in served["rows"][split]]
         whole = Whole(rows)
         whole.features = features
         return Stream(rows) if streaming else whole
 
     module.load_dataset = load_dataset
-    module.get_dataset_split_names = lambda repository: ["train", "test"]
+    module.get_dataset_split_names = lambda repository, name=None: check(name) or list(served["rows"])
+    module.get_dataset_config_names = lambda repository: served["configurations"]
     return module, served

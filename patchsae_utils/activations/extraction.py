@@ -49,7 +49,7 @@ def extract_activations(
     tokens: str = "all",
     dtype: str = "bfloat16",
     batch_size: int = 64,
-    workers: int = 0,
+    workers: int | None = None,
     n_per_shard: int = 512,
     progress: bool = True,
 ) -> ActivationStore:

@@ -77,7 +77,7 @@ def residual_layers(clip, images: Tensor, layers: Sequence[int] | None = None) -
 
 @torch.no_grad()
 def survey_residuals(
-    clip, dataset, *, n_patches: int = 16, batch_size: int = 64, workers: int = 0, seed: int = 0, progress: bool = True
+    clip, dataset, *, n_patches: int = 16, batch_size: int = 64, workers: int | None = None, seed: int = 0, progress: bool = True
 ) -> ResidualSurvey:
     """Sample the residual stream after every block.
 

@@ -64,7 +64,7 @@ class TokenStream:
         tokens: str = "all",
         dtype: str = "bfloat16",
         batch_size: int = 64,
-        workers: int = 0,
+        workers: int | None = None,
         buffer_bytes: int = 2**31,
     ):
         if batch_size < 1 or buffer_bytes < 1:

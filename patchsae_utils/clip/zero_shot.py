@@ -21,7 +21,7 @@ def zero_shot_accuracy(
     *,
     by: str | Sequence[str] = (),
     batch_size: int = 64,
-    workers: int = 0,
+    workers: int | None = None,
     n_bootstrap: int = 1000,
     seed: int = 0,
     progress: bool = True,
@@ -57,7 +57,7 @@ def zero_shot_predictions(
     templates: Sequence[str] | None = None,
     *,
     batch_size: int = 64,
-    workers: int = 0,
+    workers: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """What a CLIP says about every image.
@@ -163,7 +163,7 @@ def _tasks(dataset) -> Tensor | None:
 
 
 @torch.no_grad()
-def embed_images(clip, dataset, *, batch_size: int = 64, workers: int = 0, progress: bool = True) -> Tensor:
+def embed_images(clip, dataset, *, batch_size: int = 64, workers: int | None = None, progress: bool = True) -> Tensor:
     """CLIP's unit image features of a whole data set, in its order: [N, d_embed]."""
     found = torch.empty(len(dataset), clip.d_embed)
     for batch in batches(dataset, clip.preprocess, batch_size, workers, progress="embedding images" if progress else None):

@@ -10,7 +10,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from ..data import batches, openmoji
+from ..data import batches, has_truth, openmoji
 from ..sae.dictionary import Dictionary
 
 # -- patches with ground truth --------------------------------------------------------------------------------------------
@@ -31,11 +31,6 @@ class ConceptPatches(NamedTuple):
     @property
     def n_images(self) -> int:
         return int(self.images[-1]) + 1
-
-
-def has_truth(dataset) -> bool:
-    """Whether a data set knows what every patch shows."""
-    return hasattr(dataset, "truth")
 
 
 @torch.no_grad()

@@ -12,11 +12,11 @@ from scipy import sparse
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data import openmoji
+from ..data import has_truth, openmoji
 from ..data.dataset import dataset_fingerprint
 from ..run.artifacts import atomic_folder, fingerprint, is_current, read_folder_manifest, write_folder_manifest
 from ..sae.dictionary import Dictionary
-from .grounding import ConceptPatches, average_precision, has_truth, n_threads
+from .grounding import ConceptPatches, average_precision, n_threads
 
 RIDGE = (1e-4, 1e-2, 1.0)
 """Strengths, in units of the mean variance of a dimension."""

@@ -30,7 +30,7 @@ def read_hub(given: str, split: str) -> Listing:
     """A map-style image data set of the hub, or of a local folder that ``datasets`` reads: ``<repository>[:<configuration>]``."""
     spec = f"hf:{given}"
     source = _Source(spec)
-    for own, shared in source.splits(split):
+    for own, shared in source.splits(split):  # noqa: B007  # used below
         with _reaching(spec):
             data = source.load(own)
         image, label = source.columns(data.features)

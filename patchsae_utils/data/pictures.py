@@ -110,8 +110,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     fractions = image.mode == "F"
     ranges = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535) if fractions else (255, 65535)
     low, high, slack = values.min(), values.max(), 0.05 if fractions else 0  # resampling overshoots
-    top = next((top for top in ranges if high <= (1 + slack) * top and low >= -slack * top), None)
-    if top is None:
+    top = next((top for top in ranges if high <= (1 + slack) * top), None)
+    if top is None or low < -slack * top:
         raise ValueError(
             f"its values lie between {low:g} and {high:g}; fractions from 0 to 1 are read, and numbers from 0 to 255 or 65,535"
         )

@@ -35,7 +35,7 @@ def evaluate_sae(
     templates: Sequence[str] | None = None,
     *,
     batch_size: int = 64,
-    workers: int = 0,
+    workers: int | None = None,
     n_bootstrap: int = 1000,
     seed: int = 0,
     progress: bool = True,

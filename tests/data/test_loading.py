@@ -15,7 +15,7 @@ from PIL import Image
 from patchsae_utils import stages
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.config import load_profile
-from patchsae_utils.data import BrokenImage, DeadWorker, TooManyBroken, batches, broken, load_dataset, loader, without_broken
+from patchsae_utils.data import BrokenImage, DeadWorker, ImageData, TooManyBroken, batches, broken, load_dataset, loader, without_broken
 from patchsae_utils.data.loader import Loader, automatic_workers
 from patchsae_utils.latents.reading import summarize_latents
 
@@ -86,10 +86,8 @@ def test_stores_and_statistics_mean_the_same_image(pictures, tiny_clip, tiny_sae
 
 
 def test_a_check_is_remembered_shared_by_subsets_and_goes_on(pictures, tmp_path, monkeypatch):
-    from patchsae_utils.data.pictures import ImageFiles
-
-    seen, check = [], ImageFiles.check
-    monkeypatch.setattr(ImageFiles, "check", lambda self, i: (seen.append(i), check(self, i))[1])
+    seen, open_row = [], ImageData.open_row
+    monkeypatch.setattr(ImageData, "open_row", lambda self, row, draft: (seen.append(row), open_row(self, row, draft))[1])
     report = tmp_path / "report.json"
     part, _ = cleaned(load_dataset(str(pictures), "train", n_images=12, seed=1), report, 0.9)
     assert len(seen) == 12 and (part.rows.tolist() == sorted(set(seen) - {13, 20, 27}))
