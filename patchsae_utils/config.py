@@ -24,21 +24,15 @@ DEFAULT_PROFILE = "openmoji"
 _VARIABLE = re.compile(r"\$\{?([A-Za-z_][A-Za-z0-9_]*)\}?")
 
 
-def _positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
+def _check(config: object, positive: str = "", not_negative: str = "", not_empty: str = "") -> None:
+    """Ranges of a section's settings, each named; None passes."""
+    for name in positive.split():
+        if (value := getattr(config, name)) is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value!r}.")
-
-
-def _not_negative(config: object, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) >= 0:
-            raise ValueError(f"{name} must be 0 or more, got {getattr(config, name)!r}.")
-
-
-def _not_empty(config: object, *names: str) -> None:
-    for name in names:
+    for name in not_negative.split():
+        if (value := getattr(config, name)) is not None and not value >= 0:
+            raise ValueError(f"{name} must be 0 or more, got {value!r}.")
+    for name in not_empty.split():
         value = getattr(config, name)
         if not value or (isinstance(value, tuple) and not all(value)):
             raise ValueError(f"{name} must not be empty, got {value!r}.")
@@ -56,7 +50,7 @@ class ModelConfig:
     """Block whose output is read; -2 is the paper's, ``resblocks[-2]``."""
 
     def __post_init__(self):
-        _not_empty(self, "name")
+        _check(self, not_empty="name")
 
 
 @dataclass(frozen=True)
@@ -85,10 +79,7 @@ class DataConfig:
     """Largest share of unreadable images: looked for beforehand, left out and reported. 0: none is looked for, the first one met stops the run."""
 
     def __post_init__(self):
-        _not_empty(self, "train", "statistics", "evaluation", "tasks")
-        _positive(self, "n_train_images", "n_statistics_images", "n_evaluation_images")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"workers must be 0 or more, or auto, got {self.workers!r}.")
+        _check(self, "n_train_images n_statistics_images n_evaluation_images", "workers", "train statistics evaluation tasks")
         if not 0 <= self.max_broken <= 1:
             raise ValueError(f"max_broken is a share of the images, between 0 and 1, got {self.max_broken!r}.")
 
@@ -113,8 +104,7 @@ class SaeConfig:
     """Width of the kernel through which ``jumprelu`` learns its thresholds; ``None`` for its default."""
 
     def __post_init__(self):
-        _not_empty(self, "activation")
-        _positive(self, "expansion_factor", "k", "bandwidth")
+        _check(self, "expansion_factor k bandwidth", not_empty="activation")
         if any(size < 1 for size in self.groups) or list(self.groups) != sorted(set(self.groups)):
             raise ValueError(f"groups must be rising positive numbers of latents, got {self.groups!r}.")
         if self.groups and self.activation != "matryoshka":
@@ -193,8 +183,8 @@ class TrainConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, got {getattr(self, name)!r}.")
-        _positive(self, "n_tokens", "lr", "batch_tokens", "log_every", "checkpoint_every")
-        _not_negative(self, "warmup_steps", "l1_coefficient", "l1_warmup_steps", "cls_coefficient", "dead_after_steps", "clip_gradient")
+        counts = "warmup_steps l1_coefficient l1_warmup_steps cls_coefficient dead_after_steps clip_gradient"
+        _check(self, "n_tokens lr batch_tokens log_every checkpoint_every", counts)
         if not 0 <= self.lr_end <= 1:
             raise ValueError(f"lr_end is a share of lr, between 0 and 1, got {self.lr_end!r}.")
         if self.lr_end and self.schedule == "constant":
@@ -230,8 +220,7 @@ class AdapterConfig:
     """One adapter is trained for each: which shots, and their order."""
 
     def __post_init__(self):
-        _not_empty(self, "tasks", "kind", "template")
-        _positive(self, "n_shots", "epochs", "lr", "batch_size", "n_ctx", "depth")
+        _check(self, "n_shots epochs lr batch_size n_ctx depth", not_empty="tasks kind template")
         if not self.seeds:
             raise ValueError("seeds must hold at least one seed, got ().")
 

@@ -29,18 +29,7 @@ from .memory import is_out_of_memory
 
 
 def fingerprint(**inputs: Any) -> str:
-    """Name a set of inputs: the first 16 hex digits of the SHA-256 of their canonical JSON.
-
-    Parameters
-    ----------
-    **inputs
-        Dataclasses, named tuples, mappings, sequences, paths, numbers, strings, or None.
-
-    Raises
-    ------
-    TypeError
-        If a value is none of those.
-    """
+    """Name a set of inputs (what :func:`plain` knows): the first 16 hex digits of the SHA-256 of their canonical JSON."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=plain).encode()).hexdigest()[:16]
 
 
@@ -69,13 +58,7 @@ _FULL_TEXTS = ("No space left", "os error 28", "os error 27", "os error 122", "F
 
 @contextmanager
 def disk_errors(path: str | Path) -> Iterator[None]:
-    """Say of a disk that filled up which file was being written and what to do, whichever library's error it was.
-
-    Raises
-    ------
-    OSError
-        Whose ``errno`` is the system's; ``ENOSPC`` where a library keeps it to itself.
-    """
+    """Say of a disk that filled up which file was being written and what to do, whichever library's error it was: always an ``OSError``."""
     try:
         yield
     except Exception as error:  # safetensors and torch raise their own
@@ -93,10 +76,7 @@ def disk_errors(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place when the block ends well, and disappears when it doesn't.
-
-    Readers see the old file or the new one, never half of it. Folders on the way are made.
-    """
+    """A temporary file beside ``path`` that takes its place when the block ends well, and disappears when it doesn't; folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
@@ -175,15 +155,10 @@ _LOCKLESS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # wha
 
 @contextmanager
 def folder_lock(folder: str | Path, wait: bool = False) -> Iterator[None]:
-    """Keep other processes from writing into a folder while the block runs; ``wait``: until they have finished, instead of raising.
+    """Keep others from writing into a folder while the block runs: a ``ValueError`` if one does, unless told to ``wait`` for its end.
 
-    The lock is the system's, on a file ``.lock``, and ends with the process that holds it. On a file system without locks the file itself
+    The lock is the system's, on a file ``.lock``, and ends with the process that holds it. Where a file system has no locks, the file itself
     is the lock.
-
-    Raises
-    ------
-    ValueError
-        If the folder is being written already.
     """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -218,13 +193,7 @@ def write_checked_json(path: str | Path, entries: Mapping[str, Any]) -> None:
 
 
 def read_checked_json(path: str | Path) -> dict[str, Any]:
-    """Read what :func:`write_checked_json` wrote, without its checksum; an object that has none is taken as it is.
-
-    Raises
-    ------
-    ValueError
-        If it is no JSON object, or another one than was written.
-    """
+    """Read what :func:`write_checked_json` wrote, without its checksum; a ``ValueError`` if it is another object than was written."""
     found = read_json(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(found).__name__}. {_again(path)}")
@@ -240,15 +209,7 @@ def write_folder_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
 
 
 def read_folder_manifest(folder: Path) -> dict[str, Any]:
-    """Read what :func:`write_folder_manifest` wrote, and compare every file with it.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a file is missing.
-    ValueError
-        If one is damaged, the manifest included.
-    """
+    """Read what :func:`write_folder_manifest` wrote; a missing or damaged file is an error that names it."""
     manifest = read_checked_json(folder / MANIFEST)
     with damage_named(folder / MANIFEST):
         files = dict(manifest.get("files", {}).items())

@@ -13,39 +13,16 @@ Result = TypeVar("Result")
 
 
 class HalvedBatches:
-    """Runs a model on the largest part of a batch that fits, and remembers its size for the batches to come.
-
-    Parameters
-    ----------
-    place : str
-        Whose memory: in messages.
-    """
+    """Runs a model on the largest part of a batch that fits, and remembers its size for the batches to come; ``place``: whose memory."""
 
     def __init__(self, place: object):
-        self.place = place
-        self.limit: int | None = None
-        """Images that fitted; None while no batch was too large."""
+        self.place, self.limit = place, None
 
     def run(self, n: int, action: Callable[[slice], Result]) -> Iterator[tuple[slice, Result]]:
-        """Do something to n images, all at once or part by part.
+        """Do something to n images, all at once or part by part: yields rows and what ``action(rows)`` returned.
 
-        Parameters
-        ----------
-        n : int
-            Images of this batch.
-        action : callable
-            Takes rows of the batch. After an attempt that didn't fit it is called again with fewer, so it must change nothing outside.
-
-        Yields
-        ------
-        rows : slice
-        result
-            What ``action`` returned for them.
-
-        Raises
-        ------
-        MemoryError
-            If a single image doesn't fit; says what to set.
+        After an attempt that didn't fit, ``action`` is called again with fewer rows, so it must change nothing outside. A ``MemoryError`` where
+        a single image doesn't fit says what to set.
         """
         start, halved = 0, False
         while start < n:
@@ -90,13 +67,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def out_of_memory(what: str, setting: str) -> Iterator[None]:
-    """Where a batch can't be halved without changing the result: say what to set.
-
-    Raises
-    ------
-    MemoryError
-        In place of torch's own errors.
-    """
+    """Where a batch can't be halved without changing the result: a ``MemoryError`` that says what to set, in place of torch's own errors."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
