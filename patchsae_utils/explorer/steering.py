@@ -177,9 +177,9 @@ class SteeringPanel(_View):
 
     def figure(self, save: str | None = None) -> Figure:
         """A static picture of what is on screen; ``save`` names a file in ``figures/``, without ending."""
-        from ..plots.steering import steering_panel
+        from ..plots.explorer import steering_panel
 
-        return steering_panel(self.card, tau=self.tau, opacity=self.opacity, mode=self.mode, credit=is_openmoji(self.dataset), save=save)
+        return steering_panel(self.card, **self._look(), credit=is_openmoji(self.dataset), save=save)
 
     # -- what is shown ------------------------------------------------------------------------------------------------
 

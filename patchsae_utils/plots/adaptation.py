@@ -1,43 +1,247 @@
-"""Figures of what a gain is made of: its parts, the experiments behind them, the links from latents to classes, the table of adapters."""
+"""Figures of notebook 05: CLIP against adapted CLIP by accuracy, classes and latents, and what a gain is made of."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..adaptation.adapters import NAMES
-from .style import COLORS, STYLE, figure
-from .style import save as save_figure
+from . import style
+from .drawing import intervals, legend, panels, pretty
+from .style import COLORS, STYLE
 
-PART_COLORS = {
-    "text head": COLORS["orange"],
-    "later blocks": COLORS["yellow"],
-    "existing latents": COLORS["blue"],
-    "outside the dictionary": COLORS["red"],
-    "both": COLORS["black"],
+_GROUPS = {"high": COLORS["gray"], "high-to-low": COLORS["orange"], "low-to-high": COLORS["blue"]}
+_LINKS = {"stayed": COLORS["gray"], "vanished": COLORS["orange"], "appeared": COLORS["blue"]}
+_COMPARISONS = {
+    "CLIP and adapted": {"color": COLORS["blue"], "marker": "o"},
+    "CLIP twice, other pictures": {"color": COLORS["gray"], "marker": "s"},
+    "CLIP and adapted, other class": {"color": COLORS["orange"], "marker": "^"},
+    "CLIP and adapted, random latents": {"color": COLORS["purple"], "marker": "D"},
 }
-PART_TITLES = {
-    "text head": "text head\n(remapping)",
-    "later blocks": "later blocks\n(remapping)",
-    "existing latents": "existing latents\n(retuning)",
-    "outside the dictionary": "outside dictionary\n(new concepts)",
-    "both": "whole gain",
+_MEASURES = {"high": "high in both", "high-to-low": "high to low", "low-to-high": "low to high", "jaccard": "Jaccard", "rbo": "rank-biased"}
+_FORMS = {"raw": {"marker": "o"}, "reconstructed": {"marker": "s", "markerfacecolor": "white"}, "error kept": {"marker": "x"}}
+_DICTIONARIES = {
+    "CLIP": {"color": COLORS["blue"], "marker": "o", "label": "SAE of CLIP"},
+    "CLIP, other seed": {"color": COLORS["sky"], "marker": "s", "label": "SAE of CLIP, other seed"},
+    "adapted": {"color": COLORS["orange"], "marker": "^", "label": "SAE of the adapted model"},
 }
-LINK_COLORS = {"stayed": COLORS["gray"], "vanished": COLORS["orange"], "appeared": COLORS["blue"]}
-KIND_LOOKS = {
-    "zero-shot": (COLORS["gray"], "o"),
-    "maple": (COLORS["blue"], "s"),
-    "coop": (COLORS["orange"], "^"),
-    "vpt": (COLORS["green"], "D"),
-    "lora": (COLORS["purple"], "v"),
-    "finetune": (COLORS["red"], "P"),
-    "linear": (COLORS["black"], "x"),
+_PARTS = {
+    "text head": ("text head\n(remapping)", COLORS["orange"]),
+    "later blocks": ("later blocks\n(remapping)", COLORS["yellow"]),
+    "existing latents": ("existing latents\n(retuning)", COLORS["blue"]),
+    "outside the dictionary": ("outside dictionary\n(new concepts)", COLORS["red"]),
+    "both": ("whole gain", COLORS["black"]),
 }
+_TOWERS = {"image tower": COLORS["blue"], "text head": COLORS["orange"], "both": COLORS["gray"]}
+_KINDS = {
+    "zero-shot": ("gray", "o"), "maple": ("blue", "s"), "coop": ("orange", "^"), "vpt": ("green", "D"), "lora": ("purple", "v"),
+    "finetune": ("red", "P"), "linear": ("black", "x"),
+}  # fmt: skip
+_READERS = {"CLIP": "CLIP", "CLIP, adapted head": "CLIP's tower, adapted head", "adapted": "adapted tower and head"}
+_MODES = {"on": "only k latents kept", "off": "k latents removed"}
+
+
+@rc_context(STYLE)
+def adaptation_accuracy(table: pd.DataFrame, save: str | None = None) -> Figure:
+    """Accuracy on base and novel classes and their harmonic mean, one panel a task; bars are 95 % intervals.
+
+    Parameters
+    ----------
+    table : DataFrame of ``base_to_novel``, of several tasks (column ``task``) under each other
+    save : str, optional
+    """
+    table = table.assign(series=table["model"] + ", " + table["form"], half=table["half"].str.replace(" ", "\n"))
+    colors = zip(table["model"].unique(), ("gray", "blue", "green", "purple"), strict=False)
+    looks = {f"{model}, {form}": {"color": COLORS[color], **look} for model, color in colors for form, look in _FORMS.items()}
+    fig, axes = panels(list(table["task"].unique()), 3.1, ylabel="accuracy (%)")
+    for ax, (_, rows) in zip(axes, table.groupby("task", sort=False), strict=True):
+        intervals(ax, rows, "half", "accuracy", "series", looks, scale=100, upright=True, spread=0.7)
+        ax.set_ylim(0, 103)
+    legend(fig, axes, ncols=3)
+    return style.save(fig, save)
+
+
+@rc_context(STYLE)
+def class_scatter(latents: pd.DataFrame, save: str | None = None) -> Figure:
+    """Each class's top latents: on how many tokens a picture they are active in CLIP, and in the adapted model; one panel a task.
+
+    Parameters
+    ----------
+    latents : DataFrame of ``Remapping.latents``, of several tasks (column ``task``) under each other; the groups' threshold is one half
+    save : str, optional
+    """
+    counts = latents[["base", "adapted"]].to_numpy()
+    largest = float(counts.max()) * 1.6
+    floor = max(float(counts[counts > 0].min()), largest / 4000)
+    fig, axes = panels(list(latents["task"].unique()), 3.2, xlabel="CLIP", ylabel="adapted: tokens per picture", sharex=True)
+    line = np.array([floor / 2, largest])
+    for ax, (_, rows) in zip(axes, latents.groupby("task", sort=False), strict=True):
+        ax.fill_between(line, 2 * line, largest, color=_GROUPS["low-to-high"], alpha=0.08, lw=0)
+        ax.fill_between(line, floor / 2, line / 2, color=_GROUPS["high-to-low"], alpha=0.10, lw=0)
+        ax.plot(line, line, color=COLORS["black"], lw=0.8, zorder=1)
+        for group, color in _GROUPS.items():
+            part = rows[rows["group"] == group]
+            ax.scatter(part["base"].clip(floor), part["adapted"].clip(floor), s=11, color=color, alpha=0.7, lw=0, label=group)
+        for group, (x, y, ha, va) in {"low-to-high": (0.04, 0.78, "left", "top"), "high-to-low": (0.78, 0.05, "right", "bottom")}.items():
+            text = f"{(rows['group'] == group).sum() / rows['class'].nunique():.1f} per class"
+            ax.text(x, y, text, transform=ax.transAxes, ha=ha, va=va, color=_GROUPS[group], fontsize=9, fontweight="bold")
+        ax.set(xscale="log", yscale="log", xlim=line, ylim=line, box_aspect=1)
+        for axis in (ax.xaxis, ax.yaxis):  # over less than a decade matplotlib labels every minor tick, in powers of ten
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if largest < 30 * floor else (1,)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
+    legend(fig, axes, ncols=3, markerscale=2)
+    return style.save(fig, save)
+
+
+@rc_context(STYLE)
+def latent_groups(comparisons: pd.DataFrame, save: str | None = None) -> Figure:
+    """Latents per class in each group, and the overlap of top latents, beside the controls; bars are 95 % intervals over classes.
+
+    Parameters
+    ----------
+    comparisons : DataFrame of ``Remapping.comparisons``, of several tasks (column ``task``) under each other
+    save : str, optional
+    """
+    fig, axes = panels(list(_MEASURES.values()), 1.1 + 0.62 * comparisons["task"].nunique())
+    for ax, measure in zip(axes, _MEASURES, strict=True):
+        intervals(ax, comparisons[comparisons["measure"] == measure], "task", "value", "comparison", _COMPARISONS)
+        overlap = measure in ("jaccard", "rbo")
+        ax.set(xlabel="overlap" if overlap else "latents per class", xlim=(-0.02 * ax.get_xlim()[1], 1.04 if overlap else None))
+    legend(fig, axes, ncols=2)
+    return style.save(fig, save)
+
+
+@rc_context(STYLE)
+def tower_head_cross(accuracy: pd.DataFrame, save: str | None = None) -> Figure:
+    """Every image tower with every text head: accuracy in per cent, with its 95 % interval; one panel a task.
+
+    Parameters
+    ----------
+    accuracy : DataFrame of ``Remapping.accuracy``, of several tasks (column ``task``) under each other
+    save : str, optional
+    """
+    accuracy, sides = accuracy[accuracy["form"] == "raw"], {"base": "CLIP", "adapted": "adapted"}
+    fig, axes = panels(list(accuracy["task"].unique()), 2.7, xlabel="text head", ylabel="image tower")
+    for ax, (_, rows) in zip(axes, accuracy.groupby("task", sort=False), strict=True):
+        rows = rows.assign(text=[f"{100 * r.accuracy:.0f} %\n[{100 * r.low:.0f}, {100 * r.high:.0f}]" for r in rows.itertuples()])
+        grids = [rows.pivot(index="tower", columns="head", values=name).loc[[*sides], [*sides]] for name in ("accuracy", "text")]
+        look = {
+            "annot_kws": {"fontsize": 10.5, "fontweight": "bold"},
+            "cmap": style.HEAT,
+            "vmin": 0,
+            "vmax": 100,
+            "cbar": False,
+            "square": True,
+        }
+        sns.heatmap(100 * grids[0], annot=grids[1], fmt="", xticklabels=sides.values(), yticklabels=sides.values(), ax=ax, **look)
+        ax.set(xlabel="text head", ylabel="image tower" if ax is axes[0] else "")
+        ax.tick_params(length=0, rotation=0)
+    fig.colorbar(axes[0].collections[0], ax=list(axes), label="accuracy (%)", shrink=0.75, pad=0.01).outline.set_visible(False)
+    return style.save(fig, save)
+
+
+@rc_context(STYLE)
+def gain_split(table: pd.DataFrame, save: str | None = None) -> Figure:
+    """How many points of the gain each tower brings, with 95 % intervals over pictures.
+
+    Parameters
+    ----------
+    table : DataFrame of ``Remapping.gain_split()``, of several tasks (column ``task``) under each other
+    save : str, optional
+    """
+    fig, ax = style.figure(width=0.85, height=1.2 + 0.5 * table["task"].nunique())
+    looks = {part: {"color": color, "label": part} for part, color in _TOWERS.items()}
+    intervals(ax, table, "task", "gain", "part", looks, scale=100, bars=True)
+    ax.axvline(0, color=COLORS["black"], lw=0.8)
+    ax.set_xlabel("gain over zero-shot CLIP, base classes (points)")
+    legend(fig, ax)
+    return style.save(fig, save)
+
+
+@rc_context(STYLE)
+def confusion_change(found: Mapping[str, Any], save: str | None = None) -> Figure:
+    """The adapted model's confusion matrix minus CLIP's, one panel a task; classes from the one that gained most to the one that lost most.
+
+    On the diagonal red is gained and blue is lost; elsewhere blue is a confusion resolved and red a new one. The number at a class is how many points of
+    accuracy it gained.
+
+    Parameters
+    ----------
+    found : mapping of str to Confusions, by task
+    save : str, optional
+    """
+    largest = max(len(each.class_names) for each in found.values())
+    fig, axes = panels(list(found), 1.35 + 0.18 * largest, 2, ylabel="true class", sharey=False)
+    for ax, each in zip(axes, found.values(), strict=True):
+        change, names = 100 * each.change[np.ix_(each.order, each.order)], [pretty(each.class_names[i]) for i in each.order]
+        gains = np.full(change.shape, "", dtype=object)
+        np.fill_diagonal(gains, [f"{gain:.0f}" if gain else "" for gain in np.nan_to_num(change.diagonal())])
+        look = {"annot": gains, "fmt": "", "annot_kws": {"fontsize": 6.5}, "cmap": style.DIVERGING, "cbar": False, "square": True}
+        sns.heatmap(change, vmin=-60, vmax=60, xticklabels=names, yticklabels=names, ax=ax, **look)
+        ax.set_xlabel("taken for")
+        ax.tick_params(labelsize=7, length=0)
+    label = "adapted minus CLIP (% of the class's pictures)"
+    fig.colorbar(axes[0].collections[0], ax=list(axes), label=label, shrink=0.5, pad=0.01, extend="both").outline.set_visible(False)
+    return style.save(fig, save)
+
+
+@rc_context(STYLE)
+def prediction_heat(table: pd.DataFrame, save: str | None = None) -> Figure:
+    """Accuracy of each class from its top k latents: one column a model, one row a mode; under each k the mean over classes.
+
+    Parameters
+    ----------
+    table : DataFrame of ``masked_predictions`` of one data set
+    save : str, optional
+    """
+    rows = table[(table["choose"] == "oracle") & (table["class"] >= 0)]
+    pairs = [(mode, model) for mode in _MODES for model in _READERS]
+    heats = {
+        (mode, model): 100 * rows[(rows["mode"] == mode) & (rows["model"] == model)].pivot(index="group", columns="k", values="accuracy")
+        for mode, model in pairs
+    }
+    order = heats["on", "adapted"].mean(axis=1).sort_values(ascending=False, kind="stable").index  # best read from few latents first
+    fig, axes = panels([_READERS[model] if mode == "on" else "" for mode, model in pairs], 0.9 + 0.155 * len(order), 3)
+    for ax, (mode, model) in zip(axes, pairs, strict=True):
+        heat = heats[mode, model].loc[order]
+        ks = [f"{k}\n{mean:.0f} %" for k, mean in heat.mean().items()]
+        names = [pretty(name) for name in order]
+        sns.heatmap(heat, cmap=style.HEAT, vmin=0, vmax=100, cbar=False, xticklabels=ks, yticklabels=names, ax=ax)
+        ax.set(xlabel="", ylabel=_MODES[mode] if model == "CLIP" else "")
+        ax.tick_params(length=0, labelsize=8)
+        ax.tick_params("x", rotation=0)
+        ax.set_title(ax.get_title(loc="left"), fontsize=9.5)
+    fig.supxlabel("latents k of the true class; below, the mean accuracy over classes", fontsize=10)
+    fig.colorbar(axes[0].collections[0], ax=list(axes), label="accuracy (%)", shrink=0.6, pad=0.01).outline.set_visible(False)
+    return style.save(fig, save)
+
+
+@rc_context(STYLE)
+def dictionary_cross(cross: pd.DataFrame, save: str | None = None) -> Figure:
+    """Each dictionary on the activations of each model: explained variance, active latents, accuracy with the reconstruction; 95 % intervals.
+
+    Parameters
+    ----------
+    cross : DataFrame of ``Dictionaries.cross``
+    save : str, optional
+    """
+    titles = {"explained_variance": "explained variance", "l0": "active latents per token", "change": "accuracy change (points)"}
+    places = {"CLIP": "activations of\nCLIP", "adapted": "activations of\nthe adapted model"}
+    fig, axes = panels(list(titles.values()), 2.5)
+    for ax, measure in zip(axes, titles, strict=True):
+        rows, scale = cross[cross["measure"] == measure], 100 if measure == "change" else 1
+        intervals(ax, rows, "activations", "value", "sae", _DICTIONARIES, order=places, scale=scale)
+    legend(fig, axes)
+    return style.save(fig, save)
 
 
 @rc_context(STYLE)
@@ -46,26 +250,18 @@ def gain_parts(parts: pd.DataFrame, save: str | None = None) -> Figure:
 
     Parameters
     ----------
-    parts : DataFrame
-        task, adapter, part, gain, low, high: ``GainSplit.parts()`` of several models under each other.
+    parts : DataFrame of ``GainSplit.parts()``, of several models (columns ``task``, ``adapter``) under each other
     save : str, optional
-        Name under ``figures/``.
     """
-    models = list(dict.fromkeys(zip(parts["task"], parts["adapter"], strict=True)))
-    y = np.arange(len(models))
-    fig, axes = figure(height=1.3 + 0.34 * len(models), ncols=len(PART_TITLES), sharex=True, sharey=True, squeeze=False)
-    for ax, (part, title) in zip(axes[0], PART_TITLES.items(), strict=True):
-        rows = parts[parts["part"] == part].set_index(["task", "adapter"]).loc[models]
-        bars = 100 * np.stack([rows["gain"] - rows["low"], rows["high"] - rows["gain"]]).clip(0)
-        ax.barh(y, 100 * rows["gain"], 0.6, xerr=bars, color=PART_COLORS[part], error_kw={"elinewidth": 1, "ecolor": COLORS["gray"]})
-        ax.axvline(0, color=COLORS["black"], linewidth=0.8)
+    parts = parts.assign(of=parts["task"] + ", " + parts["adapter"])
+    fig, axes = panels([title for title, _ in _PARTS.values()], 1.3 + 0.34 * parts["of"].nunique(), sharex=True)
+    for ax, (part, (title, color)) in zip(axes, _PARTS.items(), strict=True):
+        rows = parts[parts["part"] == part]
+        intervals(ax, rows, "of", "gain", "part", {part: {"color": color, "label": part}}, order=parts["of"].unique(), scale=100, bars=True)
+        ax.axvline(0, color=COLORS["black"], lw=0.8)
         ax.set_title(title, fontsize=9.5)
-        ax.set(yticks=y, yticklabels=[f"{task}, {adapter}" for task, adapter in models])
-        ax.grid(axis="y", visible=False)
-        ax.tick_params(axis="y", length=0)
-    axes[0, 0].invert_yaxis()
     fig.supxlabel("accuracy over zero-shot CLIP, base classes (points)", fontsize=10)
-    return save_figure(fig, save)
+    return style.save(fig, save)
 
 
 @rc_context(STYLE)
@@ -74,28 +270,21 @@ def gain_experiments(experiments: pd.DataFrame, save: str | None = None) -> Figu
 
     Parameters
     ----------
-    experiments : DataFrame
-        task, experiment, value, low, high: ``GainSplit.experiments()`` of several data sets under each other.
+    experiments : DataFrame of ``GainSplit.experiments()``, of several tasks (column ``task``) under each other
     save : str, optional
     """
-    tasks, names = list(experiments["task"].unique()), list(experiments["experiment"].unique())
-    fig, axes = figure(height=0.9 + 0.27 * len(names), ncols=len(tasks), sharey=True, squeeze=False)
-    y = np.arange(len(names))
-    for ax, task in zip(axes[0], tasks, strict=True):
-        rows = experiments[experiments["task"] == task].set_index("experiment").loc[names]
-        value, low, high = (100 * rows[column].to_numpy() for column in ("value", "low", "high"))
-        ax.axvspan(*sorted((value[0], value[-1])), color=COLORS["gray"], alpha=0.15, linewidth=0)
-        for i, name in enumerate(names):
-            color = COLORS["black"] if name in ("CLIP", "adapted") else COLORS["blue"]
-            ax.errorbar(value[i], y[i], xerr=[[value[i] - low[i]], [high[i] - value[i]]], fmt="o", color=color, elinewidth=1)
-        ax.set(title=task, yticks=y, yticklabels=names, xlabel="accuracy (%)")
-        ax.grid(axis="y", visible=False)
-    axes[0, 0].invert_yaxis()
-    return save_figure(fig, save)
+    experiments = experiments.assign(whole=experiments["experiment"].isin(["CLIP", "adapted"]))
+    looks = {whole: {"color": COLORS["black" if whole else "blue"], "marker": "o"} for whole in (True, False)}
+    order = experiments["experiment"].unique()
+    fig, axes = panels(list(experiments["task"].unique()), 0.9 + 0.27 * len(order), xlabel="accuracy (%)")
+    for ax, (_, rows) in zip(axes, experiments.groupby("task", sort=False), strict=True):
+        ax.axvspan(*sorted(100 * rows["value"].iloc[[0, -1]]), color=COLORS["gray"], alpha=0.15, lw=0)
+        intervals(ax, rows, "experiment", "value", "whole", looks, order=order, scale=100, spread=0)
+    return style.save(fig, save)
 
 
 @rc_context(STYLE)
-def class_links(links: pd.DataFrame, per_class: int = 3, save: str | None = None) -> Figure:
+def class_links(links: pd.DataFrame, save: str | None = None) -> Figure:
     """The remapping matrix: which latents each class rests on, and which of these links stayed, vanished or appeared.
 
     One row a class, one column a latent; a disc is a link, its area the share of the class's evidence (in the model that has more of it), its
@@ -104,10 +293,7 @@ def class_links(links: pd.DataFrame, per_class: int = 3, save: str | None = None
 
     Parameters
     ----------
-    links : DataFrame
-        class, class_name, latent, base, adapted, link: ``ClassLinks.links()`` of one data set.
-    per_class : int
-        Strongest links of each class that are shown; a latent shown for one class is shown for all.
+    links : DataFrame of ``ClassLinks.links()`` of one data set; the three strongest of each class are shown, and these latents' other links
     save : str, optional
 
     Raises
@@ -117,75 +303,44 @@ def class_links(links: pd.DataFrame, per_class: int = 3, save: str | None = None
     """
     if links.empty:
         raise ValueError("There are no links to draw.")
-    links = links.assign(size=links[["base", "adapted"]].max(axis=1))
-    strongest = links.sort_values("size", ascending=False).groupby("class").head(per_class)
-    shown = links[links["latent"].isin(strongest["latent"])]
-    owner = shown.sort_values("size", ascending=False).drop_duplicates("latent").sort_values(["class", "size"], ascending=[True, False])
+    links = links.assign(size=links[["base", "adapted"]].max(axis=1)).sort_values("size", ascending=False)
+    shown = links[links["latent"].isin(links.groupby("class").head(3)["latent"])]
+    owner = shown.drop_duplicates("latent").sort_values(["class", "size"], ascending=[True, False])
     column = {latent: i for i, latent in enumerate(owner["latent"])}
-    classes = links.drop_duplicates("class").sort_values("class")
-    row = {name: i for i, name in enumerate(classes["class"])}
-    fig, ax = figure(height=1.5 + 0.24 * len(row))
+    names = links.sort_values("class").drop_duplicates("class").set_index("class")["class_name"].map(pretty)
+    fig, ax = style.figure(height=1.5 + 0.24 * len(names))
     largest = float(shown["size"].max())
-    for name, color in LINK_COLORS.items():
+    for name, color in _LINKS.items():
         part = shown[shown["link"] == name]
-        ax.scatter(
-            part["latent"].map(column), part["class"].map(row), s=150 * part["size"] / largest, color=color, linewidths=0, zorder=3
-        )  # fmt: skip
-    ax.set(
-        yticks=range(len(row)),
-        yticklabels=[str(name).replace("_", " ") for name in classes["class_name"]],
-        xticks=range(len(column)),
-        xlabel="latent of CLIP's dictionary",
-        xlim=(-0.8, len(column) - 0.2),
-        ylim=(len(row) - 0.4, -0.6),
-    )
-    ax.set_xticklabels([str(latent) for latent in column], rotation=90, fontsize=6)
-    counts = shown["link"].value_counts()
+        spots = part["latent"].map(column), part["class"].map(names.index.get_loc)
+        ax.scatter(*spots, s=150 * part["size"] / largest, color=color, lw=0, zorder=3)
+    ax.set(xlabel="latent of CLIP's dictionary", xlim=(-0.8, len(column) - 0.2), ylim=(len(names) - 0.4, -0.6))
+    ax.set_yticks(range(len(names)), names)
+    ax.set_xticks(range(len(column)), list(column), rotation=90, fontsize=7)
+    disc = {"linestyle": "none", "marker": "o"}
     handles = [
-        Line2D([], [], linestyle="none", marker="o", markersize=7, color=color, label=f"{name} ({counts.get(name, 0)})")
-        for name, color in LINK_COLORS.items()
+        Line2D([], [], ms=7, color=color, label=f"{name} ({(shown['link'] == name).sum()})", **disc) for name, color in _LINKS.items()
     ]
     sizes = [share for share in (0.5, 0.2, 0.05) if share <= largest] or [largest]
-    handles += [
-        Line2D([], [], linestyle="none", marker="o", markersize=np.sqrt(150 * share / largest), color="#CCCCCC", label=f"{share:.0%} of the class's evidence")
-        for share in sizes
-    ]  # fmt: skip
+    handles += [Line2D([], [], ms=np.sqrt(150 * share / largest), color="#CCCCCC", label=f"{share:.0%} of the class's evidence", **disc) for share in sizes]  # fmt: skip
     fig.legend(handles=handles, loc="outside upper center", ncols=6, fontsize=8.5, handletextpad=0.3, columnspacing=1.2)
-    return save_figure(fig, save)
+    return style.save(fig, save)
 
 
 @rc_context(STYLE)
-def adapter_table(table: pd.DataFrame, halves: Sequence[str] = ("base", "novel", "harmonic mean"), save: str | None = None) -> Figure:
+def adapter_table(table: pd.DataFrame, save: str | None = None) -> Figure:
     """Raw accuracy of every adapter on every task, one panel a half; bars are 95 % intervals over pictures.
 
     Parameters
     ----------
-    table : DataFrame
-        task, kind, form, half, accuracy, low, high: :func:`patchsae_utils.protocol.load_protocol`.
-    halves : sequence of str
+    table : DataFrame of ``load_protocol``
     save : str, optional
     """
     table = table[table["form"] == "raw"]
-    tasks, kinds = list(table["task"].unique()), list(table["kind"].unique())
-    fig, axes = figure(height=1.3 + 0.42 * len(tasks), ncols=len(halves), sharex=True, sharey=True, squeeze=False)
-    for ax, half in zip(axes[0], halves, strict=True):
-        for k, kind in enumerate(kinds):
-            rows = table[(table["half"] == half) & (table["kind"] == kind)].set_index("task").reindex(tasks)
-            y = np.arange(len(tasks)) + (k - (len(kinds) - 1) / 2) * min(0.12, 0.76 / len(kinds))
-            bars = 100 * np.stack([rows["accuracy"] - rows["low"], rows["high"] - rows["accuracy"]]).clip(0)
-            color, marker = KIND_LOOKS.get(kind, (COLORS["sky"], "*"))
-            ax.errorbar(
-                100 * rows["accuracy"],
-                y,
-                xerr=bars,
-                color=color,
-                marker=marker,
-                linestyle="none",
-                elinewidth=1,
-                label=NAMES.get(kind, kind),
-            )
-        ax.set(title=half, yticks=range(len(tasks)), yticklabels=[task.removeprefix("openmoji/") for task in tasks], xlabel="accuracy (%)")
-        ax.grid(axis="y", visible=False)
-    axes[0, 0].invert_yaxis()
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds))
-    return save_figure(fig, save)
+    looks = {kind: {"color": COLORS[color], "marker": marker, "label": NAMES.get(kind, kind)} for kind, (color, marker) in _KINDS.items()}
+    halves, tasks = ["base", "novel", "harmonic mean"], table["task"].unique()
+    fig, axes = panels(halves, 1.3 + 0.48 * len(tasks), xlabel="accuracy (%)", sharex=True)
+    for ax, half in zip(axes, halves, strict=True):
+        intervals(ax, table[table["half"] == half], "task", "accuracy", "kind", looks, order=tasks, scale=100, spread=0.82)
+    legend(fig, axes, ncols=7)
+    return style.save(fig, save)

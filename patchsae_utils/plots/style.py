@@ -1,4 +1,4 @@
-"""One look for every figure: fonts, sizes, colours that colour-blind readers can tell apart (Okabe and Ito, 2008), saving, credit."""
+"""One look for every figure: sizes, colours that colour-blind readers can tell apart (Okabe and Ito, 2008), saving, credit."""
 
 from __future__ import annotations
 
@@ -11,55 +11,27 @@ from matplotlib.figure import Figure
 from ..config import figures_folder
 
 COLORS = {
-    "blue": "#0072B2",
-    "orange": "#E69F00",
-    "green": "#009E73",
-    "red": "#D55E00",
-    "purple": "#CC79A7",
-    "sky": "#56B4E9",
-    "yellow": "#F0E442",
-    "black": "#1A1A1A",
-    "gray": "#8C8C8C",
-}
+    "blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "red": "#D55E00", "purple": "#CC79A7", "sky": "#56B4E9", "yellow": "#F0E442",
+    "black": "#1A1A1A", "gray": "#8C8C8C",
+}  # fmt: skip
 CYCLE = [COLORS[name] for name in ("blue", "orange", "green", "red", "purple", "sky", "gray")]
+MARKERS = "osD^vPX"
 HEAT = "magma"
 DIVERGING = "RdBu_r"
-PAGE_WIDTH = 9.0  # inches
+PAGE_WIDTH = 9.0  # inches: 900 pixels in a notebook
 
 # Load the backend now: a notebook's turns matplotlib's interactive mode on when it is first used. Used first inside an rc_context, that would be
 # undone when the context ends, and the notebook would show its first figure alone.
 plt.switch_backend(mpl.get_backend())
 
 STYLE: dict[str, Any] = {
-    "figure.dpi": 100,
-    "savefig.dpi": 150,
-    "figure.constrained_layout.use": True,
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#4D4D4D",
-    "axes.linewidth": 0.8,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.8,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "xtick.color": "#4D4D4D",
-    "ytick.color": "#4D4D4D",
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5,
-    "image.interpolation": "nearest",
-    "image.cmap": HEAT,
-    "axes.prop_cycle": mpl.cycler(color=CYCLE),
-}
+    "figure.dpi": 100, "savefig.dpi": 150, "figure.constrained_layout.use": True, "font.family": "DejaVu Sans", "font.size": 10,
+    "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 10, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.edgecolor": "#4D4D4D", "axes.linewidth": 0.8, "axes.grid": True, "axes.axisbelow": True,
+    "axes.prop_cycle": mpl.cycler(color=CYCLE), "grid.color": "#E6E6E6", "grid.linewidth": 0.8, "xtick.labelsize": 9, "ytick.labelsize": 9,
+    "xtick.color": "#4D4D4D", "ytick.color": "#4D4D4D", "legend.frameon": False, "legend.fontsize": 9, "legend.title_fontsize": 9,
+    "lines.linewidth": 1.8, "lines.markersize": 5, "image.interpolation": "nearest", "image.cmap": HEAT,
+}  # fmt: skip
 
 
 def figure(width: float = 1.0, height: float = 3.2, **subplots: Any) -> tuple[Figure, Any]:
@@ -82,8 +54,7 @@ def image_axes(axes: Any) -> Any:
     """Bare an axes that shows a picture: no ticks, no grid, no frame. Returns it."""
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     return axes
 
 

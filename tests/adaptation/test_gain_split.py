@@ -240,8 +240,8 @@ def test_figures_show_what_the_tables_say(found):
     fig = plots.gain_experiments(stack({name: found[name].split.experiments(n_bootstrap=20) for name in names}, "task"))
     assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == list(EXPERIMENTS)
     links = found["maple"].links.links(top_k=4)
-    ax = plots.class_links(links, per_class=2).axes[0]
-    top = links.assign(size=links[["base", "adapted"]].max(axis=1)).sort_values("size", ascending=False).groupby("class").head(2)
+    ax = plots.class_links(links).axes[0]
+    top = links.assign(size=links[["base", "adapted"]].max(axis=1)).sort_values("size", ascending=False).groupby("class").head(3)
     discs = sum(len(part.get_offsets()) for part in ax.collections)
     assert discs == links["latent"].isin(top["latent"]).sum() and len(ax.get_xticks()) == top["latent"].nunique()
     with pytest.raises(ValueError, match="no links"):

@@ -330,22 +330,11 @@ def test_from_scenes_to_the_table(tiny_clip, tiny_sae, store, training, tmp_path
 
 def test_figures_draw(compared):
     import matplotlib.pyplot as plt
-    import pandas as pd
 
     from patchsae_utils import plots
 
     plots.concept_families(compared.table())
     plots.coverage_curves(compared.coverage(np.linspace(0, 1, 11)))
-    kinds = ["object", "object", "color"]
-    plots.localization(pd.DataFrame({"kind": kinds, "ap": 0.3, "iou": 0.2, "pointing": 0.9, "pointing_chance": 0.1}))
-    rows = [["a", "b", 9, 8, 5, 0.4, 0.1, 0.6, 0.2], ["a", "c", 9, 0, 0, np.nan, np.nan, np.nan, np.nan]]
-    plots.name_agreement(pd.DataFrame(rows, columns=["a", "b", "n_a", "n_b", "n_both", "agreement", "chance", "related", "related_chance"]))
-    plots.concept_sharing(
-        pd.DataFrame({"kind": kinds, "n_latents": [0, 4, 50]}),
-        pd.DataFrame({"category": ["x", "x", "y"], "found": False, "skipped": [True, True, False], "absorbed": [True, False, False]}),
-    )
-    scores = {"dictionary": ["SAE", "SAE", "SAE", "random directions"], "latent": [0, 1, 2, 0], "score": [0.2, 0.5, np.nan, 0.1]}
-    plots.monosemanticity(pd.DataFrame(scores | {"n_images": [3, 9, 0, 4]}), 0.08)
     for number in plt.get_fignums():
         plt.figure(number).canvas.draw()
     plt.close("all")

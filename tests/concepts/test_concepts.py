@@ -20,7 +20,7 @@ from patchsae_utils.concepts.detection import (
     unique_names,
 )
 from patchsae_utils.concepts.grounding import ConceptPatches, average_precision, bootstrap_precision, concept_patches, concept_sums
-from patchsae_utils.concepts.places import ConceptExample, concept_examples
+from patchsae_utils.concepts.places import concept_examples
 from patchsae_utils.data import load_dataset, openmoji
 from patchsae_utils.latents.summary import LatentSummary
 from patchsae_utils.sae.dictionary import Dictionary, dimensions, random_sae, sae_dictionary
@@ -369,15 +369,3 @@ def test_classes_of_equal_name_are_told_apart():
     hits = np.array([[0, 9], [9, 0], [0, 0]])
     names = label_latents(summary_of(hits, [10, 10, 10], ["crane", "crane", "dog"]))
     assert names["name"].tolist() == ["crane (1)", "crane (0)"]
-
-
-def test_figures_draw(report, tiny_clip, tiny_sae, scenes):
-    import matplotlib.pyplot as plt
-
-    from patchsae_utils.plots import latents as plots
-
-    example = ConceptExample("object:a", 0, 0.5, 0, torch.zeros(112, 112, 3, dtype=torch.uint8), torch.eye(14) > 0, torch.rand(14, 14))
-    plots.concept_masks([example] * 3)
-    for number in plt.get_fignums():
-        plt.figure(number).canvas.draw()
-    plt.close("all")

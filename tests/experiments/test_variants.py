@@ -91,6 +91,6 @@ def test_figures_draw(table):
     for fig in figures:
         fig.canvas.draw()
     labels = [label.get_text() for label in figures[1].axes[0].get_yticklabels()]
-    assert labels[-2:] == ["probe", "PCA"] and len(labels) == 9 and labels[3] == "TopK  (L0 60)"
+    assert labels[-2:] == ["probe", "PCA"] and len(labels) == 10 and labels[3] == "TopK  (L0 60)"
     assert len(figures[0].axes) == 4 and np.isclose(figures[0].axes[-1].get_ylim()[0], 0)
     plt.close("all")

@@ -1,0 +1,168 @@
+"""The few shapes that most figures have: dots or bars with intervals, curves with bands, panels, rows of masked pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+
+from .heat import blend
+from .style import COLORS, CYCLE, MARKERS, figure, image_axes
+
+PERCENT = PercentFormatter(1, decimals=0)
+DARKNESS = 0.75
+"""How much a picture is darkened where a latent is silent."""
+
+
+def pretty(name: Any) -> str:
+    """How a class or a task is written in a figure."""
+    return str(name).removeprefix("openmoji/").replace("_", " ")
+
+
+def clip(words: Any, n: int) -> str:
+    """Words of at most n letters."""
+    return str(words) if len(str(words)) <= n else str(words)[: n - 1] + "…"
+
+
+def panels(
+    titles: Sequence[str], height: float, columns: int = 0, xlabel: str = "", ylabel: str = "", **options: Any
+) -> tuple[Figure, Any]:
+    """A panel for each title, so many in a row (default: all); ``height`` of a row; labels at the outer panels. Returns figure and axes [n]."""
+    n, columns = len(titles), min(columns or len(titles), len(titles))
+    rows = -(-n // columns)
+    fig, axes = figure(height=height * rows, nrows=rows, ncols=columns, squeeze=False, **{"sharey": True, **options})
+    for ax in axes[:, 0]:
+        ax.set_ylabel(ylabel)
+    axes = axes.ravel()
+    for ax, title in zip(axes, titles, strict=False):
+        ax.set_title(title)
+    for ax in axes[n - columns : n]:
+        ax.set_xlabel(xlabel)
+        ax.tick_params(labelbottom=True)
+    for ax in axes[n:]:
+        ax.set_visible(False)
+    return fig, axes[:n]
+
+
+def legend(fig: Figure, axes: Any, ncols: int = 4, **options: Any) -> None:
+    """One legend under the figure for all of its axes, each label once."""
+    entries = {label: handle for ax in np.ravel(axes) for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(entries.values(), entries.keys(), **{"loc": "outside lower center", "ncols": ncols, "columnspacing": 1.4, **options})
+
+
+def _ends(table: pd.DataFrame, value: str) -> tuple[str, str]:
+    return (f"{value}_low", f"{value}_high") if f"{value}_low" in table else ("low", "high")
+
+
+def intervals(
+    ax: Axes, table: pd.DataFrame, place: str, value: str, hue: str | None = None, looks: Mapping[Any, Mapping] | None = None, *,
+    order: Any = None, ends: tuple[str, str] | None = None, scale: float = 1, upright: bool = False, bars: bool = False, spread: float = 0.6,
+    text: str = "",
+) -> None:  # fmt: skip
+    """Dots or bars with given ends: a position for each ``place``, beside each other for each ``hue``.
+
+    ``looks`` says how each hue is drawn, ``order`` gives the places or what to write at them, ``text`` is the format of the values' labels.
+    """
+    order = order if isinstance(order, Mapping) else {each: pretty(each) for each in (table[place].unique() if order is None else order)}
+    kinds = [None] if hue is None else [kind for kind in (looks or table[hue].unique()) if (table[hue] == kind).any()]
+    low, high = ends or _ends(table, value)
+    step, n = (0.8 if bars else spread) / len(kinds), len(order)
+    for i, kind in enumerate(kinds):
+        rows = scale * (table if kind is None else table[table[hue] == kind]).set_index(place)[list({value, low, high})].reindex(
+            list(order)
+        )
+        at, middle = np.arange(n) + (i - (len(kinds) - 1) / 2) * step, rows[value]
+        look = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)], "label": kind, "ls": "none", "elinewidth": 1.2}
+        look |= {} if looks is None else looks[kind]
+        if bars:
+            (ax.bar if upright else ax.barh)(at, middle, 0.9 * step, color=look["color"], label=look["label"])
+            look = {"fmt": "none", "ecolor": "#4D4D4D", "elinewidth": 1.2}
+        error = np.stack([middle - rows[low], rows[high] - middle]).clip(0)
+        ax.errorbar(*((at, middle, error) if upright else (middle, at, None, error)), **look)
+        for x, number, left, right in zip(at, middle, rows[low], rows[high], strict=True) if text else ():
+            back = not upright and right > 0.85 * ax.get_xlim()[1]
+            ha, offset = ("center", (0, 2)) if upright else ("right", (-5, 0)) if back else ("left", (5, 0))
+            spot = (x, right) if upright else (left if back else right, x)
+            ax.annotate(
+                text.format(number), spot, offset, textcoords="offset points", ha=ha, va="bottom" if upright else "center", fontsize=8
+            )
+    for i in range(0, n, 2) if len(kinds) > 1 and not bars and spread else ():
+        (ax.axvspan if upright else ax.axhspan)(i - 0.5, i + 0.5, color="#F5F5F5", zorder=0, lw=0)
+    axis, limits = ("x", (-0.5, n - 0.5)) if upright else ("y", (n - 0.5, -0.5))
+    ax.set(**{f"{axis}ticks": range(n), f"{axis}ticklabels": list(order.values()), f"{axis}lim": limits})
+    ax.tick_params(axis, length=0)
+    ax.grid(False, axis=axis)
+
+
+def band(
+    ax: Axes, rows: pd.DataFrame, x: Any, y: str, color: str, *, scale: float = 1, ends: tuple[str, str] | None = None, **line: Any
+) -> None:
+    """A curve and the band between its given ends. ``x`` is a column, or the positions."""
+    x, (low, high) = rows[x] if isinstance(x, str) else x, ends or _ends(rows, y)
+    ax.fill_between(x, scale * rows[low], scale * rows[high], color=color, alpha=0.15, lw=0)
+    ax.plot(x, scale * rows[y], color=color, **{"marker": "o", "ms": 4, **line})
+
+
+def paired_bars(ax: Axes, names: Sequence[Any], values: Mapping[str, Any], colors: Sequence[str]) -> None:
+    """Two bars for each name, the first on top."""
+    table = pd.DataFrame(dict(values), index=[clip(name, 18) for name in names])
+    table.plot.barh(ax=ax, color=list(colors), width=0.76, legend=False)
+    ax.invert_yaxis()
+    ax.set_ylabel("")
+    ax.grid(False, axis="y")
+    ax.legend(loc="lower right", fontsize=8)
+
+
+def before_after(ax: Axes, names: Sequence[Any], before: Any, after: Any) -> None:
+    """Probabilities of classes before and after an edit."""
+    paired_bars(ax, names, {"before": before, "after": after}, [COLORS["gray"], COLORS["blue"]])
+    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        ax.annotate(f"{100 * old:.0f} → {100 * new:.0f} %", (max(old, new), i), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    ax.set(xlim=(0, 1.18), xticks=[0, 0.25, 0.5, 0.75, 1])
+    ax.xaxis.set_major_formatter(PERCENT)
+
+
+def plain_log(axis: Any, ticks: Sequence[float] | None = None) -> None:
+    """Plain numbers on a logarithmic axis, none at its minor ticks."""
+    if ticks is not None:
+        axis.set_ticks(ticks)
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def outline(ax: Axes, mask: np.ndarray, shape: tuple[int, int], color: str, tint: float = 0.0) -> None:
+    """The outline of a mask [rows, columns] over a picture of this shape, with a white rim or, with a tint, filled."""
+    pixels = np.pad(np.kron(mask, np.ones([side // n for side, n in zip(shape, mask.shape, strict=True)])), 1)
+    place = [np.arange(n) - 1 for n in pixels.shape[::-1]]
+    if tint:
+        ax.contourf(*place, pixels, [0.5, 1.5], colors=[color], alpha=tint)
+    for line, width in ((color, 1.3),) if tint else (("white", 3.2), (color, 1.6)):
+        ax.contour(*place, pixels, [0.5], colors=[line], linewidths=width)
+
+
+def strips(cells: Sequence[tuple[str, Sequence[tuple]]], k: int, columns: int, height: float, fig: Any = None, size: float = 9) -> Any:
+    """Cells of up to k pictures in a row under a title. A picture is (array, mask or None, mask's top, caption); one without colours is a heat map."""
+    rows = -(-len(cells) // columns)
+    if fig is None:
+        fig, ax = figure(height=height * rows + 0.1)
+        ax.remove()
+    groups = fig.subfigures(rows, columns, wspace=0.03, hspace=0.02, squeeze=False)
+    for group, (title, pictures) in zip(groups.flat, cells, strict=False):
+        group.suptitle(title, x=0.01, ha="left", fontsize=size)
+        axes = group.subplots(1, k, squeeze=False)[0]
+        for ax in axes:
+            image_axes(ax)
+        for ax, (picture, mask, top, caption) in zip(axes, pictures, strict=False):
+            picture = np.asarray(picture)
+            if mask is not None:
+                picture = blend(picture, np.asarray(mask, float), max(float(top), 1e-12), 0.0, DARKNESS, size=224)
+            ax.imshow(picture, vmin=0)
+            ax.set_title(caption, fontsize=8, fontweight="normal", loc="center")
+        if not len(pictures):
+            axes[0].text(0, 0.5, "never active", fontsize=8, color=COLORS["gray"], va="center")
+    return fig

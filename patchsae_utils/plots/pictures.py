@@ -1,0 +1,157 @@
+"""Figures of notebook 03 with pictures: reference images, concepts in scenes, levels, other domains, written words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import seaborn as sns
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from . import style
+from .drawing import DARKNESS, strips
+from .heat import blend
+from .style import COLORS, STYLE
+
+_SHARED = ("blue", "orange", "green", "purple", "sky", "red", "yellow", "black")
+_LEVELS = {"patch": "activation", "image": "active tokens", "class": "active tokens per image", "data set": "active tokens per image"}
+
+
+@rc_context(STYLE)
+def reference_images(references: Sequence, titles: Sequence[str], save: str | None = None, credit: bool = True) -> Figure:
+    """Latents' strongest images, darkened where the latent is silent.
+
+    Parameters
+    ----------
+    references : sequence of References
+    titles : sequence of str; one a latent
+    save : str, optional
+    credit : bool; whether the pictures are OpenMoji's
+    """
+    fig = strips(
+        [(title, _shots(each)) for title, each in zip(titles, references, strict=True)], max(len(r.images) for r in references), 2, 1.15
+    )
+    return style.save(fig, save, credit=credit)
+
+
+def _shots(references: Any) -> list[tuple]:
+    return [(image, mask, references.masks.max(), "") for image, mask in zip(references.images, references.masks, strict=True)]
+
+
+@rc_context(STYLE)
+def concept_masks(examples: Sequence, save: str | None = None) -> Figure:
+    """Concepts in scenes: the picture, where the concept is, and where its best latent is active.
+
+    Parameters
+    ----------
+    examples : sequence of ConceptExample
+    save : str, optional
+    """
+    cells = [
+        (
+            f"{each.concept}: latent {each.latent}, AP {each.ap:.2f}",
+            [(each.image, None, 1, "scene"), (each.image, each.truth, 1, "ground truth"), (each.activation, None, 1, "latent")],
+        )
+        for each in examples
+    ]
+    return style.save(strips(cells, 3, 2, 1.9), save, credit=True)
+
+
+@rc_context(STYLE)
+def levels(found: Any, names: Mapping[int, str], save: str | None = None, credit: bool = True) -> Figure:
+    """One image from patch to data set: its top latents at each level; a latent that several levels share keeps its colour.
+
+    Parameters
+    ----------
+    found : Levels
+    names : mapping of int to str; what to call the latents
+    save : str, optional
+    credit : bool; whether the picture is OpenMoji's
+    """
+    count = found.table.groupby("latent", sort=False)["level"].nunique()
+    colors = {latent: COLORS[name] for latent, name in zip(count.index[count > 1], _SHARED, strict=False)}
+    titles = {"patch": f"patch {tuple(found.patch)}", "class": f"class: {found.class_name}"}
+    fig, axes = style.figure(height=5.4, nrows=2, ncols=4, height_ratios=[1, 1.4])
+    image = found.image.numpy()
+    for (level, unit), (top, bottom) in zip(_LEVELS.items(), axes.T, strict=True):
+        rows = found.table[found.table["level"] == level]
+        style.image_axes(top).set_title(titles.get(level, level))
+        first = int(rows["latent"].iloc[0]) if len(rows) else -1
+        if level == "patch" or first < 0:
+            top.imshow(image)
+            (row, column), grid = found.patch, next(iter(found.masks.values())).shape
+            height, width = image.shape[0] / grid[0], image.shape[1] / grid[1]
+            top.add_patch(Rectangle((column * width, row * height), width, height, fill=False, edgecolor=COLORS["red"], lw=2))
+        else:
+            mask = found.masks[first].numpy()
+            top.imshow(blend(image, mask, float(mask.max()) or 1.0, 0.0, DARKNESS))
+            top.set_xlabel(f"where {first} is active" if mask.max() > 0 else f"{first} is silent here", fontsize=8)
+        bottom.barh(range(len(rows)), rows["value"], height=0.36, color=[colors.get(latent, "#C4C4C4") for latent in rows["latent"]])
+        for y, latent in enumerate(rows["latent"]):
+            words = f"{latent} {names.get(latent, '')}".strip()
+            bottom.text(0.02, y - 0.2, words, transform=bottom.get_yaxis_transform(), fontsize=8, va="bottom")
+        bottom.set(yticks=[], xlabel=unit, ylim=(len(rows) - 0.5, -0.8))
+        bottom.grid(False, axis="y")
+    return style.save(fig, save, credit=credit)
+
+
+@rc_context(STYLE)
+def cross_domain(found: Any, save: str | None = None) -> Figure:
+    """Latents by row, data sets by column: reference images, dark where the latent is silent; empty places where it never is active.
+
+    Brightness is relative to the latent's strongest patch in that data set; the titles say in what share of its images it is active.
+
+    Parameters
+    ----------
+    found : CrossDomain
+    save : str, optional
+    """
+    table, domains, cells = found.table.set_index(["latent", "domain"]), list(found.table["domain"].unique()), []
+    for latent, by_domain in found.references.items():
+        for domain in domains:
+            numbers, shots = table.loc[(latent, domain)], _shots(by_domain[domain])[:3]
+            second = (
+                f"latent {latent}"
+                if domain == domains[0]
+                else f"same class {numbers['same_class']:.0%}"
+                if "same_class" in numbers and shots
+                else " "
+            )
+            words = f"{domain}, {numbers['frequency']:.1%} of images\n{second}"
+            cells.append((words, shots))
+    return style.save(strips(cells, 3, len(domains), 1.35, size=8), save, credit=True)
+
+
+@rc_context(STYLE)
+def text_and_image(found: Any, examples: Sequence, save: str | None = None) -> Figure:
+    """Do latents of things answer to the things' names? The share that does, against names dealt at random; and some latents in pictures.
+
+    Parameters
+    ----------
+    found : TextAndImage
+    examples : sequence of TextExample
+    save : str, optional
+    """
+    fig = style.figure(height=max(2.9, 1.6 * -(-len(examples) // 2) + 0.2))[0]
+    fig.clear()
+    left, right = fig.subfigures(1, 2, width_ratios=[1, 1.5])
+    ax = left.subplots()
+    sns.histplot(x=found.shuffled, bins=24, color="#C4C4C4", alpha=1, lw=0, label="names dealt at random", ax=ax)
+    ax.axvline(found.share, 0, 0.74, color=COLORS["red"], label=f"own names: {found.share:.1%} (p = {found.p:.2g})")
+    ax.set(xlabel=f"share of latents with p ≤ {found.alpha:g}", ylabel="shuffles", title=f"{len(found.table):,} latents of things")
+    ax.set_ylim(0, 1.35 * ax.get_ylim()[1])
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.legend(loc="upper left", fontsize=8)
+    cells = [
+        (
+            f"latent {each.latent}",
+            [(*shot, each.masks.max(), words) for *shot, words in zip(each.images, each.masks, each.titles, strict=True)],
+        )
+        for each in examples
+    ]
+    strips(cells, 3, 2, 0, right, size=8)
+    return style.save(fig, save, credit=True)

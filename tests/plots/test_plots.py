@@ -1,0 +1,306 @@
+"""Every figure draws from a small made-up table of the right columns, is saved, and can be read at 900 pixels' width."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from patchsae_utils import plots
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+RNG = np.random.default_rng(0)
+WORDS = [
+    "bell",
+    "camcorder",
+    "bathroom scale",
+    "guitar",
+    "crossed swords",
+    "fire extinguisher",
+    "harp",
+    "magnet",
+    "film projector",
+    "lawn mower",
+]
+
+
+def grid(value: str, width: float = 0.06, top: float = 1.0, **columns) -> pd.DataFrame:
+    """A row for each combination, with a value and its interval."""
+    table = pd.DataFrame(product(*columns.values()), columns=list(columns))
+    middle = RNG.uniform(0.1, 0.85, len(table)) * top
+    return table.assign(**{value: middle, "low": middle - width * top, "high": middle + width * top, "n": 100})
+
+
+def effects(names: list[str], **columns) -> pd.DataFrame:
+    """A table of ``summarize_effects``."""
+    table = pd.DataFrame(product(*columns.values()), columns=list(columns)).assign(n=80)
+    for name in names:
+        middle = RNG.normal(-1, 2, len(table))
+        table = table.assign(**{name: middle, f"{name}_low": middle - 0.3, f"{name}_high": middle + 0.3})
+    return table
+
+
+def sweep(
+    groups=("all",), choose=("oracle", "predicted", "matched", "random"), where=("all",), ranks=("count",), errors=("kept",)
+) -> pd.DataFrame:
+    masked = grid("accuracy", choose=choose, rank=ranks, mode=["on", "off"], k=[1, 5, 20, 100], where=where, error=errors, group=groups)
+    modes = ["raw", "reconstructed", "error_kept"]
+    unmasked = grid("accuracy", choose=["none"], rank=["none"], mode=modes, k=[0], where=["none"], error=["none"], group=groups)
+    return pd.concat([unmasked, masked], ignore_index=True)
+
+
+def pictures(n: int) -> torch.Tensor:
+    return torch.from_numpy(np.kron(RNG.integers(60, 255, (n, 14, 14, 3)), np.ones((1, 8, 8, 1))).astype(np.uint8))
+
+
+def masks(n: int) -> torch.Tensor:
+    return torch.from_numpy(RNG.exponential(1.0, (n, 14, 14))).float() * (torch.rand(n, 14, 14) > 0.6)
+
+
+def references(n: int, latent: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(latent=latent, images=pictures(n), masks=masks(n))
+
+
+def steered() -> SimpleNamespace:
+    moved = pd.DataFrame({"class": WORDS[:5], "before": [0.9, 0.02, 0, 0, 0], "after": [0.0, 0.1, 0.05, 0.2, 0.5]})
+    return SimpleNamespace(activations=torch.randn(1, 197, 3), activations_before=torch.zeros(1, 197, 3), moved=lambda names, n: moved)
+
+
+def comparison() -> pd.DataFrame:
+    roles = {"SAE": "sae", "PCA": "baseline", "k-means, cosine": "baseline", "single dimensions": "baseline", "linear probe": "ceiling"}
+    kinds = ["object", "category", "color", "background", "outline", "all"]
+    table = grid("ap", kind=kinds, dictionary=list(roles)).assign(n_concepts=34, chance=0.03)
+    return table.assign(role=table["dictionary"].map(roles))
+
+
+def norms() -> pd.DataFrame:
+    return grid("median", top=60, layer=range(6), token=["CLS", "patch"])
+
+
+def latents(n: int = 400) -> pd.DataFrame:
+    columns = {
+        "frequency": 10 ** RNG.uniform(-3.5, 0, n),
+        "mean_activation": 10 ** RNG.normal(-1, 0.5, n),
+        "label_entropy": RNG.uniform(0, 2.3, n),
+    }
+    return pd.DataFrame({"latent": range(n), **columns})
+
+
+def links() -> pd.DataFrame:
+    rows = [
+        (i, WORDS[i], 100 * i + j, *RNG.uniform(0, 0.3, 2), ("stayed", "vanished", "appeared")[(i + j) % 3])
+        for i in range(10)
+        for j in range(4)
+    ]
+    return pd.DataFrame(rows, columns=["class", "class_name", "latent", "base", "adapted", "link"])
+
+
+def confused() -> SimpleNamespace:
+    change = np.round(RNG.normal(0, 0.2, (10, 10)), 2)
+    return SimpleNamespace(class_names=WORDS, change=change, order=np.argsort(-change.diagonal()))
+
+
+TASKS = ["instruments", "tools", "animals (gray)", "vehicles (line)"]
+KINDS = ["object", "category", "color", "background"]
+ABLATIONS = pd.read_csv(RESULTS / "ablations.csv")
+QUANTILES = {f"{name}_q{q}": q / 50 for name in ("log_frequency", "log_mean_activation", "label_entropy") for q in (10, 25, 50, 75, 90)}
+
+
+def figures(world) -> dict:
+    """Name of a figure -> its arguments."""
+    log = pd.DataFrame({"tokens": np.arange(1, 60) * 4e4, "loss": 0.06, "mse": 0.02, "l1": 0.04, "ghost": 0.01, "l0": 33.0})
+    log = log.assign(explained_variance=np.linspace(0.3, 0.92, 59), dead_fraction=0.02)
+    quality = pd.concat([
+        grid("value", 0.02, sae=["PatchSAE", "random directions"], metric=["explained_variance", "zero_shot_top1"], variant=["reconstruction"], tokens=["cls", "patch", "all"]),
+        grid("value", 0.02, sae=["PatchSAE"], metric=["zero_shot_top1"], variant=["raw", "error_kept"], tokens=["all"]),
+    ])  # fmt: skip
+    frontier = ABLATIONS[ABLATIONS["axis"].isin(["seed", "lambda", "topk", "batchtopk", "matryoshka", "jumprelu", "gated"])].sort_values(
+        "l0_all"
+    )
+    examples = [
+        SimpleNamespace(concept=f"object:{word}", latent=7, ap=0.5, image=pictures(1)[0], truth=masks(1)[0] > 0, activation=masks(1)[0])
+        for word in WORDS[:3]
+    ]
+    table = pd.DataFrame(
+        [(level, 10 * i + j % 3, 9 - j) for i, level in enumerate(["patch", "image", "class", "data set"]) for j in range(8)],
+        columns=["level", "latent", "value"],
+    )
+    levels = SimpleNamespace(
+        table=table, patch=(2, 9), class_name="bat", image=pictures(1)[0], masks=dict(zip(table["latent"], masks(32), strict=True))
+    )
+    elsewhere = grid("frequency", latent=[3, 5], domain=["color", "line", "gray"]).assign(same_class=0.4)
+    domains = SimpleNamespace(
+        table=elsewhere, references={i: {d: references(3 * (d != "line")) for d in ("color", "line", "gray")} for i in (3, 5)}
+    )
+    words = SimpleNamespace(table=elsewhere, share=0.017, shuffled=RNG.normal(0.012, 0.002, 300), p=0.05, alpha=0.05)
+    named = pd.DataFrame(
+        [
+            ["labels", "text", 1820, 285, 175, 0.07, 0.0, 0.09, 0.01],
+            ["labels", "ground truth", 1820, 1489, 0, np.nan, 0.0, np.nan, 0.01],
+            ["text", "ground truth", 285, 1489, 155, 0.57, 0.02, 0.65, 0.03],
+        ],
+        columns=["a", "b", "n_a", "n_b", "n_both", "agreement", "chance", "related", "related_chance"],
+    )
+    sharing = pd.DataFrame({"kind": RNG.choice(KINDS, 200), "n_latents": RNG.integers(0, 40, 200)})
+    absorbed = pd.DataFrame({"category": RNG.choice(WORDS, 100), "found": RNG.random(100) > 0.7, "skipped": False, "absorbed": False})
+    scores = pd.DataFrame(
+        {
+            "dictionary": np.repeat(["SAE", "random directions", "single dimensions"], 200),
+            "score": RNG.beta(4, 6, 600),
+            "n_images": RNG.integers(1, 3000, 600),
+        }
+    )
+    concepts = pd.DataFrame(
+        {"kind": RNG.choice(KINDS, 200), **{name: RNG.random(200) for name in ("ap", "iou", "pointing", "pointing_chance")}}
+    )
+    states = {"removed_before": 0.5, "stays_before": 0.2, "removed_after": 0.1, "stays_after": 0.6}
+    removal = [{"index": i, "kind": "own", "removed": i + which, **states} for i in world.pairs for which in (0, 1)]
+    scatter = pd.DataFrame(
+        {
+            "task": RNG.choice(TASKS, 300),
+            "class": RNG.integers(0, 9, 300),
+            "base": RNG.exponential(20, 300),
+            "adapted": RNG.exponential(20, 300),
+            "group": RNG.choice(["high", "high-to-low", "low-to-high"], 300),
+        }
+    )
+    compared = ["CLIP and adapted", "CLIP twice, other pictures", "CLIP and adapted, other class", "CLIP and adapted, random latents"]
+    masked = pd.concat([sweep(WORDS, ("oracle",)).assign(model=model) for model in ("CLIP", "CLIP, adapted head", "adapted")])
+    masked = masked.assign(**{"class": masked["group"].map(WORDS.index)})
+    layers = pd.DataFrame(
+        {"layer": range(6), "main": [i == 4 for i in range(6)], **QUANTILES, "object_ap": 0.3, "object_ap_low": 0.2, "object_ap_high": 0.4}
+    )
+    saes = pd.DataFrame(
+        {
+            "dictionary": ["PatchSAE, seed 0", "TopK", "patches alone"],
+            "l0": [33, 32, 31],
+            "object_ap": 0.3,
+            "object_ap_low": 0.28,
+            "object_ap_high": 0.33,
+        }
+    )
+    parts = ["text head", "later blocks", "existing latents", "outside the dictionary", "both"]
+    experiments = ["CLIP", "existing latents' part only", "outside part only", "text head", "adapted, without the outside part", "adapted"]
+    task_series = dict(
+        task=TASKS, model=["CLIP", "MaPLe"], form=["raw", "reconstructed", "error kept"], half=["base", "novel", "harmonic mean"]
+    )
+    measures = ["high", "high-to-low", "low-to-high", "jaccard", "rbo"]
+    dictionaries = dict(
+        sae=["CLIP", "CLIP, other seed", "adapted"], activations=["CLIP", "adapted"], measure=["explained_variance", "l0", "change"]
+    )
+    swap = effects(["sees_target", "object_change"], kind=["own", "control"], dose=[0.5, 1, 2, 3])
+    doses = effects(["own"], scenes=["show it", "show another"], **{"class": range(6)}, dose=[0, 1, 2, 4]).assign(others=0.1)
+    overall = effects(["own", "others"], kind=["own", "control"], concept_kind=KINDS)
+    by_concept = effects(["own", "others"], kind=["own", "control"], concept_kind=KINDS, concept=range(12))
+    by_concept["concept"] = by_concept["concept_kind"] + by_concept["concept"].astype(str)
+    return {
+        "embedded_world": ([(world, i) for i in range(5)],),
+        "zero_shot_accuracy": (
+            grid("accuracy", domain=["color", "line"], tier=["common", "rare"]).assign(chance=0.01),
+            grid("accuracy", task=["openmoji/birds_sea", "tools", "meals"], domain=["color", "line"]).assign(chance=0.05),
+        ),
+        "residual_norms": (norms(), torch.rand(6, 40, 197) * 20 + 30, 4, (14, 14)),
+        "residual_pca": (pictures(3).numpy(), torch.rand(6, 3, 14, 14, 3), torch.rand(6, 3) / 5),
+        "patch_probe": (grid("accuracy", layer=range(6), token=["CLS", "patch"]).assign(control=0.02), 360, 4),
+        "training_curves": (log,),
+        "reconstruction_quality": (quality,),
+        "firing_rates": ({"PatchSAE": 10 ** torch.randn(500).clamp(-3, 1) / 100, "random directions": torch.rand(500) / 50 * (torch.rand(500) > 0.1)}, 100_000),
+        "patch_maps": ([Image.fromarray(each.numpy()) for each in pictures(6)], masks(6), masks(6)),
+        "ablation_effects": (ABLATIONS,),
+        "reconstruction_frontier": (frontier,),
+        "step_costs": (json.loads((RESULTS / "sae_step.json").read_text()),),
+        "latent_statistics": (latents(), {5: "one class", 70: "everywhere"}),
+        "monosemanticity": (scores, 0.15),
+        "concept_families": (comparison(),),
+        "coverage_curves": (grid("share", dictionary=["SAE", "PCA"], role=["sae"], threshold=np.linspace(0, 1, 11)).assign(n_concepts=9),),
+        "concept_masks": (examples,),
+        "localization": (concepts,),
+        "concept_sharing": (sharing, absorbed),
+        "reference_images": ([references(5), references(0), references(3)], ["best object: 3 crossed swords", "dead", "random: 7 unnamed"]),
+        "name_agreement": (named,),
+        "levels": (levels, {10: "crossed swords"}),
+        "cross_domain": (domains,),
+        "text_and_image": (words, [SimpleNamespace(latent=i, images=pictures(3), masks=masks(3), titles=("coffee maker", "“coffee maker”", "“hook”")) for i in range(4)]),
+        "by_layer": (layers,),
+        "variants": (saes, comparison()),
+        "raw_reconstructed_error": (sweep(["all", "common", "occasional", "rare"]),),
+        "mask_curves": (sweep(errors=("dropped", "kept")),),
+        "mask_rankings": (sweep(ranks=("attribution", "count")),),
+        "mask_tasks": (sweep(["all", "animals", "birds sea", "clothing", "home", "instruments", "meals", "tools"], ("oracle", "predicted", "wrong", "matched", "random")),),
+        "mask_places": (sweep(where=("all", "patches", "cls")), ["predicted", "matched"]),
+        "steered": (pictures(2).numpy(), [steered(), steered()], WORDS, ["hedgehog's latents off", "and computer mouse's added"]),
+        "concept_specificity": (by_concept, overall),
+        "dose_response": (doses, WORDS),
+        "color_swap": ({"patches": swap, "patches and CLS": swap},),
+        "object_removal": (pd.DataFrame(removal), effects(["removed_change", "stays_change"], kind=["own", "control"]), world, world.pairs),
+        "adaptation_accuracy": (grid("accuracy", **task_series),),
+        "confusion_change": ({task: confused() for task in TASKS},),
+        "class_scatter": (scatter,),
+        "latent_groups": (grid("value", task=TASKS, comparison=compared, measure=measures),),
+        "dictionary_cross": (grid("value", **dictionaries),),
+        "tower_head_cross": (grid("accuracy", task=TASKS, tower=["base", "adapted"], head=["base", "adapted"], form=["raw"]),),
+        "gain_split": (grid("gain", task=TASKS, part=["image tower", "text head", "both"]),),
+        "prediction_heat": (masked,),
+        "gain_parts": (grid("gain", task=TASKS, adapter=["MaPLe", "fine-tuning"], part=parts),),
+        "gain_experiments": (grid("value", task=TASKS, experiment=experiments),),
+        "class_links": (links(),),
+        "adapter_table": (pd.read_csv(RESULTS / "adaptation.csv").query("kind != 'maple-shuffled'"),),
+        "pointing": (grid("hits", kind=KINDS, answer=["distinctive", "strongest", "random"]).assign(chance=0.05),),
+    }  # fmt: skip
+
+
+OPTIONS = {"residual_pca": {"credit": True}, "steered": {"grid": (14, 14)}}
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_dataset):
+    from patchsae_utils.data import load_dataset
+
+    world = load_dataset("openmoji/scenes", "test", n_images=60)
+    pairs = [i for i in range(60) if len(world.truth(i).class_ids) > 1][:3]
+    world.pairs = pairs
+    return figures(world)
+
+
+def test_every_figure_is_drawn_here(inputs):
+    helpers = {"COLORS", "HEAT", "blend", "figure", "image_axes", "save"}
+    assert set(inputs) == set(plots.__all__) - helpers
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "pyproject.toml").write_text("")
+    monkeypatch.chdir(tmp_path / "notebooks")
+    yield tmp_path / "figures"
+    plt.close("all")
+
+
+def check_readable(fig) -> None:
+    """No letters under 6.5 points, no legend over axes' labels, no tick label over its neighbour."""
+    fig.canvas.draw()
+    for text in fig.findobj(plt.Text):
+        assert not text.get_text() or not text.get_visible() or text.get_fontsize() >= 6.5, text
+    for axis in [axis for ax in fig.findobj(plt.Axes) if ax.get_visible() and ax.axison for axis in (ax.xaxis, ax.yaxis)]:
+        low, high = sorted(axis.get_view_interval())
+        shown = [label for label, at in zip(axis.get_ticklabels(), axis.get_majorticklocs(), strict=False) if low <= at <= high]
+        boxes = [label.get_window_extent().shrunk(0.9, 0.8) for label in shown if label.get_visible() and label.get_text().strip()]
+        assert not any(one.overlaps(other) for one, other in zip(boxes, boxes[1:], strict=False)), [label.get_text() for label in shown]
+    for legend in fig.legends:
+        for ax in fig.axes:
+            assert not ax.get_visible() or not legend.get_window_extent().overlaps(ax.get_window_extent()), legend
+
+
+@pytest.mark.parametrize("name", sorted(set(plots.__all__) - {"COLORS", "HEAT", "blend", "figure", "image_axes", "save"}))
+def test_a_figure_is_drawn_saved_and_readable(name, inputs, folder):
+    fig = getattr(plots, name)(*inputs[name], **OPTIONS.get(name, {}), save=f"00_{name}")
+    assert Image.open(folder / f"00_{name}.png").width > 700
+    check_readable(fig)
