@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..clip.model import Residual
-from ..run.artifacts import atomic_folder, fingerprint, is_current, read_folder_manifest, write_folder_manifest
+from ..run.artifacts import atomic_folder, fingerprint, is_current, write_folder_manifest
 from ..sae.dictionary import dimensions, random_sae
 from .passes import Observer, latent_chunks
 from .reading import pass_inputs
+from .summary import open_manifest
 
 FORMAT_VERSION = 1
 
@@ -85,15 +86,7 @@ class Likeness(NamedTuple):
             If one is damaged, or another format version wrote them.
         """
         folder = Path(folder)
-        if missing := [name for name in ("monosemanticity.csv", "embeddings.safetensors", "manifest.json") if not (folder / name).exists()]:
-            raise FileNotFoundError(
-                f"{folder} lacks {', '.join(missing)}. Make them: summarize_latents(..., observers=[LikenessObserver(..., out={str(folder)!r})])."
-            )
-        version = read_folder_manifest(folder).get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{folder} has format version {version}; this package reads {FORMAT_VERSION}. Delete the folder and call summarize_latents again."
-            )
+        open_manifest(folder, FORMAT_VERSION, f"summarize_latents(..., observers=[LikenessObserver(..., out={str(folder)!r})])")
         return cls(pd.read_csv(folder / "monosemanticity.csv"), load_file(folder / "embeddings.safetensors")["embeddings"])
 
 

@@ -149,32 +149,28 @@ def one_pass(
         prepared = True
 
     with ExitStack() as stack:
-        done, saved = torch.zeros(len(dataset), dtype=torch.bool), None
+        saved = SavedCounts(unfinished, key, observers, len(dataset), processes.index)
         if unfinished is not None:
             if processes.main:
                 stack.callback(_remove_if_empty, unfinished)  # of a pass that failed before anything was saved
             processes.on_main(lambda: stack.enter_context(folder_lock(unfinished)))
-            saved = SavedCounts(unfinished, key, observers, len(dataset), processes.index)
-        if processes.number > 1 or (saved is not None and saved.any()):  # whoever begins elsewhere reads the first batch for this alone
+        if processes.number > 1 or saved.files():  # whoever begins elsewhere reads the first batch for this alone
             prepare(next(read(range(min(batch_size, len(dataset)))))[2])
-        if saved is not None:
-            done = processes.on_main(saved.resume)
-        rows = (~done).nonzero().flatten().tolist()
-        own = rows[own_rows(len(rows), batch_size, processes)]
+        rows = (~processes.on_main(saved.resume)).nonzero().flatten().tolist()
+        whole = processes.share(-(-len(rows) // batch_size))  # batches, so that they are cut as one process cuts them
+        own = rows[whole.start * batch_size : whole.stop * batch_size]
 
         def count() -> None:
             for labels, places, stream in read(own, progress if processes.main else None) if own else ():
                 prepare(stream)
-                if saved is not None:
-                    saved.save_if_time()
+                saved.save_if_time()
                 for observer in observers.values():
                     observer.read(stream, places)
                 for some, h in latent_chunks(sae, stream.tokens[:, : clip.n_tokens]):
                     for observer in observers.values():
                         observer.add(h, labels[some].to(h.device), places[some].to(h.device))
-                if saved is not None:
-                    saved.done[places] = True
-            if saved is not None and processes.number > 1 and own:
+                saved.done[places] = True
+            if processes.number > 1 and own:
                 saved.save()  # others may take longer, or stop
 
         processes.everywhere(count)
@@ -183,33 +179,29 @@ def one_pass(
                 for other in processes.others(value):
                     observer.absorb({name: other})
         yield processes
-        if saved is not None:
-            processes.on_main(lambda: shutil.rmtree(saved.folder, ignore_errors=True))
-
-
-def own_rows(n: int, unit: int, processes: Processes) -> slice:
-    """A process's share of n rows: neighbouring whole units, so that what is cut into units is cut as one process cuts it."""
-    units = -(-n // unit)
-    low, high = (units * (processes.index + i) // processes.number for i in (0, 1))
-    return slice(low * unit, min(n, high * unit))
+        if unfinished is not None:
+            processes.on_main(lambda: shutil.rmtree(unfinished, ignore_errors=True))
 
 
 class SavedCounts:
-    """What a pass has counted so far, on disk: a file for each process, named by its own hash. Files of another ``key`` are not resumed."""
+    """What a pass has counted so far, on disk: a file for each process, named by its own hash. Files of another ``key`` are not resumed.
 
-    def __init__(self, folder: Path, key: str, observers: Mapping[str, Observer], n_images: int, index: int):
+    Without a folder nothing is saved.
+    """
+
+    def __init__(self, folder: Path | None, key: str, observers: Mapping[str, Observer], n_images: int, index: int):
         self.folder, self.key, self.observers, self.index = folder, key, observers, index
         self.done = torch.zeros(n_images, dtype=torch.bool)
         """[N] images that were counted."""
         self._saved, self._own_name = time.monotonic(), ""
 
-    def any(self) -> bool:
-        """Whether an earlier attempt left a file."""
-        return any(self.folder.glob("counted-*"))
+    def files(self, pattern: str = "counted-*") -> list[Path]:
+        """What an earlier attempt left."""
+        return [] if self.folder is None else sorted(self.folder.glob(pattern))
 
     def resume(self) -> Tensor:
         """In the main process: count what an earlier attempt counted, and make one file of it. Images [N] that need not be read."""
-        found = [(path, done) for path in sorted(self.folder.glob("counted-*")) if (done := self._done_by(path)) is not None]
+        found = [(path, done) for path in self.files() if (done := self._done_by(path)) is not None]
         # A process that was killed between writing a file and removing those it replaces leaves images counted twice: the larger file holds them.
         for path, done in sorted(found, key=lambda pair: -int(pair[1].sum())):
             if not (done & self.done).any():
@@ -220,9 +212,7 @@ class SavedCounts:
                 self.done |= done
         if self.done.any():
             self.save()
-        for path in self.folder.glob("counted-*"):
-            if path.name != self._own_name:
-                path.unlink()
+        self._remove_all_but_own(self.files())
         return self.done.clone()
 
     def save_if_time(self) -> None:
@@ -232,16 +222,21 @@ class SavedCounts:
 
     def save(self) -> None:
         """Write all that was counted, as a whole, and remove this process's earlier file."""
+        if self.folder is None:
+            return
         parts = self.observers.items()
         state = {f"{name}/{key}": value.cpu().contiguous() for name, observer in parts for key, value in observer.state().items()}
         temporary = self.folder / f".counted-{self.index}.tmp"
         save_file({**state, "done": self.done.to(torch.uint8)}, temporary, {"key": self.key})
         self._own_name = f"counted-{self.index}-{file_sha256(temporary)[:16]}.safetensors"
         os.replace(temporary, self.folder / self._own_name)
-        for path in self.folder.glob(f"counted-{self.index}-*"):
+        self._remove_all_but_own(self.files(f"counted-{self.index}-*"))
+        self._saved = time.monotonic()
+
+    def _remove_all_but_own(self, paths: list[Path]) -> None:
+        for path in paths:
             if path.name != self._own_name:
                 path.unlink()
-        self._saved = time.monotonic()
 
     def _done_by(self, path: Path) -> Tensor | None:
         """Images that a file counts; None for one that is damaged or of other inputs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -127,26 +128,27 @@ class LatentSummary:
             If it was written by another format version or is damaged.
         """
         folder = Path(folder)
-        path = folder / "latents.safetensors"
-        for name in ("manifest.json", path.name):
-            if not (folder / name).exists():
-                raise FileNotFoundError(
-                    f"{folder} holds no latent summary ({name} is missing). Make one: summarize_latents(..., out={str(folder)!r})."
-                )
-        manifest = read_folder_manifest(folder)
-        if (version := manifest.get("format_version")) != FORMAT_VERSION:
-            raise ValueError(
-                f"{folder} has format version {version}; this package reads version {FORMAT_VERSION}. Delete the folder and call "
-                f"summarize_latents again."
-            )
+        manifest = open_manifest(folder, FORMAT_VERSION, f"summarize_latents(..., out={str(folder)!r})")
         with damage_named(folder / "manifest.json"):
-            fields = {**load_file(path), **manifest, "class_names": tuple(manifest["class_names"])}
+            fields = {**load_file(folder / "latents.safetensors"), **manifest, "class_names": tuple(manifest["class_names"])}
             for name in _COUNTS:
                 if f"{name}.places" in fields:
                     table = torch.zeros(len(fields["class_names"]), len(fields["frequency"]))
                     table.view(-1)[fields[f"{name}.places"]] = fields[f"{name}.values"]
                     fields[name] = table
             return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls)})
+
+
+def open_manifest(folder: Path, version: int, made_by: str) -> dict[str, Any]:
+    """The manifest of what a pass wrote, its files compared with it; FileNotFoundError or ValueError says what is missing, damaged or old."""
+    if not (folder / "manifest.json").exists():
+        raise FileNotFoundError(f"{folder} holds nothing (manifest.json is missing). Make it: {made_by}.")
+    manifest = read_folder_manifest(folder)
+    if (found := manifest.get("format_version")) != version:
+        raise ValueError(
+            f"{folder} has format version {found}; this package reads {version}. Delete the folder and make it again: {made_by}."
+        )
+    return manifest
 
 
 _COARSE, _FINE = 2.0**20, 2.0**50  # a float32 is a whole number of 2**-20, and what is left one of 2**-50, to 2**-51

@@ -97,7 +97,7 @@ def test_what_was_made_before_is_opened_and_what_is_missing_made_alone(tiny_clip
     settings = dict(out=tmp_path / "s", batch_size=7, progress=False)
     likeness = lambda: [LikenessObserver(tiny_clip, tiny_sae, tiny_dataset, 1, tmp_path / "l")]  # noqa: E731
     first = summarize_latents(tiny_clip, tiny_sae, tiny_dataset, 1, **settings)
-    with pytest.raises(FileNotFoundError, match="lacks monosemanticity.csv"):
+    with pytest.raises(FileNotFoundError, match="Make it: summarize_latents"):
         Likeness.load(tmp_path / "l")
     again = summarize_latents(tiny_clip, tiny_sae, tiny_dataset, 1, observers=likeness(), **settings)
     assert torch.equal(first.top_images, again.top_images) and len(Likeness.load(tmp_path / "l").embeddings) == 24

@@ -15,10 +15,8 @@ import torch
 
 from patchsae_utils.activations.store import ActivationStore
 from patchsae_utils.latents.likeness import Likeness
-from patchsae_utils.latents.passes import own_rows
 from patchsae_utils.latents.summary import LatentSummary
 from patchsae_utils.run.artifacts import read_json
-from patchsae_utils.run.processes import Processes
 
 HERE = Path(__file__).parents[1]
 
@@ -104,20 +102,6 @@ def test_what_stops_one_process_is_said_by_all_and_any_number_goes_on(runs, tmp_
     assert shares.BAD in data.read and len(set(data.read)) <= 12, "what was done is not done again"
     left = {path.name for path in (tmp_path / "cut").rglob(".*")}
     assert left == (set() if name == "statistics" else {".statistics-unfinished"}), "of what was completed nothing is left lying about"
-
-
-def test_a_share_is_whole_units():
-    class Process:
-        number = 3
-
-        def __init__(self, index):
-            self.index = index
-
-    for n, unit in ((23, 4), (24, 4), (2, 4), (0, 4), (100, 7)):
-        parts = [own_rows(n, unit, Process(i)) for i in range(3)]
-        assert [row for part in parts for row in range(n)[part]] == list(range(n))
-        assert all(part.start % unit == 0 for part in parts)
-    assert own_rows(23, 4, Processes()) == slice(0, 23)
 
 
 def test_stores_open_as_usual(runs):
