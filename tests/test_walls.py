@@ -1,0 +1,77 @@
+"""The house keeps its shape: lower folders import no upper ones, nothing runs in a circle, and public names are documented and used."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+from pathlib import Path
+
+import grimp
+import networkx
+import pytest
+from importlinter.cli import lint_imports
+
+import patchsae_utils
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("run", "data", "clip", "activations", "sae", "latents", "concepts", "interventions", "adaptation", "plots", "explorer")
+
+
+def public_names():
+    """(where, name, object) of every public name: the root's, and each folder's ``__all__``."""
+    for name in patchsae_utils.__all__:
+        yield "patchsae_utils", name, getattr(patchsae_utils, name)
+    for folder in FOLDERS:
+        module = importlib.import_module(f"patchsae_utils.{folder}")
+        for name in module.__all__:
+            yield folder, name, getattr(module, name)
+
+
+def test_no_arrow_runs_up(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert lint_imports(config_filename="pyproject.toml", no_cache=True) == 0, "run lint-imports: it names each import that runs up"
+
+
+def test_nothing_imports_itself_in_a_circle():
+    graph = grimp.build_graph("patchsae_utils", cache_dir=None)  # lazy imports and those for types alone count
+    arrows = networkx.DiGraph((a, b) for a in graph.modules for b in graph.find_modules_directly_imported_by(a))
+    assert [sorted(circle) for circle in networkx.strongly_connected_components(arrows) if len(circle) > 1] == []
+
+
+def test_folders_and_files_stay_small():
+    package = ROOT / "patchsae_utils"
+    files = {path: len(path.read_text().splitlines()) for path in package.rglob("*.py")}
+    assert {path.name: n for path, n in files.items() if n > 450} == {}
+    per_folder = {folder: len(list((package / folder).rglob("*.py"))) for folder in FOLDERS}
+    assert {folder: n for folder, n in per_folder.items() if n > 12} == {} and len(list(package.glob("*.py"))) <= 8
+    assert len([name for name in patchsae_utils.__all__ if not inspect.ismodule(getattr(patchsae_utils, name))]) <= 40
+
+
+@pytest.mark.parametrize(("where", "name", "thing"), [pytest.param(*entry, id=".".join(entry[:2])) for entry in public_names()])
+def test_public_names_say_what_they_take(where, name, thing):
+    """numpydoc: a first sentence, and every parameter in a section of its own."""
+    if not callable(thing):
+        return
+    assert (inspect.getdoc(thing) or "").strip(), "no docstring"
+    if inspect.isclass(thing) and (issubclass(thing, tuple | Exception) or hasattr(thing, "__dataclass_fields__")):
+        return  # a result or settings: each field has its own docstring
+    text = inspect.getdoc(thing)
+    if inspect.isclass(thing):  # described where the constructor is
+        text = inspect.getdoc(next(base for base in thing.__mro__ if "__init__" in vars(base)))
+    parameters = [p for p in inspect.signature(thing).parameters.values() if p.name not in ("self", "args", "kwargs")]
+    described = re.split(r"\n(?:Returns|Yields|Raises|Attributes|Notes)\n-+", text.partition("Parameters\n----------\n")[2])[0]
+    names = {word.strip(" *") for line in re.findall(r"^\S[^:\n]*", described, re.M) for word in line.split(",")}
+    assert {p.name for p in parameters} <= names, "parameters without a description"
+
+
+def test_public_names_are_used():
+    """By a notebook, the command line, the stages, an explorer, an experiment, a benchmark, the README or the docs."""
+    notebooks = [json.loads(path.read_text())["cells"] for path in sorted((ROOT / "notebooks").glob("0*.ipynb"))]
+    texts = ["".join(cell["source"]) for cells in notebooks for cell in cells]
+    places = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), ROOT / "patchsae_utils" / "stages.py"]
+    places += [ROOT / "patchsae_utils" / "cli.py", *(ROOT / "patchsae_utils" / "explorer").glob("*.py")]
+    places += [path for folder in ("experiments", "benchmarks", "tools") for path in (ROOT / folder).glob("*.py")]
+    words = set(re.findall(r"\w+", "\n".join([*texts, *(path.read_text() for path in places)])))
+    assert sorted({f"{where}.{name}" for where, name, _ in public_names() if name not in words}) == []
