@@ -35,6 +35,9 @@ from patchsae_utils.data import openmoji
 HERE = Path(__file__).parents[1] / "patchsae_utils" / "clip" / "openmoji_clip"
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
+# How often a training caption says an object's name; otherwise it says its colour and category.
+NAMED_SHARE = {"common": 0.95, "occasional": 0.45, "rare": 0.04}
+
 
 class PretrainingScenes(Dataset):
     """Scene ``index`` of the training split: image, caption tokens, and for every patch its owner and its colour (-100: mixed)."""
@@ -48,9 +51,49 @@ class PretrainingScenes(Dataset):
     def __getitem__(self, i: int) -> tuple[np.ndarray, Tensor, np.ndarray, np.ndarray]:
         index = self.start + i
         scene = openmoji.pretraining_scene(self.seed, "train", index)
-        caption = openmoji.caption(scene, openmoji.scene_rng(self.seed, "train", index, stream=1))
+        words = caption(scene, openmoji.scene_rng(self.seed, "train", index, stream=1))
         truth = openmoji.scene_truth(scene)
-        return openmoji.render(scene), self.tokenizer([caption])[0], patch_owner(truth), patch_color(truth)
+        return openmoji.render(scene), self.tokenizer([words])[0], patch_owner(truth), patch_color(truth)
+
+
+def caption(scene: openmoji.Scene, rng: np.random.Generator) -> str:
+    """A sentence about the scene: its objects, sometimes their colours and places, and the background.
+
+    Objects of the rare tier are seldom named: the caption says their colour and category instead ("a brown tool").
+    """
+    table = openmoji.class_table()
+    large = [p for p in scene.placements if p.size > 36]
+    phrases = []
+    for placement in large:
+        row = table.iloc[placement.class_id]
+        named = rng.random() < NAMED_SHARE[row["tier"]]
+        color = openmoji.main_colors()[placement.class_id]
+        if scene.domain not in ("color", "night"):
+            phrases.append(f"a {row['name'] if named else row['category']}")
+        elif named:
+            phrases.append(f"a {color} {row['name']}" if rng.random() < 0.3 else f"a {row['name']}")
+        else:
+            phrases.append(f"a {color} {row['category']}")
+    if len(large) == 1:
+        text = ["{}", "a picture of {}", "a drawing of {}", "there is {}"][rng.integers(4)].format(phrases[0])
+    else:
+        order = rng.permutation(len(large))
+        text = phrases[order[0]]
+        for previous, current in zip(order, order[1:], strict=False):
+            text += f" {_relation(large[previous], large[current], rng)} {phrases[current]}"
+    if rng.random() < 0.5:
+        text += f" {openmoji.BACKGROUNDS[openmoji.BACKGROUND_KINDS[scene.background]]}"
+    style = {"color": "", "line": "a line drawing: ", "gray": "black and white: ", "night": "at night: "}[scene.domain]
+    return f"{style if rng.random() < 0.7 else ''}{text}."
+
+
+def _relation(a: openmoji.Placement, b: openmoji.Placement, rng: np.random.Generator) -> str:
+    if rng.random() < 0.4:
+        return ["and", "next to", "with"][rng.integers(3)]
+    dx, dy = b.x - a.x, b.y - a.y
+    if abs(dx) > abs(dy):
+        return "left of" if dx > 0 else "right of"
+    return "above" if dy > 0 else "below"
 
 
 def patch_owner(truth: openmoji.SceneTruth) -> np.ndarray:
@@ -124,7 +167,7 @@ def evaluate(model: open_clip.CLIP, heads: nn.ModuleDict, tokenizer, device: str
     right, patch = run("color", n)
     tiers = table["tier"].to_numpy()[np.arange(n) % len(table)]
     scores = {"top1": right.mean().item(), "patch": patch}
-    scores |= {f"top1_{tier}": right[torch.from_numpy(tiers == tier)].mean().item() for tier in openmoji.NAMED_SHARE}
+    scores |= {f"top1_{tier}": right[torch.from_numpy(tiers == tier)].mean().item() for tier in NAMED_SHARE}
     for domain in ("line", "gray", "night"):
         scores[f"top1_{domain}"] = run(domain, len(table))[0].mean().item()
     model.train()

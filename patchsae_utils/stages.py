@@ -21,7 +21,8 @@ from .concepts.comparison import ComparisonReport, measure_dictionaries
 from .concepts.detection import ConceptReport, measure_concepts
 from .concepts.grounding import ConceptPatches
 from .config import Profile
-from .data import ImageData, OpenMojiData, has_truth, load_dataset, without_broken
+from .data import ImageData, OpenMojiData, load_dataset, without_broken
+from .data.sources import has_truth
 from .latents.likeness import Likeness, LikenessObserver
 from .latents.reading import summarize_latents
 from .latents.summary import LatentSummary

@@ -10,7 +10,8 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from ..data import batches, has_truth, openmoji
+from ..data import batches, openmoji
+from ..data.sources import has_truth
 from ..sae.dictionary import Dictionary
 
 # -- patches with ground truth --------------------------------------------------------------------------------------------

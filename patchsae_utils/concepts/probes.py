@@ -12,8 +12,9 @@ from scipy import sparse
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data import has_truth, openmoji
+from ..data import openmoji
 from ..data.dataset import dataset_fingerprint
+from ..data.sources import has_truth
 from ..run.artifacts import atomic_folder, fingerprint, is_current, read_folder_manifest, write_folder_manifest
 from ..sae.dictionary import Dictionary
 from .grounding import ConceptPatches, average_precision, n_threads

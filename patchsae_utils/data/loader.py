@@ -7,12 +7,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 from .pictures import BrokenImage
@@ -46,8 +47,6 @@ def batches(
 ) -> Iterator[Batch]:
     """Preprocessed pictures in order, a batch at a time; the same ones however many processes open them.
 
-    Where there is a GPU, they lie in pinned memory, from which it reads while the processor goes on.
-
     Parameters
     ----------
     dataset : ImageData or OpenMojiData
@@ -65,6 +64,7 @@ def batches(
     Yields
     ------
     Batch
+        In pinned memory where there is a GPU, which reads from it while the processor goes on.
 
     Raises
     ------
@@ -73,51 +73,72 @@ def batches(
     DeadWorker
         If a process ends before its time; says why that happens, and what to do.
     """
+    places = range(len(dataset)) if indices is None else [int(i) for i in indices]
     workers = getattr(dataset, "workers", None) if workers is None else workers
-    pictures = _Preprocessed(dataset, preprocess, range(len(dataset)) if indices is None else [int(i) for i in indices])
-    loader = Loader(pictures, batch_size, workers)
-    for batch in tqdm(loader, desc=progress, disable=progress is None, leave=False):
+    loaded = load(partial(_preprocessed, dataset, preprocess, places), len(places), batch_size, workers)
+    for batch in tqdm(loaded, desc=progress, total=-(-len(places) // batch_size), disable=progress is None, leave=False):
         yield Batch(*batch)
 
 
-class Loader:
-    """torch's DataLoader, with errors for people; ``workers`` None: :func:`automatic_workers`, ``collate`` None: torch's."""
+def _preprocessed(dataset, preprocess, places: Sequence[int], i: int) -> tuple[Tensor, int, int]:
+    example = dataset[places[i]]
+    return preprocess(example.image), example.label, example.index
 
-    def __init__(self, items: Sized, batch_size: int, workers: int | None, collate: Callable[[list], Any] | None = None):
-        workers = automatic_workers() if workers is None else workers
-        n_batches = -(-len(items) // batch_size)
-        self.workers = workers = min(workers, n_batches) if n_batches > 1 else 0  # starting a process takes longer than opening a batch
-        self._loader = DataLoader(
-            _Careful(items),
-            batch_size,
-            num_workers=workers,
-            prefetch_factor=PREFETCH if workers else None,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=collate or _collate,
-        )
 
-    def __len__(self) -> int:
-        return len(self._loader)
+def load(
+    read: Callable[[int], Any], n: int, batch_size: int, workers: int | None, collate: Callable[[list], Any] = default_collate
+) -> Iterator:
+    """``read(0)`` to ``read(n - 1)``, in batches, by torch's DataLoader, with errors for people."""
+    n_batches, workers = -(-n // batch_size), automatic_workers() if workers is None else workers
+    workers = min(workers, n_batches) if n_batches > 1 else 0  # starting a process takes longer than opening a batch
+    loader = DataLoader(
+        _Items(read, n),
+        batch_size,
+        num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        collate_fn=partial(_collate, collate),
+    )
+    with _no_signals():
+        parts = iter(loader)
+    while True:
+        try:
+            batch = next(parts, None)
+        except (RuntimeError, OSError, EOFError) as error:
+            if not _means_dead(error):
+                raise
+            raise DeadWorker(
+                f"A process that opens pictures (data.workers = {workers}) has ended before its time ({str(error) or 'no answer'}). Most often memory has run out, or "
+                "in a container /dev/shm (docker run --shm-size=8g). Set data.workers lower, or to 0, which opens pictures without other "
+                "processes, and give the same command again: what was finished is kept."
+            ) from error
+        if batch is None:
+            return
+        if isinstance(batch, BrokenImage):
+            raise batch
+        yield batch
 
-    def __iter__(self) -> Iterator:
-        with _no_signals():
-            parts = iter(self._loader)
-        while True:
-            try:
-                batch = next(parts, None)
-            except (RuntimeError, OSError, EOFError) as error:
-                if not _means_dead(error):
-                    raise
-                raise DeadWorker(
-                    f"A process that opens pictures (data.workers = {self.workers}) has ended before its time ({str(error) or 'no answer'}). Most often memory has run out, or "
-                    "in a container /dev/shm (docker run --shm-size=8g). Set data.workers lower, or to 0, which opens pictures without other "
-                    "processes, and give the same command again: what was finished is kept."
-                ) from error
-            if batch is None:
-                return
-            if isinstance(batch, BrokenImage):
-                raise batch
-            yield batch
+
+class _Items(Dataset):
+    """Hands a broken image on as a value: between processes an error would become a wall of text."""
+
+    def __init__(self, read: Callable[[int], Any], n: int):
+        self.read, self.n = read, n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        try:
+            return self.read(i)
+        except BrokenImage as error:
+            return error
+
+
+def _collate(collate: Callable[[list], Any], items: list) -> Any:
+    """Items as a batch; the first error, where there is one."""
+    broken = next((item for item in items if isinstance(item, BrokenImage)), None)
+    return collate(items) if broken is None else broken
 
 
 def _means_dead(error: Exception) -> bool:
@@ -151,37 +172,3 @@ def automatic_workers() -> int:
         return 0
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(0, min(16, processors - 1))
-
-
-class _Preprocessed(Dataset):
-    def __init__(self, dataset, preprocess, indices):
-        self.dataset, self.preprocess, self.indices = dataset, preprocess, indices
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, i):
-        example = self.dataset[self.indices[i]]
-        return self.preprocess(example.image), example.label, example.index
-
-
-class _Careful(Dataset):
-    """Hands a broken image on as a value: between processes an error would become a wall of text."""
-
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        try:
-            return self.items[i]
-        except BrokenImage as error:
-            return error
-
-
-def _collate(items):
-    """Items as a batch; the first error, where there is one."""
-    broken = next((item for item in items if isinstance(item, BrokenImage)), None)
-    return torch.utils.data.default_collate(items) if broken is None else broken

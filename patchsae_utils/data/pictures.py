@@ -29,14 +29,7 @@ _NO_PICTURES = {
 
 
 class BrokenImage(ValueError):
-    """A picture that can't be decoded.
-
-    Attributes
-    ----------
-    where : str
-        The file, or the place in the data set.
-    reason : str
-    """
+    """A picture that can't be decoded: ``where`` it lies (a file, or a place in a data set), and the ``reason``."""
 
     def __init__(self, where: str, reason: str):
         super().__init__(where, reason)
@@ -50,20 +43,9 @@ class BrokenImage(ValueError):
 
 
 def open_picture(source: Any, where: str | None = None, draft: bool = False) -> Image.Image:
-    """Any picture as RGB (see :func:`as_rgb`).
+    """A path, bytes, a PIL image, or what a function returns of these, by :func:`as_rgb`; a :class:`BrokenImage` of ``where`` if it can't be read.
 
-    Parameters
-    ----------
-    source : path, bytes, PIL image, or a function that returns one of these
-    where : str, optional
-        What an error calls it. Default: its path.
-    draft : bool
-        A JPEG at an eighth of its size: as good for telling whether the file is whole, and quicker.
-
-    Raises
-    ------
-    BrokenImage
-        If it can't be read.
+    ``draft`` takes a JPEG at an eighth of its size: as good for telling whether the file is whole, and quicker.
     """
     try:
         source = source() if callable(source) else source
@@ -83,16 +65,7 @@ def open_picture(source: Any, where: str | None = None, draft: bool = False) -> 
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture as RGB, and the one rule for all kinds of them.
-
-    It is turned as its camera says (EXIF); of an animation the first frame is taken; transparent parts are white; 16 bits a channel are scaled to
-    8; other whole numbers by the smaller of 255 and 65,535 that holds them, fractions by the smallest of 1, 255 and 65,535.
-
-    Raises
-    ------
-    ValueError
-        For numbers outside these ranges.
-    """
+    """Any picture as RGB: upright (EXIF), of an animation the first frame, on a white ground, deeper numbers scaled to 8 bits by their range."""
     image.load()
     with suppress(Exception):  # damaged EXIF of a picture that is whole
         image = ImageOps.exif_transpose(image)
@@ -105,7 +78,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A gray picture of deeper numbers, scaled by the range that they have."""
+    """A gray picture of 16 bits; of whole numbers up to 255 or 65,535; of fractions up to 1, 255 or 65,535: the smallest range that holds them."""
     values, clear = np.asarray(image).astype(np.float64), image.info.get("transparency")
     fractions = image.mode == "F"
     ranges = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535) if fractions else (255, 65535)
@@ -128,32 +101,27 @@ def is_picture(name: str) -> bool:
 
 
 class ImageFiles:
-    """Opener of picture files: row -> path.
+    """Opener of picture files: row -> path. Names are relative to the root.
 
-    Names (relative to the root) are kept as one block of bytes: 1.3 million strings would take 150 MB, and as much again in every process that
-    opens pictures, which by counting references copies the pages that they lie on.
+    They are kept as one array: 1.3 million strings would take 150 MB, and as much again in every process that opens pictures, which by counting
+    references copies the pages that they lie on.
     """
 
     def __init__(self, root: str | os.PathLike, names: Sequence[str]):
-        self.root = str(root)
-        encoded = [os.fsencode(name) for name in names]
-        self._names = np.frombuffer(b"".join(encoded), np.uint8)
-        self._ends = np.cumsum([0, *map(len, encoded)])
+        self.root, self._names = str(root), np.array([os.fsencode(name) for name in names], dtype=bytes)
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._names)
 
     def __call__(self, row: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self._names[self._ends[row] : self._ends[row + 1]].tobytes()))
+        return os.path.join(self.root, os.fsdecode(self._names[row]))
 
     where = __call__
 
     @property
     def listing(self) -> str:
         """Names the list of files, not their contents: 16 hex digits."""
-        digest = hashlib.sha256(self.root.encode(errors="surrogateescape"))
-        digest.update(self._ends.astype(np.int64).tobytes() + self._names.tobytes())
-        return digest.hexdigest()[:16]
+        return hashlib.sha256(self.root.encode(errors="surrogateescape") + self._names.tobytes()).hexdigest()[:16]
 
     def contents(self, rows: Sequence[int]) -> str:
         """Names what lies in the files' place: names, sizes, times of change; 16 hex digits."""

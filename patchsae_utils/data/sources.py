@@ -67,14 +67,5 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
 
 
 def has_truth(data) -> bool:
-    """Whether a data set, or the one that a spec means, knows what every patch shows. Opens nothing.
-
-    Parameters
-    ----------
-    data : str, ImageData or OpenMojiData
-
-    Returns
-    -------
-    bool
-    """
+    """Whether a data set, or the one that a spec means, knows what every patch shows. Opens nothing."""
     return data.startswith("openmoji/") if isinstance(data, str) else hasattr(data, "truth")

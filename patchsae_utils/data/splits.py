@@ -73,16 +73,6 @@ def share(labels: Sequence[int], split: str, ends: Sequence[float], seed: int, c
 def half_of_classes(n_classes: int, half: str | None) -> list[int]:
     """Labels of a half: the first ceil(n/2) are base, the rest novel; all for None.
 
-    Parameters
-    ----------
-    n_classes : int
-    half : {"base", "novel"} or None
-
-    Raises
-    ------
-    ValueError
-        For another half.
-
     Source: the base-to-novel protocol of CoCoOp (Zhou et al., CVPR 2022), which MaPLe and PatchSAE follow.
     """
     if half is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,3 +65,17 @@ def test_patch_labels_follow_the_ground_truth():
         assert (owner[share > 0.5] == class_id).all()
     assert (owner[truth.background_share == 1] == len(openmoji.class_table()) + truth.background).all()
     assert ((color >= 0) == (truth.color_share.max(0) >= 0.4)).all()
+
+
+def test_captions_are_seeded_and_name_by_tier():
+    table = openmoji.class_table()
+    named = {tier: [] for tier in train.NAMED_SHARE}
+    for index in range(600):
+        drawn = openmoji.draw_scene(openmoji.scene_rng(0, "train", index), index % len(table))
+        text = train.caption(drawn, openmoji.scene_rng(0, "train", index, stream=1))
+        assert text == train.caption(drawn, openmoji.scene_rng(0, "train", index, stream=1))
+        assert text.endswith(".")
+        row = table.iloc[index % len(table)]
+        named[row["tier"]].append(row["name"] in text)
+    common, occasional, rare = (np.mean(named[tier]) for tier in ("common", "occasional", "rare"))
+    assert common > 0.9 and 0.3 < occasional < 0.65 and rare < 0.15

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from patchsae_utils.data import ImageData, batches, few_shot, half_of_classes, load_dataset, openmoji, templates_for
+from patchsae_utils.data import ImageData, batches, few_shot, load_dataset, openmoji, templates_for
+from patchsae_utils.data.splits import half_of_classes
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from PIL import Image
 from patchsae_utils import stages
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.config import load_profile
-from patchsae_utils.data import BrokenImage, DeadWorker, ImageData, TooManyBroken, batches, broken, load_dataset, loader, without_broken
-from patchsae_utils.data.loader import Loader, automatic_workers
+from patchsae_utils.data import BrokenImage, DeadWorker, ImageData, TooManyBroken, batches, broken, load_dataset, without_broken
+from patchsae_utils.data.loader import automatic_workers, load
 from patchsae_utils.latents.reading import summarize_latents
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -143,7 +143,7 @@ def test_a_check_that_takes_long_is_saved_on_the_way(pictures, tmp_path, monkeyp
     written = []
     monkeypatch.setattr(broken, "_SAVE_EVERY", -1.0)
     monkeypatch.setattr(broken, "write_json", lambda path, report: written.append(report["images_checked"]))
-    monkeypatch.setattr(broken, "Loader", lambda items, size, *options: loader.Loader(items, 7, *options[:1], list))
+    monkeypatch.setattr(broken, "load", lambda read, n, size, *options: load(read, n, 7, *options))
     cleaned(load_dataset(str(pictures), "train"), tmp_path / "report.json")
     assert written == [7, 14, 21, 28, 30, 30]
 
@@ -170,14 +170,11 @@ def test_an_image_that_breaks_later_is_named_without_a_wall_of_text(tiny_clip, p
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
-class Dies(torch.utils.data.Dataset):
+class Dies:
     """Ends its process at item 5, unless it is the main one."""
 
     def __init__(self, how):
         self.how, self.main = how, os.getpid()
-
-    def __len__(self):
-        return 12
 
     def __getitem__(self, i):
         if i == 5 and os.getpid() != self.main:
@@ -189,11 +186,11 @@ class Dies(torch.utils.data.Dataset):
 def test_a_worker_that_dies_is_an_error_that_says_what_to_do(how):
     got = []
     with pytest.raises(DeadWorker, match=r"data.workers = 1\) has ended before its time.*Set data.workers lower, or to 0"):
-        for batch in Loader(Dies(how), 2, workers=1):
+        for batch in load(Dies(how).__getitem__, 12, 2, workers=1):
             got += batch.tolist()
     assert got == [0, 1, 2, 3][: len(got)]
     assert issubclass(DeadWorker, OSError), "which the command line tells as a sentence"
-    assert torch.cat(list(Loader(Dies(how), 2, workers=0))).tolist() == list(range(12))
+    assert torch.cat(list(load(Dies(how).__getitem__, 12, 2, workers=0))).tolist() == list(range(12))
 
 
 def test_extraction_goes_on_after_a_worker_has_died(tiny_clip, pictures, tmp_path, monkeypatch):

@@ -20,15 +20,15 @@ from patchsae_utils.data import (
     ImageData,
     batches,
     dataset_fingerprint,
-    describe_dataset,
     few_shot,
-    has_truth,
     hub_sets,
     load_dataset,
     loader,
-    open_picture,
     without_broken,
 )
+from patchsae_utils.data.dataset import describe_dataset
+from patchsae_utils.data.pictures import open_picture
+from patchsae_utils.data.sources import has_truth
 from patchsae_utils.data.splits import class_names
 from patchsae_utils.explorer.uploads import read_upload
 from patchsae_utils.latents.reading import summarize_latents
@@ -467,8 +467,8 @@ def test_A12_a_stream_gives_as_many_images_as_are_asked_for(hub, monkeypatch):
 
 def test_A13_no_workers_means_none(tiny_clip, monkeypatch):
     """FAULTS A13: 0 is none, None asks the data set, and the machine where that says nothing."""
-    used, make = [], loader.Loader
-    monkeypatch.setattr(loader, "Loader", lambda *given: (made := make(*given), used.append(made.workers), [])[2])
+    used = []
+    monkeypatch.setattr(loader, "DataLoader", lambda *_, num_workers, **__: used.append(num_workers) or [])
     monkeypatch.setattr(loader, "automatic_workers", lambda: 3)
     data = load_dataset("openmoji/tools", "test", n_images=40)
     for own, given in ((2, 0), (2, None), (2, 1), (None, None), (None, 0), (0, None)):
