@@ -1,22 +1,15 @@
 """Interventions: change latents, let the network finish, see what it says.
 
-Masks of many latents (`masks`), edits of single ones (`steering`), which latents matter (`choosing`, `attribution`), what an edit does to concepts (`effects`).
-All edits go through `tail`, the part of the network behind the hook. May import: concepts, latents, sae, clip, data, run.
+Masks of many latents (`masks`), edits of single ones (`steering`), which latents matter (`choosing`, `attribution`), which stand for the embedded
+world's concepts (`concept_latents`), what an edit does to scores (`effects`). All edits go through `tail`, the part of the network behind the hook.
+May import: concepts, latents, sae, clip, data, run.
 """
 
 from .attribution import attribute_latents, attribution_check
-from .effects import (
-    concept_latents,
-    concept_specificity,
-    dose_response,
-    rank_concepts,
-    rank_latents,
-    remove_objects,
-    specificity,
-    summarize_effects,
-    swap_colors,
-)
-from .masks import CHOICES, sweep_masks
+from .choosing import CHOICES
+from .concept_latents import rank_concepts
+from .effects import clearest_latents, concept_specificity, dose_response, remove_objects, summarize_effects, swap_colors
+from .masks import sweep_masks
 from .steering import Edit, steer
 from .tail import dataset_head
 
@@ -25,14 +18,12 @@ __all__ = [
     "Edit",
     "attribute_latents",
     "attribution_check",
-    "concept_latents",
+    "clearest_latents",
     "concept_specificity",
     "dataset_head",
     "dose_response",
     "rank_concepts",
-    "rank_latents",
     "remove_objects",
-    "specificity",
     "steer",
     "summarize_effects",
     "swap_colors",

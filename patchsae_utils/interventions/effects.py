@@ -1,111 +1,180 @@
-"""What single latents do to the class logits: specificity, dose and response. Where a data set knows what every patch shows, see also
-:mod:`patchsae_utils.interventions.concept_effects` and :mod:`patchsae_utils.interventions.scene_effects` (their public names are here too).
+"""What single latents do to scores: of concepts, over doses, of swapped colours, of removed objects.
 
-Every experiment keeps the reconstruction error, so nothing but the named latents changes, and every one has a control: other latents of
-the same image that were about as active. Latents are chosen on the train split (:func:`rank_latents`), effects are measured on test.
+Every experiment keeps the reconstruction error, so nothing but the named latents changes, and sets a control beside them: other latents
+that are about as active in the same place. Latents are chosen on the train split, effects are measured on test. The embedded world says
+where each object is, so that an edit can act there alone.
 
-Dimension letters: B batch, T tokens (CLS, then patches), P patches, D d_in, S d_sae, C classes.
+Dimension letters: B batch, T tokens (CLS, then patches), P patches, S d_sae, K concepts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from ..clip.model import ClipModel, Residual
-from ..data import batches
-from ..latents.classes import class_scores
-from ..latents.summary import LatentSummary
-from ..run.intervals import bootstrap_mean
-from .choosing import matched_latents
-from .concept_effects import ConceptLatents, concept_head, concept_prompts, concept_specificity, rank_concepts
-from .scene_effects import color_swap_scenes, object_patches, remove_objects, swap_colors, two_object_scenes
-from .tail import check_models, contribution, dataset_head, decoder_of, network_tail
+from ..clip.model import ClipModel
+from ..data import openmoji
+from ..latents.reading import LatentSummary
+from ..run.intervals import mean_interval
+from ..sae.model import SparseAutoencoder
+from .choosing import SILENT, matched_latents
+from .concept_latents import MIN_PATCHES, ConceptLatents, check_truth, concept_head, same_kind
+from .tail import BATCH, contribution, dataset_head, read_batches
 
-if TYPE_CHECKING:
-    from ..sae.model import SparseAutoencoder
-
-__all__ = [
-    "SCENES",
-    "ConceptLatents",
-    "class_scores",
-    "color_swap_scenes",
-    "concept_head",
-    "concept_latents",
-    "concept_prompts",
-    "concept_specificity",
-    "dose_response",
-    "object_patches",
-    "rank_concepts",
-    "rank_latents",
-    "remove_objects",
-    "specificity",
-    "summarize_effects",
-    "swap_colors",
-    "two_object_scenes",
-]
-
-SCENES = ("show it", "show another")
+DOSES = (0, 0.5, 1, 1.5, 2, 3, 4)
+DOSE_BATCH = 36
+"""Images at a time where each receives the pattern of the one in front of it."""
+N_CONTROLS = 3
+"""Draws of as many other latents; their effects are averaged."""
+MIN_OBJECT = 10
+"""Patches that an object fills by half, so that it is worth removing."""
+MAIN_COLOR = 0.6
+"""Share of the coloured pixels on an object's patches that makes a colour its own."""
 
 
-def rank_latents(summary: LatentSummary, k: int = 1) -> Tensor:
-    """Each class's most characteristic latents by :func:`class_scores`, best first: LongTensor [C, k].
+def summarize_effects(frame: pd.DataFrame, columns: Sequence[str], by: Sequence[str] = ("kind",), over: str = "index") -> pd.DataFrame:
+    """Means with 95 % bootstrap intervals of what the experiments list row by row.
+
+    Parameters
+    ----------
+    frame : DataFrame
+    columns : sequence of str
+        What is averaged: ``["own", "others"]``, ``["removed_change", "stays_change"]``, ...
+    by : sequence of str
+        One row of the result for each combination of these.
+    over : str
+        What is resampled, after averaging the rows that share it: images or scenes (``index``), or concepts (``concept``). What has only
+        NaN, for want of a control, is left out.
+
+    Returns
+    -------
+    DataFrame
+        The columns of ``by``; for each of ``columns`` its mean and ``<column>_low``, ``<column>_high``; n (how many were resampled).
+    """
+    rows = []
+    for key, group in frame.groupby(list(by), sort=False):
+        means = group.groupby(over)[list(columns)].mean().dropna()
+        found = mean_interval(means.to_numpy(float).T, over)
+        row = dict(zip(by, key, strict=True))
+        for name, mean, low, high in zip(columns, found.value, found.low, found.high, strict=True):
+            row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+        rows.append(row | {"n": len(means)})
+    return pd.DataFrame(rows)
+
+
+# -- concepts ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def concept_specificity(
+    clip: ClipModel, sae: SparseAutoencoder, dataset: Any, latents: Mapping[str, Sequence[int]], layer: int = -2, *, n_images: int = 8
+) -> pd.DataFrame:
+    """Turn each concept's latents off in scenes that show it: does the text that names it fit less, and do the others stay?
+
+    Objects, categories, colours and backgrounds alike; a concept's score is 'logit scale times cosine' with its own prompts, so no
+    classifier is trained for it.
+
+    Parameters
+    ----------
+    clip : ClipModel
+    sae : SparseAutoencoder
+    dataset : OpenMojiData
+        Of the test split.
+    latents : mapping of str to sequence of int
+        Concept -> its latents, the same number for each (``rank_concepts(...).mapping()``); turned off together, on all tokens.
+    layer : int
+    n_images : int
+        Scenes a concept, from the front of the data set; fewer where it has fewer.
+
+    Returns
+    -------
+    DataFrame
+        Two rows for each concept and scene, ``kind`` "own" and "control" (as many other latents, each about as active in the same scene as the
+        one it stands for): concept, concept_kind, index, ``own`` (change of the concept's score), ``others`` (mean change of the other given
+        concepts of its kind).
 
     Raises
     ------
     ValueError
-        If k is outside 1..S.
+        If the data set has no ground truth, a concept or latent doesn't exist, no scene shows any of the concepts, or the SAE is of another
+        model or layer.
     """
-    n_latents = summary.class_counts.shape[1]
-    if not 1 <= k <= n_latents:
-        raise ValueError(f"k must lie between 1 and the number of latents, {n_latents}; got {k}.")
-    return class_scores(summary).argsort(dim=1, descending=True, stable=True)[:, :k]
+    check_truth(dataset)
+    sae.check_model(clip, layer)
+    _check_latents(latents, sae.d_sae)
+    concepts, own = list(latents), torch.tensor(list(latents.values()))
+    head, peers, scenes = concept_head(clip, concepts), same_kind(concepts), _scenes_of(dataset, concepts, n_images)
+    parts = []
+    for read in read_batches(clip, sae, dataset, layer, "concepts", indices=sorted(scenes)):
+        h = sae.encode(read.residual.tokens)
+        activation, before = h.sum(1).cpu(), clip.logits(read.tail(read.residual), head)
+        pairs = torch.tensor([(i, concept) for i, index in enumerate(read.indices.tolist()) for concept in scenes[index]])
+        for image, concept in (part.unbind(1) for part in pairs.split(BATCH)):
+            mine, index = own[concept], read.indices[image]
+            controls = [matched_latents(mine, activation[image], index * len(concepts) + concept, draw) for draw in range(N_CONTROLS)]
+            for kind, sets in (("own", [mine]), ("control", controls)):
+                edited = [read.residual.tokens[image] - contribution(sae.W_dec, h[image], chosen) for chosen in sets]
+                change = torch.stack([clip.logits(read.features(tokens, image), head) - before[image] for tokens in edited]).mean(0).cpu()
+                names = [concepts[c] for c in concept.tolist()]
+                parts.append(
+                    {
+                        "kind": kind,
+                        "concept": names,
+                        "concept_kind": [name.split(":")[0] for name in names],
+                        "index": index,
+                        "own": _of(change, concept),
+                        "others": (change * peers[concept]).sum(1) / peers[concept].sum(1).clamp_min(1),
+                    }
+                )
+    return _table(parts)
 
 
-def concept_latents(summary: LatentSummary, n: int = 60, k: int = 1) -> dict[int, list[int]]:
-    """The n classes that have the clearest latent of their own, clearest first, and the k best latents of each.
+# -- doses ------------------------------------------------------------------------------------------------------------
 
-    No two of the classes share their first latent: it goes to the class that scores highest for it.
+
+def clearest_latents(summary: LatentSummary, n: int) -> dict[int, int]:
+    """The n classes that have the clearest latent of their own, clearest first, and that latent.
+
+    Parameters
+    ----------
+    summary : LatentSummary
+        Of the train split.
+    n : int
 
     Returns
     -------
-    dict of int to list of int
-        Class -> latents, best first.
+    dict of int to int
+        Class -> latent; fewer than n where classes share their first latent, which goes to the class that scores highest for it.
     """
-    score, ranked = class_scores(summary), rank_latents(summary, k)
-    best = score.gather(1, ranked[:, :1])[:, 0]
-    chosen: dict[int, list[int]] = {}
-    taken: set[int] = set()
-    for label in best.argsort(dim=0, descending=True, stable=True).tolist():
-        first = int(ranked[label, 0])
-        if len(chosen) < n and first not in taken and best[label] > 0:
-            taken.add(first)
-            chosen[label] = ranked[label].tolist()
+    best = class_scores(summary).max(1)
+    chosen: dict[int, int] = {}
+    for label in best.values.argsort(descending=True, stable=True).tolist():
+        latent = int(best.indices[label])
+        if len(chosen) < n and latent not in chosen.values() and best.values[label] > 0:
+            chosen[label] = latent
     return chosen
 
 
 @torch.no_grad()
-def specificity(
+def dose_response(
     clip: ClipModel,
     sae: SparseAutoencoder,
-    dataset,
-    latents: Mapping[int, int | Sequence[int]],
+    dataset: Any,
+    latents: Mapping[int, int],
     layer: int = -2,
     *,
-    ks: Sequence[int] | None = None,
     head: Tensor | None = None,
     n_images: int = 12,
-    n_controls: int = 4,
-    batch_size: int = 32,
-    seed: int = 0,
-    progress: bool = True,
 ) -> pd.DataFrame:
-    """Turn each class's own latents off in images of that class: does its logit fall, and do the others stay?
+    """Scale each class's own latent in images that show the class, and add it to images that show another class.
+
+    Where another class is shown, the pattern (the latent's activation on every token) of an image that shows the class is added, times the
+    dose. So dose 1 is the untouched image in the first case, and dose 0 in the second.
 
     Parameters
     ----------
@@ -113,86 +182,13 @@ def specificity(
     sae : SparseAutoencoder
     dataset : ImageData or OpenMojiData
         Images that the choice of latents has not seen.
-    latents : mapping of int to int, or to a sequence of int
-        Class -> its latent, or its latents, the same number for each (see :func:`concept_latents`); turned off together.
+    latents : mapping of int to int
+        Class -> its latent (:func:`clearest_latents`), of at least two classes.
     layer : int
-    ks : sequence of int, optional
-        How many of each class's latents are turned off: the first k of them; by default all.
     head : Tensor [C, d_embed], optional
         By default from the data set's class names and templates.
     n_images : int
         Images a class; fewer where the data set has fewer.
-    n_controls : int
-        Draws of as many other latents, each about as active in the same image as the one it stands for; their effects are averaged.
-    batch_size : int
-    seed : int
-    progress : bool
-
-    Returns
-    -------
-    DataFrame
-        Two rows an image and k, ``kind`` "own" and "control": class, index, k, activation (of the latents that were turned off, summed over
-        tokens), ``own`` (change of the class's logit), ``others`` (mean change of the other logits). Where a class's latents are silent
-        in an image, both rows hold zeros.
-
-    Raises
-    ------
-    ValueError
-        For a class or latent that doesn't exist, or classes without images.
-    """
-    head, latents = _prepare(clip, sae, dataset, latents, layer, head)
-    decoder = decoder_of(sae).rows
-    longest = len(next(iter(latents.values())))
-    if ks is not None and not all(1 <= k <= longest for k in ks):
-        raise ValueError(f"ks must lie between 1 and the number of latents given for each class, {longest}; got {list(ks)}.")
-    rows: list = []
-
-    def measure(residual: Residual, labels: Tensor, indices: Tensor, effect: Callable) -> None:
-        h = sae.encode(residual.tokens)
-        own = torch.tensor([latents[label] for label in labels.tolist()])
-        activation = h.sum(1).cpu()
-        draws = [matched_latents(own, activation, indices, seed + draw) for draw in range(n_controls)]
-        for k in ks or [own.shape[1]]:
-            for kind, sets in (("own", [own[:, :k]]), ("control", [draw[:, :k] for draw in draws])):
-                mass = torch.stack([(activation.gather(1, chosen.clamp_min(0)) * (chosen >= 0)).sum(1) for chosen in sets]).mean(0)
-                change = torch.stack([effect(-contribution(decoder, h, chosen)) for chosen in sets]).mean(0)
-                values = zip(labels.tolist(), indices.tolist(), mass.tolist(), change.tolist(), strict=True)
-                rows.extend((kind, k, label, index, active, *changes) for label, index, active, changes in values)
-
-    images = _some_images(dataset, sorted(latents), n_images)
-    _each_batch(clip, dataset, layer, head, images, batch_size, "specificity" if progress else None, measure)
-    return pd.DataFrame(rows, columns=["kind", "k", "class", "index", "activation", "own", "others"])
-
-
-@torch.no_grad()
-def dose_response(
-    clip: ClipModel,
-    sae: SparseAutoencoder,
-    dataset,
-    latents: Mapping[int, int | Sequence[int]],
-    doses: Sequence[float] = (0, 0.5, 1, 1.5, 2, 3, 4),
-    layer: int = -2,
-    *,
-    head: Tensor | None = None,
-    n_images: int = 12,
-    batch_size: int = 36,
-    n_bootstrap: int = 1000,
-    seed: int = 0,
-    progress: bool = True,
-) -> pd.DataFrame:
-    """Scale each class's own latents in images that show the class, and add them to images that show another class.
-
-    Where another class is shown, the pattern (the latents' activation on every token) of an image that shows the class is transplanted,
-    times the dose. So dose 1 is the untouched image in the first case, and dose 0 in the second.
-
-    Parameters
-    ----------
-    clip, sae, dataset, latents, layer, head, n_images, batch_size, seed, progress
-        As for :func:`specificity`; at least two classes.
-    doses : sequence of float
-        Factors, not negative.
-    n_bootstrap : int
-        Resamples of the images.
 
     Returns
     -------
@@ -203,112 +199,275 @@ def dose_response(
     Raises
     ------
     ValueError
-        For fewer than two classes or a negative dose; else as :func:`specificity`.
+        For fewer than two classes, a class or latent that doesn't exist, classes without images, or an SAE of another model or layer.
     """
-    if len(latents) < 2 or min(doses) < 0:
-        raise ValueError(
-            f"dose_response needs two classes or more and doses that are not negative, got {len(latents)} classes and doses {list(doses)}."
-        )
-    head, latents = _prepare(clip, sae, dataset, latents, layer, head)
-    decoder = decoder_of(sae).rows
-    by_class = [_some_images(dataset, [label], n_images) for label in sorted(latents)]
+    sae.check_model(clip, layer)
+    _check_latents({label: [latent] for label, latent in latents.items()}, sae.d_sae)
+    labels = np.asarray(dataset.labels)
+    by_class = [np.flatnonzero(labels == label)[:n_images].tolist() for label in sorted(latents)]
+    if len(latents) < 2 or not all(by_class):
+        raise ValueError(f"dose_response needs two classes or more, each with images in {dataset.spec!r} ({dataset.split}); got {sorted(latents)}.")
     order = [images[i] for i in range(n_images) for images in by_class if i < len(images)]  # neighbours differ in class
-    rows: list = []
-
-    def measure(residual: Residual, labels: Tensor, indices: Tensor, effect: Callable) -> None:
-        h = sae.encode(residual.tokens)
-        pattern = contribution(decoder, h, torch.tensor([latents[label] for label in labels.tolist()]))
-        # The class of the picture in front of it: this is where the pattern of that picture goes.
-        guests = labels.roll(1)
-        for dose in doses:
-            changes = {
-                "show it": (labels, effect((dose - 1) * pattern)),
-                "show another": (guests, effect(dose * pattern.roll(1, 0), guests)),
-            }
-            for scenes, (concerned, change) in changes.items():
-                for label, shown, index, values in zip(concerned.tolist(), labels.tolist(), indices.tolist(), change.tolist(), strict=True):
-                    if scenes == "show it" or label != shown:
-                        rows.append((label, index, scenes, float(dose), *values))
-
-    _each_batch(clip, dataset, layer, head, order, batch_size, "dose and response" if progress else None, measure)
-    raw = pd.DataFrame(rows, columns=["class", "image", "scenes", "dose", "own", "others"])
-    table = summarize_effects(raw, ["own", "others"], ["class", "scenes", "dose"], "image", n_bootstrap, seed)
+    head = dataset_head(clip, dataset) if head is None else head
+    parts = []
+    for read in read_batches(clip, sae, dataset, layer, "dose and response", batch_size=DOSE_BATCH, indices=order):
+        z, shown = read.residual.tokens, read.labels
+        before = clip.logits(read.features(z), head)
+        pattern = contribution(sae.W_dec, sae.encode(z), torch.tensor([[latents[label]] for label in shown.tolist()]))
+        for dose in DOSES:
+            # The class of the picture in front of it: this is where the pattern of that picture goes.
+            for scenes, label, added in (
+                ("show it", shown, (dose - 1) * pattern),
+                ("show another", shown.roll(1), dose * pattern.roll(1, 0)),
+            ):
+                change = clip.logits(read.features(z + added), head) - before
+                own = _of(change, label)
+                others = (change.sum(1) - own) / max(len(head) - 1, 1)
+                told = torch.ones_like(label, dtype=torch.bool) if scenes == "show it" else label != shown
+                part = {"class": label[told], "index": read.indices[told.cpu()], "own": own[told], "others": others[told]}
+                parts.append(part | {"scenes": scenes, "dose": float(dose)})
+    table = summarize_effects(_table(parts), ["own", "others"], ["class", "scenes", "dose"])
     return table.sort_values(["class", "scenes", "dose"], ignore_index=True)
 
 
-def summarize_effects(
-    frame: pd.DataFrame, columns: Sequence[str], by: Sequence[str] = ("kind",), over: str = "index", n_bootstrap: int = 1000, seed: int = 0
-):
-    """Means with 95 % bootstrap intervals of what :func:`specificity` and :func:`remove_objects` list row by row.
+# -- colours ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def swap_colors(
+    clip: ClipModel,
+    sae: SparseAutoencoder,
+    dataset: Any,
+    latents: ConceptLatents,
+    layer: int = -2,
+    *,
+    doses: Sequence[float] = (1.0,),
+    edit_cls: bool = False,
+    n_scenes: int = 100,
+) -> pd.DataFrame:
+    """Exchange the latents of two colours on an object's patches: does CLIP then see it in the other colour?
+
+    In a scene whose main object has one dominant colour, the latents of that colour are turned off there, and those of another colour,
+    which is drawn, are set to the level that they usually have where it is seen. The control exchanges as many others: latents that are as
+    active on these patches go, and random ones arrive in the same amounts.
 
     Parameters
     ----------
-    frame : DataFrame
-    columns : sequence of str
-        What is averaged: ``["own", "others"]``, ``["removed_change", "stays_change"]``, ...
-    by : sequence of str
-        One row of the result for each combination of these.
-    over : str
-        What is resampled, after averaging the rows that share it: images or scenes (``index``), or concepts (``class``).
-    n_bootstrap : int
-    seed : int
+    clip : ClipModel
+    sae : SparseAutoencoder
+    dataset : OpenMojiData
+        Of the test split; scenes with one main object (``openmoji/all`` or a task).
+    latents : ConceptLatents
+        With kind ``color``, from the train split.
+    layer : int
+    doses : sequence of float
+        Factors on the level of what arrives.
+    edit_cls : bool
+        Exchange them on the class token too. It has gathered the colour from the blocks before; patches alone act through the attention
+        that is left.
+    n_scenes : int
+        From the front of the data set.
 
     Returns
     -------
     DataFrame
-        The columns of ``by``; for each of ``columns`` its mean and ``<column>_low``, ``<column>_high``; n (how many were resampled).
+        Two rows for each scene and dose, ``kind`` "own" and "control": index, source, target (colours), dose, ``saw_source`` (before the
+        edit the source's prompts fit best among all colours'), ``sees_target`` (1 where after it the target's do), ``source_change,
+        target_change`` (of the probabilities among colours), ``object_change`` (of the logit of the object's class).
+
+    Raises
+    ------
+    ValueError
+        If the data set has no ground truth, colours have no latents, there are too few scenes, or the SAE is of another model or layer.
     """
-    rows = []
-    for key, group in frame.groupby(list(by), sort=False):
-        means = group.groupby(over)[list(columns)].mean()
-        row = dict(zip(by, key, strict=True))
-        for name in columns:
-            mean, low, high = bootstrap_mean(means[name], n_bootstrap, seed)
-            row |= {name: float(mean), f"{name}_low": float(low), f"{name}_high": float(high)}
-        rows.append(row | {"n": len(means)})
-    return pd.DataFrame(rows)
+    check_truth(dataset)
+    sae.check_model(clip, layer)
+    names = [name for name in openmoji.COLORS if f"color:{name}" in latents.concepts]
+    if len(names) < 2:
+        raise ValueError("swap_colors needs the latents of two colours: latents=rank_concepts(..., kinds=['color']).")
+    scenes = _first_scenes(dataset, n_scenes, lambda index: _color_swap(dataset, index, names), "whose main object has one dominant colour")
+    colors, objects = concept_head(clip, [f"color:{name}" for name in names]), dataset_head(clip, dataset)
+    rows = [latents.concepts.index(f"color:{name}") for name in names]
+    table, levels, cls_levels = (part[rows] for part in (latents.latents, latents.levels, latents.cls_levels))
+    spare = np.setdiff1d(np.arange(sae.d_sae), table)
+    parts = []
+    for read in read_batches(clip, sae, dataset, layer, "colours", indices=list(scenes)):
+        indices, z = read.indices.tolist(), read.residual.tokens
+        h, features = sae.encode(z), read.features(z)
+        before, before_objects = clip.logits(features, colors).cpu(), clip.logits(features, objects)
+        source, target = (torch.tensor([names.index(scenes[i][side]) for i in indices]) for side in range(2))
+        grids = torch.stack([object_patches(dataset.truth(i), -1) for i in indices])
+        here = torch.cat([torch.full((len(grids), 1), edit_cls), grids], 1).to(h)[..., None]
+        local, leaving, arriving = h * here, table[source], table[target]
+        amounts = torch.cat([cls_levels[target][:, None], levels[target][:, None].expand(-1, grids.shape[1], -1)], 1).to(h) * here
+        others = matched_latents(leaving, local.sum(1), read.indices)
+        random = torch.stack([torch.from_numpy(np.random.default_rng([0, i]).choice(spare, table.shape[1], replace=False)) for i in indices])
+        for kind, (out, into) in {"own": (leaving, arriving), "control": (others, random)}.items():
+            gone = contribution(sae.W_dec, local, out) + contribution(sae.W_dec, local, into)
+            for dose in doses:
+                features = read.features(z - gone + dose * (amounts @ sae.W_dec[into]))
+                after = clip.logits(features, colors).cpu()
+                change = after.softmax(1) - before.softmax(1)
+                parts.append(
+                    {
+                        "kind": kind,
+                        "dose": float(dose),
+                        "index": read.indices,
+                        "source": [names[i] for i in source.tolist()],
+                        "target": [names[i] for i in target.tolist()],
+                        "saw_source": before.argmax(1) == source,
+                        "sees_target": (after.argmax(1) == target).double().masked_fill(after.isnan().any(1), torch.nan),
+                        "source_change": _of(change, source),
+                        "target_change": _of(change, target),
+                        "object_change": _of(clip.logits(features, objects) - before_objects, read.labels),
+                    }
+                )
+    return _table(parts)
+
+
+def _color_swap(dataset: Any, index: int, names: Sequence[str]) -> tuple[str, str] | None:
+    """The (source, target) colours of a scene, if its main object is mostly of one colour."""
+    truth = dataset.truth(index)
+    grid = object_patches(truth, -1).numpy().reshape(truth.color_share.shape[1:])
+    fill = (truth.color_share * grid).sum((1, 2))
+    source = openmoji.COLORS[int(fill.argmax())]
+    if fill.max() < MAIN_COLOR * fill.sum() or fill.max() < MIN_PATCHES or source not in names:
+        return None
+    targets = [name for name in names if name != source]
+    return source, targets[int(np.random.default_rng([0, index]).integers(len(targets)))]
+
+
+# -- places -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def remove_objects(
+    clip: ClipModel, sae: SparseAutoencoder, dataset: Any, latents: Sequence[Sequence[int]], layer: int = -2, *, n_scenes: int = 60
+) -> pd.DataFrame:
+    """In scenes of two objects, turn one object's latents off on its own patches: does it go, and does the other stay?
+
+    Parameters
+    ----------
+    clip : ClipModel
+    sae : SparseAutoencoder
+    dataset : OpenMojiData
+        ``openmoji/scenes``: the ground truth says where each object is.
+    latents : sequence of length C of sequences of int
+        Each class's latents (:func:`patchsae_utils.latents.top_latents`), classes of the embedded world.
+    layer : int
+    n_scenes : int
+        Scenes, from the front of the data set; both objects of each are removed in turn.
+
+    Returns
+    -------
+    DataFrame
+        Two rows for each scene and object, ``kind`` "own" and "control" (as many other latents that are about as active on
+        these patches): index, removed (class), stays (class), ``removed_before, removed_after, stays_before, stays_after`` (probabilities
+        among all classes), ``removed_change, stays_change`` (of the logits).
+
+    Raises
+    ------
+    ValueError
+        If the data set has no ground truth, or too few scenes of two objects, or the SAE is of another model or layer.
+    """
+    check_truth(dataset)
+    sae.check_model(clip, layer)
+    scenes = _first_scenes(dataset, n_scenes, lambda index: _two_objects(dataset, index), "of two objects")
+    head = dataset_head(clip, dataset)
+    longest = max(map(len, latents))
+    table = torch.tensor([[*each, *[SILENT] * (longest - len(each))] for each in latents])
+    parts = []
+    for read in read_batches(clip, sae, dataset, layer, "removing objects", indices=list(scenes)):
+        z = read.residual.tokens
+        h, before = sae.encode(z), clip.logits(read.features(z), head).cpu()
+        truths = [dataset.truth(index) for index in read.indices.tolist()]
+        for which in range(2):
+            removed, stays = (torch.tensor([truth.class_ids[i] for truth in truths]) for i in (which, 1 - which))
+            masks = torch.stack([object_patches(truth, which) for truth in truths])
+            local = h * torch.cat([torch.zeros(len(masks), 1), masks], 1).to(h)[..., None]
+            own = table[removed]
+            for kind, chosen in (("own", own), ("control", matched_latents(own, local.sum(1), read.indices))):
+                after = clip.logits(read.features(z - contribution(sae.W_dec, local, chosen)), head).cpu()
+                part = {"kind": kind, "index": read.indices, "removed": removed, "stays": stays}
+                for name, label in (("removed", removed), ("stays", stays)):
+                    part |= {f"{name}_before": _of(before.softmax(1), label), f"{name}_after": _of(after.softmax(1), label)}
+                    part[f"{name}_change"] = _of(after - before, label)
+                parts.append(part)
+    return _table(parts)
+
+
+def _two_objects(dataset: Any, index: int) -> bool | None:
+    """Whether a scene in colour shows exactly two objects, of different classes and each large enough."""
+    scene = dataset.scene(index)
+    if scene.domain != "color" or len(scene.placements) != 2 or scene.placements[0].class_id == scene.placements[1].class_id:
+        return None
+    truth = dataset.truth(index)
+    return all(int(object_patches(truth, which).sum()) >= MIN_OBJECT for which in range(2)) or None
+
+
+def object_patches(truth: Any, which: int) -> Tensor:
+    """Patches [P] (bool) that an object of a scene fills by half or more; ``truth`` is a ``SceneTruth``."""
+    return torch.from_numpy(truth.object_share[which].reshape(-1) >= 0.5)
 
 
 # -- shared -----------------------------------------------------------------------------------------------------------
 
 
-def _prepare(clip, sae, dataset, latents: Mapping, layer: int, head: Tensor | None) -> tuple[Tensor, dict[int, list[int]]]:
-    """The head, and each class's latents as a list; checked."""
-    check_models(clip, sae, layer)
-    n_classes = len(dataset.class_names)
-    lists = {label: [chosen] if isinstance(chosen, int) else list(chosen) for label, chosen in latents.items()}
-    wrong = {c: ls for c, ls in lists.items() if not (0 <= c < n_classes and ls and all(0 <= latent < sae.d_sae for latent in ls))}
-    if wrong or len({len(ls) for ls in lists.values()}) != 1:
+def _check_latents(latents: Mapping[Any, Sequence[int]], d_sae: int) -> None:
+    wrong = {key: found for key, found in latents.items() if not (len(found) and all(0 <= latent < d_sae for latent in found))}
+    if wrong or len({len(found) for found in latents.values()}) != 1:
+        raise ValueError(f"latents must map concepts or classes to latents (0 to {d_sae - 1}), the same number for each; got {wrong or latents}.")
+
+
+def _scenes_of(dataset: Any, concepts: Sequence[str], n_images: int) -> dict[int, list[int]]:
+    """Image -> the concepts (places in the list) that are measured in it: each in the first ``n_images`` that show it."""
+    names = openmoji.concept_names()
+    rows, left = [names.index(concept) for concept in concepts], np.full(len(concepts), n_images)
+    scenes: dict[int, list[int]] = {}
+    for index in range(len(dataset)):
+        if not left.any():
+            break
+        shown = openmoji.concept_masks(dataset.truth(index))[rows].sum((1, 2)) >= MIN_PATCHES
+        chosen = np.flatnonzero(shown & (left > 0))
+        left[chosen] -= 1
+        if len(chosen):
+            scenes[index] = chosen.tolist()
+    if not scenes:
         raise ValueError(
-            f"latents must map classes (0 to {n_classes - 1}) to latents (0 to {sae.d_sae - 1}), the same number for each; "
-            f"got {wrong or lists}."
+            f"{dataset.spec!r} ({dataset.split}) shows none of the concepts {list(concepts)[:5]} on {MIN_PATCHES} patches or more."
         )
-    return dataset_head(clip, dataset) if head is None else head, lists
+    return scenes
 
 
-def _some_images(dataset, classes: Sequence[int], n_images: int) -> list[int]:
-    labels = np.asarray(dataset.labels)
-    chosen = [index for label in classes for index in np.flatnonzero(labels == label)[:n_images].tolist()]
-    if not chosen:
-        raise ValueError(f"{dataset.spec!r} ({dataset.split}) has no images of the classes {list(classes)[:10]}.")
-    return chosen
+def _first_scenes(dataset: Any, n: int, told: Callable[[int], Any], what: str) -> dict[int, Any]:
+    """The first n scenes of which ``told`` tells something, and what it tells."""
+    found: dict[int, Any] = {}
+    for index in range(len(dataset)):
+        if len(found) == n:
+            break
+        if (value := told(index)) is not None:
+            found[index] = value
+    if len(found) < n:
+        raise ValueError(
+            f"{n} scenes {what} were asked for; the {len(dataset)} of {dataset.spec!r} hold {len(found)}. Take a larger n_images."
+        )
+    return found
 
 
-def _each_batch(clip, dataset, layer, head, indices, batch_size, progress, measure) -> None:
-    """Call ``measure(residual, labels, indices, effect)`` on each batch.
+def _of(values: Tensor, columns: Tensor) -> Tensor:
+    """One column of each row: [B] from [B, K]."""
+    return values.gather(1, columns[:, None])[:, 0]
 
-    ``effect(delta, classes=labels)`` is what adding ``delta`` to the residual stream changes: [B, 2], the logit of a class of each
-    image, and the mean of its other logits.
-    """
-    tail = None
-    for batch in batches(dataset, clip.preprocess, batch_size, indices=indices, progress=progress):
-        residual = clip.run_to(batch.images, layer)
-        tail = tail or network_tail(clip, layer, residual)
-        before = clip.logits(tail(residual), head)
 
-        def effect(delta: Tensor, classes: Tensor = batch.labels, residual=residual, before=before, tail=tail) -> Tensor:
-            change = clip.logits(tail(residual._replace(tokens=residual.tokens + delta)), head) - before
-            own = change.gather(1, classes.to(change.device)[:, None])[:, 0]
-            return torch.stack([own, (change.sum(1) - own) / max(change.shape[1] - 1, 1)], 1).cpu()
+def _table(parts: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Parts of columns (tensors, lists, or one value for all rows), one below the other."""
+    plain = [{name: _plain(each) for name, each in part.items()} for part in parts]
+    return pd.concat([pd.DataFrame(part) for part in plain], ignore_index=True)
 
-        measure(residual, batch.labels, batch.indices, effect)
+
+def class_scores(summary: LatentSummary) -> Tensor:
+    """How characteristic each latent is of each class, [C, S]."""
+    tokens = summary.class_counts.double()
+    rate = tokens / summary.class_images.double().clamp_min(1)[:, None]
+    level = summary.mean_activation.double() * summary.frequency.double() / tokens.sum(0).clamp_min(1)
+    return rate * rate / rate.sum(0).clamp_min(torch.finfo(torch.float64).tiny) * level

@@ -1,56 +1,101 @@
-"""Behind the hook: the network's tail for many calls, sparse edits of the residual stream, and what every intervention checks first.
+"""Behind the hook: batches read up to it, the network's tail for many calls, and sums of decoder rows over the few active latents.
 
 Dimension letters: B batch, T tokens (CLS, then patches), D d_in, S d_sae, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..clip.model import ClipModel, Residual
-from ..data import templates_for
-
-if TYPE_CHECKING:
-    from ..sae.model import SparseAutoencoder
+from ..data import batches, templates_for
+from ..sae.model import SparseAutoencoder
+from .choosing import NONE_LEFT
 
 PLACES = {"all": slice(None), "cls": slice(0, 1), "patches": slice(1, None)}
 """Named tokens of [CLS, patch 1, ..., patch P]."""
 
+BATCH = 32
+"""Images at a time, where no caller says otherwise."""
+
 PRODUCT_BYTES = 64 * 2**20
 """Size of the largest block of gathered decoder rows."""
 
+Tail = Callable[[Residual], Tensor]
+"""Residual -> image features [B, d_embed], not normalised."""
 
-# -- the network's tail -----------------------------------------------------------------------------------------------
+
+# -- reading and finishing --------------------------------------------------------------------------------------------
 
 
-def network_tail(clip: ClipModel, layer: int, sample: Residual) -> Callable[[Residual], Tensor]:
-    """The rest of the network after ``layer``, for many calls.
+class Read(NamedTuple):
+    """A batch of a data set, read up to the hook."""
+
+    labels: Tensor
+    """[B] on the model's device."""
+    indices: Tensor
+    """[B] places in the data set."""
+    residual: Residual
+    tail: Tail
+
+    def features(self, tokens: Tensor, of: Tensor | slice = slice(None)) -> Tensor:
+        """Image features [b, d_embed] of an edited stream [b, T, D], of all images or some; prompt tokens pass unchanged."""
+        extra = self.residual.extra
+        return self.tail(Residual(tokens, None if extra is None else extra[of]))
+
+
+def read_batches(
+    clip: ClipModel,
+    sae: SparseAutoencoder,
+    dataset: Any,
+    layer: int,
+    progress: str | None = None,
+    *,
+    batch_size: int = BATCH,
+    indices: Sequence[int] | None = None,
+) -> Iterator[Read]:
+    """Batches up to the hook; refuses an SAE of another model or layer at once, not when the first batch is asked for."""
+    sae.check_model(clip, layer)
+    return _read(clip, layer, batches(dataset, clip.preprocess, batch_size, indices=indices, progress=progress))
+
+
+def _read(clip: ClipModel, layer: int, loaded) -> Iterator[Read]:
+    tail = None
+    for batch in loaded:
+        residual = clip.run_to(batch.images, layer)
+        tail = tail or network_tail(clip, layer, residual)
+        yield Read(batch.labels.to(clip.device), batch.indices, residual, tail)
+
+
+def network_tail(clip: ClipModel, layer: int, sample: Residual) -> Tail:
+    """The rest of the network after ``layer``, for many calls; differentiable.
 
     One block before the end the image feature reads CLS alone, so that only one query is needed: keys fold into it and values into its
     output, which costs T * D operations a head instead of T * D * D. Used only where it gives the same features as ``clip.finish``
-    on the first of ``sample``; otherwise this is ``clip.finish`` (other layers, other poolings).
-
-    Returns
-    -------
-    callable
-        Residual -> image features [B, d_embed]; differentiable.
+    on the first of ``sample``; otherwise (other layers, blocks or poolings) this is ``clip.finish``.
     """
 
     def whole(residual: Residual) -> Tensor:
         return clip.finish(residual, layer)
 
     base, prompts = clip.tail_inputs(layer)
-    if base.layer_index(layer) != base.n_layers - 2 or clip.precision != "fp32" or getattr(base.visual, "proj", None) is None:
-        return whole
-    block: Any = base.blocks[-1]
     visual: Any = base.visual
+    block: Any = base.blocks[-1]
     attention = getattr(block, "attn", None)
-    if not isinstance(attention, nn.MultiheadAttention) or attention.in_proj_weight is None or attention.in_proj_bias is None:
+    if (
+        base.layer_index(layer) != base.n_layers - 2
+        or clip.precision != "fp32"
+        or getattr(visual, "proj", None) is None
+        or getattr(visual, "attn_pool", None) is not None  # CoCa's pooling reads all tokens
+        or not isinstance(attention, nn.MultiheadAttention)
+        or attention.in_proj_weight is None
+        or attention.in_proj_bias is None
+    ):
         return whole
     heads, width = attention.num_heads, attention.embed_dim
     W_q, W_k, W_v = attention.in_proj_weight.chunk(3)
@@ -75,39 +120,23 @@ def network_tail(clip: ClipModel, layer: int, sample: Residual) -> Callable[[Res
     return class_token_alone if torch.allclose(fast, slow, rtol=0, atol=1e-4) else whole
 
 
-# -- what latents add to the residual stream --------------------------------------------------------------------------
+def dataset_head(clip: ClipModel, dataset: Any) -> Tensor:
+    """The zero-shot head of a data set's classes, by its own templates or an adapted model's learned prompts.
 
+    Parameters
+    ----------
+    clip : ClipModel
+    dataset : ImageData or OpenMojiData
 
-class Decoder(NamedTuple):
-    """What latents add to the residual stream: ``decode(h) = h @ rows + offset``."""
-
-    rows: Tensor
-    """[S, D]: the decoder's rows, in units of the residual stream (an SAE may normalise its input and undo that behind the decoder)."""
-    offset: Tensor
-    """[D]: what the SAE says when no latent is active."""
-
-
-@torch.no_grad()
-def decoder_of(sae: SparseAutoencoder) -> Decoder:
-    """An SAE's affine decoder, read off ``sae.decode``.
-
-    Raises
-    ------
-    ValueError
-        If a latent's contribution is no multiple of its row of ``W_dec``.
+    Returns
+    -------
+    Tensor [C, d_embed]
+        Unit rows, by class index.
     """
-    probe = sae.W_dec.new_zeros(2, sae.d_sae)
-    latent = int(sae.W_dec.norm(dim=1).argmax())
-    probe[1, latent] = 1
-    offset, one = sae.decode(probe)
-    row, moved = sae.W_dec[latent], one - offset
-    scale = float((moved @ row) / (row @ row))
-    # One subtraction of float32 numbers as large as the offset is between `moved` and the truth.
-    slack = 1e-5 * (1 + float(offset.abs().max()) + abs(scale) * float(row.abs().max()))
-    if not torch.allclose(moved, scale * row, rtol=0, atol=slack):
-        raise ValueError("This SAE's decode() is not h @ W_dec times a number, plus a constant: its latents can't be edited one by one.")
-    exact = abs(scale - 1) * float(row.abs().max()) < slack
-    return Decoder(sae.W_dec.detach() if exact else scale * sae.W_dec.detach(), offset)
+    return clip.zero_shot_head(dataset.class_names, templates_for(dataset.spec))
+
+
+# -- what latents add to the residual stream --------------------------------------------------------------------------
 
 
 class Active(NamedTuple):
@@ -124,6 +153,7 @@ class Active(NamedTuple):
 
     @classmethod
     def of(cls, h: Tensor) -> Active:
+        """Those of latents [B, T, S]."""
         flat = h.flatten(0, 1)
         token, latent = flat.nonzero(as_tuple=True)
         return cls(token, latent, flat[token, latent], (h.shape[0], h.shape[1]))
@@ -134,7 +164,7 @@ class Active(NamedTuple):
         return self.token // self.shape[1]
 
     def decode(self, rows: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Sum of value times decoder row over some of the entries (bool [N]; None: all): [B, T, D], without the offset."""
+        """Sum of value times decoder row over some of the entries (their places; None: all): [B, T, D], without b_dec."""
         token, latent, value = (part if chosen is None else part[chosen] for part in self[:3])
         n_images, n_tokens = self.shape
         ends = torch.bincount(token, minlength=n_images * n_tokens).cumsum(0)
@@ -152,31 +182,14 @@ class Active(NamedTuple):
 
 
 def contribution(rows: Tensor, h: Tensor, latents: Tensor) -> Tensor:
-    """What each image's latents ([B] or [B, k]; -1: none) add to the residual stream, given activations [B, T, S]: [B, T, D]."""
-    latents = latents.reshape(len(h), -1).to(h.device)
-    real = (latents >= 0).to(h.dtype)
-    columns = latents.clamp_min(0)
-    values = h.gather(2, columns[:, None].expand(-1, h.shape[1], -1)) * real[:, None]
-    return values @ rows[columns]
+    """What each image's latents [B, k] add to the residual stream, given activations [B, T, S]: [B, T, D].
 
-
-# -- checks and heads -------------------------------------------------------------------------------------------------
-
-
-def dataset_head(clip: ClipModel, dataset) -> Tensor:
-    """The zero-shot head [C, d_embed] of a data set's classes, by its own templates (or an adapted model's learned prompts)."""
-    return clip.zero_shot_head(dataset.class_names, templates_for(dataset.spec))
-
-
-def check_models(clip: ClipModel, sae: SparseAutoencoder, layer: int) -> None:
-    """Refuse an SAE of another width or on another device than the model, and an unknown layer."""
-    clip.layer_index(layer)
-    if sae.d_in != clip.width:
-        raise ValueError(
-            f"The SAE reads {sae.d_in}-dimensional activations; {clip.name!r} has width {clip.width}. Load the SAE that was trained on it."
-        )
-    if sae.W_dec.device.type != clip.device.type:
-        raise ValueError(f"The SAE is on {sae.W_dec.device}, the model on {clip.device}. Move it: sae.to(clip.device).")
+    Of controls that are missing, a ``SILENT`` one adds nothing, and one where there is ``NONE_LEFT`` makes the image's sum NaN.
+    """
+    latents = latents.to(h.device)
+    values = h.gather(2, latents.clamp_min(0)[:, None].expand(-1, h.shape[1], -1))
+    values = torch.where((latents >= 0)[:, None], values, torch.where(latents == NONE_LEFT, torch.nan, 0.0)[:, None])
+    return values @ rows[latents.clamp_min(0)]
 
 
 def check_same_tower(base: ClipModel, adapted: ClipModel) -> None:

@@ -1,0 +1,152 @@
+"""Concepts of the embedded world: what CLIP is asked about them, and which latents stand for them.
+
+The embedded world knows what every patch shows: objects, their categories, colours and backgrounds. A concept's score is that of the texts
+that name it, so nothing is trained for it.
+
+Dimension letters: B batch, T tokens (CLS, then patches), P patches, S d_sae, K concepts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..clip.model import ClipModel
+from ..data import openmoji
+from ..sae.model import SparseAutoencoder
+from .attribution import latent_shares
+from .tail import BATCH, read_batches
+
+KINDS = ("object", "category", "color", "background")
+N_LATENTS = 10
+"""Latents of each concept."""
+MIN_PATCHES = 4
+"""A scene shows a concept that fills so many patches by half."""
+MIN_EVIDENCE = 20
+"""Patches that must show a concept before its latents are believed."""
+
+
+def concept_prompts(concept: str) -> list[str]:
+    """What CLIP is asked about ``object:dog``, ``category:bird``, ``color:red``, ``background:sand``; the last two beside each category, as in captions."""
+    kind, _, name = concept.partition(":")
+    if concept not in openmoji.concept_names() or kind not in KINDS:
+        raise ValueError(f"Unknown concept {concept!r}. Valid: '<kind>:<name>' with kind {', '.join(KINDS)}; see openmoji.concept_names().")
+    categories = sorted(openmoji.class_table()["category"].unique())
+    if kind == "color":
+        return [f"a {name} {category}." for category in categories]
+    if kind == "background":
+        return [f"a {category} {openmoji.BACKGROUNDS[name]}." for category in categories]
+    return [template.format(name) for template in openmoji.TEMPLATES]
+
+
+def concept_head(clip: ClipModel, concepts: Sequence[str]) -> Tensor:
+    """One unit vector a concept, [K, d_embed]: the mean of its prompts' unit vectors, normalised again."""
+    with torch.no_grad():
+        means = [F.normalize(clip.encode_text(concept_prompts(concept)), dim=-1).mean(0) for concept in concepts]
+    return F.normalize(torch.stack(means), dim=-1)
+
+
+class ConceptLatents(NamedTuple):
+    """The latents that are most characteristic of each concept, best first."""
+
+    concepts: tuple[str, ...]
+    """[K] "kind:name"."""
+    latents: Tensor
+    """LongTensor [K, k]"""
+    levels: Tensor
+    """[K, k] mean activation on the patches that show the concept."""
+    cls_levels: Tensor
+    """[K, k] mean activation at CLS in scenes that show the concept."""
+    n_patches: Tensor
+    """[K] patches that show it, in the scenes that were read."""
+
+    def mapping(self) -> dict[str, list[int]]:
+        """Concept -> its latents, for concepts that enough patches show."""
+        rows = zip(self.concepts, self.latents.tolist(), self.n_patches.tolist(), strict=True)
+        return {concept: latents for concept, latents, n in rows if n >= MIN_EVIDENCE}
+
+
+@torch.no_grad()
+def rank_concepts(
+    clip: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: int = -2, *, kinds: Sequence[str] = KINDS, by: str = "activity"
+) -> ConceptLatents:
+    """Each concept's ten most characteristic latents, by where they are active or by what the concept's score owes to them.
+
+    Parameters
+    ----------
+    clip : ClipModel
+    sae : SparseAutoencoder
+    dataset : OpenMojiData
+        Of the train split.
+    layer : int
+    kinds : sequence of str
+        Among ``object``, ``category``, ``color``, ``background``.
+    by : {"activity", "attribution"}
+        ``activity``: mean activation on the concept's patches, times its share among the concepts of its kind, which count as equally
+        frequent. ``attribution``: gradient times activation of the concept's score, less the log of the summed exponentials of the others'
+        of its kind (:mod:`patchsae_utils.interventions.attribution`), averaged over scenes that show it; all tokens count.
+
+    Returns
+    -------
+    ConceptLatents
+
+    Raises
+    ------
+    ValueError
+        If the data set has no ground truth, a kind or ranking is unknown, or the SAE is of another model or layer.
+    """
+    check_truth(dataset)
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise ValueError(f"Unknown kinds={unknown or kinds}. Valid: {', '.join(KINDS)}.")
+    if by not in ("activity", "attribution"):
+        raise ValueError(f"Unknown by={by!r}. Valid: activity, attribution.")
+    reads = read_batches(clip, sae, dataset, layer, "concepts")
+    names = openmoji.concept_names()
+    kept = [i for i, name in enumerate(names) if name.split(":")[0] in kinds]
+    concepts = [names[i] for i in kept]
+    peers = same_kind(concepts)
+    head = concept_head(clip, concepts) if by == "attribution" else None
+    n_patches, n_scenes = torch.zeros(len(kept), dtype=torch.long), torch.zeros(len(kept), dtype=torch.long)
+    sums, cls_sums, shares = (torch.zeros(len(kept), sae.d_sae) for _ in range(3))
+    for read in reads:
+        h = sae.encode(read.residual.tokens)
+        masks = np.stack([openmoji.concept_masks(dataset.truth(i))[kept].reshape(len(kept), -1) for i in read.indices.tolist()])
+        masks = torch.from_numpy(masks)
+        shown = masks.sum(2) >= MIN_PATCHES
+        for grids, many, activation in zip(masks, shown, h.cpu(), strict=True):
+            some = grids.any(1)
+            sums[some] += grids[some].float() @ activation[1:]
+            cls_sums[many] += activation[0]
+        n_patches += masks.sum((0, 2))
+        n_scenes += shown.sum(0)
+        if head is not None:
+            image, concept = shown.nonzero(as_tuple=True)
+            for i, c in zip(image.split(BATCH), concept.split(BATCH), strict=True):
+                part = read.residual._replace(tokens=read.residual.tokens[i], extra=None if read.residual.extra is None else read.residual.extra[i])
+                share = latent_shares(clip, sae, read.tail, part, head, c.to(h.device), "margin", peers, h[i])
+                shares.index_add_(0, c, share.cpu())
+    rate, cls_rate = sums / n_patches.clamp_min(1)[:, None], cls_sums / n_scenes.clamp_min(1)[:, None]
+    score = shares / n_scenes.clamp_min(1)[:, None]
+    if head is None:
+        of_kind = (peers | torch.eye(len(kept), dtype=torch.bool)).float() @ rate
+        score = rate**2 / of_kind.clamp_min(torch.finfo(torch.float32).tiny)
+    latents = score.argsort(dim=1, descending=True, stable=True)[:, :N_LATENTS]
+    return ConceptLatents(tuple(concepts), latents, rate.gather(1, latents), cls_rate.gather(1, latents), n_patches)
+
+
+def same_kind(concepts: Sequence[str]) -> Tensor:
+    """bool [K, K]: the other concepts of a concept's kind."""
+    kinds = np.array([concept.split(":")[0] for concept in concepts])
+    return torch.from_numpy((kinds[:, None] == kinds) & ~np.eye(len(kinds), dtype=bool))
+
+
+def check_truth(dataset: Any) -> None:
+    """Refuse a data set that does not know what its patches show."""
+    if not hasattr(dataset, "truth"):
+        raise ValueError(f"{dataset.spec!r} has no ground truth of places; use 'openmoji/all', a task, or 'openmoji/scenes'.")
