@@ -23,7 +23,7 @@ from torch import Tensor
 
 from patchsae_utils.clip.model import ClipModel, load_clip
 from patchsae_utils.data import Example, batches
-from patchsae_utils.interventions.masks import sweep_masks
+from patchsae_utils.interventions import sweep_masks
 from patchsae_utils.sae.model import SparseAutoencoder
 
 from .common import in_subprocess, peak_memory, report
@@ -103,7 +103,7 @@ class Setting:
         """The table of the sweep."""
         return sweep_masks(
             self.clip, self.sae, self.dataset, [min(k, self.sae.d_sae) for k in KS], choose="oracle", keep_error=True, layer=self.layer,
-            class_counts=self.counts, head=self.head, batch_size=self.batch_size, n_bootstrap=10, progress=False,
+            class_counts=self.counts, head=self.head, batch_size=self.batch_size,
         )  # fmt: skip
 
     def whole(self, ks: Sequence[int] = KS) -> dict:

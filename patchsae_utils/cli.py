@@ -149,7 +149,7 @@ def _sweep(options: argparse.Namespace) -> dict[str, Any]:
     """zero-shot accuracy with the top k latents kept or removed
 
     On data.evaluation, with latents ranked on data.statistics: runs/<profile>/results/sweep.csv."""
-    from .interventions.masks import CHOICES, sweep_masks
+    from .interventions import CHOICES, sweep_masks
 
     choose = options.choose.split(",")
     try:

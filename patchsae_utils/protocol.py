@@ -34,7 +34,7 @@ from .clip.model import ClipModel
 from .config import Profile, load_profile, repository_root
 from .data import batches
 from .data.dataset import dataset_fingerprint
-from .interventions.tail import check_models, dataset_head, network_tail
+from .interventions.tail import dataset_head, network_tail
 from .run.artifacts import current_commit, fingerprint, is_current, read_json, write_json, write_table
 from .run.intervals import resampled_means
 from .sae.model import SparseAutoencoder
@@ -102,7 +102,7 @@ class Protocol:
         self.profile, self.clip, self.sae, self.n_images, self.progress = profile, clip, sae, n_images, progress
         self.split_seeds = tuple(split_seeds)
         self.layer = clip.layer_index(profile.model.layer)
-        check_models(clip, sae, self.layer)
+        sae.check_model(clip, self.layer)
         self.folder = profile.folder("adapters") / "protocol"
         self._features: tuple[str, dict[str, Tensor]] = ("", {})
         self._tests: dict[tuple[str, str], Any] = {}

@@ -42,7 +42,7 @@ from torch import Generator, Tensor
 
 from ..clip.model import ClipModel, Residual
 from ..data import batches
-from ..interventions.tail import Active, check_models, check_same_tower, dataset_head, decoder_of, network_tail
+from ..interventions.tail import Active, check_same_tower, dataset_head, network_tail
 from ..latents.passes import latent_chunks
 from ..run.intervals import bootstrap, bootstrap_mean
 from .links import ClassLinks, LinkSums, Reader
@@ -246,13 +246,13 @@ def explain_gain(
     models = dict(adapted) if isinstance(adapted, Mapping) else {type(adapted).__name__: adapted}
     if len(dataset) == 0:
         raise ValueError(f"The data set {dataset.spec!r} is empty: there is nothing to explain.")
-    check_models(base, sae, layer)
+    sae.check_model(base, layer)
     for model in models.values():
         check_same_tower(base, model)
     names, heads = list(dataset.class_names), {name: dataset_head(model, dataset) for name, model in models.items()}
     tails: dict = {}
     base_head, base_tail = dataset_head(base, dataset), None
-    sums = {name: LinkSums(names, decoder_of(sae).rows) for name in models}
+    sums = {name: LinkSums(names, sae.W_dec.detach()) for name in models}
     outcomes: dict[str, list[Tensor]] = {name: [] for name in models}
     squares: dict[str, list[Tensor]] = {name: [] for name in models}
     generator = Generator().manual_seed(seed)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ..clip.model import ClipModel
-from ..interventions.masks import MODES, sweep_masks
+from ..interventions.masks import sweep_masks
 from ..interventions.tail import check_same_tower, dataset_head
 from ..latents.reading import summarize_latents
 from ..sae.model import SparseAutoencoder
@@ -35,10 +35,8 @@ def masked_predictions(
     layer: int,
     ks: Sequence[int] = KS,
     *,
-    modes: str | Sequence[str] = MODES,
     n_random: int = 1,
     batch_size: int = 60,
-    n_bootstrap: int = 1000,
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -57,12 +55,9 @@ def masked_predictions(
         Pictures that are classified.
     layer : int
     ks : sequence of int
-    modes : str or sequence of str
-        ``on``: keep the k latents alone; ``off``: remove them.
     n_random : int
         Draws of the random latents.
     batch_size : int
-    n_bootstrap : int
     seed : int
     progress : bool
 
@@ -84,9 +79,8 @@ def masked_predictions(
     tables = []
     for name, tower, reader in zip(MODELS, (base, base, adapted), (base, adapted, adapted), strict=True):
         table = sweep_masks(
-            tower, sae, test, [k for k in ks if k <= sae.d_sae], ("oracle", "random"), layer=layer, class_counts=ranking, modes=modes,
-            head=dataset_head(reader, test), n_random=n_random, groups="class", batch_size=batch_size, n_bootstrap=n_bootstrap, seed=seed,
-            progress=progress,
+            tower, sae, test, [k for k in ks if k <= sae.d_sae], ("oracle", "random"), layer=layer, class_counts=ranking,
+            head=dataset_head(reader, test), n_random=n_random, groups="class", batch_size=batch_size, seed=seed,
         )  # fmt: skip
         tables.append(table.assign(model=name))
     return pd.concat(tables, ignore_index=True)

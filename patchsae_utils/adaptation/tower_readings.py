@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..clip.model import ClipModel, Residual
-from ..interventions.tail import check_models, network_tail
+from ..interventions.tail import network_tail
 from ..latents.passes import latent_chunks
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class TowerReader:
     """Sums over batches of one image tower, for :class:`Reading`."""
 
     def __init__(self, clip: ClipModel, sae: SparseAutoencoder, layer: int, heads: Mapping[str, Tensor], n_classes: int, tau: float):
-        check_models(clip, sae, layer)
+        sae.check_model(clip, layer)
         self.clip, self.sae, self.layer, self.heads, self.n_classes, self.tau = clip, sae, layer, heads, n_classes, tau
         self.counts = torch.zeros(2 * n_classes, sae.d_sae, dtype=torch.float64, device=clip.device)
         self.seen = torch.zeros(2 * n_classes, dtype=torch.long)

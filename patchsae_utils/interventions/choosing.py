@@ -40,7 +40,13 @@ class Choosing:
     """
 
     def __init__(
-        self, scores: Mapping[str, Tensor], ks: Sequence[int], frequency: Tensor | None, shape: tuple[int, int, int], n_random: int, seed: int
+        self,
+        scores: Mapping[str, Tensor],
+        ks: Sequence[int],
+        frequency: Tensor | None,
+        shape: tuple[int, int, int],
+        n_random: int,
+        seed: int,
     ):
         n_images, self.n_classes, self.d_sae = shape
         self.ks, self.scores, self.frequency, self.seed = ks, scores, frequency, seed
@@ -48,7 +54,9 @@ class Choosing:
         self.wrong = torch.from_numpy(rng.integers(1, max(self.n_classes, 2), n_images))  # steps from the predicted class
         alive = np.arange(self.d_sae) if frequency is None else (frequency > 0).nonzero()[:, 0].cpu().numpy()
         self.random = [torch.from_numpy(rng.permutation(alive))[None] for _ in range(n_random)]
-        self._known: dict[tuple[str, int | None], Tensor] = {}  # only of classes that were asked for: sorting all of ImageNet's takes a while
+        self._known: dict[
+            tuple[str, int | None], Tensor
+        ] = {}  # only of classes that were asked for: sorting all of ImageNet's takes a while
 
     def tables(
         self, choice: str, ranking: str, predicted: Tensor, labels: Tensor, indices: Tensor, activation: Tensor | None

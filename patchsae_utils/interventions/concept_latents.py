@@ -128,7 +128,9 @@ def rank_concepts(
         if head is not None:
             image, concept = shown.nonzero(as_tuple=True)
             for i, c in zip(image.split(BATCH), concept.split(BATCH), strict=True):
-                part = read.residual._replace(tokens=read.residual.tokens[i], extra=None if read.residual.extra is None else read.residual.extra[i])
+                part = read.residual._replace(
+                    tokens=read.residual.tokens[i], extra=None if read.residual.extra is None else read.residual.extra[i]
+                )
                 share = latent_shares(clip, sae, read.tail, part, head, c.to(h.device), "margin", peers, h[i])
                 shares.index_add_(0, c, share.cpu())
     rate, cls_rate = sums / n_patches.clamp_min(1)[:, None], cls_sums / n_scenes.clamp_min(1)[:, None]

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..clip.model import ClipModel
 from ..data import openmoji
-from ..latents.reading import LatentSummary
-from ..run.intervals import mean_interval
+from ..latents.classes import class_scores
+from ..latents.summary import LatentSummary
+from ..run.intervals import Interval, mean_interval
 from ..sae.model import SparseAutoencoder
 from .choosing import SILENT, matched_latents
 from .concept_latents import MIN_PATCHES, ConceptLatents, check_truth, concept_head, same_kind
@@ -59,7 +60,7 @@ def summarize_effects(frame: pd.DataFrame, columns: Sequence[str], by: Sequence[
     rows = []
     for key, group in frame.groupby(list(by), sort=False):
         means = group.groupby(over)[list(columns)].mean().dropna()
-        found = mean_interval(means.to_numpy(float).T, over)
+        found = mean_interval(means.to_numpy(float).T, over) if len(means) else Interval(*np.full((3, len(columns)), np.nan), over)
         row = dict(zip(by, key, strict=True))
         for name, mean, low, high in zip(columns, found.value, found.low, found.high, strict=True):
             row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
@@ -206,7 +207,9 @@ def dose_response(
     labels = np.asarray(dataset.labels)
     by_class = [np.flatnonzero(labels == label)[:n_images].tolist() for label in sorted(latents)]
     if len(latents) < 2 or not all(by_class):
-        raise ValueError(f"dose_response needs two classes or more, each with images in {dataset.spec!r} ({dataset.split}); got {sorted(latents)}.")
+        raise ValueError(
+            f"dose_response needs two classes or more, each with images in {dataset.spec!r} ({dataset.split}); got {sorted(latents)}."
+        )
     order = [images[i] for i in range(n_images) for images in by_class if i < len(images)]  # neighbours differ in class
     head = dataset_head(clip, dataset) if head is None else head
     parts = []
@@ -301,7 +304,9 @@ def swap_colors(
         local, leaving, arriving = h * here, table[source], table[target]
         amounts = torch.cat([cls_levels[target][:, None], levels[target][:, None].expand(-1, grids.shape[1], -1)], 1).to(h) * here
         others = matched_latents(leaving, local.sum(1), read.indices)
-        random = torch.stack([torch.from_numpy(np.random.default_rng([0, i]).choice(spare, table.shape[1], replace=False)) for i in indices])
+        random = torch.stack(
+            [torch.from_numpy(np.random.default_rng([0, i]).choice(spare, table.shape[1], replace=False)) for i in indices]
+        )
         for kind, (out, into) in {"own": (leaving, arriving), "control": (others, random)}.items():
             gone = contribution(sae.W_dec, local, out) + contribution(sae.W_dec, local, into)
             for dose in doses:
@@ -416,7 +421,9 @@ def object_patches(truth: Any, which: int) -> Tensor:
 def _check_latents(latents: Mapping[Any, Sequence[int]], d_sae: int) -> None:
     wrong = {key: found for key, found in latents.items() if not (len(found) and all(0 <= latent < d_sae for latent in found))}
     if wrong or len({len(found) for found in latents.values()}) != 1:
-        raise ValueError(f"latents must map concepts or classes to latents (0 to {d_sae - 1}), the same number for each; got {wrong or latents}.")
+        raise ValueError(
+            f"latents must map concepts or classes to latents (0 to {d_sae - 1}), the same number for each; got {wrong or latents}."
+        )
 
 
 def _scenes_of(dataset: Any, concepts: Sequence[str], n_images: int) -> dict[int, list[int]]:
@@ -461,13 +468,11 @@ def _of(values: Tensor, columns: Tensor) -> Tensor:
 
 def _table(parts: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Parts of columns (tensors, lists, or one value for all rows), one below the other."""
-    plain = [{name: _plain(each) for name, each in part.items()} for part in parts]
+    plain = [
+        {
+            name: (each.double() if each.is_floating_point() else each).cpu().numpy() if isinstance(each, Tensor) else each
+            for name, each in part.items()
+        }
+        for part in parts
+    ]
     return pd.concat([pd.DataFrame(part) for part in plain], ignore_index=True)
-
-
-def class_scores(summary: LatentSummary) -> Tensor:
-    """How characteristic each latent is of each class, [C, S]."""
-    tokens = summary.class_counts.double()
-    rate = tokens / summary.class_images.double().clamp_min(1)[:, None]
-    level = summary.mean_activation.double() * summary.frequency.double() / tokens.sum(0).clamp_min(1)
-    return rate * rate / rate.sum(0).clamp_min(torch.finfo(torch.float64).tiny) * level

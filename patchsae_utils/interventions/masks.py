@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..clip.model import ClipModel
-from ..latents.reading import LatentSummary
+from ..latents.summary import LatentSummary
 from ..run.intervals import mean_interval
 from ..run.memory import out_of_memory
 from ..sae.model import SparseAutoencoder
@@ -212,7 +212,9 @@ def _members(groups: str | Sequence[str] | None, dataset: Any) -> list[tuple[str
     if groups == "class":
         return members + [(names[label], label, labels == label) for label in np.unique(labels).tolist()]
     if isinstance(groups, str) or len(groups) != len(names):
-        raise ValueError(f"groups must be 'class', or a name for each of the {len(names)} classes of the evaluated data set; got {groups!r}.")
+        raise ValueError(
+            f"groups must be 'class', or a name for each of the {len(names)} classes of the evaluated data set; got {groups!r}."
+        )
     of_images = np.asarray([groups[label] for label in labels.tolist()])
     return members + [(name, -1, of_images == name) for name in dict.fromkeys(of_images.tolist())]
 

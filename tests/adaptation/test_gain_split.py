@@ -95,27 +95,19 @@ def test_visual_prompts_leave_the_head_without_a_part(found):
     assert table["existing latents"] != 0 and table["outside the dictionary"] != 0 and table["later blocks"] != 0
 
 
-class Everything(torch.nn.Module):
+def everything(width: int, silent: bool = False) -> SparseAutoencoder:
     """A dictionary that says all of every token: latents are its positive and negative coordinates."""
-
-    def __init__(self, width: int, silent: bool = False):
-        super().__init__()
-        self.d_in, self.d_sae = width, 2 * width
-        self.W_dec = torch.cat([torch.eye(width), -torch.eye(width)])
-        self.W_enc = 0 * self.W_dec.T if silent else self.W_dec.T
-
-    def encode(self, x):
-        return (x @ self.W_enc).relu()
-
-    def decode(self, h):
-        return h @ self.W_dec
+    sae = SparseAutoencoder(width, 2 * width).requires_grad_(False)
+    sae.W_dec.copy_(torch.cat([torch.eye(width), -torch.eye(width)]))
+    sae.W_enc.copy_(0 * sae.W_dec.T if silent else sae.W_dec.T)
+    return sae
 
 
 def test_a_dictionary_that_says_everything_leaves_nothing_new_and_a_silent_one_nothing_old(tiny_clip, scenes, models):
-    whole = explain_gain(tiny_clip, models["maple"], Everything(tiny_clip.width), scenes, LAYER, progress=False)
+    whole = explain_gain(tiny_clip, models["maple"], everything(tiny_clip.width), scenes, LAYER, progress=False)
     table, change = gains(whole), whole.split.change(n_bootstrap=20).set_index("change")["outside"]
     assert abs(table["outside the dictionary"]) < 1e-4 < abs(table["existing latents"]) and (change < 1e-9).all()
-    silent = explain_gain(tiny_clip, models["maple"], Everything(tiny_clip.width, silent=True), scenes, LAYER, progress=False)
+    silent = explain_gain(tiny_clip, models["maple"], everything(tiny_clip.width, silent=True), scenes, LAYER, progress=False)
     table, change = gains(silent), silent.split.change(n_bootstrap=20).set_index("change")["outside"]
     assert table["existing latents"] == 0 != table["outside the dictionary"] and change.tolist() == pytest.approx([1, 1, 1])
 
@@ -196,7 +188,7 @@ def test_links_are_attributions_and_their_change_splits_exactly(tiny_clip, tiny_
     for name in ("maple", "coop", "vpt"):
         links = found[name].links
         for model, scores in ((tiny_clip, links.base), (models[name], links.adapted)):
-            slow = attribute_latents(model, tiny_sae, scenes, LAYER, target="margin", progress=False)
+            slow = attribute_latents(model, tiny_sae, scenes, LAYER, target="margin")
             torch.testing.assert_close(scores.float(), slow.scores, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(links.by_activation + links.by_reading, links.adapted - links.base)
 

@@ -27,7 +27,7 @@ def data():
 def tables(tiny_clip, tiny_sae, data):
     models = {"maple": loud(MaPLe, tiny_clip), "coop": loud(CoOp, tiny_clip)}
     return {
-        name: masked_predictions(tiny_clip, model, tiny_sae, *data, LAYER, KS, n_bootstrap=20, progress=False)
+        name: masked_predictions(tiny_clip, model, tiny_sae, *data, LAYER, KS, progress=False)
         for name, model in models.items()
     }
 

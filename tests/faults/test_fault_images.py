@@ -127,7 +127,7 @@ def test_an_empty_class_keeps_its_number(folder):
 
 
 def test_an_empty_data_set_is_said_by_every_stage(tiny_clip, tiny_sae, tmp_path):
-    from patchsae_utils.interventions.masks import sweep_masks
+    from patchsae_utils.interventions import sweep_masks
 
     nothing = load_dataset("openmoji/tools", "test", n_images=0)
     for call, message in (

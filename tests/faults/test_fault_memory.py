@@ -15,7 +15,7 @@ from patchsae_utils.adaptation.adapters import fit_adapter
 from patchsae_utils.cli import main
 from patchsae_utils.config import AdapterConfig
 from patchsae_utils.data import load_dataset
-from patchsae_utils.interventions.masks import sweep_masks
+from patchsae_utils.interventions import sweep_masks
 from patchsae_utils.latents.likeness import Likeness, LikenessObserver
 from patchsae_utils.latents.reading import summarize_latents
 from patchsae_utils.run.memory import HalvedBatches, out_of_memory
@@ -140,7 +140,7 @@ def test_training_says_which_setting_to_lower_and_keeps_its_checkpoint(tmp_path,
 def test_sweeps_and_adapters_say_which_setting_to_lower(tiny_clip, tiny_sae, tiny_dataset, monkeypatch):
     config = AdapterConfig(tasks=("openmoji/tools",), n_shots=1, epochs=1, depth=2)
     with pytest.raises(MemoryError, match=r"ran out in a sweep over masks \(CUDA out of memory.*\)\. Set batch_size lower"):
-        sweep_masks(Small(tiny_clip, 1), tiny_sae, tiny_dataset, [1], "random", progress=False)
+        sweep_masks(Small(tiny_clip, 1), tiny_sae, tiny_dataset, [1], "random")
 
     def full(*_):
         raise CPU

@@ -1,38 +1,46 @@
-"""Effects in scenes whose every patch is known: concepts of all kinds, swapped colours. (Classes, doses, removal: test_interventions.py.)"""
+"""Effects in scenes whose every patch is known: concepts, doses, swapped colours, removed objects; each is what ``steer`` does."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 
 from patchsae_utils.data import load_dataset, openmoji
-from patchsae_utils.interventions import concept_effects, scene_effects
-from patchsae_utils.interventions.concept_effects import concept_head, concept_prompts
-from patchsae_utils.interventions.effects import concept_specificity, rank_concepts, summarize_effects, swap_colors
-from patchsae_utils.interventions.scene_effects import color_swap_scenes, object_patches
-from patchsae_utils.interventions.steering import Edit, steer
+from patchsae_utils.interventions import (
+    Edit,
+    clearest_latents,
+    concept_latents,
+    concept_specificity,
+    dose_response,
+    effects,
+    rank_concepts,
+    remove_objects,
+    steer,
+    summarize_effects,
+    swap_colors,
+)
+from patchsae_utils.interventions.concept_latents import ConceptLatents, concept_head, concept_prompts
+from patchsae_utils.interventions.effects import object_patches
 
 LAYER = -2
 
 
-@pytest.fixture(scope="module")
-def quick_head(tiny_clip):
+def quick_head(clip, concepts):
     """Concept heads from random directions, the same for the same concept: the tiny text tower takes seconds and knows nothing."""
-
-    def head(clip, concepts):
-        seeds = [openmoji.concept_names().index(concept) for concept in concepts]
-        return F.normalize(torch.stack([torch.randn(clip.d_embed, generator=torch.Generator().manual_seed(s)) for s in seeds]), dim=1)
-
-    return head
+    seeds = [openmoji.concept_names().index(concept) for concept in concepts]
+    return F.normalize(torch.stack([torch.randn(clip.d_embed, generator=torch.Generator().manual_seed(s)) for s in seeds]), dim=1)
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch, quick_head):
-    for module in (concept_effects, scene_effects):
+def _quick(monkeypatch):
+    for module in (concept_latents, effects):
         monkeypatch.setattr(module, "concept_head", quick_head)
-    monkeypatch.setattr(scene_effects, "dataset_head", lambda clip, d: quick_head(clip, [f"object:{name}" for name in d.class_names]))
+    monkeypatch.setattr(effects, "dataset_head", lambda clip, d: quick_head(clip, [f"object:{name}" for name in d.class_names]))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +48,16 @@ def scenes():
     return load_dataset("openmoji/tools", "train", n_images=16)
 
 
-def test_prompts_name_the_concept():
+def steered(clip, sae, dataset, index, edits, head):
+    """Change of the logits of one scene."""
+    found = steer(clip, sae, clip.preprocess(dataset[index].image)[None], edits, LAYER, head)
+    return (found.logits - found.logits_before)[0]
+
+
+# -- concepts and their latents ---------------------------------------------------------------------------------------
+
+
+def test_prompts_name_the_concept_and_heads_are_their_unit_means(tiny_clip):
     assert len(openmoji.concept_names()) > 100
     for concept in ("object:hammer", "category:tool", "color:red", "background:sand"):
         prompts = concept_prompts(concept)
@@ -48,24 +65,20 @@ def test_prompts_name_the_concept():
     for unknown in ("color:beautiful", "outline", "hammer"):
         with pytest.raises(ValueError, match="Unknown concept"):
             concept_prompts(unknown)
-
-
-def test_concept_head_has_unit_rows(tiny_clip):
     head = concept_head(tiny_clip, ["color:red", "color:green"])
-    torch.testing.assert_close(head.norm(dim=1), torch.ones(2))
     with torch.no_grad():
         each = F.normalize(tiny_clip.encode_text(concept_prompts("color:green")), dim=1)
     torch.testing.assert_close(head[1], F.normalize(each.mean(0), dim=0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(head.norm(dim=1), torch.ones(2))
 
 
-def test_ranking_by_activity_equals_a_loop_over_patches(tiny_clip, tiny_sae, scenes):
-    found = rank_concepts(tiny_clip, tiny_sae, scenes, LAYER, kinds=["color", "background"], k=4, batch_size=5, progress=False)
+def test_ranking_by_activity_equals_a_loop_over_patches(tiny_clip, sae, scenes):
+    found = rank_concepts(tiny_clip, sae, scenes, LAYER, kinds=["color", "background"])
     names = openmoji.concept_names()
     sums, counts = np.zeros((len(found.concepts), 64)), np.zeros(len(found.concepts))
     cls_sums, n_scenes = np.zeros_like(sums), np.zeros(len(counts))
     for i in range(len(scenes)):
-        with torch.no_grad():
-            h = tiny_sae.encode(tiny_clip.residual(tiny_clip.preprocess(scenes[i].image)[None], LAYER))[0].double().numpy()
+        h = sae.encode(tiny_clip.residual(tiny_clip.preprocess(scenes[i].image)[None], LAYER))[0].double().numpy()
         masks = openmoji.concept_masks(scenes.truth(i)).reshape(len(names), -1)
         for row, concept in enumerate(found.concepts):
             mask = masks[names.index(concept)]
@@ -77,108 +90,130 @@ def test_ranking_by_activity_equals_a_loop_over_patches(tiny_clip, tiny_sae, sce
     assert found.n_patches.tolist() == counts.astype(int).tolist()
     for kind in ("color", "background"):
         rows = [i for i, concept in enumerate(found.concepts) if concept.startswith(kind)]
-        score = rate[rows] ** 2 / rate[rows].sum(0)
+        score = rate[rows] ** 2 / np.maximum(rate[rows].sum(0), 1e-30)  # a latent may be silent
         for row, values in zip(rows, score, strict=True):
             if counts[row]:
-                np.testing.assert_allclose(np.sort(values)[::-1][:4], values[found.latents[row]], rtol=1e-4)
+                np.testing.assert_allclose(np.sort(values)[::-1][:10], values[found.latents[row]], rtol=1e-4)
                 np.testing.assert_allclose(found.levels[row], rate[row, found.latents[row]], rtol=1e-3)
                 np.testing.assert_allclose(found.cls_levels[row], cls_rate[row, found.latents[row]], rtol=1e-3, atol=1e-5)
-    some = found.mapping("color", 2, min_patches=1)
-    assert some and all(concept.startswith("color:") and len(latents) == 2 for concept, latents in some.items())
+    some = found.mapping()
+    assert set(some) == {c for c, n in zip(found.concepts, counts, strict=True) if n >= 20} and {len(each) for each in some.values()} == {10}
 
 
-def test_ranking_by_attribution_is_the_margins_gradient_in_the_latents(tiny_clip, tiny_sae, scenes, quick_head):
+def test_ranking_by_attribution_is_the_margins_gradient_in_the_latents(tiny_clip, sae, scenes):
     one = type(scenes)("tools", "train", n_images=1)
-    found = rank_concepts(tiny_clip, tiny_sae, one, LAYER, kinds=["color", "background"], k=64, by="attribution", progress=False)
+    found = rank_concepts(tiny_clip, sae, one, LAYER, kinds=["color", "background"], by="attribution")
     residual = tiny_clip.run_to(tiny_clip.preprocess(one[0].image)[None], LAYER)
-    with torch.no_grad():
-        h = tiny_sae.encode(residual.tokens)
-        error = residual.tokens - tiny_sae.decode(h)
+    h = sae.encode(residual.tokens)
+    error = residual.tokens - sae.decode(h)
     concept = f"background:{openmoji.BACKGROUND_KINDS[one.truth(0).background]}"
     backgrounds = [name for name in found.concepts if name.startswith("background")]
     h = h.requires_grad_(True)
-    logits = tiny_clip.logits(tiny_clip.finish(tiny_sae.decode(h) + error, LAYER), quick_head(tiny_clip, backgrounds))[0]
+    logits = tiny_clip.logits(tiny_clip.finish(sae.decode(h) + error, LAYER), quick_head(tiny_clip, backgrounds))[0]
     own = backgrounds.index(concept)
     margin = logits[own] - torch.cat([logits[:own], logits[own + 1 :]]).logsumexp(0)
     expected = (torch.autograd.grad(margin, h)[0] * h).sum((0, 1)).detach()
     ranked = found.latents[found.concepts.index(concept)]
-    np.testing.assert_allclose(expected[ranked], expected.sort(descending=True).values, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(expected[ranked], expected.sort(descending=True).values[:10], rtol=0, atol=1e-3)
 
 
-def test_concept_specificity_measures_what_steer_does(tiny_clip, tiny_sae, scenes, quick_head):
+def test_clearest_latents_give_each_latent_to_one_class(monkeypatch):
+    monkeypatch.setattr(effects, "class_scores", lambda scores: scores)
+    scores = torch.tensor([[9.0, 0.0, 1.0], [3.0, 0.0, 0.5], [0.0, 5.0, 0.0], [0.0, 0.0, 0.0]])
+    assert clearest_latents(scores, 5) == {0: 0, 2: 1} and clearest_latents(scores, 1) == {0: 0}
+
+
+# -- experiments ------------------------------------------------------------------------------------------------------
+
+
+def test_concept_specificity_measures_what_steer_does(tiny_clip, sae, scenes):
     shown = openmoji.BACKGROUND_KINDS[scenes.truth(0).background]
-    others = [f"background:{name}" for name in openmoji.BACKGROUND_KINDS if name != shown]
-    latents = {f"background:{shown}": [7, 11], others[0]: [3, 4], "color:red": [5, 6]}
-    frame = concept_specificity(tiny_clip, tiny_sae, scenes, latents, LAYER, ks=[1, 2], n_images=3, progress=False)
-    assert set(frame["kind"]) == {"own", "control"} and set(frame["k"]) == {1, 2}
-    head = quick_head(tiny_clip, list(latents))
-    for k, edits in ((1, [Edit(7)]), (2, [Edit(7), Edit(11)])):
-        row = frame.query(f"kind == 'own' and k == {k} and index == 0 and concept_kind == 'background'").iloc[0]
-        steered = steer(tiny_clip, tiny_sae, tiny_clip.preprocess(scenes[0].image)[None], edits, LAYER, head)
-        change = (steered.logits - steered.logits_before)[0]
-        assert row["own"] == pytest.approx(float(change[0]), abs=1e-4)
-        assert row["others"] == pytest.approx(float(change[1]), abs=1e-4)  # the other background, not the colour
-        assert row["gap"] == pytest.approx(row["own"] - row["others"])
-    table = summarize_effects(frame, ["own", "gap"], by=["kind", "k"], over="concept", n_bootstrap=20)
-    assert len(table) == 4 and (table["own_low"] <= table["own_high"]).all()
-    again = concept_specificity(tiny_clip, tiny_sae, scenes, latents, LAYER, ks=[1, 2], n_images=3, batch_size=2, progress=False)
-    keys = ["kind", "k", "concept", "index"]
-    merged = frame.merge(again, on=keys, suffixes=("", "_again"))
-    assert len(merged) == len(frame)
-    np.testing.assert_allclose(merged["own"], merged["own_again"], atol=1e-4)
+    other = next(name for name in openmoji.BACKGROUND_KINDS if name != shown)
+    latents = {f"background:{shown}": [7, 11], f"background:{other}": [3, 4], "color:red": [5, 6]}
+    frame = concept_specificity(tiny_clip, sae, scenes, latents, LAYER, n_images=3)
+    assert set(frame["kind"]) == {"own", "control"} and frame.notna().all(None)
+    row = frame.query("kind == 'own' and index == 0 and concept_kind == 'background'").iloc[0]
+    change = steered(tiny_clip, sae, scenes, 0, [Edit(7), Edit(11)], quick_head(tiny_clip, list(latents)))
+    assert row["own"] == pytest.approx(float(change[0]), abs=1e-4)
+    assert row["others"] == pytest.approx(float(change[1]), abs=1e-4)  # the other background, not the colour
+    table = summarize_effects(frame, ["own", "others"], over="concept")
+    assert table["own"].tolist() == pytest.approx([frame.query("kind == @k").groupby("concept")["own"].mean().mean() for k in table["kind"]])
 
 
-def test_color_swap_scenes_have_a_dominant_colour(scenes):
-    found = color_swap_scenes(scenes, 5)
-    for index, (source, target) in found.items():
-        truth = scenes.truth(index)
-        fill = (truth.color_share * object_patches(truth, -1).numpy().reshape(14, 14)).sum((1, 2))
-        assert openmoji.COLORS[int(fill.argmax())] == source != target
-        assert fill.max() >= 0.6 * fill.sum()
-    source = next(iter(found.values()))[0]
-    assert {pair for pair in color_swap_scenes(scenes, 1, [(source, "green" if source != "green" else "red")]).values()}
-    with pytest.raises(ValueError, match="two different colours"):
-        color_swap_scenes(scenes, 1, [("red", "red")])
-    with pytest.raises(ValueError, match="hold"):
-        color_swap_scenes(scenes, 99)
+def test_summarize_effects_resamples_what_it_is_told():
+    frame = pd.DataFrame(
+        {"kind": ["a"] * 4 + ["b"] * 4, "class": [0, 0, 0, 1] * 2, "index": [0, 1, 2, 3] * 2, "own": [1.0, 1, 1, 5, 0, 0, np.nan, 0]}
+    )
+    by_image, by_class = summarize_effects(frame, ["own"]), summarize_effects(frame, ["own"], over="class")
+    assert by_image["own"].tolist() == [2.0, 0.0] and by_class["own"].tolist() == [3.0, 0.0]
+    assert by_image["n"].tolist() == [4, 3] and by_class["n"].tolist() == [2, 2]  # what has no control is left out
+    assert by_class.loc[0, ["own_low", "own_high"]].tolist() == [1.0, 5.0]
+    assert summarize_effects(frame.assign(own=np.nan), ["own"])[["own", "own_low"]].isna().all(None)
+
+
+def test_dose_response_is_zero_at_the_untouched_image_and_steers_elsewhere(tiny_clip, sae, tiny_dataset, head):
+    table = dose_response(tiny_clip, sae, tiny_dataset, {0: 11, 4: 7, 9: 3}, LAYER, head=head)
+    assert len(table) == 3 * 2 * len(effects.DOSES)
+    for scenes, dose in (("show it", 1.0), ("show another", 0.0)):
+        untouched = table[(table["scenes"] == scenes) & (table["dose"] == dose)]
+        np.testing.assert_allclose(untouched[["own", "others"]], 0, atol=1e-5)
+    of_class = np.flatnonzero(np.asarray(tiny_dataset.labels) == 4)[:12]
+    for dose in (0, 3):
+        row = table[(table["scenes"] == "show it") & (table["dose"] == dose) & (table["class"] == 4)].iloc[0]
+        changes = torch.stack([steered(tiny_clip, sae, tiny_dataset, int(i), [Edit(7, "scale", float(dose))], head) for i in of_class])
+        assert row["own"] == pytest.approx(float(changes[:, 4].mean()), abs=1e-4) and row["n"] == len(of_class)
+        assert row["others"] == pytest.approx(float((changes.sum(1) - changes[:, 4]).mean()) / (len(head) - 1), abs=1e-4)
 
 
 @pytest.mark.parametrize("edit_cls", [False, True])
-def test_swapped_colours_are_edits_of_steer(edit_cls, tiny_clip, tiny_sae, scenes, quick_head, monkeypatch):
+def test_swapped_colours_are_edits_of_steer(edit_cls, tiny_clip, sae, scenes):
     """Source latents off, target latents at their level, on the object's patches (and CLS): the same as a sequence of edits."""
-    ranked = rank_concepts(tiny_clip, tiny_sae, scenes, LAYER, kinds=["color"], k=2, progress=False)
+    names = openmoji.COLORS
     # Latents of their own for each colour, so that the order of the edits doesn't matter.
-    own = torch.arange(2 * len(ranked.concepts)).view(-1, 2)
+    own = torch.arange(2 * len(names)).view(-1, 2)
     levels = torch.rand(own.shape, generator=torch.Generator().manual_seed(0)) + 0.5
-    ranked = ranked._replace(latents=own, levels=levels, cls_levels=levels.flip(0))
-    frame = swap_colors(tiny_clip, tiny_sae, scenes, ranked, LAYER, k=2, doses=[1.5], edit_cls=edit_cls, n_scenes=4, progress=False)
-    assert len(frame) == 8 and frame["target_change"].abs().max() > 1e-4
-    names = [concept.split(":")[1] for concept in ranked.concepts]
+    ranked = ConceptLatents(tuple(f"color:{name}" for name in names), own, levels, levels.flip(0), torch.full((len(names),), 50))
+    frame = swap_colors(tiny_clip, sae, scenes, ranked, LAYER, doses=[1.5], edit_cls=edit_cls, n_scenes=4)
+    assert len(frame) == 8 and frame["target_change"].abs().max() > 1e-4 and (frame["source"] != frame["target"]).all()
     head = quick_head(tiny_clip, list(ranked.concepts))
     for row in frame[frame["kind"] == "own"].itertuples():
         s, t = names.index(row.source), names.index(row.target)
-        patches = object_patches(scenes.truth(row.index), -1)
-        places = [(patches, levels)] + ([("cls", levels.flip(0))] if edit_cls else [])
+        places = [(object_patches(scenes.truth(row.index), -1), levels)] + ([("cls", levels.flip(0))] if edit_cls else [])
         edits = [Edit(int(latent), "scale", 0.0, place) for place, _ in places for latent in own[s]]
         edits += [Edit(int(own[t, j]), "set", 1.5 * float(level[t, j]), place) for place, level in places for j in range(2)]
-        steered = steer(tiny_clip, tiny_sae, tiny_clip.preprocess(scenes[row.index].image)[None], edits, LAYER, head)
-        change = (steered.probabilities - steered.probabilities_before)[0]
+        found = steer(tiny_clip, sae, tiny_clip.preprocess(scenes[row.index].image)[None], edits, LAYER, head)
+        change = (found.probabilities - found.probabilities_before)[0]
         assert row.target_change == pytest.approx(float(change[t]), abs=1e-4)
         assert row.source_change == pytest.approx(float(change[s]), abs=1e-4)
-        assert row.sees_target == (int(steered.logits[0].argmax()) == t)
+        assert row.sees_target == (int(found.logits[0].argmax()) == t)
 
 
-def test_what_they_cannot_do_is_refused(tiny_clip, tiny_sae, scenes):
-    class Plain:
-        spec, split, class_names, labels = "plain", "test", scenes.class_names, scenes.labels
+def test_remove_objects_edits_the_objects_patches_alone(tiny_clip, sae):
+    scenes = load_dataset("openmoji/scenes", "test", n_images=40)
+    latents = [torch.randperm(64, generator=torch.Generator().manual_seed(i))[: 5 - i % 2].tolist() for i in range(len(scenes.class_names))]
+    frame = remove_objects(tiny_clip, sae, scenes, latents, LAYER, n_scenes=3)
+    assert len(frame) == 3 * 2 * 2 and (frame["removed"] != frame["stays"]).all() and frame.notna().all(None)
+    head = effects.dataset_head(tiny_clip, scenes)
+    for row in frame[frame["kind"] == "own"].itertuples():
+        truth = scenes.truth(row.index)
+        place = object_patches(truth, list(truth.class_ids).index(row.removed))
+        change = steered(tiny_clip, sae, scenes, row.index, [Edit(i, "scale", 0.0, place) for i in latents[row.removed]], head)
+        assert row.removed_change == pytest.approx(float(change[row.removed]), abs=1e-4)
+        assert row.stays_change == pytest.approx(float(change[row.stays]), abs=1e-4)
 
-    with pytest.raises(ValueError, match="no ground truth"):
-        rank_concepts(tiny_clip, tiny_sae, Plain(), LAYER)
-    with pytest.raises(ValueError, match="Valid: object, category"):
-        rank_concepts(tiny_clip, tiny_sae, scenes, LAYER, kinds=["shape"])
-    with pytest.raises(ValueError, match="activity, attribution"):
-        rank_concepts(tiny_clip, tiny_sae, scenes, LAYER, by="beauty")
-    with pytest.raises(ValueError, match="the same number for each"):
-        concept_specificity(tiny_clip, tiny_sae, scenes, {"color:red": [1], "color:green": [1, 2]}, LAYER)
-    with pytest.raises(ValueError, match="shows none"):
-        concept_specificity(tiny_clip, tiny_sae, type(scenes)("tools", "train", n_images=1), {"object:dog": [1]}, LAYER)
+
+def test_what_they_cannot_do_is_refused(tiny_clip, sae, scenes):
+    plain = SimpleNamespace(spec="plain", split="test", class_names=scenes.class_names, labels=scenes.labels)
+    for call, message in (
+        (lambda: rank_concepts(tiny_clip, sae, plain, LAYER), "no ground truth"),
+        (lambda: rank_concepts(tiny_clip, sae, scenes, LAYER, kinds=["shape"]), "Valid: object, category"),
+        (lambda: rank_concepts(tiny_clip, sae, scenes, LAYER, by="beauty"), "activity, attribution"),
+        (lambda: concept_specificity(tiny_clip, sae, scenes, {"color:red": [1], "color:green": [1, 2]}), "the same number for each"),
+        (lambda: concept_specificity(tiny_clip, sae, scenes, {"color:red": [64]}), "latents .0 to 63."),
+        (lambda: concept_specificity(tiny_clip, sae, type(scenes)("tools", "train", n_images=1), {"object:dog": [1]}), "shows none"),
+        (lambda: dose_response(tiny_clip, sae, scenes, {0: 1}), "two classes"),
+        (lambda: swap_colors(tiny_clip, sae, scenes, ConceptLatents((), *[torch.zeros(0, 1)] * 4), LAYER), "latents of two colours"),
+        (lambda: remove_objects(tiny_clip, sae, load_dataset("openmoji/scenes", "test", n_images=2), [[1]] * 400, n_scenes=5), "hold [012]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -1,143 +1,98 @@
-"""Edits that bring activations in from elsewhere: swaps and transplants, and sequences of edits. (Single-latent edits: test_interventions.py.)"""
+"""Edits of single latents: what they do to the residual stream, where, and in what order."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from patchsae_utils.interventions.masks import dataset_head
-from patchsae_utils.interventions.steering import Edit, steer
+from patchsae_utils.adaptation import VisualPrompt
+from patchsae_utils.interventions import Edit, steer
 
 LAYER = -2
 
 
-@pytest.fixture(scope="module")
-def head(tiny_clip, tiny_dataset):
-    return dataset_head(tiny_clip, tiny_dataset)
+def edited(clip, sae, images, edits):
+    before = clip.run_to(images, LAYER).tokens
+    return before, steer(clip, sae, images, edits, LAYER).residual.tokens
 
 
-@pytest.fixture(scope="module")
-def stream(tiny_clip, tiny_images):
-    return tiny_clip.run_to(tiny_images, LAYER)
+@pytest.mark.parametrize(
+    ("op", "value", "change"),
+    [
+        ("scale", 0.0, lambda h: -h),
+        ("scale", 3.0, lambda h: 2 * h),
+        ("set", 1.5, lambda h: 1.5 - h),
+        ("add", -0.2, lambda h: (h - 0.2).clamp_min(0) - h),
+    ],
+)
+def test_edits_move_the_stream_along_the_latents_row(op, value, change, tiny_clip, sae, tiny_images):
+    before, after = edited(tiny_clip, sae, tiny_images, [Edit(7, op, value)])
+    expected = change(sae.encode(before)[..., 7])[..., None] * sae.W_dec[7]
+    torch.testing.assert_close(after - before, expected, rtol=0, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def latents(tiny_sae, stream):
-    """[8, 197, 64] before any edit."""
-    with torch.no_grad():
-        return tiny_sae.encode(stream.tokens)
+def test_edits_act_in_turn_and_only_where_they_should(tiny_clip, sae, tiny_images):
+    mask = torch.zeros(196, dtype=torch.bool)
+    mask[[3, 50]] = True
+    for patches, tokens in ((None, range(197)), ("cls", [0]), ("patches", range(1, 197)), ([0, 195], [1, 196]), (mask, [4, 51])):
+        before, after = edited(tiny_clip, sae, tiny_images, [Edit(7, "set", 5.0), Edit(7, "scale", 2.0, patches)])
+        level = torch.full((197,), 5.0)
+        level[list(tokens)] = 10.0
+        expected = (level - sae.encode(before)[..., 7])[..., None] * sae.W_dec[7]
+        torch.testing.assert_close(after - before, expected, rtol=0, atol=1e-4)
 
 
-def expected_stream(sae, stream, before, after):
-    """Dense, in float64: what the residual stream is after the latents became ``after``."""
-    with torch.no_grad():
-        return (stream.tokens.double() + (after.double() - before.double()) @ sae.W_dec.double()).float()
+def test_a_sequence_equals_a_dense_edit_in_float64(tiny_clip, sae, tiny_images):
+    edits = [Edit(3), Edit(9, "set", 4.0), Edit(9, "scale", 0.5, "cls"), Edit(5, "add", 1.0, [10, 40]), Edit(3, "add", 2.0)]
+    before, after = edited(tiny_clip, sae, tiny_images, edits)
+    old = sae.encode(before)
+    new = old.clone()
+    new[..., 3] = 2.0
+    new[..., 9] = 4.0
+    new[:, 0, 9] = 2.0
+    new[:, [11, 41], 5] += 1.0
+    expected = before.double() + (new.double() - old.double()) @ sae.W_dec.double()
+    torch.testing.assert_close(after, expected.float(), rtol=0, atol=1e-4)
+    steered = steer(tiny_clip, sae, tiny_images, edits, LAYER)
+    torch.testing.assert_close(steered.activations_before, old[..., [3, 9, 5]])
+    torch.testing.assert_close(steered.activations, new[..., [3, 9, 5]])
 
 
-def check(clip, sae, stream, latents, edits, change):
-    after = latents.clone()
-    change(after)
-    found = steer(clip, sae, stream, edits, LAYER).residual.tokens
-    torch.testing.assert_close(found, expected_stream(sae, stream, latents, after), rtol=0, atol=1e-4)
-    assert (after - latents).abs().max() > 0.1
+def test_steer_reports_probabilities_and_what_moved(tiny_clip, sae, tiny_images, tiny_dataset, head):
+    steered = steer(tiny_clip, sae, tiny_clip.run_to(tiny_images, LAYER), [Edit(7, "set", 20.0)], LAYER, head)
+    torch.testing.assert_close(steered.probabilities.sum(1), torch.ones(8))
+    moved = steered.moved(tiny_dataset.class_names, image=2, n=4)
+    assert len(moved) == 4 and moved["change"].abs().is_monotonic_decreasing
+    np.testing.assert_allclose(moved["after"] - moved["before"], moved["change"], atol=1e-6)
+    with pytest.raises(ValueError, match="zero-shot head"):
+        _ = steer(tiny_clip, sae, tiny_images, [], LAYER).probabilities
 
 
-def test_a_swap_exchanges_two_latents_where_it_acts(tiny_clip, tiny_sae, stream, latents):
-    def change(h):
-        h[:, [11, 41], 3], h[:, [11, 41], 7] = latents[:, [11, 41], 7], latents[:, [11, 41], 3]
-
-    check(tiny_clip, tiny_sae, stream, latents, [Edit(3, "swap", other=7, patches=[10, 40])], change)
-
-
-def test_a_swap_multiplies_what_arrives(tiny_clip, tiny_sae, stream, latents):
-    def change(h):
-        h[..., 3], h[..., 7] = 2.5 * latents[..., 7], 2.5 * latents[..., 3]
-
-    check(tiny_clip, tiny_sae, stream, latents, [Edit(3, "swap", 2.5, other=7)], change)
-
-
-def test_swapping_twice_changes_nothing(tiny_clip, tiny_sae, stream, head):
-    twice = [Edit(3, "swap", other=7), Edit(7, "swap", other=3)]
-    steered = steer(tiny_clip, tiny_sae, stream, twice, LAYER, head)
-    assert torch.equal(steered.residual.tokens, stream.tokens)
-    assert torch.equal(steered.logits, steered.logits_before)
-
-
-def test_transplants_from_the_batch_from_a_stream_and_from_activations_agree(tiny_clip, tiny_sae, stream, latents):
-    def change(h):
-        h[:, 1:, 5] = latents[2, 1:, 5]
-
-    other = stream._replace(tokens=stream.tokens[2:3])
-    for source in (2, other, latents[2, :, 5], latents[2:3, :, 5]):
-        check(tiny_clip, tiny_sae, stream, latents, [Edit(5, "transplant", patches="patches", source=source)], change)
-    each = Edit(5, "transplant", source=stream._replace(tokens=stream.tokens.flip(0)))  # one a image
-    check(tiny_clip, tiny_sae, stream, latents, [each], lambda h: h[..., 5].copy_(latents.flip(0)[..., 5]))
-
-
-def test_sequences_act_in_turn_on_what_is_there(tiny_clip, tiny_sae, stream, latents):
-    """Off, then swapped: the other latent is off. A transplant takes what was there before any edit."""
-    edits = [
-        Edit(3),
-        Edit(3, "swap", other=7),
-        Edit(9, "set", 4.0),
-        Edit(9, "scale", 0.5, "cls"),
-        Edit(5, "transplant", source=0),
-        Edit(5, "add", 1.0),
-    ]
-
-    def change(h):
-        h[..., 3], h[..., 7] = latents[..., 7], 0
-        h[..., 9] = 4.0
-        h[:, 0, 9] = 2.0
-        h[..., 5] = latents[0, :, 5] + 1
-
-    check(tiny_clip, tiny_sae, stream, latents, edits, change)
-
-
-def test_steer_tells_what_became_of_the_latents(tiny_clip, tiny_sae, stream, latents):
-    steered = steer(tiny_clip, tiny_sae, stream, [Edit(7), Edit(3, "add", 2.0, [0, 1])], LAYER)
-    assert steered.latents == (7, 3)
-    torch.testing.assert_close(steered.activations_before, latents[..., [7, 3]])
-    table = steered.edited(image=4)
-    assert table["latent"].tolist() == [7, 3] and table["after"].tolist()[0] == 0
-    assert table["tokens"].tolist() == [int((latents[4, :, 7] > 0).sum()), 2]
-    assert table["after"][1] - table["before"][1] == pytest.approx(4.0, abs=1e-3)
-    assert steer(tiny_clip, tiny_sae, stream, [], LAYER).edited().empty
-
-
-def test_an_adapted_models_prompts_pass_unchanged(tiny_clip, tiny_sae, tiny_images):
-    from patchsae_utils.adaptation.adapters import VisualPrompt
-
+def test_an_adapted_models_prompts_pass_unchanged(tiny_clip, sae, tiny_images):
     clip = VisualPrompt(tiny_clip, 3, 1)
     before = clip.run_to(tiny_images, LAYER)
-    steered = steer(clip, tiny_sae, before, [Edit(3, "swap", other=7), Edit(5, "transplant", source=1)], LAYER)
+    steered = steer(clip, sae, before, [Edit(3, "set", 2.0)], LAYER)
     assert torch.equal(steered.residual.extra, before.extra) and steered.residual.tokens.shape == before.tokens.shape
+    torch.testing.assert_close(steered.features, clip.finish(steered.residual, LAYER), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Edit(3, "swap"), "other= .*needed there"),
-        (lambda: Edit(3, "scale", other=4), "other= .*belongs to op='swap'"),
-        (lambda: Edit(3, "swap", other=3), "two latents"),
-        (lambda: Edit(3, "transplant"), "source= .*needed there"),
-        (lambda: Edit(3, "swap", -1.0, other=4), "not negative"),
+        (lambda: Edit(0, "turn"), "Valid: scale, set, add"),
+        (lambda: Edit(0, "scale", -1.0), "not negative"),
+        (lambda: Edit(0, "add", float("nan")), "finite"),
+        (lambda: Edit(0, patches="corner").apply(torch.ones(1, 5)), "Valid: None"),
+        (lambda: Edit(0, patches=[4]).apply(torch.ones(1, 5)), "between 0 and 3"),
+        (lambda: Edit(0, patches=torch.ones(2, 4, dtype=torch.bool)).apply(torch.ones(2, 5)), r"\[2, 4\]"),
     ],
 )
-def test_incomplete_edits_are_refused(make, message):
+def test_bad_edits(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (Edit(3, "swap", other=64), "no latent 64"),
-        (Edit(3, "transplant", source=8), "images 0 to 7"),
-        (Edit(3, "transplant", source=torch.ones(5)), r"\[197\] activations"),
-        (Edit(3, "transplant", source=-torch.ones(197)), "not negative"),
-    ],
-)
-def test_what_does_not_exist_is_refused(edit, message, tiny_clip, tiny_sae, stream):
-    with pytest.raises(ValueError, match=message):
-        steer(tiny_clip, tiny_sae, stream, [edit], LAYER)
+def test_a_latent_that_does_not_exist(tiny_clip, sae, tiny_images):
+    with pytest.raises(ValueError, match="latents 0 to 63"):
+        steer(tiny_clip, sae, tiny_images, [Edit(64)])

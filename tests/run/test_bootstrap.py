@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from patchsae_utils.clip import zero_shot as zeroshot
-from patchsae_utils.interventions import masks as interventions
 from patchsae_utils.latents import measures as statistics
 from patchsae_utils.run import intervals as module
 from patchsae_utils.run.intervals import bootstrap, bootstrap_mean, bootstrap_share, mean_interval
@@ -23,7 +22,7 @@ def share(total, n):
 
 
 def test_one_module_serves_all():
-    assert evaluation.bootstrap is bootstrap and interventions.bootstrap_mean is bootstrap_mean
+    assert evaluation.bootstrap is bootstrap
     assert zeroshot.bootstrap_share is bootstrap_share and statistics.mean_interval is mean_interval
 
 

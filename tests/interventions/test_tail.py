@@ -1,0 +1,104 @@
+"""Behind the hook: the quick tail is the network's, sparse sums are dense ones, and no SAE of another model or layer gets through."""
+
+from __future__ import annotations
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import TINY_TEXT, TINY_VISION
+
+from patchsae_utils import interventions
+from patchsae_utils.adaptation import MaPLe, VisualPrompt
+from patchsae_utils.clip.model import ClipModel
+from patchsae_utils.data import templates_for
+from patchsae_utils.interventions.attribution import image_attribution
+from patchsae_utils.interventions.choosing import NONE_LEFT, SILENT
+from patchsae_utils.interventions.concept_latents import ConceptLatents
+from patchsae_utils.interventions.tail import Active, contribution, network_tail
+from patchsae_utils.sae.model import SparseAutoencoder
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_tail_equals_finish(depth, tiny_clip, tiny_images):
+    """The one-query tail, also of a model whose last block has prompts of its own, and the whole network where it does not hold."""
+    for clip in (tiny_clip, MaPLe(tiny_clip, 2, depth), VisualPrompt(tiny_clip, 3, depth)):
+        for layer in (-2, -3):
+            sample = clip.run_to(tiny_images, layer)
+            tail = network_tail(clip, layer, sample)
+            assert tail.__name__ == ("class_token_alone" if layer == -2 else "whole")
+            noise = torch.randn(sample.tokens.shape, generator=torch.Generator().manual_seed(0))
+            edited = sample._replace(tokens=sample.tokens + 0.3 * noise)
+            with torch.no_grad():
+                torch.testing.assert_close(tail(edited), clip.finish(edited, layer), rtol=1e-4, atol=1e-5)
+
+
+def test_faults_c4_an_attentional_pool_reads_all_tokens(tiny_clip, sae, tiny_dataset):
+    """FAULTS C4: open_clip's CoCa (``coca_ViT-B-32``) ended in a RuntimeError; now its whole network runs."""
+    vision = TINY_VISION | {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 9, "output_tokens": True}
+    text = TINY_TEXT | {"embed_cls": True, "output_tokens": True}
+    multimodal = {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1, "attn_pooler_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.CoCa(embed_dim=16, vision_cfg=vision, text_cfg=text, multimodal_cfg=multimodal)
+    coca = ClipModel(model, preprocess=tiny_clip.preprocess, tokenizer=None, name="coca")
+    head = F.normalize(torch.randn(len(tiny_dataset.class_names), coca.d_embed, generator=torch.Generator().manual_seed(0)), dim=1)
+    table = interventions.sweep_masks(coca, sae, tiny_dataset, [3], "random", head=head, keep_error=True)
+    images = torch.stack([coca.preprocess(tiny_dataset[i].image) for i in range(len(tiny_dataset))])
+    expected = coca.logits(coca.encode_image(images), head).gather(1, tiny_dataset.labels[:, None]).mean()
+    assert table["logit"][0] == pytest.approx(float(expected), abs=1e-4)
+    assert network_tail(coca, -2, coca.run_to(images[:2], -2)).__name__ == "whole"
+
+
+def test_trap_12_the_head_is_renormalised_after_averaging_templates(tiny_clip, tiny_dataset, head):
+    torch.testing.assert_close(head.norm(dim=1), torch.ones(len(head)), rtol=0, atol=1e-5)
+    with torch.no_grad():
+        prompts = tiny_clip.encode_text([t.format(tiny_dataset.class_names[5]) for t in templates_for(tiny_dataset.spec)])
+    prompts = F.normalize(prompts, dim=-1)
+    assert prompts.mean(0).norm() < 1 - 1e-4  # so that forgetting it would show
+    torch.testing.assert_close(head[5], F.normalize(prompts.mean(0), dim=0), rtol=0, atol=1e-5)
+
+
+def test_sparse_sums_equal_dense_ones():
+    generator = torch.Generator().manual_seed(0)
+    h = torch.rand(3, 5, 40, generator=generator) * (torch.rand(3, 5, 40, generator=generator) < 0.2)
+    rows, direction = torch.randn(40, 16, generator=generator), torch.randn(3, 5, 16, generator=generator)
+    active = Active.of(h)
+    torch.testing.assert_close(active.decode(rows), h @ rows, rtol=0, atol=1e-5)
+    shares = torch.zeros(h.shape).index_put((active.token // 5, active.token % 5, active.latent), active.project(direction, rows))
+    torch.testing.assert_close(shares, h * (direction @ rows.T), rtol=0, atol=1e-5)
+    latents = torch.tensor([[3, 7], [SILENT, 7], [3, NONE_LEFT]])
+    found = contribution(rows, h, latents)
+    torch.testing.assert_close(found[0], h[0][:, [3, 7]] @ rows[[3, 7]], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[1], h[1][:, [7]] @ rows[[7]], rtol=0, atol=1e-5)
+    assert found[2].isnan().all()
+
+
+ENTRIES = {
+    "sweep_masks": lambda clip, sae, data, head: interventions.sweep_masks(clip, sae, data, [1], "random", head=head),
+    "steer": lambda clip, sae, data, head: interventions.steer(clip, sae, clip.preprocess(data[0].image)[None], []),
+    "attribute_latents": lambda clip, sae, data, head: interventions.attribute_latents(clip, sae, data, head=head),
+    "attribution_check": lambda clip, sae, data, head: interventions.attribution_check(clip, sae, data, head),
+    "image_attribution": lambda clip, sae, data, head: image_attribution(
+        clip, sae, clip.run_to(clip.preprocess(data[0].image)[None], -2), head
+    ),
+    "rank_concepts": lambda clip, sae, data, head: interventions.rank_concepts(clip, sae, data),
+    "concept_specificity": lambda clip, sae, data, head: interventions.concept_specificity(clip, sae, data, {"color:red": [1]}),
+    "dose_response": lambda clip, sae, data, head: interventions.dose_response(clip, sae, data, {0: 1, 1: 2}, head=head),
+    "swap_colors": lambda clip, sae, data, head: interventions.swap_colors(clip, sae, data, ConceptLatents((), *[torch.zeros(0, 1)] * 4)),
+    "remove_objects": lambda clip, sae, data, head: interventions.remove_objects(clip, sae, data, [[1]]),
+}
+
+
+@pytest.mark.parametrize("metadata", [{"layer": 0}, {"weights_hash": "0" * 16}, {"model_name": "another"}])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_faults_c8_an_sae_of_another_layer_or_model_is_refused(entry, metadata, tiny_clip, tiny_dataset, head):
+    """FAULTS C8: width alone was checked, and the numbers were plausible nonsense."""
+    assert set(ENTRIES) - {"image_attribution"} == {
+        name for name in interventions.__all__ if name not in ("CHOICES", "Edit", "clearest_latents", "dataset_head", "summarize_effects")
+    }
+    stranger = SparseAutoencoder(tiny_clip.width, 64, metadata={"model_name": "tiny", "layer": 1, **metadata})
+    with pytest.raises(ValueError, match="The SAE reads 32-dimensional activations of '(tiny|another)'.*the residual stream of 'tiny' holds"):
+        ENTRIES[entry](tiny_clip, stranger, tiny_dataset, head)
+    with pytest.raises(ValueError, match="The SAE reads 16-dimensional.*the residual stream of 'tiny' holds 32-dimensional"):
+        ENTRIES[entry](tiny_clip, SparseAutoencoder(16, 64), tiny_dataset, head)
