@@ -72,10 +72,10 @@ def attribute_latents(
     Source: gradient times activation, the first-order estimate of an ablation's effect (Molchanov et al., ICLR 2017, section 2.2; for
     latents of SAEs Marks et al., ICLR 2025, section 3.1).
     """
-    reads = read_batches(clip, sae, dataset, layer, "attribution")
+    sae.check_model(clip, layer)
     head = dataset_head(clip, dataset) if head is None else head
     sums = torch.zeros(len(dataset.class_names), sae.d_sae, device=clip.device)
-    for read in reads:
+    for read in read_batches(clip, dataset, layer, "attribution"):
         sums.index_add_(0, read.labels, latent_shares(clip, sae, read.tail, read.residual, head, read.labels, target))
     images = torch.bincount(torch.as_tensor(dataset.labels), minlength=len(sums))
     return Attribution(sums.cpu() / images.clamp_min(1)[:, None], tuple(dataset.class_names))
@@ -154,8 +154,9 @@ def attribution_check(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, hea
     ValueError
         For an SAE of another model or layer.
     """
+    sae.check_model(clip, layer)
     rng, parts = np.random.default_rng(0), []
-    for read in read_batches(clip, sae, dataset, layer, "attribution's check", batch_size=1):
+    for read in read_batches(clip, dataset, layer, "attribution's check", batch_size=1):
         label = clip.logits(read.tail(read.residual), head).argmax(1)
         estimate = latent_shares(clip, sae, read.tail, read.residual, head, label)[0].cpu().numpy()
         active = estimate.nonzero()[0]

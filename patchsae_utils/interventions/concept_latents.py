@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..clip.model import ClipModel
 from ..data import openmoji
+from ..latents.classes import class_scores
 from ..sae.model import SparseAutoencoder
 from .attribution import latent_shares
 from .tail import BATCH, read_batches
@@ -87,8 +88,8 @@ def rank_concepts(
     kinds : sequence of str
         Among ``object``, ``category``, ``color``, ``background``.
     by : {"activity", "attribution"}
-        ``activity``: mean activation on the concept's patches, times its share among the concepts of its kind, which count as equally
-        frequent. ``attribution``: gradient times activation of the concept's score, less the log of the summed exponentials of the others'
+        ``activity``: mean activation on the concept's patches, times its share among the concepts of its kind (``latents.class_scores``).
+        ``attribution``: gradient times activation of the concept's score, less the log of the summed exponentials of the others'
         of its kind (:mod:`patchsae_utils.interventions.attribution`), averaged over scenes that show it; all tokens count.
 
     Returns
@@ -101,12 +102,12 @@ def rank_concepts(
         If the data set has no ground truth, a kind or ranking is unknown, or the SAE is of another model or layer.
     """
     check_truth(dataset)
+    sae.check_model(clip, layer)
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise ValueError(f"Unknown kinds={unknown or kinds}. Valid: {', '.join(KINDS)}.")
     if by not in ("activity", "attribution"):
         raise ValueError(f"Unknown by={by!r}. Valid: activity, attribution.")
-    reads = read_batches(clip, sae, dataset, layer, "concepts")
     names = openmoji.concept_names()
     kept = [i for i, name in enumerate(names) if name.split(":")[0] in kinds]
     concepts = [names[i] for i in kept]
@@ -114,10 +115,9 @@ def rank_concepts(
     head = concept_head(clip, concepts) if by == "attribution" else None
     n_patches, n_scenes = torch.zeros(len(kept), dtype=torch.long), torch.zeros(len(kept), dtype=torch.long)
     sums, cls_sums, shares = (torch.zeros(len(kept), sae.d_sae) for _ in range(3))
-    for read in reads:
+    for read in read_batches(clip, dataset, layer, "concepts"):
         h = sae.encode(read.residual.tokens)
-        masks = np.stack([openmoji.concept_masks(dataset.truth(i))[kept].reshape(len(kept), -1) for i in read.indices.tolist()])
-        masks = torch.from_numpy(masks)
+        masks = torch.from_numpy(np.stack([openmoji.concept_masks(dataset.truth(i))[kept] for i in read.indices.tolist()])).flatten(2)
         shown = masks.sum(2) >= MIN_PATCHES
         for grids, many, activation in zip(masks, shown, h.cpu(), strict=True):
             some = grids.any(1)
@@ -128,16 +128,13 @@ def rank_concepts(
         if head is not None:
             image, concept = shown.nonzero(as_tuple=True)
             for i, c in zip(image.split(BATCH), concept.split(BATCH), strict=True):
-                part = read.residual._replace(
-                    tokens=read.residual.tokens[i], extra=None if read.residual.extra is None else read.residual.extra[i]
-                )
-                share = latent_shares(clip, sae, read.tail, part, head, c.to(h.device), "margin", peers, h[i])
+                share = latent_shares(clip, sae, read.tail, read.some(i), head, c.to(h.device), "margin", peers, h[i])
                 shares.index_add_(0, c, share.cpu())
     rate, cls_rate = sums / n_patches.clamp_min(1)[:, None], cls_sums / n_scenes.clamp_min(1)[:, None]
     score = shares / n_scenes.clamp_min(1)[:, None]
-    if head is None:
-        of_kind = (peers | torch.eye(len(kept), dtype=torch.bool)).float() @ rate
-        score = rate**2 / of_kind.clamp_min(torch.finfo(torch.float32).tiny)
+    for kind in kinds if head is None else ():
+        rows = [i for i, concept in enumerate(concepts) if concept.split(":")[0] == kind]
+        score[rows] = class_scores(rate[rows])
     latents = score.argsort(dim=1, descending=True, stable=True)[:, :N_LATENTS]
     return ConceptLatents(tuple(concepts), latents, rate.gather(1, latents), cls_rate.gather(1, latents), n_patches)
 

@@ -68,17 +68,13 @@ def summarize_effects(frame: pd.DataFrame, columns: Sequence[str], by: Sequence[
     return pd.DataFrame(rows)
 
 
-# -- concepts ---------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def concept_specificity(
     clip: ClipModel, sae: SparseAutoencoder, dataset: Any, latents: Mapping[str, Sequence[int]], layer: int = -2, *, n_images: int = 8
 ) -> pd.DataFrame:
     """Turn each concept's latents off in scenes that show it: does the text that names it fit less, and do the others stay?
 
-    Objects, categories, colours and backgrounds alike; a concept's score is 'logit scale times cosine' with its own prompts, so no
-    classifier is trained for it.
+    A concept's score is 'logit scale times cosine' with its own prompts, so no classifier is trained for it.
 
     Parameters
     ----------
@@ -90,52 +86,59 @@ def concept_specificity(
         Concept -> its latents, the same number for each (``rank_concepts(...).mapping()``); turned off together, on all tokens.
     layer : int
     n_images : int
-        Scenes a concept, from the front of the data set; fewer where it has fewer.
+        Scenes of each concept, from the front of the data set; fewer where it has fewer.
 
     Returns
     -------
     DataFrame
-        Two rows for each concept and scene, ``kind`` "own" and "control" (as many other latents, each about as active in the same scene as the
-        one it stands for): concept, concept_kind, index, ``own`` (change of the concept's score), ``others`` (mean change of the other given
-        concepts of its kind).
+        Two rows for each concept and scene, kind "own" and "control" (as many others, each about as active in the scene as the one it stands
+        for): concept, concept_kind, index, own (change of the concept's score), others (mean change of the given others of its kind).
 
     Raises
     ------
     ValueError
-        If the data set has no ground truth, a concept or latent doesn't exist, no scene shows any of the concepts, or the SAE is of another
-        model or layer.
+        Without ground truth, for a concept or latent that doesn't exist or is nowhere shown, or an SAE of another model or layer.
     """
     check_truth(dataset)
     sae.check_model(clip, layer)
-    _check_latents(latents, sae.d_sae)
+    wrong = {concept: each for concept, each in latents.items() if not (len(each) and all(0 <= latent < sae.d_sae for latent in each))}
+    if wrong or len({len(each) for each in latents.values()}) != 1:
+        raise ValueError(f"latents must map concepts to latents (0 to {sae.d_sae - 1}), the same number for each; got {wrong or latents}.")
     concepts, own = list(latents), torch.tensor(list(latents.values()))
     head, peers, scenes = concept_head(clip, concepts), same_kind(concepts), _scenes_of(dataset, concepts, n_images)
     parts = []
-    for read in read_batches(clip, sae, dataset, layer, "concepts", indices=sorted(scenes)):
-        h = sae.encode(read.residual.tokens)
-        activation, before = h.sum(1).cpu(), clip.logits(read.tail(read.residual), head)
+    for read in read_batches(clip, dataset, layer, "concepts", indices=list(scenes)):
+        z = read.residual.tokens
+        h, before = sae.encode(z), clip.logits(read.features(z), head)
+        activation = h.sum(1)
         pairs = torch.tensor([(i, concept) for i, index in enumerate(read.indices.tolist()) for concept in scenes[index]])
         for image, concept in (part.unbind(1) for part in pairs.split(BATCH)):
             mine, index = own[concept], read.indices[image]
             controls = [matched_latents(mine, activation[image], index * len(concepts) + concept, draw) for draw in range(N_CONTROLS)]
+            names = [concepts[c] for c in concept.tolist()]
             for kind, sets in (("own", [mine]), ("control", controls)):
-                edited = [read.residual.tokens[image] - contribution(sae.W_dec, h[image], chosen) for chosen in sets]
+                edited = [z[image] - contribution(sae.W_dec, h[image], chosen) for chosen in sets]
                 change = torch.stack([clip.logits(read.features(tokens, image), head) - before[image] for tokens in edited]).mean(0).cpu()
-                names = [concepts[c] for c in concept.tolist()]
-                parts.append(
-                    {
-                        "kind": kind,
-                        "concept": names,
-                        "concept_kind": [name.split(":")[0] for name in names],
-                        "index": index,
-                        "own": _of(change, concept),
-                        "others": (change * peers[concept]).sum(1) / peers[concept].sum(1).clamp_min(1),
-                    }
-                )
+                others = (change * peers[concept]).sum(1) / peers[concept].sum(1).clamp_min(1)
+                part = {"kind": kind, "concept": names, "concept_kind": [name.split(":")[0] for name in names], "index": index}
+                parts.append(part | {"own": _of(change, concept), "others": others})
     return _table(parts)
 
 
-# -- doses ------------------------------------------------------------------------------------------------------------
+def _scenes_of(dataset: Any, concepts: Sequence[str], n_images: int) -> dict[int, list[int]]:
+    """Image -> the concepts (places in the list) that are measured in it: each in the first ``n_images`` that show it."""
+    names = openmoji.concept_names()
+    rows, left = [names.index(concept) for concept in concepts], np.full(len(concepts), n_images)
+    scenes = {}
+    for index in range(len(dataset)):
+        shown = openmoji.concept_masks(dataset.truth(index))[rows].sum((1, 2)) >= MIN_PATCHES
+        scenes[index] = np.flatnonzero(shown & (left > 0)).tolist()
+        left[scenes[index]] -= 1
+        if not left.any():
+            break
+    if (left == n_images).all():
+        raise ValueError(f"{dataset.spec!r} ({dataset.split}) shows none of {list(concepts)[:5]} on {MIN_PATCHES} patches or more.")
+    return {index: chosen for index, chosen in scenes.items() if chosen}
 
 
 def clearest_latents(summary: LatentSummary, n: int) -> dict[int, int]:
@@ -150,7 +153,7 @@ def clearest_latents(summary: LatentSummary, n: int) -> dict[int, int]:
     Returns
     -------
     dict of int to int
-        Class -> latent; fewer than n where classes share their first latent, which goes to the class that scores highest for it.
+        Class -> latent. A latent that is the first of several classes goes to the one that scores highest for it.
     """
     best = class_scores(summary).max(1)
     chosen: dict[int, int] = {}
@@ -189,51 +192,46 @@ def dose_response(
     head : Tensor [C, d_embed], optional
         By default from the data set's class names and templates.
     n_images : int
-        Images a class; fewer where the data set has fewer.
+        Images of each class; fewer where the data set has fewer.
 
     Returns
     -------
     DataFrame
-        A row for each class, kind of scenes ("show it", "show another") and dose: ``own`` (change of the class's logit against
-        the untouched image) with ``own_low, own_high``, ``others`` (mean change of the other logits) likewise, n.
+        A row for each class, kind of scenes ("show it", "show another") and dose: own, own_low, own_high (change of the class's logit against
+        the untouched image), others, others_low, others_high (mean change of the other logits), n.
 
     Raises
     ------
     ValueError
-        For fewer than two classes, a class or latent that doesn't exist, classes without images, or an SAE of another model or layer.
+        For fewer than two classes, classes without images, a latent that doesn't exist, or an SAE of another model or layer.
     """
     sae.check_model(clip, layer)
-    _check_latents({label: [latent] for label, latent in latents.items()}, sae.d_sae)
     labels = np.asarray(dataset.labels)
     by_class = [np.flatnonzero(labels == label)[:n_images].tolist() for label in sorted(latents)]
-    if len(latents) < 2 or not all(by_class):
+    if len(latents) < 2 or not all(by_class) or not all(0 <= latent < sae.d_sae for latent in latents.values()):
         raise ValueError(
-            f"dose_response needs two classes or more, each with images in {dataset.spec!r} ({dataset.split}); got {sorted(latents)}."
+            f"dose_response needs two classes or more with images in {dataset.spec!r} ({dataset.split}), and a latent from 0 to {sae.d_sae - 1} "
+            f"of each; got {dict(latents)}."
         )
     order = [images[i] for i in range(n_images) for images in by_class if i < len(images)]  # neighbours differ in class
     head = dataset_head(clip, dataset) if head is None else head
     parts = []
-    for read in read_batches(clip, sae, dataset, layer, "dose and response", batch_size=DOSE_BATCH, indices=order):
+    for read in read_batches(clip, dataset, layer, "dose and response", batch_size=DOSE_BATCH, indices=order):
         z, shown = read.residual.tokens, read.labels
         before = clip.logits(read.features(z), head)
         pattern = contribution(sae.W_dec, sae.encode(z), torch.tensor([[latents[label]] for label in shown.tolist()]))
+        guests = shown.roll(1)  # the class of the picture in front: its pattern arrives here
+        cases = {"show it": (shown, pattern, shown >= 0), "show another": (guests, pattern.roll(1, 0), guests != shown)}
         for dose in DOSES:
-            # The class of the picture in front of it: this is where the pattern of that picture goes.
-            for scenes, label, added in (
-                ("show it", shown, (dose - 1) * pattern),
-                ("show another", shown.roll(1), dose * pattern.roll(1, 0)),
-            ):
-                change = clip.logits(read.features(z + added), head) - before
+            for scenes, (label, added, told) in cases.items():
+                tokens = z + (dose - 1 if scenes == "show it" else dose) * added
+                change = clip.logits(read.features(tokens), head) - before
                 own = _of(change, label)
                 others = (change.sum(1) - own) / max(len(head) - 1, 1)
-                told = torch.ones_like(label, dtype=torch.bool) if scenes == "show it" else label != shown
                 part = {"class": label[told], "index": read.indices[told.cpu()], "own": own[told], "others": others[told]}
                 parts.append(part | {"scenes": scenes, "dose": float(dose)})
     table = summarize_effects(_table(parts), ["own", "others"], ["class", "scenes", "dose"])
     return table.sort_values(["class", "scenes", "dose"], ignore_index=True)
-
-
-# -- colours ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -274,14 +272,14 @@ def swap_colors(
     Returns
     -------
     DataFrame
-        Two rows for each scene and dose, ``kind`` "own" and "control": index, source, target (colours), dose, ``saw_source`` (before the
-        edit the source's prompts fit best among all colours'), ``sees_target`` (1 where after it the target's do), ``source_change,
-        target_change`` (of the probabilities among colours), ``object_change`` (of the logit of the object's class).
+        Two rows for each scene and dose, kind "own" and "control": index, source, target (colours), dose, saw_source (before the edit the
+        source's prompts fit best among all colours'), sees_target (1 where after it the target's do), source_change, target_change (of the
+        probabilities among colours), object_change (of the logit of the object's class).
 
     Raises
     ------
     ValueError
-        If the data set has no ground truth, colours have no latents, there are too few scenes, or the SAE is of another model or layer.
+        Without ground truth, two colours with latents, or enough scenes, or for an SAE of another model or layer.
     """
     check_truth(dataset)
     sae.check_model(clip, layer)
@@ -294,39 +292,31 @@ def swap_colors(
     table, levels, cls_levels = (part[rows] for part in (latents.latents, latents.levels, latents.cls_levels))
     spare = np.setdiff1d(np.arange(sae.d_sae), table)
     parts = []
-    for read in read_batches(clip, sae, dataset, layer, "colours", indices=list(scenes)):
+    for read in read_batches(clip, dataset, layer, "colours", indices=list(scenes)):
         indices, z = read.indices.tolist(), read.residual.tokens
         h, features = sae.encode(z), read.features(z)
         before, before_objects = clip.logits(features, colors).cpu(), clip.logits(features, objects)
-        source, target = (torch.tensor([names.index(scenes[i][side]) for i in indices]) for side in range(2))
+        source, target = torch.tensor([[names.index(color) for color in scenes[i]] for i in indices]).T
         grids = torch.stack([object_patches(dataset.truth(i), -1) for i in indices])
         here = torch.cat([torch.full((len(grids), 1), edit_cls), grids], 1).to(h)[..., None]
-        local, leaving, arriving = h * here, table[source], table[target]
+        local = h * here
         amounts = torch.cat([cls_levels[target][:, None], levels[target][:, None].expand(-1, grids.shape[1], -1)], 1).to(h) * here
-        others = matched_latents(leaving, local.sum(1), read.indices)
+        others = matched_latents(table[source], local.sum(1), read.indices)
         random = torch.stack(
             [torch.from_numpy(np.random.default_rng([0, i]).choice(spare, table.shape[1], replace=False)) for i in indices]
         )
-        for kind, (out, into) in {"own": (leaving, arriving), "control": (others, random)}.items():
+        for kind, out, into in (("own", table[source], table[target]), ("control", others, random)):
             gone = contribution(sae.W_dec, local, out) + contribution(sae.W_dec, local, into)
             for dose in doses:
                 features = read.features(z - gone + dose * (amounts @ sae.W_dec[into]))
                 after = clip.logits(features, colors).cpu()
                 change = after.softmax(1) - before.softmax(1)
-                parts.append(
-                    {
-                        "kind": kind,
-                        "dose": float(dose),
-                        "index": read.indices,
-                        "source": [names[i] for i in source.tolist()],
-                        "target": [names[i] for i in target.tolist()],
-                        "saw_source": before.argmax(1) == source,
-                        "sees_target": (after.argmax(1) == target).double().masked_fill(after.isnan().any(1), torch.nan),
-                        "source_change": _of(change, source),
-                        "target_change": _of(change, target),
-                        "object_change": _of(clip.logits(features, objects) - before_objects, read.labels),
-                    }
-                )
+                part = {"kind": kind, "dose": float(dose), "index": read.indices}
+                part |= {side: [scenes[i][which] for i in indices] for which, side in enumerate(("source", "target"))}
+                part["saw_source"] = before.argmax(1) == source
+                part["sees_target"] = (after.argmax(1) == target).double().masked_fill(after.isnan().any(1), torch.nan)
+                part |= {"source_change": _of(change, source), "target_change": _of(change, target)}
+                parts.append(part | {"object_change": _of(clip.logits(features, objects) - before_objects, read.labels)})
     return _table(parts)
 
 
@@ -342,9 +332,6 @@ def _color_swap(dataset: Any, index: int, names: Sequence[str]) -> tuple[str, st
     return source, targets[int(np.random.default_rng([0, index]).integers(len(targets)))]
 
 
-# -- places -----------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def remove_objects(
     clip: ClipModel, sae: SparseAutoencoder, dataset: Any, latents: Sequence[Sequence[int]], layer: int = -2, *, n_scenes: int = 60
@@ -357,8 +344,8 @@ def remove_objects(
     sae : SparseAutoencoder
     dataset : OpenMojiData
         ``openmoji/scenes``: the ground truth says where each object is.
-    latents : sequence of length C of sequences of int
-        Each class's latents (:func:`patchsae_utils.latents.top_latents`), classes of the embedded world.
+    latents : sequence of C sequences of int
+        Latents of each class of the embedded world (:func:`patchsae_utils.latents.top_latents`).
     layer : int
     n_scenes : int
         Scenes, from the front of the data set; both objects of each are removed in turn.
@@ -366,23 +353,22 @@ def remove_objects(
     Returns
     -------
     DataFrame
-        Two rows for each scene and object, ``kind`` "own" and "control" (as many other latents that are about as active on
-        these patches): index, removed (class), stays (class), ``removed_before, removed_after, stays_before, stays_after`` (probabilities
-        among all classes), ``removed_change, stays_change`` (of the logits).
+        Two rows for each scene and object, kind "own" and "control" (as many other latents that are about as active on these patches): index,
+        removed (class), stays (class), removed_before, removed_after, stays_before, stays_after (probabilities among all classes),
+        removed_change, stays_change (of the logits).
 
     Raises
     ------
     ValueError
-        If the data set has no ground truth, or too few scenes of two objects, or the SAE is of another model or layer.
+        Without ground truth or enough scenes of two objects, or for an SAE of another model or layer.
     """
     check_truth(dataset)
     sae.check_model(clip, layer)
     scenes = _first_scenes(dataset, n_scenes, lambda index: _two_objects(dataset, index), "of two objects")
-    head = dataset_head(clip, dataset)
-    longest = max(map(len, latents))
+    head, longest = dataset_head(clip, dataset), max(map(len, latents))
     table = torch.tensor([[*each, *[SILENT] * (longest - len(each))] for each in latents])
     parts = []
-    for read in read_batches(clip, sae, dataset, layer, "removing objects", indices=list(scenes)):
+    for read in read_batches(clip, dataset, layer, "removing objects", indices=list(scenes)):
         z = read.residual.tokens
         h, before = sae.encode(z), clip.logits(read.features(z), head).cpu()
         truths = [dataset.truth(index) for index in read.indices.tolist()]
@@ -390,8 +376,7 @@ def remove_objects(
             removed, stays = (torch.tensor([truth.class_ids[i] for truth in truths]) for i in (which, 1 - which))
             masks = torch.stack([object_patches(truth, which) for truth in truths])
             local = h * torch.cat([torch.zeros(len(masks), 1), masks], 1).to(h)[..., None]
-            own = table[removed]
-            for kind, chosen in (("own", own), ("control", matched_latents(own, local.sum(1), read.indices))):
+            for kind, chosen in (("own", table[removed]), ("control", matched_latents(table[removed], local.sum(1), read.indices))):
                 after = clip.logits(read.features(z - contribution(sae.W_dec, local, chosen)), head).cpu()
                 part = {"kind": kind, "index": read.indices, "removed": removed, "stays": stays}
                 for name, label in (("removed", removed), ("stays", stays)):
@@ -402,7 +387,7 @@ def remove_objects(
 
 
 def _two_objects(dataset: Any, index: int) -> bool | None:
-    """Whether a scene in colour shows exactly two objects, of different classes and each large enough."""
+    """True if a scene in colour shows exactly two objects, of different classes and each large enough; else None."""
     scene = dataset.scene(index)
     if scene.domain != "color" or len(scene.placements) != 2 or scene.placements[0].class_id == scene.placements[1].class_id:
         return None
@@ -410,40 +395,12 @@ def _two_objects(dataset: Any, index: int) -> bool | None:
     return all(int(object_patches(truth, which).sum()) >= MIN_OBJECT for which in range(2)) or None
 
 
-def object_patches(truth: Any, which: int) -> Tensor:
-    """Patches [P] (bool) that an object of a scene fills by half or more; ``truth`` is a ``SceneTruth``."""
-    return torch.from_numpy(truth.object_share[which].reshape(-1) >= 0.5)
-
-
 # -- shared -----------------------------------------------------------------------------------------------------------
 
 
-def _check_latents(latents: Mapping[Any, Sequence[int]], d_sae: int) -> None:
-    wrong = {key: found for key, found in latents.items() if not (len(found) and all(0 <= latent < d_sae for latent in found))}
-    if wrong or len({len(found) for found in latents.values()}) != 1:
-        raise ValueError(
-            f"latents must map concepts or classes to latents (0 to {d_sae - 1}), the same number for each; got {wrong or latents}."
-        )
-
-
-def _scenes_of(dataset: Any, concepts: Sequence[str], n_images: int) -> dict[int, list[int]]:
-    """Image -> the concepts (places in the list) that are measured in it: each in the first ``n_images`` that show it."""
-    names = openmoji.concept_names()
-    rows, left = [names.index(concept) for concept in concepts], np.full(len(concepts), n_images)
-    scenes: dict[int, list[int]] = {}
-    for index in range(len(dataset)):
-        if not left.any():
-            break
-        shown = openmoji.concept_masks(dataset.truth(index))[rows].sum((1, 2)) >= MIN_PATCHES
-        chosen = np.flatnonzero(shown & (left > 0))
-        left[chosen] -= 1
-        if len(chosen):
-            scenes[index] = chosen.tolist()
-    if not scenes:
-        raise ValueError(
-            f"{dataset.spec!r} ({dataset.split}) shows none of the concepts {list(concepts)[:5]} on {MIN_PATCHES} patches or more."
-        )
-    return scenes
+def object_patches(truth: Any, which: int) -> Tensor:
+    """Patches [P] (bool) that an object of a scene fills by half or more; ``truth`` is a ``SceneTruth``."""
+    return torch.from_numpy(truth.object_share[which].reshape(-1) >= 0.5)
 
 
 def _first_scenes(dataset: Any, n: int, told: Callable[[int], Any], what: str) -> dict[int, Any]:
@@ -455,9 +412,7 @@ def _first_scenes(dataset: Any, n: int, told: Callable[[int], Any], what: str) -
         if (value := told(index)) is not None:
             found[index] = value
     if len(found) < n:
-        raise ValueError(
-            f"{n} scenes {what} were asked for; the {len(dataset)} of {dataset.spec!r} hold {len(found)}. Take a larger n_images."
-        )
+        raise ValueError(f"{n} scenes {what} were asked for; {len(dataset)} of {dataset.spec!r} hold {len(found)}. Take a larger n_images.")
     return found
 
 
@@ -468,11 +423,8 @@ def _of(values: Tensor, columns: Tensor) -> Tensor:
 
 def _table(parts: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Parts of columns (tensors, lists, or one value for all rows), one below the other."""
-    plain = [
-        {
-            name: (each.double() if each.is_floating_point() else each).cpu().numpy() if isinstance(each, Tensor) else each
-            for name, each in part.items()
-        }
-        for part in parts
-    ]
-    return pd.concat([pd.DataFrame(part) for part in plain], ignore_index=True)
+    frames = []
+    for part in parts:
+        plain = {name: each.double() if isinstance(each, Tensor) and each.is_floating_point() else each for name, each in part.items()}
+        frames.append(pd.DataFrame({name: each.cpu().numpy() if isinstance(each, Tensor) else each for name, each in plain.items()}))
+    return pd.concat(frames, ignore_index=True)

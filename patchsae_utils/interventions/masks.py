@@ -1,10 +1,9 @@
 """Masking latents: zero-shot accuracy with only some of them on, or with them off.
 
-Read the residual stream, change some latents, let the network finish, look at the class logits. Three choices make the outcome
-believable, and each differs from the official code:
+Three choices make the outcome believable, and each differs from the official code:
 
 - *Which* latents: rankings come from another split than the one that is evaluated, and only ``choose="oracle"`` looks at the label of the
-  image at hand (the paper's procedure, named for what it is). See :mod:`patchsae_utils.interventions.choosing`.
+  image at hand (the paper's procedure, named for what it is). See `choosing`.
 - *The error term*: an SAE's output differs from its input. Kept (z - z_hat is added back), an edit changes nothing but the chosen latents;
   dropped, every number also carries the reconstruction's cost. Raw, reconstructed and error-kept accuracies stand in every table.
 - *Sparse edits*: masks are subtractions of the changed latents' decoder rows from the residual stream, and a whole list of ks costs one
@@ -98,6 +97,7 @@ def sweep_masks(
     head : Tensor [C, d_embed], optional
         By default from the data set's class names and templates.
     n_random : int
+        Draws of random latents; their outcomes are averaged.
     groups : sequence of length C, or "class", optional
         A name for each class (its task, its tier): the table then also holds every row for the images of each group alone.
         ``"class"``: for each class; two of the same name stay two.
@@ -108,11 +108,11 @@ def sweep_masks(
     Returns
     -------
     DataFrame
-        Columns ``choose, rank`` ("none" where no ranking counts), ``mode`` ("on": only the k latents are kept; "off": they are set to zero),
-        ``k, where, error`` ("kept" or "dropped"), ``group`` ("all" or a name), ``class`` (its index in rows of ``groups="class"``, else -1),
-        ``accuracy, low, high``, ``change, change_low, change_high`` (of the accuracy against raw, paired image by image), ``logit, logit_low,
-        logit_high`` (of the true class), ``n`` (images). Intervals are over images, and all rows share the resamples. The first three rows of a
-        group (``choose == "none"``) are ``raw``, ``reconstructed`` (no mask, error dropped) and ``error_kept`` (no mask, error kept).
+        choose, rank ("none" where no ranking counts), mode ("on": only the k latents are kept; "off": they are set to zero), k, where, error
+        ("kept" or "dropped"), group ("all" or a name), class (its index in rows of ``groups="class"``, else -1), accuracy, low, high, change,
+        change_low, change_high (of the accuracy against raw, paired image by image), logit, logit_low, logit_high (of the true class), n
+        (images). Intervals are over images, and all rows share the resamples. The first three rows of a group (choose "none") have the
+        modes "raw", "reconstructed" (no mask, error dropped) and "error_kept" (no mask, error kept).
 
     Raises
     ------
@@ -131,7 +131,7 @@ def sweep_masks(
         raise ValueError(f"ks must be 1 to 254 numbers between 0 and d_sae={sae.d_sae}, got {ks}.")
     if len(dataset) == 0:
         raise ValueError(f"The data set {dataset.spec!r} ({dataset.split}) is empty: there is nothing to measure on.")
-    reads = read_batches(clip, sae, dataset, layer, "masks", batch_size=batch_size)
+    sae.check_model(clip, layer)
     scores, frequency = _rankings(class_counts, attribution, rank_by, choose, dataset.class_names, sae.d_sae)
     members = _members(groups, dataset)
     head = dataset_head(clip, dataset) if head is None else head
@@ -139,7 +139,7 @@ def sweep_masks(
     conditions = [(c, r) for c in choose for r in (rank_by if c != "random" else ["none"])]
     outcomes: dict[tuple, list[Tensor]] = defaultdict(list)
 
-    for read in reads:
+    for read in read_batches(clip, dataset, layer, "masks", batch_size=batch_size):
         z = read.residual.tokens
         h = sae.encode(z)
         active, activation = Active.of(h), h.sum(1) if "matched" in choose else None

@@ -28,13 +28,7 @@ OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of one latent.
-
-    Raises
-    ------
-    ValueError
-        For an unknown operation, or a value that is not finite, or negative where only activations make sense.
-    """
+    """A change of one latent; ValueError for an unknown operation, or a value that no activation can have."""
 
     latent: int
     """Which, from 0 to S - 1."""
@@ -61,9 +55,7 @@ class Edit:
         chosen = torch.zeros(n_tokens, dtype=torch.bool)
         if self.patches is None or isinstance(self.patches, str):
             if self.patches not in (None, "cls", "patches"):
-                raise ValueError(
-                    f"Unknown place {self.patches!r}. Valid: None (all tokens), 'cls', 'patches', a list of patch indices, a bool tensor."
-                )
+                raise ValueError(f"Unknown place {self.patches!r}. Valid: None (all tokens), 'cls', 'patches', patch indices, a bool tensor.")
             chosen[PLACES[self.patches or "all"]] = True
             return chosen
         places = torch.as_tensor(self.patches).cpu()

@@ -5,7 +5,7 @@ Dimension letters: B batch, T tokens (CLS, then patches), D d_in, S d_sae, C cla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..clip.model import ClipModel, Residual
 from ..data import batches, templates_for
-from ..sae.model import SparseAutoencoder
 from .choosing import NONE_LEFT
 
 PLACES = {"all": slice(None), "cls": slice(0, 1), "patches": slice(1, None)}
@@ -43,30 +42,19 @@ class Read(NamedTuple):
     residual: Residual
     tail: Tail
 
-    def features(self, tokens: Tensor, of: Tensor | slice = slice(None)) -> Tensor:
+    def some(self, images: Tensor | slice) -> Residual:
+        """The residual stream of some of the images."""
+        return Residual(*(None if part is None else part[images] for part in self.residual))
+
+    def features(self, tokens: Tensor, images: Tensor | slice = slice(None)) -> Tensor:
         """Image features [b, d_embed] of an edited stream [b, T, D], of all images or some; prompt tokens pass unchanged."""
-        extra = self.residual.extra
-        return self.tail(Residual(tokens, None if extra is None else extra[of]))
+        return self.tail(self.some(images)._replace(tokens=tokens))
 
 
-def read_batches(
-    clip: ClipModel,
-    sae: SparseAutoencoder,
-    dataset: Any,
-    layer: int,
-    progress: str | None = None,
-    *,
-    batch_size: int = BATCH,
-    indices: Sequence[int] | None = None,
-) -> Iterator[Read]:
-    """Batches up to the hook; refuses an SAE of another model or layer at once, not when the first batch is asked for."""
-    sae.check_model(clip, layer)
-    return _read(clip, layer, batches(dataset, clip.preprocess, batch_size, indices=indices, progress=progress))
-
-
-def _read(clip: ClipModel, layer: int, loaded) -> Iterator[Read]:
+def read_batches(clip: ClipModel, dataset: Any, layer: int, progress: str | None, **options: Any) -> Iterator[Read]:
+    """Batches up to the hook; ``options`` are those of ``data.batches``."""
     tail = None
-    for batch in loaded:
+    for batch in batches(dataset, clip.preprocess, progress=progress, **{"batch_size": BATCH, **options}):
         residual = clip.run_to(batch.images, layer)
         tail = tail or network_tail(clip, layer, residual)
         yield Read(batch.labels.to(clip.device), batch.indices, residual, tail)
@@ -131,7 +119,6 @@ def dataset_head(clip: ClipModel, dataset: Any) -> Tensor:
     Returns
     -------
     Tensor [C, d_embed]
-        Unit rows, by class index.
     """
     return clip.zero_shot_head(dataset.class_names, templates_for(dataset.spec))
 

@@ -97,7 +97,9 @@ def test_ranking_by_activity_equals_a_loop_over_patches(tiny_clip, sae, scenes):
                 np.testing.assert_allclose(found.levels[row], rate[row, found.latents[row]], rtol=1e-3)
                 np.testing.assert_allclose(found.cls_levels[row], cls_rate[row, found.latents[row]], rtol=1e-3, atol=1e-5)
     some = found.mapping()
-    assert set(some) == {c for c, n in zip(found.concepts, counts, strict=True) if n >= 20} and {len(each) for each in some.values()} == {10}
+    assert set(some) == {c for c, n in zip(found.concepts, counts, strict=True) if n >= 20} and {len(each) for each in some.values()} == {
+        10
+    }
 
 
 def test_ranking_by_attribution_is_the_margins_gradient_in_the_latents(tiny_clip, sae, scenes):
@@ -131,13 +133,15 @@ def test_concept_specificity_measures_what_steer_does(tiny_clip, sae, scenes):
     other = next(name for name in openmoji.BACKGROUND_KINDS if name != shown)
     latents = {f"background:{shown}": [7, 11], f"background:{other}": [3, 4], "color:red": [5, 6]}
     frame = concept_specificity(tiny_clip, sae, scenes, latents, LAYER, n_images=3)
-    assert set(frame["kind"]) == {"own", "control"} and frame.notna().all(None)
+    assert set(frame["kind"]) == {"own", "control"} and frame.notna().all(axis=None)
     row = frame.query("kind == 'own' and index == 0 and concept_kind == 'background'").iloc[0]
     change = steered(tiny_clip, sae, scenes, 0, [Edit(7), Edit(11)], quick_head(tiny_clip, list(latents)))
     assert row["own"] == pytest.approx(float(change[0]), abs=1e-4)
     assert row["others"] == pytest.approx(float(change[1]), abs=1e-4)  # the other background, not the colour
     table = summarize_effects(frame, ["own", "others"], over="concept")
-    assert table["own"].tolist() == pytest.approx([frame.query("kind == @k").groupby("concept")["own"].mean().mean() for k in table["kind"]])
+    assert table["own"].tolist() == pytest.approx(
+        [frame.query("kind == @k").groupby("concept")["own"].mean().mean() for k in table["kind"]]
+    )
 
 
 def test_summarize_effects_resamples_what_it_is_told():
@@ -148,7 +152,7 @@ def test_summarize_effects_resamples_what_it_is_told():
     assert by_image["own"].tolist() == [2.0, 0.0] and by_class["own"].tolist() == [3.0, 0.0]
     assert by_image["n"].tolist() == [4, 3] and by_class["n"].tolist() == [2, 2]  # what has no control is left out
     assert by_class.loc[0, ["own_low", "own_high"]].tolist() == [1.0, 5.0]
-    assert summarize_effects(frame.assign(own=np.nan), ["own"])[["own", "own_low"]].isna().all(None)
+    assert summarize_effects(frame.assign(own=np.nan), ["own"])[["own", "own_low"]].isna().all(axis=None)
 
 
 def test_dose_response_is_zero_at_the_untouched_image_and_steers_elsewhere(tiny_clip, sae, tiny_dataset, head):
@@ -192,7 +196,7 @@ def test_remove_objects_edits_the_objects_patches_alone(tiny_clip, sae):
     scenes = load_dataset("openmoji/scenes", "test", n_images=40)
     latents = [torch.randperm(64, generator=torch.Generator().manual_seed(i))[: 5 - i % 2].tolist() for i in range(len(scenes.class_names))]
     frame = remove_objects(tiny_clip, sae, scenes, latents, LAYER, n_scenes=3)
-    assert len(frame) == 3 * 2 * 2 and (frame["removed"] != frame["stays"]).all() and frame.notna().all(None)
+    assert len(frame) == 3 * 2 * 2 and (frame["removed"] != frame["stays"]).all() and frame.notna().all(axis=None)
     head = effects.dataset_head(tiny_clip, scenes)
     for row in frame[frame["kind"] == "own"].itertuples():
         truth = scenes.truth(row.index)
@@ -213,7 +217,10 @@ def test_what_they_cannot_do_is_refused(tiny_clip, sae, scenes):
         (lambda: concept_specificity(tiny_clip, sae, type(scenes)("tools", "train", n_images=1), {"object:dog": [1]}), "shows none"),
         (lambda: dose_response(tiny_clip, sae, scenes, {0: 1}), "two classes"),
         (lambda: swap_colors(tiny_clip, sae, scenes, ConceptLatents((), *[torch.zeros(0, 1)] * 4), LAYER), "latents of two colours"),
-        (lambda: remove_objects(tiny_clip, sae, load_dataset("openmoji/scenes", "test", n_images=2), [[1]] * 400, n_scenes=5), "hold [012]"),
+        (
+            lambda: remove_objects(tiny_clip, sae, load_dataset("openmoji/scenes", "test", n_images=2), [[1]] * 400, n_scenes=5),
+            "hold [012]",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()

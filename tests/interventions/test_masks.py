@@ -217,8 +217,8 @@ def test_faults_d9_each_k_has_controls_of_its_own(tiny_clip, sae, tiny_dataset, 
     five, all_of_them = several[several["k"] == 5].reset_index(drop=True), several[several["k"] == 64]
     assert five.equals(alone[alone["k"] == 5].reset_index(drop=True))
     told = ["accuracy", "low", "high", "change", "change_low", "change_high", "logit", "logit_low", "logit_high"]
-    assert all_of_them.loc[all_of_them["choose"] == "matched", told].isna().all(None)
-    assert several.loc[several["choose"] != "matched", told].notna().all(None) and five[told].notna().all(None)
+    assert all_of_them.loc[all_of_them["choose"] == "matched", told].isna().all(axis=None)
+    assert several.loc[several["choose"] != "matched", told].notna().all(axis=None) and five[told].notna().all(axis=None)
 
 
 def test_matched_masks_read_the_train_splits_frequency(tiny_clip, sae, tiny_dataset, counts, head):
@@ -236,9 +236,7 @@ def test_matched_masks_read_the_train_splits_frequency(tiny_clip, sae, tiny_data
 
 def test_seeds_and_batch_sizes(tiny_clip, sae, tiny_dataset, counts, head):
     def run(seed, batch_size):
-        return sweep_masks(
-            tiny_clip, sae, tiny_dataset, [2, 8], CHOICES, class_counts=counts, head=head, seed=seed, batch_size=batch_size
-        )
+        return sweep_masks(tiny_clip, sae, tiny_dataset, [2, 8], CHOICES, class_counts=counts, head=head, seed=seed, batch_size=batch_size)
 
     first, again, other = run(0, 32), run(0, 7), run(1, 32)
     np.testing.assert_allclose(first["logit"], again["logit"], atol=1e-3)
