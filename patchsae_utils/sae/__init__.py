@@ -1,16 +1,16 @@
-"""SAE: the model, its losses and variants, its training, its quality, and files of every program.
+"""SAE: the autoencoder over residual activations, trained, measured, saved and shared.
 
-May import: activations, clip, data, run.
+The model and its variants (`model`, `variants`), objectives (`losses`), training with active latents alone where few are (`trainer`, `sparse`,
+`sparse_adam`, `triton`), what an SAE is worth and why latents are dead (`quality`), its random control and its latents as a dictionary
+(`dictionary`), files of six programs and the hub (`files`, `formats`). May import: activations, clip, data, run.
 """
 
-from .dead_latents import dead_causes
-from .files import load_sae, save_sae
-from .logs import training_log
+from .dictionary import random_sae, sae_dictionary
+from .files import load_sae, push_sae, save_sae
 from .losses import objective, patchsae_loss
 from .model import SparseAutoencoder
-from .publishing import push_sae
-from .quality import evaluate_sae, evaluation_table, firing_rates, patch_readings, random_control, readings_by_place
-from .trainer import train_sae
+from .quality import dead_causes, evaluate_sae, evaluation_table, firing_rates, patch_readings, readings_by_place
+from .trainer import train_sae, training_log
 
 __all__ = [
     "SparseAutoencoder",
@@ -23,8 +23,9 @@ __all__ = [
     "patch_readings",
     "patchsae_loss",
     "push_sae",
-    "random_control",
+    "random_sae",
     "readings_by_place",
+    "sae_dictionary",
     "save_sae",
     "train_sae",
     "training_log",

@@ -1,4 +1,4 @@
-"""Features read off the residual stream: an SAE's latents, and what they are compared with."""
+"""Features read off the residual stream: an SAE's latents and what they are compared with; dictionaries at random, and from data to start from."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from .model import SparseAutoencoder
+from .variants import VARIANTS
 
 _CHUNK_BYTES = 256 * 2**20
+_START_RATE = 0.01  # share of tokens on which a latent fires that starts at a token
+_CONTROL_PAIRS = 2**24  # (token, latent) pairs by which a random SAE's threshold is set
+
+NEEDS_NO_THRESHOLD = tuple(name for name, variant in VARIANTS.items() if variant.threshold is None and not variant.gate)
+"""Activations of which :func:`random_sae` makes a control without seeing tokens."""
 
 
 class Dictionary(NamedTuple):
@@ -25,30 +31,38 @@ class Dictionary(NamedTuple):
 
 
 def sae_dictionary(sae: SparseAutoencoder, name: str = "SAE") -> Dictionary:
-    """An SAE's latents."""
-    return Dictionary(
-        name,
-        sae.d_sae,
-        lambda x, columns: sae.encode(x.to(sae.W_enc.device)) if columns is None else select_latents(sae, x, torch.as_tensor(columns)),
-    )
+    """An SAE's latents as a dictionary.
+
+    Parameters
+    ----------
+    sae : SparseAutoencoder
+    name : str
+        How tables and figures call it.
+
+    Returns
+    -------
+    Dictionary
+    """
+
+    def encode(x: Tensor, columns: np.ndarray | None) -> Tensor:
+        return sae.encode(x.to(sae.W_enc.device)) if columns is None else select_latents(sae, x, torch.as_tensor(columns))
+
+    return Dictionary(name, sae.d_sae, encode)
 
 
-def dimensions(d_in: int, name: str = "single dimensions") -> Dictionary:
+def dimensions(d_in: int) -> Dictionary:
     """The residual stream's own dimensions, both signs of each: 2 d_in features."""
 
     def encode(x: Tensor, columns: np.ndarray | None) -> Tensor:
         columns = np.arange(2 * d_in) if columns is None else np.asarray(columns)
         return x[:, columns % d_in] * torch.from_numpy(np.where(columns < d_in, 1.0, -1.0)).to(x)
 
-    return Dictionary(name, 2 * d_in, encode)
+    return Dictionary("single dimensions", 2 * d_in, encode)
 
 
-NEEDS_NO_THRESHOLD = ("relu", "topk")
-"""Activations of which :func:`random_sae` makes a control without seeing tokens."""
-
-
+@torch.no_grad()
 def random_sae(sae: SparseAutoencoder, seed: int = 0, tokens: Tensor | None = None) -> SparseAutoencoder:
-    """An SAE of the same size with random directions: normal, at unit norm, tied, around the same centre ``b_dec``.
+    """The random control of an SAE: same size, variant and centre ``b_dec``, tied random directions at unit norm.
 
     Parameters
     ----------
@@ -56,9 +70,14 @@ def random_sae(sae: SparseAutoencoder, seed: int = 0, tokens: Tensor | None = No
     seed : int
         Of the directions.
     tokens : Tensor [N, D], optional
-        Some of the residual stream. With them the control is as sparse as the SAE: one threshold for all its latents leaves as many active
-        on these tokens. ``topk`` is as sparse by itself. Without them ``relu`` has no encoder bias, so that half of its latents are active on
-        a token: nothing of their ranking is lost.
+        A few thousand of the residual stream. With them the control has every fair chance: one threshold for all its latents leaves as many
+        active on these tokens as the SAE has (``topk`` is as sparse by itself), and one gain makes its reconstruction the best in least
+        squares. Without them ``relu`` has no encoder bias, so that half of its latents are active: nothing of their ranking is lost.
+
+    Returns
+    -------
+    SparseAutoencoder
+        Without gradients.
 
     Raises
     ------
@@ -71,47 +90,107 @@ def random_sae(sae: SparseAutoencoder, seed: int = 0, tokens: Tensor | None = No
             f"A random SAE of activation {sae.activation!r} needs a threshold of its own: give tokens [N, {sae.d_in}] of the residual stream, "
             f"on which it will be as sparse as the SAE."
         )
-    control = SparseAutoencoder(
-        sae.d_in, sae.d_sae, sae.activation, k=sae.k, groups=sae.groups, bandwidth=sae.bandwidth, seed=seed, metadata=sae.metadata
-    )
+    options = {name: getattr(sae, name) for name in sae.variant.options}
+    control = SparseAutoencoder(sae.d_in, sae.d_sae, sae.activation, **options, seed=seed, metadata=sae.metadata)
     directions = torch.randn(sae.d_sae, sae.d_in, generator=torch.Generator().manual_seed(seed))
     directions /= directions.norm(dim=1, keepdim=True)
-    with torch.no_grad():
-        control.W_dec.copy_(directions)
-        control.W_enc.copy_(directions.T)
-        control.b_dec.copy_(sae.b_dec)
+    control.W_dec.copy_(directions)
+    control.W_enc.copy_(directions.T)
+    control.b_dec.copy_(sae.b_dec)
     control = control.to(sae.W_enc.device).requires_grad_(False)
-    if tokens is not None and sae.activation != "topk":
-        _as_sparse(control, sae, tokens)
+    if tokens is None:
+        return control
+    if tokens.ndim != 2 or not len(tokens):
+        raise ValueError(f"Sparsity is measured on tokens [N, D], got {list(tokens.shape)}.")
+    most = max(64, _CONTROL_PAIRS // sae.d_sae)
+    some = tokens[:: -(-len(tokens) // most)].to(sae.W_enc.device)
+    if sae.variant.control != "k":
+        threshold = _threshold(control.pre_activations(some).flatten(), sum(int((sae.encode(part) > 0).sum()) for part in some.split(512)))
+        if sae.variant.control == "bias":
+            control.b_enc.fill_(-threshold)  # of ``gated``: the gate's; magnitudes stay the projections themselves
+        else:
+            control.threshold.fill_(threshold)
+    guess = control.encode(some) @ control.W_dec
+    gain = ((some - control.b_dec) * guess).sum() / guess.square().sum()
+    if gain.isfinite() and gain > 0:
+        for scaled in (control.W_enc, control.b_enc, control.threshold):
+            if scaled is not None:
+                scaled.mul_(gain)
     return control
 
 
-@torch.no_grad()
-def _as_sparse(control: SparseAutoencoder, sae: SparseAutoencoder, tokens: Tensor) -> None:
-    """Set one threshold for all latents of a control, so that as many are active on some tokens [N, D] as are of the SAE's."""
-    if tokens.ndim != 2 or not len(tokens):
-        raise ValueError(f"Sparsity is measured on tokens [N, D], got {list(tokens.shape)}.")
-    most = min(2048, max(64, 2**24 // sae.d_sae))
-    some = tokens[:: -(-len(tokens) // most)].to(sae.W_enc.device)
-    n_active = int((sae.encode(some) > 0).sum())
-    values = control.pre_activations(some).flatten()
-    # The threshold lies between the last value that is kept and the first that isn't; it never lets negative values through.
-    kept = values.sort(descending=True).values[max(n_active - 1, 0) : n_active + 1]
-    threshold = kept.mean().clamp_min(0) if n_active else values.max().clamp_min(0)
-    if sae.activation in ("relu", "gated"):
-        control.b_enc.fill_(-threshold)  # of ``gated``: the gate's; magnitudes stay the projections themselves
-    else:
-        control.threshold.fill_(threshold)
+def _threshold(values: Tensor, n_active: int) -> Tensor:
+    """What ``n_active`` of some pre-activations exceed: between the last that is kept and the first that isn't; never below 0."""
+    if not n_active:
+        return values.max().clamp_min(0)
+    ranks = {len(values) - n_active + 1, max(1, len(values) - n_active)}
+    return torch.stack([values.kthvalue(rank).values for rank in ranks]).mean().clamp_min(0)
 
 
-def select_latents(sae, x: Tensor, latents: Tensor | Sequence[int]) -> Tensor:
+def select_latents(sae: SparseAutoencoder, x: Tensor, latents: Tensor | Sequence[int]) -> Tensor:
     """Activations of some latents: [..., d_in] -> [..., n].
 
     The other columns of the encoder are not computed, except where an activation compares latents (top-k). Works in chunks.
     """
     latents = torch.as_tensor(latents, dtype=torch.long, device=sae.W_enc.device)
     flat = x.to(sae.W_enc.device).reshape(-1, x.shape[-1])
-    width = sae.W_enc.shape[1] if sae.activation == "topk" else max(len(latents), flat.shape[1])
+    width = sae.d_sae if sae.variant.competes == "token" else max(len(latents), flat.shape[1])
     step = max(1, _CHUNK_BYTES // (4 * width))
     parts = [sae.encode(part, latents) for part in flat.split(step)] if len(flat) else [flat.new_zeros(0, len(latents))]
     return torch.cat(parts).view(*x.shape[:-1], len(latents))
+
+
+# -- where training starts ------------------------------------------------------------------------------------------------------
+
+
+def geometric_median(x: Tensor) -> Tensor:
+    """The point [D] with the least sum of distances to all tokens [N, D], by Weiszfeld's iteration (1937) in float64."""
+    if x.ndim != 2 or len(x) == 0:
+        raise ValueError(f"geometric_median needs tokens as [N, D] with N > 0, got shape {tuple(x.shape)}.")
+    points = x.double()
+    median = points.mean(0)
+    for _ in range(200):
+        distance = (points - median).norm(dim=1)
+        weight = 1 / distance.clamp_min(1e-12)
+        moved = (weight @ points) / weight.sum()
+        step_size = (moved - median).norm()
+        median = moved
+        if step_size <= 1e-6 * distance.mean():
+            break
+    return median.to(x.dtype)
+
+
+@torch.no_grad()
+def start_bias(sae: SparseAutoencoder, x: Tensor, kind: str = "median") -> None:
+    """Move a ``b_dec`` that is 0 still to the geometric ``median`` of tokens [N, D] (the paper's) or their ``mean``; ``zero``: no move."""
+    if kind != "zero" and not sae.b_dec.any():
+        sae.b_dec.copy_(geometric_median(x) if kind == "median" else x.double().mean(0))
+
+
+@torch.no_grad()
+def start_from_data(sae: SparseAutoencoder, x: Tensor, b_dec_start: str = "median", rate: float = _START_RATE) -> None:
+    """Start every latent at one of the tokens [N, D]: k-means is started from data points for the same reason (Forgy, 1965).
+
+    ``b_dec`` is the middle of the tokens, by ``b_dec_start``; decoder row i points from there to token i; encoder column i is parallel to it,
+    with the bias at which the latent fires on the share ``rate`` of the tokens; one common gain, the least-squares one, fits the sizes. From
+    random weights half of all latents fire on every token, the L1 term silences most before they have found anything to stand for,
+    and what is rare (here: each single object) is left to a few.
+    """
+    x = x.to(sae.W_dec)
+    if len(x) < sae.d_sae:
+        raise ValueError(
+            f"start='data' needs a token for each of the {sae.d_sae} latents; got {len(x)}. Extract more images, or use start='random'."
+        )
+    sae.b_dec.zero_()
+    start_bias(sae, x[:4096], b_dec_start)
+    sae.W_dec.copy_(x[: sae.d_sae] - sae.b_dec)
+    sae.normalize_decoder()
+    centred = x[-4096:] - sae.b_dec
+    projections = centred @ sae.W_dec.T
+    thresholds = projections.kthvalue(max(1, int(len(projections) * (1 - rate))), dim=0).values
+    guess = torch.relu(projections - thresholds) @ sae.W_dec
+    gain = (centred * guess).sum() / guess.square().sum().clamp_min(torch.finfo(guess.dtype).tiny)
+    sae.W_enc.copy_(gain * sae.W_dec.T)
+    sae.b_enc.copy_(-gain * thresholds)
+    if sae.variant.gate:  # magnitudes start as the gate's pre-activations: what training starts from is then the ReLU's
+        sae.b_mag.copy_(sae.b_enc)

@@ -1,45 +1,34 @@
-"""SAEs on disk: a folder with ``cfg.json`` and ``sae_weights.safetensors``, the form of SAELens v6, which opens ours as it is.
-
-:func:`load_sae` and :func:`save_sae` also take the forms of other programs (:mod:`.formats`, :mod:`.exports`); the folder is what training
-writes, since it alone keeps everything.
-
-What an SAE reads (model, layer, tokens) lies in the config's ``metadata``, together with a checksum of the weights, and under ``patchsae``
-what SAELens has no key for: which variant was trained, and the statistics of its input. SAELens ignores those, and needs none of them.
-"""
+"""SAEs opened and given away: from disk in any program's form, and from and to the Hugging Face hub."""
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from .. import __version__
-from ..run.artifacts import atomic_file, file_sha256, read_json, write_json
-from .formats import READERS, build, centred, find, unit_rows
+from ..run.artifacts import read_json, shortened
+from ..run.pickles import Record, is_torch_archive, read_torch
+from .formats import FORMATS, Weights, shapes, write
 from .model import SparseAutoencoder
-from .sources import preprocessing_fingerprint
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-_SAELENS_VERSION = "6.18.0"  # the form of the folder; older versions convert it and lose the metadata
-_ACTIVATIONS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
-# BatchTopK and Matryoshka are, once trained, JumpReLU with one threshold for all latents.
-_ARCHITECTURES = {v: k for k, v in _ACTIVATIONS.items()} | {"batchtopk": "jumprelu", "matryoshka": "jumprelu"}
-_INPUT = ("input_mean", "input_scale", "input_norm")
-_UNIT = 1e-5  # how far from 1 a float32 row's norm may be
+CONFIG, WEIGHTS = FORMATS["saelens"].config, FORMATS["saelens"].weights
+_HUB_FILES = ("*.json", "*.safetensors", "*.pt")  # what an SAE may consist of
 
 
 def save_sae(sae: SparseAutoencoder, directory: str | Path, format: str = "saelens", unit_norm: bool = True) -> Path:
-    """Write an SAE as ``cfg.json`` and ``sae_weights.safetensors``, each under a temporary name first; or in another program's form.
+    """Write an SAE as SAELens's folder, which is also ours, or in another program's form; :func:`load_sae` reads all of them.
 
-    The decoder's rows are written at unit norm. Where they are (:func:`~patchsae_utils.training.train_sae` leaves them so), all weights are
-    written as they are; else each norm goes into its latent's activation, which leaves the reconstruction what it was.
-
-    Statistics of the input (:meth:`~patchsae_utils.sae.SparseAutoencoder.set_normalization`) need no folding: the weights belong to the
-    residual stream's own units, so other programs give the same latents and reconstructions without knowing them.
+    The decoder's rows are written at unit norm. Where they are (:func:`~patchsae_utils.train_sae` leaves them so), all weights are written as
+    they are; else each norm goes into its latent's activation, which leaves the reconstruction what it was. Statistics of the input need no
+    folding: the weights belong to the residual stream's own units, so other programs give the same latents without knowing them.
 
     Parameters
     ----------
@@ -47,7 +36,7 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, format: str = "saele
     directory : str or Path
         Made when missing. PatchSAE's and saev's forms are single files: a path that ends in ``.pt``, or ``sae.pt`` in this folder.
     format : {"saelens", "patchsae", "prisma", "saev", "sparsify", "dictionary_learning"}
-        The others leave the rows as they are, and can't say every variant; see :func:`patchsae_utils.sae.exports.export_sae`.
+        The others leave the rows as they are, and can't say every variant.
     unit_norm : bool
         False writes the rows as they are in SAELens's form too, so that the latents keep their sizes.
 
@@ -62,46 +51,13 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, format: str = "saele
         If the rows are not at unit norm and a latent's size decides which are kept (``topk``, ``batchtopk``, ``matryoshka``); or the format
         is unknown, or can't say this SAE's activation.
     """
-    if format != "saelens":
-        from .exports import export_sae
-
-        return export_sae(sae, directory, format)
-    tensors = {name: value.detach().float().cpu().contiguous() for name, value in (_unit_rows if unit_norm else _file_tensors)(sae).items()}
-    directory = Path(directory)
-    with atomic_file(directory / WEIGHTS) as temporary:
-        save_file(tensors, temporary)
-        checksum = file_sha256(temporary)
-    own = {"sae_lens_version": _SAELENS_VERSION, "patchsae_version": __version__, "weights_sha256": checksum}
-    metadata = {"model_name": None, **sae.metadata, **own}
-    metadata.pop("sae_lens_training_version", None)
-    if isinstance(metadata.get("preprocessing"), str):
-        metadata["preprocessing_fingerprint"] = preprocessing_fingerprint(metadata["preprocessing"])
-    if metadata.get("layer") is not None:
-        metadata.setdefault("hook_name", f"visual.transformer.resblocks.{metadata['layer']}")
-    if own := _own_entries(sae):
-        metadata["patchsae"] = own
-    config = {
-        "architecture": _ARCHITECTURES[sae.activation],
-        "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": metadata,
-    }
-    if sae.activation == "topk":
-        config |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
-    write_json(directory / CONFIG, config)
-    return directory
+    return sae.save(directory) if format == "saelens" and unit_norm else write(sae.to_weights(), Path(directory), format)
 
 
 def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
-    """Open an SAE: ours, or one of SAELens, PatchSAE, ViT-Prisma, saev, sparsify or dictionary_learning; which, it finds out itself.
+    """Open an SAE of this package, SAELens, PatchSAE, ViT-Prisma, saev, sparsify or dictionary_learning; it detects the format.
 
-    Other programs' SAEs come out in our equations, with the same latents. Nothing is ever unpickled: files of ``torch.save`` are read by
-    :mod:`patchsae_utils.run.pickles`, which knows tensors and plain values alone.
+    Other programs' SAEs come out in our equations, with the same latents. Nothing is ever unpickled.
 
     Parameters
     ----------
@@ -121,142 +77,268 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAuto
     ValueError
         If it is of another format or architecture, damaged, or holds code.
     """
-    if str(path).startswith("hf:"):
-        from .publishing import fetch
-
-        path = fetch(str(path))
-    form, path = find(Path(path))
-    if form == "saelens":
-        return _load_folder(path).to(device)
-    weights = READERS[form](path)
-    return build(weights._replace(metadata={**weights.metadata, "converted_from": form}), path).to(device)
+    path = _fetch(str(path)) if str(path).startswith("hf:") else Path(path)
+    return SparseAutoencoder.from_weights(_read(path), path).to(device).eval()
 
 
-def _load_folder(path: Path) -> SparseAutoencoder:
-    """Our folder, or SAELens's."""
-    config = read_json(path / CONFIG)
-    sae = _from_config(config, path)
-    checksum = sae.metadata.pop("weights_sha256", None)
-    rewritten = "sae_lens_training_version" in sae.metadata  # by SAELens, which hands our checksum on whatever it changed
-    if checksum is not None and not rewritten and checksum != file_sha256(path / WEIGHTS):
-        raise ValueError(
-            f"{path / WEIGHTS} is damaged, or belongs to another {CONFIG}: its SHA-256 is not the one written there. "
-            f"Train or copy it again."
+# -- which form it has ------------------------------------------------------------------------------------------------------------------------
+
+_KNOWN_FORMS = (
+    "PatchSAE's .pt, ViT-Prisma's weights.pt with config.json, saev's sae.pt, sparsify's cfg.json with sae.safetensors, "
+    "dictionary_learning's ae.pt with config.json"
+)
+
+
+def find(path: Path) -> tuple[str, Path]:
+    """The form of an SAE on disk, and its weights' file; refuses what is none."""
+    pairs = {form: (each.config, each.weights) for form, each in FORMATS.items() if each.config}
+    if path.is_dir():
+        for form, names in pairs.items():
+            if all((path / name).is_file() for name in names):
+                return form, path / names[1]
+        if (path / "sae.pt").is_file():
+            return find(path / "sae.pt")
+        found = ", ".join(sorted(file.name for file in path.iterdir())[:12]) or "nothing"
+        missing = [name for name in pairs["saelens"] if not (path / name).is_file()]
+        raise FileNotFoundError(
+            f"{path} holds no {' and no '.join(missing)}, so it is no SAE folder of ours or of SAELens v6 (found: {found}). "
+            f"Other forms that are read: {_KNOWN_FORMS}."
         )
-    try:
-        tensors = load_file(path / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(f"{path / WEIGHTS} is no valid safetensors file ({error}). Train or copy it again.") from error
-    _check_tensors(sae, tensors, path)
-    tensors = {_IN_MEMORY.get(name, name): value.float() for name, value in tensors.items()}
-    if sae.activation in ("batchtopk", "matryoshka"):
-        tensors["threshold"] = tensors["threshold"][0]
-    if not config.get("apply_b_dec_to_input", True):
-        tensors = centred(tensors)
-    if config.get("rescale_acts_by_decoder_norm", False):  # latents are what they are times their rows' norms
-        tensors = unit_rows(tensors)
-    sae.load_state_dict(tensors, strict=False)  # the input's statistics are set already, the rest was checked
-    return sae.eval()
-
-
-_IN_MEMORY, _ON_DISK = {"b_gate": "b_enc"}, {"b_enc": "b_gate"}
-
-
-def _file_tensors(sae: SparseAutoencoder) -> dict[str, Tensor]:
-    """The weights under SAELens's names."""
-    tensors = {name: value for name, value in sae.state_dict().items() if name not in _INPUT}
-    if sae.activation == "gated":
-        tensors["b_gate"] = tensors.pop("b_enc")
-    if sae.activation in ("batchtopk", "matryoshka"):
-        tensors["threshold"] = tensors["threshold"].expand(sae.d_sae)
-    return tensors
-
-
-def _unit_rows(sae: SparseAutoencoder) -> dict[str, Tensor]:
-    """:func:`_file_tensors` with each decoder row's norm moved into what its latent reads: the same reconstruction from unit rows."""
-    tensors = _file_tensors(sae)
-    norms = tensors["W_dec"].double().norm(dim=1)
-    if ((norms - 1).abs() <= _UNIT).all():
-        return tensors
-    if sae.k is not None:
-        raise ValueError(
-            f"The decoder's rows have norms from {norms.min():.4g} to {norms.max():.4g}, and activation={sae.activation!r} keeps the largest "
-            "latents: moving the norms into them would change which. Call sae.normalize_decoder() before saving."
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"No SAE at {path}: expected a folder with cfg.json and sae_weights.safetensors, as SparseAutoencoder.save or train_sae writes it, "
+            f"or one of: {_KNOWN_FORMS}."
         )
-    unit = unit_rows({_IN_MEMORY.get(name, name): value for name, value in tensors.items()})
-    return {_ON_DISK.get(name, name) if sae.activation == "gated" else name: value for name, value in unit.items()}
+    for form, names in pairs.items():
+        if path.name in names and all((path.parent / name).is_file() for name in names):
+            return form, path.parent / names[1]
+    with open(path, "rb") as file:
+        if file.read(1) == b"{":
+            return "saev", path
+    if not is_torch_archive(path):
+        raise ValueError(
+            f"{path} is no SAE of a form that is read. If it is a pickle, it could run code when opened: write its weights anew with "
+            f"torch.save (1.6 or later), or fill a SparseAutoencoder and save that. Forms that are read: {_KNOWN_FORMS}."
+        )
+    config = path.parent / "config.json"
+    if config.is_file() and "activation_fn_str" in _object(config):
+        return "prisma", path
+    content = read_torch(path)
+    settings = _settings_within(content)
+    if settings is None:
+        raise ValueError(
+            f"{path} holds {_in_words(content)}, and nothing that says how to use it: the activation, the place of b_dec. Put the file config.json "
+            f"(ViT-Prisma, dictionary_learning) beside it that was written with it. Forms that are read: {_KNOWN_FORMS}."
+        )
+    return "prisma" if "activation_fn_str" in settings else "patchsae", path  # early ViT-Prisma's, which has more settings
 
 
-def _own_entries(sae: SparseAutoencoder) -> dict[str, Any]:
-    """What the config's SAELens keys don't say, as plain values."""
-    entries = {}
-    if sae.activation in ("batchtopk", "matryoshka", "jumprelu"):
-        options = {"activation": sae.activation, "k": sae.k, "groups": sae.groups and list(sae.groups), "bandwidth": sae.bandwidth}
-        entries = {name: value for name, value in options.items() if value is not None}
-    if sae.normalizes or bool(sae.input_norm):
-        entries |= {name: getattr(sae, name).tolist() for name in _INPUT}
-    return entries
-
-
-def _from_config(config: Any, path: Path) -> SparseAutoencoder:
-    """An SAE of the config's sizes; its weights are still to come."""
-    keys = ("architecture", "d_in", "d_sae")
-    if not isinstance(config, dict) or any(key not in config for key in keys):
-        raise ValueError(f"{path / CONFIG} is no SAE config of SAELens v6: it needs the entries {', '.join(keys)}.")
-    architecture = str(config["architecture"])
-    legacy = config.get("activation_fn_str", config.get("activation_fn", "relu"))  # SAELens before v6
-    if architecture == "standard" and legacy == "topk":
-        kwargs = config.get("activation_fn_kwargs")
-        architecture, config = "topk", {**(kwargs if isinstance(kwargs, dict) else {}), **config}
-    elif legacy not in ("relu", "topk") or config.get("finetuning_scaling_factor", False):
-        raise ValueError(f"{path / CONFIG} says activation_fn_str={legacy!r} or finetuning_scaling_factor; such an SAE is not read.")
-    if architecture not in _ACTIVATIONS:
-        raise ValueError(f"{path} holds an SAE of architecture {architecture!r}. Valid: {', '.join(_ACTIVATIONS)}.")
-    for key, only in {"normalize_activations": "none", "reshape_activations": "none"}.items():
-        if config.get(key, only) != only:
+def _read(path: Path) -> Weights:
+    """What an SAE on disk holds; settings of which another value would change the latents are refused."""
+    form, file = find(path)
+    this = FORMATS[form]
+    settings, state = _open(form, file)
+    settings = {**this.defaults, **settings}
+    for name, valid in this.only.items():
+        if settings.get(name, valid[0]) not in valid:
             raise ValueError(
-                f"{path / CONFIG} says {key}={config[key]!r}; only {only!r} is read. Such an SAE would give wrong latents here."
+                f"{file.parent / this.config if this.config else file} says {name}={settings[name]!r}; only {valid[0]!r} is read. "
+                "Such an SAE would give wrong latents here."
             )
-    sizes = (config["d_in"], config["d_sae"])
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise ValueError(f"{path / CONFIG} says d_in={sizes[0]!r}, d_sae={sizes[1]!r}; both must be positive integers.")
-    n_bytes = (path / WEIGHTS).stat().st_size
-    if sizes[0] * sizes[1] > n_bytes:  # before memory of that size is asked for
+    weights = this.read(settings, state, file)
+    return weights if form == "saelens" else weights._replace(metadata={**weights.metadata, "converted_from": form})
+
+
+def _open(form: str, file: Path) -> tuple[dict[str, Any], Any]:
+    """Settings and tensors as they lie in a program's files."""
+    if form == "saev":
+        try:
+            with open(file, "rb") as opened:
+                header = dict(json.loads(opened.readline(1 << 20)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{file} begins with no header of saev ({type(error).__name__}): a line of JSON with 'schema' and 'cfg'."
+            ) from error
+        return header, read_torch(file)
+    config = FORMATS[form].config
+    if file.suffix == ".safetensors":
+        settings = _object(file.parent / config)
+        try:
+            return settings, load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is no valid safetensors file ({error}). Train or copy it again.") from error
+    beside = None if config is None or not (file.parent / config).is_file() else _object(file.parent / config)
+    content = read_torch(file)
+    within = _settings_within(content)
+    return (beside or {}, content) if within is None else (within, content["state_dict"])
+
+
+def _settings_within(content: Any) -> dict[str, Any] | None:
+    """The settings in ``{"cfg" or "config": a record or a dict, "state_dict"}``."""
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        return None
+    settings = content.get("cfg", content.get("config"))
+    settings = settings.state if isinstance(settings, Record) else settings
+    return settings if isinstance(settings, dict) else None
+
+
+def _in_words(content: Any) -> str:
+    if not isinstance(content, dict):
+        return f"a {type(content).__name__}"
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    return f"tensors {shapes(tensors)}" if tensors else f"entries {sorted(map(str, content))[:12]}"
+
+
+def _object(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}.")
+    return value
+
+
+# -- the hub --------------------------------------------------------------------------------------------------------------------------
+
+
+def _fetch(spec: str) -> Path:
+    """The local folder of an SAE on the hub, downloaded or from the hub's cache: ``hf:<owner>/<repository>[/<folder>][@<revision>]``."""
+    name, _, revision = spec.removeprefix("hf:").partition("@")
+    owner, _, rest = name.strip("/").partition("/")
+    repository, _, folder = rest.partition("/")
+    if not owner or not repository or ".." in Path(folder).parts:
         raise ValueError(
-            f"{path / CONFIG} says d_in={sizes[0]}, d_sae={sizes[1]}; {WEIGHTS} has {n_bytes:,} bytes, too few. The two files don't belong together."
+            f"An SAE on the hub is named hf:<owner>/<repository>, hf:<owner>/<repository>/<folder> or ...@<revision>, got {spec!r}."
         )
-    metadata = config.get("metadata") or {}
-    if not isinstance(metadata, dict):
-        raise ValueError(f"{path / CONFIG}: metadata must be an object, got a {type(metadata).__name__}.")
-    metadata = dict(metadata)
-    own = metadata.pop("patchsae", {})
-    options = {"activation": _ACTIVATIONS[architecture], "k": config.get("k") if architecture == "topk" else None}
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"{folder}/{pattern}" if folder else pattern for pattern in _HUB_FILES]
+    options = {"revision": revision or None, "endpoint": os.environ.get("HF_ENDPOINT") or None}
     try:
-        if not isinstance(own, dict):
-            raise TypeError(f"the entry 'patchsae' of its metadata must be an object, got {own!r}")
-        options |= {name: own[name] for name in ("activation", "k", "groups", "bandwidth") if name in own}
-        if _ARCHITECTURES.get(options["activation"]) != architecture:
-            raise ValueError(f"activation {options['activation']!r} is not saved as architecture {architecture!r}")
-        sae = SparseAutoencoder(*sizes, **options, metadata=metadata)
-        for name in _INPUT:
-            if name in own:
-                buffer = getattr(sae, name)
-                buffer.copy_(torch.tensor(own[name], dtype=torch.float32).reshape(buffer.shape))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path / CONFIG} can't be read: {error}") from error
-    return sae
+        found = Path(snapshot_download(f"{owner}/{repository}", allow_patterns=patterns, **options))
+    except Exception as error:  # the client's errors come from several libraries
+        raise FileNotFoundError(
+            f"{spec} could not be fetched ({type(error).__name__}: {shortened(error)}). Check the name and the network; a private "
+            "repository needs HF_TOKEN. Without a network, copy the files and give their folder."
+        ) from error
+    if not (found / folder).is_dir():
+        raise FileNotFoundError(f"hf:{owner}/{repository} has no folder {folder!r} with files {', '.join(_HUB_FILES)}.")
+    return found / folder
 
 
-def _check_tensors(sae: SparseAutoencoder, tensors: dict[str, Tensor], path: Path) -> None:
-    expected = {name: tuple(value.shape) for name, value in _file_tensors(sae).items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    if expected != found:
-        raise ValueError(f"{path / WEIGHTS} holds {found}; its {CONFIG} asks for {expected}. The two files don't belong together.")
-    for name, value in tensors.items():
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{path / WEIGHTS}: {name} holds NaN or infinite values. Train or copy it again.")
-    if sae.activation in ("batchtopk", "matryoshka") and not (tensors["threshold"] == tensors["threshold"][0]).all():
-        raise ValueError(
-            f"{path / WEIGHTS} holds thresholds that differ between latents; {sae.activation!r}, which its {CONFIG} names, has one for all. "
-            "The two files don't belong together."
+def push_sae(
+    sae: SparseAutoencoder, repository: str, *, metrics: Mapping[str, float] | None = None, licence: str = "mit", folder: str | None = None,
+    private: bool = False,
+) -> str:  # fmt: skip
+    """Upload an SAE, with a model card, to the hub; ``load_sae("hf:<repository>")`` and SAELens open it from there.
+
+    The token is the one of ``hf auth login``, or ``$HF_TOKEN``.
+
+    Parameters
+    ----------
+    sae : SparseAutoencoder
+    repository : str
+        ``<owner>/<name>``; made when missing.
+    metrics : mapping, optional
+        Name -> number for the card, e.g. of :func:`patchsae_utils.evaluate_sae`; default: those that training left in the metadata.
+    licence : str
+        The hub's short name of it.
+    folder : str, optional
+        Folder within the repository, for several SAEs in one; the card then stays as the repository has it.
+    private : bool
+        Of a repository that is made.
+
+    Returns
+    -------
+    str
+        Its address.
+
+    Raises
+    ------
+    ValueError
+        If the repository's name is no ``<owner>/<name>``.
+    ConnectionError
+        If the hub can't be reached, or doesn't let this token write there.
+    """
+    if repository.count("/") != 1 or not all(repository.split("/")):
+        raise ValueError(f"A repository is named <owner>/<name>, got {repository!r}.")
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+    with tempfile.TemporaryDirectory() as temporary:
+        sae.save(temporary)
+        if folder is None:
+            _model_card(sae, repository, metrics, licence).save(Path(temporary) / "README.md")
+        try:
+            address = str(api.create_repo(repository, private=private, exist_ok=True))
+            api.upload_folder(repo_id=repository, folder_path=temporary, path_in_repo=folder, commit_message="Upload a sparse autoencoder")
+        except Exception as error:  # the client's errors come from several libraries
+            raise ConnectionError(
+                f"{repository} could not be written on the hub ({type(error).__name__}: {shortened(error)}). Check the owner's name and the network, and "
+                "log in with a token that may write: `hf auth login`, or HF_TOKEN."
+            ) from error
+    return address
+
+
+_CARD = """---
+{header}
+---
+
+# {name}
+
+A sparse autoencoder over the residual stream of a CLIP vision transformer: each latent is a visual concept with a place in the image.
+
+| | |
+|---|---|
+{facts}
+
+## How good it is
+
+{numbers}
+
+## How to use it
+
+```python
+import patchsae_utils as ps
+
+sae = ps.load_sae("hf:{repository}")
+clip = ps.load_clip({model!r}, {pretrained!r})
+residual = clip.residual(images, layer={layer})    # [B, 1+P, d]: CLS, then the patches
+latents = sae.encode(residual)                  # [B, 1+P, {d_sae}]
+```
+
+The files `cfg.json` and `sae_weights.safetensors` are SAELens's (v6): `sae_lens.SAE.load_from_disk(folder)` opens them too.
+{credit}"""
+
+
+def _model_card(sae: SparseAutoencoder, repository: str, metrics: Mapping[str, float] | None = None, licence: str = "mit"):
+    """What an SAE reads, what it was trained on, how good it is, how to use it; what the metadata doesn't say, the card says is not known."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    known = sae.metadata
+
+    def of(*names: str) -> str:
+        return ", ".join(str(known[name]) for name in names if known.get(name) is not None) or "not known"
+
+    facts = {
+        "Model": of("model_name", "pretrained"),
+        "SHA-256 of its weights": of("weights_hash"),
+        "Layer (block whose output is read, from 0)": of("layer"),
+        "Tokens": of("tokens"),
+        "Training data": of("dataset", "split") + (f", {known['n_images']:,} images" if known.get("n_images") else ""),
+        "Training tokens": f"{known['n_training_tokens']:,}" if known.get("n_training_tokens") else "not known",
+        "Activation": f"{sae.activation}" + (f", k = {sae.k}" if sae.k else ""),
+        "Size": f"{sae.d_in} → {sae.d_sae:,} latents",
+        "Input": "normalised in training; the statistics are folded into the weights" if sae.normalizes else "the residual stream as it is",
+    }
+    metrics = known.get("metrics") if metrics is None else metrics
+    numbers = [f"| {name} | {value:.4g} |" for name, value in (metrics or {}).items() if isinstance(value, int | float)]
+    tags = ["sparse-autoencoder", "saelens", "patchsae", "clip", "interpretability"]
+    credit = "\nTrained on scenes of OpenMoji artwork (https://openmoji.org), CC BY-SA 4.0.\n"
+    return ModelCard(
+        _CARD.format(
+            header=ModelCardData(library_name="saelens", license=licence, tags=tags).to_yaml(), name=repository.partition("/")[2],
+            facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+            numbers="\n".join(["| | |", "|---|---|", *numbers]) if numbers else "Not measured.", repository=repository,
+            model=known.get("model_name", "..."), pretrained=known.get("pretrained"), layer=known.get("layer", "..."), d_sae=sae.d_sae,
+            credit=credit if str(known.get("dataset", "")).startswith("openmoji") else "",
         )
+    )  # fmt: skip

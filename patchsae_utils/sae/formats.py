@@ -1,174 +1,93 @@
-"""SAEs of other programs: PatchSAE's own files, ViT-Prisma, saev, sparsify, dictionary_learning.
+"""SAEs on disk, in the forms of six programs: one table, read both ways, on plain tensors.
 
-A reader turns a file into our equations, pre = (x - b_dec) W_enc + b_enc with latents as in :mod:`.sae`; a writer turns them back. The
-latents stay what they were, to rounding. What our equations, or the other program's, can't say is refused by name.
-``docs/formats.md`` describes every form. SAELens's is ours, and in :mod:`.checkpoints`.
+A reader turns a program's settings and tensors into our equations, pre = (x - b_dec) W_enc + b_enc with latents as in :mod:`.variants`; the
+writer beside it turns them back. The latents stay what they were, to rounding. What our equations, or the other program's, can't say is
+refused by name. ``docs/formats.md`` describes every form. ``saelens`` is also ours: its folder alone keeps everything, SAELens v6 opens it as
+it is, and what SAELens has no key for lies under ``metadata.patchsae``. Nothing is ever unpickled: see :mod:`patchsae_utils.run.pickles`.
 
 Sources: the programs' own loaders: github.com/dynamical-inference/patchsae, Prisma-Multimodal/ViT-Prisma, OSU-NLP-Group/saev,
-EleutherAI/sparsify, saprmarks/dictionary_learning.
+EleutherAI/sparsify, saprmarks/dictionary_learning, decoderesearch/SAELens.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ..run.artifacts import read_json
-from ..run.pickles import Record, is_torch_archive, read_torch
-from .model import SparseAutoencoder
+from .. import __version__
+from ..run.artifacts import atomic_file, file_sha256, write_json
+from .variants import VARIANTS
 
-FORMATS = ("saelens", "patchsae", "prisma", "saev", "sparsify", "dictionary_learning")
-
-# open_clip's names of models as Hugging Face calls them, their weights, and their number of blocks.
-_MODELS = {
-    "openai/clip-vit-base-patch16": ("ViT-B-16-quickgelu", "openai", 12),
-    "openai/clip-vit-base-patch32": ("ViT-B-32-quickgelu", "openai", 12),
-    "openai/clip-vit-large-patch14": ("ViT-L-14-quickgelu", "openai", 24),
-    "openai/clip-vit-large-patch14-336": ("ViT-L-14-336-quickgelu", "openai", 24),
-}
+_SAELENS_VERSION = "6.18.0"  # the form of the folder; older versions convert it and lose the metadata
+STATISTICS = ("input_mean", "input_scale", "input_norm")
 
 
 class Weights(NamedTuple):
-    """An SAE as a file holds it, in our terms."""
+    """An SAE as plain tensors, in our equations and by our names."""
 
     tensors: dict[str, Tensor]
     """``W_enc`` [D, S], ``b_enc`` [S], ``W_dec`` [S, D], ``b_dec`` [D], and the variant's own."""
     activation: str = "relu"
-    k: int | None = None
-    groups: tuple[int, ...] | None = None
+    options: Mapping[str, Any] = {}
+    """``k``, ``groups``, ``bandwidth``, as far as the variant has them."""
     metadata: Mapping[str, Any] = {}
+    statistics: Mapping[str, Any] = {}
+    """Of the input, as far as they are known: ``STATISTICS``."""
 
 
-def build(weights: Weights, path: Path) -> SparseAutoencoder:
-    """An SAE of these weights, checked.
+class Format(NamedTuple):
+    """One program's files."""
 
-    Raises
-    ------
-    ValueError
-        If shapes don't fit each other, or a weight is NaN or infinite.
-    """
-    tensors = {name: value.detach().float().contiguous() for name, value in weights.tensors.items()}
-    if "W_enc" not in tensors or tensors["W_enc"].ndim != 2:
-        raise ValueError(f"{path} holds no matrix W_enc [d_in, d_sae]; it holds {_shapes(tensors)}.")
-    d_in, d_sae = tensors["W_enc"].shape
-    try:
-        sae = SparseAutoencoder(d_in, d_sae, weights.activation, k=weights.k, groups=weights.groups, metadata=weights.metadata)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
-    own = {name: value for name, value in sae.state_dict().items() if not name.startswith("input_")}
-    if _shapes(own) != _shapes(tensors):
-        raise ValueError(f"{path} holds {_shapes(tensors)}; an SAE of activation {weights.activation!r} has {_shapes(own)}.")
-    for name, value in tensors.items():
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{path}: {name} holds NaN or infinite values. Train or copy it again.")
-    sae.load_state_dict(tensors, strict=False)  # the input's statistics are not known
-    return sae.eval()
+    config: str | None
+    """File with the settings; None where they lie with the weights in one file."""
+    weights: str
+    activations: tuple[str, ...]
+    """What it has a word for."""
+    only: Mapping[str, tuple[Any, ...]]
+    """Settings that change the equation: values that are read; any other is refused by name."""
+    read: Callable[[dict[str, Any], Mapping[str, Any], Path], Weights]
+    """(settings, tensors by the program's names, file to name in errors)."""
+    write: Callable[[Weights], tuple[dict[str, Any], dict[str, Tensor]]]
+    defaults: Mapping[str, Any] = {}
+    """What a missing setting means to the program, where that is not the first of ``only``."""
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+# -- names and equations that differ ------------------------------------------------------------------------------------------
+
+_FOUR = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+_THRESHOLD = _FOUR | {"threshold": "threshold"}
+_GATED = {name: name for name in ("W_enc", "W_dec", "b_dec", "b_mag", "r_mag")} | {"b_gate": "b_enc"}
+_LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}  # torch.nn.Linear's: [out, in]
+_TRANSPOSED = ("encoder.weight", "decoder.weight")
+
+
+def _ours(state: Any, names: Mapping[str, str], path: Path) -> dict[str, Tensor]:
+    """A state dict's tensors by our names; others that a trainer leaves there are passed over."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)} if isinstance(state, dict) else {}
+    if missing := [name for name in names if name not in tensors]:
+        raise ValueError(f"{path} lacks the weights {', '.join(missing)}; it holds {shapes(tensors)}.")
+    return {ours: tensors[name].T if name in _TRANSPOSED else tensors[name] for name, ours in names.items()}
+
+
+def _theirs(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    return {name: (tensors[ours].T if name in _TRANSPOSED else tensors[ours]).contiguous() for name, ours in names.items()}
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes, for messages and comparisons."""
     return {name: tuple(tensors[name].shape) for name in sorted(tensors)}
 
 
-# -- which form a file has ------------------------------------------------------------------------------------------------
-
-
-def find(path: Path) -> tuple[str, Path]:
-    """The form of an SAE on disk, and the folder or file that its reader takes.
-
-    Raises
-    ------
-    FileNotFoundError
-        If nothing is there, or the folder holds no SAE.
-    ValueError
-        If a file is of none of the forms.
-    """
-    if path.is_dir():
-        for form, names in _FOLDERS.items():
-            if all((path / name).is_file() for name in names):
-                return form, path
-        if (path / "sae.pt").is_file():
-            return find(path / "sae.pt")
-        found = ", ".join(sorted(file.name for file in path.iterdir())[:12]) or "nothing"
-        missing = [name for name in _FOLDERS["saelens"] if not (path / name).is_file()]
-        raise FileNotFoundError(
-            f"{path} holds no {' and no '.join(missing)}, so it is no SAE folder of ours or of SAELens v6 (found: {found}). "
-            f"Other forms that are read: {_FORMS}."
-        )
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"No SAE at {path}: expected a folder with cfg.json and sae_weights.safetensors, as SparseAutoencoder.save or train_sae writes it, "
-            f"or one of: {_FORMS}."
-        )
-    inside = {form for form, names in _FOLDERS.items() if path.name in names and all((path.parent / name).is_file() for name in names)}
-    if inside:
-        return inside.pop(), path.parent
-    with open(path, "rb") as file:
-        start = file.read(1)
-    if start == b"{":
-        return "saev", path
-    if not is_torch_archive(path):
-        raise ValueError(
-            f"{path} is no SAE of a form that is read. If it is a pickle, it could run code when opened: write its weights anew with "
-            f"torch.save (1.6 or later), or fill a SparseAutoencoder and save that. Forms that are read: {_FORMS}."
-        )
-    config = path.parent / "config.json"
-    if config.is_file() and "activation_fn_str" in _object(config):
-        return "prisma", path
-    return _form_of(read_torch(path), path), path
-
-
-def _form_of(content: Any, path: Path) -> str:
-    """Whether ``{"cfg", "state_dict"}`` is PatchSAE's or that of early ViT-Prisma, which has more settings."""
-    settings = _settings(content)
-    if settings is None:
-        what = _shapes_in(content)
-        raise ValueError(
-            f"{path} holds {what}, and nothing that says how to use it: the activation, the place of b_dec. Put the file config.json "
-            f"(ViT-Prisma, dictionary_learning) beside it that was written with it. Forms that are read: {_FORMS}."
-        )
-    return "prisma" if "activation_fn_str" in settings else "patchsae"
-
-
-def _settings(content: Any) -> dict[str, Any] | None:
-    """The settings in ``{"cfg" or "config": a record or a dict, "state_dict"}``."""
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        return None
-    settings = content.get("cfg", content.get("config"))
-    settings = settings.state if isinstance(settings, Record) else settings
-    return settings if isinstance(settings, dict) else None
-
-
-def _shapes_in(content: Any) -> str:
-    if isinstance(content, dict):
-        tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-        return f"tensors {_shapes(tensors)}" if tensors else f"entries {sorted(map(str, content))[:12]}"
-    return f"a {type(content).__name__}"
-
-
-# -- equations that differ ----------------------------------------------------------------------------------------------------
-
-
-def centred(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """From encoders that don't subtract b_dec to ours, which do: b_enc + b_dec W_enc (``gated``: both biases).
-
-    x W + b = (x - b_dec) W + (b + b_dec W), in double precision, rounded once.
-    """
-    return _moved(tensors, +1)
-
-
-def uncentred(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of :func:`centred`: b_enc - b_dec W_enc."""
-    return _moved(tensors, -1)
-
-
-def _moved(tensors: dict[str, Tensor], sign: int) -> dict[str, Tensor]:
+def _centred(tensors: dict[str, Tensor], sign: int = 1) -> dict[str, Tensor]:
+    """From encoders that don't subtract b_dec to ours: x W + b = (x - b_dec) W + (b + b_dec W), rounded once; -1: back. Gated: both biases."""
     shift = sign * tensors["b_dec"].double() @ tensors["W_enc"].double()
     moved = {"b_enc": (tensors["b_enc"].double() + shift).float()}
     if "b_mag" in tensors:
@@ -186,50 +105,125 @@ def unit_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     rows[norms == 0, 0] = 1
     changed = {"W_dec": rows}
     if "r_mag" in tensors:
-        changed["W_enc"] = tensors["W_enc"].double() * (norms > 0)
-        changed["b_enc"] = tensors["b_enc"].double() * (norms > 0)
-        changed["r_mag"] = tensors["r_mag"].double() + norms.where(norms > 0, 1.0).log()
-        scaled = ["b_mag"]
+        changed |= {name: tensors[name].double() * (norms > 0) for name in ("W_enc", "b_enc")}
+        changed |= {"r_mag": tensors["r_mag"].double() + norms.where(norms > 0, 1.0).log(), "b_mag": tensors["b_mag"].double() * norms}
     else:
-        scaled = ["W_enc", "b_enc", *(["threshold"] if "threshold" in tensors else [])]
-    changed |= {name: tensors[name].double() * norms for name in scaled}
+        changed |= {name: tensors[name].double() * norms for name in ("W_enc", "b_enc", "threshold") if name in tensors}
     return tensors | {name: value.float() for name, value in changed.items()}
 
 
-# -- readers ----------------------------------------------------------------------------------------------------------------
+def preprocessing_fingerprint(preprocessing: str) -> str:
+    """First 8 hex digits of the SHA-256 of a preprocessing's description, without what differs between two processes."""
+    return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", preprocessing).encode()).hexdigest()[:8]
 
 
-def read_patchsae(path: Path) -> Weights:
-    """PatchSAE's own file: ``{"cfg" or "config": ViTSAERunnerConfig, "state_dict"}`` by ``torch.save``."""
-    content = read_torch(path)
-    settings = _settings(content)
-    if settings is None:
-        _form_of(content, path)
-    known = {"model_name": settings.get("model_name"), "layer": settings.get("block_layer")}
+# -- SAELens v6, and our own ----------------------------------------------------------------------------------------------------
+
+
+def _saelens_names(architecture: str) -> dict[str, str]:
+    return {"gated": _GATED, "jumprelu": _THRESHOLD}.get(architecture, _FOUR)
+
+
+def _read_saelens(settings: dict[str, Any], state: Mapping[str, Any], file: Path) -> Weights:
+    config = file.parent / "cfg.json"
+    if missing := [name for name in ("architecture", "d_in", "d_sae") if name not in settings]:
+        raise ValueError(f"{config} is no SAE config of SAELens v6: it lacks the entries {', '.join(missing)}.")
+    architecture, k = str(settings["architecture"]), settings.get("k")
+    legacy = settings.get("activation_fn_str", settings.get("activation_fn", "relu"))  # before v6
+    if architecture == "standard" and legacy == "topk":
+        kwargs = settings.get("activation_fn_kwargs")
+        architecture, k = "topk", k or (kwargs.get("k") if isinstance(kwargs, dict) else None)
+    elif legacy not in ("relu", "topk"):
+        raise ValueError(f"{config} says activation_fn_str={legacy!r}; such an SAE is not read.")
+    known = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
+    if architecture not in known:
+        raise ValueError(f"{config} names the architecture {architecture!r}. Valid: {', '.join(known)}.")
+    metadata = settings.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{config}: metadata must be an object, got a {type(metadata).__name__}.")
+    metadata = dict(metadata)
+    checksum = metadata.pop("weights_sha256", None)
+    rewritten = "sae_lens_training_version" in metadata  # by SAELens, which hands our checksum on whatever it changed
+    if checksum is not None and not rewritten and checksum != file_sha256(file):
+        raise ValueError(
+            f"{file} is damaged, or belongs to another {config.name}: its SHA-256 is not the one written there. Train or copy it again."
+        )
+    names = _saelens_names(architecture)
+    if set(state) != set(names) or tuple(state["W_enc"].shape) != (settings["d_in"], settings["d_sae"]):
+        raise ValueError(
+            f"{file} holds {shapes(state)}; its {config.name} asks for {', '.join(names)} of an SAE {settings['d_in']!r} -> {settings['d_sae']!r}. "
+            "The two files don't belong together."
+        )
+    own = metadata.pop("patchsae", {})
+    if not isinstance(own, dict):
+        raise ValueError(f"{config} can't be read: the entry 'patchsae' of its metadata must be an object, got {own!r}.")
+    activation = own.get("activation", known[architecture])
+    if activation not in VARIANTS or VARIANTS[activation].architecture != architecture:
+        raise ValueError(f"{config} can't be read: activation {activation!r} is not saved as architecture {architecture!r}.")
+    tensors = _ours(state, names, file)
+    if VARIANTS[activation].threshold == "one":
+        if not (tensors["threshold"] == tensors["threshold"].flatten()[0]).all():
+            raise ValueError(
+                f"{file} holds thresholds that differ between latents; {activation!r}, which its {config.name} names, has one for all. "
+                "The two files don't belong together."
+            )
+        tensors["threshold"] = tensors["threshold"].flatten()[0]
+    if not settings.get("apply_b_dec_to_input", True):
+        tensors = _centred(tensors)
+    if settings.get("rescale_acts_by_decoder_norm", False):  # latents are what they are times their rows' norms
+        tensors = unit_rows(tensors)
+    options = {name: own[name] for name in ("k", "groups", "bandwidth") if name in own} | ({"k": k} if architecture == "topk" else {})
+    return Weights(tensors, activation, options, metadata, {name: own[name] for name in STATISTICS if name in own})
+
+
+def _write_saelens(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    variant, tensors = VARIANTS[weights.activation], dict(weights.tensors)
+    d_in, d_sae = tensors["W_enc"].shape
+    if variant.threshold == "one":
+        tensors["threshold"] = tensors["threshold"].expand(d_sae)
+    metadata = {"model_name": None, **weights.metadata, "sae_lens_version": _SAELENS_VERSION, "patchsae_version": __version__}
+    metadata.pop("sae_lens_training_version", None)
+    if isinstance(metadata.get("preprocessing"), str):
+        metadata["preprocessing_fingerprint"] = preprocessing_fingerprint(metadata["preprocessing"])
+    if metadata.get("layer") is not None:
+        metadata.setdefault("hook_name", f"visual.transformer.resblocks.{metadata['layer']}")
+    own = {"activation": weights.activation, **weights.options} if variant.architecture == "jumprelu" else {}
+    if own := own | weights.statistics:
+        metadata["patchsae"] = own
+    config = {
+        "architecture": variant.architecture, "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
+        "normalize_activations": "none", "reshape_activations": "none", "metadata": metadata,
+    }  # fmt: skip
+    if variant.architecture == "topk":
+        config |= {"k": weights.options["k"], "rescale_acts_by_decoder_norm": False}
+    return config, _theirs(tensors, _saelens_names(variant.architecture))
+
+
+# -- PatchSAE -------------------------------------------------------------------------------------------------------------------
+
+
+def _read_patchsae(settings: dict[str, Any], state: Mapping[str, Any], file: Path) -> Weights:
     metadata = settings.get("patchsae")
     if not isinstance(metadata, dict):
-        metadata = _model(known["model_name"], known["layer"]) | _plain(
-            settings, "dataset_path", "l1_coefficient", "lr", "seed", "image_width"
-        )
-    return Weights(_tensors(content["state_dict"], path, _FOUR), metadata=metadata)
+        metadata = _model(settings.get("model_name"), settings.get("block_layer"))
+        metadata |= _plain(settings, "dataset_path", "l1_coefficient", "lr", "seed", "image_width")
+    return Weights(_ours(state, _FOUR, file), metadata=metadata)
 
 
-def read_prisma(path: Path) -> Weights:
-    """ViT-Prisma: ``weights.pt`` with ``config.json`` beside it, or the older ``{"cfg", "state_dict"}``."""
-    file = path / "weights.pt" if path.is_dir() else path
-    content = read_torch(file)
-    settings = _settings(content)
-    state = content["state_dict"] if settings is not None else content
-    if settings is None:
-        settings = _object(file.parent / "config.json")
+def _write_patchsae(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    d_in, d_sae = weights.tensors["W_enc"].shape
+    settings = {
+        "d_in": d_in, "d_sae": d_sae, "expansion_factor": d_sae // d_in, "model_name": weights.metadata.get("model_name"), "module_name": "resid",
+        "block_layer": weights.metadata.get("layer"), "dtype": torch.float32, "device": "cpu", "patchsae": _json(weights.metadata),
+    }  # fmt: skip
+    return settings, _theirs(weights.tensors, _FOUR)
+
+
+# -- ViT-Prisma ---------------------------------------------------------------------------------------------------------------------
+
+
+def _read_prisma(settings: dict[str, Any], state: Mapping[str, Any], file: Path) -> Weights:
     architecture, activation = settings.get("architecture", "standard"), settings.get("activation_fn_str")
-    for name, valid in {"normalize_activations": ("none", None), "is_transcoder": (False, None)}.items():
-        value = settings.get(name, "layer_norm" if name == "normalize_activations" else None)
-        if value not in valid:
-            raise ValueError(
-                f"{file} says {name}={value!r}, which changes every token before the SAE reads it; only {valid[0]!r} is read. "
-                "Such an SAE would give wrong latents here."
-            )
     if architecture not in ("standard", "gated") or activation not in ("relu", "topk"):
         raise ValueError(f"{file} holds architecture {architecture!r} with {activation!r}. Valid: standard or gated, relu or topk.")
     layer, kind = settings.get("hook_point_layer"), settings.get("layer_subtype", "hook_resid_post")
@@ -237,129 +231,147 @@ def read_prisma(path: Path) -> Weights:
     if kind != "hook_resid_post":
         metadata["hook_name"] = f"blocks.{layer}.{kind}"
     if architecture == "gated":
-        tensors = _tensors(state, file, ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"))
-        tensors["b_enc"] = tensors.pop("b_gate")
-        return Weights(tensors, "gated", metadata=metadata)
+        return Weights(_ours(state, _GATED, file), "gated", metadata=metadata)
     kwargs = settings.get("activation_fn_kwargs")
-    k = kwargs.get("k") if activation == "topk" and isinstance(kwargs, dict) else None
-    return Weights(_tensors(state, file, _FOUR), activation, k, metadata=metadata)
+    options = {"k": kwargs.get("k") if isinstance(kwargs, dict) else None} if activation == "topk" else {}
+    return Weights(_ours(state, _FOUR, file), activation, options, metadata)
 
 
-def read_saev(path: Path) -> Weights:
-    """saev's ``sae.pt``: a line of JSON, then ``torch.save`` of the weights. Its encoder doesn't subtract b_dec."""
-    with open(path, "rb") as file:
-        line = file.readline(1 << 20)
+def _write_prisma(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    gated, (d_in, d_sae) = weights.activation == "gated", weights.tensors["W_enc"].shape
+    settings = {
+        "architecture": "gated" if gated else "standard", "d_in": d_in, "expansion_factor": d_sae // d_in,
+        "activation_fn_str": "topk" if weights.activation == "topk" else "relu", "activation_fn_kwargs": dict(weights.options),
+        "normalize_activations": "none", "is_transcoder": False, "model_name": weights.metadata.get("model_name"),
+        "hook_point_layer": weights.metadata.get("layer"), "layer_subtype": "hook_resid_post",
+    }  # fmt: skip
+    return settings, _theirs(weights.tensors, _GATED if gated else _FOUR)
+
+
+# -- saev: its encoder doesn't subtract b_dec ---------------------------------------------------------------------------------------------
+
+
+def _read_saev(settings: dict[str, Any], state: Mapping[str, Any], file: Path) -> Weights:
     try:
-        header = json.loads(line)
-        activation = header["cfg"].get("activation", {"cls": "Relu"})
+        activation = settings["cfg"].get("activation", {"cls": "Relu"})
         kind, params = str(activation["cls"]), dict(activation.get("params") or {})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{path} begins with no header of saev ({type(error).__name__}): a line of JSON with 'schema' and 'cfg'."
+            f"{file} begins with no header of saev ({type(error).__name__}): a line of JSON with 'schema' and 'cfg'."
         ) from error
-    state = read_torch(path)
-    names = {"Relu": "relu", "TopK": "topk", "BatchTopK": "batchtopk"}
-    if kind not in names:
-        raise ValueError(f"{path} holds an SAE of activation {kind!r}. Valid: {', '.join(names)}.")
-    threshold = state.get("activation.threshold") if isinstance(state, dict) else None
-    if kind == "BatchTopK" and threshold is None:
+    known = {"Relu": "relu", "TopK": "topk", "BatchTopK": "batchtopk"}
+    if kind not in known:
+        raise ValueError(f"{file} holds an SAE of activation {kind!r}. Valid: {', '.join(known)}.")
+    if kind == "BatchTopK" and not (isinstance(state, dict) and "activation.threshold" in state):
         kind = "TopK"  # before it had a threshold, saev took each token's largest
-    keep = (*_FOUR, "activation.threshold") if kind == "BatchTopK" else _FOUR
-    tensors = _tensors(state, path, keep)
-    if kind == "BatchTopK":
-        tensors["threshold"] = tensors.pop("activation.threshold").reshape(()).clamp_min(0)
-    own = header.get("patchsae")
-    return Weights(centred(tensors), names[kind], params.get("top_k"), metadata=own if isinstance(own, dict) else {})
+    tensors = _ours(state, _FOUR | ({"activation.threshold": "threshold"} if kind == "BatchTopK" else {}), file)
+    if "threshold" in tensors:
+        tensors["threshold"] = tensors["threshold"].reshape(()).clamp_min(0)
+    own = settings.get("patchsae")
+    options = {} if kind == "Relu" else {"k": params.get("top_k")}
+    return Weights(_centred(tensors), known[kind], options, own if isinstance(own, dict) else {})
 
 
-def read_sparsify(path: Path) -> Weights:
-    """sparsify: ``cfg.json`` and ``sae.safetensors``; TopK."""
-    config, file = _object(path / "cfg.json"), path / "sae.safetensors"
-    for name, only in {"activation": "topk", "transcode": False, "skip_connection": False}.items():
-        if config.get(name, only) != only:
-            raise ValueError(f"{path / 'cfg.json'} says {name}={config[name]!r}; only {only!r} is read.")
-    try:
-        state = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no valid safetensors file ({error}). Copy it again.") from error
-    tensors = _tensors(state, file, ("encoder.weight", "encoder.bias", "W_dec", "b_dec"))
-    own = config.get("patchsae")
-    return Weights(_from_linear(tensors), "topk", config.get("k"), metadata=own if isinstance(own, dict) else {})
+def _write_saev(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    d_in, d_sae = weights.tensors["W_enc"].shape
+    kind = {"relu": "Relu", "topk": "TopK"}.get(weights.activation, "BatchTopK")
+    params = {"top_k": weights.options["k"]} if "k" in weights.options else {}
+    cfg = {"d_model": d_in, "d_sae": d_sae, "activation": {"cls": kind, "params": params}}
+    names = _FOUR | ({"activation.threshold": "threshold"} if kind == "BatchTopK" else {})
+    header = {"schema": 5, "cfg": cfg, "commit": "unknown", "lib": "patchsae_utils", "patchsae": _json(weights.metadata)}
+    return header, _theirs(_centred(weights.tensors, -1), names)
 
 
-def read_dictionary_learning(path: Path) -> Weights:
-    """dictionary_learning: ``ae.pt``, and ``config.json`` whose ``trainer.dict_class`` says what it is."""
-    file, config = path / "ae.pt", _object(path / "config.json")
-    trainer = config.get("trainer")
+# -- sparsify -----------------------------------------------------------------------------------------------------------------------
+
+_SPARSIFY = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+
+
+def _read_sparsify(settings: dict[str, Any], state: Mapping[str, Any], file: Path) -> Weights:
+    own = settings.get("patchsae")
+    return Weights(_ours(state, _SPARSIFY, file), "topk", {"k": settings.get("k")}, own if isinstance(own, dict) else {})
+
+
+def _write_sparsify(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    d_in, d_sae = weights.tensors["W_enc"].shape
+    config = {
+        "activation": "topk", "expansion_factor": d_sae // d_in, "normalize_decoder": True, "num_latents": d_sae, "k": weights.options["k"],
+        "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": d_in, "patchsae": _json(weights.metadata),
+    }  # fmt: skip
+    return config, _theirs(weights.tensors, _SPARSIFY)
+
+
+# -- dictionary_learning: a class for each variant ----------------------------------------------------------------------------------------
+
+
+class _Class(NamedTuple):
+    """One of its classes: our activation, its names of the weights, whether it subtracts b_dec, whether latents count times their rows' norms."""
+
+    activation: str
+    names: Mapping[str, str]
+    centred: bool = True
+    norms: bool = False
+
+
+_MAGNITUDES = {"gate_bias": "b_enc", "decoder_bias": "b_dec", "mag_bias": "b_mag", "r_mag": "r_mag"}
+_CLASSES = {  # to write, the first of an activation
+    "AutoEncoder": _Class("relu", _LINEAR | {"bias": "b_dec"}),
+    "AutoEncoderNew": _Class("relu", _LINEAR | {"decoder.bias": "b_dec"}, centred=False),
+    "GatedAutoEncoder": _Class("gated", {"encoder.weight": "W_enc", "decoder.weight": "W_dec"} | _MAGNITUDES, norms=True),
+    "JumpReluAutoEncoder": _Class("jumprelu", _THRESHOLD, centred=False, norms=True),
+    "AutoEncoderTopK": _Class("topk", _LINEAR | {"b_dec": "b_dec"}),
+    "BatchTopKSAE": _Class("batchtopk", _LINEAR | {"b_dec": "b_dec", "threshold": "threshold"}),
+    "MatryoshkaBatchTopKSAE": _Class("matryoshka", _THRESHOLD),
+}
+
+
+def _read_dictionary_learning(settings: dict[str, Any], state: Mapping[str, Any], file: Path) -> Weights:
+    trainer = settings.get("trainer")
     trainer = trainer if isinstance(trainer, dict) else {}
     kind = str(trainer.get("dict_class"))
     if kind not in _CLASSES:
-        raise ValueError(f"{path / 'config.json'} says trainer.dict_class={kind!r}. Valid: {', '.join(_CLASSES)}.")
-    activation, names = _CLASSES[kind]
-    state = read_torch(file)
-    tensors = _tensors(state, file, tuple(names))
-    k = int(tensors["k"]) if "k" in tensors else None
-    groups = tuple(tensors["group_sizes"].long().cumsum(0).tolist()) if "group_sizes" in tensors else None
-    tensors = {new: tensors[old] for old, new in names.items() if new is not None}
-    if "encoder.weight" in tensors:
-        tensors = _from_linear(tensors)
-    if kind in ("AutoEncoderNew", "JumpReluAutoEncoder"):
-        tensors = centred(tensors)
-    if kind in ("JumpReluAutoEncoder", "GatedAutoEncoder"):  # their latents are times the rows' norms
+        raise ValueError(f"{file.parent / 'config.json'} says trainer.dict_class={kind!r}. Valid: {', '.join(_CLASSES)}.")
+    activation, names, subtracts, norms = _CLASSES[kind]
+    apart = [name for name, option in (("k", "k"), ("group_sizes", "groups")) if option in VARIANTS[activation].options]
+    tensors = _ours(state, names, file)
+    numbers = _ours(state, {name: name for name in apart}, file)
+    options: dict[str, Any] = {"k": int(numbers["k"])} if "k" in numbers else {}
+    if "group_sizes" in numbers:
+        options["groups"] = tuple(numbers["group_sizes"].long().cumsum(0).tolist())
+    if not subtracts:
+        tensors = _centred(tensors)
+    if norms:
         tensors = unit_rows(tensors)
     if "threshold" in tensors:
         tensors["threshold"] = tensors["threshold"].float().clamp_min(0)  # -1: not learned yet
-    own = config.get("patchsae")
-    metadata = (
-        own if isinstance(own, dict) else _model(trainer.get("lm_name"), trainer.get("layer")) | _plain(trainer, "lr", "seed", "steps")
-    )
-    return Weights(tensors, activation, k, groups, metadata=metadata)
+    own = settings.get("patchsae")
+    model = _model(trainer.get("lm_name"), trainer.get("layer")) | _plain(trainer, "lr", "seed", "steps")
+    return Weights(tensors, activation, options, own if isinstance(own, dict) else model)
 
 
-_FOUR = ("W_enc", "b_enc", "W_dec", "b_dec")
-_LINEAR = {"encoder.weight": "encoder.weight", "encoder.bias": "encoder.bias", "decoder.weight": "decoder.weight"}
-_PLAIN_NAMES = {name: name for name in _FOUR}
-# dictionary_learning's classes: our activation, and their keys with the names that become of them (None: read apart).
-_CLASSES: dict[str, tuple[str, dict[str, str | None]]] = {
-    "AutoEncoder": ("relu", _LINEAR | {"bias": "b_dec"}),
-    "AutoEncoderNew": ("relu", _LINEAR | {"decoder.bias": "b_dec"}),
-    "GatedAutoEncoder": (
-        "gated",
-        {
-            "encoder.weight": "encoder.weight", "gate_bias": "encoder.bias", "decoder.weight": "decoder.weight", "decoder_bias": "b_dec",
-            "mag_bias": "b_mag", "r_mag": "r_mag",
-        },
-    ),
-    "JumpReluAutoEncoder": ("jumprelu", _PLAIN_NAMES | {"threshold": "threshold"}),
-    "AutoEncoderTopK": ("topk", _LINEAR | {"b_dec": "b_dec", "k": None}),
-    "BatchTopKSAE": ("batchtopk", _LINEAR | {"b_dec": "b_dec", "k": None, "threshold": "threshold"}),
-    "MatryoshkaBatchTopKSAE": ("matryoshka", _PLAIN_NAMES | {"k": None, "threshold": "threshold", "group_sizes": None}),
-}  # fmt: skip
+def _write_dictionary_learning(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    kind, (_, names, subtracts, norms) = next(item for item in _CLASSES.items() if item[1].activation == weights.activation)
+    tensors = unit_rows(weights.tensors) if norms else weights.tensors
+    state = _theirs(tensors if subtracts else _centred(tensors, -1), names)
+    k, (d_in, d_sae) = weights.options.get("k"), weights.tensors["W_enc"].shape
+    trainer = {
+        "dict_class": kind, "activation_dim": d_in, "dict_size": d_sae, "layer": weights.metadata.get("layer"),
+        "lm_name": weights.metadata.get("model_name"),
+    } | ({"k": k} if k else {})  # fmt: skip
+    if k:
+        state = {"threshold": torch.tensor(-1.0)} | state | {"k": torch.tensor(k, dtype=torch.int32)}
+    if groups := weights.options.get("groups"):
+        state["group_sizes"] = torch.tensor([end - start for start, end in zip((0, *groups), groups, strict=False)])
+    return {"trainer": trainer, "patchsae": _json(weights.metadata)}, state
 
 
-def _from_linear(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """From ``torch.nn.Linear`` (weights [out, in]) to ours."""
-    tensors = dict(tensors)
-    named = {"W_enc": tensors.pop("encoder.weight").T, "b_enc": tensors.pop("encoder.bias")}
-    if "decoder.weight" in tensors:
-        named["W_dec"] = tensors.pop("decoder.weight").T
-    return tensors | named
-
-
-def _tensors(state: Any, path: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """These tensors of a state dict; others that a trainer leaves there are passed over."""
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)} if isinstance(state, dict) else {}
-    missing = [name for name in names if name not in tensors]
-    if missing:
-        raise ValueError(f"{path} lacks the weights {', '.join(missing)}; it holds {_shapes(tensors)}.")
-    return {name: tensors[name] for name in names}
-
-
-def _object(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}.")
-    return value
+# open_clip's names of models as Hugging Face calls them, their weights, and their number of blocks.
+_MODELS = {
+    "openai/clip-vit-base-patch16": ("ViT-B-16-quickgelu", "openai", 12),
+    "openai/clip-vit-base-patch32": ("ViT-B-32-quickgelu", "openai", 12),
+    "openai/clip-vit-large-patch14": ("ViT-L-14-quickgelu", "openai", 24),
+    "openai/clip-vit-large-patch14-336": ("ViT-L-14-336-quickgelu", "openai", 24),
+}
 
 
 def _model(name: Any, layer: Any) -> dict[str, Any]:
@@ -377,20 +389,57 @@ def _plain(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: settings[name] for name in names if isinstance(settings.get(name), str | int | float)}
 
 
-_FOLDERS = {
-    "saelens": ("cfg.json", "sae_weights.safetensors"),
-    "sparsify": ("cfg.json", "sae.safetensors"),
-    "dictionary_learning": ("config.json", "ae.pt"),
-    "prisma": ("config.json", "weights.pt"),
-}
-_FORMS = (
-    "PatchSAE's .pt, ViT-Prisma's weights.pt with config.json, saev's sae.pt, sparsify's cfg.json with sae.safetensors, "
-    "dictionary_learning's ae.pt with config.json"
-)
-READERS: dict[str, Callable[[Path], Weights]] = {
-    "patchsae": read_patchsae,
-    "prisma": read_prisma,
-    "saev": read_saev,
-    "sparsify": read_sparsify,
-    "dictionary_learning": read_dictionary_learning,
-}
+def _json(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata as plain values that every reader takes."""
+    return json.loads(json.dumps(dict(metadata)))
+
+
+# -- the table ------------------------------------------------------------------------------------------------------------------
+
+FORMATS = {
+    "saelens": Format(
+        "cfg.json", "sae_weights.safetensors", tuple(VARIANTS),
+        {"normalize_activations": ("none",), "reshape_activations": ("none",), "finetuning_scaling_factor": (False,)},
+        _read_saelens, _write_saelens,
+    ),
+    "patchsae": Format(None, "sae.pt", ("relu",), {}, _read_patchsae, _write_patchsae),
+    "prisma": Format(
+        "config.json", "weights.pt", ("relu", "topk", "gated"),
+        {"normalize_activations": ("none", None), "is_transcoder": (False, None)}, _read_prisma, _write_prisma,
+        {"normalize_activations": "layer_norm"},
+    ),
+    "saev": Format(None, "sae.pt", ("relu", "topk", "batchtopk", "matryoshka"), {}, _read_saev, _write_saev),
+    "sparsify": Format(
+        "cfg.json", "sae.safetensors", ("topk",), {"activation": ("topk",), "transcode": (False,), "skip_connection": (False,)},
+        _read_sparsify, _write_sparsify,
+    ),
+    "dictionary_learning": Format("config.json", "ae.pt", tuple(VARIANTS), {}, _read_dictionary_learning, _write_dictionary_learning),
+}  # fmt: skip
+
+
+def write(weights: Weights, path: Path, form: str) -> Path:
+    """Write an SAE's files under temporary names first; returns what :func:`read` opens, the folder or the file."""
+    if form not in FORMATS:
+        raise ValueError(f"Unknown format {form!r}. Valid: {', '.join(FORMATS)}.")
+    this = FORMATS[form]
+    if weights.activation not in this.activations:
+        fitting = [name for name, each in FORMATS.items() if weights.activation in each.activations]
+        raise ValueError(
+            f"The format {form!r} can't say activation={weights.activation!r}; it knows {', '.join(this.activations)}. "
+            f"For this SAE: {', '.join(fitting)}."
+        )
+    settings, tensors = this.write(weights)
+    file = path if this.config is None and path.suffix == ".pt" else path / this.weights
+    with atomic_file(file) as temporary:
+        if file.suffix == ".safetensors":
+            save_file(tensors, temporary)
+        else:
+            with temporary.open("wb") as opened:
+                opened.write((json.dumps(settings) + "\n").encode() if form == "saev" else b"")
+                torch.save({"cfg": settings, "state_dict": tensors} if form == "patchsae" else tensors, opened)
+        if form == "saelens":
+            settings["metadata"]["weights_sha256"] = file_sha256(temporary)
+    if this.config is None:
+        return file
+    write_json(path / this.config, settings)
+    return path

@@ -1,39 +1,36 @@
-"""The training objective as plain functions of tensors, and the measures that go with it.
+"""The training objectives, as plain functions of tensors.
 
-Every function takes the activations ``x`` and what an SAE made of them, and returns a tensor; none keeps state. Latents may be dense
-tensors or :class:`~patchsae_utils.sparse.SparseLatents`. :func:`objective` names the published loss of an SAE's variant; those of other
-variants than the paper's are in :mod:`patchsae_utils.sae.variant_losses`.
+:func:`patchsae_loss` is the paper's, :func:`variant_loss` the published ones of the other variants; :func:`objective` names an SAE's own.
+Latents may be dense tensors or :class:`~patchsae_utils.sae.sparse.SparseLatents`. An SAE that normalises is judged in the units of its
+normalised input: ``x``, reconstruction, latents and pre-activations below are then (x - mean) / scale, and so on.
 
-An SAE that normalises (:meth:`~patchsae_utils.sae.SparseAutoencoder.set_normalization`) is judged in the units of its normalised input:
-``x``, reconstruction, latents and pre-activations below are then (x - mean) / scale, and so on.
+Letters: B batch, T tokens, N tokens of any images, D d_in, S d_sae.
 
-Dimension letters: B batch, T tokens, N tokens of any images, D d_in, S d_sae.
-
-Source of the objective: Lim et al., ICLR 2025, section 3.1 and appendix A; ghost gradients: Jermyn and Templeton, "Ghost grads",
-Transformer Circuits, January 2024.
+Sources: Lim et al., ICLR 2025, section 3.1 and appendix A; ghost gradients: Jermyn and Templeton, "Ghost grads", Transformer Circuits, January
+2024; of the variants: see :mod:`.variants`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .model import SaeOutput, SparseAutoencoder
-
-if TYPE_CHECKING:
-    from .sparse import SparseLatents
+from .sparse import SparseLatents
+from .variants import step
 
 _EPSILON = 1e-6
-
-
 _SILENT = 1e-12  # norm below which the dead say nothing
+AUXK_COEFFICIENT = 1 / 32
+"""alpha of the auxiliary loss. Source: Gao et al., 2024, appendix A.2."""
 
 
 class SaeLoss(NamedTuple):
-    """Terms of an objective; each a scalar tensor. Below: the paper's; :mod:`patchsae_utils.sae.variant_losses` says what others put there."""
+    """Terms of an objective; each a scalar tensor. Below: the paper's; :func:`variant_loss` says what others put there."""
 
     total: Tensor
     """mse + l1 + ghost: what the optimiser sees."""
@@ -46,30 +43,24 @@ class SaeLoss(NamedTuple):
 
 
 def objective(sae: SparseAutoencoder) -> Callable[..., SaeLoss]:
-    """The published loss of the SAE's variant; all have the signature of :func:`patchsae_loss`."""
-    from . import variant_losses
+    """The published loss of an SAE's variant.
 
-    return {
-        "relu": patchsae_loss,
-        "topk": variant_losses.topk_loss,
-        "batchtopk": variant_losses.topk_loss,
-        "jumprelu": variant_losses.jumprelu_loss,
-        "gated": variant_losses.gated_loss,
-        "matryoshka": variant_losses.matryoshka_loss,
-    }[sae.activation]
+    Parameters
+    ----------
+    sae : SparseAutoencoder
+
+    Returns
+    -------
+    callable
+        With the signature of :func:`patchsae_loss`.
+    """
+    return patchsae_loss if sae.variant.loss == "paper" else variant_loss
 
 
 def patchsae_loss(
-    sae: SparseAutoencoder,
-    x: Tensor,
-    dead: Tensor | None = None,
-    l1_coefficient: float = 8e-5,
-    cls_coefficient: float = 1.0,
-    *,
-    is_cls: Tensor | None = None,
-    output: SaeOutput | None = None,
-    ghost: bool = True,
-) -> SaeLoss:
+    sae: SparseAutoencoder, x: Tensor, dead: Tensor | None = None, l1_coefficient: float = 8e-5, cls_coefficient: float = 1.0, *,
+    is_cls: Tensor | None = None, output: SaeOutput | None = None, ghost: bool = True,
+) -> SaeLoss:  # fmt: skip
     """PatchSAE's objective: (z_hat - z)^2 / ||z|| + lambda * L1 + ghost gradients.
 
     Parameters
@@ -100,98 +91,87 @@ def patchsae_loss(
     ValueError
         If shapes don't fit, or ``cls_coefficient`` can't be applied because it is not known which tokens are CLS.
     """
-    if output is None:
-        output = sae(x)
-    z, z_hat = in_units(sae, x), in_units(sae, output.reconstruction)
+    output = sae(x) if output is None else output
+    z, z_hat = _in_units(sae, x), _in_units(sae, output.reconstruction)
     error = normalized_squared_error(z, z_hat)
-    if cls_coefficient != 1.0:
-        error = error * token_weights(x, cls_coefficient, is_cls)
-    mse = error.mean()
-    l1 = l1_coefficient * (l1_norm(output.latents) / sae.input_scale)
+    weights = _token_weights(x, cls_coefficient, is_cls)
+    mse = (error if weights is None else error * weights).mean()
+    l1 = l1_coefficient * (_l1_norm(output.latents) / sae.input_scale)
+    ghost_term = mse.new_zeros(())
     if ghost and dead is not None and bool(dead.any()):
-        index = dead.nonzero().squeeze(-1)
-        ghost_term = ghost_loss(z, z_hat, dead_pre_activations(sae, x, output, index), sae.W_dec.index_select(0, index), error)
-    else:
-        ghost_term = mse.new_zeros(())
+        ghost_term = _ghost_loss(z, z_hat, *_dead_latents(sae, x, output, dead), error)
     return SaeLoss(mse + l1 + ghost_term, mse, l1, ghost_term)
 
 
-def in_units(sae: SparseAutoencoder, x: Tensor) -> Tensor:
-    """(x - input_mean) / input_scale, of activations or reconstructions [..., D]; to the bit ``x`` where the SAE doesn't normalise."""
-    return (x - sae.input_mean) / sae.input_scale  # without asking whether it does: on a GPU the answer costs more than the sum
+def variant_loss(
+    sae: SparseAutoencoder, x: Tensor, dead: Tensor | None = None, l1_coefficient: float = 0.0, cls_coefficient: float = 1.0, *,
+    is_cls: Tensor | None = None, output: SaeOutput | None = None, ghost: bool = True,
+) -> SaeLoss:  # fmt: skip
+    """The published objectives of the variants after ReLU and L1, by the table's ``loss``.
 
+    In each, the squared error is the published one: ||x - x_hat||^2, summed over dimensions, mean over tokens. That is another scale than the
+    paper's, so a coefficient that suits :func:`patchsae_loss` means nothing here.
 
-def dead_pre_activations(sae: SparseAutoencoder, x: Tensor, output: SaeOutput, index: Tensor) -> Tensor:
-    """Pre-activations [..., n] of the latents ``index`` [n], in the loss's units: read from ``output``, or computed where it holds none."""
-    if output.pre_activations is None:
-        pre_activations = sae.pre_activations(x, latents=index)
-    else:
-        pre_activations = output.pre_activations.index_select(-1, index)
-    return pre_activations / sae.input_scale
-
-
-def normalized_squared_error(x: Tensor, reconstruction: Tensor, centre: Tensor | None = None) -> Tensor:
-    """(x_hat - x)^2 / ||x - centre||, elementwise.
-
-    The norm is not squared, so the value grows with the scale of ``x``, and lambda must be chosen for that scale.
-
-    Parameters
-    ----------
-    x, reconstruction : Tensor [..., D]
-    centre : Tensor [D], optional
-        Without it, the paper's form: the norm of ``x`` itself, so that a large mean makes errors count less. With the data's mean, what
-        counts is the error relative to how far a token is from the average one.
-
-    Returns
-    -------
-    Tensor [..., D]
+    - ``auxk`` (TopK, BatchTopK): squared error + AuxK, in ``ghost``. Gao et al., 2024, section 2.3 and appendix A.2. Matryoshka sums the error
+      of every nested dictionary, Bussmann et al., 2025, section 3. ``k`` makes the latents sparse; ``l1_coefficient`` is not used.
+    - ``l0`` (JumpReLU): squared error + lambda L0, whose gradients reach the thresholds. Rajamanoharan et al., "Jumping ahead", eq. 9 to 12.
+    - ``gate``: squared error + lambda ||ReLU(gate)||_1 + ||x - x_hat_frozen(ReLU(gate))||^2, the last in ``ghost``: how the gate learns at all, so
+      ``ghost=False`` doesn't leave it out. Rajamanoharan et al., "Gated sparse autoencoders", eq. 8.
     """
-    norm = (x if centre is None else x - centre).norm(dim=-1, keepdim=True)
-    return (reconstruction - x).square() / norm.clamp_min(_EPSILON)
+    output = sae(x) if output is None else output
+    weights, target = _token_weights(x, cls_coefficient, is_cls), _in_units(sae, x)
+
+    def squared(reconstruction: Tensor) -> Tensor:
+        error = (_in_units(sae, reconstruction) - target).square().sum(-1)
+        return (error if weights is None else error * weights.squeeze(-1)).mean()
+
+    mse = squared(output.reconstruction)
+    sparsity, auxiliary = mse.new_zeros(()), mse.new_zeros(())
+    if sae.groups and len(sae.groups) > 1:  # the last prefix is the whole reconstruction
+        for part in sae.decode_prefixes(output.latents, sae.groups[:-1]):
+            mse = mse + squared(part.reshape(x.shape))
+    if sae.variant.loss == "l0":
+        sparsity = l1_coefficient * _learning_l0(sae, output)
+    elif sae.variant.loss == "gate":
+        gate = torch.relu(output.pre_activations)
+        sparsity = l1_coefficient * (_l1_norm(gate) / sae.input_scale)
+        auxiliary = squared(gate @ sae.W_dec.detach() + sae.b_dec.detach())
+    elif ghost and dead is not None and bool(dead.any()):
+        reconstruction = _in_units(sae, output.reconstruction)
+        auxiliary = AUXK_COEFFICIENT * auxk_loss(target, reconstruction, *_dead_latents(sae, x, output, dead))
+    return SaeLoss(mse + sparsity + auxiliary, mse, sparsity, auxiliary)
 
 
-def l1_norm(latents: Tensor | SparseLatents) -> Tensor:
-    """Mean over tokens of the latents' sum: [..., S] -> scalar. Latents are not negative; summed in float32 at least."""
-    if not isinstance(latents, Tensor):
-        return latents.values.sum(dtype=torch.promote_types(latents.values.dtype, torch.float32)) / (len(latents.offsets) - 1)
-    return latents.sum(-1, dtype=torch.promote_types(latents.dtype, torch.float32)).mean()
+def normalized_squared_error(x: Tensor, reconstruction: Tensor) -> Tensor:
+    """(x_hat - x)^2 / ||x||, elementwise [..., D]; the norm is not squared, so the value grows with the scale of ``x``."""
+    return (reconstruction - x).square() / x.norm(dim=-1, keepdim=True).clamp_min(_EPSILON)
 
 
-def l0_norm(latents: Tensor | SparseLatents) -> Tensor:
-    """Mean over tokens of the number of active latents: [..., S] -> scalar."""
-    if not isinstance(latents, Tensor):
-        return latents.counts().float().mean()
-    return latents.count_nonzero(dim=-1).float().mean()
+def auxk_loss(x: Tensor, reconstruction: Tensor, pre_activations: Tensor, rows: Tensor) -> Tensor:
+    """AuxK: the dead latents with the largest pre-activations predict what the living ones leave over.
+
+    e = x - x_hat, a constant; e_hat = relu(topk(pre[dead])) W_dec[dead]; the term is ||e - e_hat||^2, mean over tokens. Of n dead latents (``rows``
+    [n, D]) as many as the power of two nearest to D / 2. Finite for any finite pre-activations [..., n]: cut where their square would not be.
+    Source: Gao et al., 2024, section 2.4 and appendix A.2.
+    """
+    k = min(auxk_size(x.shape[-1]), pre_activations.shape[-1])
+    positive = torch.relu(pre_activations).clamp_max(torch.finfo(pre_activations.dtype).max ** 0.25)
+    values, places = positive.topk(k, dim=-1)
+    guess = torch.zeros_like(positive).scatter(-1, places, values) @ rows
+    return ((x - reconstruction).detach() - guess).square().sum(-1).mean()
 
 
-def fired(latents: Tensor | SparseLatents) -> Tensor:
-    """Which latents are active on any token: [..., S] -> bool [S]."""
-    if not isinstance(latents, Tensor):
-        return latents.fired()
-    return latents.flatten(0, -2).amax(0) > 0
+def auxk_size(d_in: int) -> int:
+    """The power of two nearest to D / 2, on a logarithmic scale: 512 for 768, as in the source."""
+    return 2 ** max(0, round(math.log2(d_in / 2)))
 
 
-def ghost_loss(x: Tensor, reconstruction: Tensor, pre_activations: Tensor, rows: Tensor, error: Tensor) -> Tensor:
+def _ghost_loss(x: Tensor, reconstruction: Tensor, pre_activations: Tensor, rows: Tensor, error: Tensor) -> Tensor:
     """A gradient for latents that never fire: let them, exponentially, predict what the living ones leave over.
 
     r = x - x_hat; g = exp(pre[dead]) W_dec[dead]; g is scaled to half of ||r||, by a constant; the term is (g - r)^2 / ||r||, rescaled
-    elementwise by a constant so that its value equals the squared-error term's. It must read *pre*-activations: after the ReLU all dead
-    latents are 0, exp(0) = 1, and the gradient drives every dead row to one direction.
-
-    Parameters
-    ----------
-    x, reconstruction : Tensor [..., D]
-    pre_activations : Tensor [..., n]
-        Of the dead latents.
-    rows : Tensor [n, D]
-        Their decoder rows.
-    error : Tensor [..., D]
-        Elementwise squared-error term, after the CLS coefficient.
-
-    Returns
-    -------
-    Tensor, scalar
-        Finite for any finite pre-activations.
+    elementwise by a constant so that its value equals that of ``error``, the squared error before any CLS coefficient. It must read
+    *pre*-activations: after the ReLU all dead latents are 0, exp(0) = 1, and the gradient drives every dead row to one direction.
     """
     residual = (x - reconstruction).detach()
     residual_norm = residual.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(residual.dtype).tiny)
@@ -205,57 +185,40 @@ def ghost_loss(x: Tensor, reconstruction: Tensor, pre_activations: Tensor, rows:
     return (ratio * squared).mean()
 
 
-def explained_variance(x: Tensor, reconstruction: Tensor) -> Tensor:
-    """Centred explained variance: 1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2.
-
-    The mean is over all given tokens, each dimension by itself. Uncentred, a large constant vector would count as explained.
-
-    Parameters
-    ----------
-    x, reconstruction : Tensor [..., D]
-
-    Returns
-    -------
-    Tensor, scalar
-        At most 1; 0 for the mean as a reconstruction; NaN when all tokens are equal.
-    """
-    x, reconstruction = x.reshape(-1, x.shape[-1]), reconstruction.reshape(-1, x.shape[-1])
-    return 1 - (x - reconstruction).square().sum() / (x - x.mean(0)).square().sum()
+def _dead_latents(sae: SparseAutoencoder, x: Tensor, output: SaeOutput, dead: Tensor) -> tuple[Tensor, Tensor]:
+    """Pre-activations [..., n] of the dead latents, in the loss's units, read from ``output`` or computed; and their decoder rows [n, D]."""
+    index = dead.nonzero().squeeze(-1)
+    if output.pre_activations is None:
+        pre_activations = sae.pre_activations(x, latents=index)
+    else:
+        pre_activations = output.pre_activations.index_select(-1, index)
+    return pre_activations / sae.input_scale, sae.W_dec.index_select(0, index)
 
 
-def geometric_median(x: Tensor, tolerance: float = 1e-6, max_iterations: int = 200) -> Tensor:
-    """The point with the least sum of distances to all tokens, by Weiszfeld's iteration in float64.
-
-    Parameters
-    ----------
-    x : Tensor [N, D]
-    tolerance : float
-        Stop when a step moves the point by less than this share of the tokens' mean distance to it.
-    max_iterations : int
-
-    Returns
-    -------
-    Tensor [D], of ``x``'s dtype
-
-    Source: Weiszfeld (1937); as the start of ``b_dec``: Bricken et al., "Towards monosemanticity" (2023).
-    """
-    if x.ndim != 2 or len(x) == 0:
-        raise ValueError(f"geometric_median needs tokens as [N, D] with N > 0, got shape {tuple(x.shape)}.")
-    points = x.double()
-    median = points.mean(0)
-    for _ in range(max_iterations):
-        distance = (points - median).norm(dim=1)
-        weight = 1 / distance.clamp_min(1e-12)
-        moved = (weight @ points) / weight.sum()
-        step = (moved - median).norm()
-        median = moved
-        if step <= tolerance * distance.mean():
-            break
-    return median.to(x.dtype)
+def _in_units(sae: SparseAutoencoder, x: Tensor) -> Tensor:
+    """(x - input_mean) / input_scale, of activations or reconstructions [..., D]; to the bit ``x`` where the SAE doesn't normalise."""
+    return (x - sae.input_mean) / sae.input_scale  # without asking whether it does: on a GPU the answer costs more than the sum
 
 
-def token_weights(x: Tensor, cls_coefficient: float, is_cls: Tensor | None = None) -> Tensor:
-    """Factor of each token's error, [..., 1]: ``cls_coefficient`` for CLS, 1 for patches."""
+def _l1_norm(latents: Tensor | SparseLatents) -> Tensor:
+    """Mean over tokens of the latents' sum: [..., S] -> scalar, summed in float32 at least."""
+    if not isinstance(latents, Tensor):
+        return latents.values.sum(dtype=torch.promote_types(latents.values.dtype, torch.float32)) / latents.n_tokens
+    return latents.sum(-1, dtype=torch.promote_types(latents.dtype, torch.float32)).mean()
+
+
+def _learning_l0(sae: SparseAutoencoder, output: SaeOutput) -> Tensor:
+    """Mean L0 whose gradient reaches the thresholds."""
+    if output.near is None:
+        return step(output.pre_activations, sae.threshold, sae.kernel_width).sum(-1).mean()
+    near = output.near
+    return step(near.values, sae.threshold[near.indices.long()], sae.kernel_width).sum() / near.n_tokens
+
+
+def _token_weights(x: Tensor, cls_coefficient: float, is_cls: Tensor | None) -> Tensor | None:
+    """Factor of each token's error, [..., 1]: ``cls_coefficient`` for CLS, 1 for patches; None where that is 1, too."""
+    if cls_coefficient == 1.0:
+        return None
     if is_cls is None:
         if x.ndim != 3:
             raise ValueError(

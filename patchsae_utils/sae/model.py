@@ -1,38 +1,34 @@
-"""The autoencoder: a wide, sparse dictionary over CLIP's residual stream, one vector a token.
+"""The autoencoder: a wide, sparse dictionary over the residual stream of a vision transformer, one vector per token.
 
-Dimension letters: B batch, T tokens, N tokens of any images, D d_in, S d_sae. Inputs may have any leading dimensions: [N, D] or [B, T, D].
-
-Sources: the paper's ReLU autoencoder: Lim et al., "Sparse autoencoders reveal selective remapping of visual concepts during adaptation",
-ICLR 2025, section 3.1. TopK: Gao et al., "Scaling and evaluating sparse autoencoders", 2024. BatchTopK: Bussmann, Leask and Nanda,
-"BatchTopK sparse autoencoders", 2024. JumpReLU: Rajamanoharan et al., "Jumping ahead", 2024. Gated: Rajamanoharan et al., "Improving
-dictionary learning with gated sparse autoencoders", 2024. Matryoshka: Bussmann et al., "Learning multi-level features with Matryoshka
-sparse autoencoders", 2025.
+Letters: B batch, T tokens, N tokens of any images, D d_in, S d_sae. Inputs may have any leading dimensions: [N, D] or [B, T, D].
+The variants and their sources are in :mod:`.variants`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .nonlinearities import centre_product, jump_relu, keep_batch_topk, keep_entries, keep_topk, smallest_positive
-from .normalization import check_statistics, set_normalization
-from .sources import KNOWN, check_source
+from . import sparse as sparse_kernels
+from .formats import STATISTICS, Weights, preprocessing_fingerprint, shapes, unit_rows, write
+from .sparse import SparseLatents
+from .variants import VARIANTS, centre_product, jump_relu, keep_batch_topk, keep_topk, smallest_positive
 
-if TYPE_CHECKING:
-    from .sparse import SparseLatents
-
-ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated", "matryoshka")
-_TOP = ("topk", "batchtopk", "matryoshka")  # need k
-_BATCH = ("batchtopk", "matryoshka")  # select within a batch while training, by a threshold afterwards
+ACTIVATIONS = tuple(VARIANTS)
+NORMALIZATIONS = ("none", "mean", "mean_and_norm")
 _BANDWIDTH = 0.03
 _THRESHOLD_RATE = 0.01  # of the running mean of the smallest activation a batch keeps
+_MISFIT = 2.0  # activations whose spread differs by more than this factor, or whose mean lies a whole spread away, don't fit
+_UNIT = 1e-5  # how far from 1 a float32 row's norm may be
+_SOURCE = ("model_name", "layer", "weights_hash", "tokens", "preprocessing")  # what metadata says of where activations come from
 
 
 class SaeOutput(NamedTuple):
@@ -41,10 +37,9 @@ class SaeOutput(NamedTuple):
     reconstruction: Tensor
     """[..., D] x as the latents say it: latents @ W_dec + b_dec."""
     latents: Tensor | SparseLatents
-    """[..., S] activations, not negative, mostly 0; :class:`~patchsae_utils.sparse.SparseLatents` [N, S] on the sparse path."""
+    """[..., S] activations, not negative, mostly 0; :class:`~patchsae_utils.sae.sparse.SparseLatents` [N, S] on the sparse path."""
     pre_activations: Tensor | None
-    """[..., S] before the activation function (``gated``: of the gate). None on the sparse path, which never holds all of them: ask
-    :meth:`SparseAutoencoder.pre_activations` for single latents."""
+    """[..., S] before the activation function (``gated``: of the gate). None on the sparse path, which never holds all of them."""
     near: SparseLatents | None = None
     """Pre-activations above their threshold or within half a bandwidth below it; ``jumprelu`` on the sparse path alone."""
 
@@ -53,7 +48,7 @@ class SparseAutoencoder(nn.Module):
     """pre = (x - b_dec) W_enc + b_enc; latents = activation(pre); reconstruction = latents W_dec + b_dec.
 
     Fresh weights are Kaiming-uniform (fan counted as torch does for a [rows, columns] tensor: the columns), the decoder's rows scaled
-    to unit norm, both biases 0. :func:`~patchsae_utils.training.train_sae` moves ``b_dec`` to the data's geometric median first.
+    to unit norm, both biases 0. :func:`~patchsae_utils.train_sae` moves ``b_dec`` to the data's geometric median first.
 
     The activations, with z = pre:
 
@@ -74,7 +69,7 @@ class SparseAutoencoder(nn.Module):
         Number of latents, S.
     activation : {"relu", "topk", "batchtopk", "jumprelu", "gated", "matryoshka"}
     k : int, optional
-        Latents kept a token (``topk``), or on average over a batch (``batchtopk``, ``matryoshka``).
+        Latents kept per token (``topk``), or on average over a batch (``batchtopk``, ``matryoshka``).
     groups : sequence of int, optional
         Sizes of the nested dictionaries of ``matryoshka``, rising, the last d_sae; by default a sixteenth, an eighth, ... and all of it.
     bandwidth : float, optional
@@ -111,46 +106,41 @@ class SparseAutoencoder(nn.Module):
     input_norm: Tensor
 
     def __init__(
-        self,
-        d_in: int,
-        d_sae: int,
-        activation: str = "relu",
-        *,
-        k: int | None = None,
-        groups: Sequence[int] | None = None,
-        bandwidth: float | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        seed: int = 0,
-    ):
+        self, d_in: int, d_sae: int, activation: str = "relu", *, k: int | None = None, groups: Sequence[int] | None = None,
+        bandwidth: float | None = None, metadata: Mapping[str, Any] | None = None, seed: int = 0,
+    ):  # fmt: skip
         super().__init__()
         if d_in < 1 or d_sae < 1:
             raise ValueError(f"d_in and d_sae must be positive, got d_in={d_in}, d_sae={d_sae}.")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"Unknown activation {activation!r}. Valid: {', '.join(ACTIVATIONS)}.")
-        if activation in _TOP and not (k and 0 < k <= d_sae):
+        if activation not in VARIANTS:
+            raise ValueError(f"Unknown activation {activation!r}. Valid: {', '.join(VARIANTS)}.")
+        options = VARIANTS[activation].options
+        if "k" in options and not (k and 0 < k <= d_sae):
             raise ValueError(f"activation={activation!r} needs k between 1 and d_sae={d_sae}, got k={k}.")
-        for name, value, users in (("k", k, _TOP), ("groups", groups, ("matryoshka",)), ("bandwidth", bandwidth, ("jumprelu",))):
-            if value is not None and activation not in users:
-                valid = " or ".join(map(repr, users))
+        for name, value in (("k", k), ("groups", groups), ("bandwidth", bandwidth)):
+            if value is not None and name not in options:
+                valid = " or ".join(repr(other) for other, variant in VARIANTS.items() if name in variant.options)
                 raise ValueError(f"{name}={value} has no meaning for activation={activation!r}; leave it out, or use activation={valid}.")
         if bandwidth is not None and not bandwidth > 0:
             raise ValueError(f"bandwidth must be positive, got {bandwidth}.")
-        self.d_in, self.d_sae, self.activation, self.k = d_in, d_sae, activation, k
-        self.groups = _checked_groups(groups, d_sae) if activation == "matryoshka" else None
-        self.bandwidth = (bandwidth or _BANDWIDTH) if activation == "jumprelu" else None
+        self.d_in, self.d_sae, self.activation, self.k, self.variant = d_in, d_sae, activation, k, VARIANTS[activation]
+        self.groups = _checked_groups(groups, d_sae) if "groups" in options else None
+        self.bandwidth = (bandwidth or _BANDWIDTH) if "bandwidth" in options else None
         self.metadata: dict[str, Any] = dict(metadata or {})
+        self.trained_in: dict[Path, tuple[str, str]] = {}  # folder of a run -> fingerprints of these weights before and after it
+        self._loaded = False
         generator = torch.Generator().manual_seed(seed)
         W_enc, W_dec = torch.empty(d_in, d_sae), torch.empty(d_sae, d_in)
         nn.init.kaiming_uniform_(W_enc, generator=generator)
         nn.init.kaiming_uniform_(W_dec, generator=generator)
         self.W_enc, self.W_dec = nn.Parameter(W_enc), nn.Parameter(W_dec)
         self.b_enc, self.b_dec = nn.Parameter(torch.zeros(d_sae)), nn.Parameter(torch.zeros(d_in))
-        if activation == "gated":
+        if self.variant.gate:
             self.b_mag, self.r_mag = nn.Parameter(torch.zeros(d_sae)), nn.Parameter(torch.zeros(d_sae))
-        if activation == "jumprelu":
+        if self.variant.threshold == "each":
             self.threshold = nn.Parameter(torch.full((d_sae,), self.bandwidth))
         else:
-            self.register_buffer("threshold", torch.zeros(()) if activation in _BATCH else None)
+            self.register_buffer("threshold", torch.zeros(()) if self.variant.threshold == "one" else None)
         self.register_buffer("input_mean", torch.zeros(d_in))
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("input_norm", torch.zeros(()))  # root mean square of ||x - input_mean||; 0: not known
@@ -183,22 +173,22 @@ class SparseAutoencoder(nn.Module):
         def of(weights: Tensor) -> Tensor:
             return weights if latents is None else weights.index_select(0, latents)
 
-        if self.activation == "topk":
+        if self.variant.competes == "token":
             if latents is not None:
-                raise ValueError("activation='topk' compares all latents of a token: activate all of them, then choose.")
+                raise ValueError(f"activation={self.activation!r} compares all latents of a token: activate all of them, then choose.")
             return keep_topk(torch.relu(pre_activations), self.k)
-        if self.activation == "jumprelu":
+        if self.variant.threshold == "each":
             return jump_relu(pre_activations, of(self.threshold), self.kernel_width)
-        if self.activation == "gated":
+        if self.variant.gate:
             magnitude = torch.exp(of(self.r_mag)) * (pre_activations - of(self.b_enc)) + of(self.b_mag)
             return torch.where(pre_activations > 0, torch.relu(magnitude), 0)
-        if self.activation in _BATCH:
+        if self.variant.threshold == "one":
             return torch.where(pre_activations > self.threshold, pre_activations, 0)
         return torch.relu(pre_activations)
 
     def encode(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
         """Residual activations to latents: [..., D] -> [..., S], or [..., n] for the n ``latents`` whose numbers are given."""
-        if latents is not None and self.activation == "topk":
+        if latents is not None and self.variant.competes == "token":
             return self.encode(x).index_select(-1, latents)
         return self.activate(self.pre_activations(x, latents), latents)
 
@@ -206,37 +196,27 @@ class SparseAutoencoder(nn.Module):
         """Latents to residual activations: [..., S] -> [..., D]."""
         if isinstance(latents, Tensor):
             return latents @ self.W_dec + self.b_dec
-        from . import sparse
-
-        return sparse.decode(latents, self.W_dec, self.b_dec)
+        return sparse_kernels.decode(latents, self.W_dec, self.b_dec)
 
     def decode_prefixes(self, latents: Tensor | SparseLatents, groups: Sequence[int] | None = None) -> Tensor:
         """What each nested dictionary reconstructs, from the latents before its end: [..., S] -> [G, ..., D]; G = len(groups)."""
         groups = self.groups if groups is None else groups
         if not isinstance(latents, Tensor):
-            from . import sparse
-
-            return sparse.decode(latents, self.W_dec, self.b_dec, groups=groups)
+            return sparse_kernels.decode(latents, self.W_dec, self.b_dec, groups=groups)
         starts = (0, *groups[:-1])
         parts = [latents[..., start:end] @ self.W_dec[start:end] for start, end in zip(starts, groups, strict=True)]
         return torch.stack(parts).cumsum(0) + self.b_dec
 
     def forward(self, x: Tensor, sparse: bool = False) -> SaeOutput:
-        """Encode and decode: [..., D] -> :class:`SaeOutput`.
+        """Encode and decode: [..., D] -> :class:`SaeOutput`; in training mode, variants that compete in a batch move their threshold.
 
-        In training mode, ``batchtopk`` and ``matryoshka`` choose latents within the batch, and move their threshold.
-
-        Parameters
-        ----------
-        x : Tensor [..., D]
-        sparse : bool
-            Compute with active latents alone (:mod:`patchsae_utils.sae.sparse`): the same function and gradients, faster where few are
-            active. Under autocast the active are found in bfloat16. ``gated`` has no such path, and ignores this.
+        ``sparse`` computes with active latents alone (:mod:`.sparse`): the same function and gradients, faster where few are active. Under
+        autocast the active are found in bfloat16. ``gated`` has no such path, and ignores this.
         """
-        if sparse and self.activation != "gated":
+        if sparse and not self.variant.gate:
             return self._forward_sparse(x)
         pre_activations = self.pre_activations(x)
-        if self.training and self.activation in _BATCH:
+        if self.training and self.variant.competes == "batch":
             latents = keep_batch_topk(torch.relu(pre_activations), self.k)
             if torch.is_grad_enabled():
                 self._follow(latents)
@@ -245,23 +225,22 @@ class SparseAutoencoder(nn.Module):
         return SaeOutput(self.decode(latents), latents, pre_activations)
 
     def _forward_sparse(self, x: Tensor) -> SaeOutput:
-        from . import sparse
-
         self.check_width(x)
-        in_batch = self.training and self.activation in _BATCH
-        if self.activation == "topk":
-            select: Any = sparse.TopK(self.k)
+        variant, in_batch = self.variant, self.training and self.variant.competes == "batch"
+        if variant.competes == "token":
+            select: sparse_kernels.Select = sparse_kernels.TopK(self.k)
         elif in_batch:
-            select = sparse.BatchTopK(self.k)
-        elif self.activation == "jumprelu":
+            select = sparse_kernels.BatchTopK(self.k)
+        elif variant.threshold == "each":
             select = (self.threshold - self.kernel_width / 2).detach()
         else:
-            select = None if self.activation == "relu" else self.threshold
+            select = self.threshold  # None for ``relu``
         centre = self.b_dec.detach()
         bias = self.b_enc - centre_product(self.b_dec, self.W_enc)
         precision = "bfloat16" if torch.is_autocast_enabled(x.device.type) else "float32"
-        latents, near = sparse.encode((x - centre).reshape(-1, self.d_in), self.W_enc, bias, select, precision=precision), None
-        if self.activation == "jumprelu":
+        latents = sparse_kernels.encode((x - centre).reshape(-1, self.d_in), self.W_enc, bias, select, precision=precision)
+        near = None
+        if variant.threshold == "each":
             near = latents
             numbers = near.indices.long()
             latents = near._replace(values=jump_relu(near.values, self.threshold[numbers], self.kernel_width))
@@ -269,7 +248,7 @@ class SparseAutoencoder(nn.Module):
         if in_batch and torch.is_grad_enabled():
             self._follow(latents.values)
         if near is not None:  # those below their threshold were there for its gradient alone
-            latents = keep_entries(latents, latents.values > 0)
+            latents = latents.kept(latents.values > 0)
         return SaeOutput(reconstruction, latents, None, near)
 
     @property
@@ -287,21 +266,13 @@ class SparseAutoencoder(nn.Module):
         moved = torch.where(self.threshold == 0, smallest, self.threshold.lerp(smallest, _THRESHOLD_RATE))
         self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
 
-    def check_width(self, x: Tensor) -> None:
-        """Refuse activations of another width than D."""
-        if x.shape[-1] != self.d_in:
-            self.check_source(d_in=x.shape[-1], source="the given tensor")
-
     # -- what training keeps true ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """Scale the decoder's rows to unit norm, in place. Otherwise L1 is cheated by small latents and large rows.
-
-        Thresholds of ``jumprelu`` that a step has pushed below 0 return to 0.
-        """
+        """Scale the decoder's rows to unit norm, in place: else L1 is cheated by small latents and large rows. Thresholds below 0 return to 0."""
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(self.W_dec.dtype).tiny))
-        if self.activation == "jumprelu":
+        if self.variant.threshold == "each":
             self.threshold.clamp_min_(0)
 
     @torch.no_grad()
@@ -311,6 +282,16 @@ class SparseAutoencoder(nn.Module):
         if gradient is not None:
             gradient.sub_(self.W_dec * (gradient * self.W_dec).sum(1, keepdim=True))
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the weights are still those that were drawn: neither loaded nor trained, biases at 0."""
+        return not (self._loaded or self.trained_in or self.b_enc.any() or self.b_dec.any())
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """As of any module; the weights then no longer count as fresh."""
+        self._loaded = True
+        return super().load_state_dict(*args, **options)
+
     # -- the input's statistics -----------------------------------------------------------------------------------------
 
     @property
@@ -318,58 +299,165 @@ class SparseAutoencoder(nn.Module):
         """Whether :meth:`set_normalization` has set a mean or a scale."""
         return bool(self.input_scale != 1) or bool(self.input_mean.any())
 
+    @torch.no_grad()
     def set_normalization(self, x: Tensor, kind: str = "mean_and_norm") -> None:
-        """Train as if on (x - mean) / scale of these tokens [N, D]; see :func:`patchsae_utils.sae.normalization.set_normalization`."""
-        set_normalization(self, x, kind)
+        """Train as if on (x - mean) / scale of these tokens [N, D], with latents, weights and reconstructions still in the stream's own units.
 
+        An autoencoder of the normalised input is one of the input itself: with rows of unit norm, latents scale * h, b_dec = mean + scale *
+        b_dec', b_enc = scale * b_enc', thresholds likewise, the same ``W_enc`` and ``W_dec``. That folded form is kept here, so nobody who encodes,
+        decodes, edits or exports has to know. What changes is where training starts (``b_dec`` at the mean, if it was 0) and the units of the
+        objective: losses divide by the scale. ``mean``: centring alone. ``mean_and_norm``: a centred token's mean square is 1 per dimension.
+        """
+        if kind not in NORMALIZATIONS:
+            raise ValueError(f"Unknown normalization {kind!r}. Valid: {', '.join(NORMALIZATIONS)}.")
+        if kind == "none":
+            return
+        self.check_width(x)
+        tokens = x.reshape(-1, self.d_in).double()
+        mean = tokens.mean(0)
+        norm = (tokens - mean).square().sum(1).mean().sqrt()
+        if len(tokens) < 2 or not norm.isfinite() or not norm > 0:
+            raise ValueError(
+                f"set_normalization needs at least two finite tokens that differ, got {len(tokens)} of spread {norm.item():g}."
+            )
+        before = self.input_scale.clone()
+        self.input_mean.copy_(mean)
+        self.input_norm.copy_(norm)
+        self.input_scale.copy_(norm / self.d_in**0.5 if kind == "mean_and_norm" else torch.ones(()))
+        if self.threshold is not None:
+            self.threshold.mul_(self.input_scale / before)
+        if not self.b_dec.any():
+            self.b_dec.copy_(mean)
+
+    @torch.no_grad()
     def check_statistics(self, x: Tensor, source: str = "these activations") -> None:
-        """Refuse tokens [N, D] unlike those of :meth:`set_normalization`; see :func:`patchsae_utils.sae.normalization.check_statistics`."""
-        check_statistics(self, x, source)
+        """Refuse tokens [N, D] that can't be of the kind :meth:`set_normalization` saw: another spread by a factor of 2, or another mean."""
+        self.check_width(x)
+        if not self.input_norm:
+            return
+        centred = x.reshape(-1, self.d_in).double() - self.input_mean.double()
+        norm, shift = centred.square().sum(1).mean().sqrt().item(), centred.mean(0).norm().item()
+        expected = self.input_norm.item()
+        if expected / _MISFIT <= norm <= expected * _MISFIT and shift <= expected:
+            return
+        raise ValueError(
+            f"The SAE was trained on activations {expected:.3g} away from their mean (root mean square){_described(self.metadata)}; "
+            f"{source} are {norm:.3g} away from that mean, and their own mean {shift:.3g}. "
+            f"Give residual activations of the model, layer and token types it was trained on, not scaled or centred, or train an SAE on these."
+        )
+
+    # -- where activations come from --------------------------------------------------------------------------------------
+
+    def check_width(self, x: Tensor) -> None:
+        """Refuse activations of another width than D."""
+        if x.shape[-1] != self.d_in:
+            self._check_source(x.shape[-1], "the given tensor", {})
+
+    def check_store(self, store: Any) -> None:
+        """Refuse a store or stream of activations of another width, model, layer, kind of tokens or preprocessing than those of training."""
+        self._check_source(store.d_in, "this store", {name: getattr(store.metadata, name, None) for name in _SOURCE})
+
+    def check_model(self, clip: Any, layer: int) -> None:
+        """Refuse a residual stream of another width, layer, model, weights or preprocessing than that of training.
+
+        An adapted model counts as its base, whose blocks it shares, here and in training. What either side doesn't know is not compared.
+        """
+        base, trained_on = getattr(clip, "base", clip), self.metadata.get("weights_hash")
+        same_base = trained_on and trained_on.partition("+")[0] == base.weights_hash
+        given = {
+            "model_name": base.name,
+            "layer": clip.layer_index(layer),
+            "weights_hash": trained_on if same_base or not trained_on else base.weights_hash,
+            "preprocessing": repr(base.preprocess),
+        }
+        self._check_source(clip.width, f"the residual stream of {clip.name!r}", given)
+
+    def _check_source(self, d_in: int, source: str, given: Mapping[str, Any]) -> None:
+        """The one comparison of what was trained on with what is given, as far as both sides know it.
+
+        Hashes decide on the model where they are known: equal weights may have two names. CLS and patch tokens don't fit each other; either
+        fits ``all``.
+        """
+        own = self.metadata
+        both = {name: (own.get(name), given.get(name)) for name in _SOURCE}
+        known = {name: pair for name, pair in both.items() if all(value is not None and value != "" for value in pair)}
+        hashes = known.pop("weights_hash", None)
+        names = known.pop("model_name", ("", ""))
+        same_name = len({str(name).removesuffix("-quickgelu") for name in names}) == 1  # open_clip has two names for OpenAI's "ViT-B-16"
+        if "preprocessing" in known:
+            known["preprocessing"] = tuple(preprocessing_fingerprint(value) for value in known["preprocessing"])
+        wrong = {name for name, pair in known.items() if pair[0] != pair[1] and not (name == "tokens" and "all" in pair)}
+        if not (hashes[0] == hashes[1] if hashes else same_name):
+            wrong.add("weights_hash" if same_name else "model_name")
+        if d_in == self.d_in and not wrong:
+            return
+        where = "over" if own.get("layer") is None else f"with layer={own['layer']}"
+        raise ValueError(
+            f"The SAE reads {self.d_in}-dimensional activations{_described(own, wrong)}; {source} holds {d_in}-dimensional ones"
+            f"{_described(given, wrong)}. Extract again {where} from the model the SAE was trained on, or load the SAE that was trained on these."
+        )
+
+    # -- files --------------------------------------------------------------------------------------------------------------
 
     @property
     def fingerprint(self) -> str:
         """Sixteen hex digits of the SHA-256 of sizes, activation, weights and what else the outputs or the objective depend on."""
         options = [value for value in (self.groups, self.bandwidth) if value is not None]
         digest = hashlib.sha256(json.dumps([self.d_in, self.d_sae, self.activation, self.k, *options]).encode())
-        tensors: list[Tensor] = [self.W_enc, self.b_enc, self.W_dec, self.b_dec]
-        if self.activation == "gated":
-            tensors += [self.b_mag, self.r_mag]
-        if self.threshold is not None:
-            tensors.append(self.threshold)
-        if self.normalizes:
-            tensors += [self.input_mean, self.input_scale]
-        for tensor in tensors:
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+        names = ["W_enc", "b_enc", "W_dec", "b_dec"] + ["b_mag", "r_mag"] * self.variant.gate + ["threshold"] * (self.threshold is not None)
+        for name in names + ["input_mean", "input_scale"] * self.normalizes:
+            digest.update(getattr(self, name).detach().float().cpu().contiguous().numpy().data)
         return digest.hexdigest()[:16]
 
-    def check_source(self, *, d_in: int, source: str = "this store", **known: Any) -> None:
-        """Refuse activations of another kind than those of training; see :func:`patchsae_utils.sae.sources.check_source`."""
-        check_source(self, d_in=d_in, source=source, **known)
-
-    def check_store(self, store: Any) -> None:
-        """:meth:`check_source` of an activation store, or a token stream, by all that its metadata says."""
-        self.check_source(d_in=store.d_in, **{name: getattr(store.metadata, name, None) for name in KNOWN})
-
-    def check_model(self, clip: Any, layer: int | None = None) -> None:
-        """:meth:`check_source` of a model's residual stream; an adapted model counts as its base, whose blocks it shares, here and in training."""
-        base, trained_on = getattr(clip, "base", clip), self.metadata.get("weights_hash")
-        same_base = trained_on and trained_on.partition("+")[0] == base.weights_hash
-        self.check_source(
-            d_in=clip.width,
-            model_name=base.name,
-            layer=None if layer is None else clip.layer_index(layer),
-            weights_hash=trained_on if same_base or not trained_on else base.weights_hash,
-            source=f"the residual stream of {clip.name!r}",
-        )
-
     def save(self, directory: str | Path) -> Path:
-        """Write ``cfg.json`` and ``sae_weights.safetensors`` (SAELens v6 form) and return the folder.
+        """Write ``cfg.json`` and ``sae_weights.safetensors`` (SAELens v6), rows at unit norm; see :func:`~patchsae_utils.save_sae`."""
+        weights = self.to_weights()
+        norms = weights.tensors["W_dec"].double().norm(dim=1)
+        if not ((norms - 1).abs() <= _UNIT).all():
+            if self.k is not None:
+                raise ValueError(
+                    f"The decoder's rows have norms from {norms.min():.4g} to {norms.max():.4g}, and activation={self.activation!r} keeps the "
+                    "largest latents: moving the norms into them would change which. Call sae.normalize_decoder() before saving."
+                )
+            weights = weights._replace(tensors=unit_rows(weights.tensors))
+        return write(weights, Path(directory), "saelens")
 
-        See :func:`patchsae_utils.sae.files.save_sae`.
-        """
-        from .files import save_sae
+    def to_weights(self) -> Weights:
+        """This SAE as plain float32 tensors."""
+        tensors = {name: value.detach().float().cpu() for name, value in self.state_dict().items() if name not in STATISTICS}
+        statistics = {name: getattr(self, name).tolist() for name in STATISTICS} if self.normalizes or bool(self.input_norm) else {}
+        return Weights(tensors, self.activation, {name: getattr(self, name) for name in self.variant.options}, self.metadata, statistics)
 
-        return save_sae(self, directory)
+    @classmethod
+    def from_weights(cls, weights: Weights, path: Path) -> SparseAutoencoder:
+        """An SAE of these weights, checked; ``path`` is named in errors."""
+        tensors = {name: value.detach().float().contiguous() for name, value in weights.tensors.items()}
+        if "W_enc" not in tensors or tensors["W_enc"].ndim != 2:
+            raise ValueError(f"{path} holds no matrix W_enc [d_in, d_sae]; it holds {shapes(tensors)}.")
+        try:
+            sae = cls(*tensors["W_enc"].shape, weights.activation, **weights.options, metadata=weights.metadata)
+            own = {name: value for name, value in sae.state_dict().items() if name not in STATISTICS}
+            for name, values in weights.statistics.items():
+                buffer = getattr(sae, name)
+                buffer.copy_(torch.tensor(values, dtype=torch.float32).reshape(buffer.shape))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} can't be read: {error}") from error
+        if shapes(own) != shapes(tensors):
+            raise ValueError(f"{path} holds {shapes(tensors)}; an SAE of activation {weights.activation!r} has {shapes(own)}.")
+        for name, value in tensors.items():
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{path}: {name} holds NaN or infinite values. Train or copy it again.")
+        sae.load_state_dict(tensors, strict=False)  # the input's statistics are set already
+        return sae
+
+
+def _described(known: Mapping[str, Any], more: set[str] | frozenset[str] = frozenset()) -> str:
+    """The words " of 'model', layer 3, weights 1a2b", or as many of them as are known."""
+    words = "" if known.get("model_name") is None else f" of {known['model_name']!r}"
+    words += "" if known.get("layer") is None else f", layer {known['layer']}"
+    extra = {"weights_hash": "weights", "tokens": "tokens", "preprocessing": "preprocessing"}
+    shown = {word: re.sub(r" at 0x[0-9a-f]+", "", str(known[name])) for name, word in extra.items() if name in more}
+    return words + "".join(f", {word} {' '.join(text.split())}" for word, text in shown.items())
 
 
 def _checked_groups(groups: Sequence[int] | None, d_sae: int) -> tuple[int, ...]:

@@ -1,11 +1,11 @@
-"""How good an SAE is: what it reconstructs, how sparsely, and what CLIP still knows after its residual stream went through it.
+"""How good an SAE is: what it reconstructs, how sparsely, what CLIP still knows after its residual stream went through it, and why latents are dead.
 
-Everything is measured on all images given, by token type (CLS, patches, all), with 95 % intervals from a bootstrap over images.
+Letters: B batch, T tokens, N tokens of any images, D d_in, S d_sae.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,30 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import batches, templates_for
-from ..run.intervals import bootstrap
+from ..run.intervals import interval
 from .losses import normalized_squared_error
 from .model import SparseAutoencoder
 
 TOKEN_TYPES = {"cls": slice(0, 1), "patch": slice(1, None), "all": slice(None)}
 RECONSTRUCTION_METRICS = ("mse", "l1", "l0", "explained_variance", "dead_fraction")
 CLASSIFICATION_METRICS = ("contrastive_loss", "zero_shot_top1", "zero_shot_change")
+CAUSES = ("alive", "train_only", "bias", "outcompeted", "starved")
 _ENOUGH_IMAGES = 8  # to know their tokens' mean and spread
 _CHUNK = 3 << 20  # (token, latent) pairs encoded at once
 
 
 @torch.no_grad()
 def evaluate_sae(
-    clip,
-    sae: SparseAutoencoder | Mapping[str, SparseAutoencoder],
-    dataset,
-    layer: int,
-    templates: Sequence[str] | None = None,
-    *,
-    batch_size: int = 64,
-    workers: int | None = None,
-    n_bootstrap: int = 1000,
-    seed: int = 0,
-    progress: bool = True,
+    clip, sae: SparseAutoencoder | Mapping[str, SparseAutoencoder], dataset, layer: int, *, batch_size: int = 64, progress: bool = True
 ) -> pd.DataFrame:
     """Measure SAEs on a labelled data set that they were not trained on.
 
@@ -51,20 +42,14 @@ def evaluate_sae(
     dataset : ImageData or OpenMojiData
     layer : int
         Block whose output goes through the SAE.
-    templates : sequence of str, optional
-        Of the class prompts; default: those of the data set.
-    batch_size, workers : int
-    n_bootstrap : int
-        Resamples of the images.
-    seed : int
-        Of the bootstrap.
+    batch_size : int
     progress : bool
 
     Returns
     -------
     DataFrame, tidy
         Columns ``sae`` (its name; "SAE" if only one is given), ``variant``, ``tokens``, ``metric``, ``value``, ``low``, ``high`` (95 %
-        interval; NaN for ``dead_fraction``).
+        interval over images; NaN for ``dead_fraction``).
 
         ``variant`` is what went into the blocks behind ``layer``: ``raw``, the ``reconstruction``, or the reconstruction with its error
         added back (``error_kept``: it must equal raw, and says that the splice itself is exact). ``tokens``: which tokens are measured,
@@ -76,7 +61,7 @@ def evaluate_sae(
         - ``l1`` = 1 / N sum_x sum_s h_s; ``l0`` = 1 / N sum_x #{s: h_s > 0}.
         - ``explained_variance`` = 1 - sum_x ||x - x_hat||^2 / sum_x ||x - m||^2, m = 1 / N sum_x x: centred, so that the mean explains
           nothing, and of each type of token by its own mean.
-        - ``dead_fraction`` = 1 / S #{s: h_s = 0 for all x}; :func:`~patchsae_utils.dead_latents.dead_causes` says why.
+        - ``dead_fraction`` = 1 / S #{s: h_s = 0 for all x}; :func:`dead_causes` says why.
 
         And with an image's logits l over the class prompts (cosine times CLIP's temperature) and its class c:
 
@@ -87,7 +72,7 @@ def evaluate_sae(
     Raises
     ------
     ValueError
-        If an SAE reads another width or layer, or was trained on normalised activations that these don't resemble (told from the first
+        If an SAE reads another width, layer or model, or was trained on normalised activations that these don't resemble (by the first
         batch, if it has eight images), or the data set is empty.
     """
     layer = clip.layer_index(layer)
@@ -96,10 +81,10 @@ def evaluate_sae(
         each.check_model(clip, layer)
     if len(dataset) == 0:
         raise ValueError(f"The data set {dataset.spec!r} ({dataset.split}) is empty: there is nothing to evaluate on.")
-    head = clip.zero_shot_head(dataset.class_names, templates or templates_for(dataset.spec)).to(clip.device)
+    head = clip.zero_shot_head(dataset.class_names, templates_for(dataset.spec)).to(clip.device)
     tallies, first = {name: _Tally(each) for name, each in saes.items()}, True
 
-    for batch in batches(dataset, clip.preprocess, batch_size, workers, progress="evaluating the SAE" if progress else None):
+    for batch in batches(dataset, clip.preprocess, batch_size, progress="evaluating the SAE" if progress else None):
         residual = clip.run_to(batch.images, layer)
 
         def outcome(tokens, residual=residual, labels=batch.labels):
@@ -113,7 +98,7 @@ def evaluate_sae(
         raw = outcome(residual.tokens)
         for tally in tallies.values():
             tally.add(residual.tokens, raw, outcome)
-    rows = [(name, *row) for name, tally in tallies.items() for row in tally.rows(n_bootstrap, seed)]
+    rows = [(name, *row) for name, tally in tallies.items() for row in tally.rows()]
     return pd.DataFrame(rows, columns=["sae", "variant", "tokens", "metric", "value", "low", "high"])
 
 
@@ -139,26 +124,42 @@ class _Tally:
             spliced[:, part] = output.reconstruction[:, part]
             self.outcomes["reconstruction", name].append(outcome(spliced))
 
-    def rows(self, n_bootstrap: int, seed: int) -> Iterator[tuple[str, str, str, float, float, float]]:
+    def rows(self) -> Iterator[tuple[Any, ...]]:
         """(variant, tokens, metric, value, low, high)."""
         for name, parts in self.token_sums.items():
-            for metric, estimate in bootstrap(np.concatenate(parts), _reconstruction_metrics, n_bootstrap, seed).items():
+            for metric, *estimate in _estimates(RECONSTRUCTION_METRICS[:4], _reconstruction_metrics, np.concatenate(parts)):
                 yield "reconstruction", name, metric, *estimate
             yield "reconstruction", name, "dead_fraction", (~self.fired[name]).double().mean().item(), np.nan, np.nan
         raw = torch.cat(self.outcomes["raw", "none"])[:, 1:]
         for (variant, tokens), parts in self.outcomes.items():
             outcome = torch.cat(parts)
-            table = torch.cat([outcome, outcome[:, 1:] - raw], 1).double().numpy()
-            for metric, estimate in bootstrap(table, _classification_metrics, n_bootstrap, seed).items():
+            table = torch.cat([outcome, outcome[:, 1:] - raw, torch.ones(len(outcome), 1)], 1).double().numpy()
+            for metric, *estimate in _estimates(CLASSIFICATION_METRICS, lambda total: (total[:, :3] / total[:, 3:]).T, table):
                 if (variant, metric) != ("raw", "zero_shot_change"):
                     yield variant, tokens, metric, *estimate
 
 
-def evaluation_table(frame: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
-    """What :func:`evaluate_sae` measured, as a table to read: one row an SAE, variant and token type; cells "value [low, high]"."""
+def _estimates(names: tuple[str, ...], measure: Callable[[np.ndarray], Any], sums: np.ndarray) -> Iterator[tuple[str, float, float, float]]:
+    """(name, value, low, high) of measures of each image's sums [n, ...]; ``measure`` takes their totals [R, ...] and returns them by name."""
+    found = interval(lambda weights: np.stack(list(measure(weights @ sums)), 1), len(sums), "images")
+    yield from zip(names, found.value, found.low, found.high, strict=True)
+
+
+def evaluation_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """What :func:`evaluate_sae` measured, as a table to read.
+
+    Parameters
+    ----------
+    frame : DataFrame
+
+    Returns
+    -------
+    DataFrame
+        One row for each SAE, variant and token type; cells "value [low, high]".
+    """
 
     def cell(row) -> str:
-        style = f".{digits}g" if row.metric == "mse" else f".{digits}f" if row.metric not in ("l0", "l1") else ".1f"
+        style = ".3g" if row.metric == "mse" else ".3f" if row.metric not in ("l0", "l1") else ".1f"
         value, low, high = (format(number, style) for number in (row.value, row.low, row.high))
         return value if np.isnan(row.low) else f"{value} [{low}, {high}]"
 
@@ -224,18 +225,8 @@ def patch_readings(clip, sae: SparseAutoencoder, images: Tensor, layer: int) -> 
     return tuple(values[:, 1:].float().unflatten(1, clip.grid) for values in (readings.l0, error))
 
 
-def readings_by_place(
-    clip,
-    sae: SparseAutoencoder,
-    dataset,
-    layer: int,
-    *,
-    batch_size: int = 64,
-    n_bootstrap: int = 1000,
-    seed: int = 0,
-    progress: bool = True,
-) -> pd.DataFrame:
-    """:func:`patch_readings` on objects and on bare background, where the data set knows which is which.
+def readings_by_place(clip, sae: SparseAutoencoder, dataset, layer: int) -> pd.DataFrame:
+    """:func:`patch_readings` on objects and on bare background, by the ground truth.
 
     Parameters
     ----------
@@ -243,7 +234,7 @@ def readings_by_place(
     sae : SparseAutoencoder
     dataset : OpenMojiData
         Or any with ``truth(i).background_share`` [rows, columns]: the share of each patch that no object covers.
-    layer, batch_size, n_bootstrap, seed, progress
+    layer : int
 
     Returns
     -------
@@ -252,22 +243,19 @@ def readings_by_place(
         ``low``, ``high``: means over patches, 95 % intervals over images.
     """
     sums = []
-    for batch in batches(dataset, clip.preprocess, batch_size, progress="readings" if progress else None):
+    for batch in batches(dataset, clip.preprocess, 64, progress="readings"):
         readings = torch.stack(patch_readings(clip, sae, batch.images, layer), 1).double().numpy()
         bare = np.stack([dataset.truth(int(i)).background_share for i in batch.indices])
-        for place in (bare <= 0.5, bare >= 0.9):
-            sums.append(np.column_stack([place.sum((1, 2)), (readings * place[:, None]).sum((2, 3))]))
-    sums = np.concatenate([np.concatenate(sums[0::2]), np.concatenate(sums[1::2])], 1)
-    columns: dict[Any, tuple[int, int]] = {
-        ("object", "l0"): (1, 0),
-        ("object", "error"): (2, 0),
-        ("background", "l0"): (4, 3),
-        ("background", "error"): (5, 3),
-    }
-    estimates = bootstrap(
-        sums, lambda total, n: {name: total[..., i] / total[..., j] for name, (i, j) in columns.items()}, n_bootstrap, seed
-    )
-    return pd.DataFrame([(*name, *estimate) for name, estimate in estimates.items()], columns=["place", "metric", "value", "low", "high"])
+        places = np.stack([bare <= 0.5, bare >= 0.9], 1)  # [B, places, rows, columns]
+        of_readings = (readings[:, None] * places[:, :, None]).sum((3, 4))
+        sums.append(np.concatenate([places.sum((2, 3))[..., None], of_readings], 2).reshape(len(bare), -1))
+    names = [(place, metric) for place in ("object", "background") for metric in ("l0", "error")]
+
+    def means(total: np.ndarray) -> list[np.ndarray]:
+        return [total[:, 3 * place + 1 + metric] / total[:, 3 * place] for place in (0, 1) for metric in (0, 1)]
+
+    rows = [(*name, *row) for name, (_, *row) in zip(names, _estimates(("",) * 4, means, np.concatenate(sums)), strict=True)]
+    return pd.DataFrame(rows, columns=["place", "metric", "value", "low", "high"])
 
 
 @torch.no_grad()
@@ -285,9 +273,14 @@ def firing_rates(sae: SparseAutoencoder, tokens: Iterable[Tensor], n_tokens: int
     Returns
     -------
     Tensor [S], in [0, 1]; 0 for latents that never fired
+
+    Raises
+    ------
+    ValueError
+        If there are no tokens.
     """
     counts, seen = torch.zeros(sae.d_sae, dtype=torch.float64), 0
-    for chunk in limited_tokens(tokens, n_tokens, max(1, _CHUNK // sae.d_sae)):
+    for chunk in _first_tokens(tokens, n_tokens, max(1, _CHUNK // sae.d_sae)):
         counts += (sae.encode(chunk.to(sae.W_enc.device)) > 0).sum(0).cpu()
         seen += len(chunk)
     if seen == 0:
@@ -296,40 +289,65 @@ def firing_rates(sae: SparseAutoencoder, tokens: Iterable[Tensor], n_tokens: int
 
 
 @torch.no_grad()
-def random_control(sae: SparseAutoencoder, x: Tensor, seed: int = 0) -> SparseAutoencoder:
-    """An SAE that learned nothing but has every fair chance: same size, centre, sparsity and scale, random directions.
+def dead_causes(sae: SparseAutoencoder, train: Iterable[Tensor], test: Iterable[Tensor], n_tokens: int = 200_000) -> pd.DataFrame:
+    """Whether each latent fires, on tokens it was trained on and on others, and if it never does, what keeps it from it.
 
-    Decoder rows are random unit vectors and the encoder is their transpose. One threshold for all latents makes its L0 on ``x`` that of
-    ``sae``; one gain makes its reconstruction of ``x`` the best in least squares.
+    With z = (x - b_dec) w + b the pre-activation of a token x, w the latent's encoder column, b its encoder bias:
+
+    - ``alive``: it fires on a test token.
+    - ``train_only``: on train tokens, but on no test token. Dead on this data; more of it, or other data, may show it.
+    - ``bias``: on neither, and none as long as the longest token seen could make it: ||w|| max ||x - b_dec|| + b <= t, by the
+      Cauchy-Schwarz inequality, where t is what a z must exceed (its ``threshold``; 0 for ``relu``, ``topk`` and the gate of ``gated``).
+      The bias lies below any projection.
+    - ``outcompeted``: on neither, though z was positive on some token: below its threshold (``jumprelu``, ``batchtopk``, ``matryoshka``),
+      never among the k largest (``topk``), or with a magnitude of 0 (``gated``). It gets no gradient, yet stands for something.
+    - ``starved``: on neither, z was never positive, yet a token of the right direction would do: the data hold nothing of the kind.
 
     Parameters
     ----------
     sae : SparseAutoencoder
-    x : Tensor [N, D]
-        A few thousand tokens.
-    seed : int
+    train, test : iterable of Tensor [n, D]
+        E.g. ``store.tokens(4096)`` of the training images, and of others.
+    n_tokens : int
+        Of each, the first so many.
 
     Returns
     -------
-    SparseAutoencoder
-        With ReLU.
+    DataFrame, one row a latent
+        ``cause``, one of ``CAUSES``; ``train_rate`` and ``test_rate``: share of tokens on which it fires; ``largest``: the largest z seen,
+        minus t; ``bound``: ||w|| max ||x - b_dec|| + b - t. ``frame["cause"].value_counts(normalize=True)`` sums it up.
+
+    Raises
+    ------
+    ValueError
+        If there are no train or no test tokens.
     """
-    x = x.to(sae.W_enc.device)
-    control = SparseAutoencoder(sae.d_in, sae.d_sae, metadata={**sae.metadata, "control": "random directions"}, seed=seed).to(x.device)
-    directions = torch.randn(sae.d_sae, sae.d_in, generator=torch.Generator().manual_seed(seed)).to(x.device)
-    directions = F.normalize(directions, dim=1)
-    l0 = torch.cat([(sae.encode(chunk) > 0).sum(1) for chunk in x.split(512)]).double().mean().item()
-    scores = ((x - sae.b_dec) @ directions.T).flatten()
-    n_active = min(max(1, round(l0 * len(x))), scores.numel() - 1)
-    threshold = scores.kthvalue(scores.numel() - n_active).values
-    latents = torch.relu(scores.view(len(x), -1) - threshold)
-    guess = latents @ directions
-    gain = ((x - sae.b_dec) * guess).sum() / guess.square().sum()
-    control.W_dec.copy_(directions)
-    control.W_enc.copy_(gain * directions.T)
-    control.b_enc.fill_(-gain * threshold)
-    control.b_dec.copy_(sae.b_dec)
-    return control
+    device = sae.W_enc.device
+    largest = torch.full((sae.d_sae,), -torch.inf, device=device)
+    longest, rates = torch.zeros((), device=device), []
+    for name, tokens in (("train", train), ("test", test)):
+        fired, seen = torch.zeros(sae.d_sae, dtype=torch.long, device=device), 0
+        for x in _first_tokens(tokens, n_tokens, max(1, _CHUNK // sae.d_sae)):
+            x = x.to(device)
+            pre_activations = sae.pre_activations(x)
+            fired += (sae.activate(pre_activations) > 0).sum(0)
+            largest = torch.maximum(largest, pre_activations.amax(0))
+            longest = torch.maximum(longest, (x - sae.b_dec).norm(dim=1).amax())
+            seen += len(x)
+        if seen == 0:
+            raise ValueError(f"dead_causes got no {name} tokens.")
+        rates.append((fired.double() / seen).cpu().numpy())
+    needed = torch.zeros((), device=device) if sae.threshold is None else sae.threshold
+    bound = (sae.W_enc.norm(dim=0) * longest + sae.b_enc - needed).cpu().numpy()
+    columns = {"train_rate": rates[0], "test_rate": rates[1], "largest": (largest - needed).cpu().numpy(), "bound": bound}
+    frame = pd.DataFrame({"cause": "starved", **columns})
+    # from the weakest statement to the strongest
+    frame.loc[largest.cpu().numpy() > 0, "cause"] = "outcompeted"
+    frame.loc[bound <= 0, "cause"] = "bias"
+    frame.loc[frame["train_rate"] > 0, "cause"] = "train_only"
+    frame.loc[frame["test_rate"] > 0, "cause"] = "alive"
+    frame.index.name = "latent"
+    return frame
 
 
 def _image_sums(x: Tensor, output: TokenReadings, part: slice) -> np.ndarray:
@@ -346,18 +364,15 @@ def _image_sums(x: Tensor, output: TokenReadings, part: slice) -> np.ndarray:
     return torch.cat([torch.stack([term.double() for term in terms], 1), x.double().sum(1)], 1).cpu().numpy()
 
 
-def _reconstruction_metrics(total: np.ndarray, n_images: np.ndarray) -> dict[str, np.ndarray]:
-    n, mse, l1, l0, error, square = (total[..., i] for i in range(6))
-    variance = square - (total[..., 6:] ** 2).sum(-1) / n
+def _reconstruction_metrics(total: np.ndarray) -> list[np.ndarray]:
+    """The first four of ``RECONSTRUCTION_METRICS`` from sums [R, 6 + D]."""
+    n, mse, l1, l0, error, square = (total[:, i] for i in range(6))
+    variance = square - (total[:, 6:] ** 2).sum(-1) / n
     explained = 1 - np.divide(error, variance, out=np.full_like(variance, np.nan), where=variance > 0)
-    return {"mse": mse / n, "l1": l1 / n, "l0": l0 / n, "explained_variance": explained}
+    return [mse / n, l1 / n, l0 / n, explained]
 
 
-def _classification_metrics(total: np.ndarray, n_images: np.ndarray) -> dict[str, np.ndarray]:
-    return {name: total[..., i] / n_images for i, name in enumerate(CLASSIFICATION_METRICS)}
-
-
-def limited_tokens(tokens: Iterable[Tensor], n_tokens: int, rows: int) -> Iterator[Tensor]:
+def _first_tokens(tokens: Iterable[Tensor], n_tokens: int, rows: int) -> Iterator[Tensor]:
     """The first ``n_tokens`` tokens of batches [n, D], ``rows`` at a time."""
     for batch in tokens:
         yield from batch[:n_tokens].split(rows)

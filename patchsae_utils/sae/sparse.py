@@ -1,20 +1,20 @@
 """Sparse kernels: of an L0 of 150 in 49,152 latents, only the encoder's forward product is computed whole.
 
-Everything else touches active latents alone: values, decode, the gradient of the values and of both weights. Two orders of the same
-entries do all the work: by token (CSR; decode sums decoder rows a token) and by latent (CSC; a weight's gradient sums tokens a latent, and
-each weight row is read once). Sums of weighted rows are :func:`torch.nn.functional.embedding_bag`, the fastest of what torch has for
-it on a CPU; on CUDA the same calls work, and :mod:`patchsae_utils.sae.sparse_triton` replaces them where Triton imports.
+Everything else touches active latents alone: values, decode, the gradient of the values and of both weights. The same entries are kept in two
+orders: by token (CSR; decode sums decoder rows per token) and by latent (CSC; a weight's gradient sums tokens per latent, and each weight row
+is read once). Sums of weighted rows are :func:`torch.nn.functional.embedding_bag`; on CUDA :mod:`patchsae_utils.sae.triton` replaces it
+where Triton imports. No tensor of all tokens and all latents is ever made.
 
-The dense bfloat16 product only *finds* the active latents. Their values are computed again from the float32 weights, so that a step in
+A dense bfloat16 product only *finds* the active latents. Their values are computed again from the float32 weights, so that a step in
 bfloat16 differs from one in float32 by latents whose activation is about 0, and by nothing else.
 
-Dimension letters: N tokens of any images, D d_in, S d_sae.
+Letters: N tokens of any images, D d_in, S d_sae.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,15 +22,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .sparse_selection import BatchTopK, ByLatent, TopK, above, best_of_batch, chosen, positions, run_offsets
+_TOKENS_CPU = 2048  # whose float32 activations stay in the last cache while they are gathered in any order
+BLOCK_CPU = 1024  # latents whose weight rows stay in a core's cache together with what is computed from them
+# Elements of one piece of pre-activations: bounds memory, and on a CPU keeps a piece in the last cache until it was searched.
+_PIECE_CPU, _PIECE_GPU = 8 << 20, 1 << 28
+_CROSSOVER = {"cpu": 0.05, "cuda": 0.02}  # on a CPU measured by ``benchmarks.sae_step`` (rows "density"); for GPUs a cautious guess
 
-# Tokens whose activations (float32) stay in the last cache while they are gathered in any order.
-_TOKENS_CPU = 2048
-PRECISIONS = ("bfloat16", "float32")
 
-__all__ = ["BatchTopK", "SparseLatents", "TopK", "decode", "encode", "take_rows", "worthwhile"]
+class TopK(NamedTuple):
+    """Selection of each token's ``k`` largest pre-activations, as far as they are positive (Gao et al., 2024)."""
 
-Select = Callable[[Tensor], Tensor] | Tensor | float | None
+    k: int
+
+
+class BatchTopK(NamedTuple):
+    """Selection of the ``k`` N largest pre-activations of a batch of N tokens, as far as they are positive (Bussmann et al., 2024)."""
+
+    k: int
+
+
+Select = TopK | BatchTopK | Tensor | None
+"""What is active: the largest; what lies above a level, one for all or one for each latent; or what is positive."""
 
 
 class SparseLatents(NamedTuple):
@@ -59,10 +71,6 @@ class SparseLatents(NamedTuple):
         empty = self.values.new_zeros(self.n_tokens, self.d_sae)
         return empty.index_put((self.tokens(), self.indices), self.values)
 
-    def sums(self) -> Tensor:
-        """[N] sum of each token's latents; differentiable."""
-        return self.values.new_zeros(self.n_tokens).index_add(0, self.tokens(), self.values)
-
     def counts(self) -> Tensor:
         """[N] active latents of each token."""
         return self.offsets.diff()
@@ -71,46 +79,18 @@ class SparseLatents(NamedTuple):
         """bool [S]: which latents are active on any token."""
         return torch.zeros(self.d_sae, dtype=torch.bool, device=self.indices.device).index_fill_(0, self.indices, True)
 
+    def kept(self, which: Tensor) -> SparseLatents:
+        """The entries for which ``which``, bool [nnz], is True."""
+        before = F.pad(which.cumsum(0), (1, 0))
+        offsets = before[self.offsets.long()].to(self.offsets.dtype)
+        return self._replace(values=self.values[which], indices=self.indices[which], offsets=offsets)
 
-def encode(
-    x: Tensor,
-    W_enc: Tensor,
-    bias: Tensor,
-    select: Select = None,
-    *,
-    precision: str = "float32",
-    chunk_tokens: int | None = None,
-) -> SparseLatents:
-    """The active latents of x @ W_enc + bias, and their gradients.
 
-    Parameters
-    ----------
-    x : Tensor [N, D]
-        Centred activations. Its gradient is computed only if it requires one.
-    W_enc : Tensor [D, S]
-        Fastest with columns contiguous in memory, as ``torch.empty(S, D).T``: what is read and written here are columns.
-    bias : Tensor [S]
-    select : None, float, Tensor [S] or function
-        None: what is positive (ReLU). A number or one per latent: what lies above it (JumpReLU, BatchTopK's threshold). A
-        :class:`TopK` or :class:`BatchTopK`. Any other function gets pre-activations [n, S] of n whole tokens at a time, and returns a bool
-        mask of that shape; what it selects counts where it is positive.
-    precision : {"float32", "bfloat16"}
-        Of the dense product that finds the active latents (bfloat16 accumulates in float32). Values and gradients are float32 either way,
-        or ``x``'s dtype if that is wider.
-    chunk_tokens : int, optional
-        Tokens whose pre-activations are held at once when ``select`` needs whole tokens; by default as many as a cache likes.
+def encode(x: Tensor, W_enc: Tensor, bias: Tensor, select: Select = None, *, precision: str = "float32") -> SparseLatents:
+    """The active latents of x @ W_enc + bias (centred x [N, D], W_enc [D, S], bias [S]), with their gradients.
 
-    Returns
-    -------
-    SparseLatents
-
-    Raises
-    ------
-    ValueError
-        If shapes, dtypes or ``precision`` don't fit.
+    ``precision`` is of the dense product that finds them. Fastest where columns of ``W_enc`` are contiguous, as in ``torch.empty(S, D).T``.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"Unknown precision {precision!r}. Valid: {', '.join(PRECISIONS)}.")
     if x.ndim != 2 or W_enc.ndim != 2 or x.shape[1] != W_enc.shape[0] or bias.shape != W_enc.shape[1:]:
         raise ValueError(
             f"encode needs x [N, D], W_enc [D, S] and bias [S]; got {tuple(x.shape)}, {tuple(W_enc.shape)} and {tuple(bias.shape)}. "
@@ -118,52 +98,27 @@ def encode(
         )
     if not x.dtype.is_floating_point or W_enc.dtype != bias.dtype or W_enc.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"encode needs master weights in float32 (or float64), got W_enc {W_enc.dtype}, bias {bias.dtype}, x {x.dtype}.")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be positive, got {chunk_tokens}.")
-    if isinstance(select, (int, float)):
-        select = bias.new_full((), float(select)).expand_as(bias)
     if isinstance(select, Tensor) and select.shape != bias.shape:
         select = select.detach().expand_as(bias)
     deferred = _deferred(W_enc)
     parts = 1 if isinstance(select, BatchTopK) else _n_parts(len(x), x.device, deferred)
-    found = [_Encode.apply(part, W_enc, bias, select, precision, chunk_tokens, deferred) for part in x.to(W_enc.dtype).chunk(parts)]
+    found = [_Encode.apply(part, W_enc, bias, select, precision, deferred) for part in x.to(W_enc.dtype).chunk(parts)]
     values, indices, counts = (torch.cat(parts) for parts in zip(*((v, i, o.diff()) for v, i, o in found), strict=True))
     return SparseLatents(values, indices, F.pad(counts.cumsum(0), (1, 0)), W_enc.shape[1])
 
 
 def decode(latents: SparseLatents, W_dec: Tensor, b_dec: Tensor, groups: Sequence[int] | None = None) -> Tensor:
-    """latents @ W_dec + b_dec, from active latents alone.
+    """latents @ W_dec + b_dec [N, D], from active latents alone.
 
-    Parameters
-    ----------
-    latents : SparseLatents
-    W_dec : Tensor [S, D]
-    b_dec : Tensor [D]
-    groups : sequence of int, optional
-        Sizes of nested prefixes, ascending (Matryoshka): one reconstruction for each, from the latents before that number.
-
-    Returns
-    -------
-    Tensor [N, D], or [G, N, D] with ``groups``
-        Differentiable in values, ``W_dec`` and ``b_dec``.
-
-    Raises
-    ------
-    ValueError
-        If shapes don't fit or ``groups`` don't ascend within S.
+    With ``groups``, rising ends of nested prefixes (Matryoshka): [G, N, D], one reconstruction from the latents before each end.
     """
     if W_dec.ndim != 2 or W_dec.shape[0] != latents.d_sae or b_dec.shape != W_dec.shape[1:]:
         raise ValueError(f"decode needs W_dec [{latents.d_sae}, D] and b_dec [D], got {tuple(W_dec.shape)} and {tuple(b_dec.shape)}.")
     if groups is None:
         return _decode(latents, W_dec) + b_dec
-    groups = [int(size) for size in groups]
-    if not groups or any(a >= b for a, b in zip([0, *groups], groups, strict=False)) or groups[-1] > latents.d_sae:
-        raise ValueError(f"groups must ascend from at least 1 to at most d_sae={latents.d_sae}, got {groups}.")
-    tokens, parts, start = latents.tokens(), [], 0
+    parts, start = [], 0
     for end in groups:
-        inside = (latents.indices >= start) & (latents.indices < end)
-        offsets = run_offsets(tokens[inside], latents.n_tokens)
-        parts.append(_decode(SparseLatents(latents.values[inside], latents.indices[inside], offsets, latents.d_sae), W_dec))
+        parts.append(_decode(latents.kept((latents.indices >= start) & (latents.indices < end)), W_dec))
         start = end
     return torch.stack(parts).cumsum(0) + b_dec
 
@@ -186,25 +141,110 @@ def _n_parts(n_tokens: int, device: torch.device, deferred) -> int:
     return max(1, -(-n_tokens // _TOKENS_CPU)) if device.type == "cpu" and deferred is not None else 1
 
 
-def worthwhile(latents_density: float, device: torch.device | str) -> bool:
-    """Whether the sparse step is faster than the dense one at this share of active latents (L0 / d_sae).
-
-    On a CPU the two took equally long at 0.06 (d_in 128, d_sae 2,048) and at 0.12 (768, 6,144), against float32; a dense step in bfloat16
-    is up to twice as fast, hence the lower bound here. ``python -m benchmarks.sae_step`` measures it anew (rows "density"). For GPUs it is
-    a guess on the cautious side.
-    """
-    return latents_density < _CROSSOVER.get(torch.device(device).type, 0.0)
-
-
-_CROSSOVER = {"cpu": 0.05, "cuda": 0.02}
+def worthwhile(density: float, device: torch.device | str) -> bool:
+    """Whether the sparse step is faster than the dense one at this share of active latents (L0 / d_sae)."""
+    return density < _CROSSOVER.get(torch.device(device).type, 0.0)
 
 
 def take_rows(W: Tensor, index: Tensor) -> Tensor:
-    """W[index]: some latents' rows [n, D] of W [S, D], or of ``W_enc.T``.
-
-    As ``index_select``; but within :class:`~patchsae_utils.sparse_adam.DeferredGradients` the gradient stays these n rows. ``index`` ascends.
-    """
+    """W[index]: some latents' rows [n, D]; within :class:`~patchsae_utils.sae.sparse_adam.DeferredGradients` the gradient stays these rows."""
     return _Rows.apply(W, index, _deferred(W))
+
+
+# -- which latents are active: a dense product a piece at a time, searched while it is in cache ----------------------------------------
+
+
+class ByLatent(NamedTuple):
+    """The entries ordered by latent, then by token (CSC)."""
+
+    tokens: Tensor  # [nnz]
+    offsets: Tensor  # [S + 1]
+
+    def latents(self) -> Tensor:
+        return torch.repeat_interleave(torch.arange(len(self.offsets) - 1, device=self.offsets.device), self.offsets.diff())
+
+    def blocks(self) -> Iterator[tuple[slice, slice]]:
+        """(rows, entries) slices of consecutive latents; one block where there is no cache to mind."""
+        n = len(self.offsets) - 1
+        size = BLOCK_CPU if self.offsets.device.type == "cpu" else max(n, 1)
+        bounds = [*range(0, n, size), n]
+        at = self.offsets[bounds].tolist()
+        for i in range(len(bounds) - 1):
+            yield slice(bounds[i], bounds[i + 1]), slice(at[i], at[i + 1])
+
+
+def run_offsets(sorted_numbers: Tensor, n: int) -> Tensor:
+    """[n + 1] where each number's run begins among sorted numbers below n."""
+    return F.pad(torch.bincount(sorted_numbers, minlength=n).cumsum(0), (1, 0))
+
+
+def positions(array: Tensor) -> Tensor:
+    """Flat positions of what is not 0, ascending. Eight bytes at a time: nearly all words of a sparse array are 0."""
+    flat, width = array.view(-1), 8 // array.element_size()
+    if flat.device.type != "cpu" or flat.numel() % width:
+        return flat.nonzero().squeeze(1)
+    words = flat.view(torch.int64).nonzero().squeeze(1)
+    row, column = flat.view(-1, width)[words].nonzero().unbind(1)
+    return words[row] * width + column
+
+
+def above(x: Tensor, W: Tensor, bias: Tensor, level: Tensor | None, dtype: torch.dtype) -> ByLatent:
+    """Entries where x W + bias > level (0 if None): latent by latent, so that no weight copy or row of S is ever whole."""
+    n, d_sae = len(x), len(W)
+    threshold = -bias if level is None else level - bias
+    if dtype != W.dtype:
+        threshold = threshold - 2.0**-8 * threshold.abs()  # room for the product's rounding; exact values decide afterwards
+    threshold, x = threshold.to(dtype), x.to(dtype)
+    size = max(8, min(BLOCK_CPU, _PIECE_CPU // max(n, 1))) if x.device.type == "cpu" else max(8, _PIECE_GPU // max(n, 1))
+    tokens, counts = [], []
+    for start in range(0, d_sae, size):
+        block = W[start : start + size].to(dtype)
+        excess = F.linear(block, x).sub_(threshold[start : start + size, None]).relu_()  # [latents, N]: positions come by latent
+        at = positions(excess)
+        latent = at // n
+        tokens.append(at - latent * n)
+        counts.append(torch.bincount(latent, minlength=len(block)))
+    return ByLatent(torch.cat(tokens), F.pad(torch.cat(counts).cumsum(0), (1, 0)))
+
+
+def _pieces(x: Tensor, W: Tensor, bias: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """(first token, pre-activations [n, S]) of some whole tokens at a time."""
+    size = max(1, (_PIECE_CPU if x.device.type == "cpu" else _PIECE_GPU) // len(W))
+    W, bias, x = W.to(dtype), bias.to(dtype), x.to(dtype)
+    for start in range(0, len(x), size):
+        yield start, F.linear(x[start : start + size], W, bias)
+
+
+def _ordered(flat: Tensor, d_sae: int) -> ByLatent:
+    """Flat positions in [N, S] to entries by latent."""
+    flat = flat.sort().values
+    token = flat // d_sae
+    latent = flat - token * d_sae
+    latent, order = torch.sort(latent, stable=True)
+    return ByLatent(token[order], run_offsets(latent, d_sae))
+
+
+def best_of_tokens(x: Tensor, W: Tensor, bias: Tensor, k: int, dtype: torch.dtype) -> ByLatent:
+    """Each token's k largest entries, as far as they are positive."""
+    d_sae, found = len(W), [torch.empty(0, dtype=torch.long, device=x.device)]
+    for start, pre in _pieces(x, W, bias, dtype):
+        values, latents = pre.topk(min(k, d_sae), dim=1, sorted=False)
+        rows = torch.arange(start, start + len(pre), device=pre.device)[:, None] * d_sae
+        found.append((latents + rows)[values > 0])
+    return _ordered(torch.cat(found), d_sae)
+
+
+def best_of_batch(x: Tensor, W: Tensor, bias: Tensor, k: int, dtype: torch.dtype) -> ByLatent:
+    """The k N largest positive entries. What lies below the k N-th largest so far can't be among them, so few are ever held."""
+    d_sae, budget, bound = len(W), k * len(x), 0.0
+    found, values = torch.empty(0, dtype=torch.long, device=x.device), torch.empty(0, dtype=dtype, device=x.device)
+    for start, pre in _pieces(x, W, bias, dtype):
+        at = positions(pre > bound)
+        found, values = torch.cat([found, at + start * d_sae]), torch.cat([values, pre.view(-1)[at]])
+        if len(values) > budget:
+            values, best = values.topk(budget, sorted=False)
+            found, bound = found[best], float(values.min())
+    return _ordered(found, d_sae)
 
 
 # -- sums over entries ---------------------------------------------------------------------------------------
@@ -214,9 +254,9 @@ def _triton(tensor: Tensor):
     """The module of Triton kernels if they run on this tensor's device, else None. Imported late: Triton takes a while, and memory."""
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return None
-    from . import sparse_triton
+    from . import triton
 
-    return sparse_triton if sparse_triton.usable(tensor) else None
+    return triton if triton.usable(tensor) else None
 
 
 def _bags(rows: Tensor, numbers: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
@@ -229,10 +269,7 @@ def _bags(rows: Tensor, numbers: Tensor, offsets: Tensor, weights: Tensor) -> Te
 
 
 def _pair_products(rows: Tensor, numbers: Tensor, bags: Tensor, bag_rows: Tensor, offsets: Tensor) -> Tensor:
-    """<rows[numbers[e]], bag_rows[bags[e]]> of every entry e: [nnz]; a bag's entries lie together.
-
-    It is the gradient of :func:`_bags` in its weights, and torch has a kernel for that.
-    """
+    """<rows[numbers[e]], bag_rows[bags[e]]> of every entry e: [nnz]; a bag's entries lie together. It is the gradient of :func:`_bags` in its weights."""
     if len(numbers) == 0:
         return rows.new_zeros(0)
     if kernels := _triton(rows):
@@ -293,17 +330,17 @@ class _Encode(torch.autograd.Function):
     """(x [N, D], W_enc [D, S], bias [S]) -> values, indices, offsets by token."""
 
     @staticmethod
-    def forward(ctx, x, W_enc, bias, select, precision, chunk_tokens, deferred):
+    def forward(ctx, x, W_enc, bias, select, precision, deferred):
         ctx.deferred = deferred
         with torch.autocast(x.device.type, enabled=False):
             W = W_enc.T
             dtype = torch.bfloat16 if precision == "bfloat16" else W.dtype
-            if select is None or isinstance(select, Tensor):
-                entries = above(x, W, bias, select, dtype)
+            if isinstance(select, TopK):
+                entries = best_of_tokens(x, W, bias, select.k, dtype)
             elif isinstance(select, BatchTopK):
-                entries = best_of_batch(x, W, bias, select.k, dtype, chunk_tokens)
+                entries = best_of_batch(x, W, bias, select.k, dtype)
             else:
-                entries = chosen(x, W, bias, select, dtype, chunk_tokens)
+                entries = above(x, W, bias, select, dtype)
             latents = entries.latents()
             values = _products_by_latent(x, W, entries).add_(bias[latents])
             kept = positions(values > (select[latents] if isinstance(select, Tensor) else 0))
@@ -333,7 +370,7 @@ class _Encode(torch.autograd.Function):
                     ctx.deferred(WeightedRows(x, entries, weights))
             if ctx.needs_input_grad[2]:
                 for_bias = gradient.new_zeros(W_enc.shape[1]).index_add_(0, indices, gradient)
-        return for_x, for_W, for_bias, None, None, None, None
+        return for_x, for_W, for_bias, None, None, None
 
 
 class _Decode(torch.autograd.Function):

@@ -10,37 +10,28 @@ Dimension letters: N tokens, D d_in, S d_sae.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
 from . import sparse
+from .model import SparseAutoencoder
 from .sparse import ChosenRows, WeightedRows
-
-if TYPE_CHECKING:
-    from .model import SparseAutoencoder
 
 _BLOCK_CPU, _BLOCK_GPU = 1024, 16384  # latents a block
 
 
 class DeferredGradients:
-    """Collects the gradients of ``W_enc`` and ``W_dec`` that :func:`~patchsae_utils.sparse.encode` and ``decode`` would have summed.
+    """Collects the gradients of ``W_enc`` and ``W_dec`` that :func:`~patchsae_utils.sae.sparse.encode` and ``decode`` would have summed.
 
     Forward passes inside the ``with`` block are recorded; ``backward()`` may be called inside or after it, several times for a batch in
-    chunks. The weights' ``.grad`` stays None; biases get theirs as usual.
+    chunks. The weights' ``.grad`` stays None; biases get theirs as usual. ``W_enc`` is laid out by columns, if it is not yet.
 
-    >>> deferred = DeferredGradients(sae)
-    >>> with deferred:
+    >>> with (deferred := DeferredGradients(sae)):
     ...     output = sae(x, sparse=True)
     >>> patchsae_loss(sae, x, output=output).total.backward()
     >>> deferred.step(optimizer)
-
-    Parameters
-    ----------
-    sae : SparseAutoencoder
-        Its ``W_enc`` is laid out by columns (see :func:`lay_out_columns`) if it is not yet.
     """
 
     def __init__(self, sae: SparseAutoencoder):
@@ -108,7 +99,7 @@ class DeferredGradients:
 
     @torch.no_grad()
     def materialize(self) -> None:
-        """Sum what was collected into ``.grad`` of both weights, for whoever needs it there (several processes, another optimiser)."""
+        """Sum what was collected into ``.grad`` of both weights, for several processes to add up."""
         for name in self._parts:
             weight = getattr(self.sae, name)
             if not self._parts[name]:
@@ -120,48 +111,31 @@ class DeferredGradients:
         self.clear()
 
     @torch.no_grad()
-    def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None = None) -> Tensor | None:
+    def step(self, optimizer: torch.optim.Adam, *, max_norm: float | None = None) -> Tensor | None:
         """Project the decoder's gradient, clip, move every parameter by Adam, return the decoder's rows to unit norm; then forget.
 
-        The same as ``materialize()``, ``sae.remove_parallel_gradient()``, ``clip_grad_norm_``, ``optimizer.step()``,
-        ``optimizer.zero_grad()``, ``sae.normalize_decoder()``, in that order, and with the optimiser's state in the same place. Any
-        optimiser other than :class:`torch.optim.Adam` gets exactly those calls.
-
-        Parameters
-        ----------
-        optimizer : torch.optim.Optimizer
-            Over the SAE's parameters.
-        max_norm : float, optional
-            Clip the gradient of all parameters together to this norm.
-
-        Returns
-        -------
-        Tensor or None
-            The gradient's norm before clipping, if it was asked for.
+        The same as ``materialize()``, ``sae.remove_parallel_gradient()``, ``clip_grad_norm_``, ``optimizer.step()``, ``zero_grad()`` and
+        ``sae.normalize_decoder()``, with the optimiser's state in the same place. Returns the norm before clipping, if that was asked for.
         """
         norm = None if max_norm is None else self.norm()
         scale = None if norm is None else (max_norm / (norm + 1e-6)).clamp_max(1.0)
         own = {id(getattr(self.sae, name)): name for name in self._parts}
-        groups = [(group, own.get(id(p))) for group in optimizer.param_groups for p in group["params"]]
-        streamed = [(group, name) for group, name in groups if name is not None and _is_plain_adam(optimizer, group)]
-        if len(streamed) < len(own):
-            self.materialize()
-            self.sae.remove_parallel_gradient()
-            streamed = []
-        for group, name in streamed:
-            self._stream(optimizer, group, name, scale)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in own:
+                    self._stream(optimizer, group, own[id(parameter)], scale)
         if scale is not None:
             for parameter in self.sae.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if not streamed or self.sae.activation == "jumprelu":  # whose thresholds it also keeps from falling below 0
-            self.sae.normalize_decoder()
+        if self.sae.variant.threshold == "each":
+            self.sae.normalize_decoder()  # which also keeps thresholds from falling below 0
         self.clear()
         return norm
 
-    def _stream(self, optimizer: torch.optim.Optimizer, group: dict, name: str, scale: Tensor | None) -> None:
+    def _stream(self, optimizer: torch.optim.Adam, group: dict, name: str, scale: Tensor | None) -> None:
         parameter, weight = getattr(self.sae, name), _rows_of(self.sae, name)
         state = optimizer.state[parameter]
         if not state:
@@ -192,10 +166,7 @@ class DeferredGradients:
 
 @torch.no_grad()
 def lay_out_columns(sae: SparseAutoencoder) -> None:
-    """Store ``W_enc`` [D, S] column after column, in place: what sparse gradients touch are columns. Values and shapes stay.
-
-    The parameter stays the same object, so an optimiser made before keeps it.
-    """
+    """Store ``W_enc`` [D, S] column after column, in place: what sparse gradients touch are columns. The parameter stays the same object."""
     if not sae.W_enc.T.is_contiguous():
         sae.W_enc.data = sae.W_enc.data.T.contiguous().T
 
@@ -215,9 +186,3 @@ def _rows_of(sae: SparseAutoencoder, name: str, gradient: bool = False) -> Tenso
     tensor = getattr(sae, name)
     tensor = tensor.grad if gradient else tensor.detach()
     return tensor.T if name == "W_enc" else tensor
-
-
-def _is_plain_adam(optimizer: torch.optim.Optimizer, group: dict) -> bool:
-    return type(optimizer) is torch.optim.Adam and not any(
-        group.get(name) for name in ("amsgrad", "capturable", "differentiable", "decoupled_weight_decay")
-    )

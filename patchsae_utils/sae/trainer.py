@@ -4,7 +4,8 @@ Per step: the decoder's rows are scaled to unit norm, the loss is taken on a bat
 loses its part along the decoder's rows, Adam moves. Where few latents are active, all of that touches those alone. Recipe: Lim et al., ICLR 2025, appendix A.
 
 A run depends on its settings, its seed and the step alone: no random number is drawn outside the token stream, which is itself a function of
-seed and step. So a checkpoint holds the weights, Adam's moments, the counters of silent latents and what the log knows, and nothing else.
+seed and step. So a checkpoint holds the weights, Adam's moments, the counters of silent latents and what the log knows, and nothing else. The
+first one is written before the first step.
 """
 
 from __future__ import annotations
@@ -17,72 +18,42 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..activations.store import ActivationStore
+from ..activations.streaming import TokenStream
 from ..config import TrainConfig
-from ..run.artifacts import disk_errors, fingerprint, folder_lock, is_current, write_json
+from ..run.artifacts import disk_errors, fingerprint, folder_lock, read_checked_json, write_checked_json, write_json
 from ..run.memory import out_of_memory
 from ..run.processes import Processes
+from .dictionary import start_bias, start_from_data
 from .files import CONFIG, WEIGHTS, load_sae
-from .logs import LOG_COLUMNS, SUMMARY, TrainingLog, training_log
 from .losses import objective
 from .model import SparseAutoencoder
-from .schedules import l1_weight, learning_rate, n_steps
+from .sparse import worthwhile
 from .sparse_adam import DeferredGradients
-from .starts import start_bias, start_from_data
 
-__all__ = ["LOG_COLUMNS", "learning_rate", "start_from_data", "train_sae", "training_log"]
-
-CHECKPOINT, MANIFEST = "checkpoint.pt", "manifest.json"
-_FORMAT, _CHECKPOINT_FORMAT = 1, 2
+CHECKPOINT, MANIFEST, LOG, SUMMARY = "checkpoint.pt", "manifest.json", "training_log.csv", "summary.json"
+LOG_COLUMNS = ("step", "tokens", "lr", "loss", "mse", "l1", "ghost", "l0", "explained_variance", "dead_fraction", "tokens_per_second")
+_FORMAT = 2
 _ORIGIN = ("model_name", "weights_hash", "layer", "tokens", "grid", "preprocessing", "dataset", "split", "seed", "n_images")
-# Settings that came after the first SAEs were trained: at their defaults they change nothing, and leave those SAEs' fingerprints alone.
-_LATER = (
-    "schedule", "lr_end", "clip_gradient", "l1_warmup_steps", "b_dec_start", "ghost", "tokens", "normalize", "sparse", "trackers",
-)  # fmt: skip
 # Latents of so many (token, latent) pairs are computed at once: on a CPU what stays in its cache is twice as fast; either way memory is bounded.
 _CHUNK_CPU, _CHUNK_GPU = 3 << 20, 1 << 28
-# But of so many tokens at least: each chunk adds to the gradients of all weights.
-_CHUNK_TOKENS = 512
-# On the sparse path only the dead latents' pre-activations are computed whole, for the term that wakes them.
-_CHUNK_DEAD = 1 << 26
+_CHUNK_TOKENS = 512  # but of so many tokens at least: each chunk adds to the gradients of all weights
+_CHUNK_DEAD = 1 << 26  # on the sparse path only the dead latents' pre-activations are computed whole, for the term that wakes them
 # sparse="auto": a smaller dictionary's dense step is short (50 ms against 30 at 3,072 latents and 1,024 tokens, one core), and stays what it
 # was, bit for bit. Density is the mean over so many rows of the log.
 _SPARSE_FROM, _DENSITY_ROWS = 8192, 5
-_WHOLE_BATCH = ("batchtopk", "matryoshka")  # select among all tokens of a batch
-
-
-class TokenSource(Protocol):
-    """What the trainer needs of its data; :class:`~patchsae_utils.activations.ActivationStore` and
-    :class:`~patchsae_utils.streaming.TokenStream` have it."""
-
-    d_in: int
-    metadata: Any
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def tokens(self, batch_size: int, *, seed: int, epochs: int | None, start_step: int, positions: bool): ...
-
-
-class _Sums(NamedTuple):
-    """A batch's terms, summed over its chunks."""
-
-    loss: float
-    mse: float
-    l1: float
-    ghost: float
-    l0: float
-    residual: float
 
 
 def train_sae(
     sae: SparseAutoencoder,
-    store: TokenSource,
+    store: ActivationStore | TokenStream,
     config: TrainConfig,
     out: str | Path,
     resume: bool = True,
@@ -96,15 +67,15 @@ def train_sae(
     Parameters
     ----------
     sae : SparseAutoencoder
-        Fresh: ``b_dec`` at 0 is moved to the geometric median of the first batch. It is trained in place, on the GPU it is on, else on the
-        one that accelerate gives this process, else on the CPU.
+        Trained in place, on the GPU it is on, else on the one that accelerate gives this process, else on the CPU. A ``b_dec`` of 0 is moved
+        to the middle of the first batch first. An object that a run into ``out`` has moved still names that run: it opens, or goes on.
     store : ActivationStore or TokenStream
     config : TrainConfig
     out : str or Path
         Folder for ``cfg.json``, ``sae_weights.safetensors``, ``training_log.csv``, ``manifest.json``, ``summary.json`` (the last row of the
         log, wall time, tokens/s); while training, ``checkpoint.pt``.
     resume : bool
-        Open the finished SAE of the same inputs, or go on from its checkpoint. False trains anew whatever is there.
+        Open the finished SAE of the same inputs, or go on from its checkpoint. False trains these weights anew and replaces what is there.
     progress : bool
         Show a bar with loss, L0, explained variance, the share of dead latents and tokens/s.
 
@@ -116,49 +87,115 @@ def train_sae(
     Raises
     ------
     ValueError
-        If the store's activations are not those the SAE reads, or lack the tokens wanted; another process trains into ``out``; the loss
-        stops being finite; or a checkpoint is damaged.
+        If the store's activations are not those the SAE reads, or lack the tokens wanted; the folder holds another run, or another process
+        trains into it; ``start="data"`` would overwrite weights that were loaded or trained; loss or weights stop being finite (the
+        checkpoint before stays); or a checkpoint is damaged.
     ImportError
         If a tracker's package is missing.
     """
-    out = Path(out)
+    out, kept = Path(out), _kept_tokens(config, store)
     sae.check_store(store)
-    kept = _kept_tokens(config, store)
     processes = Processes(config.trackers, out)
     device = sae.W_enc.device if processes.number == 1 and sae.W_enc.device.type != "cpu" else processes.device
-    key = fingerprint(stage="sae", format=_FORMAT, sae=sae.fingerprint, training=_recipe(config), store=store.fingerprint)
+    before, after = sae.trained_in.get(out.resolve(), (None, None))
+    start = sae.fingerprint
+    if resume and start == after:  # what a run into this folder has made of these weights
+        start = before
+    inputs = {"sae": start, "training": _recipe(config), "store": store.fingerprint}
 
     def finished() -> bool:
-        return resume and is_current(out, key)
+        return resume and _finished(out, inputs)
+
+    def opened() -> SparseAutoencoder:
+        trained = load_sae(out, device=device)
+        trained.trained_in[out.resolve()] = (start, trained.fingerprint)
+        return trained
 
     if processes.on_main(finished):
-        return load_sae(out, device=device).eval()
+        return opened()
     with ExitStack() as stack:
         processes.on_main(lambda: stack.enter_context(folder_lock(out)))
         if processes.on_main(finished):  # by another process, meanwhile
-            return load_sae(out, device=device).eval()
-        processes.on_main(lambda: _clear(out))
+            return opened()
+        if config.start == "data" and not sae.is_fresh and not (resume and (out / CHECKPOINT).exists()):
+            raise ValueError(
+                "start='data' would overwrite the weights of this SAE, which were loaded, trained or set. Use start='random', which keeps "
+                "them, or give a fresh SparseAutoencoder."
+            )
+        processes.on_main(lambda: _clear(out, checkpoint=not resume))
         sae.metadata = _origin(store) | ({"tokens": kept} if kept else {}) | sae.metadata
-        run = _Run(sae.to(device), store, config, out, key, processes)
-        if resume:
+        run = Training(sae.to(device), store, config, out, inputs, processes)
+        try:
             run.restore()
-        with out_of_memory(f"training steps of {config.batch_tokens} tokens", "training.batch_tokens lower, or training.sparse='always'"):
-            run.train(progress and processes.main)
-        sae.normalize_decoder()
-        sae.eval()
-        sae.metadata |= {"n_training_tokens": run.n_steps * config.batch_tokens, "l1_coefficient": config.l1_coefficient}
-        processes.on_main(run.finish)
+            advice = "training.batch_tokens or sae.expansion_factor lower"
+            with out_of_memory(f"training steps of {config.batch_tokens} tokens", advice):
+                run.train(progress and processes.main)
+            sae.normalize_decoder()
+            sae.eval()
+            sae.metadata |= {"n_training_tokens": run.n_steps * config.batch_tokens, "l1_coefficient": config.l1_coefficient}
+            processes.on_main(run.finish)
+        finally:
+            sae.trained_in[out.resolve()] = (start, sae.fingerprint)
     return sae
+
+
+def training_log(out: str | Path) -> pd.DataFrame:
+    """The log that :func:`train_sae` wrote.
+
+    Parameters
+    ----------
+    out : str or Path
+        Its folder.
+
+    Returns
+    -------
+    DataFrame
+        One row every ``log_every`` steps, columns as in ``LOG_COLUMNS``. ``l0`` and ``explained_variance`` (centred) are of the training batch,
+        before the step; ``dead_fraction`` counts latents that have not fired for more than ``dead_after_steps`` steps.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    """
+    path = Path(out) / LOG
+    if not path.exists():
+        raise FileNotFoundError(f"No {LOG} in {out}: train an SAE there first, by train_sae(sae, store, config, {str(out)!r}).")
+    return pd.read_csv(path)
+
+
+# -- what a folder holds ---------------------------------------------------------------------------------------------------
+
+
+def _finished(out: Path, inputs: dict[str, Any]) -> bool:
+    """Whether a folder holds the finished run of these inputs; refuses one that holds something else."""
+    if (out / MANIFEST).exists():
+        _refuse_others(out, inputs, read_checked_json(out / MANIFEST).get("inputs"))
+        return True
+    if (out / CONFIG).exists() and not (out / CHECKPOINT).exists():
+        _refuse_others(out, inputs, None)
+    return False
+
+
+def _refuse_others(out: Path, inputs: dict[str, Any], found: Any) -> None:
+    """An error that says what differs between the run in a folder and the one that is wanted."""
+    if found == inputs:
+        return
+    what = "an SAE that no run of train_sae has left there"
+    if isinstance(found, dict) and all(isinstance(found.get(name), type(value)) for name, value in inputs.items()):
+        names = [word for name, word in (("sae", "initial weights"), ("store", "activations")) if found[name] != inputs[name]]
+        there, here = found["training"], inputs["training"]
+        names += [f"{name} ({there.get(name)!r} there, {value!r} here)" for name, value in here.items() if there.get(name) != value]
+        what = f"another run, which differs in {', '.join(names) or 'its settings'}"
+    raise ValueError(f"{out} holds {what}. Choose another folder, or delete this one; resume=False replaces what is there.")
 
 
 def _recipe(config: TrainConfig) -> dict[str, Any]:
     """The settings as a fingerprint sees them: all but the trackers, on which no result depends."""
-    fields = {field.name: field.default for field in dataclasses.fields(config)}
-    values = {name: getattr(config, name) for name in fields if name != "trackers"}
-    return {name: value for name, value in values.items() if not (name in _LATER and value == fields[name])}
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "trackers"}
 
 
-def _kept_tokens(config: TrainConfig, store: TokenSource) -> str | None:
+def _kept_tokens(config: TrainConfig, store: ActivationStore | TokenStream) -> str | None:
     """``config.tokens`` where the store holds more than those, else None."""
     if config.tokens in ("all", store.metadata.tokens):
         return None
@@ -169,50 +206,89 @@ def _kept_tokens(config: TrainConfig, store: TokenSource) -> str | None:
     return config.tokens
 
 
-def _origin(store: TokenSource) -> dict[str, Any]:
+def _origin(store: ActivationStore | TokenStream) -> dict[str, Any]:
     """What a store says of its activations, as plain JSON values."""
     values = {name: getattr(store.metadata, name) for name in _ORIGIN} | {"store_fingerprint": store.fingerprint}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def _clear(out: Path) -> None:
-    """Remove another run's results: what lies in the folder from now on is not finished."""
-    for name in (MANIFEST, SUMMARY, CONFIG, WEIGHTS):
+def _clear(out: Path, checkpoint: bool) -> None:
+    """Remove what a run has left of its results: what lies in the folder from now on is not finished."""
+    for name in (MANIFEST, SUMMARY, CONFIG, WEIGHTS, *((CHECKPOINT,) if checkpoint else ())):
         (out / name).unlink(missing_ok=True)
 
 
-class _Run:
+# -- what follows a rule: plain functions of the step ------------------------------------------------------------------------
+
+
+def n_steps(config: TrainConfig) -> int:
+    """Steps of a whole run: ``n_tokens / batch_tokens``, rounded, at least 1."""
+    return max(1, round(config.n_tokens / config.batch_tokens))
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Adam's rate at a step, counted from 0: a linear rise over ``warmup_steps``; then constant, or falling to ``lr_end * lr``, the last step's."""
+    if step < config.warmup_steps:
+        return config.lr * min(1.0, (step + 1) / config.warmup_steps)
+    if config.schedule == "constant":
+        return config.lr
+    share = min(1.0, (step - config.warmup_steps) / max(1, n_steps(config) - 1 - config.warmup_steps))
+    left = 1 - share if config.schedule == "linear" else (1 + math.cos(math.pi * share)) / 2
+    return config.lr * (config.lr_end + (1 - config.lr_end) * left)
+
+
+def l1_weight(step: int, config: TrainConfig) -> float:
+    """Weight of the L1 term at a step, counted from 0: linear up to ``l1_coefficient`` over ``l1_warmup_steps``, then constant."""
+    return config.l1_coefficient * min(1.0, (step + 1) / config.l1_warmup_steps) if config.l1_warmup_steps else config.l1_coefficient
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------------
+
+
+class _Sums(NamedTuple):
+    """A batch's terms, summed over its chunks."""
+
+    loss: float
+    mse: float
+    l1: float
+    ghost: float
+    l0: float
+    residual: float
+
+
+class Training:
     """One training run: what a checkpoint must hold, and the loop."""
 
-    def __init__(self, sae: SparseAutoencoder, store: TokenSource, config: TrainConfig, out: Path, key: str, processes: Processes):
-        self.sae, self.store, self.config, self.out, self.key, self.processes = sae, store, config, out, key, processes
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        store: ActivationStore | TokenStream,
+        config: TrainConfig,
+        out: Path,
+        inputs: dict[str, Any],
+        processes: Processes,
+    ):
+        self.sae, self.store, self.config, self.out, self.inputs, self.processes = sae, store, config, out, inputs, processes
         self.device = sae.W_enc.device
         self.loss = objective(sae)
         self.n_steps = n_steps(config)
         self.step = 0
+        self.restored = False
         self.silent_for = torch.zeros(sae.d_sae, dtype=torch.long, device=self.device)  # steps since each latent fired
         self.rows: list[dict[str, Any]] = []
         self.seconds, self.n_starts, self.n_sparse = 0.0, 0, 0  # wall time until the last checkpoint, starts, sparse steps
         self.may_be_sparse = config.sparse == "always" or (config.sparse == "auto" and sae.d_sae >= _SPARSE_FROM)
-        self.deferred = DeferredGradients(sae) if self.may_be_sparse and sae.activation != "gated" else None
+        self.deferred = DeferredGradients(sae) if self.may_be_sparse and not sae.variant.gate else None
         self.unit_rows = False  # whether the last step has left the decoder's rows at unit norm
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------
-
-    def save(self, seconds: float) -> None:
+    def save(self) -> None:
         """Everything that the rest of the run depends on, under a temporary name first; the tokens' order follows from seed and step."""
         state = {
-            "format": _CHECKPOINT_FORMAT,
-            "fingerprint": self.key,
-            "step": self.step,
-            "sae": self.sae.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "silent_for": self.silent_for,
-            "rows": self.rows,
-            "unit_rows": self.unit_rows,
-            "effort": [seconds, self.n_starts, self.n_sparse],
-        }
+            "format": _FORMAT, "inputs": self.inputs, "step": self.step, "sae": self.sae.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "silent_for": self.silent_for, "rows": self.rows, "unit_rows": self.unit_rows,
+            "effort": [self.seconds, self.n_starts, self.n_sparse],
+        }  # fmt: skip
         temporary = self.out / f".{CHECKPOINT}.tmp"
         try:
             with disk_errors(self.out / CHECKPOINT):
@@ -223,7 +299,7 @@ class _Run:
         os.replace(temporary, self.out / CHECKPOINT)
 
     def restore(self) -> None:
-        """Go on where the checkpoint of the same inputs ends; without one, or with another run's, start from the beginning."""
+        """Go on where the checkpoint ends, if there is one."""
         path = self.out / CHECKPOINT
         if not path.exists():
             return
@@ -232,14 +308,17 @@ class _Run:
                 if damaged := file.testzip():
                     raise zipfile.BadZipFile(f"{damaged} is damaged")
             state = torch.load(path, map_location=self.device, weights_only=True)
-            if state["fingerprint"] != self.key or state["format"] != _CHECKPOINT_FORMAT:
-                return
-            self.sae.load_state_dict(state["sae"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.silent_for, self.step, self.rows, self.unit_rows = (state[name] for name in ("silent_for", "step", "rows", "unit_rows"))
-            self.seconds, self.n_starts, self.n_sparse = state["effort"]
+            if state["format"] != _FORMAT:
+                raise ValueError("it has another format")
+            found = state["inputs"]
         except Exception as error:  # whatever a damaged file makes torch raise
             raise ValueError(f"{path} can't be read ({type(error).__name__}). Delete it to train from the beginning.") from error
+        _refuse_others(self.out, self.inputs, found)
+        self.sae.load_state_dict(state["sae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.silent_for, self.step, self.rows, self.unit_rows = (state[name] for name in ("silent_for", "step", "rows", "unit_rows"))
+        self.seconds, self.n_starts, self.n_sparse = state["effort"]
+        self.restored = True
 
     def finish(self) -> None:
         """Write the SAE and what the run came to."""
@@ -249,36 +328,34 @@ class _Run:
         self.sae.save(self.out)
         tokens = self.n_steps * self.config.batch_tokens
         summary = {
-            "steps": self.n_steps,
-            "tokens": tokens,
-            "final": final,
-            "seconds": round(self.seconds, 3),
-            "tokens_per_second": round(tokens / self.seconds) if self.seconds else None,
-            "starts": self.n_starts,
-            "sparse_steps": self.n_sparse,
+            "steps": self.n_steps, "tokens": tokens, "final": final, "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(tokens / self.seconds) if self.seconds else None, "starts": self.n_starts, "sparse_steps": self.n_sparse,
             "processes": self.processes.number,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
-        }
+        }  # fmt: skip
         write_json(self.out / SUMMARY, summary)
-        manifest = {"format": _FORMAT, "fingerprint": self.key, "complete": True, "steps": self.n_steps, "training": self.config}
-        write_json(self.out / MANIFEST, manifest | {"final": final})
+        manifest = {"format": _FORMAT, "fingerprint": fingerprint(**self.inputs), "complete": True, "inputs": self.inputs, "final": final}
+        write_checked_json(self.out / MANIFEST, manifest)
         (self.out / CHECKPOINT).unlink(missing_ok=True)
         (self.out / f".{CHECKPOINT}.tmp").unlink(missing_ok=True)
 
-    # -- the loop -----------------------------------------------------------------------------------------------------
-
     def train(self, progress: bool) -> None:
+        """From where the run stands to its last step."""
         config, processes = self.config, self.processes
         self.sae.train()
-        if self.step == 0:
+        processes.wait()  # all have looked for a checkpoint
+        if not self.restored:
             self._start()
+            if processes.main:
+                self.save()
         started, before, tokens = time.perf_counter(), self.seconds, 0
         self.n_starts += 1
         stream = self._tokens(config.batch_tokens, config.seed, self.step)
         processes.begin_tracking(dataclasses.asdict(config))
         with ExitStack() as stack:
             stack.callback(processes.end_tracking)
-            log = stack.enter_context(TrainingLog(self.out, self.rows)) if processes.main else None
+            if processes.main:
+                self._write_log()
             bar = stack.enter_context(
                 tqdm(total=self.n_steps, initial=self.step, desc="training the SAE", unit="step", disable=not progress)
             )
@@ -290,21 +367,35 @@ class _Run:
                 sums = self._step(x, positions == 0, logged)
                 if logged:
                     row = self._row(x, sums, tokens / (time.perf_counter() - started))
-                    if log is not None:
-                        log.write(row)
+                    if processes.main:
+                        _write_rows([row], self.out / LOG, mode="a", header=False)
                     processes.log({name: row[name] for name in LOG_COLUMNS[1:]}, self.step)
-                    bar.set_postfix(_shown(row))
+                    shown = {
+                        "loss": "loss",
+                        "L0": "l0",
+                        "EV": "explained_variance",
+                        "dead": "dead_fraction",
+                        "tokens/s": "tokens_per_second",
+                    }
+                    bar.set_postfix({word: f"{row[name]:.4g}" for word, name in shown.items()})
                 self.step += 1
                 bar.update()
                 self.seconds = before + time.perf_counter() - started
-                if self.step % config.checkpoint_every == 0 and not last and processes.main:
-                    self.save(self.seconds)
+                if self.step % config.checkpoint_every == 0 or last:
+                    self._check_weights()
+                    if processes.main and not last:
+                        self.save()
+
+    def _write_log(self) -> None:
+        """Begin the log with the rows a checkpoint knows, so that none is there twice."""
+        temporary = self.out / f".{LOG}.tmp"
+        _write_rows(self.rows, temporary)
+        os.replace(temporary, self.out / LOG)
 
     def _tokens(self, batch_size: int, seed: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         kept = _kept_tokens(self.config, self.store)
-        return self.store.tokens(
-            batch_size, seed=seed, epochs=None, start_step=start_step, positions=True, **({"tokens": kept} if kept else {})
-        )
+        options = {"tokens": kept} if kept else {}
+        return self.store.tokens(batch_size, seed=seed, epochs=None, start_step=start_step, positions=True, **options)
 
     def _start(self) -> None:
         """Before the first step: the input's statistics, and directions from the data; from tokens of another order than the training's."""
@@ -315,7 +406,7 @@ class _Run:
         x = x.to(self.device)
         sae.set_normalization(x, config.normalize)
         if config.start == "data":
-            start_from_data(sae, x)
+            start_from_data(sae, x, config.b_dec_start)
 
     def _is_sparse(self) -> bool:
         """Whether this step computes with active latents alone; follows from the settings and from rows of the log that a checkpoint holds."""
@@ -323,14 +414,12 @@ class _Run:
             return False
         if self.config.sparse == "always":
             return True
-        from .sparse import worthwhile
-
         recent = [row["l0"] / self.sae.d_sae for row in self.rows[-_DENSITY_ROWS:]]
         return bool(recent) and worthwhile(sum(recent) / len(recent), self.device)
 
     def _chunk(self, n: int, n_dead: int, sparse: bool) -> int:
         """Tokens of n that are computed at once."""
-        if self.sae.activation in _WHOLE_BATCH:
+        if self.sae.variant.competes == "batch":
             return max(1, n)
         if sparse:
             return max(1, _CHUNK_DEAD // max(1, n_dead))
@@ -398,7 +487,7 @@ class _Run:
             if parameter.grad is None:  # a share without tokens
                 parameter.grad = torch.zeros_like(parameter)
             self.processes.add_up(parameter.grad)
-        if self.sae.activation in _WHOLE_BATCH:
+        if self.sae.variant.competes == "batch":
             self.processes.average(self.sae.threshold)
         counts = torch.cat([fired.double(), sums.to(fired.device)])
         self.processes.add_up(counts)
@@ -406,12 +495,9 @@ class _Run:
         sums.copy_(counts[len(fired) :])
 
     def _row(self, x: Tensor, sums: _Sums, speed: float) -> dict[str, Any]:
-        """A row of the log; stops the run when the loss is no number, before a checkpoint could keep it."""
+        """A row of the log; stops the run when the loss is no number."""
         if not math.isfinite(sums.loss):
-            raise ValueError(
-                f"The loss is {sums.loss} at step {self.step}. Look for NaN or infinite activations in the store; if there are none, lower lr "
-                f"(now {self.config.lr}) or raise warmup_steps (now {self.config.warmup_steps})."
-            )
+            self._stop(f"The loss is {sums.loss} at step {self.step}.")
         variance = (x - x.mean(0)).double().square().sum().item()
         row = {
             "step": self.step,
@@ -425,13 +511,18 @@ class _Run:
         self.rows.append(row)
         return row
 
+    def _check_weights(self) -> None:
+        """Stop the run when weights are no numbers, before a checkpoint could keep them: the loss is looked at where it is logged alone."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.sae.parameters()):
+            self._stop(f"Weights are NaN or infinite after step {self.step - 1}.")
 
-def _shown(row: dict[str, Any]) -> dict[str, str]:
-    """A row of the log, as the bar shows it."""
-    return {
-        "loss": f"{row['loss']:.4f}",
-        "L0": f"{row['l0']:.0f}",
-        "EV": f"{row['explained_variance']:.3f}",
-        "dead": f"{row['dead_fraction']:.0%}",
-        "tokens/s": f"{row['tokens_per_second']:,}",
-    }
+    def _stop(self, reason: str) -> None:
+        raise ValueError(
+            f"{reason} Look for NaN or infinite activations in the store; if there are none, lower lr (now {self.config.lr}) or raise "
+            f"warmup_steps (now {self.config.warmup_steps}). The last checkpoint is from before."
+        )
+
+
+def _write_rows(rows: list[dict[str, Any]], path: Path, **options: Any) -> None:
+    """Rows of the log as CSV."""
+    pd.DataFrame(rows, columns=LOG_COLUMNS).to_csv(path, index=False, float_format="%.6g", **options)

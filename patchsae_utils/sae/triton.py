@@ -1,10 +1,7 @@
-"""Triton kernels of :mod:`patchsae_utils.sae.sparse` for CUDA: two, since four of the five sparse products are one.
+"""Triton kernels of :mod:`patchsae_utils.sae.sparse` for CUDA: sums of weighted rows bag by bag, and products of two rows.
 
-Decode's forward pass, the gradients of ``W_dec`` and of ``W_enc`` (by rows of its transpose) and that of the input all sum weighted rows
-bag by bag; a value's gradient, and a value itself, is the product of two rows. Both read each row in coalesced pieces of D, accumulate in
-float32 (float64 for float64), need no atomics, and so give the same result in every run.
-
-``TRITON_INTERPRET=1`` in the environment runs them on a CPU, slowly: that is how they are tested without a GPU.
+Four of the five sparse products are the first. Both read each row in coalesced pieces of D, accumulate in float32 (float64 for float64),
+need no atomics, and so give the same result in every run. ``TRITON_INTERPRET=1`` in the environment runs them on a CPU, for tests.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether these kernels can run on this tensor: Triton is installed, and the tensor on a GPU (or Triton interprets)."""
+    """Whether Triton is installed, and this tensor on a GPU (or Triton interprets)."""
     return triton is not None and (tensor.is_cuda or INTERPRETED)
 
 
@@ -53,63 +50,26 @@ if triton is not None:
 
 
 def bags(rows: Tensor, numbers: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    """sum of weights[e] rows[numbers[e]] over each bag's entries e.
-
-    Parameters
-    ----------
-    rows : Tensor [n, D]
-        Last dimension contiguous.
-    numbers : int64 Tensor [nnz]
-    offsets : int64 Tensor [bags + 1]
-    weights : Tensor [nnz]
-
-    Returns
-    -------
-    Tensor [bags, D], of the dtype of ``rows``
-    """
+    """sum of weights[e] rows[numbers[e]] over each bag's entries e: [bags, D]; ``rows`` [n, D], int64 ``offsets`` [bags + 1]."""
     rows, n_bags, d = _row_major(rows), len(offsets) - 1, rows.shape[1]
     out = rows.new_empty(n_bags, d)
     if n_bags and d:
         block = min(triton.next_power_of_2(d), 1024)
         grid = (n_bags, triton.cdiv(d, block))
         numbers, offsets, weights = numbers.contiguous(), offsets.contiguous(), weights.contiguous()
-        _bags_kernel[grid](  # type: ignore[has-type]
-            rows, numbers, offsets, weights, out, d, rows.stride(0), D_BLOCK=block, ACCUMULATE=_accumulate(rows), num_warps=4
-        )
+        options = {"D_BLOCK": block, "ACCUMULATE": _accumulate(rows), "num_warps": 4}
+        _bags_kernel[grid](rows, numbers, offsets, weights, out, d, rows.stride(0), **options)  # type: ignore
     return out
 
 
 def pair_products(rows: Tensor, numbers: Tensor, bag_rows: Tensor, offsets: Tensor) -> Tensor:
-    """<rows[numbers[e]], bag_rows[b]> of every entry e of every bag b.
-
-    Parameters
-    ----------
-    rows : Tensor [n, D]
-    numbers : int64 Tensor [nnz]
-    bag_rows : Tensor [bags, D]
-    offsets : int64 Tensor [bags + 1]
-
-    Returns
-    -------
-    Tensor [nnz], of the dtype of ``rows``
-    """
+    """<rows[numbers[e]], bag_rows[b]> of every entry e of every bag b: [nnz]."""
     rows, bag_rows, d = _row_major(rows), _row_major(bag_rows), rows.shape[1]
     out = rows.new_empty(len(numbers))
     if len(numbers):
         numbers, offsets = numbers.contiguous(), offsets.contiguous()
-        _pairs_kernel[(len(offsets) - 1,)](  # type: ignore[has-type]
-            rows,
-            numbers,
-            offsets,
-            bag_rows,
-            out,
-            d,
-            rows.stride(0),
-            bag_rows.stride(0),
-            D_BLOCK=triton.next_power_of_2(d),
-            ACCUMULATE=_accumulate(rows),
-            num_warps=4,
-        )
+        options = {"D_BLOCK": triton.next_power_of_2(d), "ACCUMULATE": _accumulate(rows), "num_warps": 4}
+        _pairs_kernel[(len(offsets) - 1,)](rows, numbers, offsets, bag_rows, out, d, rows.stride(0), bag_rows.stride(0), **options)  # type: ignore
     return out
 
 

@@ -1,20 +1,48 @@
-"""What turns pre-activations into latents, where torch has no function for it: selections of the largest, and straight-through steps.
+"""The autoencoder's variants: a table of what each needs and does, and the functions by which pre-activations become latents.
 
-And two small things that :class:`~patchsae_utils.sae.SparseAutoencoder` needs on its sparse path.
+Nothing here knows an SAE. Letters: N tokens of any images, D d_in, S d_sae.
 
-Dimension letters: N tokens of any images, S d_sae.
+Sources: relu: Lim et al., "Sparse autoencoders reveal selective remapping of visual concepts during adaptation", ICLR 2025, section 3.1. topk: Gao
+et al., "Scaling and evaluating sparse autoencoders", 2024. batchtopk: Bussmann, Leask and Nanda, "BatchTopK sparse autoencoders", 2024.
+jumprelu: Rajamanoharan et al., "Jumping ahead", 2024. gated: Rajamanoharan et al., "Improving dictionary learning with gated sparse
+autoencoders", 2024. matryoshka: Bussmann et al., "Learning multi-level features with Matryoshka sparse autoencoders", 2025.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .sparse import SparseLatents
+
+class Variant(NamedTuple):
+    """What tells one variant from the others."""
+
+    architecture: str
+    """SAELens's name of what it is once trained: how it is saved."""
+    loss: str
+    """Its published objective, see :func:`~patchsae_utils.sae.losses.objective`: ``paper``, ``auxk``, ``l0`` or ``gate``."""
+    options: tuple[str, ...] = ()
+    """Arguments beside the sizes that it takes; ``k`` is needed, others have defaults."""
+    competes: str | None = None
+    """Among whose latents the largest are chosen: those of a ``token``, or in training of a ``batch``."""
+    threshold: str | None = None
+    """What a pre-activation must exceed: a running mean for all latents (``one``), or a learned value of ``each``."""
+    gate: bool = False
+    """Whether a gate decides on activity, and a second bias on size."""
+    control: str = "threshold"
+    """Where :func:`~patchsae_utils.sae.dictionary.random_sae` sets the sparsity: ``threshold``, encoder ``bias``, or nowhere (``k``)."""
+
+
+VARIANTS = {
+    "relu": Variant("standard", "paper", control="bias"),
+    "topk": Variant("topk", "auxk", ("k",), competes="token", control="k"),
+    "batchtopk": Variant("jumprelu", "auxk", ("k",), competes="batch", threshold="one"),
+    "jumprelu": Variant("jumprelu", "l0", ("bandwidth",), threshold="each"),
+    "gated": Variant("gated", "gate", gate=True, control="bias"),
+    "matryoshka": Variant("jumprelu", "auxk", ("k", "groups"), competes="batch", threshold="one"),
+}
 
 
 def keep_topk(latents: Tensor, k: int) -> Tensor:
@@ -37,17 +65,7 @@ def smallest_positive(values: Tensor) -> Tensor:
 
 
 def jump_relu(pre_activations: Tensor, threshold: Tensor, width: Tensor | float) -> Tensor:
-    """z where it exceeds its threshold, else 0; thresholds learn through a straight-through estimator.
-
-    The derivative in the threshold t is -(t / width) K((z - t) / width) with the rectangle K(u) = 1 for |u| < 1/2; that in z is exact.
-
-    Parameters
-    ----------
-    pre_activations : Tensor [..., S] or [nnz]
-    threshold : Tensor [S] or [nnz]
-        Not negative.
-    width : scalar
-        Of the kernel, in units of the pre-activations.
+    """z where it exceeds its threshold t, else 0. Derivative in z: exact; in t: -(t / width) K((z - t) / width), K(u) = 1 for |u| < 1/2.
 
     Source: Rajamanoharan et al., "Jumping ahead", 2024, eq. 11.
     """
@@ -57,7 +75,7 @@ def jump_relu(pre_activations: Tensor, threshold: Tensor, width: Tensor | float)
 def step(pre_activations: Tensor, threshold: Tensor, width: Tensor | float) -> Tensor:
     """1 where z exceeds its threshold, else 0: what L0 counts. Derivative in the threshold: -K((z - t) / width) / width; in z: 0.
 
-    Parameters as in :func:`jump_relu`. Source: Rajamanoharan et al., "Jumping ahead", 2024, eq. 12.
+    Source: Rajamanoharan et al., "Jumping ahead", 2024, eq. 12.
     """
     return _Step.apply(pre_activations, threshold, width)
 
@@ -65,13 +83,6 @@ def step(pre_activations: Tensor, threshold: Tensor, width: Tensor | float) -> T
 def centre_product(b_dec: Tensor, W_enc: Tensor) -> Tensor:
     """b_dec @ W_enc around b_dec's present value: zeros [S], through which ``b_dec`` [D] gets its gradient; that of ``W_enc`` is 0."""
     return _CentreProduct.apply(b_dec, W_enc)
-
-
-def keep_entries(latents: SparseLatents, kept: Tensor) -> SparseLatents:
-    """The entries for which ``kept``, bool [nnz], is True."""
-    before = F.pad(kept.cumsum(0), (1, 0))
-    offsets = before[latents.offsets.long()].to(latents.offsets.dtype)
-    return latents._replace(values=latents.values[kept], indices=latents.indices[kept], offsets=offsets)
 
 
 def _window(pre_activations: Tensor, threshold: Tensor, width: Tensor | float) -> Tensor:
@@ -82,7 +93,7 @@ class _JumpReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, threshold, width):
         ctx.save_for_backward(z, threshold, torch.as_tensor(width))
-        # The threshold is not negative, but one that an optimiser's step has just pushed below 0 must not let negative latents through.
+        # A threshold that an optimiser's step has just pushed below 0 must not let negative latents through.
         return torch.where(z > threshold.clamp_min(0), z, 0)
 
     @staticmethod
