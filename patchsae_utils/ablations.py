@@ -159,7 +159,7 @@ class Grid:
         return extract_activations(self.clip, stages.training_data(profile), layer, self.folder / "activations" / f"layer-{layer}")
 
     def _quality(self, sae, layer: int) -> dict[str, float]:
-        table = evaluate_sae(self.clip, sae, self.test, layer, n_bootstrap=500, progress=False)
+        table = evaluate_sae(self.clip, sae, self.test, layer, progress=False)
         found = table[table["variant"] == "reconstruction"].set_index(["tokens", "metric"])
         row: dict[str, float] = {}
         for tokens in ("all", "cls", "patch"):

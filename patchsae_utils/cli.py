@@ -199,7 +199,7 @@ def _info(options: argparse.Namespace) -> dict[str, Any]:
     from .activations.folders import is_url
     from .activations.store import FORMAT, ActivationStore, read_manifest
     from .sae.files import load_sae
-    from .sae.formats import find
+    from .sae.files import find
 
     path = Path(options.path)
     if is_url(options.path):

@@ -38,7 +38,7 @@ class Reader:
     """
 
     def __init__(self, clip: Any, sae: Any, dataset: Any, layer: int = -2, keep: int = 256):
-        sae.check_source(d_in=clip.width, source=f"the residual stream of {clip.name!r}")
+        sae.check_model(clip, layer)
         self.clip, self.sae, self.dataset, self.layer, self.keep = clip, sae, dataset, clip.layer_index(layer), keep
         self.d_sae, self.grid = sae.W_enc.shape[1], tuple(clip.grid)
         self._images: OrderedDict[int, tuple[np.ndarray, Tensor]] = OrderedDict()

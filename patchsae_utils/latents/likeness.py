@@ -117,7 +117,8 @@ class LikenessObserver(Observer):
 
     def prepare(self, tokens: Tensor) -> None:
         """Make the random directions as sparse as the SAE is on these tokens."""
-        self.control = random_sae(self.sae, 0, tokens.flatten(0, 1))
+        some = tokens.flatten(0, 1)[:: -(-tokens.shape[0] * tokens.shape[1] // 2048)]
+        self.control = random_sae(self.sae, 0, some)
 
     def read(self, stream: Residual, places: Tensor) -> None:
         """Embed a batch, and read the controls."""

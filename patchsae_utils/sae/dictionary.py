@@ -109,7 +109,7 @@ def random_sae(sae: SparseAutoencoder, seed: int = 0, tokens: Tensor | None = No
         if sae.variant.control == "bias":
             control.b_enc.fill_(-threshold)  # of ``gated``: the gate's; magnitudes stay the projections themselves
         else:
-            control.threshold.fill_(threshold)
+            control.threshold.fill_(threshold.clamp_min(0))
     guess = control.encode(some) @ control.W_dec
     gain = ((some - control.b_dec) * guess).sum() / guess.square().sum()
     if gain.isfinite() and gain > 0:
@@ -120,11 +120,11 @@ def random_sae(sae: SparseAutoencoder, seed: int = 0, tokens: Tensor | None = No
 
 
 def _threshold(values: Tensor, n_active: int) -> Tensor:
-    """What ``n_active`` of some pre-activations exceed: between the last that is kept and the first that isn't; never below 0."""
+    """What ``n_active`` of some pre-activations exceed: between the last that is kept and the first that isn't."""
     if not n_active:
         return values.max().clamp_min(0)
     ranks = {len(values) - n_active + 1, max(1, len(values) - n_active)}
-    return torch.stack([values.kthvalue(rank).values for rank in ranks]).mean().clamp_min(0)
+    return torch.stack([values.kthvalue(rank).values for rank in ranks]).mean()
 
 
 def select_latents(sae: SparseAutoencoder, x: Tensor, latents: Tensor | Sequence[int]) -> Tensor:

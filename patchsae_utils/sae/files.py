@@ -154,8 +154,9 @@ def _open(form: str, file: Path) -> tuple[dict[str, Any], Any]:
     if form == "saev":
         try:
             with open(file, "rb") as opened:
-                header = dict(json.loads(opened.readline(1 << 20)))
-        except (ValueError, TypeError) as error:
+                header = json.loads(opened.readline(1 << 20))
+            header["cfg"].get("activation")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{file} begins with no header of saev ({type(error).__name__}): a line of JSON with 'schema' and 'cfg'."
             ) from error

@@ -343,7 +343,7 @@ class Training:
         """From where the run stands to its last step."""
         config, processes = self.config, self.processes
         self.sae.train()
-        processes.wait()  # all have looked for a checkpoint
+        processes.everywhere(lambda: None)  # all have looked for a checkpoint
         if not self.restored:
             self._start()
             if processes.main:

@@ -64,7 +64,7 @@ def test_what_is_trained_is_opened(trained, tiny_clip, adapted, scenes, folder, 
     def refuse(*_, **__):
         raise AssertionError("trains again")
 
-    monkeypatch.setattr("patchsae_utils.sae.trainer._Run", refuse)
+    monkeypatch.setattr("patchsae_utils.sae.trainer.Training", refuse)
     monkeypatch.setattr("patchsae_utils.activations.extraction._extract", refuse)
     again = train_dictionaries(tiny_clip, adapted, scenes, LAYER, SAE, TRAINING, folder, progress=False)
     for name in DICTIONARIES:

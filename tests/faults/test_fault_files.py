@@ -25,8 +25,8 @@ from patchsae_utils.latents.reading import summarize_latents
 from patchsae_utils.latents.summary import LatentSummary
 from patchsae_utils.run import artifacts
 from patchsae_utils.run.artifacts import file_sha256, folder_lock, read_json
-from patchsae_utils.sae.exports import _HOLDS
 from patchsae_utils.sae.files import CONFIG, WEIGHTS, load_sae, save_sae
+from patchsae_utils.sae.formats import FORMATS
 from patchsae_utils.sae.trainer import train_sae
 
 
@@ -181,7 +181,7 @@ def test_a_flipped_bit_of_an_saes_config_is_an_error_or_changes_no_latent(tmp_pa
 @pytest.mark.parametrize("form", ["patchsae", "prisma", "saev", "sparsify", "dictionary_learning"])
 def test_flipped_bits_of_other_programs_files_end_in_a_documented_error(tmp_path, form):
     """They carry no checksum of the whole; no other kind of error comes out."""
-    options = {"activation": "topk", "k": 3} if "relu" not in _HOLDS[form] else {}
+    options = {"activation": "topk", "k": 3} if "relu" not in FORMATS[form].activations else {}
     path = save_sae(trained(options), tmp_path / "sae", format=form)
     files, draw = [path] if path.is_file() else sorted(path.iterdir()), random.Random(3)
     for file in files:

@@ -165,7 +165,7 @@ def test_another_programs_jumprelu_is_read_as_one(tmp_path):
     ],
 )
 def test_own_entries_that_make_no_sense_are_refused(tmp_path, own, message):
-    directory = trained(VARIANTS[3]).save(tmp_path)
+    directory = trained(VARIANTS[2]).save(tmp_path)
     change(directory, metadata={"patchsae": own})
     with pytest.raises(ValueError, match=message):
         load_sae(directory)
@@ -194,8 +194,8 @@ def test_half_precision_files_are_read(folder):
         ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm'"),
         ({"architecture": "topk"}, "needs k between"),
         ({"d_in": 7}, "don't belong together"),
-        ({"d_in": "six"}, "positive integers"),
-        ({"d_in": 1_000_000_000}, r"says d_in=1000000000, d_sae=20; sae_weights.safetensors has [\d,]+ bytes, too few"),
+        ({"d_in": "six"}, "don't belong together"),
+        ({"d_in": 1_000_000_000}, "don't belong together"),
         ({"metadata": "none"}, "metadata must be an object, got a str"),
     ],
 )
@@ -221,7 +221,11 @@ def test_damage_is_noticed(folder):
     with pytest.raises(ValueError, match="not valid JSON"):
         load_sae(directory)
     (directory / CONFIG).write_text("[]")
-    with pytest.raises(ValueError, match="needs the entries architecture, d_in, d_sae"):
+    with pytest.raises(ValueError, match="must hold a JSON object, got a list"):
+        load_sae(directory)
+    (directory / CONFIG).write_text("{}")
+    (directory / WEIGHTS).write_bytes(content)
+    with pytest.raises(ValueError, match="lacks the entries architecture, d_in, d_sae"):
         load_sae(directory)
 
 

@@ -9,15 +9,16 @@ import torch
 from patchsae_utils.data import load_dataset, templates_for
 from patchsae_utils.plots.training import firing_rates as draw_rates
 from patchsae_utils.plots.training import patch_maps, reconstruction_quality
-from patchsae_utils.sae.dead_latents import CAUSES, dead_causes
-from patchsae_utils.sae.losses import explained_variance, patchsae_loss
+from patchsae_utils.sae.dictionary import random_sae
+from patchsae_utils.sae.losses import patchsae_loss
 from patchsae_utils.sae.model import SparseAutoencoder
 from patchsae_utils.sae.quality import (
+    CAUSES,
+    dead_causes,
     evaluate_sae,
     evaluation_table,
     firing_rates,
     patch_readings,
-    random_control,
     read_tokens,
     readings_by_place,
 )
@@ -27,7 +28,7 @@ LAYER = -2
 
 
 def measured(clip, sae, dataset, **options):
-    frame = evaluate_sae(clip, sae, dataset, LAYER, batch_size=10, n_bootstrap=50, progress=False, **options)
+    frame = evaluate_sae(clip, sae, dataset, LAYER, batch_size=10, progress=False, **options)
     assert set(frame["sae"]) == {"SAE"}
     return frame.drop(columns="sae").set_index(["variant", "tokens", "metric"])
 
@@ -41,7 +42,7 @@ def residual(tiny_clip, tiny_dataset):
 @pytest.fixture(scope="module")
 def good_sae(tiny_sae, residual):
     """Reconstructs roughly: enough to tell its measures from trivial ones."""
-    return random_control(tiny_sae, residual.flatten(0, 1))
+    return random_sae(tiny_sae, tokens=residual.flatten(0, 1))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_reconstruction_measures_are_those_of_all_tokens_of_the_type(frame, good
             "mse": patchsae_loss(sae, x, None, 0.0).mse,
             "l1": out.latents.sum(-1).mean(),
             "l0": (out.latents > 0).sum(-1).double().mean(),
-            "explained_variance": explained_variance(x, out.reconstruction),
+            "explained_variance": 1 - (x - out.reconstruction).square().sum() / (x - x.flatten(0, 1).mean(0)).square().sum(),
             "dead_fraction": (out.latents.flatten(0, 1) == 0).all(0).double().mean(),
         }
     for metric, value in expected.items():
@@ -99,18 +100,14 @@ def test_error_kept_is_raw_and_replacing_hits_its_tokens_alone(tiny_clip, good_s
 
 
 def test_several_saes_share_one_pass_and_give_what_each_gives_alone(tiny_clip, good_sae, tiny_sae, tiny_dataset, frame):
-    both = evaluate_sae(
-        tiny_clip, {"good": good_sae, "fresh": tiny_sae}, tiny_dataset, LAYER, batch_size=10, n_bootstrap=50, progress=False
-    )
+    both = evaluate_sae(tiny_clip, {"good": good_sae, "fresh": tiny_sae}, tiny_dataset, LAYER, batch_size=10, progress=False)
     assert both["sae"].unique().tolist() == ["good", "fresh"]
     pd.testing.assert_frame_equal(both[both["sae"] == "good"].drop(columns="sae").set_index(frame.index.names), frame)
     assert evaluation_table(both).index.get_level_values("sae").unique().tolist() == ["good", "fresh"]
 
 
 def test_batch_size_does_not_matter(tiny_clip, good_sae, tiny_dataset, frame):
-    again = evaluate_sae(tiny_clip, good_sae, tiny_dataset, LAYER, batch_size=7, n_bootstrap=50, progress=False).set_index(
-        frame.index.names
-    )
+    again = evaluate_sae(tiny_clip, good_sae, tiny_dataset, LAYER, batch_size=7, progress=False).set_index(frame.index.names)
     np.testing.assert_allclose(again["value"], frame["value"], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(again["low"], frame["low"], rtol=1e-3, atol=1e-5)
 
@@ -160,14 +157,14 @@ def test_an_empty_data_set_is_refused(tiny_clip, tiny_sae):
 
 def test_random_control_matches_sparsity_scale_and_centre(tiny_sae, residual):
     x = residual.flatten(0, 1)
-    control = random_control(tiny_sae, x, seed=1)
+    control = random_sae(tiny_sae, tokens=x, seed=1)
     assert (control.encode(x) > 0).sum().item() == pytest.approx((tiny_sae.encode(x) > 0).sum().item(), rel=0.01)
     torch.testing.assert_close(control.W_dec.norm(dim=1), torch.ones(64))
     guess = (control(x).reconstruction - control.b_dec).detach()
     gain = ((x - control.b_dec.detach()) * guess).sum() / guess.square().sum()
     assert gain.item() == pytest.approx(1, abs=1e-3)  # no other gain is better
-    assert not torch.equal(control.W_dec, random_control(tiny_sae, x, seed=2).W_dec)
-    torch.testing.assert_close(control.W_dec, random_control(tiny_sae, x, seed=1).W_dec, rtol=0, atol=0)
+    assert not torch.equal(control.W_dec, random_sae(tiny_sae, tokens=x, seed=2).W_dec)
+    torch.testing.assert_close(control.W_dec, random_sae(tiny_sae, tokens=x, seed=1).W_dec, rtol=0, atol=0)
 
 
 def test_patch_readings_leave_cls_out(tiny_clip, tiny_sae, tiny_images):
@@ -180,9 +177,7 @@ def test_patch_readings_leave_cls_out(tiny_clip, tiny_sae, tiny_images):
 
 
 def test_readings_by_place_follow_the_ground_truth(tiny_clip, tiny_sae, tiny_dataset, tiny_images):
-    frame = readings_by_place(tiny_clip, tiny_sae, tiny_dataset, LAYER, batch_size=9, n_bootstrap=20, progress=False).set_index(
-        ["place", "metric"]
-    )
+    frame = readings_by_place(tiny_clip, tiny_sae, tiny_dataset, LAYER).set_index(["place", "metric"])
     images = torch.stack([tiny_clip.preprocess(tiny_dataset[i].image) for i in range(len(tiny_dataset))])
     l0, error = patch_readings(tiny_clip, tiny_sae, images, LAYER)
     bare = np.stack([tiny_dataset.truth(i).background_share for i in range(len(tiny_dataset))])
@@ -231,7 +226,7 @@ def test_every_cause_of_death_is_found():
 
 def test_causes_agree_with_rates_on_real_activations(good_sae, residual):
     x = residual.flatten(0, 1)
-    frame = dead_causes(good_sae, x[:2000].split(300), x[2000:].split(300), n_tokens=1500, chunk=6400)
+    frame = dead_causes(good_sae, x[:2000].split(300), x[2000:].split(300), n_tokens=1500)
     torch.testing.assert_close(torch.tensor(frame["test_rate"]).float(), firing_rates(good_sae, [x[2000:]], 1500))
     torch.testing.assert_close(torch.tensor(frame["train_rate"]).float(), firing_rates(good_sae, [x], 1500))
     assert ((frame["cause"] == "alive") == (frame["test_rate"] > 0)).all()

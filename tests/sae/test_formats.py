@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_saes import METADATA, TOKENS, VARIANTS, change, trained
 
-from patchsae_utils.sae.exports import _HOLDS
 from patchsae_utils.sae.files import CONFIG, WEIGHTS, load_sae, save_sae
 from patchsae_utils.sae.formats import FORMATS
 from patchsae_utils.sae.model import SparseAutoencoder
@@ -86,7 +86,7 @@ def test_official_patchsae(tmp_path, elsewhere, key, pickled):
     assert sae.metadata["layer"] == 10 and sae.metadata["l1_coefficient"] == 8e-5
     assert sae.metadata["converted_from"] == "patchsae"
     with pytest.raises(ValueError, match=r"of 'ViT-B-16-quickgelu', layer 10; this store holds .*'openmoji', layer 4"):
-        sae.check_source(d_in=192, model_name="openmoji", layer=4)
+        sae.check_store(SimpleNamespace(d_in=D, metadata=SimpleNamespace(model_name="openmoji", layer=4)))
 
 
 PRISMA = {
@@ -131,7 +131,7 @@ def test_early_vit_prisma(tmp_path, elsewhere):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm', which changes every token"),
+        ({"normalize_activations": "layer_norm"}, "says normalize_activations='layer_norm'; only 'none' is read"),
         ({"is_transcoder": True}, "is_transcoder=True"),
         ({"architecture": "jumprelu"}, "architecture 'jumprelu' with 'relu'. Valid: standard or gated, relu or topk"),
         ({"activation_fn_str": "tanh-relu"}, "Valid: standard or gated, relu or topk"),
@@ -263,7 +263,7 @@ def test_saelens_before_version_6(tmp_path):
     old = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}, "hook_name": "blocks.8.hook_resid_pre"}
     assert_latents(saelens(tmp_path, w, **old), topk((X - w["b_dec"]) @ w["W_enc"] + w["b_enc"]))
     for wrong in ({"activation_fn_str": "tanh-relu"}, {"finetuning_scaling_factor": True}):
-        with pytest.raises(ValueError, match="such an SAE is not read"):
+        with pytest.raises(ValueError, match="is not read|would give wrong latents"):
             load_sae(saelens(tmp_path, w, **wrong))
 
 
@@ -274,7 +274,7 @@ def test_saelens_before_version_6(tmp_path):
 @pytest.mark.parametrize("options", VARIANTS, ids=NAMES)
 def test_what_is_written_gives_the_same_latents(tmp_path, form, options):
     sae = trained(options).eval()
-    if form != "saelens" and sae.activation not in _HOLDS[form]:
+    if form != "saelens" and sae.activation not in FORMATS[form].activations:
         with pytest.raises(ValueError, match=rf"can't say activation='{sae.activation}'.* For this SAE: saelens"):
             save_sae(sae, tmp_path / "sae", format=form)
         assert not (tmp_path / "sae").exists()
@@ -296,7 +296,7 @@ def test_latents_survive_a_tour_of_all_formats(tmp_path, options):
     with torch.no_grad():
         sae.W_dec.mul_(torch.linspace(0.5, 2, S)[:, None])  # rows of other norms survive as well
     for step, form in enumerate(FORMATS):
-        if form == "saelens" or sae.activation in _HOLDS[form]:
+        if form == "saelens" or sae.activation in FORMATS[form].activations:
             sae = load_sae(save_sae(sae, tmp_path / str(step), format=form, unit_norm=False))
     if start.activation in ("jumprelu", "gated"):  # dictionary_learning counts their latents in units of the rows' norms
         scale = start.W_dec.norm(dim=1)

@@ -14,8 +14,7 @@ import torch
 import yaml
 from tiny_saes import TOKENS, trained
 
-from patchsae_utils.sae.files import load_sae, save_sae
-from patchsae_utils.sae.publishing import model_card, push_sae
+from patchsae_utils.sae.files import _model_card, load_sae, push_sae, save_sae
 
 
 class StandIn(BaseHTTPRequestHandler):
@@ -150,7 +149,7 @@ def test_what_is_not_there_is_said(hub):
 def test_the_card_says_what_is_not_known():
     sae = trained({"activation": "topk", "k": 3})
     sae.metadata = {"dataset": "openmoji/scenes", "split": "train", "n_images": 6000, "metrics": {"l0": 12.0}}
-    card = model_card(sae, "a/b")
+    card = str(_model_card(sae, "a/b"))
     assert "| Model | not known |" in card and "| l0 | 12 |" in card and "topk, k = 3" in card
     assert "openmoji/scenes, train, 6,000 images" in card and "CC BY-SA 4.0" in card
-    assert "Not measured." in model_card(trained({}), "a/b")
+    assert "Not measured." in str(_model_card(trained({}), "a/b"))

@@ -1,4 +1,4 @@
-"""The objective, against a float64 reference written loop by loop in numpy, and its gradients against finite differences."""
+"""The objectives, against float64 references written plainly in numpy, and their gradients against finite differences."""
 
 import math
 
@@ -7,19 +7,10 @@ import pytest
 import torch
 from tiny_saes import perturbed
 
-from patchsae_utils.sae.losses import (
-    dead_pre_activations,
-    explained_variance,
-    fired,
-    geometric_median,
-    ghost_loss,
-    l0_norm,
-    l1_norm,
-    normalized_squared_error,
-    patchsae_loss,
-)
-from patchsae_utils.sae.model import SparseAutoencoder
-from patchsae_utils.sae.sparse import SparseLatents
+from patchsae_utils.sae.dictionary import geometric_median
+from patchsae_utils.sae.losses import auxk_loss, auxk_size, normalized_squared_error, objective, patchsae_loss
+from patchsae_utils.sae.model import ACTIVATIONS, SparseAutoencoder
+from patchsae_utils.sae.variants import jump_relu, step
 
 LAMBDA = 0.03
 
@@ -35,8 +26,8 @@ def reference(weights, x, dead, l1_coefficient, cls_factor, constants=None):
         h = [max(p, 0.0) for p in pre]
         z = [sum(h[s] * W_dec[s, a] for s in range(len(h))) + b_dec[a] for a in range(d)]
         norm = math.sqrt(sum(v * v for v in x[i]))
-        error = [cls_factor[i] * (z[a] - x[i, a]) ** 2 / norm for a in range(d)]
-        mse += sum(error) / (n * d)
+        error = [(z[a] - x[i, a]) ** 2 / norm for a in range(d)]
+        mse += cls_factor[i] * sum(error) / (n * d)
         l1 += l1_coefficient * sum(h) / n
         g = [sum(math.exp(pre[s]) * W_dec[s, a] for s in dead) for a in range(d)]
         if constants is None:
@@ -73,6 +64,7 @@ def arrays(sae):
 @pytest.mark.parametrize("with_dead", [False, True])
 @pytest.mark.parametrize("cls_coefficient", [1.0, 3.5])
 def test_terms_equal_the_reference(case, with_dead, cls_coefficient):
+    """FAULTS D21: the ghost term's ratio is taken before the CLS coefficient, as in the official code."""
     sae, x, dead = case
     is_cls = torch.tensor([True, False, False, True, False])
     loss = patchsae_loss(sae, x, dead if with_dead else None, LAMBDA, cls_coefficient, is_cls=is_cls)
@@ -119,16 +111,13 @@ def test_ghost_gradients_reach_the_dead_alone(case):
 
 
 def test_ghost_reads_pre_activations(case):
+    """PAPER.md 1: after the ReLU exp(0) = 1, and the encoder of the dead would get nothing."""
     sae, x, dead = case
-    index = dead.nonzero().squeeze(-1)
-    out = sae(x)
-    error = normalized_squared_error(x, out.reconstruction)
-    ghost_loss(x, out.reconstruction, dead_pre_activations(sae, x, out, index), sae.W_dec[index], error).backward()
+    patchsae_loss(sae, x, dead, LAMBDA).total.backward()
     assert sae.W_enc.grad[:, dead].abs().max() > 0
-    again = sae(x)
-    wrong = again._replace(pre_activations=again.latents)  # exp(0) = 1: the encoder of the dead would get nothing
+    output = sae(x)
     sae.zero_grad()
-    ghost_loss(x, again.reconstruction, dead_pre_activations(sae, x, wrong, index), sae.W_dec[index], error.detach()).backward()
+    patchsae_loss(sae, x, dead, LAMBDA, output=output._replace(pre_activations=output.latents)).total.backward()
     assert not sae.W_enc.grad[:, dead].any()
 
 
@@ -144,13 +133,6 @@ def test_ghost_asks_for_pre_activations_that_the_output_does_not_hold(case):
         torch.testing.assert_close(asked, known, rtol=1e-12, atol=1e-14)
 
 
-def test_ghost_can_be_left_out(case):
-    sae, x, dead = case
-    loss, without = patchsae_loss(sae, x, dead, LAMBDA), patchsae_loss(sae, x, dead, LAMBDA, ghost=False)
-    assert loss.ghost > 0 and without.ghost == 0
-    assert without.total.item() == pytest.approx((loss.mse + loss.l1).item(), rel=1e-12)
-
-
 @pytest.mark.parametrize("bias", [1e30, 1e4, -1e4, -1e30])
 def test_ghost_is_finite_when_everything_is_dead(bias):
     sae = SparseAutoencoder(6, 20)
@@ -163,28 +145,6 @@ def test_ghost_is_finite_when_everything_is_dead(bias):
     loss.total.backward()
     assert torch.isfinite(loss.total)
     assert all(torch.isfinite(p.grad).all() for p in sae.parameters() if p.grad is not None)
-
-
-def test_ghost_survives_pre_activations_that_overflow_exp(case):
-    sae, x, dead = case
-    sae.float()
-    with torch.no_grad():
-        sae.b_enc[7] = 500.0
-    loss = patchsae_loss(sae, x.float(), dead, LAMBDA)
-    loss.total.backward()
-    assert torch.isfinite(loss.total)
-    assert all(torch.isfinite(p.grad).all() for p in sae.parameters())
-
-
-def test_ghost_survives_pre_activations_that_underflow_exp(case):
-    sae, x, dead = case
-    sae.float()
-    with torch.no_grad():
-        sae.b_enc[dead] = -1e4
-    loss = patchsae_loss(sae, x.float(), dead, LAMBDA)
-    loss.total.backward()
-    assert torch.isfinite(loss.total)
-    assert all(torch.isfinite(p.grad).all() for p in sae.parameters())
 
 
 def test_all_zero_tokens_and_perfect_reconstructions_give_no_nan():
@@ -226,39 +186,6 @@ def test_chunks_add_up_to_the_batch(case):
         torch.testing.assert_close(sum(getattr(loss, name) * share for loss, share in parts), getattr(whole, name))
 
 
-def test_norms():
-    latents = torch.tensor([[0.0, 2.0, 0.5], [1.0, 0.0, 0.0]])
-    assert l1_norm(latents).item() == pytest.approx(1.75)
-    assert l0_norm(latents).item() == pytest.approx(1.5)
-    assert l1_norm(torch.full((2, 60_000), 0.1, dtype=torch.bfloat16)).dtype == torch.float32
-    assert fired(latents).tolist() == fired(latents[None]).tolist() == [True, True, True]
-    assert fired(latents[:1]).tolist() == [False, True, True]
-
-
-def test_norms_of_sparse_latents_are_those_of_the_same_latents_dense():
-    dense = torch.tensor([[0.0, 2.0, 0.5], [0.0, 0.0, 0.0], [0.0, 0.25, 0.0]])
-    latents = SparseLatents(torch.tensor([2.0, 0.5, 0.25]), torch.tensor([1, 2, 1]), torch.tensor([0, 2, 2, 3]), 3)
-    torch.testing.assert_close(latents.dense(), dense)
-    for measure in (l1_norm, l0_norm, fired):
-        torch.testing.assert_close(measure(latents), measure(dense))
-
-
-def test_centre_changes_only_the_norm_the_error_is_divided_by():
-    x, reconstruction = torch.randn(8, 6) + 30, torch.randn(8, 6) + 30
-    plain, centred = normalized_squared_error(x, reconstruction), normalized_squared_error(x, reconstruction, x.mean(0))
-    ratio = x.norm(dim=1, keepdim=True) / (x - x.mean(0)).norm(dim=1, keepdim=True)
-    torch.testing.assert_close(centred, plain * ratio)
-
-
-def test_explained_variance_is_centred():
-    x = torch.randn(2000, 6, dtype=torch.float64) + 100  # a large constant, which a decoder bias gives for free
-    assert explained_variance(x, x.mean(0).expand_as(x)).item() == pytest.approx(0, abs=1e-9)
-    assert explained_variance(x, x).item() == 1
-    noisy = x + 0.5 * torch.randn(2000, 6, dtype=torch.float64)
-    assert explained_variance(x, noisy).item() == pytest.approx(0.75, abs=0.02)
-    torch.testing.assert_close(explained_variance(x.view(100, 20, 6), noisy.view(100, 20, 6)), explained_variance(x, noisy))
-
-
 def test_geometric_median_minimises_the_sum_of_distances():
     generator = torch.Generator().manual_seed(0)
     points = torch.cat([torch.randn(300, 5, generator=generator), 50 + torch.randn(60, 5, generator=generator)])
@@ -270,11 +197,303 @@ def test_geometric_median_minimises_the_sum_of_distances():
     assert median.norm() < 1.0  # the mean lies at 8.3 in every dimension: outliers hardly move the median
     for direction in torch.eye(5):
         assert total(median) <= total(median + 1e-2 * direction) and total(median) <= total(median - 1e-2 * direction)
-
-
-def test_geometric_median_of_equal_points_and_of_a_median_that_is_a_point():
     torch.testing.assert_close(geometric_median(torch.ones(4, 3)), torch.ones(3))
-    points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-    torch.testing.assert_close(geometric_median(points), torch.zeros(2), rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="N > 0"):
-        geometric_median(torch.zeros(0, 3))
+
+
+# -- the other variants' ---------------------------------------------------------------------------------------------------
+
+
+def test_auxk_follows_the_source():
+    assert (auxk_size(768), auxk_size(192), auxk_size(2), auxk_size(1)) == (512, 128, 1, 1)
+    x, rows = torch.tensor([[3.0, 1.0]]), torch.eye(2)  # one latent of two: the larger
+    assert auxk_loss(x, torch.zeros(1, 2), torch.tensor([[2.0, 1.5]]), rows).item() == 1 + 1
+    assert auxk_loss(x, torch.zeros(1, 2), torch.tensor([[-2.0, -5.0]]), rows).item() == 9 + 1
+
+
+D, S, WEIGHT = 6, 20, 0.05
+OPTIONS = {
+    "relu": {},
+    "topk": {"k": 4},
+    "batchtopk": {"k": 4},
+    "jumprelu": {"bandwidth": 0.4},
+    "gated": {},
+    "matryoshka": {"k": 4, "groups": (3, 8, 20)},
+}
+SPARSE = [name for name in ACTIVATIONS if name != "gated"]
+
+
+def variant(activation, seed=0):
+    """An SAE with no parameter at 0, in float64, in training mode."""
+    sae = SparseAutoencoder(D, S, activation, seed=seed, **OPTIONS[activation]).double()
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        if activation == "jumprelu":
+            sae.threshold.abs_()
+    sae.normalize_decoder()
+    return sae
+
+
+@pytest.fixture
+def tokens():
+    return 0.5 + torch.randn(9, D, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def dead():
+    mask = torch.zeros(S, dtype=torch.bool)
+    mask[[1, 7, 12, 13, 19]] = True
+    return mask
+
+
+# -- the published formulas, written down plainly ---------------------------------------------------------------------------
+
+
+def largest(values, n):
+    """The n largest positive entries of an array of any shape, the others 0."""
+    flat = np.maximum(values, 0).ravel()
+    kept = np.zeros_like(flat)
+    kept[np.argsort(-flat)[:n]] = np.sort(flat)[::-1][:n]
+    return kept.reshape(values.shape)
+
+
+def auxk(w, pre, x, x_hat, dead, constants):
+    """alpha ||e - e_hat||^2 with e held constant, and the constant."""
+    residual = x - x_hat if constants is None else constants
+    total = 0.0
+    for pre_token, e in zip(pre, residual, strict=True):
+        guess = largest(pre_token[dead], min(auxk_size(D), dead.sum())) @ w["W_dec"][dead]
+        total += ((e - guess) ** 2).sum() / len(x)
+    return total / 32, residual
+
+
+def variant_reference(activation, w, x, dead, constants=None):
+    """(error, sparsity, auxiliary), and what the optimiser must not differentiate; ``constants`` fixes that."""
+    pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+    if activation == "gated":
+        frozen = (w["W_dec"].copy(), w["b_dec"].copy()) if constants is None else constants
+        h = np.zeros_like(pre)
+        for i, token in enumerate(x):
+            for s in range(S):
+                projection = (token - w["b_dec"]) @ w["W_enc"][:, s]
+                if projection + w["b_enc"][s] > 0:
+                    h[i, s] = max(np.exp(w["r_mag"][s]) * projection + w["b_mag"][s], 0)
+        gate = np.maximum(pre, 0)
+        error = ((h @ w["W_dec"] + w["b_dec"] - x) ** 2).sum(1).mean()
+        return (error, WEIGHT * gate.sum(1).mean(), ((gate @ frozen[0] + frozen[1] - x) ** 2).sum(1).mean()), frozen
+    if activation == "jumprelu":
+        active = pre > w["threshold"]
+        error = (((pre * active) @ w["W_dec"] + w["b_dec"] - x) ** 2).sum(1).mean()
+        return (error, WEIGHT * active.sum(1).mean(), 0.0), None
+    k = 4
+    h = np.stack([largest(row, k) for row in pre]) if activation == "topk" else largest(pre, k * len(x))
+    x_hat = h @ w["W_dec"] + w["b_dec"]
+    groups = (3, 8, 20) if activation == "matryoshka" else (S,)
+    error = sum(((h[:, :m] @ w["W_dec"][:m] + w["b_dec"] - x) ** 2).sum(1).mean() for m in groups)
+    aux, residual = auxk(w, pre, x, x_hat, dead, constants)
+    return (error, 0.0, aux), residual
+
+
+def named(sae):
+    return {name: parameter.detach().numpy().copy() for name, parameter in sae.named_parameters()}
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu", "gated", "matryoshka"])
+def test_variants_terms_equal_the_reference(activation, tokens, dead):
+    sae = variant(activation)
+    loss = objective(sae)(sae, tokens, dead, WEIGHT)
+    terms, _ = variant_reference(activation, named(sae), tokens.numpy(), dead.numpy())
+    np.testing.assert_allclose([loss.mse.item(), loss.l1.item(), loss.ghost.item()], terms, rtol=1e-10, atol=1e-15)
+    assert loss.total.item() == pytest.approx(sum(terms), rel=1e-10)
+    assert (loss.ghost > 0) == (activation != "jumprelu")
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu", "gated", "matryoshka"])
+def test_variants_gradients_equal_finite_differences(activation, tokens, dead):
+    """All but the thresholds', whose true derivative is 0 almost everywhere; they have a test of their own."""
+    sae = variant(activation)
+    objective(sae)(sae, tokens, dead, WEIGHT).total.backward()
+    weights, pace = named(sae), 1e-6
+    _, constants = variant_reference(activation, weights, tokens.numpy(), dead.numpy())
+    for name, parameter in sae.named_parameters():
+        if name == "threshold":
+            continue
+        values, gradient = weights[name], np.zeros(parameter.shape)
+        for place in np.ndindex(values.shape):
+            keep, totals = values[place], []
+            for sign in (1, -1):
+                values[place] = keep + sign * pace
+                totals.append(sum(variant_reference(activation, weights, tokens.numpy(), dead.numpy(), constants)[0]))
+            values[place] = keep
+            gradient[place] = (totals[0] - totals[1]) / (2 * pace)
+        np.testing.assert_allclose(parameter.grad.numpy(), gradient, rtol=2e-5, atol=1e-7, err_msg=name)
+        assert parameter.grad.abs().max() > 1e-3, name
+
+
+def test_thresholds_learn_by_the_published_estimator(tokens):
+    sae, x = variant("jumprelu"), tokens
+    output = sae(x)
+    output.reconstruction.retain_grad()
+    objective(sae)(sae, x, None, WEIGHT, output=output).total.backward()
+    width = OPTIONS["jumprelu"]["bandwidth"]
+    pre, threshold, rows = output.pre_activations.detach(), sae.threshold.detach(), sae.W_dec.detach()
+    expected = np.zeros(S)
+    for i in range(len(x)):
+        for s in range(S):
+            if abs(pre[i, s] - threshold[s]) < width / 2:
+                on_latent = (output.reconstruction.grad[i] @ rows[s]).item()
+                expected[s] += -threshold[s].item() / width * on_latent - WEIGHT / width / len(x)
+    np.testing.assert_allclose(sae.threshold.grad.numpy(), expected, rtol=1e-10, atol=1e-14)
+    assert np.count_nonzero(expected) > 5
+
+
+def test_the_estimator_is_the_derivative_of_the_expectation():
+    """For z uniform on [0, 1]: E[step] = 1 - t, with derivative -1; E[jump_relu] = (1 - t^2) / 2, with derivative -t."""
+    z = torch.rand(400_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for function, derivative in ((step, -1.0), (jump_relu, -0.4)):
+        threshold = torch.tensor([0.4], dtype=torch.float64, requires_grad=True)
+        function(z, threshold, 0.1).mean().backward()
+        assert threshold.grad.item() == pytest.approx(derivative, rel=0.02)
+
+
+def test_a_threshold_below_0_lets_no_negative_through_and_comes_back():
+    sae = variant("jumprelu")
+    with torch.no_grad():
+        sae.threshold[3] = -0.1
+    assert (sae.encode(torch.randn(50, D, dtype=torch.float64)) >= 0).all()
+    sae.normalize_decoder()
+    assert sae.threshold[3] == 0 and sae.threshold.min() == 0
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_cls_coefficient_weighs_squared_errors_alone(activation, dead):
+    """Tokens that are CLS or not: by linearity, weights 1 and 10 differ by nine times the CLS tokens' share."""
+    sae = variant(activation).eval()
+    images = torch.randn(4, 3, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    loss = objective(sae)
+    once, ten = (loss(sae, images, None, WEIGHT, factor) for factor in (1.0, 10.0))
+    cls = loss(sae, images[:, :1], None, WEIGHT)
+    torch.testing.assert_close(ten.mse - once.mse, 9 * cls.mse / 3)
+    torch.testing.assert_close(ten.l1, once.l1)
+    mixed = loss(sae, images.flatten(0, 1), None, WEIGHT, 10.0, is_cls=(torch.arange(12) % 3 == 0))
+    torch.testing.assert_close(mixed.total, ten.total)
+
+
+# -- the sparse path --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", SPARSE)
+def test_sparse_equals_dense_in_value_and_gradient(activation, training, dead):
+    images = torch.randn(5, 7, D, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    results = []
+    for sparse in (False, True):
+        sae = variant(activation).train(training)
+        if sae.threshold is not None and not sae.threshold.any():
+            sae.threshold.fill_(0.4)
+        output = sae(images, sparse=sparse)
+        loss = objective(sae)(sae, images, dead, WEIGHT, 3.0, output=output)
+        loss.total.backward()
+        latents = output.latents.dense().view(5, 7, S) if sparse else output.latents
+        gradients = {name: parameter.grad for name, parameter in sae.named_parameters()}
+        results.append([*loss, output.reconstruction, latents, gradients, sae.decode(output.latents).reshape(5, 7, D), sae.state_dict()])
+        assert (output.pre_activations is None) == sparse
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
+    if activation == "jumprelu":
+        assert results[0][6]["threshold"].count_nonzero() > 5
+
+
+# -- dead latents -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [1e30, 1e4, 0.0, -1e4, -1e30])
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "matryoshka"])
+def test_dead_latent_terms_are_finite_whatever_the_pre_activations_even_if_all_are_dead(activation, bias):
+    sae = variant(activation).float()
+    sae.b_enc.data[[3, 5]] = bias
+    x = torch.randn(9, D, generator=torch.Generator().manual_seed(1))
+    living = sae.decode(torch.zeros(9, S))
+    output = sae(x)._replace(reconstruction=living, latents=torch.zeros(9, S))  # as if none had fired
+    loss = objective(sae)(sae, x, torch.ones(S, dtype=torch.bool), WEIGHT, output=output)
+    loss.total.backward()
+    assert torch.isfinite(loss.ghost)
+    assert all(torch.isfinite(p.grad).all() for p in sae.parameters() if p.grad is not None)
+    assert sae.W_dec.grad.abs().max() > 0
+
+
+# -- normalised input -----------------------------------------------------------------------------------------------------
+
+
+def folded(plain, mean, scale):
+    """The SAE of x that does what ``plain`` does to (x - mean) / scale, by the formulas in ``set_normalization``."""
+    sae = SparseAutoencoder(D, S, plain.activation, **OPTIONS[plain.activation]).double()
+    sae.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        sae.input_mean.copy_(mean)
+        sae.input_scale.fill_(scale)
+        sae.b_dec.copy_(mean + scale * plain.b_dec)
+        for name in {"b_enc", "b_mag"} & dict(sae.named_parameters()).keys():
+            getattr(sae, name).mul_(scale)
+        if sae.threshold is not None:
+            sae.threshold.mul_(scale)
+    return sae
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_normalising_sae_has_the_objective_of_a_plain_one_on_normalised_input(activation, sparse, tokens, dead):
+    plain = variant(activation)
+    mean, scale = torch.linspace(-2, 3, D, dtype=torch.float64), 7.0
+    sae = folded(plain, mean, scale)
+    raw = mean + scale * tokens
+    output, expected = sae(raw, sparse=sparse), plain(tokens)
+    loss, reference_loss = objective(sae)(sae, raw, dead, WEIGHT, output=output), objective(plain)(plain, tokens, dead, WEIGHT)
+    torch.testing.assert_close(loss, reference_loss, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(output.reconstruction, mean + scale * expected.reconstruction)
+    loss.total.backward()
+    reference_loss.total.backward()
+    for name, parameter in sae.named_parameters():  # units of a parameter appear in its gradient, and nowhere else
+        units = 1 if name in ("W_enc", "W_dec", "r_mag") else scale
+        torch.testing.assert_close(parameter.grad * units, getattr(plain, name).grad, rtol=1e-8, atol=1e-11)
+
+
+# -- they train -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_variant_learns_a_sparse_world(activation):
+    """Tokens made of 2 of 16 directions: each objective finds most of the variance, with few latents."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(16, 12, generator=generator), dim=1)
+    options = {"k": 3} if "k" in OPTIONS[activation] else {"bandwidth": 0.3} if activation == "jumprelu" else {}
+    sae = SparseAutoencoder(12, 48, activation, **options, seed=1)
+    weight = {"relu": 0.02, "jumprelu": 0.05, "gated": 0.6}.get(activation, 0.0)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=5e-3)
+
+    def batch():
+        codes = torch.zeros(256, 16).scatter_(1, torch.rand(256, 16, generator=generator).topk(2).indices, 1.0)
+        return codes * (1 + torch.rand(256, 16, generator=generator)) @ directions
+
+    silent = torch.zeros(48)
+    for _ in range(400):
+        sae.normalize_decoder()
+        x = batch()
+        output = sae(x)
+        loss = objective(sae)(sae, x, silent > 20, weight, output=output)
+        optimizer.zero_grad()
+        loss.total.backward()
+        sae.remove_parallel_gradient()
+        optimizer.step()
+        silent = torch.where((output.latents > 0).any(0), 0, silent + 1)
+    sae.normalize_decoder()
+    sae.eval()
+    x = batch()
+    output = sae(x)
+    explained = 1 - (x - output.reconstruction).square().sum() / (x - x.mean(0)).square().sum()
+    assert explained > 0.85, explained
+    l0 = output.latents.count_nonzero() / len(x)
+    assert l0 < 8, l0
+    if activation in ("batchtopk", "matryoshka"):
+        assert l0.item() == pytest.approx(3, abs=0.6)
+        torch.testing.assert_close(sae.encode(x[:1]), sae.encode(x)[:1])

@@ -92,14 +92,6 @@ def test_a_half_written_checkpoint_beside_a_whole_one_is_not_read(tmp_path, chec
     assert not list(tmp_path.glob(".*")), "nothing is left lying about"
 
 
-def test_a_checkpoint_of_an_older_form_is_not_gone_on_from(tmp_path, checkpoint):
-    state = torch.load(checkpoint, weights_only=True)
-    torch.save(state | {"format": 1}, checkpoint)
-    store = Store()
-    train_sae(fresh(), store, CONFIG, tmp_path, progress=False)
-    assert store.asked[0][2] == 0
-
-
 def test_trackers_don_t_keep_a_run_from_going_on(tmp_path, checkpoint):
     key = [training._recipe(dataclasses.replace(CONFIG, trackers=names)) for names in ((), ("wandb",))]
     assert key[0] == key[1]
@@ -150,22 +142,6 @@ def test_two_processes_can_t_train_into_one_folder(tmp_path, holder, tiny_clip, 
     assert (tmp_path / ".lock").exists(), "the dead process has left its lock"
     train_sae(fresh(), Store(), CONFIG, tmp_path, progress=False)
     assert not (tmp_path / ".lock").exists()
-
-
-def test_a_lock_can_be_waited_for(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", HOLDER.replace("60", "1"), tmp_path], stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()
-    with folder_lock(tmp_path, wait=True):
-        assert (tmp_path / ".lock").exists()
-    assert process.wait() == 0
-
-
-def test_a_process_doesn_t_lock_a_folder_twice(tmp_path):
-    with folder_lock(tmp_path):
-        with pytest.raises(ValueError, match="or by this one"), folder_lock(tmp_path / "." / "x" / ".."):
-            pass
-    with folder_lock(tmp_path):
-        pass
 
 
 def test_a_run_that_fails_lets_go_of_its_folder(tmp_path, checkpoint):
