@@ -186,7 +186,7 @@ class Grid:
         first = self._train(_changed(self.profile, settings), self.clip.layer_index(self.profile.model.layer), self.folder / "seed-0")
         found = matched_cosine(first, sae)
         return {
-            "matched_cosine": found.mean.mean, "matched_cosine_low": found.mean.low, "matched_cosine_high": found.mean.high,
+            "matched_cosine": found.mean.value, "matched_cosine_low": found.mean.low, "matched_cosine_high": found.mean.high,
             "matched_cosine_random": found.random_mean,
         }  # fmt: skip
 

@@ -35,17 +35,17 @@ def class_scores(counts: LatentSummary | Tensor, rank: str = "share") -> Tensor:
     """
     if rank not in RANKS:
         raise ValueError(f"Unknown rank {rank!r}. Valid: {', '.join(RANKS)}.")
-    summary = counts if isinstance(counts, LatentSummary) else None
-    rate = counts if summary is None else summary.class_counts.double() / summary.class_images.double().clamp_min(1)[:, None]
+    if isinstance(counts, Tensor):
+        rate, strength = counts, 1.0
+    else:
+        rate = counts.class_counts.double() / counts.class_images.double().clamp_min(1)[:, None]
+        # Activation of the tokens above tau, averaged: what the summary knows of the latent's strength.
+        strength = counts.mean_activation.double() * counts.frequency.double() / counts.dataset_counts.clamp_min(1)
     if rank == "count":
         return rate
     if rank == "specific":
         return rate - rate.mean(0)
-    score = rate * rate / rate.sum(0).clamp_min(torch.finfo(rate.dtype).tiny)
-    if summary is None:
-        return score
-    # Activation of the tokens above tau, averaged: what the summary knows of the latent's strength.
-    return score * summary.mean_activation.double() * summary.frequency.double() / summary.dataset_counts.clamp_min(1)
+    return rate * rate / rate.sum(0).clamp_min(torch.finfo(rate.dtype).tiny) * strength
 
 
 def top_latents(scores: Tensor, k: int = 10) -> list[list[int]]:

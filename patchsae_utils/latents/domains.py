@@ -19,11 +19,9 @@ from ..data.dataset import ImageData
 from ..sae.dictionary import select_latents
 from .measures import merge_keys, pack_top, unpack_top
 from .passes import read_latents, read_streams
-from .pictures import References, references, seen_image
+from .pictures import N_REFERENCES, References, references, seen_image
 from .reading import latent_masks
 
-N_REFERENCES = 5
-"""Reference images of each latent and data set; fewer where fewer are active."""
 ALPHA = 0.05
 """Level of a single latent's test of whether it reads."""
 N_SHUFFLES = 1000

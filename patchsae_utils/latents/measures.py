@@ -57,7 +57,7 @@ def merge_keys(kept: Tensor, new: Tensor) -> None:
         kept[rows] = torch.cat([kept[rows], new[rows]], 1).topk(kept.shape[1], dim=1).values
 
 
-def shuffled_label_entropy(top_values: Tensor, top_images: Tensor, labels: Tensor, n_classes: int, seed: int = 0) -> Tensor:
+def shuffled_label_entropy(top_values: Tensor, top_images: Tensor, labels: Tensor, n_classes: int) -> Tensor:
     """Label entropy under shuffled labels: what the same reference images would give if the latent knew nothing of classes.
 
     Parameters
@@ -69,14 +69,13 @@ def shuffled_label_entropy(top_values: Tensor, top_images: Tensor, labels: Tenso
     labels : LongTensor [n_images]
         Of the whole data set.
     n_classes : int
-    seed : int
 
     Returns
     -------
     Tensor [S]
         In nats; dead latents get NaN.
     """
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     return label_entropy(top_values, labels[order][top_images.clamp_min(0)], n_classes)
 
 

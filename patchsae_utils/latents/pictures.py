@@ -38,24 +38,27 @@ def seen_image(clip, image) -> Tensor:
     return (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
 
 
+N_REFERENCES = 5
+"""Images that show a latent; fewer where fewer were active."""
+N_LATENTS = 8
+"""Latents of each level."""
+
+
 class References(NamedTuple):
     """A latent's strongest images and where it is active in them."""
 
-    latent: int
     images: Tensor
-    """[n, H, W, 3] uint8, as CLIP saw them; n <= k, no padding."""
+    """[n, H, W, 3] uint8, as CLIP saw them; n <= 5, no padding."""
     masks: Tensor
     """[n, rows, columns] activations on the patch grid."""
     values: Tensor
     """[n] mean activations, descending."""
-    labels: Tensor
-    """[n] classes."""
     indices: Tensor
     """[n] indices in the data set."""
 
 
-def reference_images(clip, sae, dataset, summary: LatentSummary, latents: Sequence[int], layer: int, k: int = 5) -> list[References]:
-    """The reference images of some latents, with masks.
+def reference_images(clip, sae, dataset, summary: LatentSummary, latents: Sequence[int], layer: int) -> list[References]:
+    """The five strongest images of some latents, with masks.
 
     Parameters
     ----------
@@ -66,8 +69,11 @@ def reference_images(clip, sae, dataset, summary: LatentSummary, latents: Sequen
     summary : LatentSummary
     latents : sequence of int
     layer : int
-    k : int
-        Images of each latent; fewer where fewer were active.
+
+    Returns
+    -------
+    list of References
+        One for each latent; fewer images where fewer were active.
 
     Raises
     ------
@@ -78,10 +84,8 @@ def reference_images(clip, sae, dataset, summary: LatentSummary, latents: Sequen
         raise ValueError(
             f"The summary read {summary.n_images} images, this data set has {len(dataset)}: give the data set that was summarised."
         )
-    return [
-        references(clip, sae, dataset, latent, summary.top_images[latent, :k], summary.top_values[latent, :k], layer)
-        for latent in map(int, latents)
-    ]
+    images, values = summary.top_images[:, :N_REFERENCES], summary.top_values[:, :N_REFERENCES]
+    return [references(clip, sae, dataset, latent, images[latent], values[latent], layer) for latent in map(int, latents)]
 
 
 def references(clip, sae, dataset, latent: int, images: Tensor, values: Tensor, layer: int) -> References:
@@ -93,7 +97,7 @@ def references(clip, sae, dataset, latent: int, images: Tensor, values: Tensor, 
         inputs = torch.stack([clip.preprocess(dataset[int(i)].image) for i in images])
         pictures = torch.stack([seen_image(clip, x) for x in inputs])
         masks = latent_masks(clip, sae, inputs, [latent], layer)[:, 0].cpu()
-    return References(latent, pictures, masks, values[:n], torch.as_tensor(dataset.labels)[images], images)
+    return References(pictures, masks, values[:n], images)
 
 
 # -- levels -------------------------------------------------------------------------------------------------------------
@@ -104,7 +108,6 @@ class Levels(NamedTuple):
 
     image: Tensor
     """[H, W, 3] uint8, as CLIP saw it."""
-    label: int
     class_name: str
     patch: tuple[int, int]
     """Row and column of the patch."""
@@ -112,15 +115,13 @@ class Levels(NamedTuple):
     """level, rank, latent, value: h at the patch; a_i; a_c and a_D as tokens per image."""
     masks: dict[int, Tensor]
     """[rows, columns] activations in the image of every latent in the table."""
-    tau: float
-    """Threshold of the counts."""
 
 
 @torch.no_grad()
-def activation_levels(
-    clip, sae, dataset, index: int, layer: int, summary: LatentSummary, *, patch: tuple[int, int] | None = None, k: int = 8
-) -> Levels:
-    """Follow one image from a patch to the data set.
+def activation_levels(clip, sae, dataset, index: int, layer: int, summary: LatentSummary) -> Levels:
+    """Follow one image from a patch to the data set: the eight top latents of each level.
+
+    The patch is the one where the strongest latent of the image's class, relative to the data set, is most active.
 
     Parameters
     ----------
@@ -133,33 +134,23 @@ def activation_levels(
     layer : int
     summary : LatentSummary
         Gives the class counts and the data-set counts.
-    patch : (row, column), optional
-        Default: where the strongest latent of the image's class, relative to the data set, is most active.
-    k : int
-        Latents of each level.
 
     Raises
     ------
     ValueError
-        If the SAE does not fit the model and layer, or the patch is outside the grid.
+        If the SAE does not fit the model and layer.
     """
     sae.check_model(clip, layer)
     example = dataset[index]
     inputs = clip.preprocess(example.image)
     h = sae.encode(clip.residual(inputs[None], layer)[0, : clip.n_tokens].to(sae.W_enc.device)).cpu()
-    rows, columns = clip.grid
-    grid = h[1:].T.reshape(-1, rows, columns)
+    grid = h[1:].T.unflatten(1, clip.grid)
 
     per_class = summary.class_counts[example.label] / summary.class_images[example.label].clamp_min(1)
     per_dataset = (summary.dataset_counts / summary.n_images).float()
-    if patch is None:
-        own = int((per_class - per_dataset).argmax())
-        patch = divmod(int(grid[own].argmax()), columns)
-    if not (0 <= patch[0] < rows and 0 <= patch[1] < columns):
-        raise ValueError(f"Patch {tuple(patch)} is outside the grid of {rows} x {columns} patches.")
-
+    row, column = divmod(int(grid[(per_class - per_dataset).argmax()].argmax()), clip.grid[1])
     levels = {
-        "patch": grid[:, patch[0], patch[1]],
+        "patch": grid[:, row, column],
         "image": (h[TOKENS[summary.tokens]] > summary.tau).sum(0).float(),
         "class": per_class,
         "data set": per_dataset,
@@ -167,12 +158,11 @@ def activation_levels(
     records = [
         {"level": level, "rank": rank, "latent": latent, "value": float(activation[latent])}
         for level, activation in levels.items()
-        for rank, latent in enumerate(top_latents(activation[None], k)[0])
+        for rank, latent in enumerate(top_latents(activation[None], N_LATENTS)[0])
     ]
     table = pd.DataFrame(records, columns=["level", "rank", "latent", "value"])
     masks = {int(latent): grid[latent] for latent in table["latent"].unique()}
-    name = dataset.class_names[example.label]
-    return Levels(seen_image(clip, inputs), int(example.label), name, tuple(patch), table, masks, summary.tau)
+    return Levels(seen_image(clip, inputs), dataset.class_names[example.label], (row, column), table, masks)
 
 
 def level_overlap(summary: LatentSummary, k: int = 10) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from PIL import Image
 from torchvision import transforms
 
 from patchsae_utils.data import ImageData
+from patchsae_utils.latents import pictures as module
 from patchsae_utils.latents.pictures import activation_levels, level_overlap, reference_images, seen_image
 from patchsae_utils.latents.reading import latent_masks
 from patchsae_utils.sae.model import SparseAutoencoder
@@ -55,8 +56,8 @@ def test_seen_image_is_the_crop_that_clip_saw(tiny_clip):
 
 def test_reference_images_hold_no_padding(tiny_clip, sae, data, summary):
     living = int((~summary.dead).nonzero()[0])
-    strong, dead = reference_images(tiny_clip, sae, data, summary, [living, 3], LAYER, k=3)
-    n = min(3, int((summary.top_images[living] >= 0).sum()))
+    strong, dead = reference_images(tiny_clip, sae, data, summary, [living, 3], LAYER)
+    n = min(5, int((summary.top_images[living] >= 0).sum()))
     assert strong.images.shape == (n, 112, 112, 3) and strong.masks.shape == (n, 14, 14)
     assert torch.equal(strong.indices, summary.top_images[living, :n])
     assert (strong.images[0] == torch.from_numpy(np.array(data[int(strong.indices[0])].image))).all()
@@ -66,12 +67,15 @@ def test_reference_images_hold_no_padding(tiny_clip, sae, data, summary):
         reference_images(tiny_clip, sae, shorter, summary, [0], LAYER)
 
 
-def test_levels_count_what_they_say(tiny_clip, sae, data, summary, all_latents):
-    found = activation_levels(tiny_clip, sae, data, 4, LAYER, summary, patch=(2, 5), k=24)
-    assert found.class_name == "crane" and found.patch == (2, 5)
+def test_levels_count_what_they_say(tiny_clip, sae, data, summary, all_latents, monkeypatch):
+    monkeypatch.setattr(module, "N_LATENTS", 24)
+    found = activation_levels(tiny_clip, sae, data, 4, LAYER, summary)
+    own = int((summary.class_counts[1] / 5 - summary.dataset_counts / 12).argmax())
+    row, column = divmod(int(all_latents[4, 1:, own].argmax()), 14)
+    assert found.class_name == "crane" and found.patch == (row, column)
     value = found.table.set_index(["level", "latent"])["value"]
     expected = {
-        "patch": all_latents[4, 1 + 2 * 14 + 5],
+        "patch": all_latents[4, 1 + row * 14 + column],
         "image": (all_latents[4] > 0.2).sum(0),
         "class": summary.class_counts[1] / 5,
         "data set": summary.dataset_counts / 12,
@@ -81,10 +85,6 @@ def test_levels_count_what_they_say(tiny_clip, sae, data, summary, all_latents):
             assert value.get((level, latent), 0.0) == pytest.approx(float(activation[latent]), rel=1e-4)
     for _, rows in found.table.groupby("level"):
         assert rows["value"].is_monotonic_decreasing
-    with pytest.raises(ValueError, match="outside the grid of 14 x 14"):
-        activation_levels(tiny_clip, sae, data, 4, LAYER, summary, patch=(14, 0))
-    rows, columns = activation_levels(tiny_clip, sae, data, 4, LAYER, summary).patch
-    assert 0 <= rows < 14 and 0 <= columns < 14
 
 
 def test_overlap_of_levels_counts_shared_latents(summary):
