@@ -98,25 +98,7 @@ def array(values: Any) -> np.ndarray:
 
 
 def living(summary: Any, order: str, measures: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
-    """Latents that some image activates, sorted.
-
-    Parameters
-    ----------
-    summary : LatentSummary
-    order : {"frequency", "mean_activation", "label_entropy"}, or a name in ``measures``
-        Most frequent, strongest, or most selective first; equal ones by index, unknown ones last.
-    measures : mapping of str to array [S], optional
-        Further orders, the largest first; NaN where unknown.
-
-    Returns
-    -------
-    int array
-
-    Raises
-    ------
-    ValueError
-        For an unknown order.
-    """
+    """Latents that some image activates, sorted."""
     measures = measures or {}
     if order not in ORDERS and order not in measures:
         raise ValueError(f"Unknown sort order {order!r}. Valid: {', '.join((*ORDERS, *measures))}.")
@@ -127,20 +109,7 @@ def living(summary: Any, order: str, measures: Mapping[str, np.ndarray] | None =
 
 
 def read_names(names: Any, d_sae: int) -> dict[int, Name]:
-    """Names of latents, whatever form they come in.
-
-    Parameters
-    ----------
-    names : DataFrame, mapping, sequence of str, or None
-        As ``label_latents`` returns them (columns ``name`` and, if known, ``kind`` and ``score``; latents in a column ``latent`` or the
-        index), or latent -> name, or one name a latent. Empty names and "unnamed" are skipped.
-    d_sae : int
-
-    Raises
-    ------
-    ValueError
-        If a latent is outside range(d_sae), or a table has no column ``name``.
-    """
+    """Names of latents, whatever form they come in."""
     if names is None:
         return {}
     kinds = scores = None
@@ -176,28 +145,7 @@ def latent_card(
     n_neighbors: int = 6,
     monosemanticity: np.ndarray | None = None,
 ) -> LatentCard:
-    """Look a latent up.
-
-    Parameters
-    ----------
-    reader : Reader
-        On the data set that ``summary`` was made from.
-    summary : LatentSummary
-    latent : int
-    names : mapping of int to Name, optional
-    k : int
-        Reference images.
-    n_classes : int
-        Classes of the histogram.
-    n_neighbors : int
-        Nearest latents by decoder cosine.
-    monosemanticity : array [S], optional
-
-    Raises
-    ------
-    ValueError
-        If there is no such latent.
-    """
+    """Look a latent up."""
     if not 0 <= latent < reader.d_sae:
         raise ValueError(f"There is no latent {latent}; the SAE has latents 0 to {reader.d_sae - 1}.")
     images, values = array(summary.top_images[latent])[:k], array(summary.top_values[latent])[:k]
@@ -235,30 +183,7 @@ def patch_card(
     tokens: str = "all",
     n: int = 8,
 ) -> PatchCard:
-    """Look an image up, and one of its patches.
-
-    Parameters
-    ----------
-    reader : Reader
-    image : int
-        Of the data set; or ``UPLOAD``.
-    patch : int or sequence of int
-        Counted row by row; -1 for none; several: their mean, and the last one is the card's ``patch``.
-    latent : int
-        -1 for none.
-    names : mapping of int to Name, optional
-    weights : array [S], optional
-        Factors by which activations are multiplied before they are sorted; the activations shown stay as they are.
-    tokens : {"all", "patches", "cls"}
-        Over which the whole image's activations are averaged; a summary says in ``.tokens`` what it used.
-    n : int
-        Latents in each list.
-
-    Raises
-    ------
-    ValueError
-        If there is no such image, patch or latent.
-    """
+    """Look an image up, and one of its patches."""
     n_patches = reader.grid[0] * reader.grid[1]
     reader.check(image)
     patches = list(dict.fromkeys(map(int, patch))) if isinstance(patch, Sequence) else [] if patch == -1 else [int(patch)]
@@ -289,14 +214,7 @@ def patch_card(
 
 
 def patch_tops(reader: Reader, image: int, weights: np.ndarray | None = None, n: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """The strongest latents of every patch of an image, for lists that follow the pointer.
-
-    Returns
-    -------
-    latents : uint32 array [P, n]
-    values : float32 array [P, n]
-        Their activations, 0 where fewer are active. Sorted as :func:`patch_card` sorts.
-    """
+    """The strongest latents of every patch of an image, for lists that follow the pointer."""
     h = reader.latents(image)[1:]
     score = h if weights is None else h * torch.as_tensor(weights, dtype=h.dtype)
     top = score.topk(min(n, h.shape[1]), dim=1).indices

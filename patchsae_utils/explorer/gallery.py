@@ -6,7 +6,6 @@ import base64
 import html
 import io
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..plots.heat import palette
+from ..run.artifacts import atomic_file
 from .cards import ORDERS, Reader, latent_card, living, read_names
 from .latent_explorer import latent_facts
 from .render import encode_heats
 from .widgets import is_openmoji, measures_of, script
 
+N_IMAGES, SIDE = 6, 112
+"""Reference images a latent, and their largest width in pixels."""
 CREDIT = "Artwork: OpenMoji, CC BY-SA 4.0."
 
 
@@ -35,11 +37,7 @@ def export_gallery(
     *,
     n: int = 200,
     order: str = "frequency",
-    k: int = 6,
-    side: int = 112,
-    quality: int = 80,
     title: str = "Latents of a sparse autoencoder",
-    progress: bool = True,
 ) -> Path:
     """Write the first latents of an order, with their reference images, as one HTML file.
 
@@ -56,16 +54,8 @@ def export_gallery(
         Latents; fewer where fewer are alive.
     order : str
         ``"frequency"``, ``"mean_activation"``, ``"label_entropy"``, or ``"score"`` where names have scores: which come in, and the first order.
-    k : int
-        Reference images a latent.
-    side : int
-        Largest width of a picture, in pixels.
-    quality : int
-        Of the JPEGs.
     title : str
         Heading of the page; any text.
-    progress : bool
-        Whether to show a bar.
 
     Returns
     -------
@@ -75,19 +65,19 @@ def export_gallery(
     Raises
     ------
     ValueError
-        For an unknown order, or numbers below 1.
+        For an unknown order, or ``n`` below 1.
     """
-    if min(n, k, side) < 1 or not 1 <= quality <= 95:
-        raise ValueError(f"n, k and side must be at least 1, quality in 1 to 95; got n={n}, k={k}, side={side}, quality={quality}.")
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}.")
     reader, known = Reader(clip, sae, dataset, layer, keep=1024), read_names(names, sae.W_enc.shape[1])
     chosen = living(summary, order, measures_of(known, None, reader.d_sae))[:n]
     pictures: dict[int, str] = {}
     entries = []
-    for latent in tqdm(chosen.tolist(), desc="gallery", disable=not progress):
-        card = latent_card(reader, summary, latent, known, k=k, n_classes=3, n_neighbors=0)
+    for latent in tqdm(chosen.tolist(), desc="gallery"):
+        card = latent_card(reader, summary, latent, known, k=N_IMAGES, n_classes=3, n_neighbors=0)
         for image, picture in zip(card.images.tolist(), card.pictures, strict=True):
             if image not in pictures:
-                pictures[image] = _jpeg(picture, side, quality)
+                pictures[image] = _jpeg(picture)
         heats, scale = encode_heats(card.heats)
         score = card.name.score if card.name else None
         entropy = None if np.isnan(card.label_entropy) else card.label_entropy
@@ -123,19 +113,16 @@ def export_gallery(
         # An inline module exports nothing.
         js=re.sub(r"^export default", "const widget =", script("gallery.js"), flags=re.M),
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    with atomic_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return Path(path)
 
 
-def _jpeg(picture: np.ndarray, side: int, quality: int) -> str:
+def _jpeg(picture: np.ndarray) -> str:
     image = Image.fromarray(picture)
-    image.thumbnail((side, side))
+    image.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, optimize=True)
+    image.save(buffer, "JPEG", quality=80, optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -9,11 +9,15 @@ import pandas as pd
 import torch
 
 from ..data import openmoji
+from ..run.intervals import interval
 from ..sae.dictionary import select_latents
 from .cards import Reader, distinctiveness
 
 ANSWERS = ("distinctive", "strongest", "random")
 """The patch's latent of largest activation times log(1 / frequency); of largest activation; any latent active at the patch."""
+
+N_CLASSES, PER_CLASS = 40, 4
+"""So many images of so many classes are drawn, fewer where there are fewer: every class comes back, so that it can be found."""
 
 LEAST_SHARE = 0.5
 """Share of a patch's pixels that an object or a colour must fill to be what the patch shows."""
@@ -25,10 +29,6 @@ def point(
     summary: Any,
     dataset: Any,
     layer: int = -2,
-    n_classes: int = 40,
-    per_class: int = 4,
-    n_bootstrap: int = 1000,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """How often a patch's latent finds the same thing elsewhere.
 
@@ -47,12 +47,6 @@ def point(
     dataset : data set of ``Example``
         Images that neither the SAE nor ``summary`` has seen.
     layer : int
-    n_classes, per_class : int
-        So many images of so many classes are drawn, fewer where there are fewer: every class comes back, so that it can be found.
-    n_bootstrap : int
-        Resamples of the images for the 95 % intervals.
-    seed : int
-        Of the draw, the random answers and the resamples.
 
     Returns
     -------
@@ -69,10 +63,10 @@ def point(
         raise ValueError(
             f"Pointing compares images: {dataset.spec!r} ({dataset.split}) has {len(dataset)}; give a data set of two or more."
         )
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     labels = np.asarray(dataset.labels)
-    classes = rng.permutation(np.unique(labels))[:n_classes]
-    images = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:per_class] for c in classes]).tolist()
+    classes = rng.permutation(np.unique(labels))[:N_CLASSES]
+    images = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:PER_CLASS] for c in classes]).tolist()
     reader = Reader(clip, sae, dataset, layer, keep=len(images))
     tokens = reader.tokens(images)[:, 1:]
     shown = [_shown(dataset, image, reader.grid) for image in images]
@@ -107,7 +101,7 @@ def point(
                 same = values[kind] == values[kind][place, patch]
                 hit = bool(same[other]) and elsewhere[other] > 0
                 records.append((kind, answer, place, hit, np.delete(same, place, axis=0).mean()))
-    return _summarise(pd.DataFrame(records, columns=["kind", "answer", "place", "hit", "chance"]), len(images), n_bootstrap, seed)
+    return _summarise(pd.DataFrame(records, columns=["kind", "answer", "place", "hit", "chance"]), len(images))
 
 
 def quote(row: Any) -> str:
@@ -115,15 +109,13 @@ def quote(row: Any) -> str:
     return f"{100 * row.hits:.0f} % [{100 * row.low:.0f}, {100 * row.high:.0f}]"
 
 
-def _summarise(records: pd.DataFrame, n_images: int, n_bootstrap: int, seed: int) -> pd.DataFrame:
-    draws = np.random.default_rng(seed).multinomial(n_images, np.full(n_images, 1 / n_images), n_bootstrap)  # the same for every row
+def _summarise(records: pd.DataFrame, n_images: int) -> pd.DataFrame:
     rows = []
     for (kind, answer), part in records.groupby(["kind", "answer"], sort=False):
-        times = draws[:, part["place"]]
+        places, hits = part["place"].to_numpy(), part["hit"].to_numpy()
         with np.errstate(invalid="ignore"):
-            replicates = (times * part["hit"].to_numpy()).sum(1) / times.sum(1)
-        low, high = np.nanquantile(replicates, [0.025, 0.975])
-        rows.append((kind, answer, part["hit"].mean(), low, high, part["chance"].mean(), len(part)))
+            found = interval(lambda w, places=places, hits=hits: (w[:, places] * hits).sum(1) / w[:, places].sum(1), n_images, "images")
+        rows.append((kind, answer, found.value, found.low, found.high, part["chance"].mean(), len(part)))
     return pd.DataFrame(rows, columns=["kind", "answer", "hits", "low", "high", "chance", "n"])
 
 

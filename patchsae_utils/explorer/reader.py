@@ -20,22 +20,7 @@ UPLOAD = -2
 
 
 class Reader:
-    """Images of a data set, as CLIP and the SAE read them. The last ones stay in memory.
-
-    Parameters
-    ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
-    dataset : data set of ``Example``
-    layer : int
-    keep : int
-        Images whose residual stream is kept: 151 kB each for the embedded world's CLIP, 605 kB for ViT-B/16.
-
-    Raises
-    ------
-    ValueError
-        If the SAE reads another width than the CLIP's residual stream has, or there is no such layer.
-    """
+    """Images of a data set, as CLIP and the SAE read them. The last ones stay in memory."""
 
     def __init__(self, clip: Any, sae: Any, dataset: Any, layer: int = -2, keep: int = 256):
         sae.check_model(clip, layer)
@@ -66,13 +51,7 @@ class Reader:
         return self.dataset.class_names[int(self.dataset.labels[int(image)])]
 
     def check(self, image: int) -> int:
-        """The index, if there is such an image.
-
-        Raises
-        ------
-        ValueError
-            If not.
-        """
+        """The index, if there is such an image."""
         if not 0 <= image < len(self.dataset) and not (image == UPLOAD and self._upload):
             raise ValueError(f"There is no image {image}; the data set has images 0 to {len(self.dataset) - 1}.")
         return int(image)
@@ -119,15 +98,7 @@ class Reader:
         return self._latents[image]
 
     def nearest(self, latent: int, n: int = 6, dead: np.ndarray | None = None) -> list[tuple[int, float]]:
-        """The latents whose decoder rows point most nearly where this one's does, with their cosines.
-
-        Parameters
-        ----------
-        latent : int
-        n : int
-        dead : bool array [S], optional
-            Latents to leave out: the decoder row of one that is never active was never trained.
-        """
+        """The latents whose decoder rows point most nearly where this one's does, with their cosines."""
         with torch.no_grad():
             rows = self.sae.W_dec
             cosine = (rows @ rows[latent]).float().cpu() / (self._norms * self._norms[latent]).clamp_min(1e-12)

@@ -2,10 +2,7 @@
 
 A heat map travels as one byte a patch, 196 bytes on a 14x14 grid, and is coloured and blended in the page. The code is the
 square root of the activation, so that steps are fine near zero, where thresholds are, and coarse near the maximum:
-``value = scale * (byte / 255) ** 2``. :func:`blend` does in Python what the page does, for static figures.
-
-Two ways of showing it. *spotlight* darkens the picture where the latent is silent, less the more it is active: the picture keeps its
-colours, which matter when the latent means one. *heat* lays a colour map over the picture, which fades to grey under it.
+``value = scale * (byte / 255) ** 2``. :func:`patchsae_utils.plots.heat.blend` does in Python what the page does, for static figures.
 """
 
 from __future__ import annotations
@@ -24,25 +21,7 @@ def encode_picture(picture: np.ndarray, quality: int = 92) -> bytes:
 
 
 def encode_heats(heats: np.ndarray) -> tuple[bytes, float]:
-    """Heat maps as one byte a patch.
-
-    Parameters
-    ----------
-    heats : float array [n, H, W]
-        Activations >= 0. All maps share one scale, so that they can be compared.
-
-    Returns
-    -------
-    data : bytes
-        n * H * W bytes, map after map, row by row.
-    scale : float
-        The activation that byte 255 stands for; 1 when nothing is active.
-
-    Raises
-    ------
-    ValueError
-        If the array is not three-dimensional or holds negative or non-finite numbers.
-    """
+    """Heat maps [n, H, W] as one byte a patch, and the activation that byte 255 stands for: 1 when nothing is active."""
     heats = np.asarray(heats, np.float32)
     if heats.ndim != 3:
         raise ValueError(f"Heat maps have shape [n, rows, columns], got {list(heats.shape)}.")
@@ -50,9 +29,3 @@ def encode_heats(heats: np.ndarray) -> tuple[bytes, float]:
         raise ValueError("Heat maps hold activations: finite and not negative. Pass latents after the SAE's nonlinearity.")
     scale = float(heats.max(initial=0.0)) or 1.0
     return np.round(255 * np.sqrt(heats / scale)).astype(np.uint8).tobytes(), scale
-
-
-def decode_heats(data: bytes, scale: float, grid: tuple[int, int]) -> np.ndarray:
-    """The inverse of :func:`encode_heats`, up to rounding: float32 [n, H, W]."""
-    codes = np.frombuffer(data, np.uint8).reshape(-1, *grid)
-    return (scale * (codes / np.float32(255)) ** 2).astype(np.float32)

@@ -23,27 +23,7 @@ class UploadError(ValueError):
 
 
 def read_upload(data: bytes | memoryview, name: str = "") -> tuple[Image.Image, str]:
-    """Decode an uploaded picture.
-
-    Parameters
-    ----------
-    data : bytes
-        Untrusted.
-    name : str
-        Of the file; untrusted, too.
-
-    Returns
-    -------
-    picture : PIL image
-        As :func:`~patchsae_utils.data.pictures.as_rgb` makes any picture of a data set; sides at most ``SIDE``.
-    name : str
-        On one line, at most 80 characters. Still not HTML: show it as text.
-
-    Raises
-    ------
-    UploadError
-        If the file is empty, too large, of another format, or broken.
-    """
+    """Decode an uploaded picture."""
     name = "".join(c if c.isprintable() else " " for c in str(name)).strip()[:80] or "image"
     if not len(data):
         raise UploadError("The file is empty.")

@@ -187,13 +187,7 @@ def is_openmoji(dataset: Any) -> bool:
 
 
 def measures_of(names: Mapping[int, Name], monosemanticity: Any, d_sae: int) -> dict[str, np.ndarray]:
-    """What latents can be sorted by beside a summary's statistics: float arrays [S], NaN where unknown.
-
-    Raises
-    ------
-    ValueError
-        If ``monosemanticity`` is not one number a latent.
-    """
+    """What latents can be sorted by beside a summary's statistics: float arrays [S], NaN where unknown."""
     measures = {}
     if monosemanticity is not None:
         column = monosemanticity["score"] if hasattr(monosemanticity, "columns") else monosemanticity

@@ -42,18 +42,23 @@ def patches(parts):
 # -- pure functions: arrays to bytes -----------------------------------------------------------------------------------
 
 
+def decode_heats(data, scale, grid):
+    """What the page does with the bytes."""
+    return scale * (np.frombuffer(data, np.uint8).reshape(-1, *grid) / np.float32(255)) ** 2
+
+
 def test_heat_maps_travel_as_one_byte_a_patch_and_come_back_close():
     heats = np.random.default_rng(0).exponential(2, (3, 14, 14)).astype(np.float32)
     data, scale = render.encode_heats(heats)
     assert len(data) == 3 * 196
     assert scale == heats.max()
-    back = render.decode_heats(data, scale, (14, 14))
+    back = decode_heats(data, scale, (14, 14))
     assert np.abs(np.sqrt(back) - np.sqrt(heats)).max() <= 0.51 / 255 * np.sqrt(scale)
 
 
 def test_small_activations_stay_distinct_beside_large_ones():
     data, scale = render.encode_heats(np.array([[[0.15, 0.25], [0.0, 30.0]]], np.float32))
-    back = render.decode_heats(data, scale, (2, 2))[0]
+    back = decode_heats(data, scale, (2, 2))[0]
     assert back[0, 0] < 0.2 < back[0, 1]
     assert back[1, 0] == 0
 
@@ -144,16 +149,19 @@ def test_distinctive_latents_are_those_that_few_images_activate(summary):
 # -- pointing ----------------------------------------------------------------------------------------------------------
 
 
-def test_pointing_is_repeatable_and_within_bounds(tiny_clip, tiny_sae, summary, tiny_dataset):
+def test_pointing_is_repeatable_and_within_bounds(tiny_clip, tiny_sae, summary, tiny_dataset, monkeypatch):
     from patchsae_utils.data import load_dataset
-    from patchsae_utils.explorer import point
+    from patchsae_utils.explorer import point, pointing
+
+    monkeypatch.setattr(pointing, "N_CLASSES", 6)
+    monkeypatch.setattr(pointing, "PER_CLASS", 2)
 
     twice = load_dataset("openmoji/tools", "val", n_images=2 * len(tiny_dataset.class_names))
-    frame = point(tiny_clip, tiny_sae, summary, twice, n_classes=6, per_class=2, n_bootstrap=50)
+    frame = point(tiny_clip, tiny_sae, summary, twice)
     assert list(frame["kind"].unique()) == ["object", "category", "color", "background"]
     assert (frame.groupby("kind").size() == 3).all()
     assert ((frame["low"] <= frame["hits"]) & (frame["hits"] <= frame["high"]) & (frame["n"] <= 12)).all()
-    assert frame.equals(point(tiny_clip, tiny_sae, summary, twice, n_classes=6, per_class=2, n_bootstrap=50))
+    assert frame.equals(point(tiny_clip, tiny_sae, summary, twice))
     with pytest.raises(ValueError, match="two or more"):
         point(tiny_clip, tiny_sae, summary, type(tiny_dataset)("tools", "test", n_images=1))
 
@@ -166,7 +174,7 @@ def test_pointing_needs_no_ground_truth(tiny_clip, tiny_sae, summary, tiny_datas
         __len__ = lambda self: len(tiny_dataset)  # noqa: E731
         __getitem__ = lambda self, i: tiny_dataset[i]  # noqa: E731
 
-    frame = point(tiny_clip, tiny_sae, summary, Plain(), n_classes=4, per_class=2, n_bootstrap=20)
+    frame = point(tiny_clip, tiny_sae, summary, Plain())
     assert list(frame["kind"].unique()) == ["class"]
     assert (frame["chance"] <= 1).all()
 
@@ -186,7 +194,7 @@ def test_pointing_counts_a_latent_that_knows_one_background(tiny_clip, tiny_sae,
         return torch.from_numpy(one.astype(np.float32))[:, :, None].expand(-1, -1, len(latents))
 
     monkeypatch.setattr(pointing, "select_latents", select)
-    frame = pointing.point(tiny_clip, tiny_sae, summary, tiny_dataset, n_classes=99, per_class=1, n_bootstrap=20)
+    frame = pointing.point(tiny_clip, tiny_sae, summary, tiny_dataset)
     assert "object" not in set(frame["kind"])  # no class was drawn twice: there is none to find
     of_images = np.array([kinds["background"].max() for kinds in seen])
     right = (of_images == of_images.max()) & ((of_images == of_images.max()).sum() > 1) & knows

@@ -493,9 +493,7 @@ def gallery(tmp_path_factory, tiny_clip, tiny_sae, summary, tiny_dataset):
 
     path = tmp_path_factory.mktemp("gallery") / "page.html"
     names = {3: "red", 5: "</script><img src=x onerror=document.title='bad'>"}
-    return export_gallery(
-        path, tiny_clip, tiny_sae, summary, tiny_dataset, names, n=20, k=4, title="<b>Mine</b>", order="frequency", progress=False
-    )
+    return export_gallery(path, tiny_clip, tiny_sae, summary, tiny_dataset, names, n=20, title="<b>Mine</b>", order="frequency")
 
 
 def test_gallery_holds_everything_and_each_picture_once(gallery, summary):
@@ -539,7 +537,7 @@ def test_gallery_opens_from_a_file_and_is_searched(gallery, browser):  # noqa: F
 def test_gallery_refuses_what_makes_no_page(tmp_path, tiny_clip, tiny_sae, summary, tiny_dataset):
     from patchsae_utils.explorer import export_gallery
 
-    for wrong in ({"n": 0}, {"quality": 100}, {"order": "beauty"}):
+    for wrong in ({"n": 0}, {"order": "beauty"}):
         with pytest.raises(ValueError, match="at least 1|beauty"):
-            export_gallery(tmp_path / "x.html", tiny_clip, tiny_sae, summary, tiny_dataset, progress=False, **wrong)
+            export_gallery(tmp_path / "x.html", tiny_clip, tiny_sae, summary, tiny_dataset, **wrong)
     assert not list(tmp_path.iterdir())
