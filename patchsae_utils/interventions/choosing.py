@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,17 +18,6 @@ N_NEAREST = 8
 """A control is drawn among so many latents that are nearest to the one it stands for."""
 SILENT, NONE_LEFT = -1, -2
 """In place of a control: the latent is silent in this image, so nothing stands for it; no other active latent is left that could."""
-
-
-class Table(NamedTuple):
-    """At which entry of ks each latent comes in."""
-
-    levels: Sequence[int]
-    """The entries of ks that this table is about, rising."""
-    entry: Tensor
-    """Bytes [B or 1, S]; ``len(ks)``: at none of them."""
-    short: Tensor
-    """bool [B or 1]: images without enough other latents for a control."""
 
 
 class Choosing:
@@ -54,33 +42,36 @@ class Choosing:
         self.wrong = torch.from_numpy(rng.integers(1, max(self.n_classes, 2), n_images))  # steps from the predicted class
         alive = np.arange(self.d_sae) if frequency is None else (frequency > 0).nonzero()[:, 0].cpu().numpy()
         self.random = [torch.from_numpy(rng.permutation(alive))[None] for _ in range(n_random)]
-        self._known: dict[
-            tuple[str, int | None], Tensor
-        ] = {}  # only of classes that were asked for: sorting all of ImageNet's takes a while
+        # Only of classes that were asked for: sorting all of ImageNet's takes a while.
+        self._known: dict[tuple[str, int | None], Tensor] = {}
 
     def tables(
         self, choice: str, ranking: str, predicted: Tensor, labels: Tensor, indices: Tensor, activation: Tensor | None
-    ) -> Iterator[Table]:
-        """One table, for ``random`` one a draw, for ``matched`` one a k; ``activation`` [B, S] is summed over the image's tokens."""
-        none = torch.zeros(1, dtype=torch.bool)
+    ) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
+        """One table, for ``random`` one for each draw, for ``matched`` one for each k; ``activation`` [B, S] is summed over the image's tokens.
+
+        It holds the levels (entries of ks, rising) that the table is about; the level at which each latent comes in, bytes [B or 1, S]
+        (``len(ks)``: at none); which images have too few other latents for a control, bool [B or 1].
+        """
+        every, none = range(len(self.ks)), torch.zeros(1, dtype=torch.bool)
         if choice == "random":
-            yield from (Table(range(len(self.ks)), self._levels(order), none) for order in self.random)
+            yield from ((every, self._levels(order), none) for order in self.random)
         elif choice == "dataset":
-            yield Table(range(len(self.ks)), self._levels(self._ranked(ranking, None)[None]), none)
+            yield every, self._levels(self._ranked(ranking, None)[None]), none
         else:
             predicted = predicted.cpu()
             wrong = (predicted + self.wrong[indices]) % self.n_classes
             classes = {"oracle": labels, "wrong": wrong}.get(choice, predicted)
             order = torch.stack([self._ranked(ranking, label) for label in classes.tolist()])
             if choice != "matched":
-                yield Table(range(len(self.ks)), self._levels(order), none)
+                yield every, self._levels(order), none
                 return
             for level, k in enumerate(self.ks):
                 others = matched_latents(order[:, :k], activation, indices, self.seed, self.frequency)
                 table = torch.full((len(order), self.d_sae), len(self.ks), dtype=torch.uint8)
                 image, place = (others >= 0).nonzero(as_tuple=True)
                 table[image, others[image, place]] = level
-                yield Table([level], table, (others == NONE_LEFT).any(1))
+                yield [level], table, (others == NONE_LEFT).any(1)
 
     def _ranked(self, ranking: str, label: int | None) -> Tensor:
         """[max(ks)] a class's latents, or the data set's (None), best first."""

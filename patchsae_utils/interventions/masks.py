@@ -155,11 +155,10 @@ def sweep_masks(
 
         for choice, ranking in conditions:
             draws: dict[tuple, list[Tensor]] = defaultdict(list)
-            for table in choosing.tables(choice, ranking, logits.argmax(1), read.labels, read.indices, activation):
-                levels = table.entry.to(z.device)
-                entry = levels[active.image if len(levels) > 1 else torch.zeros_like(active.image), active.latent]
+            for levels, table, short in choosing.tables(choice, ranking, logits.argmax(1), read.labels, read.indices, activation):
+                entry = table.to(z.device).expand(len(z), -1)[active.image, active.latent]
                 chosen = torch.zeros_like(z)
-                for level in table.levels:
+                for level in levels:
                     chosen += active.decode(sae.W_dec, (entry == level).nonzero()[:, 0])
                     for mode in MODES:
                         for keep in errors:
@@ -170,7 +169,7 @@ def sweep_masks(
                                 if name != "all":
                                     tokens = starts["off", keep].clone()
                                     tokens[:, PLACES[name]] = everywhere[:, PLACES[name]]
-                                values = _judge(clip, read, tokens, head).masked_fill(table.short.to(z.device), torch.nan)
+                                values = _judge(clip, read, tokens, head).masked_fill(short.to(z.device), torch.nan)
                                 draws[choice, ranking, mode, ks[level], name, keep].append(values)
             for key, values in draws.items():
                 outcomes[key].append(torch.stack(values).mean(0))

@@ -55,7 +55,9 @@ class Edit:
         chosen = torch.zeros(n_tokens, dtype=torch.bool)
         if self.patches is None or isinstance(self.patches, str):
             if self.patches not in (None, "cls", "patches"):
-                raise ValueError(f"Unknown place {self.patches!r}. Valid: None (all tokens), 'cls', 'patches', patch indices, a bool tensor.")
+                raise ValueError(
+                    f"Unknown place {self.patches!r}. Valid: None (all tokens), 'cls', 'patches', patch indices, a bool tensor."
+                )
             chosen[PLACES[self.patches or "all"]] = True
             return chosen
         places = torch.as_tensor(self.patches).cpu()

@@ -171,7 +171,7 @@ def test_bad_input_says_what_is_expected(tiny_clip, tiny_sae, found, scenes):
         found["maple"].split.parts("loss")
     with pytest.raises(ValueError, match="empty"):
         explain_gain(tiny_clip, tiny_clip, tiny_sae, load_dataset("openmoji/tools", "test", n_images=0), LAYER)
-    with pytest.raises(ValueError, match="width 32"):
+    with pytest.raises(ValueError, match="holds 32-dimensional"):
         explain_gain(tiny_clip, tiny_clip, SparseAutoencoder(16, 32, seed=0), scenes, LAYER)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from patchsae_utils.interventions import Edit, attribute_latents, attribution_check, steer, sweep_masks
-from patchsae_utils.interventions.attribution import ablate_latents, image_attribution, latent_shares
+from patchsae_utils.interventions.attribution import image_attribution, latent_shares
 from patchsae_utils.interventions.tail import network_tail
 from patchsae_utils.sae.model import SparseAutoencoder
 
@@ -55,30 +55,26 @@ def test_class_scores_are_means_over_the_classs_own_images(tiny_clip, sae, tiny_
         attribute_latents(tiny_clip, sae, tiny_dataset, head=head, target="loss")
 
 
-def test_exact_ablation_is_what_steering_one_latent_off_does(tiny_clip, sae, tiny_images, head):
-    change = ablate_latents(tiny_clip, sae, tiny_clip.run_to(tiny_images, LAYER), [7, 30], head, LAYER)
-    for i, latent in enumerate((7, 30)):
-        steered = steer(tiny_clip, sae, tiny_images, [Edit(latent)], LAYER, head)
-        torch.testing.assert_close(change[:, i], steered.logits - steered.logits_before, rtol=0, atol=1e-4)
-    assert change.abs().max() > 1e-3
-
-
-def test_attribution_is_the_ablation_of_a_small_latent(tiny_clip, tiny_images, head):
-    """Finite difference: with decoder rows a hundredth as long, first order is all there is."""
-    sae = SparseAutoencoder(tiny_clip.width, 32, seed=3).requires_grad_(False)
-    sae.W_dec.mul_(1e-2)
-    residual = tiny_clip.run_to(tiny_images, LAYER)
-    classes = torch.zeros(len(tiny_images), dtype=torch.long)
-    estimate = latent_shares(tiny_clip, sae, network_tail(tiny_clip, LAYER, residual), residual, head, classes)
-    exact = -ablate_latents(tiny_clip, sae, residual, range(32), head, LAYER)[..., 0]
-    torch.testing.assert_close(estimate, exact, rtol=0.05, atol=2e-3 * float(exact.abs().max()) + 2e-5)
-    assert exact.abs().max() > 1e-3
-
-
-def test_the_check_lists_estimate_and_truth(tiny_clip, sae, tiny_dataset, head):
+def test_the_checks_exact_effect_is_that_of_steering_one_latent_off(tiny_clip, sae, tiny_dataset, head):
     check = attribution_check(tiny_clip, sae, tiny_dataset, head, LAYER)
     assert len(check["exact"]) == len(check["estimate"]) == 20 * len(tiny_dataset)
     assert np.corrcoef(check["estimate"], check["exact"])[0, 1] > 0.5
+    residual = tiny_clip.run_to(tiny_clip.preprocess(tiny_dataset[0].image)[None], LAYER)
+    best = image_attribution(tiny_clip, sae, residual, head, LAYER)[0].topk(10)
+    np.testing.assert_allclose(check["estimate"][:10], best.values, atol=1e-4)
+    for latent, exact in zip(best.indices.tolist(), check["exact"][:10], strict=True):
+        steered = steer(tiny_clip, sae, residual, [Edit(latent)], LAYER, head)
+        assert exact == pytest.approx(float((steered.logits_before - steered.logits)[0, steered.logits_before.argmax()]), abs=1e-4)
+
+
+def test_attribution_is_the_ablation_of_a_small_latent(tiny_clip, tiny_dataset, head):
+    """Finite difference: with decoder rows a hundredth as long, first order is all there is."""
+    sae = SparseAutoencoder(tiny_clip.width, 32, seed=3).requires_grad_(False)
+    sae.W_dec.mul_(1e-2)
+    check = attribution_check(tiny_clip, sae, tiny_dataset, head, LAYER)
+    exact = torch.from_numpy(check["exact"])
+    torch.testing.assert_close(torch.from_numpy(check["estimate"]), exact, rtol=0.05, atol=2e-3 * float(exact.abs().max()) + 2e-5)
+    assert exact.abs().max() > 1e-3
 
 
 def test_sweeps_rank_by_attribution(tiny_clip, sae, tiny_dataset, head):
