@@ -6,7 +6,6 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,29 +38,22 @@ def read_folder(root: Path, split: str, names: Callable[[Sequence[str]], list[st
     classes = sorted({name for each in present for name in _folders(root / each)})
     base, files, labels, deeper = root / part, [], [], {}
     for label, name in enumerate(classes):
-        if not (base / name).is_dir():
-            continue
-        with os.scandir(base / name) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
-        pictures = [entry.name for entry in found if is_picture(entry.name)]
-        files += [f"{name}/{file}" for file in pictures]
+        found = sorted(os.scandir(base / name), key=lambda entry: entry.name) if (base / name).is_dir() else []
+        pictures = [f"{name}/{entry.name}" for entry in found if is_picture(entry.name)]
+        files += pictures
         labels += [label] * len(pictures)
-        for entry in found:
-            if entry.is_dir() and _is_visible(entry.name) and (n := sum(map(is_picture, _all_files(entry.path)))):
-                deeper[f"{name}/{entry.name}"] = n
-    if loose := sum(is_picture(entry.name) for entry in base.iterdir()):
-        deeper["."] = loose
-    told = (
-        f"{sum(deeper.values()):,} images of {base} lie in no class folder or deeper than one ({', '.join(list(deeper)[:3])})"
-        if deeper
-        else ""
+        deeper |= {f"{name}/{entry.name}": _count(entry.path) for entry in found if entry.is_dir() and _is_visible(entry.name)}
+    deeper["."] = sum(is_picture(entry.name) for entry in base.iterdir())
+    others = [name for name, n in deeper.items() if n]
+    said = (
+        f"{sum(deeper.values()):,} images of {base} lie in no class folder or deeper than one ({', '.join(others[:3])})" if others else ""
     )
     if not files:
         raise FileNotFoundError(
-            f"{base} holds no images for split {split!r}: expected {base}/<class>/<image> with endings such as .jpg, .png, .webp.{' ' + told if told else ''}"
+            f"{base} holds no images for split {split!r}: expected {base}/<class>/<image> with endings such as .jpg, .png, .webp. {said}"
         )
-    if deeper:
-        warnings.warn(f"{told} and are left out; expected {base}/<class>/<image>, of which there are {len(files):,}.", stacklevel=3)
+    if others:
+        warnings.warn(f"{said} and are left out; expected {base}/<class>/<image>, of which there are {len(files):,}.", stacklevel=3)
     return Listing(names(classes), labels, ImageFiles(base, files), SHARES if shared else None)
 
 
@@ -73,8 +65,9 @@ def _folders(base: Path) -> list[str]:
     return [entry.name for entry in os.scandir(base) if entry.is_dir() and _is_visible(entry.name)]
 
 
-def _all_files(folder: str) -> list[str]:
-    return [name for _, _, names in os.walk(folder) for name in names]
+def _count(folder: str) -> int:
+    """Pictures in a folder and all that it holds."""
+    return sum(is_picture(name) for _, _, names in os.walk(folder) for name in names)
 
 
 # -- CoOp's split files ----------------------------------------------------------------------------------------------------
@@ -131,22 +124,16 @@ def read_torchvision(name: str, split: str, root: str | os.PathLike | None = Non
     if not inspect.isclass(getattr(sets, name, None)):
         valid = ", ".join(n for n in sets.__all__ if inspect.isclass(getattr(sets, n)))
         raise ValueError(f"torchvision has no data set {name!r}. Valid: {valid}.")
-    accepted, place, source = inspect.signature(getattr(sets, name)).parameters, Path(root or data_root()), f"torchvision:{name}"
+    accepted, place = inspect.signature(getattr(sets, name)).parameters, Path(root or data_root())
     if "split" in accepted:
         data = _open_split(name, place, split)
-    elif "train" in accepted:
-        data = open_torchvision(name, place, {"train": split == "train"})
     else:
-        data = open_torchvision(name, place, {})
+        data = open_torchvision(name, place, {"train": split == "train"} if "train" in accepted else {})
     given = next((getattr(data, key) for key in ("targets", "_labels", "labels", "y") if hasattr(data, key)), None)
     labels = [int(data[i][1]) for i in range(len(data))] if given is None else torch.as_tensor(given).tolist()
     names = getattr(data, "classes", None) or getattr(data, "categories", None) or range(1 + max(labels))
     ends = None if {"split", "train"} & set(accepted) else SHARES
-    return Listing(class_names(names), labels, Rows(f"{source} ({split})", partial(_image, data), len(data)), ends)
-
-
-def _image(data, row: int):
-    return data[row][0]
+    return Listing(class_names(names), labels, Rows(f"torchvision:{name} ({split})", data, 0), ends)
 
 
 def _open_split(name: str, root: Path, split: str):

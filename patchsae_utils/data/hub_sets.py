@@ -6,7 +6,6 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,8 @@ def read_hub(given: str, split: str) -> Listing:
         if any(each != UNLABELLED for each in labels):
             break
         warnings.warn(f"{spec}: no row of split {own!r} has a label.", stacklevel=3)
-    rows = Rows(f"{spec} ({split})", partial(_cell, data, image), len(data), getattr(data, "_fingerprint", None))
+    rows = Rows(f"{spec} ({split})", data, image, getattr(data, "_fingerprint", None))
     return Listing(class_names(data.features[label].names), labels, rows, SHARES if shared else None)
-
-
-def _cell(data, column: str, row: int):
-    return data[row][column]
 
 
 def read_stream(given: str, split: str, n_images: int | None, half: str | None, seed: int) -> Listing:

@@ -92,13 +92,9 @@ def load(
     n_batches, workers = -(-n // batch_size), automatic_workers() if workers is None else workers
     workers = min(workers, n_batches) if n_batches > 1 else 0  # starting a process takes longer than opening a batch
     loader = DataLoader(
-        _Items(read, n),
-        batch_size,
-        num_workers=workers,
-        prefetch_factor=PREFETCH if workers else None,
-        pin_memory=torch.cuda.is_available(),
-        collate_fn=partial(_collate, collate),
-    )
+        _Items(read, n), batch_size, num_workers=workers, prefetch_factor=PREFETCH if workers else None,
+        pin_memory=torch.cuda.is_available(), collate_fn=partial(_collate, collate),
+    )  # fmt: skip
     with _no_signals():
         parts = iter(loader)
     while True:

@@ -8,8 +8,10 @@ is a fifth of train.
 
 from __future__ import annotations
 
+import csv
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,60 +34,34 @@ _CALTECH = {"airplanes": "airplane", "Faces": "face", "Leopards": "leopard", "Mo
 _CALTECH_LEFT_OUT = ("BACKGROUND_Google", "Faces_easy")
 
 
-_OWN = {"train": "train", "val": "val", "test": "test"}
+_RENAMED: dict[str, Callable[[str], str]] = {
+    "Caltech101": lambda name: _CALTECH.get(name, name),
+    "EuroSAT": lambda name: _EUROSAT.get(name, name),
+    "OxfordIIITPet": str.lower,
+    "StanfordCars": lambda name: " ".join([*name.split()[-1:], *name.split()[:-1]]),  # the year first
+    "SUN397": lambda name: " ".join(reversed(name.split("/"))),  # apse/indoor
+}
+"""torchvision's names of classes -> CoOp's."""
 
 
 class PaperSet(NamedTuple):
-    """One of the eleven: torchvision's class, CoOp's prompt, where it lies under the root, where it can be had.
-
-    ``splits`` are torchvision's names of ours (None: it has none); ``rename`` makes CoOp's name of a class from torchvision's.
-    """
+    """One of the eleven: torchvision's class, CoOp's prompt, where it lies under the root, where it can be had, torchvision's names of our splits."""
 
     torchvision: str
     template: str
     folders: tuple[str, ...]
     page: str
-    splits: dict[str, str] | None = None
-    rename: Callable[[str], str] = str
+    splits: dict[str, str]
 
 
-PAPER_SETS: dict[str, PaperSet] = {
-    "caltech101": PaperSet(
-        "Caltech101", "a photo of a {}.", ("caltech-101", "caltech101"), "https://data.caltech.edu/records/mzrjq-6wc02",
-        rename=lambda name: _CALTECH.get(name, name),
-    ),
-    "oxford_pets": PaperSet(
-        "OxfordIIITPet", "a photo of a {}, a type of pet.", ("oxford_pets", "oxford-iiit-pet"), "https://www.robots.ox.ac.uk/~vgg/data/pets/",
-        {"train": "trainval", "test": "test"}, str.lower,
-    ),
-    "stanford_cars": PaperSet(
-        "StanfordCars", "a photo of a {}.", ("stanford_cars",), "https://github.com/pytorch/vision/issues/7545 (the first page is gone)",
-        {"train": "train", "test": "test"}, lambda name: " ".join([*name.split()[-1:], *name.split()[:-1]]),  # the year first
-    ),
-    "flowers102": PaperSet(
-        "Flowers102", "a photo of a {}, a type of flower.", ("oxford_flowers", "flowers-102"), "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/", _OWN,
-    ),
-    "food101": PaperSet(
-        "Food101", "a photo of {}, a type of food.", ("food-101",), "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
-        {"train": "train", "test": "test"},
-    ),
-    "fgvc_aircraft": PaperSet(
-        "FGVCAircraft", "a photo of a {}, a type of aircraft.", ("fgvc_aircraft", "fgvc-aircraft-2013b"),
-        "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/", _OWN,
-    ),
-    "sun397": PaperSet(
-        "SUN397", "a photo of a {}.", ("sun397", "SUN397"), "https://vision.princeton.edu/projects/2010/SUN/",
-        rename=lambda name: " ".join(reversed(name.split("/"))),  # apse/indoor
-    ),
-    "dtd": PaperSet("DTD", "{} texture.", ("dtd",), "https://www.robots.ox.ac.uk/~vgg/data/dtd/", _OWN),
-    "eurosat": PaperSet(
-        "EuroSAT", "a centered satellite photo of {}.", ("eurosat",), "https://github.com/phelber/EuroSAT", rename=lambda name: _EUROSAT.get(name, name)
-    ),
-    "ucf101": PaperSet(
-        "UCF101", "a photo of a person doing {}.", ("ucf101",), "UCF-101-midframes.zip of https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
-    ),
-    "imagenet": PaperSet("ImageNet", "a photo of a {}.", ("imagenet", "imagenet/images"), "https://www.image-net.org"),
-}  # fmt: skip
+def _paper_sets() -> Iterator[tuple[str, PaperSet]]:
+    with (resources.files(__package__) / "paper_sets.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            splits = dict(pair.split("=") for pair in row["splits"].split())
+            yield row["name"], PaperSet(row["torchvision"], row["template"], tuple(row["folders"].split()), row["page"], splits)
+
+
+PAPER_SETS = dict(_paper_sets())
 """By the names that CoOp, MaPLe and PatchSAE give them."""
 
 
@@ -114,8 +90,8 @@ def read_paper_set(name: str, split: str, root: str | os.PathLike | None = None)
         names, labels, files = _from_torchvision(entry, root, split)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{_missing(name, root)} torchvision says: {error}") from error
-    shares_train = entry.splits is not None and "val" not in entry.splits and split != "test"
-    return Listing(names, labels, ImageFiles(root, files), _ENDS if entry.splits is None else _ENDS_OF_TRAIN if shares_train else None)
+    ends = (None if "val" in entry.splits or split == "test" else _ENDS_OF_TRAIN) if entry.splits else _ENDS
+    return Listing(names, labels, ImageFiles(root, files), ends)
 
 
 def _missing(name: str, root: Path, content: str = "") -> str:
@@ -130,7 +106,7 @@ def _missing(name: str, root: Path, content: str = "") -> str:
 
 def _from_torchvision(entry: PaperSet, root: Path, split: str) -> tuple[list[str], list[int], list[str]]:
     """Class names, labels, and files relative to the root, sorted; torchvision knows the layout and the annotations."""
-    options = {} if entry.splits is None else {"split": entry.splits.get(split, entry.splits["train"])}
+    options = {"split": entry.splits.get(split, entry.splits["train"])} if entry.splits else {}
     data = open_torchvision(entry.torchvision, root, options)
     names = list(getattr(data, "classes", None) or data.categories)
     if entry.torchvision == "Caltech101":
@@ -142,7 +118,7 @@ def _from_torchvision(entry: PaperSet, root: Path, split: str) -> tuple[list[str
         pairs = getattr(data, "samples", None) or getattr(data, "_samples", None)
         pairs = pairs or zip(getattr(data, "_images", None) or data._image_files, data._labels, strict=True)
     rows = sorted((os.path.relpath(path, root), int(label)) for path, label in pairs)  # SUN397's come in the disk's order
-    return class_names(map(entry.rename, names)), [label for _, label in rows], [path for path, _ in rows]
+    return class_names(map(_RENAMED.get(entry.torchvision, str), names)), [label for _, label in rows], [path for path, _ in rows]
 
 
 def _aircraft(place: Path, split: str) -> Listing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,8 @@ from PIL import Image, ImageOps
 
 GROUND = "white"
 """Shows through the transparent parts of a picture."""
-_NO_PICTURES = {
-    "BUFR",
-    "EPS",
-    "GRIB",
-    "HDF5",
-    "IPTC",
-    "MPEG",
-    "PALM",
-    "PDF",
-    "WMF",
-}  # Pillow knows these endings, and can't decode the files
+_NO_PICTURES = frozenset("BUFR EPS GRIB HDF5 IPTC MPEG PALM PDF WMF".split())
+"""What Pillow has endings for, and can't decode."""
 
 
 class BrokenImage(ValueError):
@@ -51,9 +42,9 @@ def open_picture(source: Any, where: str | None = None, draft: bool = False) -> 
         source = source() if callable(source) else source
         if source is None:
             raise ValueError("there is none")
-        with (
-            source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image
-        ):
+        if isinstance(source, bytes):
+            source = io.BytesIO(source)
+        with source if isinstance(source, Image.Image) else Image.open(source) as image:
             if draft:
                 image.draft(None, (1, 1))
             return as_rgb(image)
@@ -137,14 +128,14 @@ class ImageFiles:
 
 
 class Rows:
-    """Opener of a data set that has no files of its own to show: row -> what ``read`` gives.
+    """Opener of a data set that has no files of its own to show: row -> its column.
 
     Called ``name`` in messages; ``known`` names what it holds, where that is known.
     """
 
-    def __init__(self, name: str, read: Callable[[int], Any], n: int, known: str | None = None):
-        self.name, self.read, self.known = name, read, known
-        self.listing = known or f"{name}, {n}"
+    def __init__(self, name: str, data: Any, column: str | int, known: str | None = None):
+        self.name, self.data, self.column, self.known = name, data, column, known
+        self.listing = known or f"{name}, {len(data)}"
 
     def where(self, row: int) -> str:
         return f"{self.name}, row {row}"
@@ -153,4 +144,4 @@ class Rows:
         return self.known
 
     def __call__(self, row: int) -> Any:
-        return self.read(row)
+        return self.data[row][self.column]

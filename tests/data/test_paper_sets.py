@@ -199,7 +199,7 @@ def test_torchvisions_layouts_are_read_with_coops_names(tmp_path, monkeypatch, n
     for data in parts:
         assert data.class_names == names
         assert all(abs(red(data, i) - reds[data.labels[i]]) < 4 for i in range(len(data)))
-    disjoint = PAPER_SETS[name].splits is None and name != "imagenet"  # the fakes of the others repeat their files
+    disjoint = not PAPER_SETS[name].splits and name != "imagenet"  # the fakes of the others repeat their files
     files = [data.where(i) for data in parts for i in range(len(data))]
     assert not disjoint or len(set(files)) == len(files)
     alias = load_dataset(f"torchvision:{PAPER_SETS[name].torchvision}?root={tmp_path}", "train", seed=1)
@@ -313,7 +313,7 @@ def test_broken_images_of_the_hub_are_left_out_with_their_rows(hub, tmp_path, mo
             raise OSError("image file is truncated")
 
     data = load_dataset("hf:somebody/birds", "test")
-    data.opener.read.args[0][3]["picture"] = Torn()
+    data.opener.data[3]["picture"] = Torn()
     with pytest.raises(BrokenImage, match=r"^hf:somebody/birds \(test\), row 3 can't be read as an image: image file is truncated"):
         data[3]
     with pytest.warns(UserWarning, match=r"1 of 8 images .*left out: hf:somebody/birds \(test\), row 3: image file is truncated"):
