@@ -140,20 +140,12 @@ def _wordnet() -> dict[str, str]:
 
 def checked_labels(labels: Sequence[Any] | Tensor, n_classes: int, where: Callable[[int], str]) -> Tensor:
     """Labels [N] in range(C), or :data:`UNLABELLED`; an error names the first row (``where``) that has anything else."""
-    if isinstance(labels, np.ndarray):
-        labels = torch.from_numpy(labels)
-    if not isinstance(labels, Tensor):
-        labels = [label.item() if isinstance(label, Tensor | np.generic) and np.ndim(label) == 0 else label for label in labels]
-        wrong = next((row for row, label in enumerate(labels) if not isinstance(label, Integral)), None)
-    else:
-        wrong = 0 if labels.is_floating_point() and len(labels) else None
-    if wrong is None:
-        found = torch.as_tensor(labels, dtype=torch.int64)
-        outside = ((found < UNLABELLED) | (found >= n_classes)).nonzero().flatten()
-        if not len(outside):
-            return found
-        wrong = int(outside[0])
-    value = labels[wrong].item() if isinstance(labels, Tensor) else labels[wrong]
-    raise ValueError(
-        f"{where(wrong)} has the label {value!r}; expected a whole number in range({n_classes}), or {UNLABELLED} for one without label."
-    )
+    if isinstance(labels, Tensor | np.ndarray):
+        labels = labels.tolist()
+    labels, valid = [each.item() if isinstance(each, Tensor | np.generic) else each for each in labels], range(UNLABELLED, n_classes)
+    for row, label in enumerate(labels):
+        if not isinstance(label, Integral) or label not in valid:
+            raise ValueError(
+                f"{where(row)} has the label {label!r}; expected a whole number in range({n_classes}), or {UNLABELLED} for one without label."
+            )
+    return torch.tensor(labels, dtype=torch.int64)
