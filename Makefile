@@ -37,7 +37,7 @@ test:
 # An hour or two on two cores; goes on where it was stopped.
 ablations:
 	@$(PYTHON) tools/install.py
-	$(PY) -m patchsae_utils.ablations $(RUN_ARGS)
+	$(PY) -m experiments.ablations $(RUN_ARGS)
 
 lab:
 	@$(PYTHON) tools/install.py explore

@@ -47,7 +47,6 @@ _PUBLIC = {
     "LinearHead": "adaptation",
     "explain_gain": "adaptation",
     "compare_models": "adaptation",
-    "Remapping": "adaptation",
     "AdaptationView": "explorer",
     "LatentExplorer": "explorer",
     "PatchExplorer": "explorer",
@@ -55,7 +54,7 @@ _PUBLIC = {
 }
 _MODULES = (
     "activations", "adaptation", "clip", "concepts", "data", "explorer", "interventions", "latents", "plots", "run", "sae", "stages",
-    "ablations", "protocol", "variants",
+    "tables",
 )  # fmt: skip
 
 __all__ = sorted([*_PUBLIC, *_MODULES])

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .activations.extraction import ActivationStore, extract_activations
-from .adaptation.adapted import AdaptedClip
-from .adaptation.adapters import fit_adapter
+from .adaptation.fit import fit_adapter
+from .adaptation.models import AdaptedClip
 from .adaptation.own_dictionary import Dictionaries, train_dictionaries
 from .clip.model import ClipModel, load_clip
 from .concepts import grounding

@@ -1,15 +1,20 @@
 """Adaptation: adapted models, their fitting, and what their gain is made of.
 
-May import: interventions, concepts, latents, sae, activations, clip, data, run.
+Models with learned prompts (`prompts`) or changed weights (`models`) have the interface of a `ClipModel`, so every stage runs on them; `fit` fits, saves and
+loads them. One dictionary reads CLIP and the adapted model (`compare`, `groups`, `predictions`), the gain is taken apart (`gain`, `links`), and a
+dictionary of the adapted model's own is held against CLIP's (`own_dictionary`). May import: interventions, concepts, latents, sae, activations, clip,
+data, run.
 """
 
-from .adapters import fit_adapter, load_adapter
-from .compare import Remapping, compare_models
+from .compare import Remapping, base_to_novel, compare_models, stack
+from .fit import NAMES, fit_adapter, load_adapter
 from .gain import explain_gain
+from .models import FineTuned, LinearHead, LoRA
+from .predictions import masked_predictions
 from .prompts import CoOp, MaPLe, VisualPrompt
-from .weight_adapters import FineTuned, LinearHead, LoRA
 
 __all__ = [
+    "NAMES",
     "CoOp",
     "FineTuned",
     "LinearHead",
@@ -17,8 +22,11 @@ __all__ = [
     "MaPLe",
     "Remapping",
     "VisualPrompt",
+    "base_to_novel",
     "compare_models",
     "explain_gain",
     "fit_adapter",
     "load_adapter",
+    "masked_predictions",
+    "stack",
 ]

@@ -8,29 +8,26 @@ latents by class-level counts, the gain by crossing {base, adapted image tower} 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import hmean
+from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
-from ..clip.model import ClipModel
+from ..clip.model import ClipModel, Residual
 from ..data import batches
-from ..interventions.tail import check_same_tower, dataset_head
-from ..run.intervals import bootstrap_mean, resampled_means
-from .rank_overlap import overlaps
-from .tower_readings import FORMS, Reading, TowerReader
+from ..interventions.tail import check_same_tower, dataset_head, network_tail
+from ..latents.passes import latent_chunks
+from ..run.intervals import mean_interval, resamples
+from ..sae.model import SparseAutoencoder
+from .groups import GROUPS, OVERLAPS, count_groups, latent_groups, overlaps, ranked_latents, top_of_either
 
-if TYPE_CHECKING:
-    from ..sae.model import SparseAutoencoder
-
-GROUPS = ("high", "high-to-low", "low-to-high")
-OVERLAPS = ("jaccard", "rbo")
-"""Overlap of the two models' top latents: of the sets (Jaccard), and of the rankings (rank-biased; :mod:`patchsae_utils.adaptation.rank_overlap`)."""
-RANKS = ("count", "specific")
+FORMS = ("raw", "reconstructed", "error kept")
 SIDES = ("base", "adapted")
 COMPARISONS = (
     "CLIP and adapted",
@@ -38,12 +35,54 @@ COMPARISONS = (
     "CLIP and adapted, other class",
     "CLIP and adapted, random latents",
 )
-N_BOOTSTRAP = 1000
+FATES = ("right in both", "resolved", "same mistake", "another mistake", "broken")
+"""What becomes of a picture: ``resolved`` and ``broken`` are right in the adapted model alone and in CLIP alone."""
+BATCH = 64
+TAU = 0.2
+"""A token counts where h > tau (the paper's)."""
+
+
+class Reading(NamedTuple):
+    """One image tower, read by the dictionary over a data set."""
+
+    counts: Tensor
+    """[2, C, S] tokens a picture with h > tau, for the pictures of each class at even and at odd turns."""
+    class_images: Tensor
+    """[2, C] how many pictures those are."""
+    labels: np.ndarray
+    """int [N]: each picture's class."""
+    predicted: dict[tuple[str, str], np.ndarray]
+    """(head, form) -> int [N]: the class that each picture is taken for."""
+    reconstruction: dict[str, float]
+    """explained_variance (centred), normalized_mse, l0."""
+
+    @property
+    def mean_counts(self) -> Tensor:
+        """[C, S] tokens a picture with h > tau: a_c over the number of pictures."""
+        return mean_of_halves(self.counts, self.class_images)
+
+
+def turns(labels: Tensor, seen: Tensor) -> Tensor:
+    """0 or 1 for each picture, counted in ``seen`` [2, C]: those of a class go to two halves by turns, so that these are two samples of one thing."""
+    found = torch.empty_like(labels)
+    for i, label in enumerate(labels.tolist()):
+        found[i] = int(seen[0, label] > seen[1, label])
+        seen[found[i], label] += 1
+    return found
+
+
+def mean_of_halves(halves: Tensor, images: Tensor) -> Tensor:
+    """Mean over all pictures [C, S] from the means over two halves [2, C, S] and their sizes [2, C]."""
+    return (halves * (images / images.sum(0).clamp_min(1))[..., None]).sum(0)
 
 
 @dataclass(frozen=True)
 class Remapping:
-    """CLIP and adapted CLIP on one data set, read by one dictionary: what adaptation changed, and what it did not."""
+    """CLIP and adapted CLIP on one data set, read by one dictionary: what adaptation changed, and what it did not.
+
+    Made by :func:`compare_models`. ``base`` and ``adapted`` are the readings of the two image towers, each with both text heads (which have
+    the same names).
+    """
 
     name: str
     """Name of the data set."""
@@ -51,25 +90,23 @@ class Remapping:
     """Name of the adapter."""
     class_names: list[str]
     base: Reading
-    """CLIP's image tower, with both text heads (named ``base`` and ``adapted``)."""
     adapted: Reading
-    """The adapted image tower, likewise."""
 
     # -- accuracy -----------------------------------------------------------------------------------------------------
 
     def right(self, tower: str, head: str, form: str = "raw") -> np.ndarray:
         """Which pictures one crossing of image tower and text head classifies rightly: bool [N]."""
-        return {"base": self.base, "adapted": self.adapted}[tower].right[head, form]
+        reading = {"base": self.base, "adapted": self.adapted}[tower]
+        return reading.predicted[head, form] == reading.labels
 
-    def score(self, tower: str, head: str, form: str = "raw") -> float:
+    def score(self, tower: str, head: str) -> float:
         """Its accuracy, in [0, 1]."""
-        return float(self.right(tower, head, form).mean())
+        return float(self.right(tower, head).mean())
 
-    def accuracy(self, n_bootstrap: int = N_BOOTSTRAP, seed: int = 0) -> pd.DataFrame:
+    def accuracy(self) -> pd.DataFrame:
         """Every image tower with every text head, in three forms: tower, head, form, accuracy, low, high."""
         keys = [(tower, head, form) for tower in SIDES for head in SIDES for form in FORMS]
-        mean, low, high = bootstrap_mean(np.stack([self.right(*key) for key in keys]), n_bootstrap, seed)
-        return pd.DataFrame(keys, columns=["tower", "head", "form"]).assign(accuracy=mean, low=low, high=high)
+        return _with_intervals(pd.DataFrame(keys, columns=["tower", "head", "form"]), "accuracy", [self.right(*key) for key in keys])
 
     @property
     def delta(self) -> float:
@@ -80,40 +117,56 @@ class Remapping:
         base, adapted = self.score("base", "base"), self.score("adapted", "adapted")
         return (adapted - base) / (1 - base) if base < 1 else 0.0
 
-    def gain_split(self, form: str = "raw", n_bootstrap: int = N_BOOTSTRAP, seed: int = 0) -> pd.DataFrame:
+    def gain_split(self) -> pd.DataFrame:
         """How much of the gain each tower brings: part ("image tower", "text head", "both"), gain, low, high.
 
         With A(tower, head), the image tower's part is the mean of its gain under the old and under the new head,
         [A(a, b) - A(b, b) + A(a, a) - A(b, a)] / 2, and the text head's likewise (the Shapley value of two players); they sum to
         A(a, a) - A(b, b). Intervals are over pictures.
         """
-        bb, ba, ab, aa = (self.right(tower, head, form).astype(float) for tower in SIDES for head in SIDES)
-        rows = np.stack([(ab - bb + aa - ba) / 2, (ba - bb + aa - ab) / 2, aa - bb])
-        gain, low, high = bootstrap_mean(rows, n_bootstrap, seed)
-        return pd.DataFrame({"part": ["image tower", "text head", "both"], "gain": gain, "low": low, "high": high})
+        bb, ba, ab, aa = (self.right(tower, head).astype(float) for tower in SIDES for head in SIDES)
+        rows = [(ab - bb + aa - ba) / 2, (ba - bb + aa - ab) / 2, aa - bb]
+        return _with_intervals(pd.DataFrame({"part": ["image tower", "text head", "both"]}), "gain", rows)
+
+    def confusions(self) -> Confusions:
+        """Confusion matrices of CLIP and of the adapted model, each with its own text head."""
+        pairs = zip(SIDES, (self.base, self.adapted), strict=True)
+        classes = range(len(self.class_names))
+        matrices = (confusion_matrix(reading.labels, reading.predicted[side, "raw"], labels=classes) for side, reading in pairs)
+        return Confusions(self.class_names, *matrices)
+
+    def fates(self) -> pd.DataFrame:
+        """What became of each picture: fate (see :data:`FATES`), share of all pictures, low, high; intervals over pictures."""
+        before, after = self.base.predicted["base", "raw"], self.adapted.predicted["adapted", "raw"]
+        was, is_ = self.right("base", "base"), self.right("adapted", "adapted")
+        rows = [was & is_, ~was & is_, ~was & (after == before), ~was & ~is_ & (after != before), was & ~is_]
+        return _with_intervals(pd.DataFrame({"fate": FATES}), "share", rows)
 
     # -- latents ------------------------------------------------------------------------------------------------------
 
-    def latents(self, top_k: int = 10, low: float = 0.5, rank: str = "count") -> pd.DataFrame:
-        """:func:`latent_groups` of the two models, with class names."""
-        table = latent_groups(self.base.mean_counts, self.adapted.mean_counts, top_k=top_k, low=low, rank=rank)
+    def latents(self) -> pd.DataFrame:
+        """The top latents of each class in either model and their group: class, class_name, latent, base, adapted (counts a picture), group."""
+        table = latent_groups(self.base.mean_counts, self.adapted.mean_counts)
         table.insert(1, "class_name", [self.class_names[i] for i in table["class"]])
         return table
 
-    def groups(self, top_k: int = 10, low: float = 0.5, rank: str = "count") -> pd.DataFrame:
-        """:func:`count_groups` of the two models, with class names."""
-        table = count_groups(self.base.mean_counts, self.adapted.mean_counts, top_k=top_k, low=low, rank=rank)
+    def groups(self) -> pd.DataFrame:
+        """:meth:`latents` counted, one row a class: class, class_name, one column a group; jaccard and rbo of the top latents."""
+        table = count_groups(self.base.mean_counts, self.adapted.mean_counts)
         table.insert(1, "class_name", self.class_names)
         return table
 
-    def comparisons(
-        self, top_k: int = 10, low: float = 0.5, rank: str = "count", n_bootstrap: int = N_BOOTSTRAP, seed: int = 0
-    ) -> pd.DataFrame:
+    def comparisons(self, rank: str = "count") -> pd.DataFrame:
         """The means of :meth:`groups` over classes, beside three controls.
 
         The controls: CLIP against itself on other pictures (what sampling does), CLIP against the adapted model on another class
         (what unrelated pictures look like), and as many random active latents instead of the top ones: sorted into groups, one draw for both
         models; for the overlaps, which one draw would make 1, an own draw and order for each.
+
+        Parameters
+        ----------
+        rank : {"count", "specific"}
+            Top latents by their count on the class, or by how much it exceeds the mean over classes.
 
         Returns
         -------
@@ -121,57 +174,79 @@ class Remapping:
             comparison, measure (a group, "jaccard" or "rbo"), value, low, high; the interval is over classes.
         """
         base, adapted = self.base.mean_counts, self.adapted.mean_counts
-        rng = np.random.default_rng(seed)
-        settings: dict[str, Any] = {"top_k": top_k, "low": low, "rank": rank}
+        rng = np.random.default_rng(0)
         tables = {
-            COMPARISONS[0]: count_groups(base, adapted, **settings),
-            COMPARISONS[1]: count_groups(*self.base.counts, **settings),
+            COMPARISONS[0]: count_groups(base, adapted, rank=rank),
+            COMPARISONS[1]: count_groups(*self.base.counts, rank=rank),
         }
         if len(base) > 1:
             shift = int(rng.integers(1, len(base)))  # every class meets another one
-            tables[COMPARISONS[2]] = count_groups(base, adapted.roll(shift, 0), **settings)
+            tables[COMPARISONS[2]] = count_groups(base, adapted.roll(shift, 0), rank=rank)
         active = (base > 0) | (adapted > 0)
-        union = top_latents(base, top_k, rank) | top_latents(adapted, top_k, rank)
+        union = top_of_either(base, adapted, rank=rank)
         lottery = torch.from_numpy(rng.random(tuple(active.shape))) * active
         drawn = (lottery.argsort(1, descending=True).argsort(1) < union.sum(1, keepdim=True)) & active
-        draws = [ranked_latents(draw, top_k) for draw in (lottery, torch.from_numpy(rng.random(tuple(active.shape))) * active)]
-        by_luck = overlaps(draws[0], draws[1])
-        tables[COMPARISONS[3]] = count_groups(base, adapted, **settings, members=drawn).assign(**by_luck)
+        again = torch.from_numpy(rng.random(tuple(active.shape))) * active
+        by_luck = overlaps(ranked_latents(lottery), ranked_latents(again))
+        tables[COMPARISONS[3]] = count_groups(base, adapted, rank=rank, members=drawn).assign(**by_luck)
         records = []
         for comparison, table in tables.items():
             for measure in (*GROUPS, *OVERLAPS):
                 values = table[measure].dropna().to_numpy(float)
                 if len(values):
-                    mean, lower, upper = (float(v) for v in bootstrap_mean(values, n_bootstrap, seed))
-                    records.append({"comparison": comparison, "measure": measure, "value": mean, "low": lower, "high": upper})
-        return pd.DataFrame(records)
+                    records.append((comparison, measure, *mean_interval(values, "classes")[:3]))
+        return pd.DataFrame(records, columns=["comparison", "measure", "value", "low", "high"])
 
-    def correlation(self, level: str = "class") -> float:
-        """Pearson correlation of the two models' counts over latents active in either: of all a_c ("class") or of a_D ("dataset")."""
-        a, b = self.base.mean_counts, self.adapted.mean_counts
-        a, b = (a, b) if level == "class" else (a.mean(0), b.mean(0))
+    def correlation(self) -> float:
+        """Pearson correlation of the two models' data-set-level counts a_D over latents active in either."""
+        a, b = self.base.mean_counts.mean(0), self.adapted.mean_counts.mean(0)
         active = (a > 0) | (b > 0)
-        x, y = a[active].double().numpy(), b[active].double().numpy()
-        return float(np.corrcoef(x, y)[0, 1]) if len(x) > 1 and x.std() > 0 and y.std() > 0 else float("nan")
+        return float(np.corrcoef(a[active].double(), b[active].double())[0, 1])
 
     def reconstruction(self) -> pd.DataFrame:
         """Is the dictionary still valid on adapted activations: tower, explained_variance, normalized_mse, l0."""
-        return pd.DataFrame(
-            [{"tower": name, **reading.reconstruction} for name, reading in zip(SIDES, (self.base, self.adapted), strict=True)]
-        )
+        return pd.DataFrame([{"tower": "base", **self.base.reconstruction}, {"tower": "adapted", **self.adapted.reconstruction}])
+
+
+class Confusions(NamedTuple):
+    """How often each model takes pictures of one class for another.
+
+    Source: the comparison of confusion matrices follows Lim et al., ICLR 2025, Fig. 21.
+    """
+
+    class_names: list[str]
+    base: np.ndarray
+    """int [C, C]: CLIP's pictures by true class (row) and predicted class (column)."""
+    adapted: np.ndarray
+    """int [C, C]: the adapted model's."""
+
+    @property
+    def change(self) -> np.ndarray:
+        """[C, C] adapted minus base, as shares of each true class's pictures: rows sum to 0; NaN for classes without pictures."""
+        with np.errstate(invalid="ignore"):
+            return (self.adapted - self.base) / self.base.sum(1, keepdims=True)
+
+    @property
+    def order(self) -> np.ndarray:
+        """[C] classes from the one that gained most accuracy to the one that lost most; ties in their own order."""
+        return np.argsort(-np.nan_to_num(self.change.diagonal()), kind="stable")
+
+    def pairs(self) -> pd.DataFrame:
+        """Confusions that changed, those that adaptation resolved most first: class_name, taken_for, pictures (of the class), base, adapted, change."""
+        rows, columns = np.nonzero((self.base != self.adapted) & ~np.eye(len(self.base), dtype=bool))
+        before, after, names = self.base[rows, columns], self.adapted[rows, columns], np.array(self.class_names, dtype=object)
+        table = pd.DataFrame(
+            {
+                "class_name": names[rows], "taken_for": names[columns], "pictures": self.base.sum(1)[rows], "base": before, "adapted": after,
+                "change": after - before,
+            }
+        )  # fmt: skip
+        return table.sort_values("change", kind="stable", ignore_index=True)
 
 
 @torch.no_grad()
 def compare_models(
-    base: ClipModel,
-    adapted: ClipModel,
-    sae: SparseAutoencoder,
-    dataset: Any,
-    layer: int,
-    *,
-    tau: float = 0.2,
-    batch_size: int = 64,
-    progress: bool = True,
+    base: ClipModel, adapted: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: int, *, progress: bool = True
 ) -> Remapping:
     """Compare a CLIP with an adapted one through a dictionary that was trained on the former.
 
@@ -184,10 +259,8 @@ def compare_models(
         Labelled pictures that neither the SAE nor the adapter has seen.
     layer : int
         Block whose output the SAE reads.
-    tau : float
-        A token counts where h > tau (the paper's 0.2).
-    batch_size : int
     progress : bool
+        Show a bar.
 
     Returns
     -------
@@ -196,161 +269,108 @@ def compare_models(
     Raises
     ------
     ValueError
-        If the models have different shapes, the SAE does not fit, or there are no pictures.
+        If the models have different shapes, the SAE was trained on another model or layer, or there are no pictures.
     """
     check_same_tower(base, adapted)
+    for model in (base, adapted):
+        sae.check_model(model, layer)
     if len(dataset) == 0:
         raise ValueError(f"The data set {dataset.spec!r} is empty: there is nothing to compare.")
     # Both text heads go with both image towers.
     heads = {side: dataset_head(model, dataset) for side, model in zip(SIDES, (base, adapted), strict=True)}
-    readers = [TowerReader(model, sae, layer, heads, len(dataset.class_names), tau) for model in (base, adapted)]
-    for batch in batches(dataset, base.preprocess, batch_size, progress=f"comparing on {dataset.name}" if progress else None):
+    readers = [_TowerReader(model, sae, layer, heads, len(dataset.class_names)) for model in (base, adapted)]
+    for batch in batches(dataset, base.preprocess, BATCH, progress=f"comparing on {dataset.name}" if progress else None):
         for reader in readers:
             reader.read(batch.images, batch.labels)
     return Remapping(dataset.name, type(adapted).__name__, list(dataset.class_names), *(reader.reading() for reader in readers))
 
 
-# -- latents ----------------------------------------------------------------------------------------------------------
+class _TowerReader:
+    """Sums over batches of one image tower, for :class:`Reading`."""
 
+    def __init__(self, clip: ClipModel, sae: SparseAutoencoder, layer: int, heads: Mapping[str, Tensor], n_classes: int):
+        self.clip, self.sae, self.layer, self.heads = clip, sae, layer, heads
+        self.counts = torch.zeros(2, n_classes, sae.d_sae, dtype=torch.float64, device=clip.device)
+        self.seen = torch.zeros(2, n_classes, dtype=torch.long)
+        self.labels: list[Tensor] = []
+        self.predicted: dict[tuple[str, str], list[Tensor]] = {(head, form): [] for head in heads for form in FORMS}
+        self.sums = dict.fromkeys(("error", "square", "active", "tokens"), 0.0)
+        self.total = torch.zeros(clip.width, dtype=torch.float64, device=clip.device)
+        self.tail: Callable[[Residual], Tensor] | None = None
 
-def ranked_latents(counts: Tensor, top_k: int = 10, rank: str = "count") -> list[list[int]]:
-    """Each class's top latents, best first.
+    def read(self, images: Tensor, labels: Tensor) -> None:
+        clip, sae = self.clip, self.sae
+        residual = clip.run_to(images, self.layer)
+        self.tail = self.tail or network_tail(clip, self.layer, residual)
+        tokens, decoded = residual.tokens, torch.empty_like(residual.tokens)
+        counts = torch.empty(len(labels), sae.d_sae, dtype=torch.float64, device=clip.device)
+        for rows, h in latent_chunks(sae, tokens):
+            decoded[rows] = sae.decode(h)
+            counts[rows] = (h > TAU).sum(1).double()
+            self.sums["active"] += (h > 0).sum().item()
+        self.labels.append(labels)
+        place = turns(labels, self.seen) * self.seen.shape[1] + labels
+        self.counts.view(-1, sae.d_sae).index_add_(0, place.to(clip.device), counts)
+        self.sums["error"] += (tokens - decoded).square().sum(dtype=torch.float64).item()
+        self.sums["square"] += tokens.square().sum(dtype=torch.float64).item()
+        self.sums["tokens"] += tokens.shape[0] * tokens.shape[1]
+        self.total += tokens.sum((0, 1), dtype=torch.float64)
+        for form, edited in zip(FORMS, (tokens, decoded, decoded + (tokens - decoded)), strict=True):
+            features = self.tail(residual._replace(tokens=edited))
+            for head, matrix in self.heads.items():
+                self.predicted[head, form].append(clip.logits(features, matrix).argmax(1).cpu())
 
-    Parameters
-    ----------
-    counts : Tensor [C, S]
-        Class-level counts a_c.
-    top_k : int
-        Fewer where fewer are active.
-    rank : {"count", "specific"}
-        By a_c, or by a_c minus its mean over classes.
-
-    Raises
-    ------
-    ValueError
-        For an unknown rank, or a top_k that is not positive.
-    """
-    if rank not in RANKS:
-        raise ValueError(f"Unknown rank {rank!r}. Valid: {', '.join(RANKS)}.")
-    if top_k < 1:
-        raise ValueError(f"top_k must be 1 or more, got {top_k}.")
-    score = counts if rank == "count" else counts - counts.mean(0)
-    # Stable: equal scores keep the latents' order, so that two equal models have equal top latents.
-    best = score.sort(dim=1, descending=True, stable=True)
-    positive = (best.values[:, :top_k] > 0).sum(1).tolist()
-    return [order[:n].tolist() for order, n in zip(best.indices, positive, strict=True)]
-
-
-def top_latents(counts: Tensor, top_k: int = 10, rank: str = "count") -> Tensor:
-    """Which latents are each class's top ones: :func:`ranked_latents` as bool [C, S]."""
-    chosen = torch.zeros_like(counts, dtype=torch.bool)
-    for row, latents in zip(chosen, ranked_latents(counts, top_k, rank), strict=True):
-        row[latents] = True
-    return chosen
-
-
-def latent_groups(
-    base: Tensor, adapted: Tensor, *, top_k: int = 10, low: float = 0.5, rank: str = "count", members: Tensor | None = None
-) -> pd.DataFrame:
-    """Sort each class's top latents by what adaptation did to them.
-
-    Over the union of both models' top latents of a class: *high-to-low* where the adapted model's count fell below ``low`` times
-    CLIP's, *low-to-high* where CLIP's lies below ``low`` times the adapted one's, *high* where neither (high in both).
-
-    Parameters
-    ----------
-    base, adapted : Tensor [C, S]
-        Class-level counts a_c of CLIP and of the adapted model, per picture.
-    top_k : int
-    low : float
-        Between 0 and 1; with 0.5 a latent must halve or double to leave *high*.
-    rank : {"count", "specific"}
-        See :func:`top_latents`.
-    members : bool Tensor [C, S], optional
-        Latents to sort instead of the top ones (for controls).
-
-    Returns
-    -------
-    DataFrame
-        class, latent, base, adapted, group; classes in order, and within them latents.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ or ``low`` is not between 0 and 1.
-
-    Source: the three regions of Lim et al., ICLR 2025, Table 1 and Figure 7; the paper states no threshold, so this one is ours.
-    """
-    if base.shape != adapted.shape or base.ndim != 2:
-        raise ValueError(f"Both models need counts of one shape [C, S]; got {list(base.shape)} and {list(adapted.shape)}.")
-    if not 0 < low < 1:
-        raise ValueError(f"low must lie between 0 and 1, got {low}.")
-    members = top_latents(base, top_k, rank) | top_latents(adapted, top_k, rank) if members is None else members
-    classes, latents = members.nonzero(as_tuple=True)
-    before, after = base[members].numpy(), adapted[members].numpy()
-    group = np.select([after < low * before, before < low * after], GROUPS[1:], GROUPS[0])
-    return pd.DataFrame({"class": classes.numpy(), "latent": latents.numpy(), "base": before, "adapted": after, "group": group})
-
-
-def count_groups(
-    base: Tensor, adapted: Tensor, *, top_k: int = 10, low: float = 0.5, rank: str = "count", members: Tensor | None = None
-) -> pd.DataFrame:
-    """How many latents of each class fall into each group, and how far the two models' top latents overlap.
-
-    Parameters
-    ----------
-    base, adapted, top_k, low, rank, members
-        As for :func:`latent_groups`.
-
-    Returns
-    -------
-    DataFrame
-        One row a class: class, high, high-to-low, low-to-high; jaccard and rbo of the top latents (NaN where neither model has any).
-    """
-    table = latent_groups(base, adapted, top_k=top_k, low=low, rank=rank, members=members)
-    counts = pd.crosstab(table["class"], table["group"]).reindex(index=range(len(base)), columns=list(GROUPS), fill_value=0)
-    shared = overlaps(ranked_latents(base, top_k, rank), ranked_latents(adapted, top_k, rank))
-    return pd.DataFrame({"class": range(len(base)), **{name: counts[name].to_numpy() for name in GROUPS}, **shared})
+    def reading(self) -> Reading:
+        variance = self.sums["square"] - self.total.square().sum().item() / self.sums["tokens"]
+        return Reading(
+            counts=(self.counts.cpu() / self.seen.clamp_min(1)[..., None]).float(),
+            class_images=self.seen,
+            labels=torch.cat(self.labels).numpy(),
+            predicted={key: torch.cat(parts).numpy() for key, parts in self.predicted.items()},
+            reconstruction={
+                "explained_variance": 1 - self.sums["error"] / variance,
+                "normalized_mse": self.sums["error"] / self.sums["square"],
+                "l0": self.sums["active"] / self.sums["tokens"],
+            },
+        )
 
 
 # -- several data sets ------------------------------------------------------------------------------------------------
 
 
-def base_to_novel(base: Remapping, novel: Remapping, *, n_bootstrap: int = N_BOOTSTRAP, seed: int = 0) -> pd.DataFrame:
+def base_to_novel(base: Remapping, novel: Remapping) -> pd.DataFrame:
     """The base-to-novel table: CLIP and the adapted model on both halves of the classes, and the harmonic mean.
 
     Parameters
     ----------
     base, novel : Remapping
         On the classes that the adapter was fitted to, and on those that it never saw.
-    n_bootstrap : int
-        Resamples of pictures, drawn apart in the two halves.
-    seed : int
 
     Returns
     -------
     DataFrame
-        model, form, half ("base", "novel", "harmonic mean"), accuracy, low, high.
+        model, form, half ("base", "novel", "harmonic mean"), accuracy, low, high; pictures are resampled apart in the two halves.
     """
     records = []
     for name, side in (("CLIP", "base"), (base.adapter, "adapted")):
         for form in FORMS:
             halves = [remap.right(side, side, form) for remap in (base, novel)]
-            samples = [resampled_means(values, n_bootstrap, seed + i) for i, values in enumerate(halves)]
-            points = [values.mean() for values in halves]
-            for half, point, sample in zip(
-                ("base", "novel", "harmonic mean"), [*points, harmonic_mean(*points)], [*samples, harmonic_mean(*samples)], strict=True
-            ):
-                low, high = np.quantile(sample, [0.025, 0.975])
-                records.append(
-                    {"model": name, "form": form, "half": half, "accuracy": float(point), "low": float(low), "high": float(high)}
-                )
-    return pd.DataFrame(records)
+            found = with_harmonic_mean([values.mean() for values in halves], [resampled_means(x, seed=i) for i, x in enumerate(halves)])
+            records += [(name, form, half, *numbers) for half, numbers in found.items()]
+    return pd.DataFrame(records, columns=["model", "form", "half", "accuracy", "low", "high"])
 
 
-def harmonic_mean(a, b):
-    """2ab / (a + b), and 0 where both are."""
-    return 2 * a * b / np.maximum(a + b, 1e-12)
+def resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
+    """Mean of the values in each resample of them."""
+    return np.concatenate([weights @ values / len(values) for weights in resamples(len(values), seed=seed)])
+
+
+def with_harmonic_mean(points: Sequence[float], draws: Sequence[np.ndarray]) -> dict[str, tuple[float, float, float]]:
+    """Of accuracies on base and novel classes and their resamples: half -> value, low, high, with "harmonic mean" as the third."""
+    points, draws = [*points, hmean(points)], [*draws, hmean(draws, axis=0)]
+    ends = [np.quantile(sample, [0.025, 0.975]) for sample in draws]
+    names = ("base", "novel", "harmonic mean")
+    return {name: (float(point), float(low), float(high)) for name, point, (low, high) in zip(names, points, ends, strict=True)}
 
 
 def stack(parts: Mapping[Sequence[str] | str, pd.DataFrame], names: Sequence[str] | str) -> pd.DataFrame:
@@ -362,25 +382,12 @@ def stack(parts: Mapping[Sequence[str] | str, pd.DataFrame], names: Sequence[str
         A key is one value or a tuple of them.
     names : str or sequence of str
         Names of the new columns.
-
-    Raises
-    ------
-    ValueError
-        If there are no tables.
     """
-    if not parts:
-        raise ValueError("There are no tables to stack.")
     names = [names] if isinstance(names, str) else list(names)
-    frames = []
-    for key, frame in parts.items():
-        values = [key] if isinstance(key, str) else list(key)
-        frames.append(
-            pd.concat(
-                [
-                    pd.DataFrame({name: [value] * len(frame) for name, value in zip(names, values, strict=True)}),
-                    frame.reset_index(drop=True),
-                ],
-                axis=1,
-            )
-        )
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(parts, names=names).reset_index(names).reset_index(drop=True)
+
+
+def _with_intervals(table: pd.DataFrame, name: str, rows: Sequence[np.ndarray]) -> pd.DataFrame:
+    """Means of rows [N] over pictures as further columns: name, low, high."""
+    found = mean_interval(np.stack(rows), "images")
+    return table.assign(**{name: found.value, "low": found.low, "high": found.high})

@@ -14,7 +14,7 @@ From these the three words of the question:
 - **new concepts**: the part of the gain that comes from *outside the dictionary*. Exactly zero where the image tower can't change.
 - **remapping**: the part that comes from *later blocks* and *text head*: the concepts at the hook are as they were, their mapping to classes is
   new. *Existing latents* stand between the two, known concepts that answer more or less than before, and are reported apart as **retuning**.
-- **reuse**: how much of the evidence for a class rests on the same latents as before; see :mod:`patchsae_utils.adaptation.links`.
+- **reuse**: how much of the evidence for a class rests on the same latents as before; see :mod:`.links`.
 
 It is an experiment, not a correlation: every picture is classified with each of the 16 combinations of old and new parts, for example with the
 base model's residual stream plus only the dictionary's part of its change. A part's share of the gain is its *Owen value*: first image tower
@@ -33,7 +33,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import permutations
-from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -44,11 +44,9 @@ from ..clip.model import ClipModel, Residual
 from ..data import batches
 from ..interventions.tail import Active, check_same_tower, dataset_head, network_tail
 from ..latents.passes import latent_chunks
-from ..run.intervals import bootstrap, bootstrap_mean
+from ..run.intervals import interval, mean_interval
+from ..sae.model import SparseAutoencoder
 from .links import ClassLinks, LinkSums, Reader
-
-if TYPE_CHECKING:
-    from ..sae.model import SparseAutoencoder
 
 TOWER_PARTS = ("existing latents", "outside the dictionary", "later blocks")
 PARTS = (*TOWER_PARTS, "text head")
@@ -57,8 +55,7 @@ CONCEPTS = {"retuning": ("existing latents",), "new concepts": ("outside the dic
 """What each part of the gain is called in the question."""
 MEASURES = ("accuracy", "log-probability")
 CHANGES = ("adaptation", "another picture", "random direction")
-N_BOOTSTRAP = 1000
-
+BATCH = 32
 EXPERIMENTS = {
     "CLIP": (0, 0, 0, 0),
     "existing latents' part only": (1, 0, 0, 0),
@@ -88,93 +85,63 @@ class GainSplit:
     squares: np.ndarray
     """[N, 3, 2]: for each of ``CHANGES`` the squared norm of the change outside the dictionary, and of the whole change, summed over tokens."""
 
-    def parts(self, measure: str = "accuracy", n_bootstrap: int = N_BOOTSTRAP, seed: int = 0) -> pd.DataFrame:
-        """Each part of the gain, with its 95 % interval over pictures.
+    def parts(self, measure: str = "accuracy") -> pd.DataFrame:
+        """Each part of the gain ("accuracy" or "log-probability"), with its 95 % interval over pictures.
 
-        Parameters
-        ----------
-        measure : {"accuracy", "log-probability"}
-        n_bootstrap, seed : int
-
-        Returns
-        -------
-        DataFrame
-            part (those of ``PARTS``, then the sums "image tower", "retuning", "new concepts", "remapping", then "both" and
-            "interaction"), gain, low, high, and share, share_low, share_high of the whole gain: NaN where the gain's interval holds 0.
-            The interaction of tower and head, A(a,a) - A(a,b) - A(b,a) + A(b,b), is no further part: each side got half of it.
+        Columns: part (those of ``PARTS``, then the sums "image tower", "retuning", "new concepts", "remapping", then "both" and
+        "interaction"), gain, low, high, and share, share_low, share_high of the whole gain: NaN where the gain's interval holds 0.
+        The interaction of tower and head, A(a,a) - A(a,b) - A(b,a) + A(b,b), is no further part: each side got half of it.
         """
-        values = self._measured(measure)
+        if measure not in MEASURES:
+            raise ValueError(f"Unknown measure {measure!r}. Valid: {', '.join(MEASURES)}.")
+        values = self.outcomes[MEASURES.index(measure)]
         parts = owen_values(values)
-        parts["image tower"] = cast(np.ndarray, sum(parts[name] for name in TOWER_PARTS))
-        parts |= {name: cast(np.ndarray, sum(parts[part] for part in members)) for name, members in CONCEPTS.items()}
+        for name, members in {"image tower": TOWER_PARTS, **CONCEPTS}.items():
+            parts[name] = np.sum([parts[part] for part in members], axis=0)
         tower, base, head, both = values[1, 1, 1, 0], values[0, 0, 0, 0], values[0, 0, 0, 1], values[1, 1, 1, 1]
         parts |= {"both": both - base, "interaction": both - tower - head + base}
-        rows = np.stack(list(parts.values()))
-        gain, low, high = bootstrap_mean(rows, n_bootstrap, seed)
-        table = pd.DataFrame({"part": list(parts), "gain": gain, "low": low, "high": high})
-        whole = list(parts).index("both")
-        if low[whole] <= 0 <= high[whole]:
+        rows, whole = np.stack(list(parts.values())), parts["both"]
+        gain = mean_interval(rows, "images")
+        table = pd.DataFrame({"part": list(parts), "gain": gain.value, "low": gain.low, "high": gain.high})
+        at = list(parts).index("both")
+        if gain.low[at] <= 0 <= gain.high[at]:
             return table.assign(share=np.nan, share_low=np.nan, share_high=np.nan)
-        shares = gain / gain[whole]
-        share_low, share_high = _ratio_interval(rows, rows[whole], n_bootstrap, seed)
-        return table.assign(share=shares, share_low=share_low, share_high=share_high)
+        share = share_of(rows, whole)
+        return table.assign(share=share.value, share_low=share.low, share_high=share.high)
 
-    def experiments(self, measure: str = "accuracy", n_bootstrap: int = N_BOOTSTRAP, seed: int = 0) -> pd.DataFrame:
-        """The combinations that a reader would ask for: experiment, value, low, high, and the gain over CLIP with its interval."""
-        values = self._measured(measure)
-        rows = np.stack([values[parts] for parts in EXPERIMENTS.values()])
-        value, low, high = bootstrap_mean(rows, n_bootstrap, seed)
-        gain, gain_low, gain_high = bootstrap_mean(rows - rows[0], n_bootstrap, seed)
-        return pd.DataFrame(
-            {"experiment": list(EXPERIMENTS), "value": value, "low": low, "high": high, "gain": gain, "gain_low": gain_low, "gain_high": gain_high}
-        )  # fmt: skip
+    def experiments(self) -> pd.DataFrame:
+        """The combinations that a reader would ask for: experiment, value (accuracy), low, high, and the gain over CLIP with its interval."""
+        rows = np.stack([self.outcomes[0][parts] for parts in EXPERIMENTS.values()])
+        value, gain = mean_interval(rows, "images"), mean_interval(rows - rows[0], "images")
+        table = pd.DataFrame({"experiment": list(EXPERIMENTS), "value": value.value, "low": value.low, "high": value.high})
+        return table.assign(gain=gain.value, gain_low=gain.low, gain_high=gain.high)
 
-    def change(self, n_bootstrap: int = N_BOOTSTRAP, seed: int = 0) -> pd.DataFrame:
+    def change(self) -> pd.DataFrame:
         """How much of a change of the residual stream the dictionary misses: change, outside, low, high.
 
         ``outside`` is the squared norm of the part outside the dictionary over that of the whole change (0: the dictionary says all of
         it; the two parts needn't be orthogonal, so it may pass 1); NaN where nothing changed. Beside the adaptation's change stand two
         yardsticks: from one picture to the next, and in a random direction of the same size at each token.
         """
-        records = []
-        for i, name in enumerate(CHANGES):
-            outside, low, high = (np.nan,) * 3
-            if self.squares[:, i, 1].sum() > 0:
-                with np.errstate(invalid="ignore"):  # a resample in which no picture changed
-                    found = bootstrap(self.squares[:, i], lambda sums, n: {"outside": sums[..., 0] / sums[..., 1]}, n_bootstrap, seed)
-                outside, low, high = found["outside"]
-            records.append({"change": name, "outside": outside, "low": low, "high": high})
-        return pd.DataFrame(records)
-
-    def _measured(self, measure: str) -> np.ndarray:
-        if measure not in MEASURES:
-            raise ValueError(f"Unknown measure {measure!r}. Valid: {', '.join(MEASURES)}.")
-        return self.outcomes[MEASURES.index(measure)]
+        outside = [share_of(self.squares[:, i, 0], self.squares[:, i, 1])[:3] for i in range(len(CHANGES))]
+        return pd.DataFrame(outside, columns=["outside", "low", "high"]).assign(change=CHANGES)[["change", "outside", "low", "high"]]
 
 
-def _ratio_interval(rows: np.ndarray, whole: np.ndarray, n_bootstrap: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """95 % intervals of sums of rows [R, N] over the sum of ``whole`` [N]; resamples in which that is 0 have no ratio and are left out."""
-    n = len(whole)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_bootstrap)
-    totals = drawn @ whole
-    drawn, totals = drawn[totals != 0], totals[totals != 0]
-    return tuple(np.quantile(drawn @ rows.T / totals[:, None], [0.025, 0.975], axis=0))
+def share_of(rows: np.ndarray, whole: np.ndarray):
+    """Sums of rows [..., N] over the sum of ``whole`` [N], with intervals; resamples in which that is 0 have no share and are left out."""
+
+    def shares(weights: np.ndarray) -> np.ndarray:
+        totals = weights @ whole
+        return (weights @ rows.T) / np.where(totals == 0, np.nan, totals)[(...,) + (None,) * (rows.ndim - 1)]
+
+    return interval(shares, len(whole), "images")
 
 
 def owen_values(values: np.ndarray) -> dict[str, np.ndarray]:
     """Each part's Owen value: the image tower's three parts are one union, the text head another.
 
-    Parameters
-    ----------
-    values : array [2, 2, 2, 2, ...]
-        The outcome with each of ``PARTS`` old (0) or new (1).
-
-    Returns
-    -------
-    dict
-        Part -> array [...]; they sum to ``values[1, 1, 1, 1] - values[0, 0, 0, 0]``.
-
-    Source: Owen, 1977.
+    From outcomes [2, 2, 2, 2, ...] with each of ``PARTS`` old (0) or new (1): part -> array [...]; they sum to
+    ``values[1, 1, 1, 1] - values[0, 0, 0, 0]``.
     """
     orders = list(permutations(range(len(TOWER_PARTS))))
     found = {name: np.zeros(values.shape[len(PARTS) :]) for name in PARTS}
@@ -192,92 +159,75 @@ def owen_values(values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 class GainAnalysis(NamedTuple):
-    """What :func:`explain_gain` found."""
+    """What :func:`explain_gain` found of one adapted model."""
 
     split: GainSplit
     links: ClassLinks
 
 
-@overload
-def explain_gain(base: ClipModel, adapted: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: int, **options: Any) -> GainAnalysis: ...
-@overload
+@torch.no_grad()
 def explain_gain(
-    base: ClipModel, adapted: Mapping[str, ClipModel], sae: SparseAutoencoder, dataset: Any, layer: int, **options: Any
-) -> dict[str, GainAnalysis]: ...
-@torch.no_grad()  # type: ignore[misc]  # the overloads leave out what doesn't matter to the result's type
-def explain_gain(
-    base: ClipModel,
-    adapted: ClipModel | Mapping[str, ClipModel],
-    sae: SparseAutoencoder,
-    dataset: Any,
-    layer: int,
-    *,
-    batch_size: int = 32,
-    seed: int = 0,
-    progress: bool = True,
-) -> GainAnalysis | dict[str, GainAnalysis]:
-    """Split the gain of an adapted model into its parts, and compare what classes rest on; one pass up to the hook for each model.
+    base: ClipModel, adapted: Mapping[str, ClipModel], sae: SparseAutoencoder, dataset: Any, layer: int, *, progress: bool = True
+) -> dict[str, GainAnalysis]:
+    """Split the gain of adapted models into its parts, and compare what classes rest on; one pass up to the hook for each model.
 
     Parameters
     ----------
     base : ClipModel
-    adapted : ClipModel, or mapping of name to ClipModel
-        Several share the base model's pass.
+    adapted : mapping of str to ClipModel
+        By name; they share the base model's pass.
     sae : SparseAutoencoder
         Trained on ``base``.
     dataset : data set
-        Labelled pictures that neither the SAE nor the adapter has seen.
+        Labelled pictures that neither the SAE nor the adapters have seen.
     layer : int
         Block whose output the SAE reads.
-    batch_size : int
-    seed : int
-        Of the random directions.
     progress : bool
+        Show a bar.
 
     Returns
     -------
-    GainAnalysis, or dict of name to GainAnalysis
+    dict of str to GainAnalysis
+        By the names of ``adapted``: ``split``, a :class:`GainSplit`, and ``links``, a :class:`.ClassLinks`.
 
     Raises
     ------
     ValueError
-        If the models have different shapes, the SAE does not fit, or there are no pictures.
+        If the models have different shapes, the SAE was trained on another model or layer, or there are no pictures.
     """
-    models = dict(adapted) if isinstance(adapted, Mapping) else {type(adapted).__name__: adapted}
     if len(dataset) == 0:
         raise ValueError(f"The data set {dataset.spec!r} is empty: there is nothing to explain.")
-    sae.check_model(base, layer)
-    for model in models.values():
+    for model in (base, *adapted.values()):
         check_same_tower(base, model)
-    names, heads = list(dataset.class_names), {name: dataset_head(model, dataset) for name, model in models.items()}
-    tails: dict = {}
-    base_head, base_tail = dataset_head(base, dataset), None
-    sums = {name: LinkSums(names, sae.W_dec.detach()) for name in models}
-    outcomes: dict[str, list[Tensor]] = {name: [] for name in models}
-    squares: dict[str, list[Tensor]] = {name: [] for name in models}
-    generator = Generator().manual_seed(seed)
-    for batch in batches(dataset, base.preprocess, batch_size, progress=f"explaining {dataset.name}" if progress else None):
-        labels = batch.labels.to(base.device)
-        before = base.run_to(batch.images, layer)
-        base_tail = base_tail or network_tail(base, layer, before)
-        active_before, decoded_before = _read(sae, before.tokens)
-        noise = torch.randn(before.tokens.shape, generator=generator).to(base.device)
+        sae.check_model(model, layer)
+    models = {"": base, **adapted}
+    heads, tails = {name: dataset_head(model, dataset) for name, model in models.items()}, {}
+    sums = {name: LinkSums(list(dataset.class_names), sae.W_dec.detach()) for name in adapted}
+    outcomes: dict[str, list[Tensor]] = {name: [] for name in adapted}
+    squares: dict[str, list[Tensor]] = {name: [] for name in adapted}
+    generator = Generator().manual_seed(0)
+    for batch in batches(dataset, base.preprocess, BATCH, progress=f"explaining {dataset.name}" if progress else None):
+        labels, reader = batch.labels.to(base.device), {}
         for name, model in models.items():
             after = model.run_to(batch.images, layer)
             tails[name] = tails.get(name) or network_tail(model, layer, after)
             active_after, decoded_after = _read(sae, after.tokens)
-            readers = Reader(base, base_tail, base_head), Reader(model, tails[name], heads[name])
+            reader[name] = Reader(model, tails[name], heads[name])
+            if not name:
+                before, active_before, decoded_before = after, active_after, decoded_after
+                noise = torch.randn(before.tokens.shape, generator=generator).to(base.device)
+                continue
+            readers = reader[""], reader[name]
             streams = _streams(before.tokens, after.tokens, decoded_after - decoded_before)
             outcomes[name].append(_outcomes(readers, (before, after), streams, labels))
             squares[name].append(_squares(sae, before.tokens, after.tokens, decoded_before, decoded_after, noise))
             sums[name].add(readers, (before, after), (active_before, active_after), labels)
-    found = {
+    return {
         name: GainAnalysis(
             GainSplit(dataset.name, name, torch.cat(outcomes[name], -1).numpy(), torch.cat(squares[name]).numpy()), sums[name].links()
         )
-        for name in models
+        for name in adapted
     }
-    return found if isinstance(adapted, Mapping) else next(iter(found.values()))
 
 
 def _read(sae: SparseAutoencoder, tokens: Tensor) -> tuple[Active, Tensor]:

@@ -11,8 +11,6 @@ the change splits exactly::
 summed over tokens. The positive links of a class, divided by their sum, are its *evidence*. What two models share of it, the sum over
 latents of the smaller of the two shares, is the *reuse* of the class: 1 where each latent carries as much of the class as before, 0 where
 none that carried it does so still.
-
-Dimension letters: B batch, T tokens (CLS, then patches), D d_in, S d_sae, C classes.
 """
 
 from __future__ import annotations
@@ -29,11 +27,12 @@ from torch import Tensor
 from ..clip.model import ClipModel, Residual
 from ..interventions.attribution import logit_gradient
 from ..interventions.tail import Active
-from ..run.intervals import bootstrap_mean
-from .compare import COMPARISONS, latent_groups
+from ..run.intervals import mean_interval
+from .compare import COMPARISONS, mean_of_halves, turns
+from .groups import latent_groups
 
 LINKS = {"high": "stayed", "high-to-low": "vanished", "low-to-high": "appeared"}
-"""Group of :func:`patchsae_utils.adaptation.compare.latent_groups` -> what happened to the link."""
+"""Group of :func:`.latent_groups` -> what happened to the link."""
 
 
 @dataclass(frozen=True)
@@ -55,63 +54,46 @@ class ClassLinks:
     @property
     def base(self) -> Tensor:
         """[C, S] CLIP's links, on all pictures."""
-        weights = self.half_images / self.half_images.sum(0).clamp_min(1)
-        return (self.halves * weights[..., None]).sum(0)
+        return mean_of_halves(self.halves, self.half_images)
 
-    def reuse(self, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
+    def reuse(self) -> pd.DataFrame:
         """How much of a class's evidence rests on the same latents, beside what chance and unrelated classes share.
 
-        Returns
-        -------
-        DataFrame
-            comparison, reuse, low, high; means over classes, intervals over them. "CLIP twice, other pictures" compares two samples
-            of half the size, so it understates what chance leaves in common.
+        Columns: comparison, reuse, low, high; means over classes, intervals over them. "CLIP twice, other pictures" compares two samples
+        of half the size, so it understates what chance leaves in common.
         """
         pairs = {COMPARISONS[0]: (self.base, self.adapted), COMPARISONS[1]: tuple(self.halves)}
         if len(self.class_names) > 1:
-            shift = int(np.random.default_rng(seed).integers(1, len(self.class_names)))
+            shift = int(np.random.default_rng(0).integers(1, len(self.class_names)))
             pairs[COMPARISONS[2]] = (self.base, self.adapted.roll(shift, 0))
         records = []
         for name, (first, second) in pairs.items():
             shared = shared_evidence(first, second)
             shared = shared[~shared.isnan()].numpy()
-            mean, low, high = bootstrap_mean(shared, n_bootstrap, seed) if len(shared) else (np.nan,) * 3
-            records.append({"comparison": name, "reuse": float(mean), "low": float(low), "high": float(high)})
-        return pd.DataFrame(records)
+            records.append((name, *(mean_interval(shared, "classes")[:3] if len(shared) else (np.nan,) * 3)))
+        return pd.DataFrame(records, columns=["comparison", "reuse", "low", "high"])
 
-    def links(self, top_k: int = 10, low: float = 0.5) -> pd.DataFrame:
-        """The strongest links of each class in either model, and what became of them.
+    def links(self) -> pd.DataFrame:
+        """The strongest links of each class in either model: class, class_name, latent, base, adapted (shares of the class's evidence), link.
 
-        Parameters
-        ----------
-        top_k : int
-            Of each class and model.
-        low : float
-            A link has *vanished* when its share of the class's evidence fell below ``low`` times CLIP's, *appeared* when CLIP's lies below
-            ``low`` times the adapted model's, else *stayed*.
-
-        Returns
-        -------
-        DataFrame
-            class, class_name, latent, base, adapted (shares of the class's evidence), link.
+        A link has *vanished* when its share of the class's evidence fell below half of CLIP's, *appeared* when CLIP's lies below
+        half of the adapted model's, else *stayed*.
         """
-        table = latent_groups(evidence(self.base), evidence(self.adapted), top_k=top_k, low=low)
+        table = latent_groups(evidence(self.base), evidence(self.adapted))
         table["link"] = table.pop("group").map(LINKS)
         table.insert(1, "class_name", [self.class_names[i] for i in table["class"]])
         return table
 
-    def change(self, n_bootstrap: int = 1000, seed: int = 0) -> dict[str, float]:
+    def change(self) -> dict[str, float]:
         """Share of the links' change (sum of absolute parts) that is due to reading, not to activations: reading, low, high.
 
         NaN where no link has changed. The interval is over classes.
         """
         reading, activation = (part.abs().sum(1) for part in (self.by_reading, self.by_activation))
         total = reading + activation
-        changed = total > 0
-        if not changed.any():
-            return dict.fromkeys(("reading", "low", "high"), float("nan"))
-        mean, low, high = bootstrap_mean((reading / total)[changed].numpy(), n_bootstrap, seed)
-        return {"reading": float(mean), "low": float(low), "high": float(high)}
+        shares = (reading / total)[total > 0]
+        found = mean_interval(shares, "classes")[:3] if len(shares) else (float("nan"),) * 3
+        return dict(zip(("reading", "low", "high"), found, strict=True))
 
 
 def evidence(links: Tensor) -> Tensor:
@@ -151,25 +133,17 @@ class LinkSums:
     ) -> None:
         """Add a batch: CLIP and the adapted model, the residual streams of the same pictures, their positive latents, their classes [B]."""
         token, latent, h = _union(actives, len(self.rows))
-        together = Active(token, latent, torch.ones_like(h[0]), actives[0].shape)
+        either = Active(token, latent, torch.ones_like(h[0]), actives[0].shape)
         w = [
-            together.project(logit_gradient(reader.clip, reader.tail, residual, reader.head, labels, "margin"), self.rows)
+            either.project(logit_gradient(reader.clip, reader.tail, residual, reader.head, labels, "margin"), self.rows)
             for reader, residual in zip(readers, residuals, strict=True)
         ]
         shares = torch.stack([h[0] * w[0], h[1] * w[1], (h[1] - h[0]) * (w[0] + w[1]) / 2, (h[0] + h[1]) / 2 * (w[1] - w[0])]).double()
-        place = labels[together.image] * len(self.rows) + latent
-        turn = self._turns(labels.cpu()).to(place.device)[together.image]
+        place = labels[either.image] * len(self.rows) + latent
+        turn = turns(labels.cpu(), self.seen).to(place.device)[either.image]
         self.halves.view(-1).index_add_(0, turn * self.halves[0].numel() + place, shares[0])
         for total, share in zip(self.rest, shares[1:], strict=True):
             total.view(-1).index_add_(0, place, share)
-
-    def _turns(self, labels: Tensor) -> Tensor:
-        """0 or 1 for each picture: those of a class go to its two halves by turns."""
-        turns = torch.empty_like(labels)
-        for i, label in enumerate(labels.tolist()):
-            turns[i] = int(self.seen[0, label] > self.seen[1, label])
-            self.seen[turns[i], label] += 1
-        return turns
 
     def links(self) -> ClassLinks:
         """The means over the pictures of each class."""

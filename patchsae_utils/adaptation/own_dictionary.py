@@ -9,9 +9,8 @@ another seed, says how much of any difference is the luck of training: dictionar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -42,30 +41,16 @@ class Dictionaries(NamedTuple):
     alive: dict[str, Tensor]
     """bool [S]: latents that fire on the activations that the SAE was trained on; the most frequent ones, where these are too many to match."""
 
-    def cross(
-        self, base: ClipModel, adapted: ClipModel, dataset, layer: int, *, batch_size: int = 64, progress: bool = True
-    ) -> pd.DataFrame:
-        """Each SAE on the activations of each model.
+    def cross(self, base: ClipModel, adapted: ClipModel, dataset: Any, layer: int, *, progress: bool = True) -> pd.DataFrame:
+        """Each SAE on the activations of each model, on labelled pictures that no SAE was trained on.
 
-        Parameters
-        ----------
-        base, adapted : ClipModel
-        dataset : ImageData or OpenMojiData
-            Labelled pictures that no SAE was trained on.
-        layer : int
-        batch_size : int
-        progress : bool
-
-        Returns
-        -------
-        DataFrame
-            sae, activations ("CLIP" or "adapted"), measure (explained_variance, l0, accuracy of that model with the reconstruction in place of
-            its residual stream, change of the accuracy against raw), value, low, high; over all tokens, intervals over pictures.
+        Columns: sae, activations ("CLIP" or "adapted"), measure (explained_variance, l0, accuracy of that model with the reconstruction in place of
+        its residual stream, change of the accuracy against raw), value, low, high; over all tokens, intervals over pictures.
         """
         check_same_tower(base, adapted)
         tables = []
         for name, model in ((BASE, base), (ADAPTED, adapted)):
-            found = evaluate_sae(model, self.saes, dataset, layer, batch_size=batch_size, progress=progress)
+            found = evaluate_sae(model, self.saes, dataset, layer, progress=progress)
             found = found[(found["variant"] == "reconstruction") & (found["tokens"] == "all") & found["metric"].isin(list(MEASURES))]
             tables.append(found.assign(activations=name, measure=found["metric"].map(MEASURES)))
         return pd.concat(tables, ignore_index=True)[["sae", "activations", "measure", "value", "low", "high"]]
@@ -79,40 +64,12 @@ class Dictionaries(NamedTuple):
 
 
 def train_dictionaries(
-    base: ClipModel,
-    adapted: ClipModel,
-    dataset,
-    layer: int,
-    sae: SaeConfig,
-    training: TrainConfig,
-    out: str | Path,
-    *,
-    progress: bool = True,
-) -> Dictionaries:
-    """Train an SAE on each model's residual stream, and one more on CLIP's; what is in the folder already is opened.
+    base: ClipModel, adapted: ClipModel, dataset: Any, layer: int, sae: SaeConfig, training: TrainConfig, out: str | Path, *, progress: bool = True
+) -> Dictionaries:  # fmt: skip
+    """Train an SAE on each model's residual stream, and one more on CLIP's with the next seed; what is in the folder already is opened.
 
-    Parameters
-    ----------
-    base, adapted : ClipModel
-    dataset : ImageData or OpenMojiData
-        Pictures that both models read, e.g. of the domain that the adapter was fitted to.
-    layer : int
-        Block whose output the SAEs read.
-    sae : SaeConfig
-    training : TrainConfig
-        The same for all, but for the seed of "CLIP, other seed", which is the next one.
-    out : path
-        Folder for two activation stores and three SAEs.
-    progress : bool
-
-    Returns
-    -------
-    Dictionaries
-
-    Raises
-    ------
-    ValueError
-        If the models' image towers differ in shape; else as :func:`~patchsae_utils.extract_activations` and :func:`~patchsae_utils.train_sae`.
+    ``dataset``: pictures that both models read, e.g. of the domain that the adapter was fitted to; ``out``: a folder for two activation stores and
+    three SAEs.
     """
     check_same_tower(base, adapted)
     out = Path(out)
@@ -128,7 +85,7 @@ def train_dictionaries(
     ):
         fresh = SparseAutoencoder(base.width, sae.expansion_factor * base.width, seed=seed, **sae.options())
         saes[name] = train_sae(fresh, stores[source], dataclasses.replace(training, seed=seed), out / folder, progress=progress)
-        alive[name] = _alive(firing_rates(saes[name], cast(Iterator[Tensor], stores[source].tokens(4096, seed=0)), _N_ALIVE))
+        alive[name] = _alive(firing_rates(saes[name], stores[source].tokens(4096, seed=0), _N_ALIVE))
     return Dictionaries(saes, alive)
 
 
@@ -136,16 +93,3 @@ def _alive(rates: Tensor) -> Tensor:
     alive = torch.zeros_like(rates, dtype=torch.bool)
     alive[rates.argsort(descending=True, stable=True)[:MAX_LATENTS]] = True
     return alive & (rates > 0)
-
-
-def cross_table(cross: pd.DataFrame) -> pd.DataFrame:
-    """:meth:`Dictionaries.cross` to read: one row an SAE and model, cells "value [low, high]"."""
-
-    def cell(row) -> str:
-        style = {"l0": ".1f", "explained_variance": ".3f", "accuracy": ".0%"}.get(row.measure, "+.0%")
-        value, low, high = (format(number, style) for number in (row.value, row.low, row.high))
-        return f"{value} [{low}, {high}]"
-
-    cells = cross.assign(cell=[cell(row) for row in cross.itertuples()])
-    table = cells.pivot_table(index=["sae", "activations"], columns="measure", values="cell", aggfunc="first", sort=False)
-    return table.rename_axis(columns=None)

@@ -1,8 +1,7 @@
-"""Learned prompts over any CLIP of ours: MaPLe, CoOp and VPT, with the interface of the model they adapt.
+"""Learned prompts over any CLIP of ours: MaPLe, CoOp and VPT.
 
-An adapted model shares the frozen weights of its base and adds learned prompts: in the text they take the place of the first
-words' embeddings, in the image they travel behind the patches. It is a :class:`~patchsae_utils.clip.ClipModel`, so every stage
-runs on it as it is; ``run_to`` hands the image prompts over as ``Residual.extra``, so that no statistic ever sees them.
+In the text, prompts take the place of the first words' embeddings; in the image they travel behind the patches. ``run_to`` hands the image prompts
+over as ``Residual.extra``, so that no statistic ever sees them.
 """
 
 from __future__ import annotations
@@ -17,36 +16,11 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ..clip.model import ClipModel, Residual
-from ..config import AdapterConfig
-from .adapted import TEMPLATE, AdaptedClip
-
-MAPLE_DEPTH = 9
+from .models import TEMPLATE, AdaptedClip
 
 
 class PromptedClip(AdaptedClip):
-    """A frozen CLIP with learned prompts; its base class says what it can do, its subclasses which prompts there are.
-
-    Parameters
-    ----------
-    clip : ClipModel
-        The base. Its weights are shared, not copied, and never change.
-    n_ctx : int
-        Text embeddings that are replaced, and image tokens that are added.
-    depth : int, optional
-        Blocks, counted from the input, that get prompts of their own; behind them the prompts propagate. Default: the
-        adapter's own, see the subclass. Image and text towers may differ in depth: a tower with fewer blocks reads the
-        prompts of the blocks that it has.
-    seed : int
-        Of the initial prompts.
-    template : str
-        Prompt whose first ``n_ctx`` tokens are replaced. With more context than it has words, as many placeholders take
-        their place and the context starts from random vectors.
-
-    Raises
-    ------
-    ValueError
-        If the depth or the context is impossible for these towers.
-    """
+    """A frozen CLIP with learned prompts; subclasses say which."""
 
     OPTIONS = ("n_ctx", "depth", "seed", "template")
     default_depth: ClassVar[int] = 1
@@ -63,18 +37,9 @@ class PromptedClip(AdaptedClip):
         self.template = template if self._from_words else " ".join(["X"] * n_ctx) + " {}."
         self.learned = self._make_prompts(Generator().manual_seed(seed)).to(self.device).requires_grad_(False)
 
-    @classmethod
-    def for_fitting(
-        cls, clip: ClipModel, config: AdapterConfig, class_names: Sequence[str], templates: Sequence[str], seed: int
-    ) -> PromptedClip:
-        return cls(clip, config.n_ctx, config.depth if cls.default_depth > 1 else 1, seed=seed, template=config.template)
-
-    # -- what a subclass says -----------------------------------------------------------------------------------------
-
     def _make_prompts(self, generator: Generator) -> nn.Module:
-        raise TypeError(
-            f"{type(self).__name__} is no adapter by itself. Choose one of: {', '.join(c.__name__ for c in PromptedClip.__subclasses__())}."
-        )
+        """The module of what is learned."""
+        raise NotImplementedError
 
     def text_prompts(self) -> list[Tensor]:
         """[n_ctx, d_text] for each text block, from the first on, that gets its own; empty: the text tower is the base's."""
@@ -103,13 +68,7 @@ class PromptedClip(AdaptedClip):
         return self.base, prompts[-1].detach()
 
     def finish(self, residual: Residual | Tensor, layer: int) -> Tensor:
-        """As :meth:`ClipModel.finish`, on what this model's ``run_to`` gave.
-
-        Raises
-        ------
-        ValueError
-            If the image prompts are missing that the next blocks need, or there are some that don't belong here.
-        """
+        """As :meth:`ClipModel.finish`, on what this model's ``run_to`` gave; an error where image prompts are missing that the next blocks need."""
         residual = Residual(residual) if isinstance(residual, Tensor) else residual
         start, expected = self.layer_index(layer) + 1, self.n_ctx if self.visual_prompts() else 0
         given = 0 if residual.extra is None else residual.extra.shape[1]
@@ -138,13 +97,7 @@ class PromptedClip(AdaptedClip):
     # -- text ---------------------------------------------------------------------------------------------------------
 
     def head(self, tokens: Tensor) -> Tensor:
-        """Text features through the learned prompts: unit rows [C, d_embed], differentiable.
-
-        Parameters
-        ----------
-        tokens : LongTensor [C, context]
-            Of ``template`` filled with class names.
-        """
+        """Text features of :meth:`class_tokens` through the learned prompts: unit rows [C, d_embed], differentiable."""
         with self._prompted_text():
             return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
@@ -153,18 +106,7 @@ class PromptedClip(AdaptedClip):
         return self.tokenize([self.template.format(name.replace("_", " ")) for name in class_names])
 
     def zero_shot_head(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
-        """One unit vector a class, from the learned text prompts; without any, the base's head over ``templates``.
-
-        Parameters
-        ----------
-        class_names : sequence of str
-        templates : sequence of str, optional
-            Only read by adapters without text prompts: a learned context takes the templates' place.
-
-        Returns
-        -------
-        Tensor [C, d_embed]
-        """
+        """Unit rows [C, d_embed] from the learned text prompts; ``templates`` are read by adapters without any, for the base's head."""
         if not self.text_prompts():
             return super().zero_shot_head(class_names, templates)
         if not class_names:
@@ -181,7 +123,7 @@ class PromptedClip(AdaptedClip):
     @contextmanager
     def _prompted_text(self) -> Iterator[None]:
         """While it lasts, the text tower reads the learned prompts at positions 1 to n_ctx."""
-        prompts, text = self.text_prompts(), _text_tower(self.model)
+        prompts, text = self.text_prompts(), text_tower(self.model)
         handles = []
 
         def replace(x: Tensor, prompt: Tensor, dim: int) -> Tensor:
@@ -202,7 +144,7 @@ class PromptedClip(AdaptedClip):
 
     def _initial_context(self, generator: Generator) -> Tensor:
         """[n_ctx, d_text]: embeddings of the template's first words, or random ones where it has too few."""
-        text = _text_tower(self.model)
+        text = text_tower(self.model)
         if self._from_words:
             return text.token_embedding(self.tokenize(self.template.format("X")))[0, 1 : 1 + self.n_ctx].detach().float().cpu().clone()
         return torch.randn(self.n_ctx, text.token_embedding.weight.shape[1], generator=generator) * 0.02
@@ -212,14 +154,32 @@ class MaPLe(PromptedClip):
     """Multi-modal prompt learning: text prompts, and image prompts that are linear functions of them.
 
     The first ``n_ctx`` word embeddings become vectors; a linear map of them is appended to the patches. For each block up
-    to ``depth``, further vectors and their linear map replace what the block before made of the prompts, in both towers.
-    Default depth: 9, or all blocks of a smaller image tower. ViT-B/16: 3,555,072 parameters.
+    to ``depth``, further vectors and their linear map replace what the block before made of the prompts, in both towers; behind it the
+    prompts propagate. A tower with fewer blocks reads the prompts of the blocks that it has. ViT-B/16: 3,555,072 parameters.
+
+    Parameters
+    ----------
+    clip : ClipModel
+        The base. Its weights are shared, not copied, and never change.
+    n_ctx : int
+        Text embeddings that are replaced, and image tokens that are added.
+    depth : int, optional
+        Blocks, counted from the input, that get prompts of their own. Default: 9, or all blocks of a smaller image tower.
+    seed : int
+        Of the initial prompts.
+    template : str
+        Prompt whose first ``n_ctx`` tokens are replaced; with more context than it has words, as many placeholders take their place.
+
+    Raises
+    ------
+    ValueError
+        If the depth or the context is impossible for these towers.
 
     Source: Khattak et al., CVPR 2023, section 3.
     """
 
     kind = "maple"
-    default_depth = MAPLE_DEPTH
+    default_depth = 9
 
     def _make_prompts(self, generator: Generator) -> nn.Module:
         ctx = self._initial_context(generator)
@@ -246,6 +206,13 @@ class CoOp(PromptedClip):
 
     The control for every claim about the image tower: whatever this adapter gains, it gains without a new feature.
 
+    Parameters
+    ----------
+    clip : ClipModel
+        The base. Its weights are shared, not copied, and never change.
+    n_ctx, depth, seed, template
+        As for :class:`MaPLe`; ``depth`` is always 1.
+
     Source: Zhou et al., IJCV 2022 (context shared by all classes, class name at the end).
     """
 
@@ -263,11 +230,18 @@ class CoOp(PromptedClip):
 class VisualPrompt(PromptedClip):
     """Visual prompt tuning, deep: image tokens learned for each block; the text head stays as it is.
 
+    Parameters
+    ----------
+    clip : ClipModel
+        The base. Its weights are shared, not copied, and never change.
+    n_ctx, depth, seed, template
+        As for :class:`MaPLe`; the text head reads the whole template.
+
     Source: Jia et al., ECCV 2022 (VPT-deep), with its uniform initial values. The prompts stand behind the patches, as MaPLe's.
     """
 
     kind = "vpt"
-    default_depth = MAPLE_DEPTH
+    default_depth = 9
 
     def _make_prompts(self, generator: Generator) -> nn.Module:
         patch = self.visual.conv1.weight[0].numel()
@@ -280,10 +254,7 @@ class VisualPrompt(PromptedClip):
         return list(self.learned.tokens)
 
 
-# -- small things -----------------------------------------------------------------------------------------------------
-
-
-def _text_tower(model: nn.Module) -> Any:
+def text_tower(model: nn.Module) -> Any:
     """The module that holds token_embedding and transformer: the model itself, or its ``text``."""
     text = model if hasattr(model, "token_embedding") else getattr(model, "text", None)
     if not (hasattr(text, "token_embedding") and hasattr(getattr(text, "transformer", None), "resblocks")):

@@ -11,7 +11,7 @@ import traitlets as t
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..adaptation.adapters import NAMES
+from ..adaptation.fit import NAMES
 from ..data import load_dataset
 from ..interventions.tail import dataset_head
 from ..latents.summary import TOKENS

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ..adaptation.adapters import NAMES
+from ..adaptation.fit import NAMES
 from . import style
 from .drawing import intervals, legend, panels, pretty
 from .style import COLORS, STYLE

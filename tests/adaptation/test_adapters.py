@@ -11,21 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchsae_utils.adaptation import adapters as adapters_module
-from patchsae_utils.adaptation.adapters import (
-    ADAPTERS,
-    CoOp,
-    FineTuned,
-    LinearHead,
-    LoRA,
-    MaPLe,
-    Recipe,
-    fit_adapter,
-    learning_rate,
-    load_adapter,
-    save_adapter,
-)
-from patchsae_utils.adaptation.prompts import PromptedClip
+from patchsae_utils.adaptation import fit
+from patchsae_utils.adaptation.fit import ADAPTERS, RECIPES, Recipe, fit_adapter, fresh_adapter, load_adapter, save_adapter
+from patchsae_utils.adaptation.models import FineTuned, LinearHead, LoRA
+from patchsae_utils.adaptation.prompts import CoOp, MaPLe
 from patchsae_utils.clip.model import ClipModel
 from patchsae_utils.config import AdapterConfig
 from patchsae_utils.data import load_dataset
@@ -134,7 +123,7 @@ def test_on_vit_b_16_maple_has_the_papers_size_and_the_papers_forward_pass(vit_b
 
 def loud(kind: str, clip: ClipModel):
     """An adapter whose learned weights are far from where they start."""
-    adapted = ADAPTERS[kind].for_fitting(clip, CONFIG, NAMES, ["a {}."], seed=1)
+    adapted = fresh_adapter(kind, clip, CONFIG, NAMES, ["a {}."], seed=1)
     generator = torch.Generator().manual_seed(0)
     for parameter in adapted.learned.parameters():
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -163,7 +152,7 @@ def test_a_reconstruction_with_its_error_kept_changes_nothing(tiny_clip, tiny_sa
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_the_quick_tail_is_the_tail(tiny_clip, tiny_images, kind, depth):
-    adapted = ADAPTERS[kind].for_fitting(tiny_clip, dataclasses.replace(CONFIG, depth=depth), NAMES, ["a {}."], seed=1)
+    adapted = fresh_adapter(kind, tiny_clip, dataclasses.replace(CONFIG, depth=depth), NAMES, ["a {}."], seed=1)
     for parameter in adapted.learned.parameters():
         parameter.mul_(2)
     residual = adapted.run_to(tiny_images, -2)
@@ -185,7 +174,7 @@ def test_only_what_an_adapter_may_change_changes(tiny_clip, tiny_images, kind):
 
 @pytest.mark.parametrize("kind", ["lora", "finetune", "linear"])
 def test_changed_weights_start_as_clip(tiny_clip, tiny_images, kind):
-    adapted = ADAPTERS[kind].for_fitting(tiny_clip, CONFIG, NAMES, ["a {}."], seed=1)
+    adapted = fresh_adapter(kind, tiny_clip, CONFIG, NAMES, ["a {}."], seed=1)
     torch.testing.assert_close(adapted.encode_image(tiny_images), tiny_clip.encode_image(tiny_images), rtol=0, atol=0)
     torch.testing.assert_close(adapted.zero_shot_head(NAMES, ["a {}."]), tiny_clip.zero_shot_head(NAMES, ["a {}."]), rtol=0, atol=0)
 
@@ -277,14 +266,10 @@ def test_impossible_settings_say_what_is_possible(tiny_clip, few):
         CoOp(tiny_clip, n_ctx=0)
     with pytest.raises(ValueError, match="Valid: maple, coop, vpt, lora, finetune, linear"):
         fit_adapter(tiny_clip, "bitfit", None, CONFIG)
-    with pytest.raises(TypeError, match="Choose one of"):
-        PromptedClip(tiny_clip)
     with pytest.raises(ValueError, match="rank must lie between 1 and the width 32"):
         LoRA(tiny_clip, rank=33)
     with pytest.raises(ValueError, match="has no '{}'"):
         LinearHead(tiny_clip, NAMES, template="a hammer")
-    with pytest.raises(ValueError, match="Valid: sgd, adamw"):
-        fit_adapter(tiny_clip, "coop", few, CONFIG, recipe=Recipe("lion", 0.1, 0), progress=False)
     with pytest.raises(ValueError, match="Valid: fp32, bf16"):
         fit_adapter(tiny_clip, "coop", few, CONFIG, precision="fp8")
     with pytest.raises(ValueError, match="class names"):
@@ -300,18 +285,17 @@ def test_more_context_than_the_template_has_words_starts_from_placeholders(tiny_
 # -- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_learning_rate_is_constant_for_an_epoch_and_then_a_cosine():
-    rates = [learning_rate(epoch, 5, 0.0035) for epoch in range(5)]
-    assert rates[0] == 1e-5
-    assert rates[1] == pytest.approx(0.0035)
-    assert rates[4] == pytest.approx(0.0035 * 0.5 * (1 + math.cos(3 * math.pi / 5)))
+def test_the_learning_rate_is_constant_for_an_epoch_and_then_a_cosine(tiny_clip, few):
+    config = dataclasses.replace(CONFIG, epochs=5, lr=0.0035, depth=1)
+    rates = [epoch["lr"] for epoch in fit_adapter(tiny_clip, "coop", few, config, progress=False).log]
+    assert rates == pytest.approx([1e-5, *(0.0035 * 0.5 * (1 + math.cos(epoch * math.pi / 5)) for epoch in range(4))], rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fitting_lowers_the_loss_and_repeats_with_the_seed(tiny_clip, few, kind):
+def test_fitting_lowers_the_loss_and_repeats_with_the_seed(tiny_clip, few, kind, monkeypatch):
     config = AdapterConfig(tasks=("openmoji/tools",), n_shots=1, epochs=6, lr=0.05, batch_size=9, depth=3)
-    recipe = Recipe("adamw", 3e-3, 0) if kind in ("lora", "finetune", "linear") else None
-    first, again, other = (fit_adapter(tiny_clip, kind, few, config, seed=seed, recipe=recipe, progress=False) for seed in (1, 1, 2))
+    monkeypatch.setitem(RECIPES, kind, Recipe("adamw", 3e-3, 0) if kind in ("lora", "finetune", "linear") else RECIPES["maple"])
+    first, again, other = (fit_adapter(tiny_clip, kind, few, config, seed=seed, progress=False) for seed in (1, 1, 2))
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert first.log == again.log
     assert first.log[-1]["loss"] < first.log[0]["loss"]
@@ -323,18 +307,19 @@ def test_a_fit_that_was_stopped_goes_on_where_it_was(tiny_clip, few, tmp_path, k
     config = AdapterConfig(tasks=("openmoji/tools",), n_shots=1, epochs=4, lr=0.01, batch_size=6, depth=2)
     whole = fit_adapter(tiny_clip, kind, few, config, tmp_path / "whole", progress=False)
 
-    def stop(epoch, epochs, lr):
+    rate_factor, epochs = fit.rate_factor, []
+
+    def stop(epoch, *rest):
         if epoch == 2:
             raise KeyboardInterrupt
-        return learning_rate(epoch, epochs, lr)
+        return rate_factor(epoch, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(adapters_module, "learning_rate", stop)
+        patch.setattr(fit, "rate_factor", stop)
         fit_adapter(tiny_clip, kind, few, config, tmp_path / "stopped", progress=False)
-    epochs = []
-    monkeypatch.setattr(adapters_module, "learning_rate", lambda epoch, *rest: epochs.append(epoch) or learning_rate(epoch, *rest))
+    monkeypatch.setattr(fit, "rate_factor", lambda epoch, *rest: epochs.append(epoch) or rate_factor(epoch, *rest))
     resumed = fit_adapter(tiny_clip, kind, few, config, tmp_path / "stopped", progress=False)
-    assert epochs == [2, 3] and resumed.log == whole.log and resumed.fingerprint == whole.fingerprint
+    assert epochs == [2, 3, 4] and resumed.log == whole.log and resumed.fingerprint == whole.fingerprint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stopped", "whole"]
 
 
@@ -376,12 +361,6 @@ def test_a_loss_that_is_no_number_stops_a_fit(tiny_clip, few):
         fit_adapter(tiny_clip, "coop", few, dataclasses.replace(CONFIG, lr=1e38, epochs=3), progress=False)
 
 
-def test_prompt_settings_are_refused_for_adapters_without_prompts(tiny_clip, tmp_path):
-    save_adapter(ADAPTERS["linear"](tiny_clip, class_names=("a", "b")), tmp_path / "linear")
-    with pytest.raises(ValueError, match="holds a 'linear' adapter, which has no prompts: leave n_ctx and depth out"):
-        load_adapter(tmp_path / "linear", tiny_clip, n_ctx=2)
-
-
 # -- on disk ----------------------------------------------------------------------------------------------------------
 
 
@@ -405,13 +384,9 @@ def test_a_current_adapter_is_not_fitted_again(tiny_clip, few, tmp_path):
     assert (out / "adapter.safetensors").stat().st_mtime_ns != stamp
 
 
-def test_another_depth_context_or_model_is_an_error(tiny_clip, few, tmp_path):
+def test_another_model_is_an_error(tiny_clip, tmp_path):
     out = tmp_path / "adapter"
-    fit_adapter(tiny_clip, "maple", few, CONFIG, out, progress=False)
-    with pytest.raises(ValueError, match=r"holds 2 prompted blocks \(depth\); 3 were asked for"):
-        load_adapter(out, tiny_clip, depth=3)
-    with pytest.raises(ValueError, match="holds 2 context vectors; 4 were asked for"):
-        load_adapter(out, tiny_clip, n_ctx=4)
+    save_adapter(CoOp(tiny_clip), out)
     with pytest.raises(ValueError, match="was fitted to 'tiny'"):
         load_adapter(out, CoOp(tiny_clip))
     with pytest.raises(FileNotFoundError, match="holds no adapter"):
@@ -434,31 +409,35 @@ def test_a_damaged_adapter_is_an_error(tiny_clip, few, tmp_path):
 # -- official checkpoints ---------------------------------------------------------------------------------------------
 
 
-def official(adapted: MaPLe, path, **extra) -> None:
+def official(adapted: MaPLe, path, template: str = "a photo of a {}.", drop: str = "", **extra) -> None:
     """A file as the official code writes it: prompts among frozen weights, beside the optimiser and its schedule."""
-    state = {f"prompt_learner.{key}": value.half() for key, value in adapted.learned.state_dict().items()}
-    state |= {
-        "prompt_learner.token_prefix": torch.zeros(3, 1, 32),
-        "image_encoder.proj": torch.zeros(2, 2),
-        "logit_scale": torch.tensor(4.6),
-    }
+    tokens = adapted.tokenize([template.format(name) for name in ("french horn", "accordion")])
+    embedded = adapted.model.token_embedding(tokens)
+    held = adapted.learned.state_dict() | {"token_prefix": embedded[:, :1], "token_suffix": embedded[:, 1 + adapted.n_ctx :]}
+    state = {f"prompt_learner.{key}": value.half() for key, value in held.items() if not (drop and key.startswith(drop))}
+    state |= {"image_encoder.proj": torch.zeros(2, 2), "logit_scale": torch.tensor(4.6)}
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
     torch.save({"state_dict": state, "epoch": 5, "optimizer": optimizer.state_dict(), "scheduler": {"successor": schedule}, **extra}, path)
 
 
-def test_an_official_checkpoint_loads(maple, tiny_clip, tiny_images, tmp_path):
-    official(maple, tmp_path / "model.pth.tar-5")
-    loaded = load_adapter(tmp_path / "model.pth.tar-5", tiny_clip, depth=2)
-    torch.testing.assert_close(loaded.encode_image(tiny_images), maple.encode_image(tiny_images), rtol=0, atol=1e-2)
+@pytest.mark.parametrize("depth", [1, 3])
+def test_an_official_checkpoint_loads_with_the_depth_that_it_has(tiny_clip, tiny_images, tmp_path, depth):
+    """The official code loads a file of depth 3 into a model of depth 9, where six layers stay random."""
+    adapted = MaPLe(tiny_clip, depth=depth, seed=3)
+    official(adapted, tmp_path / "model.pth.tar-5")
+    loaded = load_adapter(tmp_path / "model.pth.tar-5", tiny_clip)
+    assert (loaded.depth, loaded.n_ctx) == (depth, 2)
+    torch.testing.assert_close(loaded.encode_image(tiny_images), adapted.encode_image(tiny_images), rtol=0, atol=1e-2)
     assert all(p.dtype == torch.float32 for p in loaded.learned.parameters())
 
 
-def test_an_official_checkpoint_of_another_depth_or_model_is_an_error(maple, tiny_clip, tmp_path):
+def test_an_official_checkpoint_that_lacks_a_layer_or_is_of_another_model_is_an_error(maple, tiny_clip, tmp_path):
     path = tmp_path / "model.pth.tar-5"
+    official(maple, path, drop="compound_prompt_projections")
+    with pytest.raises(ValueError, match="compound_prompt_projections.0.bias is missing, expected"):
+        load_adapter(path, tiny_clip)
     official(maple, path)
-    with pytest.raises(ValueError, match="9 were asked for"):
-        load_adapter(path, tiny_clip, depth=9)
     wider = {"image_size": 32, "patch_size": 16, "width": 48, "layers": 2, "head_width": 16}
     text = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
     other = ClipModel(open_clip.CLIP(16, wider, text), preprocess=None, tokenizer=tiny_clip.tokenize, name="wider")
@@ -466,6 +445,19 @@ def test_an_official_checkpoint_of_another_depth_or_model_is_an_error(maple, tin
         load_adapter(path, other)
     with pytest.raises(ValueError, match="give clip="):
         load_adapter(path)
+
+
+@pytest.mark.parametrize("template", ["a photo of the {}.", "a photo of a {}", "a picture {}, in colour."])
+def test_a_file_whose_prompts_ended_otherwise_is_an_error_until_its_template_is_given(tiny_clip, tmp_path, template):
+    """FAULTS C7: the head was built on another sentence than the one that the prompts were learned in."""
+    path, adapted = tmp_path / "model.pth.tar-5", MaPLe(tiny_clip, 2, 2, seed=3, template=template)
+    official(adapted, path, template)
+    with pytest.raises(ValueError, match="as in '.*french horn.*Give the prompt it was trained with"):
+        load_adapter(path, tiny_clip)
+    head = load_adapter(path, tiny_clip, template=template).zero_shot_head(["french horn"])
+    torch.testing.assert_close(head, adapted.zero_shot_head(["french horn"]), rtol=0, atol=1e-2)
+    official(adapted, path, template, drop="token_")  # nothing to compare with
+    assert load_adapter(path, tiny_clip).template == "a photo of a {}."
 
 
 class Malicious:
@@ -487,7 +479,7 @@ def test_nothing_in_a_checkpoint_is_executed(maple, tiny_clip, tmp_path):
 
 def test_a_file_that_is_no_checkpoint_is_an_error(tiny_clip, tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"not torch")
-    with pytest.raises(ValueError, match="weights.bin can't be read"):
+    with pytest.raises(ValueError, match="weights.bin is no archive of torch.save"):
         load_adapter(tmp_path / "weights.bin", tiny_clip)
     torch.save({"state_dict": {"conv1.weight": torch.zeros(2)}}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="holds no MaPLe prompts"):

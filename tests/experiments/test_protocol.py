@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
-from patchsae_utils import plots, protocol
+from experiments import grid, protocol
+from experiments.protocol import KINDS, Cell, Protocol, cells, feature_forms, tabulate
+from patchsae_utils import plots
 from patchsae_utils.adaptation.compare import FORMS
 from patchsae_utils.config import load_profile
 from patchsae_utils.interventions.tail import dataset_head
-from patchsae_utils.protocol import AVERAGE, KINDS, MEAN, Cell, Protocol, cells, feature_forms, load_protocol, run, tabulate
+from patchsae_utils.tables import AVERAGE, MEAN, load_table
 
 TASK = "openmoji/tools"
 
@@ -36,16 +37,17 @@ def test_cells_are_fitted_measured_and_kept(small, tiny_clip, tiny_sae, tmp_path
     monkeypatch.setattr(
         protocol, "feature_forms", lambda clip, *rest, **options: read.append(clip) or feature_forms(clip, *rest, **options)
     )
-    chosen, out = cells([TASK], ["zero-shot", "linear", "lora"], [1, 2]), tmp_path / "table.csv"
-    measured = {cell: row for cell, row, _ in run(Protocol(small, tiny_clip, tiny_sae, n_images=36, progress=False), chosen, out, "abc")}
+    monkeypatch.setattr(grid, "current_commit", lambda: "abc")
+    chosen = cells([TASK], ["zero-shot", "linear", "lora"], [1, 2])
+    measured = {cell: row for cell, row, _ in grid.run(Protocol(small, tiny_clip, tiny_sae, n_images=36, progress=False), chosen)}
     # Zero-shot and both linear heads look at the base's features of the two halves; each LoRA makes its own.
     assert len(read) == 2 + 2 * 2 and read[:2] == [tiny_clip, tiny_clip]
-    table = load_protocol(out)
+    table = load_table(small, "adaptation")
     assert len(table) == 3 * len(FORMS) * 3 and set(table["commit"]) == {"abc"}
     assert (table["low"] <= table["accuracy"] + 1e-6).all() and (table["accuracy"] <= table["high"] + 1e-6).all()
     rows = table.set_index(["kind", "form", "half"])
     assert rows.loc["linear"]["n_seeds"].eq(2).all() and rows.loc["zero-shot"]["n_seeds"].eq(1).all()
-    splits = pd.read_csv(tmp_path / protocol.SPLIT_NAME).set_index(["quantity", "kind", "name"])["value"].sort_index()
+    splits = load_table(small, "gain_split").set_index(["quantity", "kind", "name"])["value"].sort_index()
     assert set(splits["gain"].index.get_level_values("kind")) == {"linear", "lora"}
     for kind in ("linear", "lora"):
         gain = rows.loc[(kind, "raw", "base"), "accuracy"]  # a mean over seeds; the split is the first one's
@@ -57,19 +59,19 @@ def test_cells_are_fitted_measured_and_kept(small, tiny_clip, tiny_sae, tmp_path
         assert rows.loc[("linear", form, "novel"), "accuracy"] == rows.loc[("zero-shot", form, "novel"), "accuracy"]
     for row in measured.values():
         assert all(row["right"][half]["raw"] == row["right"][half]["error kept"] for half in ("base", "novel"))
-    data = Protocol(small, tiny_clip, tiny_sae, n_images=36).test(TASK, "base")
+    data = Protocol(small, tiny_clip, tiny_sae, n_images=36)._tests(chosen[0])["base"]
     images = torch.stack([tiny_clip.preprocess(data[i].image) for i in range(len(data))])
     right = tiny_clip.logits(tiny_clip.encode_image(images), dataset_head(tiny_clip, data)).argmax(1) == torch.as_tensor(data.labels)
     assert rows.loc[("zero-shot", "raw", "base"), "accuracy"] == pytest.approx(right.double().mean().item(), abs=1e-6)
 
     monkeypatch.setattr(protocol, "feature_forms", lambda *args, **options: pytest.fail("measured again"))
     monkeypatch.setattr(protocol.stages, "adapter", lambda *args, **options: pytest.fail("fitted again"))
-    again = {cell: row for cell, row, _ in run(Protocol(small, tiny_clip, tiny_sae, n_images=36, progress=False), chosen, out, "abc")}
+    again = {cell: row for cell, row, _ in grid.run(Protocol(small, tiny_clip, tiny_sae, n_images=36, progress=False), chosen)}
     assert again == measured
     # LoRA and the linear head have rates of their own: the profile's does not matter to them.
     faster = dataclasses.replace(small, adapters=dataclasses.replace(small.adapters, lr=7 * small.adapters.lr))
     another = Protocol(faster, tiny_clip, tiny_sae, n_images=36, progress=False)
-    assert all(another.measure(cell) == measured[cell] for cell in chosen if cell.kind != protocol.ZERO_SHOT)
+    assert all(grid.row(another, cell) == measured[cell] for cell in chosen if cell.kind != "zero-shot")
 
 
 def row(base: str, novel: str):
@@ -77,6 +79,7 @@ def row(base: str, novel: str):
         "right": {"base": dict.fromkeys(FORMS, base), "novel": dict.fromkeys(FORMS, novel)},
         "n_classes": {"base": 2, "novel": 2},
         "fit_seconds": 1.0,
+        "commit": "abc",
     }
 
 
@@ -85,7 +88,7 @@ def test_the_table_averages_seeds_and_tasks():
         Cell("a", "zero-shot", 0): row("1100", "1111"), Cell("a", "maple", 1): row("1110", "1100"), Cell("a", "maple", 2): row("1111", "1100"),
         Cell("b", "zero-shot", 0): row("1000", "1000"), Cell("b", "maple", 1): row("1111", "1000"), Cell("c", "zero-shot", 0): row("1111", "1111"),
     }  # fmt: skip
-    table = tabulate(measured, n_bootstrap=100).query("form == 'raw'").set_index(["task", "kind", "half"])
+    table = tabulate(measured).query("form == 'raw'").set_index(["task", "kind", "half"])
     found = table.loc[("a", "maple", "base")]
     assert found["accuracy"] == 0.875 and found["seed_sd"] == pytest.approx(np.std([0.75, 1], ddof=1)) and found["n_seeds"] == 2
     assert table.loc[("a", "maple", MEAN), "accuracy"] == pytest.approx(2 * 0.875 * 0.5 / 1.375)
@@ -96,15 +99,8 @@ def test_the_table_averages_seeds_and_tasks():
     assert (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
 
 
-def test_without_a_table_the_command_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="python -m patchsae_utils.protocol"):
-        load_protocol(tmp_path / "none.csv")
-    with pytest.raises(ValueError, match="Nothing was measured"):
-        tabulate({})
-
-
 def test_the_three_forms_of_a_feature(tiny_clip, tiny_sae, tiny_dataset, tiny_images):
-    raw, reconstructed, kept = feature_forms(tiny_clip, tiny_sae, tiny_dataset, 1, batch_size=10, progress=False)
+    raw, reconstructed, kept = feature_forms(tiny_clip, tiny_sae, tiny_dataset, 1, progress=False)
     torch.testing.assert_close(raw[:8], tiny_clip.encode_image(tiny_images), rtol=0, atol=1e-5)
     torch.testing.assert_close(kept, raw, rtol=0, atol=1e-4)
     assert (reconstructed - raw).abs().max() > 1e-3
@@ -112,7 +108,7 @@ def test_the_three_forms_of_a_feature(tiny_clip, tiny_sae, tiny_dataset, tiny_im
 
 def test_the_figure_shows_every_adapter_on_every_task():
     measured = {Cell(task, kind, 1): row("1110", "1100") for task in ("openmoji/a", "openmoji/b") for kind in ("zero-shot", "maple")}
-    fig = plots.adapter_table(tabulate(measured, n_bootstrap=20))
+    fig = plots.adapter_table(tabulate(measured))
     assert [ax.get_title(loc="left") for ax in fig.axes] == ["base", "novel", MEAN]
     assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["a", "b", AVERAGE]
     assert {text.get_text() for text in fig.legends[0].get_texts()} == {"zero-shot", "MaPLe"}

@@ -20,7 +20,7 @@ PATIENCE = 120
 WORLD = """
 import patchsae_utils as ps
 from tiny import random_clip
-from patchsae_utils.adaptation.adapters import VisualPrompt
+from patchsae_utils.adaptation.prompts import VisualPrompt
 
 clip, data = random_clip(), ps.load_dataset("openmoji/tools", "test", n_images=24)
 sae = ps.SparseAutoencoder(clip.width, 64, seed=0)

@@ -49,7 +49,7 @@ def patches(tiny_clip, tiny_sae, summary, tiny_dataset, named):
 
 @pytest.fixture
 def adaptation(tiny_clip, tiny_sae, tiny_dataset, named, summary):
-    from patchsae_utils.adaptation.adapters import VisualPrompt
+    from patchsae_utils.adaptation.prompts import VisualPrompt
     from patchsae_utils.explorer import AdaptationView
 
     other = copy.deepcopy(tiny_clip)  # differs more than a few prompts would make it

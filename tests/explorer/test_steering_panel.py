@@ -145,7 +145,7 @@ def test_parts_that_do_not_fit_are_refused(tiny_clip, tiny_sae, tiny_dataset, he
 
 
 def test_an_adapted_model_can_be_steered(tiny_clip, tiny_sae, tiny_dataset, head):
-    from patchsae_utils.adaptation.adapters import VisualPrompt
+    from patchsae_utils.adaptation.prompts import VisualPrompt
     from patchsae_utils.explorer import SteeringPanel
 
     panel = SteeringPanel(

@@ -17,7 +17,7 @@ from tiny_saes import TOKENS, trained
 
 from patchsae_utils.activations.extraction import ActivationStore, extract_activations
 from patchsae_utils.activations.streaming import TokenStream
-from patchsae_utils.adaptation.adapters import ADAPTERS, load_adapter, save_adapter
+from patchsae_utils.adaptation.fit import ADAPTERS, load_adapter, save_adapter
 from patchsae_utils.concepts.comparison import ComparisonReport
 from patchsae_utils.concepts.report import ConceptReport, load_report, save_report
 from patchsae_utils.latents.likeness import Likeness, LikenessObserver

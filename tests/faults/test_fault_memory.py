@@ -10,8 +10,8 @@ from tiny_training import CONFIG, Store, fresh, weights
 
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.activations.streaming import TokenStream
-from patchsae_utils.adaptation import adapters
-from patchsae_utils.adaptation.adapters import fit_adapter
+from patchsae_utils.adaptation import fit
+from patchsae_utils.adaptation.fit import fit_adapter
 from patchsae_utils.cli import main
 from patchsae_utils.config import AdapterConfig
 from patchsae_utils.data import load_dataset
@@ -146,7 +146,7 @@ def test_sweeps_and_adapters_say_which_setting_to_lower(tiny_clip, tiny_sae, tin
     def full(*_):
         raise CPU
 
-    monkeypatch.setattr(adapters.F, "cross_entropy", full)
+    monkeypatch.setattr(fit.F, "cross_entropy", full)
     with pytest.raises(MemoryError, match=r"ran out in fitting an adapter \(.*can't allocate memory.*\)\. Set adapters.batch_size lower"):
         fit_adapter(tiny_clip, "coop", load_dataset("openmoji/tools", "train", half="novel", n_images=20), config, progress=False)
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from patchsae_utils import plots
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
 WORDS = [
     "bell",
@@ -110,7 +110,7 @@ def confused() -> SimpleNamespace:
 
 TASKS = ["instruments", "tools", "animals (gray)", "vehicles (line)"]
 KINDS = ["object", "category", "color", "background"]
-ABLATIONS = pd.read_csv(RESULTS / "ablations.csv")
+ABLATIONS = pd.read_csv(ROOT / "experiments" / "results" / "ablations.csv")
 QUANTILES = {f"{name}_q{q}": q / 50 for name in ("log_frequency", "log_mean_activation", "label_entropy") for q in (10, 25, 50, 75, 90)}
 
 
@@ -216,7 +216,7 @@ def figures(world) -> dict:
         "patch_maps": ([Image.fromarray(each.numpy()) for each in pictures(6)], masks(6), masks(6)),
         "ablation_effects": (ABLATIONS,),
         "reconstruction_frontier": (frontier,),
-        "step_costs": (json.loads((RESULTS / "sae_step.json").read_text()),),
+        "step_costs": (json.loads((ROOT / "benchmarks" / "results" / "sae_step.json").read_text()),),
         "latent_statistics": (latents(), {5: "one class", 70: "everywhere"}),
         "monosemanticity": (scores, 0.15),
         "concept_families": (comparison(),),
@@ -252,7 +252,7 @@ def figures(world) -> dict:
         "gain_parts": (grid("gain", task=TASKS, adapter=["MaPLe", "fine-tuning"], part=parts),),
         "gain_experiments": (grid("value", task=TASKS, experiment=experiments),),
         "class_links": (links(),),
-        "adapter_table": (pd.read_csv(RESULTS / "adaptation.csv").query("kind != 'maple-shuffled'"),),
+        "adapter_table": (pd.read_csv(ROOT / "experiments" / "results" / "adaptation.csv").query("kind != 'maple, shuffled labels'"),),
         "pointing": (grid("hits", kind=KINDS, answer=["distinctive", "strongest", "random"]).assign(chance=0.05),),
     }  # fmt: skip
 

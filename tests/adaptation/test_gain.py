@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from tiny import loud
 
 from patchsae_utils import plots
-from patchsae_utils.adaptation.adapters import CoOp, MaPLe, VisualPrompt
+from patchsae_utils.adaptation import gain
 from patchsae_utils.adaptation.compare import compare_models, stack
-from patchsae_utils.adaptation.gain import CHANGES, CONCEPTS, EXPERIMENTS, PARTS, TOWER_PARTS, _ratio_interval, explain_gain, owen_values
+from patchsae_utils.adaptation.gain import CHANGES, CONCEPTS, EXPERIMENTS, MEASURES, PARTS, TOWER_PARTS, explain_gain, owen_values, share_of
 from patchsae_utils.adaptation.links import evidence, shared_evidence
+from patchsae_utils.adaptation.prompts import CoOp, MaPLe, VisualPrompt
 from patchsae_utils.data import load_dataset
 from patchsae_utils.interventions.attribution import attribute_latents
 from patchsae_utils.interventions.tail import dataset_head
@@ -39,11 +40,13 @@ def models(tiny_clip):
 
 @pytest.fixture(scope="module")
 def found(tiny_clip, tiny_sae, scenes, models):
-    return explain_gain(tiny_clip, models, tiny_sae, scenes, LAYER, batch_size=7, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gain, "BATCH", 7)
+        return explain_gain(tiny_clip, models, tiny_sae, scenes, LAYER, progress=False)
 
 
 def gains(analysis, measure="log-probability"):
-    return analysis.split.parts(measure, n_bootstrap=20).set_index("part")["gain"]
+    return analysis.split.parts(measure).set_index("part")["gain"]
 
 
 # -- the split --------------------------------------------------------------------------------------------------------
@@ -53,7 +56,7 @@ def gains(analysis, measure="log-probability"):
 @pytest.mark.parametrize("name", ["maple", "vpt", "coop"])
 def test_parts_sum_to_the_gain_picture_by_picture(found, name, measure):
     split = found[name].split
-    values = split._measured(measure)
+    values = split.outcomes[MEASURES.index(measure)]
     parts = owen_values(values)
     np.testing.assert_allclose(sum(parts.values()), values[1, 1, 1, 1] - values[0, 0, 0, 0], atol=1e-12)
     table = gains(found[name], measure)
@@ -64,11 +67,7 @@ def test_parts_sum_to_the_gain_picture_by_picture(found, name, measure):
 
 def test_the_towers_parts_are_those_of_the_crossed_towers(tiny_clip, tiny_sae, scenes, models, found):
     """The two-sided split of the remapping module is this one with the tower's parts put together."""
-    crossed = (
-        compare_models(tiny_clip, models["maple"], tiny_sae, scenes, LAYER, progress=False)
-        .gain_split(n_bootstrap=20)
-        .set_index("part")["gain"]
-    )
+    crossed = compare_models(tiny_clip, models["maple"], tiny_sae, scenes, LAYER, progress=False).gain_split().set_index("part")["gain"]
     table = gains(found["maple"], "accuracy")
     for part in ("image tower", "text head", "both"):
         assert table[part] == pytest.approx(crossed[part], abs=1e-12)
@@ -76,9 +75,9 @@ def test_the_towers_parts_are_those_of_the_crossed_towers(tiny_clip, tiny_sae, s
 
 def test_a_model_without_a_change_gains_nothing_anywhere(found):
     for measure in ("accuracy", "log-probability"):
-        table = found["itself"].split.parts(measure, n_bootstrap=20)
+        table = found["itself"].split.parts(measure)
         assert (table[["gain", "low", "high"]] == 0).all(axis=None) and table["share"].isna().all()
-    assert found["itself"].split.change(n_bootstrap=20).set_index("change")["outside"].isna()[["adaptation", "random direction"]].all()
+    assert found["itself"].split.change().set_index("change")["outside"].isna()[["adaptation", "random direction"]].all()
 
 
 def test_coop_has_no_new_concepts_at_all(found):
@@ -104,18 +103,19 @@ def everything(width: int, silent: bool = False) -> SparseAutoencoder:
 
 
 def test_a_dictionary_that_says_everything_leaves_nothing_new_and_a_silent_one_nothing_old(tiny_clip, scenes, models):
-    whole = explain_gain(tiny_clip, models["maple"], everything(tiny_clip.width), scenes, LAYER, progress=False)
-    table, change = gains(whole), whole.split.change(n_bootstrap=20).set_index("change")["outside"]
+    one = {"maple": models["maple"]}
+    whole = explain_gain(tiny_clip, one, everything(tiny_clip.width), scenes, LAYER, progress=False)["maple"]
+    table, change = gains(whole), whole.split.change().set_index("change")["outside"]
     assert abs(table["outside the dictionary"]) < 1e-4 < abs(table["existing latents"]) and (change < 1e-9).all()
-    silent = explain_gain(tiny_clip, models["maple"], everything(tiny_clip.width, silent=True), scenes, LAYER, progress=False)
-    table, change = gains(silent), silent.split.change(n_bootstrap=20).set_index("change")["outside"]
+    silent = explain_gain(tiny_clip, one, everything(tiny_clip.width, silent=True), scenes, LAYER, progress=False)["maple"]
+    table, change = gains(silent), silent.split.change().set_index("change")["outside"]
     assert table["existing latents"] == 0 != table["outside the dictionary"] and change.tolist() == pytest.approx([1, 1, 1])
 
 
 def test_shares_are_of_the_whole_gain_and_only_where_there_is_one(found):
-    table = found["maple"].split.parts("log-probability", n_bootstrap=200).set_index("part")
-    gain = table.loc["both"]
-    if gain["low"] <= 0 <= gain["high"]:
+    table = found["maple"].split.parts("log-probability").set_index("part")
+    whole = table.loc["both"]
+    if whole["low"] <= 0 <= whole["high"]:
         assert table["share"].isna().all()
     else:
         assert table.loc["both", ["share", "share_low", "share_high"]].tolist() == pytest.approx([1, 1, 1])
@@ -124,7 +124,7 @@ def test_shares_are_of_the_whole_gain_and_only_where_there_is_one(found):
 
 
 def test_experiments_start_with_clip_and_end_with_the_adapted_model(tiny_clip, models, scenes, found):
-    table = found["maple"].split.experiments(n_bootstrap=20).set_index("experiment")
+    table = found["maple"].split.experiments().set_index("experiment")
     for name, model in (("CLIP", tiny_clip), ("adapted", models["maple"])):
         head = dataset_head(model, scenes)
         images = torch.stack([tiny_clip.preprocess(scenes[i].image) for i in range(len(scenes))])
@@ -166,17 +166,32 @@ def test_slow_float64_arithmetic_gives_the_same_split(tiny_clip, tiny_sae, scene
         assert {part: float(quick[part]) for part in PARTS} == pytest.approx(slow, abs=5e-3)
 
 
+@pytest.mark.parametrize("run", ["explain", "compare"])
+def test_an_sae_of_another_layer_weights_or_width_is_refused(tiny_clip, scenes, models, run):
+    """FAULTS C8: width alone was checked."""
+    adapted = models["maple"]
+    for metadata, width, match in (
+        ({"model_name": "tiny", "layer": 0, "weights_hash": tiny_clip.weights_hash}, 32, "layer 0"),
+        ({"model_name": "tiny", "layer": 1, "weights_hash": "0123456789abcdef"}, 32, "weights"),
+        ({}, 16, "16-dimensional"),
+    ):
+        sae = SparseAutoencoder(width, 2 * width, metadata=metadata)
+        with pytest.raises(ValueError, match=match):
+            if run == "explain":
+                explain_gain(tiny_clip, {"maple": adapted}, sae, scenes, LAYER, progress=False)
+            else:
+                compare_models(tiny_clip, adapted, sae, scenes, LAYER, progress=False)
+
+
 def test_bad_input_says_what_is_expected(tiny_clip, tiny_sae, found, scenes):
     with pytest.raises(ValueError, match="Valid: accuracy, log-probability"):
         found["maple"].split.parts("loss")
     with pytest.raises(ValueError, match="empty"):
-        explain_gain(tiny_clip, tiny_clip, tiny_sae, load_dataset("openmoji/tools", "test", n_images=0), LAYER)
-    with pytest.raises(ValueError, match="holds 32-dimensional"):
-        explain_gain(tiny_clip, tiny_clip, SparseAutoencoder(16, 32, seed=0), scenes, LAYER)
+        explain_gain(tiny_clip, {"itself": tiny_clip}, tiny_sae, load_dataset("openmoji/tools", "test", n_images=0), LAYER)
 
 
 def test_the_changes_are_named_and_the_yardsticks_do_not_depend_on_the_adapter(found):
-    tables = {name: analysis.split.change(n_bootstrap=20).set_index("change")["outside"] for name, analysis in found.items()}
+    tables = {name: analysis.split.change().set_index("change")["outside"] for name, analysis in found.items()}
     assert all(tuple(table.index) == CHANGES for table in tables.values())
     assert len({round(table["another picture"], 9) for table in tables.values()}) == 1
 
@@ -197,8 +212,8 @@ def test_coops_links_change_by_reading_alone_and_the_same_models_not_at_all(foun
     coop, itself = found["coop"].links, found["itself"].links
     assert not coop.by_activation.any() and coop.by_reading.any() and coop.change()["reading"] == 1
     assert not itself.by_activation.any() and not itself.by_reading.any() and np.isnan(itself.change()["reading"])
-    assert set(itself.links(top_k=5)["link"]) == {"stayed"}
-    reuse = itself.reuse(n_bootstrap=20).set_index("comparison")["reuse"]
+    assert set(itself.links()["link"]) == {"stayed"}
+    reuse = itself.reuse().set_index("comparison")["reuse"]
     assert reuse["CLIP and adapted"] == pytest.approx(1) and reuse["CLIP and adapted, other class"] < 1
 
 
@@ -215,8 +230,8 @@ def test_what_two_models_share_of_a_class():
 
 def test_resamples_without_a_gain_have_no_share():
     rows, whole = np.array([[1.0, 0.0], [0.5, 0.0]]), np.array([1.0, 0.0])
-    low, high = _ratio_interval(rows, whole, 200, seed=0)  # a quarter of the resamples hold the second picture alone
-    assert low.tolist() == high.tolist() == [1.0, 0.5]
+    found = share_of(rows, whole)  # a quarter of the resamples hold the second picture alone
+    assert found.value.tolist() == found.low.tolist() == found.high.tolist() == [1.0, 0.5]
 
 
 # -- the figures ------------------------------------------------------------------------------------------------------
@@ -224,14 +239,14 @@ def test_resamples_without_a_gain_have_no_share():
 
 def test_figures_show_what_the_tables_say(found):
     names = ["maple", "coop"]
-    parts = stack({("tools", name): found[name].split.parts(n_bootstrap=20) for name in names}, ["task", "adapter"])
+    parts = stack({("tools", name): found[name].split.parts() for name in names}, ["task", "adapter"])
     fig = plots.gain_parts(parts)
     assert [ax.get_title(loc="left").split("\n")[0] for ax in fig.axes][-1] == "whole gain"
     widths = [bar.get_width() for bar in fig.axes[-1].patches]
-    assert widths == pytest.approx([100 * found[name].split.parts(n_bootstrap=20).set_index("part").loc["both", "gain"] for name in names])
-    fig = plots.gain_experiments(stack({name: found[name].split.experiments(n_bootstrap=20) for name in names}, "task"))
+    assert widths == pytest.approx([100 * found[name].split.parts().set_index("part").loc["both", "gain"] for name in names])
+    fig = plots.gain_experiments(stack({name: found[name].split.experiments() for name in names}, "task"))
     assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == list(EXPERIMENTS)
-    links = found["maple"].links.links(top_k=4)
+    links = found["maple"].links.links()
     ax = plots.class_links(links).axes[0]
     top = links.assign(size=links[["base", "adapted"]].max(axis=1)).sort_values("size", ascending=False).groupby("class").head(3)
     discs = sum(len(part.get_offsets()) for part in ax.collections)

@@ -1,21 +1,74 @@
-"""Adapters that change weights: LoRA on the vision attention, full fine-tuning of the image tower, a linear head on frozen features.
-
-The text tower stays CLIP's in all of them; the linear head replaces the text head of the classes that it was fitted to.
-"""
+"""Adapted models: a base that stays as it is, something learned, and the interface of a ``ClipModel``. Here those that change weights."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..clip.model import ClipModel
-from ..config import AdapterConfig
-from .adapted import TEMPLATE, AdaptedClip
+
+TEMPLATE = "a photo of a {}."
+
+
+class AdaptedClip(ClipModel):
+    """A frozen CLIP (``base``, whose weights are shared and never change) and what an adapter adds to it."""
+
+    kind: ClassVar[str]
+    """Its name in ``fit_adapter`` and on disk."""
+    OPTIONS: ClassVar[tuple[str, ...]] = ("seed", "template")
+    """Attributes that, given to the class, make an adapter of the same shape: saved beside the weights."""
+    learned: Any
+    """What is learned; ``learned.state_dict()`` is what is saved."""
+    log: Sequence[dict[str, Any]] = ()
+    """One entry an epoch of fitting: epoch, lr, loss, accuracy on the training images."""
+
+    def __init__(self, clip: ClipModel, *, model: nn.Module | None = None, seed: int = 1, template: str = TEMPLATE):
+        super().__init__(
+            clip.model if model is None else model, clip.preprocess, clip._tokenizer, clip.name, clip.pretrained, clip.device, clip.precision
+        )  # fmt: skip
+        if "{}" not in template:
+            raise ValueError(f"The template {template!r} has no '{{}}' where the class name goes.")
+        self.base, self.seed, self.template = clip, seed, template
+
+    @property
+    def changes_images(self) -> bool:
+        """Whether the image tower differs from the base's; if not, its features are computed once."""
+        return True
+
+    def head_to_fit(self, class_names: Sequence[str], templates: Sequence[str]) -> Callable[[], Tensor]:
+        """A function that gives the text head [C, d_embed] in each step of fitting; by default a frozen one, computed once."""
+        head = self.zero_shot_head(class_names, templates)
+        return lambda: head
+
+    @property
+    def n_parameters(self) -> int:
+        """How many numbers are learned."""
+        return sum(p.numel() for p in self.learned.parameters())
+
+    @property
+    def fingerprint(self) -> str:
+        """The base's, and a hash of what was learned."""
+        return f"{self.base.fingerprint}+{self.kind}:{_hash(self.learned.state_dict())}"
+
+    @property
+    def weights_hash(self) -> str:
+        """Hash of base and what was learned."""
+        return f"{self.base.weights_hash}+{_hash(self.learned.state_dict())}"
+
+    def __repr__(self) -> str:
+        shown = "".join(f", {name}={getattr(self, name)}" for name in ("n_ctx", "depth", "rank") if hasattr(self, name))
+        return f"{type(self).__name__}({self.base!r}{shown}, {self.n_parameters:,} parameters)"
+
+    def zero_shot_head(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
+        """The base's head over ``templates`` (default: the adapter's own template): unit rows [C, d_embed]."""
+        return super().zero_shot_head(class_names, templates or [self.template])
 
 
 class LoRA(AdaptedClip):
@@ -30,14 +83,9 @@ class LoRA(AdaptedClip):
     seed : int
         Of A.
     template : str
+        The text head's prompt for callers that give none.
 
-    Raises
-    ------
-    ValueError
-        If the rank is impossible, or the attention has no packed weights (``nn.MultiheadAttention``).
-
-    Source: Hu et al., ICLR 2022, section 4 (queries and values; their factor alpha / rank is 1); for few-shot CLIP see Zanella and
-    Ben Ayed, CVPR workshops 2024, which adapts both towers: here only the vision tower's attention is adapted.
+    Source: Hu et al., ICLR 2022, section 4 (their factor alpha / rank is 1).
     """
 
     kind = "lora"
@@ -73,9 +121,13 @@ class _LowRank(nn.Module):
 
 
 class FineTuned(AdaptedClip):
-    """All weights of the image tower are learned, starting from CLIP's; the text head stays as it is.
+    """All weights of the image tower are learned, starting from CLIP's; the text head stays as it is. It holds a copy of the tower.
 
-    It holds a copy of the image tower, and so do its files.
+    Parameters
+    ----------
+    clip : ClipModel
+    seed, template
+        Kept for its files; nothing is drawn. ``template`` is the text head's prompt for callers that give none.
     """
 
     kind = "finetune"
@@ -86,10 +138,9 @@ class FineTuned(AdaptedClip):
 
 
 class LinearHead(AdaptedClip):
-    """A linear classifier on the frozen image features; it starts from the text head, whose place it takes.
+    """A linear classifier on the frozen, unit image features; it starts from the text head, whose place it takes.
 
-    Logits are ``logit_scale`` times the unit image feature times the learned rows, which have any length. Classes that it was not fitted to
-    keep their text features, so that on novel classes it is zero-shot CLIP.
+    Classes that it was not fitted to keep their text features, so that on novel classes it is zero-shot CLIP.
 
     Parameters
     ----------
@@ -99,7 +150,7 @@ class LinearHead(AdaptedClip):
     templates : sequence of str, optional
         Of the text head that it starts from. Default: ``template`` alone.
     seed, template
-        As for :class:`~patchsae_utils.adapted.AdaptedClip`.
+        Kept for its files; nothing is drawn.
 
     Source: Radford et al., 2021, section 3.2 (linear probe); started from the text head as in Wortsman et al., CVPR 2022.
     """
@@ -114,12 +165,6 @@ class LinearHead(AdaptedClip):
         self.class_names = list(class_names)
         self.learned = nn.Module()
         self.learned.weight = nn.Parameter(clip.zero_shot_head(self.class_names, templates or [template]).clone(), requires_grad=False)
-
-    @classmethod
-    def for_fitting(
-        cls, clip: ClipModel, config: AdapterConfig, class_names: Sequence[str], templates: Sequence[str], seed: int
-    ) -> LinearHead:
-        return cls(clip, class_names, templates, seed=seed, template=config.template)
 
     @property
     def changes_images(self) -> bool:
@@ -138,6 +183,14 @@ class LinearHead(AdaptedClip):
             if name in self.class_names:
                 head[i] = learned[self.class_names.index(name)]
         return head
+
+
+def _hash(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key, value in sorted(tensors.items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _twin(model: nn.Module, but: nn.Module | None = None) -> nn.Module:

@@ -12,13 +12,14 @@ and with as many random latents, not with unmasked ones.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
 from ..clip.model import ClipModel
 from ..interventions.masks import sweep_masks
 from ..interventions.tail import check_same_tower, dataset_head
+from ..latents.classes import class_scores
 from ..latents.reading import summarize_latents
 from ..sae.model import SparseAutoencoder
 
@@ -27,18 +28,7 @@ KS = (1, 3, 10, 30, 100, 300)
 
 
 def masked_predictions(
-    base: ClipModel,
-    adapted: ClipModel,
-    sae: SparseAutoencoder,
-    train,
-    test,
-    layer: int,
-    ks: Sequence[int] = KS,
-    *,
-    n_random: int = 1,
-    batch_size: int = 60,
-    seed: int = 0,
-    progress: bool = True,
+    base: ClipModel, adapted: ClipModel, sae: SparseAutoencoder, train: Any, test: Any, layer: int, *, progress: bool = True
 ) -> pd.DataFrame:
     """Accuracy of each class with only its k most specific latents, or without them, in CLIP and in an adapted model.
 
@@ -54,18 +44,15 @@ def masked_predictions(
     test : data set
         Pictures that are classified.
     layer : int
-    ks : sequence of int
-    n_random : int
-        Draws of the random latents.
-    batch_size : int
-    seed : int
+        Block whose output the SAE reads.
     progress : bool
+        Show a bar.
 
     Returns
     -------
     DataFrame
-        model (of :data:`MODELS`) and the columns of :func:`patchsae_utils.sweep_masks`, with rows for each class; the SAE's error is dropped, ``choose``
-        is "oracle" (the class's latents), "random", or "none" (unmasked).
+        model ("CLIP", "CLIP, adapted head", "adapted") and the columns of :func:`patchsae_utils.sweep_masks`, with rows for each class; the SAE's
+        error is dropped, ``choose`` is "oracle" (the class's latents), "random", or "none" (unmasked).
 
     Raises
     ------
@@ -74,13 +61,12 @@ def masked_predictions(
     """
     check_same_tower(base, adapted)
     summary = summarize_latents(base, sae, train, layer, progress=progress)
-    rate = summary.class_counts / summary.class_images.clamp_min(1)[:, None]
-    ranking = dataclasses.replace(summary, class_counts=rate - rate.mean(0))
+    ranking = dataclasses.replace(summary, class_counts=class_scores(summary, "specific"))
     tables = []
     for name, tower, reader in zip(MODELS, (base, base, adapted), (base, adapted, adapted), strict=True):
         table = sweep_masks(
-            tower, sae, test, [k for k in ks if k <= sae.d_sae], ("oracle", "random"), layer=layer, class_counts=ranking,
-            head=dataset_head(reader, test), n_random=n_random, groups="class", batch_size=batch_size, seed=seed,
+            tower, sae, test, [k for k in KS if k <= sae.d_sae], ("oracle", "random"), layer=layer, class_counts=ranking,
+            head=dataset_head(reader, test), n_random=1, groups="class", batch_size=60,
         )  # fmt: skip
         tables.append(table.assign(model=name))
     return pd.concat(tables, ignore_index=True)

@@ -1,4 +1,4 @@
-"""The table of ablations, read for latents: which rows are compared, on a made-up table; the figures."""
+"""The tables of the experiments, read: which rows are compared, on made-up tables; the figures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ import pandas as pd
 import pytest
 
 from patchsae_utils import plots
-from patchsae_utils.variants import QUANTILES, STATISTICS, VARIANTS, by_layer, nearest_variants, seed_stability
+from patchsae_utils.config import load_profile
+from patchsae_utils.tables import (
+    QUANTILES,
+    STATISTICS,
+    VARIANTS,
+    at_matched_l0,
+    by_layer,
+    frontier,
+    load_benchmark,
+    load_table,
+    nearest_variants,
+    seed_stability,
+)
 
 
 def row(axis: str, value: str, l0: float = 30.0, ap: float = 0.3, layer: int = 4, **other) -> dict:
@@ -70,11 +82,36 @@ def test_a_table_from_the_disk_gives_the_same(table, tmp_path):
     assert nearest_variants(only_seeds)["dictionary"].tolist() == ["PatchSAE, seed 0", "PatchSAE, seed 1", "PatchSAE, seed 2"]
 
 
-def test_an_old_table_is_named(table):
-    with pytest.raises(ValueError, match="lacks label_entropy_q10.*make ablations"):
-        by_layer(table.drop(columns="label_entropy_q10"))
-    with pytest.raises(ValueError, match="main setting"):
+def test_a_table_without_the_main_setting_is_refused(table):
+    with pytest.raises(ValueError, match="main setting.*make ablations"):
         nearest_variants(table[table["axis"] != "seed"])
+
+
+def test_the_committed_tables_and_benchmarks_are_found(tmp_path):
+    assert len(load_table(load_profile(), "ablations")) > 20 and load_benchmark("sae_step")
+    assert set(load_table(load_profile(), "adaptation")["kind"]) > {"zero-shot", "maple"}
+    assert load_table(load_profile(overrides={"training.seed": 3, "name": "another"}), "ablations") is None
+
+
+def test_the_frontier_compares_like_with_like():
+    row = {"layer": 4, "expansion": 16, "tokens": "all", "activation": "relu", "l0_all": 30.0, "axis": "seed", "value": "0"}
+    others = [
+        {"axis": "layer", "layer": 1},
+        {"axis": "tokens", "tokens": "cls"},
+        {"axis": "ghost"},
+        {"axis": "topk", "activation": "topk", "l0_all": 16.0},
+    ]
+    table = pd.DataFrame([row, *({**row, **other} for other in others), {**row, "axis": "lambda", "l0_all": 20.0}])
+    kept = frontier(table)
+    assert list(kept["axis"]) == ["lambda", "seed", "topk"]
+
+
+def test_variants_are_compared_where_they_are_as_sparse():
+    rows = [("relu", 10, 0.5), ("relu", 40, 0.7), ("topk", 16, 0.8), ("topk", 32, 0.9), ("gated", 50, 0.9)]
+    table = pd.DataFrame(rows, columns=["activation", "l0_all", "object_ap"]).assign(explained_variance_all=1.0)
+    found = at_matched_l0(table, 20)["object_ap"]
+    assert found["relu"] == pytest.approx(0.6)  # 20 is half-way between 10 and 40 on a logarithmic scale
+    assert 0.8 < found["topk"] < 0.9 and pd.isna(found["gated"])
 
 
 def test_figures_draw(table):
@@ -93,4 +130,34 @@ def test_figures_draw(table):
     labels = [label.get_text() for label in figures[1].axes[0].get_yticklabels()]
     assert labels[-2:] == ["probe", "PCA"] and len(labels) == 10 and labels[3] == "TopK  (L0 60)"
     assert len(figures[0].axes) == 4 and np.isclose(figures[0].axes[-1].get_ylim()[0], 0)
+    plt.close("all")
+
+
+def test_figures_of_the_ablations_draw():
+    import matplotlib.pyplot as plt
+
+    from patchsae_utils.plots import ablation_effects, reconstruction_frontier
+
+    measures = ("explained_variance_all", "l0_all", "zero_shot_change", "object_ap")
+    rows = [
+        {
+            "axis": axis,
+            "value": value,
+            "activation": axis if axis == "topk" else "relu",
+            "layer": 4,
+            "expansion": 16,
+            "tokens": "all",
+            "dead_fraction": 0.1,
+        }
+        | {f"{name}{end}": 0.1 * (number + 1) + shift for name in measures for end, shift in (("", 0), ("_low", -0.01), ("_high", 0.01))}
+        for number, (axis, value) in enumerate(
+            [("seed", "0"), ("seed", "1"), ("lambda", "1e-4"), ("ghost", "off"), ("topk", "k 16"), ("topk", "k 32")]
+        )
+    ]
+    table = pd.DataFrame(rows)
+    figures = [ablation_effects(table), reconstruction_frontier(frontier(table))]
+    for fig in figures:
+        fig.canvas.draw()
+    assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["λ 1e-4", "", "ghost term off"]
+    assert len(figures[1].axes[0].containers) == 2
     plt.close("all")

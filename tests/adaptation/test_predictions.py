@@ -8,9 +8,9 @@ import pytest
 from tiny import loud
 
 from patchsae_utils import plots
-from patchsae_utils.adaptation.adapters import CoOp, MaPLe
-from patchsae_utils.adaptation.compare import ranked_latents
-from patchsae_utils.adaptation.masked_predictions import MODELS, class_heat, masked_predictions
+from patchsae_utils.adaptation.groups import ranked_latents
+from patchsae_utils.adaptation.predictions import MODELS, class_heat, masked_predictions
+from patchsae_utils.adaptation.prompts import CoOp, MaPLe
 from patchsae_utils.data import load_dataset
 from patchsae_utils.latents.reading import summarize_latents
 
@@ -26,10 +26,9 @@ def data():
 @pytest.fixture(scope="module")
 def tables(tiny_clip, tiny_sae, data):
     models = {"maple": loud(MaPLe, tiny_clip), "coop": loud(CoOp, tiny_clip)}
-    return {
-        name: masked_predictions(tiny_clip, model, tiny_sae, *data, LAYER, KS, progress=False)
-        for name, model in models.items()
-    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("patchsae_utils.adaptation.predictions.KS", KS)
+        return {name: masked_predictions(tiny_clip, model, tiny_sae, *data, LAYER, progress=False) for name, model in models.items()}
 
 
 def accuracy(table, model):
@@ -62,9 +61,9 @@ def test_latents_are_those_of_the_class_in_clip(tiny_clip, tiny_sae, data, monke
         given.append(class_counts)
         raise InterruptedError
 
-    monkeypatch.setattr("patchsae_utils.adaptation.masked_predictions.sweep_masks", remember)
+    monkeypatch.setattr("patchsae_utils.adaptation.predictions.sweep_masks", remember)
     with pytest.raises(InterruptedError):
-        masked_predictions(tiny_clip, loud(MaPLe, tiny_clip), tiny_sae, *data, LAYER, KS, progress=False)
+        masked_predictions(tiny_clip, loud(MaPLe, tiny_clip), tiny_sae, *data, LAYER, progress=False)
     summary = summarize_latents(tiny_clip, tiny_sae, data[0], LAYER, progress=False)
     expected = ranked_latents(summary.class_counts / summary.class_images.clamp_min(1)[:, None], 3, "specific")
     assert ranked_latents(given[0].class_counts, 3) == expected

@@ -1,4 +1,4 @@
-"""Rank-biased overlap: against the infinite sum that it stands for, and where its value is known."""
+"""Top latents of two models: rank-biased overlap against the infinite sum that it stands for, and groups on small examples."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from patchsae_utils.adaptation.rank_overlap import overlaps, rank_biased_overlap
+from patchsae_utils.adaptation import groups
+from patchsae_utils.adaptation.groups import GROUPS, count_groups, latent_groups, overlaps, rank_biased_overlap, ranked_latents
 
 
 def by_infinite_sum(first, second, p, depth=3000):
@@ -60,10 +62,33 @@ def test_empty_rankings():
     assert table["rbo"].isna().tolist() == [True, False, False]
 
 
-def test_bad_rankings_are_named():
-    with pytest.raises(ValueError, match="p must lie between 0 and 1, got 1"):
-        rank_biased_overlap([1], [1], 1)
-    with pytest.raises(ValueError, match="each item once"):
-        rank_biased_overlap([1, 1], [2])
-    with pytest.raises(ValueError, match="got 1 and 2"):
-        overlaps([[1]], [[1], [2]])
+# -- plain functions --------------------------------------------------------------------------------------------------
+
+BASE = torch.tensor([[10.0, 8.0, 6.0, 0.0, 1.0], [0.0, 4.0, 4.0, 4.0, 0.0]])
+ADAPTED = torch.tensor([[10.0, 3.0, 7.0, 9.0, 1.0], [0.0, 2.0, 4.0, 4.0, 0.0]])
+
+
+def test_groups_on_a_small_example():
+    table = latent_groups(BASE, ADAPTED, top_k=2)
+    found = {(row["class"], row["latent"]): row["group"] for row in table.to_dict("records")}
+    # Class 0: union of {0, 1} and {0, 3}. Class 1: {1, 2} (equal values keep their order) and {2, 3}; 2 is not below half of 4.
+    assert found == {(0, 0): "high", (0, 1): "high-to-low", (0, 3): "low-to-high", (1, 1): "high", (1, 2): "high", (1, 3): "high"}
+    counts = count_groups(BASE, ADAPTED, top_k=2)
+    assert counts[list(GROUPS)].to_numpy().tolist() == [[1, 1, 1], [3, 0, 0]]
+    assert counts["jaccard"].tolist() == pytest.approx([1 / 3, 1 / 3])
+    # Class 0: (0, 1) and (0, 3), agreements 1, 1/2, 1/2, ...; class 1: (1, 2) and (2, 3), agreements 0, 1/2, 1/2, ...
+    assert ranked_latents(ADAPTED, 2) == [[0, 3], [2, 3]] and counts["rbo"].tolist() == pytest.approx([0.1 + 0.45, 0.45])
+
+
+def test_exchanging_the_models_exchanges_the_groups():
+    forward, backward = latent_groups(BASE, ADAPTED, top_k=3), latent_groups(ADAPTED, BASE, top_k=3)
+    swap = {"high": "high", "high-to-low": "low-to-high", "low-to-high": "high-to-low"}
+    assert forward["group"].tolist() == [swap[group] for group in backward["group"]]
+
+
+def test_a_higher_threshold_moves_latents_out_of_high_only(monkeypatch):
+    sizes = []
+    for low in (0.1, 0.4, 0.5, 0.6, 0.9):
+        monkeypatch.setattr(groups, "LOW", low)
+        sizes.append((latent_groups(BASE, ADAPTED, top_k=5)["group"] == "high").sum())
+    assert sizes == sorted(sizes, reverse=True)

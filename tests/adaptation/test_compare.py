@@ -8,20 +8,11 @@ import pytest
 import torch
 from tiny import loud
 
-from patchsae_utils.adaptation.adapters import CoOp, MaPLe, VisualPrompt
-from patchsae_utils.adaptation.compare import (
-    COMPARISONS,
-    FORMS,
-    GROUPS,
-    OVERLAPS,
-    base_to_novel,
-    compare_models,
-    count_groups,
-    latent_groups,
-    ranked_latents,
-    stack,
-    top_latents,
-)
+from patchsae_utils import plots
+from patchsae_utils.adaptation import compare
+from patchsae_utils.adaptation.compare import COMPARISONS, FATES, FORMS, Reading, Remapping, base_to_novel, compare_models, stack
+from patchsae_utils.adaptation.groups import GROUPS, OVERLAPS
+from patchsae_utils.adaptation.prompts import CoOp, MaPLe, VisualPrompt
 from patchsae_utils.data import load_dataset
 from patchsae_utils.latents.reading import summarize_latents
 
@@ -47,7 +38,7 @@ def compared(tiny_clip, tiny_sae, scenes):
 
 
 def measure(remapping, comparison, name):
-    table = remapping.comparisons(top_k=5, n_bootstrap=50)
+    table = remapping.comparisons()
     return table[(table["comparison"] == comparison) & (table["measure"] == name)]["value"].item()
 
 
@@ -57,7 +48,7 @@ def test_a_model_compared_with_itself_has_not_changed(compared):
     assert (remapping.groups()["jaccard"] == 1).all() and remapping.groups()["rbo"].tolist() == pytest.approx(
         [1] * len(remapping.class_names)
     )
-    assert remapping.correlation("class") == pytest.approx(1) and remapping.correlation("dataset") == pytest.approx(1)
+    assert remapping.correlation() == pytest.approx(1)
     assert remapping.delta == 0 and (remapping.gain_split()[["gain", "low", "high"]] == 0).all(axis=None)
 
 
@@ -93,7 +84,7 @@ def test_counts_are_those_of_the_statistics(tiny_clip, tiny_sae, scenes, compare
 
 
 def test_every_tower_meets_every_head_in_every_form(compared, scenes):
-    table = compared["maple"].accuracy(n_bootstrap=50)
+    table = compared["maple"].accuracy()
     assert len(table) == 2 * 2 * len(FORMS) and ((table["low"] <= table["accuracy"]) & (table["accuracy"] <= table["high"])).all()
     for tower in ("base", "adapted"):
         for head in ("base", "adapted"):
@@ -118,8 +109,9 @@ def test_reconstruction_is_measured_on_each_models_own_tokens(tiny_clip, tiny_sa
         assert row["normalized_mse"] == pytest.approx((error.square().sum() / x.square().sum()).item(), rel=1e-4)
 
 
-def test_batch_size_changes_nothing(tiny_clip, tiny_sae, scenes, compared):
-    other = compare_models(tiny_clip, tiny_clip, tiny_sae, scenes, LAYER, batch_size=7, progress=False).base
+def test_batch_size_changes_nothing(tiny_clip, tiny_sae, scenes, compared, monkeypatch):
+    monkeypatch.setattr(compare, "BATCH", 7)
+    other = compare_models(tiny_clip, tiny_clip, tiny_sae, scenes, LAYER, progress=False).base
     one = compared["itself"].base
     torch.testing.assert_close(one.counts, other.counts)
     torch.testing.assert_close(one.mean_counts, other.mean_counts)
@@ -128,68 +120,25 @@ def test_batch_size_changes_nothing(tiny_clip, tiny_sae, scenes, compared):
 
 
 def test_controls_are_beside_the_comparison(compared):
-    comparisons = compared["maple"].comparisons(top_k=5, n_bootstrap=50)
+    comparisons = compared["maple"].comparisons()
     assert tuple(comparisons["comparison"].unique()) == COMPARISONS
     assert ((comparisons["low"] <= comparisons["value"]) & (comparisons["value"] <= comparisons["high"])).all()
     assert set(comparisons["measure"]) == {*GROUPS, *OVERLAPS} and comparisons["value"].notna().all()
-    again = compared["itself"].comparisons(n_bootstrap=50)
+    again = compared["itself"].comparisons()
     random = again[again["comparison"] == "CLIP and adapted, random latents"].set_index("measure")["value"]
     assert (random[list(GROUPS[1:])] == 0).all() and (random[list(OVERLAPS)] < 0.9).all()  # two draws: a model is not like itself by luck
 
 
-# -- plain functions --------------------------------------------------------------------------------------------------
-
-BASE = torch.tensor([[10.0, 8.0, 6.0, 0.0, 1.0], [0.0, 4.0, 4.0, 4.0, 0.0]])
-ADAPTED = torch.tensor([[10.0, 3.0, 7.0, 9.0, 1.0], [0.0, 2.0, 4.0, 4.0, 0.0]])
+# -- several data sets ------------------------------------------------------------------------------------------------
 
 
-def test_groups_on_a_small_example():
-    table = latent_groups(BASE, ADAPTED, top_k=2)
-    found = {(row["class"], row["latent"]): row["group"] for row in table.to_dict("records")}
-    # Class 0: union of {0, 1} and {0, 3}. Class 1: {1, 2} (equal values keep their order) and {2, 3}; 2 is not below half of 4.
-    assert found == {(0, 0): "high", (0, 1): "high-to-low", (0, 3): "low-to-high", (1, 1): "high", (1, 2): "high", (1, 3): "high"}
-    counts = count_groups(BASE, ADAPTED, top_k=2)
-    assert counts[list(GROUPS)].to_numpy().tolist() == [[1, 1, 1], [3, 0, 0]]
-    assert counts["jaccard"].tolist() == pytest.approx([1 / 3, 1 / 3])
-    # Class 0: (0, 1) and (0, 3), agreements 1, 1/2, 1/2, ...; class 1: (1, 2) and (2, 3), agreements 0, 1/2, 1/2, ...
-    assert ranked_latents(ADAPTED, 2) == [[0, 3], [2, 3]] and counts["rbo"].tolist() == pytest.approx([0.1 + 0.45, 0.45])
-
-
-def test_exchanging_the_models_exchanges_the_groups():
-    forward, backward = latent_groups(BASE, ADAPTED, top_k=3), latent_groups(ADAPTED, BASE, top_k=3)
-    swap = {"high": "high", "high-to-low": "low-to-high", "low-to-high": "high-to-low"}
-    assert forward["group"].tolist() == [swap[group] for group in backward["group"]]
-
-
-def test_a_higher_threshold_moves_latents_out_of_high_only():
-    sizes = [(latent_groups(BASE, ADAPTED, top_k=5, low=low)["group"] == "high").sum() for low in (0.1, 0.4, 0.5, 0.6, 0.9)]
-    assert sizes == sorted(sizes, reverse=True)
-
-
-def test_specific_latents_are_those_that_other_classes_lack():
-    counts = torch.tensor([[9.0, 5.0, 0.0], [9.0, 0.0, 4.0]])
-    assert top_latents(counts, 1).tolist() == [[True, False, False], [True, False, False]]
-    assert top_latents(counts, 1, "specific").tolist() == [[False, True, False], [False, False, True]]
-    assert not top_latents(torch.zeros(2, 3), 2).any()  # silent latents are nobody's top ones
-
-
-def test_bad_settings_say_what_is_valid(tiny_clip, tiny_sae, scenes):
-    with pytest.raises(ValueError, match="Valid: count, specific"):
-        top_latents(BASE, rank="entropy")
-    with pytest.raises(ValueError, match="low must lie between 0 and 1"):
-        latent_groups(BASE, ADAPTED, low=2)
-    with pytest.raises(ValueError, match="one shape"):
-        latent_groups(BASE, ADAPTED[:1])
-    with pytest.raises(ValueError, match="top_k"):
-        latent_groups(BASE, ADAPTED, top_k=0)
-    with pytest.raises(ValueError, match="no tables"):
-        stack({}, "task")
+def test_an_empty_data_set_is_an_error(tiny_clip, tiny_sae):
     with pytest.raises(ValueError, match="empty"):
         compare_models(tiny_clip, tiny_clip, tiny_sae, load_dataset("openmoji/tools", "test", n_images=0), LAYER)
 
 
 def test_base_to_novel_has_three_forms_and_a_harmonic_mean(compared):
-    table = base_to_novel(compared["maple"], compared["coop"], n_bootstrap=50).set_index(["model", "form", "half"])
+    table = base_to_novel(compared["maple"], compared["coop"]).set_index(["model", "form", "half"])
     assert len(table) == 2 * 3 * 3
     for model, side in (("CLIP", "base"), ("MaPLe", "adapted")):
         base, novel = compared["maple"].score(side, side), compared["coop"].score(side, side)
@@ -203,3 +152,65 @@ def test_stack_names_its_parts():
     stacked = stack({("a", "base"): frame, ("b", "novel"): frame}, ["task", "half"])
     assert stacked.columns.tolist() == ["task", "half", "x"] and stacked["task"].tolist() == ["a", "a", "b", "b"]
     assert stack({"a": frame}, "task")["task"].tolist() == ["a", "a"]
+
+
+# -- confusions ---------------------------------------------------------------------------------------------------------
+
+LABELS = np.array([0, 0, 0, 1, 1, 2, 2, 2])
+BEFORE = np.array([0, 1, 1, 1, 0, 1, 2, 0])
+AFTER = np.array([0, 0, 1, 0, 0, 2, 2, 1])
+
+
+def reading(side, predicted):
+    """A tower that classified as told; with the other head it takes everything for class 2."""
+    other = {"base": "adapted", "adapted": "base"}[side]
+    table = {(side, "raw"): predicted, (other, "raw"): np.full_like(predicted, 2)}
+    return Reading(torch.zeros(2, 3, 4), torch.ones(2, 3), LABELS, table, {})
+
+
+@pytest.fixture(scope="module")
+def mistakes():
+    return Remapping("pictures", "MaPLe", ["cat", "dog", "owl"], reading("base", BEFORE), reading("adapted", AFTER))
+
+
+def test_matrices_count_true_rows_and_predicted_columns(mistakes):
+    found = mistakes.confusions()
+    for matrix, predicted in ((found.base, BEFORE), (found.adapted, AFTER)):
+        by_hand = [[sum((LABELS == i) & (predicted == j)) for j in range(3)] for i in range(3)]
+        assert matrix.tolist() == by_hand
+    assert found.base.tolist() == [[1, 2, 0], [1, 1, 0], [1, 1, 1]]
+
+
+def test_the_change_is_in_shares_of_the_class(mistakes):
+    found = mistakes.confusions()
+    np.testing.assert_allclose(found.change, [[1 / 3, -1 / 3, 0], [0.5, -0.5, 0], [-1 / 3, 0, 1 / 3]])
+    assert found.order.tolist() == [0, 2, 1]  # gained, gained as much, lost
+
+
+def test_resolved_confusions_come_first(mistakes):
+    table = mistakes.confusions().pairs()
+    assert table[["class_name", "taken_for", "base", "adapted"]].values.tolist() == [
+        ["cat", "dog", 2, 1],
+        ["owl", "cat", 1, 0],
+        ["dog", "cat", 1, 2],
+    ]
+    assert table["pictures"].tolist() == [3, 3, 2]
+
+
+def test_every_picture_has_one_fate(mistakes):
+    table = mistakes.fates().set_index("fate")
+    assert (8 * table["share"]).to_dict() == pytest.approx(dict(zip(FATES, (2, 2, 2, 1, 1), strict=True)))
+    assert ((table["low"] <= table["share"] + 1e-9) & (table["share"] <= table["high"] + 1e-9)).all()
+
+
+def test_a_class_without_pictures_stands_in_the_middle():
+    before = Reading(torch.zeros(2, 4, 4), torch.ones(2, 4), LABELS, {("base", "raw"): BEFORE}, {})
+    after = Reading(torch.zeros(2, 4, 4), torch.ones(2, 4), LABELS, {("adapted", "raw"): AFTER}, {})
+    found = Remapping("pictures", "MaPLe", ["cat", "dog", "owl", "yak"], before, after).confusions()
+    assert np.isnan(found.change[3]).all() and found.order.tolist() == [0, 2, 3, 1]
+
+
+def test_the_figure_of_confusions_draws(mistakes):
+    fig = plots.confusion_change({"pictures": mistakes.confusions(), "again": mistakes.confusions()})
+    fig.canvas.draw()
+    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["cat", "owl", "dog"]

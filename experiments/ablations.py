@@ -1,0 +1,199 @@
+"""Why this layer, this size, this penalty? A grid of SAEs, each of which differs from the profile's in one thing.
+
+The counterpart of Table 2 of Lim et al. (ICLR 2025), with what their reviewers missed: centred explained variance, dead latents, seeds, and how well the
+latents of each SAE find concepts whose places are known. ``make ablations`` trains and measures the grid (about an hour on two CPU cores;
+it goes on where it was stopped) and writes ``experiments/results/ablations.csv``, one row an SAE.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from patchsae_utils import stages
+from patchsae_utils.activations.extraction import extract_activations
+from patchsae_utils.clip.model import ClipModel
+from patchsae_utils.concepts.detection import detect_concepts
+from patchsae_utils.concepts.grounding import ConceptPatches, concept_patches
+from patchsae_utils.config import Profile, load_profile
+from patchsae_utils.latents.matching import matched_cosine
+from patchsae_utils.latents.reading import summarize_latents
+from patchsae_utils.sae.dictionary import sae_dictionary
+from patchsae_utils.sae.quality import evaluate_sae
+from patchsae_utils.sae.trainer import train_sae, training_log
+from patchsae_utils.tables import QUANTILES, STATISTICS
+
+from . import grid
+
+N_TOKENS = 1_000_000
+"""Tokens each SAE of the grid is trained on; the main one of the notebooks sees more."""
+N_TEST, N_STATISTICS = 720, 1080
+JUMPRELU = (0.3, 10)
+"""Weights of the number of active latents; the input is scaled to unit size, as its authors train."""
+GATED = (0.1, 0.6)
+"""Weights of the gate's L1, on the same scale."""
+_ENDS = {"": "value", "_low": "low", "_high": "high"}
+
+
+class Cell(NamedTuple):
+    """One SAE of the grid."""
+
+    axis: str
+    """What is varied: ``layer``, ``expansion``, ``lambda``, ..."""
+    value: str
+    """The value it takes here, as a figure shows it."""
+    settings: tuple[tuple[str, Any], ...]
+    """Changes to the profile, by dotted name."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.axis}-{self.value}".replace(" ", "_").replace("/", "-")
+
+
+def cells(profile: Profile, n_layers: int) -> list[Cell]:
+    """One thing varied at a time around the profile's own settings, and each variant over a range of sparsities."""
+    training, main_layer = profile.training, profile.model.layer % n_layers
+    weight = training.l1_coefficient
+    found = [("seed", str(seed), {"training.seed": seed}) for seed in (0, 1, 2)]
+    found += [("layer", str(layer), {"model.layer": layer}) for layer in range(n_layers) if layer != main_layer]
+    found += [("expansion", f"x{n}", {"sae.expansion_factor": n}) for n in (8, 32, 64) if n != profile.sae.expansion_factor]
+    found += [("lambda", f"{factor * weight:.1e}", {"training.l1_coefficient": factor * weight}) for factor in (0.25, 0.5, 2, 4)]
+    found += [
+        ("ghost", "off", {"training.ghost": False}),
+        ("start", "random weights", {"training.start": "random"}),
+        ("start", "random weights without ghost", {"training.start": "random", "training.ghost": False}),
+        # start="data" puts b_dec at the median itself: these belong beside "random weights".
+        ("b_dec", "mean, random weights", {"training.start": "random", "training.b_dec_start": "mean"}),
+        ("b_dec", "zero, random weights", {"training.start": "random", "training.b_dec_start": "zero"}),
+        ("arithmetic", "dense float32", {"training.precision": "float32", "training.sparse": "never"}),
+        ("tokens", "cls", {"training.tokens": "cls"}),
+        ("tokens", "patches", {"training.tokens": "patches"}),
+    ]
+    for activation, ks in (("topk", (16, 32, 64)), ("batchtopk", (24, 48)), ("matryoshka", (24, 48))):
+        found += [(activation, f"k {k}", {"sae.activation": activation, "sae.k": k}) for k in ks]
+    for activation, weights in (("jumprelu", JUMPRELU), ("gated", GATED)):
+        scaled = {"sae.activation": activation, "training.normalize": "mean_and_norm"}
+        found += [(activation, f"{w:g}", {**scaled, "training.l1_coefficient": w}) for w in weights]
+    return [Cell(axis, value, tuple(settings.items())) for axis, value, settings in found]
+
+
+class Ablations:
+    """Trains and measures cells, and keeps what several cells share: the model, and the patches of one layer."""
+
+    def __init__(self, profile: Profile, clip: ClipModel, n_tokens: int = N_TOKENS, progress: bool = True):
+        self.profile, self.clip, self.progress = profile, clip, progress
+        # All cells share their length, and that only active latents are computed, which is faster at every size here.
+        self.common = {"training.n_tokens": n_tokens, "training.sparse": "always"}
+        self.folder = profile.folder("ablations")
+        data = profile.data
+        self.test = stages.open_data(profile, data.evaluation, "test", min(N_TEST, data.n_evaluation_images or N_TEST))
+        self.labelled = stages.open_data(profile, data.statistics, "train", min(N_STATISTICS, data.n_statistics_images or N_STATISTICS))
+        self._patches: tuple[int, list[ConceptPatches] | None] = (-1, None)
+
+    def _profile(self, settings: Mapping[str, Any]) -> tuple[Profile, int]:
+        """The profile with settings changed, and its layer."""
+        profile = self.profile
+        for name, value in {**self.common, **settings}.items():
+            section, _, setting = name.partition(".")
+            profile = dataclasses.replace(profile, **{section: dataclasses.replace(getattr(profile, section), **{setting: value})})
+        return profile, self.clip.layer_index(profile.model.layer)
+
+    def inputs(self, cell: Cell) -> dict[str, Any]:
+        profile, layer = self._profile(dict(cell.settings))
+        return {
+            "what": "ablations", "format": 4, "clip": self.clip.fingerprint, "data": profile.data.choice(), "sae": profile.sae,
+            "training": profile.training, "layer": layer,
+        }  # fmt: skip
+
+    def measure(self, cell: Cell, folder: Path) -> dict[str, Any]:
+        profile, layer = self._profile(dict(cell.settings))
+        sae = self._train(profile, layer, folder)
+        row = {
+            "axis": cell.axis, "value": cell.value, "layer": layer, "expansion": profile.sae.expansion_factor, "activation": profile.sae.activation,
+            "k": profile.sae.k, "l1_coefficient": profile.training.l1_coefficient, "tokens": profile.training.tokens,
+            "seed": profile.training.seed, "n_training_tokens": profile.training.n_tokens, **self._quality(sae, layer), **self._concepts(sae, layer),
+            **self._statistics(sae, layer, profile.training.tokens),
+        }  # fmt: skip
+        if cell.axis == "seed" and cell.value != "0":
+            first = self._train(*self._profile({"training.seed": 0}), self.folder / "seed-0")
+            found = matched_cosine(first, sae)
+            row |= {f"matched_cosine{end}": getattr(found.mean, column) for end, column in _ENDS.items()}
+            row["matched_cosine_random"] = found.random_mean
+        return row | {"dead_in_training": float(training_log(folder)["dead_fraction"].iloc[-1])}
+
+    def tables(self, measured: Mapping[Cell, Mapping[str, Any]]) -> dict[str, pd.DataFrame]:
+        return {"ablations": pd.DataFrame(list(measured.values()))}
+
+    def _train(self, profile: Profile, layer: int, folder: Path):
+        if layer == self.clip.layer_index(self.profile.model.layer):
+            store = stages.training_store(self.profile, self.clip)
+        else:
+            store = extract_activations(self.clip, stages.training_data(profile), layer, self.folder / "activations" / f"layer-{layer}")
+        return train_sae(stages.fresh_sae(profile, self.clip), store, profile.training, folder, progress=self.progress)
+
+    def _quality(self, sae, layer: int) -> dict[str, float]:
+        table = evaluate_sae(self.clip, sae, self.test, layer, progress=False)
+        found = table[table["variant"] == "reconstruction"].set_index(["tokens", "metric"])
+        row: dict[str, float] = {}
+        for tokens in ("all", "cls", "patch"):
+            for metric in ("explained_variance", "l0"):
+                row |= {f"{metric}_{tokens}{end}": found.loc[(tokens, metric), column] for end, column in _ENDS.items()}
+        for metric in ("mse", "l1", "dead_fraction", "contrastive_loss", "zero_shot_change"):
+            ends = {"": "value"} if metric == "dead_fraction" else _ENDS
+            row |= {f"{metric}{end}": found.loc[("all", metric), column] for end, column in ends.items()}
+        return {name: float(value) for name, value in row.items()}
+
+    def _statistics(self, sae, layer: int, tokens: str) -> dict[str, float]:
+        """Quantiles over alive latents of the three numbers of the paper's scatter; of the tokens that the SAE was trained on."""
+        summary = summarize_latents(self.clip, sae, self.labelled, layer, tokens=tokens, progress=False)
+        alive = ~summary.dead
+        if not alive.any():
+            return {}
+        values = (summary.frequency[alive].log10(), summary.mean_activation[alive].log10(), summary.label_entropy[alive])
+        found = {name: np.percentile(each.double().cpu().numpy(), QUANTILES) for name, each in zip(STATISTICS, values, strict=True)}
+        return {f"{name}_q{q}": float(value) for name, each in found.items() for q, value in zip(QUANTILES, each, strict=True)}
+
+    def _concepts(self, sae, layer: int) -> dict[str, float]:
+        if self._patches[0] != layer:
+            scenes = [stages.concept_scenes(self.profile, split) for split in ("val", "test")]
+            patches = None if None in scenes else [concept_patches(self.clip, each, layer, progress=False) for each in scenes]
+            self._patches = (layer, patches)
+        if self._patches[1] is None:
+            return {}
+        table = detect_concepts([sae_dictionary(sae)], *self._patches[1], progress=False).table().set_index("kind")
+        ends = {"ap": "ap", "ap_low": "low", "ap_high": "high"}
+        return {f"{kind}_{name}": float(values[column]) for kind, values in table.iterrows() for name, column in ends.items()}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train and measure the grid of a profile."""
+    parser = grid.parser("ablations", __doc__)
+    parser.add_argument(
+        "--axis", action="append", help="measure only cells of this axis; may be given several times; the table holds these alone"
+    )
+    parser.add_argument(
+        "--n-tokens", type=lambda text: int(float(text)), default=N_TOKENS, help="training tokens of every cell (default: 1e6)"
+    )
+    options = parser.parse_args(arguments)
+    profile = load_profile(options.profile)
+    clip, _ = stages.load_world(profile)
+    every = cells(profile, clip.n_layers)
+    axes = list(dict.fromkeys(cell.axis for cell in every))
+    if unknown := set(options.axis or ()) - set(axes):
+        parser.error(f"unknown axis {sorted(unknown)[0]!r}; valid: {', '.join(axes)}")
+    chosen = [cell for cell in every if not options.axis or cell.axis in options.axis]
+    for number, (_, row, _) in enumerate(grid.run(Ablations(profile, clip, options.n_tokens), chosen, options.out), 1):
+        print(
+            f"[{number}/{len(chosen)}] {row['axis']} {row['value']}: EV {row['explained_variance_all']:.3f}, L0 {row['l0_all']:.1f}, "
+            f"dead {row['dead_fraction']:.1%}, object AP {row.get('object_ap', float('nan')):.3f} ({row['seconds']:.0f} s)",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The tables of ``experiments/``, read: SAEs that each differ from the profile's in one thing, and adapters on all tasks.
+
+``make ablations`` and ``python -m experiments.protocol`` write them. The counterparts in Lim et al. (ICLR 2025) are Table 2, Fig. 9 (layers) and
+Fig. 8 (CLS alone).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .config import Profile, repository_root
+
+STATISTICS = ("log_frequency", "log_mean_activation", "label_entropy")
+"""The three numbers of the paper's scatter; logarithms to the base 10."""
+QUANTILES = (10, 25, 50, 75, 90)
+"""Percent of the alive latents."""
+VARIANTS = {"topk": "TopK", "batchtopk": "BatchTopK", "matryoshka": "Matryoshka", "jumprelu": "JumpReLU", "gated": "gated"}
+ZERO_SHOT, SHUFFLED = "zero-shot", "maple, shuffled labels"
+MEAN, AVERAGE = "harmonic mean", "average"
+"""Of both halves of the classes; and the task name of the rows over all tasks."""
+_AP = ["object_ap", "object_ap_low", "object_ap_high"]
+
+
+def table_path(profile: Profile, name: str) -> Path:
+    """Where a profile's table lies: the default one's is committed, others' are kept in ``runs/<profile>/experiments``."""
+    folder = repository_root() / "experiments" / "results" if profile.is_default else profile.folder("experiments")
+    return folder / f"{name}.csv"
+
+
+def load_table(profile: Profile, name: str) -> pd.DataFrame | None:
+    """One of the tables "ablations", "adaptation" and "gain_split"; None where the profile has none yet."""
+    path = table_path(profile, name)
+    return pd.read_csv(path) if path.exists() else None
+
+
+def load_benchmark(name: str) -> dict[str, Any]:
+    """What a command of ``benchmarks/`` measured, as it is committed."""
+    return json.loads((repository_root() / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+# -- the ablations ----------------------------------------------------------------------------------------------------
+
+
+def frontier(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of SAEs that read the same tokens at the main layer and size, by variant, from sparse to dense.
+
+    The ReLU's are the runs of the main setting and those that vary lambda.
+    """
+    main = _main(table).iloc[0]
+    same = table[(table["layer"] == main["layer"]) & (table["expansion"] == main["expansion"]) & (table["tokens"] == main["tokens"])]
+    variants = same[~same["axis"].isin(["ghost", "start", "b_dec", "arithmetic"])]
+    return variants.sort_values(["activation", "l0_all"])
+
+
+def at_matched_l0(rows: pd.DataFrame, l0: float) -> pd.DataFrame:
+    """What each variant of :func:`frontier` reaches at ``l0`` active latents a token: along its sparsities, linear in the logarithm of L0.
+
+    Index: activation; columns: explained_variance_all, object_ap. NaN where none of a variant's SAEs is as sparse, or as dense.
+    """
+    found = {}
+    for activation, runs in rows.groupby("activation", sort=False):
+        runs = runs.groupby("l0_all")[["explained_variance_all", "object_ap"]].mean()
+        place = np.log(runs.index.to_numpy())
+        found[activation] = {name: np.interp(np.log(l0), place, runs[name], left=np.nan, right=np.nan) for name in runs}
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis("activation")
+
+
+def by_layer(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a layer, ascending: the main setting's SAE (its first seed) and those that differ from it in the layer alone.
+
+    Columns: layer, main (bool), :data:`STATISTICS` at the :data:`QUANTILES`, and object AP with its interval.
+    """
+    rows = pd.concat([_main(table).iloc[:1], table[table["axis"] == "layer"]])
+    rows = rows.assign(main=rows["axis"] == "seed").sort_values("layer")
+    return rows[["layer", "main", *(f"{name}_q{q}" for name in STATISTICS for q in QUANTILES), *_AP]].reset_index(drop=True)
+
+
+def nearest_variants(table: pd.DataFrame) -> pd.DataFrame:
+    """How well latents of each variant find objects, at the sparsity nearest to the main setting's.
+
+    Columns: dictionary, value (of the row that was taken), l0 (active latents a token), object_ap, object_ap_low, object_ap_high. First the main
+    setting, one row a seed; then the :data:`VARIANTS`, each where the ratio of its L0 and the mean of the main setting's is
+    closest to 1; then the SAEs of the main setting that were trained on CLS or on patches alone.
+    """
+    main = _main(table)
+    goal = main["l0_all"].mean()
+    picked = [(f"PatchSAE, seed {row['value']}", row) for _, row in main.iterrows()]
+    for axis, name in VARIANTS.items():
+        rows = table[table["axis"] == axis]
+        if len(rows):
+            picked.append((name, rows.loc[np.log(rows["l0_all"].clip(lower=1e-9) / goal).abs().idxmin()]))
+    names = {"cls": "CLS tokens alone", "patches": "patches alone"}
+    picked += [(names[row["value"]], row) for _, row in table[table["axis"] == "tokens"].iterrows()]
+    frame = pd.DataFrame([row for _, row in picked])[["value", "l0_all", *_AP]].rename(columns={"l0_all": "l0"})
+    frame.insert(0, "dictionary", [name for name, _ in picked])
+    return frame.reset_index(drop=True)
+
+
+def seed_stability(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean cosine of latents matched one to one with seed 0's, by seed: value, matched_cosine, its _low and _high, and _random (by chance)."""
+    columns = ["value", "matched_cosine", "matched_cosine_low", "matched_cosine_high", "matched_cosine_random"]
+    return _main(table)[columns].dropna().reset_index(drop=True)
+
+
+def _main(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the main setting, one a seed."""
+    main = table[table["axis"] == "seed"]
+    if main.empty:
+        raise ValueError("The table of ablations lacks any row of axis 'seed', the main setting. `make ablations` writes it anew.")
+    return main
