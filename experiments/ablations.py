@@ -18,8 +18,8 @@ import pandas as pd
 from patchsae_utils import stages
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.clip.model import ClipModel
-from patchsae_utils.concepts.detection import detect_concepts
-from patchsae_utils.concepts.grounding import ConceptPatches, concept_patches
+from patchsae_utils.concepts.comparison import Competitor, compare_dictionaries
+from patchsae_utils.concepts.detection import ConceptPatches, concept_patches
 from patchsae_utils.config import Profile, load_profile
 from patchsae_utils.latents.matching import matched_cosine
 from patchsae_utils.latents.reading import summarize_latents
@@ -165,7 +165,8 @@ class Ablations:
             self._patches = (layer, patches)
         if self._patches[1] is None:
             return {}
-        table = detect_concepts([sae_dictionary(sae)], *self._patches[1], progress=False).table().set_index("kind")
+        found = compare_dictionaries([Competitor(sae_dictionary(sae), "sae")], *self._patches[1], min_patches=1)
+        table = found.table().set_index("kind").drop(index="all")
         ends = {"ap": "ap", "ap_low": "low", "ap_high": "high"}
         return {f"{kind}_{name}": float(values[column]) for kind, values in table.iterrows() for name, column in ends.items()}
 

@@ -16,10 +16,10 @@ from .adaptation.fit import fit_adapter
 from .adaptation.models import AdaptedClip
 from .adaptation.own_dictionary import Dictionaries, train_dictionaries
 from .clip.model import ClipModel, load_clip
-from .concepts import grounding
-from .concepts.comparison import ComparisonReport, measure_dictionaries
-from .concepts.detection import ConceptReport, measure_concepts
-from .concepts.grounding import ConceptPatches
+from .concepts import detection
+from .concepts.comparison import measure_dictionaries
+from .concepts.detection import ConceptPatches, measure_concepts
+from .concepts.report import ComparisonReport, ConceptReport
 from .config import Profile
 from .data import ImageData, OpenMojiData, load_dataset, without_broken
 from .data.sources import has_truth
@@ -113,7 +113,7 @@ def concept_patches(profile: Profile, clip: ClipModel) -> tuple[ConceptPatches, 
     choose, held_out = (concept_scenes(profile, split) for split in ("val", "test"))
     if choose is None or held_out is None:
         return None
-    return grounding.concept_patches(clip, choose, profile.model.layer), grounding.concept_patches(clip, held_out, profile.model.layer)
+    return detection.concept_patches(clip, choose, profile.model.layer), detection.concept_patches(clip, held_out, profile.model.layer)
 
 
 def concept_report(
@@ -124,7 +124,7 @@ def concept_report(
     if choose is None or held_out is None:
         return None
     out = profile.folder("latents") / "concepts"
-    return measure_concepts(clip, sae, choose, held_out, profile.model.layer, baselines=False, patches=patches, out=out)
+    return measure_concepts(clip, sae, choose, held_out, profile.model.layer, patches=patches, out=out)
 
 
 def concept_comparison(
@@ -142,7 +142,7 @@ def concept_comparison(
     n_scenes = max(1, round(len(training) * shorter / profile.training.n_tokens))
     fewer = open_data(profile, profile.data.train, "train", n_scenes)
     return measure_dictionaries(
-        clip, {"SAE": sae}, training_store(profile, clip), training, choose, held_out, profile.model.layer, patches=patches,
+        clip, sae, training_store(profile, clip), training, choose, held_out, profile.model.layer, patches=patches,
         random_weights=dataclasses.replace(profile.training, n_tokens=shorter), random_scenes=fewer, out=profile.folder("latents") / "comparison",
     )  # fmt: skip
 

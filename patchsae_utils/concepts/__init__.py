@@ -1,8 +1,25 @@
-"""Concepts: latents against ground truth, beside baselines, in places, and by name.
+"""Concepts: what latents mean, measured on scenes whose every patch is known.
 
-May import: latents, sae, activations, clip, data, run.
+The best latent of each concept and the report of it (`detection`, `report`), beside other dictionaries and a supervised probe (`comparison`,
+`baselines`, `probes`), where in the image (`places`), and names from ground truth, labels or text (`names`). May import: latents, sae,
+activations, clip, data, run.
 """
 
-from .names import label_latents
+from .names import label_latents, make_vocabulary, name_agreement, related_names, score_words
+from .places import absorption, concept_examples, localize, match_latents, splitting
+from .report import ComparisonReport, ConceptReport
 
-__all__ = ["label_latents"]
+__all__ = [
+    "ComparisonReport",
+    "ConceptReport",
+    "absorption",
+    "concept_examples",
+    "label_latents",
+    "localize",
+    "make_vocabulary",
+    "match_latents",
+    "name_agreement",
+    "related_names",
+    "score_words",
+    "splitting",
+]

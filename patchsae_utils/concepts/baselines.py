@@ -1,8 +1,6 @@
-"""Dictionaries to compare an SAE's latents with, all read through :class:`~patchsae_utils.grounding.Dictionary`.
+"""Dictionaries to compare an SAE's latents with, fitted without labels on patches of the training scenes.
 
-Fitted without labels on patches of the training scenes: principal and independent components, non-negative factors, k-means centroids, all by
-scikit-learn; an SAE with random directions (:func:`~patchsae_utils.grounding.random_sae`); an SAE trained on a CLIP with random weights.
-The comparison itself, with a supervised probe as its ceiling, is in :mod:`.comparison`.
+Principal and independent components, non-negative factors and centroids by scikit-learn; an SAE trained on a CLIP with random weights.
 """
 
 from __future__ import annotations
@@ -20,35 +18,24 @@ from torch import Tensor, nn
 
 from ..activations.extraction import extract_activations
 from ..clip.model import ClipModel
-from ..data.dataset import dataset_fingerprint
+from ..data import dataset_fingerprint
 from ..run.artifacts import fingerprint, is_current, write_json
 from ..sae.dictionary import Dictionary
 from ..sae.files import load_sae
 from ..sae.model import SparseAutoencoder
 from ..sae.trainer import train_sae
 
+N_SLOW = 20_000  # tokens that ICA and NMF are fitted on at most
 
-def sample_patches(store, n: int = 60_000, seed: int = 0) -> Tensor:
-    """Patch tokens drawn at random from a store of whole images (CLS left out): [n, D], fewer where the store holds fewer.
 
-    Parameters
-    ----------
-    store : ActivationStore
-        Of all tokens, or of patches.
-    n : int
-    seed : int
-
-    Raises
-    ------
-    ValueError
-        If the store holds CLS alone.
-    """
+def sample_patches(store, n: int = 60_000) -> Tensor:
+    """Patch tokens drawn at random from a store of whole images (CLS left out): [n, D], fewer where the store holds fewer."""
     if store.metadata.tokens == "cls":
         raise ValueError("The store holds CLS tokens alone; the dictionaries are fitted on patches. Extract with tokens='all'.")
     first = 1 if store.metadata.tokens == "all" else 0
     per_image = store.n_tokens - first
     n = min(n, store.n_images * per_image)
-    wanted = torch.from_numpy(np.sort(np.random.default_rng(seed).choice(store.n_images * per_image, n, replace=False)))
+    wanted = torch.from_numpy(np.sort(np.random.default_rng(0).choice(store.n_images * per_image, n, replace=False)))
     image, patch = wanted // per_image, wanted % per_image + first
     images, at = image.unique(return_inverse=True)
     found, done = torch.empty(n, store.d_in), 0
@@ -59,33 +46,13 @@ def sample_patches(store, n: int = 60_000, seed: int = 0) -> Tensor:
     return found
 
 
-# -- linear read-outs ---------------------------------------------------------------------------------------------------------
-
-
-def projections(
-    name: str, directions: np.ndarray, mean: np.ndarray, *, signs: bool = True, cosine: bool = False, relu: bool = False
-) -> Dictionary:
-    """Features that are products with fixed directions: (x - mean) . d.
-
-    Parameters
-    ----------
-    name : str
-    directions : float array [m, D]
-    mean : float array [D]
-    signs : bool
-        Both signs of each direction: 2 m features.
-    cosine : bool
-        Divided by ||x - mean||, for directions of unit norm.
-    relu : bool
-        Negative values become 0.
-    """
-    W = torch.from_numpy(np.concatenate([directions, -directions]) if signs else np.asarray(directions)).float()
-    centre = torch.from_numpy(np.asarray(mean)).float()
+def projections(name: str, directions: np.ndarray, mean: np.ndarray, *, cosine: bool = False, relu: bool = False) -> Dictionary:
+    """Features (x - mean) . d for directions [m, D]; ``cosine`` divides by ||x - mean||, ``relu`` cuts negative values off."""
+    W, centre = torch.from_numpy(np.asarray(directions)).float(), torch.from_numpy(np.asarray(mean)).float()
 
     def encode(x: Tensor, columns: np.ndarray | None) -> Tensor:
-        some = (W if columns is None else W[torch.as_tensor(columns, dtype=torch.long)]).to(x)
         z = x - centre.to(x)
-        h = z @ some.T
+        h = z @ (W if columns is None else W[torch.as_tensor(columns)]).to(x).T
         if cosine:
             h /= z.norm(dim=1, keepdim=True).clamp_min(1e-12)
         return h.relu_() if relu else h
@@ -93,40 +60,26 @@ def projections(
     return Dictionary(name, len(W), encode)
 
 
-def pca_dictionary(x: Tensor, seed: int = 0) -> Dictionary:
+def pca_dictionary(x: Tensor) -> Dictionary:
     """All principal components, both signs of each: 2 D features."""
-    fit = PCA(random_state=seed).fit(x.numpy())
-    return projections("PCA", fit.components_, fit.mean_)
+    fit = PCA(random_state=0).fit(x.numpy())
+    return projections("PCA", np.concatenate([fit.components_, -fit.components_]), fit.mean_)
 
 
-def ica_dictionary(x: Tensor, n_fit: int = 20_000, max_iter: int = 200, seed: int = 0) -> Dictionary:
+def ica_dictionary(x: Tensor) -> Dictionary:
     """As many independent components (FastICA, log cosh) as dimensions, both signs of each: 2 D features."""
-    fit = FastICA(whiten="unit-variance", max_iter=max_iter, tol=1e-3, random_state=seed)
+    fit = FastICA(whiten="unit-variance", max_iter=200, tol=1e-3, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the last iterate is a good baseline
-        fit.fit(x[:n_fit].numpy())
-    return projections("ICA", fit.components_, fit.mean_)
+        fit.fit(x[:N_SLOW].numpy())
+    return projections("ICA", np.concatenate([fit.components_, -fit.components_]), fit.mean_)
 
 
-def kmeans_dictionary(x: Tensor, n: int, *, cosine: bool = False, batch_size: int = 8192, max_iter: int = 10, seed: int = 0) -> Dictionary:
-    """Directions from the mean to the centroids of k-means (MiniBatchKMeans): n features, not negative.
+def kmeans_dictionary(x: Tensor, n: int, *, cosine: bool = False) -> Dictionary:
+    """Directions from the mean to the centroids of k-means: n features, not negative; as many as the SAE has latents make the comparison even.
 
-    Parameters
-    ----------
-    x : Tensor [N, D]
-        More than n.
-    n : int
-        Centroids: as many as the SAE has latents makes the comparison even.
-    cosine : bool
-        Tokens are centred and scaled to unit norm before, so that centroids are directions (spherical k-means, nearly) and features cosines.
-        Without it, features are lengths along the direction.
-    batch_size, max_iter, seed
-        Of MiniBatchKMeans.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer tokens than centroids.
+    With ``cosine`` tokens are centred and scaled to unit norm before, so that centroids are directions (spherical k-means, nearly) and features
+    cosines; without it, features are lengths along the direction.
     """
     if len(x) < n:
         raise ValueError(f"k-means needs a token for each of the {n} centroids, got {len(x)}. Sample more patches.")
@@ -134,44 +87,26 @@ def kmeans_dictionary(x: Tensor, n: int, *, cosine: bool = False, batch_size: in
     z = x - mean
     if cosine:
         z = z / z.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    fit = MiniBatchKMeans(n, init="random", n_init=1, batch_size=batch_size, max_iter=max_iter, random_state=seed).fit(z.numpy())
+    fit = MiniBatchKMeans(n, init="random", n_init=1, batch_size=8192, max_iter=10, random_state=0).fit(z.numpy())
     directions = fit.cluster_centers_ / np.maximum(np.linalg.norm(fit.cluster_centers_, axis=1, keepdims=True), 1e-12)
-    return projections("k-means, cosine" if cosine else "k-means", directions, mean.numpy(), signs=False, cosine=cosine, relu=True)
+    return projections("k-means, cosine" if cosine else "k-means", directions, mean.numpy(), cosine=cosine, relu=True)
 
 
-# -- non-negative factors -----------------------------------------------------------------------------------------------------
+def nmf_dictionary(x: Tensor) -> Dictionary:
+    """Non-negative matrix factorisation: D features, not negative.
 
-
-def nmf_dictionary(
-    x: Tensor, n: int | None = None, *, n_fit: int = 20_000, max_iter: int = 10, n_steps: int = 12, seed: int = 0
-) -> Dictionary:
-    """Non-negative matrix factorisation (MiniBatchNMF): n features, not negative.
-
-    The residual stream has both signs and NMF needs none: x - mean is split into [max(x - mean, 0), max(mean - x, 0)], 2 D non-negative
-    dimensions. New tokens are coded by non-negative least squares on the fixed factors (:func:`nonnegative_codes`), as ``transform`` would,
-    but in batches of matrix products.
-
-    Parameters
-    ----------
-    x : Tensor [N, D]
-    n : int, optional
-        Factors. Default: D.
-    n_fit, max_iter, seed
-        Tokens and passes of the fit.
-    n_steps : int
-        Of the solver.
+    The residual stream has both signs and NMF needs none: x - mean is split into its positive parts and the sizes of its negative ones, 2 D dimensions.
     """
-    mean, n = x.mean(0), x.shape[1] if n is None else n
-    fit = MiniBatchNMF(n, init="nndsvda", batch_size=2048, max_iter=max_iter, random_state=seed)
+    mean, n = x.mean(0), x.shape[1]
+    fit = MiniBatchNMF(n, init="nndsvda", batch_size=2048, max_iter=10, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        fit.fit(split_signs(x[:n_fit] - mean).numpy())
-    factors = torch.from_numpy(fit.components_).float()
+        fit.fit(split_signs(x[:N_SLOW] - mean).numpy())
 
     def encode(tokens: Tensor, columns: np.ndarray | None) -> Tensor:
-        parts = [nonnegative_codes(split_signs(part - mean.to(part)), factors.to(part), n_steps) for part in tokens.split(16_384)]
-        codes = torch.cat(parts) if parts else tokens.new_zeros(0, n)
-        return codes if columns is None else codes[:, torch.as_tensor(columns, dtype=torch.long)]
+        z = split_signs(tokens.cpu() - mean)
+        codes = torch.cat([torch.from_numpy(fit.transform(part.numpy())) for part in z.split(16_384)])
+        return codes if columns is None else codes[:, torch.as_tensor(columns)]
 
     return Dictionary("NMF", n, encode)
 
@@ -181,43 +116,17 @@ def split_signs(x: Tensor) -> Tensor:
     return torch.cat([x.clamp_min(0), (-x).clamp_min(0)], 1)
 
 
-def nonnegative_codes(x: Tensor, factors: Tensor, n_steps: int = 60) -> Tensor:
-    """argmin over codes >= 0 of ||x - codes @ factors||^2, row by row: accelerated projected gradient (Beck and Teboulle, 2009).
-
-    Parameters
-    ----------
-    x : Tensor [N, D]
-    factors : Tensor [n, D]
-    n_steps : int
-
-    Returns
-    -------
-    Tensor [N, n]
-    """
-    gram, target = factors @ factors.T, x @ factors.T
-    step = 1 / torch.linalg.matrix_norm(gram, 2).clamp_min(1e-12)
-    codes = ahead = torch.zeros_like(target)
-    t = 1.0
-    for _ in range(n_steps):
-        new = torch.relu(ahead + step * (target - ahead @ gram))
-        t_new = (1 + (1 + 4 * t * t) ** 0.5) / 2
-        ahead = new + (t - 1) / t_new * (new - codes)
-        codes, t = new, t_new
-    return codes
-
-
 # -- a CLIP that knows nothing ------------------------------------------------------------------------------------------------
 
 
-def random_clip(clip: ClipModel, seed: int = 0) -> ClipModel:
+def random_clip(clip: ClipModel) -> ClipModel:
     """The same architecture with fresh random weights in the image tower: what patches and architecture give without any training.
 
-    Layers start as torch starts them; the class token, positions and projection as open_clip does (normal, width ** -0.5). The text tower
-    keeps its weights: nothing here reads it.
+    Layers start as torch starts them; the class token, positions and projection as open_clip does (normal, width ** -0.5).
     """
     model = copy.deepcopy(clip.model)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         for module in model.visual.modules():
             if isinstance(module, nn.MultiheadAttention):
                 module._reset_parameters()
@@ -232,34 +141,13 @@ def random_clip(clip: ClipModel, seed: int = 0) -> ClipModel:
 
 
 def random_weights_sae(
-    clip: ClipModel, dataset, layer: int, sae: SparseAutoencoder, config, out: str | Path, *, seed: int = 0, progress: bool = True
+    clip: ClipModel, dataset, layer: int, sae: SparseAutoencoder, config, out: str | Path
 ) -> tuple[ClipModel, SparseAutoencoder]:
-    """An SAE of the same size and recipe, trained on the residual stream of :func:`random_clip`.
+    """An SAE of the same size and recipe, trained under ``out`` on the residual stream of :func:`random_clip`, which must read its scenes.
 
-    Its scenes must be read by the returned model: give :func:`~patchsae_utils.comparison.compare_dictionaries` patches of its own.
-
-    Parameters
-    ----------
-    clip : ClipModel
-    dataset
-        Training images.
-    layer : int
-    sae : SparseAutoencoder
-        Gives size and activation.
-    config : TrainConfig
-        Of the SAE it is compared with. Error and L1 term both have the unit of a norm, so the L1 coefficient fits activations of any
-        scale.
-    out : path
-        Folder for the activations and the SAE; when both are there, they are opened.
-    seed : int
-        Of the random weights.
-    progress : bool
-
-    Returns
-    -------
-    ClipModel, SparseAutoencoder
+    Error and L1 term both have the unit of a norm, so the L1 coefficient fits activations of any scale.
     """
-    control = random_clip(clip, seed)
+    control = random_clip(clip)
     out = Path(out)
     key = fingerprint(
         stage="random-weights SAE", version=1, clip=control.fingerprint, data=dataset_fingerprint(dataset), layer=clip.layer_index(layer),
@@ -267,8 +155,8 @@ def random_weights_sae(
     )  # fmt: skip
     if is_current(out / "sae", key, "random_weights.json"):
         return control, load_sae(out / "sae").requires_grad_(False)
-    store = extract_activations(control, dataset, layer, out / "activations", progress=progress)
+    store = extract_activations(control, dataset, layer, out / "activations")
     fresh = SparseAutoencoder(sae.d_in, sae.d_sae, sae.activation, k=sae.k, groups=sae.groups, bandwidth=sae.bandwidth, seed=config.seed)
-    trained = train_sae(fresh, store, config, out / "sae", progress=progress)
-    write_json(out / "sae" / "random_weights.json", {"fingerprint": key, "complete": True, "seed": seed})
+    trained = train_sae(fresh, store, config, out / "sae")
+    write_json(out / "sae" / "random_weights.json", {"fingerprint": key, "complete": True})
     return control, trained.requires_grad_(False)

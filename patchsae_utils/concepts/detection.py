@@ -1,70 +1,303 @@
-"""What latents mean: every concept of the embedded world has a known place, so it can be measured which latents find it.
-
-Scenes are split in two. On the first half the best latent of each concept is *chosen*; on the second its average precision is
-*reported*, beside that of the residual stream's own dimensions and of a random dictionary of the same size. Names of latents are
-chosen and scored the same way, and a latent stays "unnamed" when it answers to nothing more than shuffled pictures would make it.
-"""
+"""Which latent finds which concept: patches whose concepts are known, average precision, and the choice of the best latent."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy import sparse
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.dataset import dataset_fingerprint
+from ..data import batches, dataset_fingerprint, openmoji
+from ..data.sources import has_truth
 from ..run.artifacts import fingerprint, is_current
-from ..sae.dictionary import NEEDS_NO_THRESHOLD, Dictionary, dimensions, random_sae, sae_dictionary
+from ..run.intervals import resamples
+from ..sae.dictionary import Dictionary, sae_dictionary
 from ..sae.model import SparseAutoencoder
-from .grounding import ConceptPatches, Ranking, bootstrap_precision, concept_patches, concept_sums, n_threads
-from .names import UNNAMED, label_latents, unique_names
-from .report import FORMAT_VERSION, ConceptReport, load_report, save_report
+from .report import FORMAT_VERSION, ConceptReport
 
-__all__ = [
-    "KINDS",
-    "UNNAMED",
-    "ConceptReport",
-    "common_concepts",
-    "compete",
-    "detect_concepts",
-    "images_with",
-    "label_latents",
-    "load_report",
-    "measure_concepts",
-    "read_patches",
-    "save_report",
-    "unique_names",
-]
+N_CANDIDATES = 8  # features a concept, of highest correlation with its mask, whose exact average precision decides
+MIN_IMAGES = 2  # concepts in fewer images of either set are left out
+N_LEVELS = 128  # thresholds of an average precision under weights
+N_PEERS = 300  # latents whose correlations by chance a latent is compared with
+_BLOCK = 128  # features at a time: float32 [_BLOCK, N]
 
-KINDS = ("object", "category", "color", "background", "outline")
+# -- patches with ground truth ------------------------------------------------------------------------------------------------
+
+
+class ConceptPatches(NamedTuple):
+    """Residual activations of patches, and which concepts each patch shows."""
+
+    tokens: Tensor
+    """[N, D] float32, N = images x patches; CLS left out."""
+    images: np.ndarray
+    """[N] which image a patch belongs to, counted from 0."""
+    masks: sparse.csr_matrix
+    """[N, K] 1 where a patch shows a concept."""
+    names: tuple[str, ...]
+    """[K] "kind:name"."""
+
+    @property
+    def n_images(self) -> int:
+        return int(self.images[-1]) + 1
+
+    def rows(self) -> list[np.ndarray]:
+        """[K] the patches that show each concept."""
+        masks = self.masks.tocsc()
+        return np.split(masks.indices, masks.indptr[1:-1])
+
+    def n_images_with(self) -> np.ndarray:
+        """[K] how many images show each concept."""
+        return np.array([len(np.unique(self.images[rows])) for rows in self.rows()])
+
+    def concepts(self, columns: np.ndarray) -> pd.DataFrame:
+        """One row a concept: concept, kind, name, n_patches, n_images."""
+        parts = pd.Series([self.names[k] for k in columns]).str.partition(":")
+        n_patches = np.diff(self.masks.tocsc().indptr).astype(np.int64)
+        return pd.DataFrame(
+            {
+                "concept": parts[0] + parts[1] + parts[2], "kind": parts[0], "name": parts[2].where(parts[2] != "", parts[0]),
+                "n_patches": n_patches[columns], "n_images": self.n_images_with()[columns],
+            }
+        )  # fmt: skip
+
+
+def concept_masks(dataset) -> sparse.csr_matrix:
+    """Which concepts every patch of a data set shows: [images x patches, K]."""
+    if not has_truth(dataset):
+        raise ValueError(
+            f"The data set {getattr(dataset, 'spec', dataset)!r} has no ground truth (no method truth(i)). Use one of the embedded "
+            f"world, e.g. 'openmoji/scenes'; without ground truth, name latents from labels: label_latents(summary)."
+        )
+    n_patches, n_concepts = openmoji.GRID**2, len(openmoji.concept_names())
+    shown = [openmoji.concept_masks(dataset.truth(i)).reshape(n_concepts, n_patches).nonzero() for i in range(len(dataset))]
+    columns = np.concatenate([concept for concept, _ in shown])
+    rows = np.concatenate([patch + i * n_patches for i, (_, patch) in enumerate(shown)])
+    return sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), (len(dataset) * n_patches, n_concepts))
+
+
+@torch.no_grad()
+def concept_patches(clip, dataset, layer: int, *, progress: bool = True) -> ConceptPatches:
+    """Read a data set with ground truth: 4 N D bytes, e.g. 150 MB for 1,000 images of 196 patches at d_in 192."""
+    masks = concept_masks(dataset)
+    if tuple(clip.grid) != (openmoji.GRID, openmoji.GRID):
+        raise ValueError(
+            f"The ground truth lies on a {openmoji.GRID} x {openmoji.GRID} grid; {clip.name!r} has {clip.grid[0]} x {clip.grid[1]} patches."
+        )
+    tokens = torch.cat([
+        clip.residual(batch.images, layer)[:, 1 : clip.n_tokens].flatten(0, 1).cpu()
+        for batch in batches(dataset, clip.preprocess, 64, progress="patches" if progress else None)
+    ])  # fmt: skip
+    return ConceptPatches(tokens, np.repeat(np.arange(len(dataset)), openmoji.GRID**2), masks, openmoji.concept_names())
+
+
+def read_patches(clip, datasets: Sequence, layer: int, patches: Sequence[ConceptPatches] | None = None) -> list[ConceptPatches]:
+    """Patches of some data sets with ground truth: those given, if they fit, or read here."""
+    if patches is None:
+        return [concept_patches(clip, dataset, layer) for dataset in datasets]
+    found, wanted = [(p.n_images, p.tokens.shape[1]) for p in patches], [(len(dataset), clip.width) for dataset in datasets]
+    if found != wanted:
+        raise ValueError(f"The patches are of (images, width) {found}, the scenes and the model of {wanted}: read these scenes.")
+    return list(patches)
+
+
+def different_scenes(*datasets) -> list[str]:
+    """Fingerprints of data sets that must not share scenes."""
+    found = [dataset_fingerprint(dataset) for dataset in datasets]
+    if min(len(set(found)), len({(dataset.split, getattr(dataset, "seed", 0)) for dataset in datasets})) < len(datasets):
+        splits = ", ".join(f"{dataset.spec} ({dataset.split})" for dataset in datasets)
+        raise ValueError(f"Latents are fitted, chosen and reported on scenes that differ, got {splits}. Give {len(datasets)} splits.")
+    return found
+
+
+def common_concepts(choose: ConceptPatches, report: ConceptPatches, min_patches: int = 20) -> np.ndarray:
+    """Concepts that enough patches of enough images show, in both sets: int array [K'], columns of the masks."""
+    shown = [(p.n_images_with() >= MIN_IMAGES) & (np.diff(p.masks.tocsc().indptr) >= min_patches) for p in (choose, report)]
+    common = np.flatnonzero(shown[0] & shown[1])
+    if not len(common):
+        raise ValueError(
+            f"No concept is shown by {MIN_IMAGES} images of both sets on {min_patches} patches ({choose.n_images} and {report.n_images} "
+            "images). Give more scenes."
+        )
+    return common
+
+
+# -- how well a feature finds a concept ---------------------------------------------------------------------------------------
+
+
+def average_precision(
+    scores: np.ndarray, positive: np.ndarray, images: np.ndarray | None = None, weights: np.ndarray | None = None, *, ascending=None
+) -> float | np.ndarray:
+    """Average precision of a score for a set of patches; ties share one threshold, as in ``sklearn.metrics.average_precision_score``.
+
+    Parameters
+    ----------
+    scores : float array [N]
+    positive : int array [n]
+        Rows that show the concept.
+    images : int array [N], optional
+        Image of each row; needed with weights.
+    weights : float array [R, n_images], optional
+        How often each image counts in each of R resamples.
+    ascending : float array [N], optional
+        The scores, sorted, where they are at hand.
+
+    Returns
+    -------
+    float, or float array [R]
+        NaN where no positive counts. Under weights exact where the positives have at most ``N_LEVELS`` distinct scores; else those
+        thresholds are their quantiles.
+    """
+    thresholds, mine = np.unique(scores[positive], return_counts=True)
+    if not len(thresholds):
+        return float("nan") if weights is None else np.full(len(weights), np.nan)
+    if weights is None:
+        every = len(scores) - np.searchsorted(np.sort(scores) if ascending is None else ascending, thresholds, "left")
+        return float((mine * mine[::-1].cumsum()[::-1] / every).sum() / mine.sum())
+    if len(thresholds) > N_LEVELS:  # scores that occur, in their own precision: not numpy's quantiles
+        thresholds = thresholds[np.linspace(0, len(thresholds) - 1, N_LEVELS).astype(int)]
+
+    def reaching(rows: np.ndarray) -> np.ndarray:
+        """[levels, R] weight of the rows that reach each threshold."""
+        level, n = np.searchsorted(thresholds, scores[rows], "right") - 1, weights.shape[1]
+        counts = np.bincount(level * n + images[rows], minlength=len(thresholds) * n).reshape(-1, n)[::-1].cumsum(0)[::-1]
+        shown = np.flatnonzero(counts[0])
+        return counts[:, shown].astype(weights.dtype) @ weights[:, shown].T
+
+    hits, every = reaching(positive), reaching(np.flatnonzero(scores >= thresholds[0]))
+    precision = hits / np.maximum(every, np.finfo(every.dtype).tiny)
+    with np.errstate(invalid="ignore"):
+        return -(np.diff(hits, axis=0, append=0) * precision).sum(0) / hits[0]
+
+
+def columns_of(dictionary: Dictionary, tokens: Tensor, features: np.ndarray) -> np.ndarray:
+    """Activations of some features, one row each: [m, N]."""
+    return dictionary.encode(tokens, features).T.contiguous().cpu().numpy()
+
+
+@torch.no_grad()
+def precisions(
+    dictionary: Dictionary, patches: ConceptPatches, features: np.ndarray, concepts: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Average precision of pairs of feature and concept, [m]; with weights [R, n_images] in every resample, [m, R]. On all cores."""
+    rows, (some, which) = patches.rows(), np.unique(features, return_inverse=True)
+
+    def of_one(scores: np.ndarray, mine: np.ndarray) -> list:
+        ascending = np.sort(scores) if weights is None else None  # once for all its concepts
+        return [average_precision(scores, rows[concepts[i]], patches.images, weights, ascending=ascending) for i in mine]
+
+    found = np.zeros(len(features) if weights is None else (len(features), len(weights)), np.float64 if weights is None else np.float32)
+    with ThreadPoolExecutor() as pool:  # numpy lets go of the interpreter while it sorts and multiplies
+        for start in range(0, len(some), _BLOCK):
+            mine = [np.flatnonzero(which == i) for i in range(start, min(start + _BLOCK, len(some)))]
+            values = pool.map(of_one, columns_of(dictionary, patches.tokens, some[start : start + _BLOCK]), mine)
+            for i, value in zip(mine, values, strict=True):
+                found[i] = value
+    return found
+
+
+@torch.no_grad()
+def concept_correlations(patches: ConceptPatches, dictionary: Dictionary, *more: sparse.csr_matrix) -> tuple[list[np.ndarray], np.ndarray]:
+    """Pearson correlation of features and concepts, and how many images each feature is active in, effectively.
+
+    Parameters
+    ----------
+    patches : ConceptPatches
+    dictionary : Dictionary
+    *more : sparse [N, K]
+        Other masks of the same concepts.
+
+    Returns
+    -------
+    list of float array [K, S]
+        One for the patches' own masks and each of the others; 0 where either side is constant.
+    float array [S]
+        (sum over images of a feature's activation)^2 / (sum of their squares).
+    """
+    (n, n_concepts), per_image = patches.masks.shape, len(patches.masks.indptr[:-1]) // patches.n_images
+    masks, step = [patches.masks, *more], 32 * per_image
+    a, a2, images2 = np.zeros((3, dictionary.n))
+    am = [np.zeros((n_concepts, dictionary.n)) for _ in masks]
+    for start in range(0, n, step):
+        h = dictionary.encode(patches.tokens[start : start + step], None).cpu().numpy()
+        a += h.sum(0, dtype=np.float64)
+        a2 += np.einsum("ns,ns->s", h, h)
+        images2 += (h.reshape(-1, per_image, dictionary.n).sum(1) ** 2).sum(0)
+        for total, mask in zip(am, masks, strict=True):
+            total += mask[start : start + step].T @ h
+    m = np.asarray(patches.masks.sum(0), np.float64).ravel() / n
+    scale = np.outer(np.sqrt(m * (1 - m)), np.sqrt(np.maximum(a2 / n - (a / n) ** 2, 0)))
+    found = [np.divide(total / n - np.outer(m, a / n), scale, out=np.zeros_like(scale), where=scale > 1e-12) for total in am]
+    return found, np.divide(a**2, images2, out=np.zeros_like(a), where=images2 > 0)
+
+
+# -- the best feature of each concept -----------------------------------------------------------------------------------------
+
+
+def candidates(correlation: np.ndarray) -> np.ndarray:
+    """The features of highest correlation for each concept: [K, S] -> [K, n]."""
+    n = min(N_CANDIDATES, correlation.shape[1])
+    return np.sort(np.argpartition(-correlation, n - 1, axis=1)[:, :n], axis=1)
+
+
+def image_weights(n_images: int) -> np.ndarray:
+    """How often each image counts in each resample: float32 [R, n_images]."""
+    return np.concatenate([part.astype(np.float32) for part in resamples(n_images)])
+
+
+def best_features(
+    dictionary: Dictionary,
+    role: str,
+    choose: ConceptPatches,
+    report: ConceptPatches,
+    concepts: np.ndarray,
+    tried: np.ndarray,
+    weights: np.ndarray,
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """The best of the features tried for each concept on ``choose``, and its average precision on ``report``.
+
+    Parameters
+    ----------
+    dictionary : Dictionary
+    role : str
+    choose, report : ConceptPatches
+        Of scenes that differ.
+    concepts : int array [K']
+        Columns of the masks.
+    tried : int array [K', n]
+        Features, ascending: of equal ones the lower is taken.
+    weights : float array [R, n_images of report]
+
+    Returns
+    -------
+    DataFrame [K' rows]
+        As ``ConceptReport.detection``.
+    float array [K', R]
+        Average precision in every resample.
+    """
+    ap = precisions(dictionary, choose, tried.ravel(), np.repeat(concepts, tried.shape[1])).reshape(tried.shape)
+    best = np.take_along_axis(tried, ap.argmax(1)[:, None], 1)[:, 0]
+    frame = report.concepts(concepts)
+    frame = pd.DataFrame({"dictionary": dictionary.name, "role": role}, frame.index).join(frame[["concept", "kind", "name"]]).assign(
+        latent=best, ap_choose=ap.max(1), ap=precisions(dictionary, report, best, concepts), chance=frame["n_patches"] / len(report.tokens),
+        n_patches=frame["n_patches"], n_images=frame["n_images"],
+    )  # fmt: skip
+    return frame, precisions(dictionary, report, best, concepts, weights)
 
 
 def measure_concepts(
-    clip,
-    sae: SparseAutoencoder,
-    choose,
-    report,
-    layer: int,
-    *,
-    n_candidates: int = 8,
-    n_bootstrap: int = 200,
-    min_images: int = 2,
-    seed: int = 0,
-    baselines: bool = True,
-    patches: Sequence[ConceptPatches] | None = None,
-    out: str | Path | None = None,
-    progress: bool = True,
+    clip, sae: SparseAutoencoder, choose, report, layer: int, *, out: str | Path, patches: Sequence[ConceptPatches] | None = None
 ) -> ConceptReport:
-    """Find the best latent of each concept on some scenes and report how well it does on others.
+    """Find the best latent of each concept on some scenes, report how well it does on others, and say what each latent answers to.
 
-    Candidates of a concept are the features that correlate most with its mask; among them the one of highest average precision is
-    chosen. Both happen on ``choose`` alone. The baselines go through the same steps: the residual stream's dimensions (both signs), and
-    a random dictionary of the SAE's size.
+    Candidates of a concept are the latents that correlate most with its mask; among them the one of highest average precision is
+    chosen. Both happen on ``choose`` alone.
 
     Parameters
     ----------
@@ -73,244 +306,72 @@ def measure_concepts(
     choose, report : OpenMojiData
         Scenes that share none: different splits.
     layer : int
-    n_candidates : int
-        Candidates a concept.
-    n_bootstrap : int
-        Reweightings of the reported images. The Bayesian bootstrap (Rubin, 1981) gives each an exponential weight instead of a whole
-        number: a concept that few images show is then never lost, which would favour the draws in which it abounds.
-    min_images : int
-        Concepts in fewer images of either set are left out.
-    seed : int
-        Of the random dictionary, the shuffle and the weights.
-    baselines : bool
-        Whether dimensions and random dictionary are measured too; :func:`patchsae_utils.concepts.comparison.measure_dictionaries` compares with more.
-    patches : pair of ConceptPatches, optional
-        Of ``choose`` and ``report``, when they were read before (:func:`patchsae_utils.concepts.grounding.concept_patches`).
-    out : path, optional
+    out : path
         Folder to keep the report in; when it already holds the one of the same inputs, that is returned.
+    patches : pair of ConceptPatches, optional
+        Of ``choose`` and ``report``, when they were read before.
 
     Raises
     ------
     ValueError
         If the sets share scenes, have no ground truth, or hold no common concept.
     """
-    identities = [dataset_fingerprint(d) for d in (choose, report)]
-    if identities[0] == identities[1] or (choose.split == report.split and getattr(choose, "seed", 0) == getattr(report, "seed", 0)):
-        raise ValueError(
-            f"Latents are chosen and reported on scenes that differ; both sets are split {choose.split!r} of {choose.spec!r}. "
-            "Give two splits."
-        )
-    fp = ""
-    if out is not None:
-        fp = fingerprint(
-            stage="concepts", version=FORMAT_VERSION, clip=clip.fingerprint, sae=sae.fingerprint, data=identities,
-            layer=clip.layer_index(layer), n_candidates=n_candidates, n_bootstrap=n_bootstrap, min_images=min_images, seed=seed,
-            **({} if baselines else {"baselines": False}),
-        )  # fmt: skip
-        if is_current(out, fp):
-            return load_report(out)
+    key = fingerprint(
+        stage="concepts", version=FORMAT_VERSION, clip=clip.fingerprint, sae=sae.fingerprint, data=different_scenes(choose, report),
+        layer=clip.layer_index(layer),
+    )  # fmt: skip
+    if is_current(out, key):
+        return ConceptReport.load(out)
     sae.check_model(clip, layer)
-    data = read_patches(clip, (choose, report), layer, patches, progress)
-    dictionaries = [sae_dictionary(sae)]
-    if baselines:
-        tokens = None if sae.activation in NEEDS_NO_THRESHOLD else data[0].tokens
-        dictionaries += [dimensions(sae.d_in), sae_dictionary(random_sae(sae, seed, tokens), "random SAE")]
-    result = detect_concepts(
-        dictionaries, *data, n_candidates=n_candidates, n_bootstrap=n_bootstrap, min_images=min_images, seed=seed, progress=progress
-    )
-    if out is not None:
-        save_report(result, out, fp)
+    result = detect_concepts(sae_dictionary(sae), *read_patches(clip, (choose, report), layer, patches))
+    result.save(out, key)
     return result
 
 
-def read_patches(
-    clip, datasets: Sequence, layer: int, patches: Sequence[ConceptPatches] | None = None, progress: bool = True
-) -> list[ConceptPatches]:
-    """Patches of some data sets with ground truth: those given, if they fit, or read here.
-
-    Raises
-    ------
-    ValueError
-        If the patches given are of other numbers of images, or of another width.
-    """
-    if patches is None:
-        return [concept_patches(clip, dataset, layer, progress=progress) for dataset in datasets]
-    found, wanted = [(p.n_images, p.tokens.shape[1]) for p in patches], [(len(dataset), clip.width) for dataset in datasets]
-    if found != wanted:
-        raise ValueError(f"The patches are of (images, width) {found}, the scenes and the model of {wanted}: read these scenes.")
-    return list(patches)
-
-
-def detect_concepts(
-    dictionaries: Sequence[Dictionary],
-    choose: ConceptPatches,
-    report: ConceptPatches,
-    *,
-    n_candidates: int = 8,
-    n_bootstrap: int = 200,
-    min_images: int = 2,
-    seed: int = 0,
-    progress: bool = True,
-) -> ConceptReport:
-    """:func:`measure_concepts` on patches that were read before, for any dictionaries; the first one's features get names."""
-    rng = np.random.default_rng(seed)
-    common = common_concepts(choose, report, min_images=min_images)
-    weights = rng.standard_exponential((report.n_images, n_bootstrap))
-    frames, replicates, names = [], [], None
-    for number, dictionary in enumerate(tqdm(dictionaries, desc="dictionaries", disable=not progress, leave=False)):
-        sums, shuffled = concept_sums(choose, dictionary, shuffled=rng.permutation(choose.n_images) if number == 0 else None)
-        correlation = sums.correlation()
-        if number == 0:
-            held_out = concept_sums(report, dictionary)[0].correlation()
-            names = _name_by_correlation(correlation, shuffled.correlation(), held_out, common, report.names)
-        rows, resampled = compete(dictionary, choose, report, common, weights, n_candidates, correlation)
-        frames += rows
-        replicates.append(resampled)
-    return ConceptReport(pd.DataFrame(frames), np.concatenate(replicates), names)
+def detect_concepts(dictionary: Dictionary, choose: ConceptPatches, report: ConceptPatches) -> ConceptReport:
+    """:func:`measure_concepts` on patches that were read before."""
+    common = common_concepts(choose, report, min_patches=1)
+    per_image = len(choose.tokens) // choose.n_images
+    order = np.random.default_rng(0).permutation(choose.n_images)
+    shuffled = choose.masks[(order[:, None] * per_image + np.arange(per_image)).ravel()]
+    with tqdm(total=3, desc="concepts", leave=False) as bar:
+        (correlation, null), spread = concept_correlations(choose, dictionary, shuffled)
+        bar.update()
+        (held_out,), _ = concept_correlations(report, dictionary)
+        bar.update()
+        frame, replicates = best_features(
+            dictionary, "sae", choose, report, common, candidates(correlation[common]), image_weights(report.n_images)
+        )
+    names = np.array(report.names)[common]
+    return ConceptReport(frame, replicates, answers(correlation[common], held_out[common], null[common], spread, names))
 
 
-def compete(
-    dictionary: Dictionary,
-    choose: ConceptPatches,
-    report: ConceptPatches,
-    concepts: np.ndarray,
-    weights: np.ndarray,
-    n_candidates: int = 8,
-    correlation: np.ndarray | None = None,
-) -> tuple[list[dict], np.ndarray]:
-    """The best feature of each concept on ``choose``, and its average precision on ``report``.
+def answers(correlation: np.ndarray, held_out: np.ndarray, null: np.ndarray, spread: np.ndarray, names: np.ndarray) -> pd.DataFrame:
+    """The concept that each latent correlates with most, what comes second, and how often shuffled pictures do as well.
+
+    A latent that is active in few images correlates with some concept by chance more than one that is active in many. So each is compared with
+    the best correlations by chance of the ``N_PEERS`` living latents that are active in about as many images.
 
     Parameters
     ----------
-    dictionary : Dictionary
-    choose, report : ConceptPatches
-        Of scenes that differ.
-    concepts : int array [K']
-        Columns of the masks.
-    weights : float array [n_images of report, R]
-        For the resamples.
-    n_candidates : int
-        Features of highest correlation whose exact average precision is computed.
-    correlation : float array [K, S], optional
-        On ``choose``; computed when not given.
-
-    Returns
-    -------
-    rows : list of dict
-        One a concept, as in ``ConceptReport.detection``.
-    replicates : float array [K', R]
+    correlation, held_out, null : float array [K', S]
+        On the choosing scenes, on others, and on the first with their pictures shuffled.
+    spread : float array [S]
+        In how many images each latent is active, effectively.
+    names : str array [K']
     """
-    if correlation is None:
-        correlation = concept_sums(choose, dictionary)[0].correlation()
-    positives = [p.masks.tocsc() for p in (choose, report)]
-    n_images = images_with(report)
-    n = min(n_candidates, dictionary.n)
-    candidates = np.argpartition(-correlation[concepts], n - 1, axis=1)[:, :n]
-    pairs = {(int(f), int(c)) for c, features in zip(concepts, candidates, strict=True) for f in features}
-    tried = _measure(dictionary, choose, positives[0], pairs)
-    best: dict = {}
-    for feature, concept in sorted(tried):  # equal AP: the lower feature
-        if concept not in best or tried[feature, concept] > tried[best[concept], concept]:
-            best[concept] = feature
-    reported = _measure(dictionary, report, positives[1], {(feature, concept) for concept, feature in best.items()}, weights)
-    rows = []
-    for concept in concepts:
-        feature = best[concept]
-        kind, _, name = report.names[concept].partition(":")
-        n_patches = int(np.diff(positives[1].indptr)[concept])
-        rows.append(
-            {
-                "dictionary": dictionary.name, "concept": report.names[concept], "kind": kind, "name": name or kind, "latent": feature,
-                "ap_choose": tried[feature, concept], "ap": reported[feature, concept][0], "chance": n_patches / len(report.tokens),
-                "n_patches": n_patches, "n_images": int(n_images[concept]),
-            }
-        )  # fmt: skip
-    return rows, np.array([reported[best[concept], concept][1] for concept in concepts])
-
-
-def common_concepts(choose: ConceptPatches, report: ConceptPatches, *, min_patches: int = 1, min_images: int = 2) -> np.ndarray:
-    """Concepts that enough patches of enough images show, in both sets: int array [K'], columns of the masks.
-
-    Raises
-    ------
-    ValueError
-        If there are none.
-    """
-    images, patches = (
-        np.minimum(*pair) for pair in ([images_with(p) for p in (choose, report)], [_patches_with(p) for p in (choose, report)])
-    )
-    common = np.flatnonzero((images >= min_images) & (patches >= min_patches))
-    if not len(common):
-        least = f"{min_images} images of both sets" + (f" on {min_patches} patches" if min_patches > 1 else "")
-        raise ValueError(f"No concept is shown by {least} ({choose.n_images} and {report.n_images} images). Give more scenes.")
-    return common
-
-
-def _patches_with(patches: ConceptPatches) -> np.ndarray:
-    """[K] patches that show each concept."""
-    return np.asarray(patches.masks.sum(0)).ravel()
-
-
-def images_with(patches: ConceptPatches) -> np.ndarray:
-    """[K] images that show each concept."""
-    coo = patches.masks.tocoo()
-    seen = sparse.coo_matrix((np.ones(coo.nnz), (patches.images[coo.row], coo.col)), (patches.n_images, coo.shape[1])).tocsr()
-    return np.asarray((seen > 0).sum(0)).ravel()
-
-
-@torch.no_grad()
-def _measure(
-    dictionary: Dictionary,
-    patches: ConceptPatches,
-    positives: sparse.csc_matrix,
-    pairs: set[tuple[int, int]],
-    weights=None,
-    block: int = 128,
-) -> dict:
-    """Exact AP of (feature, concept) pairs, each feature sorted once, on all cores; with weights also its resamples."""
-    by_feature: dict[int, list[int]] = {}
-    for feature, concept in sorted(pairs):
-        by_feature.setdefault(feature, []).append(concept)
-    features = list(by_feature)
-
-    def one(feature: int, scores: np.ndarray) -> dict:
-        ranking, results = Ranking(scores), {}
-        for concept in by_feature[feature]:
-            rows = positives.indices[positives.indptr[concept] : positives.indptr[concept + 1]]
-            ap = ranking.precision(rows)
-            results[feature, concept] = ap if weights is None else (ap, bootstrap_precision(scores, rows, patches.images, weights))
-        return results
-
-    found: dict = {}
-    with ThreadPoolExecutor(n_threads()) as pool:
-        for start in range(0, len(features), block):
-            some = features[start : start + block]
-            activations = dictionary.encode(patches.tokens, np.array(some)).T.contiguous().cpu().numpy()
-            for results in pool.map(one, some, activations):
-                found |= results
-    return found
-
-
-def _name_by_correlation(
-    correlation: np.ndarray, null: np.ndarray, held_out: np.ndarray, common: np.ndarray, names: Sequence[str]
-) -> pd.DataFrame:
-    """The concept that each latent correlates with most, what comes second, and how often shuffled pictures do as well."""
-    r = correlation[common]
-    order = np.argsort(-r, axis=0, kind="stable")[:2]
-    latents = np.arange(r.shape[1])
-    best, second = (r[row, latents] for row in order)
-    score = held_out[common][order[0], latents]
-    null_best = np.sort(null[common].max(0)[correlation.any(0)])  # of living latents
-    p = (1 + len(null_best) - np.searchsorted(null_best, score, "left")) / (1 + len(null_best))
-    labels = np.array(names)[common]
+    latents, order = np.arange(correlation.shape[1]), np.argsort(-correlation, axis=0, kind="stable")
+    best, score = correlation[order[0], latents], held_out[order[0], latents]
+    second = correlation[order[1], latents] if len(order) > 1 else 0.0
+    living = np.flatnonzero(spread > 0)
+    living = living[np.argsort(spread[living], kind="stable")]
+    by_chance, n = null.max(0)[living], min(N_PEERS, len(living))
+    first = np.clip(np.arange(len(living)) - n // 2, 0, len(living) - n)
+    p = np.ones(len(latents))
+    p[living] = (1 + (by_chance[first[:, None] + np.arange(n)] >= score[living, None]).sum(1)) / (1 + n)
     return pd.DataFrame(
         {
-            "latent": latents,
-            "concept": labels[order[0]],
-            "runner_up": labels[order[1]],
-            "score_choose": best,
-            "margin": best - second,
-            "score": score,
-            "p": p,
+            "latent": latents, "concept": names[order[0]], "runner_up": names[order[1]] if len(order) > 1 else "", "score_choose": best,
+            "margin": best - second, "score": score, "p": p,
         }
-    )
+    )  # fmt: skip

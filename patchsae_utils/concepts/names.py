@@ -2,84 +2,76 @@
 
 *Labels*: the class in whose images a latent is active most above the base rate. *Text*: the word whose CLIP text embedding is closest to a
 latent's strongest images and to crops around its strongest patches, compared with random ones. *Ground truth*: the concept whose mask its
-activation correlates with (:mod:`.concepts`). Each gives a score, a margin over the runner-up and a p-value; where nothing stands out a
-latent stays "unnamed". The decoder's row is never compared with text: it lies in the residual stream, not in CLIP's output space.
+activation correlates with (:mod:`.detection`). Each gives a score, a margin over the runner-up and a p-value; a latent stays "unnamed" where
+no name scores clearly above the others. The decoder's row is never compared with text: it lies in the residual stream, not in CLIP's output space.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
+import torch.nn.functional as F
+from PIL import Image
 from scipy import stats
+from torch import Tensor
+from tqdm.auto import tqdm
 
-from ..clip.zero_shot import embed_images
-from ..data import openmoji
+from ..data import openmoji, templates_for
+from ..latents.pictures import seen_image
 from ..latents.summary import LatentSummary
-from .vocabulary import TextScores, Vocabulary, embed_crops, make_vocabulary, score_words, unique_names
-
-if TYPE_CHECKING:
-    from .detection import ConceptReport
-
-__all__ = [
-    "UNNAMED",
-    "TextScores",
-    "Vocabulary",
-    "adjust_p_values",
-    "embed_crops",
-    "embed_images",
-    "label_latents",
-    "make_vocabulary",
-    "name_agreement",
-    "related_names",
-    "score_words",
-    "unique_names",
-]
+from .report import ConceptReport
 
 UNNAMED = "unnamed"
+N_IMAGES, N_CROPS = 10, 3  # of a latent, that words are compared with
+N_RANDOM_CROPS, N_PERMUTATIONS = 600, 2000  # what scores are compared with
+CROP_MARGIN = 2  # patches around the strongest one on every side
+TEXTURES = (
+    "striped", "dotted", "checkered", "furry", "feathered", "scaly", "smooth", "shiny", "wooden", "metallic", "woven", "wrinkled", "grainy",
+    "bumpy", "transparent", "leafy",
+)  # fmt: skip
+
+
+def unique_names(class_names: Sequence[str]) -> np.ndarray:
+    """Names that tell classes of equal name apart by their index: "missile (657)"; others stay as they are."""
+    count = pd.Series(list(class_names)).value_counts()
+    return np.array([f"{name} ({i})" if count[name] > 1 else name for i, name in enumerate(class_names)], dtype=object)
 
 
 # -- all sources --------------------------------------------------------------------------------------------------------------
 
 
 def label_latents(
-    summary: LatentSummary,
-    report: ConceptReport | None = None,
-    *,
-    text: TextScores | None = None,
-    max_p: float = 0.01,
-    min_score: float | None = None,
-    min_margin: float = 0.0,
+    summary: LatentSummary, report: ConceptReport | None = None, *, text: pd.DataFrame | None = None, max_p: float = 0.01
 ) -> pd.DataFrame:
     """Name latents, with a score, a margin and "unnamed" where nothing stands out.
 
     With a report (*ground truth*), a latent's name is the concept whose mask its activation correlates with most; the score is that
-    correlation on held-out scenes, the margin its lead over the second concept where both were chosen, and p the share of living
-    latents that reach the score when pictures and masks are shuffled. With ``text``, the name is the word that :func:`score_words` found,
-    and p is corrected for the number of words. With neither (*labels*), it is the class in whose images the latent is active most above the
-    base rate; the score is that lift, the margin its lead over the second class, and p the binomial tail of so many active images, times
-    the number of classes.
+    correlation on held-out scenes, the margin its lead over the second concept where both were chosen, and p the share of living latents,
+    among those active in about as many images, that reach the score when pictures and masks are shuffled. With ``text``, the name is the word
+    that :func:`score_words` found, and p is corrected for the number of words. With neither (*labels*), it is the class in whose images the
+    latent is active most above the base rate; the score is that lift, the margin its lead over the second class, and p the binomial tail of
+    so many active images, times the number of classes.
 
     Every p holds for one latent. Among thousands some are small by chance: ``q`` is p after the correction of Benjamini and Hochberg (1995)
     over the living latents, the share of names so certain that would be false. Names from text are judged by q, the other two by p, whose
-    false names a reader can count: ``max_p`` times the latents.
+    false names a reader can count: ``max_p`` times the latents. A name also needs a correlation of 0.1, a lift of 2, or half a standard
+    deviation for text.
 
     Parameters
     ----------
     summary : LatentSummary
     report : ConceptReport, optional
         Of the same SAE.
-    text : TextScores, optional
-        Of the same SAE; latents that it leaves out are unnamed.
+    text : DataFrame, optional
+        Of :func:`score_words`, for the same SAE; latents that it leaves out are unnamed.
     max_p : float
         Names less certain than that become "unnamed".
-    min_score : float, optional
-        So do names that score less. Default: correlation 0.1, lift 2, or half a standard deviation for text.
-    min_margin : float
-        And names that lead the runner-up by less.
 
     Returns
     -------
@@ -91,63 +83,37 @@ def label_latents(
     Raises
     ------
     ValueError
-        If both sources are given, or one has another number of latents than the summary.
+        If both sources are given, or one is of other latents than the summary.
     """
     if report is not None and text is not None:
         raise ValueError("Names come from ground truth (report) or from text, not from both: call twice, and compare by name_agreement.")
     if report is not None and len(report.latents) != summary.n_latents:
         raise ValueError(f"The summary has {summary.n_latents} latents, the report {len(report.latents)}: they are of different SAEs.")
-    if text is not None and text.n_latents != summary.n_latents:
-        raise ValueError(f"The summary has {summary.n_latents} latents, the text scores {text.n_latents}: they are of different SAEs.")
+    if text is not None and len(text) and text["latent"].max() >= summary.n_latents:
+        raise ValueError(
+            f"The summary has {summary.n_latents} latents, the text scores latent {text['latent'].max()}: they are of different SAEs."
+        )
     dead = summary.dead.numpy()
     if report is not None:
         frame, least = _names_from_truth(report), 0.1
     elif text is not None:
-        frame, least = _names_from_text(text), 0.5
+        frame, least = _names_from_text(text, summary.n_latents), 0.5
     else:
         frame, least = _names_from_labels(summary), 2.0
-    judged = ~dead if text is None else np.isin(frame["latent"], text.table["latent"]) & ~dead
+    judged = ~dead if text is None else np.isin(frame["latent"], text["latent"]) & ~dead
     frame["q"] = 1.0
-    frame.loc[judged, "q"] = adjust_p_values(frame.loc[judged, "p"].to_numpy())
+    if judged.any():
+        frame.loc[judged, "q"] = stats.false_discovery_control(frame.loc[judged, "p"])
     frame["n_images"] = summary.class_hits.sum(0).long().numpy()
     frame["frequency"] = summary.frequency.numpy()
-    certainty = frame["p"] if text is None else frame["q"]
-    weak = (certainty > max_p) | (frame["score"] < (least if min_score is None else min_score)) | (frame["margin"] < min_margin)
-    frame.loc[weak, ["name", "kind", "class_index"]] = [UNNAMED, UNNAMED, -1]
-    frame.loc[dead, ["name", "kind", "class_index", "score", "margin", "p", "q", "runner_up"]] = [
-        UNNAMED,
-        "dead",
-        -1,
-        0.0,
-        0.0,
-        1.0,
-        1.0,
-        "",
-    ]
+    weak = ((frame["p"] if text is None else frame["q"]) > max_p) | (frame["score"] < least)
+    frame.loc[weak | dead, ["name", "kind", "class_index"]] = [UNNAMED, UNNAMED, -1]
+    frame.loc[dead, ["kind", "score", "margin", "p", "q", "runner_up"]] = ["dead", 0.0, 0.0, 1.0, 1.0, ""]
     return frame
 
 
-def adjust_p_values(p: np.ndarray) -> np.ndarray:
-    """False discovery rates: p-values after the step-up correction of Benjamini and Hochberg (1995).
-
-    Parameters
-    ----------
-    p : float array [n]
-
-    Returns
-    -------
-    float array [n]
-        q, not smaller than p, in the same order of size.
-    """
-    p = np.asarray(p, float)
-    order = np.argsort(p)[::-1]
-    steps = p[order] * len(p) / np.arange(len(p), 0, -1)
-    q = np.empty_like(p)
-    q[order] = np.minimum(np.minimum.accumulate(steps), 1.0)
-    return q
-
-
 def _names_from_truth(report: ConceptReport) -> pd.DataFrame:
+    """Columns of :func:`label_latents` from the concept that each latent answers to."""
     kind = report.latents["concept"].str.partition(":")
     frame = report.latents[["latent", "score", "margin", "p", "runner_up"]].copy()
     frame.insert(1, "name", kind[2].where(kind[2] != "", kind[0]))
@@ -157,16 +123,17 @@ def _names_from_truth(report: ConceptReport) -> pd.DataFrame:
 
 
 def _names_from_labels(summary: LatentSummary) -> pd.DataFrame:
+    """Columns of :func:`label_latents` from the lift of each class."""
     hits, per_class = summary.class_hits.double().numpy(), summary.class_images.double().numpy()
     active = hits.sum(0)
     base = per_class / max(per_class.sum(), 1)
     expected = np.outer(base, active)
     lift = np.divide(hits, expected, out=np.zeros_like(hits), where=expected > 0)
-    order = np.argsort(-lift, axis=0, kind="stable")[: min(2, len(lift))]
+    order = np.argsort(-lift, axis=0, kind="stable")[:2]
     columns = np.arange(lift.shape[1])
     best = order[0]
     tail = stats.binom.sf(hits[best, columns] - 1, active, base[best]) * len(base)
-    second = lift[order[1], columns] if len(order) > 1 else np.zeros(len(columns))
+    second = lift[order[1], columns] if len(order) > 1 else 0.0
     names = unique_names(summary.class_names)
     return pd.DataFrame(
         {
@@ -177,77 +144,231 @@ def _names_from_labels(summary: LatentSummary) -> pd.DataFrame:
     )  # fmt: skip
 
 
-def _names_from_text(text: TextScores) -> pd.DataFrame:
-    frame = pd.DataFrame({"latent": np.arange(text.n_latents)})
-    frame = frame.merge(text.table, on="latent", how="left")
+def _names_from_text(text: pd.DataFrame, n_latents: int) -> pd.DataFrame:
+    """Columns of :func:`label_latents` from the words of some latents."""
+    frame = pd.DataFrame({"latent": np.arange(n_latents)}).merge(text, on="latent", how="left")
     empty = {"name": UNNAMED, "kind": UNNAMED, "score": 0.0, "margin": 0.0, "p": 1.0, "runner_up": "", "class_index": -1}
     return frame.fillna(empty).astype({"class_index": int})[["latent", *empty]]
+
+
+# -- words --------------------------------------------------------------------------------------------------------------------
+
+
+class Vocabulary(NamedTuple):
+    """Words that may become names."""
+
+    words: tuple[str, ...]
+    kinds: tuple[str, ...]
+    """Of each word: object, category, color, background or texture."""
+    embeddings: Tensor
+    """[V, d_embed] unit vectors."""
+    class_index: tuple[int, ...]
+    """Class of each word in the data set, -1 where it is none."""
+
+
+def make_vocabulary(clip, dataset) -> Vocabulary:
+    """Words to name latents by, with their text embeddings: a data set's class names and the palette's colours.
+
+    In the embedded world also its categories and backgrounds, which are put as its captions say them; elsewhere ``TEXTURES``.
+
+    Parameters
+    ----------
+    clip : ClipModel
+    dataset
+        Gives class names and templates.
+    """
+    classes = list(unique_names(dataset.class_names))
+    words = {"object": classes}
+    if str(dataset.spec).startswith("openmoji"):
+        words["category"] = sorted(openmoji.class_table()["category"].unique())
+        words |= {"color": list(openmoji.COLORS), "background": list(openmoji.BACKGROUND_KINDS)}
+    else:
+        words |= {"color": list(openmoji.COLORS), "texture": list(TEXTURES)}
+    embeddings = []
+    for kind, some in words.items():
+        if kind == "background":
+            spoken, templates = [openmoji.BACKGROUNDS.get(word, word) for word in some], ("something {}.", "a picture {}.", "{}")
+        else:
+            spoken, templates = [re.sub(r" \(\d+\)$", "", word) for word in some], templates_for(dataset.spec)
+        embeddings.append(clip.zero_shot_head(spoken, templates).cpu())
+    kinds = [kind for kind, some in words.items() for _ in some]
+    index = [*range(len(classes)), *[-1] * (len(kinds) - len(classes))]
+    return Vocabulary(tuple(word for some in words.values() for word in some), tuple(kinds), torch.cat(embeddings), tuple(index))
+
+
+@torch.no_grad()
+def score_words(clip, dataset, summary: LatentSummary, vocabulary: Vocabulary, latents: Sequence[int], embeddings: Tensor) -> pd.DataFrame:
+    """Score every word for each latent by what CLIP sees in its strongest images and around its strongest patches.
+
+    A word's similarity to a picture is the cosine of their embeddings, as standard deviations from its mean over all images of the data
+    set (crops: over random crops), so that words which fit every picture gain nothing. Its score is the mean over the latent's images and
+    that over its crops, averaged. p asks how often as many random images and crops give *some* word as high a score: the maximum over
+    words is compared with the maximum over words (Westfall and Young, 1993), so the size of the vocabulary is accounted for.
+
+    Parameters
+    ----------
+    clip : ClipModel
+    dataset
+        The one that ``summary`` was made from.
+    summary : LatentSummary
+        Crops need ``top_patches`` (tokens "all" or "patches"); without them images alone count.
+    vocabulary : Vocabulary
+        See :func:`make_vocabulary`.
+    latents : sequence of int
+    embeddings : Tensor [n_images of the data set, d_embed]
+        Unit vectors of all images: ``Likeness.embeddings``, or :func:`patchsae_utils.clip.embed_images`.
+
+    Returns
+    -------
+    DataFrame
+        One row a latent: latent, name, kind, score, margin, p, runner_up, class_index.
+
+    Raises
+    ------
+    ValueError
+        If the summary was made from another data set, or a latent is out of range.
+    """
+    if summary.n_images != len(dataset):
+        raise ValueError(f"The summary read {summary.n_images} images, this data set has {len(dataset)}: give the one that was summarised.")
+    latents = torch.tensor([int(s) for s in latents], dtype=torch.long)
+    if len(latents) and not (0 <= int(latents.min()) and int(latents.max()) < summary.n_latents):
+        raise ValueError(f"Latents must lie in range({summary.n_latents}), got {int(latents.min())} to {int(latents.max())}.")
+    rng = np.random.default_rng(0)
+    pool = _standardized(embeddings.cpu().float() @ vocabulary.embeddings.T)[0]
+    rows = summary.top_images[latents, :N_IMAGES].numpy()
+    parts, nulls = [_means(pool, rows)], [(pool, rows)]
+    if summary.top_patches is not None:
+        some = torch.stack([summary.top_patch_images[latents, :N_CROPS], summary.top_patches[latents, :N_CROPS]], -1).numpy()
+        n_patches, real = clip.grid[0] * clip.grid[1], some[..., 0] >= 0
+        chance = np.stack([rng.integers(len(dataset), size=N_RANDOM_CROPS), rng.integers(n_patches, size=N_RANDOM_CROPS)], 1)
+        places, back = np.unique(np.concatenate([chance, some[real]]), axis=0, return_inverse=True)
+        seen = (embed_crops(clip, dataset, places) @ vocabulary.embeddings.T)[back.reshape(-1)]
+        random_crops, mean, std = _standardized(seen[:N_RANDOM_CROPS])
+        cut = np.full(real.shape, -1)
+        cut[real] = np.arange(real.sum())
+        parts.append(_means((seen[N_RANDOM_CROPS:] - mean) / std, cut))
+        nulls.append((random_crops, cut))
+    scores = np.mean(parts, 0)
+    p = _permutation_p(scores.max(1), nulls, rng)
+    order, at = np.argsort(-scores, axis=1, kind="stable")[:, :2], np.arange(len(scores))
+    words, kinds, index = (
+        np.array(part, dtype=object)[order[:, 0]] for part in (vocabulary.words, vocabulary.kinds, vocabulary.class_index)
+    )
+    return pd.DataFrame(
+        {
+            "latent": latents.numpy(), "name": words, "kind": kinds, "score": scores[at, order[:, 0]],
+            "margin": scores[at, order[:, 0]] - scores[at, order[:, 1]], "p": p,
+            "runner_up": np.array(vocabulary.words, dtype=object)[order[:, 1]], "class_index": index.astype(int),
+        }
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def embed_crops(clip, dataset, places: np.ndarray, margin: int = CROP_MARGIN) -> Tensor:
+    """Unit image features of crops around patches (image, row * columns + column), each enlarged to a whole image: [n, 2] -> [n, d_embed].
+
+    At the border the crop moves inwards. Images are loaded once where equal ones follow each other.
+    """
+    rows, columns = clip.grid
+    side = 2 * margin + 1
+    if margin < 0 or side > min(rows, columns):
+        raise ValueError(f"margin must be 0 to {(min(rows, columns) - 1) // 2} on a grid of {rows} x {columns}, got {margin}.")
+    height, width = clip.image_size[0] // rows, clip.image_size[1] // columns
+    found, inputs, last, picture = [], [], None, None
+    for i, (image, patch) in enumerate(tqdm(places.tolist(), desc="embedding crops")):
+        if image != last:
+            last, picture = image, seen_image(clip, dataset[image].image).numpy()
+        row, column = divmod(patch, columns)
+        top, left = min(max(row - margin, 0), rows - side) * height, min(max(column - margin, 0), columns - side) * width
+        inputs.append(clip.preprocess(Image.fromarray(picture[top : top + side * height, left : left + side * width])))
+        if len(inputs) == 64 or i + 1 == len(places):
+            found.append(F.normalize(clip.encode_image(torch.stack(inputs)).float(), dim=-1).cpu())
+            inputs = []
+    return torch.cat(found)
+
+
+def _standardized(similarity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns at mean 0 and standard deviation 1, and what they had; a constant column becomes 0."""
+    mean, std = similarity.mean(0), similarity.std(0, correction=0).clamp_min(1e-12)
+    return (similarity - mean) / std, mean, std
+
+
+def _means(values: Tensor, rows: np.ndarray) -> np.ndarray:
+    """Mean of some rows of [N, V] for each set [n, k] of them; -1 is padding, an empty set gives 0."""
+    values, real = values.double().numpy(), rows >= 0
+    total = np.zeros((len(rows), values.shape[1]))
+    for column in range(rows.shape[1]):
+        total += values[rows[:, column]] * real[:, [column]]
+    return total / np.maximum(real.sum(1), 1)[:, None]
+
+
+def _permutation_p(observed: np.ndarray, nulls: list[tuple[Tensor, np.ndarray]], rng: np.random.Generator) -> np.ndarray:
+    """Share of random sets, of the same numbers of images and crops, whose best word scores at least as high; the set itself counts as one."""
+    sizes = np.stack([(rows >= 0).sum(1) for _, rows in nulls], 1)
+    drawn = []
+    for pool, rows in nulls:
+        size = min(rows.shape[1], len(pool))
+        drawn.append(np.array([rng.choice(len(pool), size, replace=False) for _ in range(N_PERMUTATIONS)]).reshape(N_PERMUTATIONS, size))
+    p = np.ones(len(observed))
+    for size in np.unique(sizes, axis=0):
+        if not size.any():
+            continue
+        null = np.mean([_means(pool, some[:, :n]) for (pool, _), some, n in zip(nulls, drawn, size, strict=True)], 0)
+        ordered = np.sort(null.max(1))
+        same = (sizes == size).all(1)
+        p[same] = (1 + len(ordered) - np.searchsorted(ordered, observed[same], "left")) / (1 + len(ordered))
+    return p
 
 
 # -- agreement ----------------------------------------------------------------------------------------------------------------
 
 
-def name_agreement(
-    sources: Mapping[str, pd.DataFrame],
-    related: Mapping[str, Sequence[str]] | None = None,
-    *,
-    n_permutations: int = 1000,
-    seed: int = 0,
-) -> pd.DataFrame:
+def name_agreement(sources: Mapping[str, pd.DataFrame], related: Mapping[str, Sequence[str]] | None = None) -> pd.DataFrame:
     """How often sources of names agree, over the latents that both name.
 
     Parameters
     ----------
     sources : mapping of str to DataFrame
-        Tables of :func:`label_latents`.
+        Two tables of :func:`label_latents` or more.
     related : mapping of str to sequence of str, optional
         Names that are no contradiction: what is named "dog" may also be called "animal" (see :func:`related_names`).
-    n_permutations : int
-        Shuffles of one source's names over those latents: the level that their frequencies alone give.
-    seed : int
 
     Returns
     -------
     DataFrame
-        One row a pair: a, b, n_a, n_b (latents each names), n_both, agreement, low, high (95 %, Wilson, 1927), chance, p (share of shuffles
-        that agree at least as often; the observed order counts as one), related and related_chance (names equal or related). NaN
-        without a common latent. Equal class names that were told apart by an index count as equal.
+        One row a pair: a, b, n_a, n_b (latents each names), n_both, agreement, low, high (95 %, Wilson, 1927), chance (when one source's names are
+        shuffled over those latents), p (share of shuffles that agree at least as often; the observed order counts as one), related and
+        related_chance (names equal or related). NaN without a common latent. Equal class names that were told apart by an index count as
+        equal.
 
     Raises
     ------
     ValueError
-        If there are fewer than two sources or a table lacks a column.
+        If there are fewer than two sources.
     """
     if len(sources) < 2:
         raise ValueError(f"Agreement needs two sources of names or more, got {len(sources)}.")
-    for source, frame in sources.items():
-        if missing := {"latent", "name"} - set(frame.reset_index().columns):
-            raise ValueError(f"The table {source!r} has no column {sorted(missing)[0]!r}. Pass results of label_latents.")
     plain = {source: _plain_names(frame) for source, frame in sources.items()}
-    rng = np.random.default_rng(seed)
+    rng, n_shuffles = np.random.default_rng(0), 1000
     pairs = {(a, b) for a, some in (related or {}).items() for b in some}
     rows = []
     for a, b in combinations(plain, 2):
         both = plain[a].index.intersection(plain[b].index)
-        codes, names = pd.factorize(np.concatenate([plain[a][both].to_numpy(object), plain[b][both].to_numpy(object)]))
-        x, y = codes[: len(both)], codes[len(both) :]
-        fits = np.array([[m == n or (m, n) in pairs or (n, m) in pairs for n in names] for m in names], bool).reshape(
-            len(names), len(names)
-        )
-        drawn = [rng.permutation(y) for _ in range(n_permutations)] if len(both) else []
-        equal = [(x == other).mean() for other in drawn]
-        share = (x == y).mean() if len(both) else np.nan
-        interval = stats.binomtest(int((x == y).sum()), len(both)).proportion_ci(method="wilson") if len(both) else (np.nan, np.nan)
-        rows.append(
-            {
-                "a": a, "b": b, "n_a": len(plain[a]), "n_b": len(plain[b]), "n_both": len(both), "agreement": share, "low": interval[0],
-                "high": interval[1], "chance": np.mean(equal) if drawn else np.nan,
-                "p": (1 + np.sum(np.array(equal) >= share)) / (1 + n_permutations) if drawn else np.nan,
-                "related": fits[x, y].mean() if len(both) else np.nan,
-                "related_chance": np.mean([fits[x, other].mean() for other in drawn]) if drawn else np.nan,
-            }
-        )  # fmt: skip
-    return pd.DataFrame(rows)
+        row = {"a": a, "b": b, "n_a": len(plain[a]), "n_b": len(plain[b]), "n_both": len(both)}
+        if len(both):
+            codes, names = pd.factorize(np.concatenate([plain[a][both].to_numpy(object), plain[b][both].to_numpy(object)]))
+            x, y = codes[: len(both)], codes[len(both) :]
+            fits = np.array([[m == n or (m, n) in pairs or (n, m) in pairs for n in names] for m in names], bool)
+            drawn = np.array([rng.permutation(y) for _ in range(n_shuffles)])
+            equal, share = (x == drawn).mean(1), (x == y).mean()
+            low, high = stats.binomtest(int((x == y).sum()), len(both)).proportion_ci(method="wilson")
+            row |= {
+                "agreement": share, "low": low, "high": high, "chance": equal.mean(), "p": (1 + (equal >= share).sum()) / (1 + n_shuffles),
+                "related": fits[x, y].mean(), "related_chance": fits[x, drawn].mean(),
+            }  # fmt: skip
+        rows.append(row)
+    columns = ["a", "b", "n_a", "n_b", "n_both", "agreement", "low", "high", "chance", "p", "related", "related_chance"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def related_names() -> dict[str, list[str]]:
@@ -257,6 +378,6 @@ def related_names() -> dict[str, list[str]]:
 
 
 def _plain_names(frame: pd.DataFrame) -> pd.Series:
-    frame = frame if "latent" in frame.columns else frame.reset_index()
+    """Names by latent, without the index that tells classes apart; the unnamed left out."""
     named = frame[frame["name"] != UNNAMED].set_index("latent")["name"]
     return named.str.replace(r" \(\d+\)$", "", regex=True)

@@ -1,5 +1,8 @@
-"""Where latents are active, against masks of the ground truth: average precision and IoU of every latent for every concept, the pointing
-game, concepts that several latents share, classes that a category's latent skips, and the matching of latents with concepts."""
+"""Where latents are active, against masks of the ground truth.
+
+Average precision and IoU of every latent for every concept, the pointing game, concepts that several latents share, classes that a category's
+latent skips, and the matching of latents with concepts.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,14 @@ from torch import Tensor
 from ..data import openmoji
 from ..latents.pictures import seen_image
 from ..latents.reading import latent_masks
-from ..run.intervals import centred_interval
+from ..run.intervals import interval
 from ..sae.dictionary import Dictionary
-from .detection import common_concepts
-from .grounding import ConceptPatches, average_precision
+from .detection import ConceptPatches, columns_of, common_concepts, precisions
 from .report import ConceptReport
+
+_BLOCK = 128  # features at a time: float32 [N, _BLOCK]
+SHARE, MIN_SHARED_AP = 0.5, 0.1  # of the best latent's AP, and at least: such latents share a concept
+SKIPPED, MIN_RECALL, MIN_SPECIAL_AP = 0.25, 0.1, 0.3  # of absorption
 
 
 class ConceptMatrix(NamedTuple):
@@ -36,42 +42,26 @@ class ConceptMatrix(NamedTuple):
 
 
 @torch.no_grad()
-def concept_matrix(patches: ConceptPatches, dictionary: Dictionary, *, block: int = 128) -> ConceptMatrix:
+def concept_matrix(patches: ConceptPatches, dictionary: Dictionary) -> ConceptMatrix:
     """Average precision and best IoU of all features for all concepts.
 
     Meant for sparse, non-negative features: a feature's active patches are sorted once, and only (active patch, concept it shows) pairs
     are looked at; the patches where it is silent share the last place.
-
-    Parameters
-    ----------
-    patches : ConceptPatches
-    dictionary : Dictionary
-        Activations not negative.
-    block : int
-        Features at a time: [N, block] float32 in memory.
-
-    Raises
-    ------
-    ValueError
-        If an activation is negative.
     """
-    n, n_concepts = patches.masks.shape
     shown = np.asarray(patches.masks.sum(0), np.float64).ravel()
-    ap, iou = np.zeros((dictionary.n, n_concepts), np.float32), np.zeros((dictionary.n, n_concepts), np.float32)
-    threshold = np.full((dictionary.n, n_concepts), np.inf, np.float32)
-    for start in range(0, dictionary.n, block):
-        features = np.arange(start, min(start + block, dictionary.n))
-        columns = dictionary.encode(patches.tokens, features).T.contiguous().cpu().numpy()
-        for feature, scores in zip(features, columns, strict=True):
+    found = np.zeros((3, dictionary.n, len(shown)), np.float32)
+    for start in range(0, dictionary.n, _BLOCK):
+        features = np.arange(start, min(start + _BLOCK, dictionary.n))
+        for feature, scores in zip(features, columns_of(dictionary, patches.tokens, features), strict=True):
             if len(scores) and scores.min() < 0:
                 raise ValueError(f"Feature {feature} of {dictionary.name!r} has negative activations; concept_matrix needs a ReLU.")
-            ap[feature], iou[feature], threshold[feature] = _one_feature(scores, patches.masks, shown, n)
-    return ConceptMatrix(ap, iou, threshold)
+            found[:, feature] = _one_feature(scores, patches.masks, shown)
+    return ConceptMatrix(*found)
 
 
-def _one_feature(scores: np.ndarray, masks: sparse.csr_matrix, shown: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _one_feature(scores: np.ndarray, masks: sparse.csr_matrix, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """AP, best IoU and its threshold [K] of one feature."""
-    active = np.flatnonzero(scores)
+    active, n = np.flatnonzero(scores), len(scores)
     values = np.sort(scores[active])
     at_least = len(values) - np.searchsorted(values, scores[active], "left")  # active patches at least as high: the last of its ties
     order = np.argsort(at_least, kind="stable")
@@ -103,49 +93,56 @@ class Localization(NamedTuple):
     """One row a concept: concept, kind, name, n_patches, n_images; latent (of highest AP on the choosing scenes), ap_choose, ap; iou_latent
     (of highest IoU there), threshold, iou_choose, iou; pointing (share of the images that show the concept where the latent's most
     active patch lies on it), pointing_chance (a random patch). Everything without ``_choose`` is of the reported scenes."""
-    replicates: dict[str, np.ndarray]
-    """"iou" and "pointing": [rows, R] under reweightings of the reported images."""
+    by_image: dict[str, tuple[np.ndarray, np.ndarray]]
+    """"iou" and "pointing": what each reported image adds to numerator and denominator, two arrays [rows, n_images]."""
     matrix: ConceptMatrix
     """On the choosing scenes; all latents, the concepts of the rows in their order."""
-    n_patches_choose: np.ndarray
-    """[rows] patches of the choosing scenes that show each concept."""
+    dictionary: Dictionary
+    report: ConceptPatches
+    """The reported scenes."""
 
-    def table(self, by: str = "kind") -> pd.DataFrame:
+    def table(self) -> pd.DataFrame:
         """Means by kind of concept and over all of them ("all").
 
         Returns
         -------
         DataFrame
-            kind, n_concepts, ap, iou, iou_low, iou_high, pointing, pointing_low, pointing_high, pointing_chance; 95 % intervals by the
-            Bayesian bootstrap over images, centred on the value: a ratio of sums over few images is lower in the mean of its resamples.
+            kind, n_concepts, ap, iou, iou_low, iou_high, pointing, pointing_low, pointing_high, pointing_chance; 95 % intervals over images,
+            centred on the value: a ratio of sums over few images is lower in the mean of its resamples.
         """
-        groups = [*self.concepts.groupby(by, sort=False), ("all", self.concepts)]
         rows = []
-        for kind, group in groups:
-            row = {by: kind, "n_concepts": len(group), "ap": group["ap"].mean()}
-            for metric, draws in self.replicates.items():
-                low, high = centred_interval(np.nanmean(draws[group.index], 0), group[metric].mean())
-                row |= {metric: group[metric].mean(), f"{metric}_low": low, f"{metric}_high": high}
+        for kind, group in [*self.concepts.groupby("kind", sort=False), ("all", self.concepts)]:
+            row = {"kind": kind, "n_concepts": len(group), "ap": group["ap"].mean()}
+            for metric, sums in self.by_image.items():
+                top, bottom = (part[group.index] for part in sums)
+                found = interval(lambda w, top=top, bottom=bottom: _mean_ratio(w, top, bottom), top.shape[1], "images", centred=True)
+                row |= {metric: found.value, f"{metric}_low": found.low, f"{metric}_high": found.high}
             rows.append(row | {"pointing_chance": group["pointing_chance"].mean()})
         return pd.DataFrame(rows)
 
+    def sentence(self) -> str:
+        """IoU and pointing by kind of concept in words."""
+        return "; ".join(
+            f"{row.kind}: IoU {row.iou:.2f} [{row.iou_low:.2f}, {row.iou_high:.2f}], pointing {row.pointing:.0%} "
+            f"[{row.pointing_low:.0%}, {row.pointing_high:.0%}] (by chance {row.pointing_chance:.0%})"
+            for row in self.table().itertuples()
+        )
+
+
+def _mean_ratio(weights: np.ndarray, top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+    """[R] mean over concepts of ratios of weighted sums over images, of those that some image shows."""
+    below = weights @ bottom.T
+    ratios = np.divide(weights @ top.T, below, out=np.zeros_like(below), where=below > 0)
+    with np.errstate(invalid="ignore"):
+        return ratios.sum(1) / (below > 0).sum(1)
+
 
 @torch.no_grad()
-def localize(
-    dictionary: Dictionary,
-    choose: ConceptPatches,
-    report: ConceptPatches,
-    *,
-    min_patches: int = 20,
-    min_images: int = 2,
-    n_bootstrap: int = 200,
-    seed: int = 0,
-    matrix: ConceptMatrix | None = None,
-) -> Localization:
+def localize(dictionary: Dictionary, choose: ConceptPatches, report: ConceptPatches) -> Localization:
     """Choose a latent and a threshold for every concept on some scenes, and report IoU and the pointing game on others.
 
     The pointing game (Zhang et al., 2018): does the most active patch lie on the concept? Patches that tie for it share the point; an image
-    where the latent is silent is a miss.
+    where the latent is silent is a miss. Concepts on fewer than 20 patches, or in fewer than two images, of either set are left out.
 
     Parameters
     ----------
@@ -153,80 +150,59 @@ def localize(
         Of features that are not negative.
     choose, report : ConceptPatches
         Of scenes that differ.
-    min_patches, min_images : int
-        Concepts with fewer in either set are left out.
-    n_bootstrap : int
-    seed : int
-    matrix : ConceptMatrix, optional
-        Of the choosing scenes, all concepts, when it is at hand.
 
     Raises
     ------
     ValueError
-        If no concept is left.
+        If no concept is left, or an activation is negative.
     """
-    columns = common_concepts(choose, report, min_patches=min_patches, min_images=min_images)
-    found = concept_matrix(choose, dictionary) if matrix is None else matrix
-    found = ConceptMatrix(*(part[:, columns] for part in found))
-    masks, n_images = report.masks.tocsc(), report.n_images
-    weights = np.random.default_rng(seed).standard_exponential((n_images, n_bootstrap))
-    best = {metric: getattr(found, metric).argmax(0) for metric in ("ap", "iou")}
-    some, back = np.unique(np.concatenate([best["ap"], best["iou"]]), return_inverse=True)
-    activations = dictionary.encode(report.tokens, some).T.contiguous().cpu().numpy()
-    rows = []
-    replicates: dict[str, list] = {"iou": [], "pointing": []}
-    for i, column in enumerate(columns):
-        positive = masks.indices[masks.indptr[column] : masks.indptr[column + 1]]
-        by_ap, by_iou = activations[back[i]], activations[back[len(columns) + i]]
-        threshold = float(found.threshold[best["iou"][i], i])
-        iou, iou_draws = _iou(by_iou >= threshold, positive, report.images, weights)
-        pointing, chance, pointing_draws = _pointing(by_ap, positive, report.images, weights)
-        kind, _, name = report.names[column].partition(":")
-        rows.append(
-            {
-                "concept": report.names[column], "kind": kind, "name": name or kind, "n_patches": len(positive),
-                "n_images": len(np.unique(report.images[positive])), "latent": int(best["ap"][i]),
-                "ap_choose": float(found.ap[best["ap"][i], i]), "ap": average_precision(by_ap, positive), "iou_latent": int(best["iou"][i]),
-                "threshold": threshold, "iou_choose": float(found.iou[best["iou"][i], i]), "iou": iou, "pointing": pointing,
-                "pointing_chance": chance,
-            }
-        )  # fmt: skip
-        replicates["iou"].append(iou_draws)
-        replicates["pointing"].append(pointing_draws)
-    shown = np.diff(choose.masks.tocsc().indptr)[columns]
-    return Localization(pd.DataFrame(rows), {name: np.array(draws) for name, draws in replicates.items()}, found, shown)
+    columns = common_concepts(choose, report)
+    found = ConceptMatrix(*(part[:, columns] for part in concept_matrix(choose, dictionary)))
+    at = np.arange(len(columns))
+    best, widest = found.ap.argmax(0), found.iou.argmax(0)
+    frame = report.concepts(columns).assign(
+        latent=best, ap_choose=found.ap[best, at], ap=precisions(dictionary, report, best, columns), iou_latent=widest,
+        threshold=found.threshold[widest, at], iou_choose=found.iou[widest, at],
+    )  # fmt: skip
+    positives = report.rows()
+    by_ap, by_iou = (columns_of(dictionary, report.tokens, some) for some in (best, widest))
+    overlaps = [_overlap(by_iou[i] >= frame["threshold"][i], positives[k], report) for i, k in enumerate(columns)]
+    hits = [_pointing(by_ap[i], positives[k], report) for i, k in enumerate(columns)]
+    sums = {
+        "iou": tuple(np.array([pair[part] for pair in overlaps]) for part in (0, 1)),
+        "pointing": tuple(np.array([triple[part] for triple in hits]) for part in (0, 1)),
+    }
+    values = {metric: top.sum(1) / bottom.sum(1) for metric, (top, bottom) in sums.items()}
+    frame = frame.assign(**values, pointing_chance=[chance for _, _, chance in hits])
+    return Localization(frame, sums, found, dictionary, report)
 
 
-def _iou(marked: np.ndarray, positive: np.ndarray, images: np.ndarray, weights: np.ndarray) -> tuple[float, np.ndarray]:
-    """Intersection over union of a set of patches and a concept, and its resamples."""
-    n = len(weights)
+def _overlap(marked: np.ndarray, positive: np.ndarray, patches: ConceptPatches) -> tuple[np.ndarray, np.ndarray]:
+    """[n_images] patches that are marked and show a concept, and those that do either."""
+    images, n = patches.images, patches.n_images
     both = np.bincount(images[positive], marked[positive], n)
-    either = np.bincount(images[marked], minlength=n) + np.bincount(images[positive], minlength=n) - both
-    return float(both.sum() / either.sum()), (both @ weights) / np.maximum(either @ weights, 1e-300)
+    return both, np.bincount(images[marked], minlength=n) + np.bincount(images[positive], minlength=n) - both
 
 
-def _pointing(scores: np.ndarray, positive: np.ndarray, images: np.ndarray, weights: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """Share of images whose highest patch lies on the concept, that of a random patch, and resamples of the first."""
-    n = len(weights)
+def _pointing(scores: np.ndarray, positive: np.ndarray, patches: ConceptPatches) -> tuple[np.ndarray, np.ndarray, float]:
+    """[n_images] whether the highest patch lies on the concept, and whether the image shows it; the share of images if a random patch points."""
+    images, n = patches.images, patches.n_images
     top = np.zeros(n)
     np.maximum.at(top, images, scores)
     highest = (scores == top[images]) & (scores > 0)
-    ties = np.bincount(images, highest, n)
-    hits = np.bincount(images[positive], highest[positive], n) / np.maximum(ties, 1)
-    shown = np.bincount(images[positive], minlength=n)
-    has = shown > 0
-    area = shown[has] / np.bincount(images, minlength=n)[has]
-    return float(hits[has].mean()), float(area.mean()), (hits[has] @ weights[has]) / weights[has].sum(0)
+    hits = np.bincount(images[positive], highest[positive], n) / np.maximum(np.bincount(images, highest, n), 1)
+    area = np.bincount(images[positive], minlength=n) / np.bincount(images, minlength=n)
+    return hits, (area > 0).astype(float), float(area[area > 0].mean())
 
 
 # -- many latents, many concepts ----------------------------------------------------------------------------------------------
 
 
-def splitting(found: Localization, share: float = 0.5, min_ap: float = 0.1) -> pd.DataFrame:
+def splitting(found: Localization) -> pd.DataFrame:
     """How many latents share each concept.
 
-    A latent shares a concept if that is the concept it finds best and its AP is at least ``share`` of the best latent's and ``min_ap``,
-    all on the choosing scenes.
+    A latent shares a concept if that is the concept it finds best and its AP is at least 0.1 and half the best latent's, all on the
+    choosing scenes.
 
     Returns
     -------
@@ -234,42 +210,19 @@ def splitting(found: Localization, share: float = 0.5, min_ap: float = 0.1) -> p
         One row a concept: concept, kind, best_ap, n_latents.
     """
     ap = found.matrix.ap
-    own = ap.argmax(1)
-    best = ap.max(0)
-    counts = (ap >= np.maximum(share * best, min_ap)) & (own[:, None] == np.arange(ap.shape[1]))
-    frame = found.concepts[["concept", "kind"]].copy()
-    return frame.assign(best_ap=best, n_latents=counts.sum(0))
+    counts = (ap >= np.maximum(SHARE * ap.max(0), MIN_SHARED_AP)) & (ap.argmax(1)[:, None] == np.arange(ap.shape[1]))
+    return found.concepts[["concept", "kind"]].assign(best_ap=ap.max(0), n_latents=counts.sum(0))
 
 
 @torch.no_grad()
-def absorption(
-    found: Localization,
-    dictionary: Dictionary,
-    report: ConceptPatches,
-    *,
-    skipped: float = 0.25,
-    min_ap: float = 0.3,
-    min_recall: float = 0.1,
-    members: dict[str, list[str]] | None = None,
-) -> pd.DataFrame:
+def absorption(found: Localization) -> pd.DataFrame:
     """Classes that the best latent of their category skips, although it finds the category's others.
 
     The latent's recall on a class is the share of the class's patches, on the reported scenes, where it reaches the threshold of its best
-    IoU for the category. A class is *skipped* where that is less than ``skipped`` times the median over the category's classes, and
-    *absorbed* where moreover another latent stands for the class (AP of at least ``min_ap`` on the choosing scenes): the general latent
-    stays silent because the special one speaks (Chanin et al., 2024). Where that median is below ``min_recall`` no latent stands for the
+    IoU for the category. A class is *skipped* where that is less than a quarter of the median over the category's classes, and
+    *absorbed* where moreover another latent stands for the class (AP of at least 0.3 on the choosing scenes): the general latent
+    stays silent because the special one speaks (Chanin et al., 2024). Where that median is below 0.1 no latent stands for the
     category: its classes are neither found nor skipped.
-
-    Parameters
-    ----------
-    found : Localization
-    dictionary : Dictionary
-        The one that ``found`` was made from.
-    report : ConceptPatches
-        The reported scenes.
-    skipped, min_ap, min_recall : float
-    members : dict of str to list of str, optional
-        Category -> its classes, as the names of concepts without their kind. Default: the embedded world's.
 
     Returns
     -------
@@ -277,36 +230,27 @@ def absorption(
         One row a category and class: category, latent, object, n_patches, recall, median_recall, found, skipped,
         object_latent, object_ap, absorbed.
     """
-    if members is None:
-        table = openmoji.class_table()
-        members = {category: rows["name"].tolist() for category, rows in table.groupby("category")}
-    at = {concept: i for i, concept in enumerate(found.concepts["concept"])}
-    masks = report.masks.tocsc()
-    rows = []
-    for category, classes in members.items():
-        here = at.get(f"category:{category}")
-        some = [name for name in classes if f"object:{name}" in at]
-        if here is None or len(some) < 2:
+    concepts, positives = found.concepts.set_index("concept"), dict(zip(found.report.names, found.report.rows(), strict=True))
+    parts = []
+    for category, classes in openmoji.class_table().groupby("category")["name"]:
+        some = [name for name in classes if f"object:{name}" in concepts.index]
+        if f"category:{category}" not in concepts.index or len(some) < 2:
             continue
-        row = found.concepts.iloc[here]
-        marked = dictionary.encode(report.tokens, np.array([row["iou_latent"]]))[:, 0].cpu().numpy() >= row["threshold"]
-        recalls = {}
-        for name in some:
-            column = report.names.index(f"object:{name}")
-            positive = masks.indices[masks.indptr[column] : masks.indptr[column + 1]]
-            recalls[name] = (marked[positive].mean(), len(positive))
-        median = float(np.median([recall for recall, _ in recalls.values()]))
-        for name, (recall, n_patches) in recalls.items():
-            special = found.concepts.iloc[at[f"object:{name}"]]
-            general, skips = median >= min_recall, recall < skipped * median
-            rows.append(
+        latent, threshold = concepts.loc[f"category:{category}", ["iou_latent", "threshold"]]
+        marked = columns_of(found.dictionary, found.report.tokens, np.array([int(latent)]))[0] >= threshold
+        special = concepts.loc[[f"object:{name}" for name in some], ["n_patches", "latent", "ap_choose"]].reset_index()
+        recall = special["concept"].map(lambda concept, marked=marked: marked[positives[concept]].mean())
+        general, skips = recall.median() >= MIN_RECALL, recall < SKIPPED * recall.median()
+        stands = (special["latent"] != latent) & (special["ap_choose"] >= MIN_SPECIAL_AP)
+        parts.append(
+            pd.DataFrame(
                 {
-                    "category": category, "latent": int(row["iou_latent"]), "object": name, "n_patches": n_patches, "recall": float(recall),
-                    "median_recall": median, "found": bool(general and not skips), "skipped": bool(general and skips),
-                    "object_latent": int(special["latent"]), "object_ap": special["ap_choose"],
-                    "absorbed": bool(general and skips and special["latent"] != row["iou_latent"] and special["ap_choose"] >= min_ap),
+                    "category": category, "latent": int(latent), "object": some, "n_patches": special["n_patches"], "recall": recall,
+                    "median_recall": recall.median(), "found": general & ~skips, "skipped": general & skips,
+                    "object_latent": special["latent"], "object_ap": special["ap_choose"], "absorbed": general & skips & stands,
                 }
-            )  # fmt: skip
+            )
+        )  # fmt: skip
     columns = [
         "category",
         "latent",
@@ -320,11 +264,10 @@ def absorption(
         "object_ap",
         "absorbed",
     ]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 
-@torch.no_grad()
-def match_latents(found: Localization, dictionary: Dictionary, report: ConceptPatches) -> pd.DataFrame:
+def match_latents(found: Localization) -> pd.DataFrame:
     """One latent a concept, no latent twice, so that the sum of AP on the choosing scenes is largest (Hungarian method, Kuhn, 1955).
 
     Returns
@@ -334,22 +277,13 @@ def match_latents(found: Localization, dictionary: Dictionary, report: ConceptPa
         serve several concepts), best_ap (of that one, reported).
     """
     latents, order = linear_sum_assignment(found.matrix.ap, maximize=True)
-    masks = report.masks.tocsc()
-    activations = dictionary.encode(report.tokens, latents).T.contiguous().cpu().numpy()
-    rows = []
-    for latent, concept, scores in zip(latents, order, activations, strict=True):
-        row = found.concepts.iloc[concept]
-        column = report.names.index(row["concept"])
-        positive = masks.indices[masks.indptr[column] : masks.indptr[column + 1]]
-        rows.append(
-            {
-                "concept": row["concept"], "kind": row["kind"], "latent": int(latent), "ap_choose": float(found.matrix.ap[latent, concept]),
-                "ap": average_precision(scores, positive), "best_latent": int(row["latent"]), "best_ap": row["ap"],
-            }
-        )  # fmt: skip
-    frame = pd.DataFrame(rows)
-    place = {concept: i for i, concept in enumerate(found.concepts["concept"])}
-    return frame.sort_values("concept", key=lambda column: column.map(place)).reset_index(drop=True)
+    rows = found.concepts.iloc[order]
+    columns = np.array([found.report.names.index(concept) for concept in rows["concept"]])
+    matched = rows[["concept", "kind"]].assign(
+        latent=latents, ap_choose=found.matrix.ap[latents, order], ap=precisions(found.dictionary, found.report, latents, columns),
+        best_latent=rows["latent"], best_ap=rows["ap"],
+    )  # fmt: skip
+    return matched.sort_index().reset_index(drop=True)
 
 
 class ConceptExample(NamedTuple):
@@ -388,7 +322,7 @@ def concept_examples(clip, sae, dataset, layer: int, report: ConceptReport, conc
     ValueError
         For a concept that the report doesn't hold, or that no scene shows.
     """
-    best = report.detection[report.detection["dictionary"] == report.detection["dictionary"].iloc[0]].set_index("concept")
+    best = report.detection.set_index("concept")
     unknown = [c for c in concepts if c not in best.index]
     if unknown:
         raise ValueError(f"The report holds no concept {unknown[0]!r}. It holds {len(best)}, among them {', '.join(best.index[:5])}.")

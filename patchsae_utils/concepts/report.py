@@ -1,127 +1,165 @@
-"""What :func:`patchsae_utils.concepts.detection.measure_concepts` found: tables with intervals, the numbers to quote, and the report on disk."""
+"""What a detection of concepts found: tables with intervals, the numbers to quote, a sentence, and the report on disk."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from ..run.artifacts import atomic_folder, read_folder_manifest, write_folder_manifest
-from ..run.intervals import centred_interval
+from ..run.intervals import Interval, drawn_interval
 
-FORMAT_VERSION = 1
-_KEYS = {"SAE": "sae", "single dimensions": "best_dimension", "random SAE": "random_sae"}  # in results
+FORMAT_VERSION = 2
 
 
-class ConceptReport(NamedTuple):
-    """Which concepts the latents find, beside baselines, and which concept each latent answers to."""
+@dataclass(frozen=True, eq=False)
+class ComparisonReport:
+    """How well each dictionary's best feature finds each concept, on scenes that it was not chosen on.
+
+    Intervals are of the reported images, 95 %, centred on the value: the average precision of a concept that few images show is lower in the mean
+    of its resamples.
+    """
 
     detection: pd.DataFrame
-    """One row a dictionary and concept: dictionary, concept, kind, name, latent (the best, chosen on other scenes), ap_choose, ap, chance
-    (share of patches that show it), n_patches, n_images."""
+    """One row a dictionary and concept: dictionary, role ("sae", "baseline" or "ceiling"), concept, kind, name, latent (chosen on other scenes),
+    ap_choose, ap, chance (share of patches that show it), n_patches, n_images."""
     replicates: np.ndarray
-    """[rows of detection, R] average precision under R reweightings of the reported images, the same for every row."""
+    """[rows, R] average precision in R resamples of the reported images, the same for every row; NaN where no image shows the concept."""
+
+    def table(self) -> pd.DataFrame:
+        """Mean average precision by dictionary and kind of concept, and over all concepts.
+
+        Returns
+        -------
+        DataFrame
+            dictionary, role, kind ("all" last), n_concepts, ap, low, high, chance.
+        """
+        rows = []
+        for (name, role), mine in self.detection.groupby(["dictionary", "role"], sort=False):
+            for kind, group in [*mine.groupby("kind", sort=False), ("all", mine)]:
+                ap = self._interval(group["ap"].mean(), _mean(self.replicates[group.index]))
+                rows.append([name, role, kind, len(group), ap.value, ap.low, ap.high, group["chance"].mean()])
+        return pd.DataFrame(rows, columns=["dictionary", "role", "kind", "n_concepts", "ap", "low", "high", "chance"])
+
+    def coverage(self, thresholds: Sequence[float]) -> pd.DataFrame:
+        """Share of concepts that some feature finds with an AP above each threshold.
+
+        Returns
+        -------
+        DataFrame
+            dictionary, role, threshold, n_concepts, share, low, high.
+        """
+        rows = []
+        for (name, role), group in self.detection.groupby(["dictionary", "role"], sort=False):
+            draws, ap = self.replicates[group.index], group["ap"].to_numpy()
+            for threshold in thresholds:
+                share = self._interval((ap > threshold).mean(), _mean(np.where(np.isnan(draws), np.nan, draws > threshold)))
+                rows.append([name, role, float(threshold), len(group), share.value, *np.clip(share[1:3], 0, 1)])
+        return pd.DataFrame(rows, columns=["dictionary", "role", "threshold", "n_concepts", "share", "low", "high"])
+
+    def ratio(self, kind: str = "all", to: str = "best baseline") -> tuple[Interval, str]:
+        """Mean AP of the SAE over that of another dictionary, on the same resamples, and the other's name.
+
+        Parameters
+        ----------
+        kind : str
+            Family of concepts, or "all".
+        to : str
+            A dictionary's name, "best baseline" or "ceiling". Which baseline is best is decided once, on the reported images themselves:
+            that favours the baseline.
+
+        Raises
+        ------
+        ValueError
+            If there is no such dictionary or kind.
+        """
+        mine = self.detection if kind == "all" else self.detection[self.detection["kind"] == kind]
+        if mine.empty:
+            raise ValueError(f"No concepts of kind {kind!r}. Valid: all, {', '.join(self.detection['kind'].unique())}.")
+        means = mine.groupby(["role", "dictionary"], sort=False)["ap"].mean()
+        if to in ("best baseline", "ceiling"):
+            role = to.split()[-1]
+            if role not in means.index:
+                raise ValueError(f"The report holds no dictionary of role {role!r}.")
+            to = means[role].idxmax()
+        if to not in means.index.get_level_values(1):
+            raise ValueError(f"No dictionary {to!r} in the report. Valid: {', '.join(means.index.get_level_values(1))}.")
+        ours, theirs = (mine[mine["dictionary"] == name] for name in (means["sae"].index[0], to))
+        draws = _mean(self.replicates[ours.index]) / _mean(self.replicates[theirs.index])
+        return self._interval(ours["ap"].mean() / theirs["ap"].mean(), draws), to
+
+    def headline(self) -> dict[str, float | str]:
+        """The numbers to quote, for all concepts and for objects: ``ap_ratio_to_best_baseline`` and the rest, as plain values."""
+        means = self.detection.groupby(["role", "dictionary"], sort=False)["ap"].mean()
+        found: dict[str, float | str] = {"n_concepts": int(self.detection["concept"].nunique()), "mean_ap_sae": float(means["sae"].iloc[0])}
+        for role, to, key in (("baseline", "best baseline", "best_baseline"), ("ceiling", "ceiling", "probe")):
+            for kind in ("all", "object"):
+                if role not in means.index or (kind == "object" and "object" not in set(self.detection["kind"])):
+                    continue
+                ratio, name = self.ratio(kind, to)
+                start = f"ap_ratio_to_{key}" if kind == "all" else f"object_ap_ratio_to_{key}"
+                found |= {start: ratio.value, f"{start}_low": ratio.low, f"{start}_high": ratio.high}
+                if kind == "all":
+                    found |= {to.replace(" ", "_"): name, f"mean_ap_{key}": float(means[role, name])}
+        return found
+
+    def sentence(self) -> str:
+        """The comparison over all concepts in words."""
+        table = self.table().query("kind == 'all'").sort_values("ap", ascending=False)
+        say = {row.dictionary: str(Interval(row.ap, row.low, row.high)) for row in table.itertuples()}
+        sae = table.loc[table["role"] == "sae", "dictionary"].iloc[0]
+        (best, name), (ceiling, _) = self.ratio(), self.ratio(to="ceiling")
+        others = "; ".join(f"{other} {ap}" for other, ap in say.items() if other != sae)
+        return (
+            f"Over {table['n_concepts'].iloc[0]} concepts the best latent reaches an AP of {say[sae]} on average. The others: {others}. That is "
+            f"{best} times the best unsupervised baseline ({name}) and {ceiling.value:.0%} of the supervised probe."
+        )
+
+    def save(self, folder: str | Path, key: str = "") -> None:
+        """Write the tables, the replicates and a manifest with the fingerprint of the inputs, atomically."""
+        with atomic_folder(folder) as temporary:
+            for field in fields(self):
+                part = getattr(self, field.name)
+                if isinstance(part, pd.DataFrame):
+                    part.to_csv(temporary / f"{field.name}.csv", index=False)
+                else:
+                    np.save(temporary / f"{field.name}.npy", part, allow_pickle=False)
+            write_folder_manifest(temporary, {"format_version": FORMAT_VERSION, "fingerprint": key, "complete": True})
+
+    @classmethod
+    def load(cls, folder: str | Path):
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            If a file is missing.
+        ValueError
+            If one is damaged, or another format version wrote them.
+        """
+        folder = Path(folder)
+        version = read_folder_manifest(folder).get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{folder} has format version {version}, expected {FORMAT_VERSION}. Delete the folder and measure again.")
+        tables = {path.stem: pd.read_csv(path, keep_default_na=False) for path in folder.glob("*.csv")}
+        return cls(**tables, replicates=np.load(folder / "replicates.npy", allow_pickle=False))
+
+    def _interval(self, value: float, draws: np.ndarray) -> Interval:
+        return drawn_interval(value, draws, "images", centred=True)
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptReport(ComparisonReport):
+    """Which concepts an SAE's latents find, and which concept each latent answers to."""
+
     latents: pd.DataFrame
-    """One row a latent: latent, concept, runner_up, score_choose, margin, score (on held-out scenes), p, n_patches (where it is active)."""
-
-    def table(self, by: str = "kind") -> pd.DataFrame:
-        """Mean average precision by dictionary and kind of concept, with 95 % intervals (Bayesian bootstrap over images, centred
-        on the value).
-
-        Returns
-        -------
-        DataFrame
-            dictionary, kind, n_concepts, ap, low, high, chance.
-        """
-        rows = []
-        for (name, kind), group in self.detection.groupby(["dictionary", by], sort=False):
-            low, high = centred_interval(np.nanmean(self.replicates[group.index], 0), group["ap"].mean())
-            rows.append(
-                {
-                    "dictionary": name,
-                    by: kind,
-                    "n_concepts": len(group),
-                    "ap": group["ap"].mean(),
-                    "low": low,
-                    "high": high,
-                    "chance": group["chance"].mean(),
-                }
-            )
-        return pd.DataFrame(rows)
-
-    def headline(self, kind: str = "object") -> dict[str, float | str]:
-        """The numbers to quote for one kind of concept: mean AP of each dictionary, and :meth:`ratio`."""
-        mine = self.detection[self.detection["kind"] == kind]
-        ap = mine.groupby("dictionary", sort=False)["ap"].mean()
-        numbers = {f"mean_{kind}_ap_{_KEYS.get(name, name)}": value for name, value in ap.items()}
-        ratio = self.ratio(kind)
-        return numbers | {
-            "ap_ratio_to_best_baseline": ratio["ratio"],
-            "ap_ratio_low": ratio["low"],
-            "ap_ratio_high": ratio["high"],
-            "best_baseline": ratio["baseline"],
-        }
-
-    def coverage(self, threshold: float = 0.5) -> pd.DataFrame:
-        """Share of concepts that some feature of each dictionary finds with an AP above ``threshold``.
-
-        Returns
-        -------
-        DataFrame
-            dictionary, n_concepts, share, low, high (95 % interval, Bayesian bootstrap over images).
-        """
-        rows = []
-        for name, group in self.detection.groupby("dictionary", sort=False):
-            share = (group["ap"] > threshold).mean()
-            low, high = np.clip(centred_interval((self.replicates[group.index] > threshold).mean(0), share), 0, 1)
-            rows.append({"dictionary": name, "n_concepts": len(group), "share": share, "low": low, "high": high})
-        return pd.DataFrame(rows)
-
-    def ratio(self, kind: str = "object") -> dict[str, float]:
-        """Mean AP of the first dictionary over that of the best other one: ratio, low, high (95 %, paired) and baseline.
-
-        Which baseline is best is decided once, on the reported images themselves: that favours the baseline.
-        """
-        mine = self.detection[self.detection["kind"] == kind]
-        means = mine.groupby("dictionary", sort=False)["ap"].mean()
-        first, others = means.index[0], means.iloc[1:]
-        best = others.idxmax()
-        over = [np.nanmean(self.replicates[mine.index[mine["dictionary"] == name]], 0) for name in (first, best)]
-        low, high = centred_interval(over[0] / over[1], means[first] / means[best])
-        return {"ratio": means[first] / means[best], "low": low, "high": high, "baseline": best}
+    """One row a latent: latent, concept, runner_up, score_choose, margin, score (on held-out scenes), p."""
 
 
-def save_report(report: ConceptReport, folder: str | Path, fp: str = "") -> None:
-    """Write detection.csv, latents.csv, replicates.npy and manifest.json, atomically."""
-    with atomic_folder(folder) as temporary:
-        report.detection.to_csv(temporary / "detection.csv", index=False)
-        report.latents.to_csv(temporary / "latents.csv", index=False)
-        np.save(temporary / "replicates.npy", report.replicates, allow_pickle=False)
-        write_folder_manifest(temporary, {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True})
-
-
-def load_report(folder: str | Path) -> ConceptReport:
-    """Read what :func:`save_report` wrote.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a file is missing.
-    ValueError
-        If one is damaged, or another format version wrote them.
-    """
-    folder = Path(folder)
-    missing = [name for name in ("detection.csv", "latents.csv", "replicates.npy", "manifest.json") if not (folder / name).exists()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} holds no concept report: {', '.join(missing)} missing. Make one: measure_concepts(..., out={str(folder)!r})."
-        )
-    version = read_folder_manifest(folder).get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder} has format version {version}; this package reads {FORMAT_VERSION}. Delete the folder and measure again."
-        )
-    frames = [pd.read_csv(folder / f"{name}.csv", keep_default_na=False) for name in ("detection", "latents")]
-    return ConceptReport(frames[0], np.load(folder / "replicates.npy", allow_pickle=False), frames[1])
+def _mean(draws: np.ndarray) -> np.ndarray:
+    """Mean over rows [m, R] in every resample, of those that have a value there."""
+    with np.errstate(invalid="ignore"):
+        return np.nansum(draws, 0, dtype=np.float64) / (~np.isnan(draws)).sum(0)

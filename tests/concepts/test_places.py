@@ -10,16 +10,18 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import average_precision_score, jaccard_score
 
-from patchsae_utils.concepts.grounding import ConceptPatches
+from patchsae_utils.concepts import detection, places
+from patchsae_utils.concepts.detection import ConceptPatches, concept_patches
 from patchsae_utils.concepts.places import absorption, concept_matrix, localize, match_latents, splitting
 from patchsae_utils.data import load_dataset
-from patchsae_utils.sae.dictionary import Dictionary
+from patchsae_utils.run.intervals import resamples
+from patchsae_utils.sae.dictionary import Dictionary, sae_dictionary
 
 PER_IMAGE = 8
 
 
-def scenes(seed: int, n_images: int = 40) -> ConceptPatches:
-    """Ten features, not negative: 0 finds object:a, 1 object:b of category:pet but for object:c, 2 object:c, 3 half of object:a's patches, 4 is dead,
+def scenes(seed: int, n_images: int = 80) -> ConceptPatches:
+    """Ten features, not negative: 0 finds object:a, 1 object:b of category:pet but for object:c, 2 object:c, 3 most of object:a's patches, 4 is dead,
     5 has many ties, the rest noise."""
     rng = np.random.default_rng(seed)
     n = n_images * PER_IMAGE
@@ -33,7 +35,7 @@ def scenes(seed: int, n_images: int = 40) -> ConceptPatches:
     x[:, 0] = a * strength
     x[:, 1] = (a | b) * strength
     x[:, 2] = c * strength
-    x[:, 3] = a * (rng.random(n) < 0.5) * strength
+    x[:, 3] = a * (rng.random(n) < 0.65) * strength
     x[:, 4] = 0
     x[:, 5] = rng.integers(0, 3, n)
     names = ("object:a", "object:b", "object:c", "category:pet", "color:none")
@@ -50,12 +52,12 @@ def worlds():
 
 @pytest.fixture(scope="module")
 def found(worlds):
-    return localize(FEATURES, *worlds, min_patches=5, n_bootstrap=60)
+    return localize(FEATURES, *worlds)
 
 
 def test_matrix_is_scikit_learns_for_every_pair(worlds):
     data = worlds[0]
-    matrix = concept_matrix(data, FEATURES, block=3)
+    matrix = concept_matrix(data, FEATURES)
     truth = data.masks.toarray() > 0
     assert np.isnan(matrix.ap[:, 4]).all() and (matrix.iou[:, 4] == 0).all()
     for s in range(10):
@@ -106,26 +108,26 @@ def test_pointing_game_by_hand(worlds, found):
         assert row.pointing == pytest.approx(np.mean(points)) and row.pointing_chance == pytest.approx(np.mean(areas))
 
 
-def test_resamples_are_the_statistics_of_weighted_images(worlds, found):
-    """IoU and pointing under the bootstrap's weights, written out image by image in float64."""
+def test_intervals_are_of_weighted_images(worlds, found):
+    """IoU and pointing when images are drawn again, written out image by image in float64."""
     report = worlds[1]
-    weights = np.random.default_rng(0).standard_exponential((report.n_images, 60))
+    (weights,) = resamples(report.n_images)
     truth = report.masks.toarray() > 0
+    draws = {"iou": [], "pointing": []}
     for k, row in enumerate(found.concepts.itertuples()):
         marked = (report.tokens[:, row.iou_latent].numpy() >= row.threshold).reshape(-1, PER_IMAGE)
         shown = truth[:, k].reshape(-1, PER_IMAGE)
         h = report.tokens[:, row.latent].numpy().reshape(-1, PER_IMAGE)
-        for r in (0, 17, 59):
-            both = either = hits = seen = 0.0
-            for image, weight in enumerate(weights[:, r]):
-                both += weight * (marked[image] & shown[image]).sum()
-                either += weight * (marked[image] | shown[image]).sum()
-                if shown[image].any():
-                    top = (h[image] == h[image].max()) & (h[image] > 0)
-                    hits += weight * ((top & shown[image]).sum() / top.sum() if top.any() else 0)
-                    seen += weight
-            assert found.replicates["iou"][k, r] == pytest.approx(both / either)
-            assert found.replicates["pointing"][k, r] == pytest.approx(hits / seen)
+        top = (h == h.max(1, keepdims=True)) & (h > 0)
+        hit = (top & shown).sum(1) / np.maximum(top.sum(1), 1)
+        draws["iou"].append((weights @ (marked & shown).sum(1)) / (weights @ (marked | shown).sum(1)))
+        draws["pointing"].append((weights @ (hit * shown.any(1))) / (weights @ shown.any(1)))
+    every = found.table().set_index("kind").loc["all"]
+    for metric, values in draws.items():
+        mean = np.nanmean(values, 0)
+        low, high = np.percentile(mean, [2.5, 97.5]) + every[metric] - mean.mean()
+        assert every[f"{metric}_low"] == pytest.approx(low) and every[f"{metric}_high"] == pytest.approx(high)
+    assert f"IoU {every['iou']:.2f}" in found.sentence()
 
 
 def test_table_has_means_and_intervals_around_them(found):
@@ -138,24 +140,25 @@ def test_table_has_means_and_intervals_around_them(found):
 
 
 def test_splitting_counts_latents_whose_best_concept_it_is(found):
-    shared = splitting(found, share=0.55, min_ap=0.2).set_index("concept")["n_latents"]
+    shared = splitting(found).set_index("concept")["n_latents"]
     assert shared["object:a"] == 2 and shared["object:c"] == 1 and shared["category:pet"] == 1
-    assert splitting(found, share=1.0).set_index("concept")["n_latents"]["object:a"] == 1
 
 
-def test_a_class_that_its_categorys_latent_skips_is_absorbed(worlds, found):
-    frame = absorption(found, FEATURES, worlds[1], members={"pet": ["a", "b", "c"], "empty": ["d"]}).set_index("object")
+def test_a_class_that_its_categorys_latent_skips_is_absorbed(found, monkeypatch):
+    table = pd.DataFrame({"name": ["a", "b", "c", "d"], "category": ["pet", "pet", "pet", "empty"]})
+    monkeypatch.setattr(places.openmoji, "class_table", lambda: table)
+    frame = absorption(found).set_index("object")
     assert frame["skipped"].tolist() == [False, False, True] and frame.loc["c", "recall"] == 0
     assert frame.loc["c", "absorbed"] and frame.loc["c", "object_latent"] == 2 and not frame.loc["a", "absorbed"]
     assert frame["found"].tolist() == [True, True, False]
-    nobody = absorption(found, FEATURES, worlds[1], members={"pet": ["a", "b", "c"]}, min_recall=1.01)
-    assert not nobody[["found", "skipped", "absorbed"]].any().any()
-    high = absorption(found, FEATURES, worlds[1], members={"pet": ["a", "b", "c"]}, min_ap=1.01)
-    assert not high["absorbed"].any() and high["skipped"].sum() == 1
+    monkeypatch.setattr(places, "MIN_SPECIAL_AP", 1.01)
+    assert not absorption(found)["absorbed"].any() and absorption(found)["skipped"].sum() == 1
+    monkeypatch.setattr(places, "MIN_RECALL", 1.01)
+    assert not absorption(found)[["found", "skipped", "absorbed"]].any().any()
 
 
-def test_matching_uses_each_latent_once_and_is_the_best_sum(worlds, found):
-    match = match_latents(found, FEATURES, worlds[1])
+def test_matching_uses_each_latent_once_and_is_the_best_sum(found):
+    match = match_latents(found)
     assert match["latent"].is_unique and match["concept"].tolist() == found.concepts["concept"].tolist()
     rows, columns = linear_sum_assignment(-found.matrix.ap)
     assert match["ap_choose"].sum() == pytest.approx(found.matrix.ap[rows, columns].sum())
@@ -163,14 +166,11 @@ def test_matching_uses_each_latent_once_and_is_the_best_sum(worlds, found):
     assert (match["ap_choose"] <= found.concepts["ap_choose"] + 1e-6).all()
 
 
-def test_real_scenes_through_an_sae(tiny_clip, tiny_sae):
-    from patchsae_utils.concepts.grounding import concept_patches
-    from patchsae_utils.sae.dictionary import sae_dictionary
-
+def test_real_scenes_through_an_sae(tiny_clip, tiny_sae, monkeypatch):
     data = [concept_patches(tiny_clip, load_dataset("openmoji/tools", split, n_images=38), 1, progress=False) for split in ("val", "test")]
-    found = localize(sae_dictionary(tiny_sae), *data, min_images=1, n_bootstrap=5)
+    found = localize(sae_dictionary(tiny_sae), *data)
     assert found.concepts["iou"].between(0, 1).all() and found.concepts["pointing"].between(0, 1).all()
-    assert isinstance(absorption(found, sae_dictionary(tiny_sae), data[1]), pd.DataFrame)
-    assert match_latents(found, sae_dictionary(tiny_sae), data[1])["latent"].is_unique
+    assert isinstance(absorption(found), pd.DataFrame) and match_latents(found)["latent"].is_unique
+    monkeypatch.setattr(detection, "MIN_IMAGES", 99)
     with pytest.raises(ValueError, match="No concept is shown by 99 images"):
-        localize(sae_dictionary(tiny_sae), *data, min_images=99)
+        localize(sae_dictionary(tiny_sae), *data)

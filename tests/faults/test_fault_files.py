@@ -18,8 +18,7 @@ from tiny_saes import TOKENS, trained
 from patchsae_utils.activations.extraction import ActivationStore, extract_activations
 from patchsae_utils.activations.streaming import TokenStream
 from patchsae_utils.adaptation.fit import ADAPTERS, load_adapter, save_adapter
-from patchsae_utils.concepts.comparison import ComparisonReport
-from patchsae_utils.concepts.report import ConceptReport, load_report, save_report
+from patchsae_utils.concepts.report import ComparisonReport, ConceptReport
 from patchsae_utils.latents.likeness import Likeness, LikenessObserver
 from patchsae_utils.latents.reading import summarize_latents
 from patchsae_utils.latents.summary import LatentSummary
@@ -78,13 +77,13 @@ def artifacts_of_all_kinds(tiny_clip, tiny_sae, tiny_dataset, tmp_path_factory):
     summarize_latents(tiny_clip, tiny_sae, tiny_dataset, -2, out=root / "statistics", observers=[likeness], progress=False)
     save_adapter(loud(ADAPTERS["coop"], tiny_clip), root / "adapter")
     few = pd.DataFrame({"concept": ["red", "blue"], "ap": [0.5, 0.25]})
-    save_report(ConceptReport(few, np.eye(2), few), root / "concepts")
+    ConceptReport(few, np.eye(2), few).save(root / "concepts")
     ComparisonReport(few, np.eye(2)).save(root / "comparison")
     return {
         root / "statistics": LatentSummary.load,
         root / "likeness": Likeness.load,
         root / "adapter": lambda folder: load_adapter(folder, tiny_clip),
-        root / "concepts": load_report,
+        root / "concepts": ConceptReport.load,
         root / "comparison": ComparisonReport.load,
     }
 

@@ -1,0 +1,68 @@
+"""Dictionaries: both signs of a dimension, single latents read as all of them, random controls as sparse as the SAE."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from patchsae_utils.sae.dictionary import dimensions, random_sae, sae_dictionary
+from patchsae_utils.sae.model import ACTIVATIONS, SparseAutoencoder
+
+
+def test_dimensions_have_both_signs():
+    x = torch.randn(5, 3)
+    both = dimensions(3)
+    torch.testing.assert_close(both.encode(x, None), torch.cat([x, -x], 1))
+    torch.testing.assert_close(both.encode(x, np.array([4, 0])), torch.stack([-x[:, 1], x[:, 0]], 1))
+
+
+def test_random_sae_has_the_size_but_not_the_weights(tiny_sae):
+    control = random_sae(tiny_sae, seed=3)
+    assert (control.d_in, control.d_sae) == (tiny_sae.d_in, tiny_sae.d_sae)
+    torch.testing.assert_close(control.W_enc.norm(dim=0), torch.ones(control.d_sae))
+    torch.testing.assert_close(control.b_dec.data, tiny_sae.b_dec.data)
+    assert torch.equal(control.W_enc, random_sae(tiny_sae, seed=3).W_enc) and not torch.equal(
+        control.W_enc, random_sae(tiny_sae, seed=4).W_enc
+    )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_random_sae_is_as_sparse_as_the_sae_on_the_tokens_given(activation):
+    sae = SparseAutoencoder(16, 64, activation, k=5 if activation in ("topk", "batchtopk", "matryoshka") else None, seed=1).requires_grad_(
+        False
+    )
+    x = 3 * torch.randn(400, 16, generator=torch.Generator().manual_seed(0)) + 1
+    sae.b_dec.fill_(1.0)
+    if activation in ("batchtopk", "matryoshka", "jumprelu"):
+        sae.threshold.fill_(2.0)
+    elif activation != "topk":
+        sae.b_enc.fill_(-2.0)
+    control = random_sae(sae, seed=3, tokens=x)
+    ours, theirs = ((each.encode(x) > 0).float().sum(1).mean().item() for each in (sae, control))
+    assert 0 < ours < 16 and theirs == pytest.approx(ours, rel=1e-3)
+    assert control.activation == activation and (control.encode(x) >= 0).all()
+    if activation in ("batchtopk", "matryoshka", "jumprelu", "gated"):
+        with pytest.raises(ValueError, match=f"{activation!r} needs a threshold of its own: give tokens"):
+            random_sae(sae)
+        projections = (x - 1) @ control.W_enc
+        active = control.encode(x) > 0
+        torch.testing.assert_close(control.encode(x)[active], projections[active], rtol=1e-4, atol=1e-4)  # a threshold moves no value
+    else:
+        assert (random_sae(sae, seed=3).b_enc == 0).all()
+    with pytest.raises(ValueError, match=r"tokens \[N, D\]"):
+        random_sae(SparseAutoencoder(16, 64), tokens=x[:0])
+
+
+def test_a_random_sae_of_a_silent_sae_is_silent():
+    sae = SparseAutoencoder(6, 12, "jumprelu").requires_grad_(False)
+    sae.threshold.fill_(1e6)
+    x = torch.randn(50, 6)
+    assert not random_sae(sae, tokens=x).encode(x).any()
+
+
+@pytest.mark.parametrize("activation, k", [("relu", None), ("topk", 3)])
+def test_a_dictionary_reads_single_latents_as_all_of_them(activation, k):
+    sae = SparseAutoencoder(6, 20, activation, k=k).requires_grad_(False)
+    x, read = torch.randn(9, 6), sae_dictionary(sae)
+    torch.testing.assert_close(read.encode(x, np.array([7, 2])), read.encode(x, None)[:, [7, 2]])
