@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -80,7 +82,7 @@ def test_sets_are_compared_with_sets_of_their_own_size():
 def test_the_planted_word_is_found_and_noise_stays_unnamed(summary, tiny_dataset):
     latent = int((~summary.dead & ~summary.faint).nonzero()[0])
     words, images = planted(summary, tiny_dataset, latent, 3)
-    bare = summary._replace(top_patches=None)
+    bare = replace(summary, top_patches=None)
     living = (~summary.dead & ~summary.faint).nonzero().flatten().tolist()
     scores = score_words(Blind, tiny_dataset, bare, words, living, images)
     row = scores.set_index("latent").loc[latent]
@@ -98,7 +100,7 @@ def test_the_planted_word_is_found_and_noise_stays_unnamed(summary, tiny_dataset
 def test_scores_are_means_of_standardised_cosines(summary, tiny_dataset, monkeypatch):
     monkeypatch.setattr(naming, "N_IMAGES", 4)
     words, images = planted(summary, tiny_dataset, 0, 1)
-    scores = score_words(Blind, tiny_dataset, summary._replace(top_patches=None), words, [0, 5], images)
+    scores = score_words(Blind, tiny_dataset, replace(summary, top_patches=None), words, [0, 5], images)
     cosine = images.double().numpy() @ words.embeddings.double().numpy().T
     z = (cosine - cosine.mean(0)) / cosine.std(0)
     for row, latent in zip(scores.itertuples(), (0, 5), strict=True):

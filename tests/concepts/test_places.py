@@ -139,9 +139,13 @@ def test_table_has_means_and_intervals_around_them(found):
     assert table.loc["all", "iou_low"] < table.loc["all", "iou_high"]
 
 
-def test_splitting_counts_latents_whose_best_concept_it_is(found):
+def test_splitting_counts_latents_whose_best_concept_it_is(found, monkeypatch):
+    monkeypatch.setattr(places, "MIN_SHARED_AP", 0.2)
+    monkeypatch.setattr(places, "SHARE", 0.55)
     shared = splitting(found).set_index("concept")["n_latents"]
     assert shared["object:a"] == 2 and shared["object:c"] == 1 and shared["category:pet"] == 1
+    monkeypatch.setattr(places, "SHARE", 1.0)
+    assert splitting(found).set_index("concept")["n_latents"]["object:a"] == 1
 
 
 def test_a_class_that_its_categorys_latent_skips_is_absorbed(found, monkeypatch):
