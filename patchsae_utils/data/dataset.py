@@ -32,16 +32,15 @@ class Example(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What a source gives of a split."""
+    """What a source gives of a split: names of the classes of all its splits, a label a row, and row -> what :func:`~.pictures.open_picture` opens.
+
+    ``ends``: where the shares of the splits end, if the rows are a whole that is to be split within each class.
+    """
 
     class_names: list[str]
-    """Of all its splits together."""
     labels: Sequence[int]
-    """One a row."""
     opener: Callable[[int], Any]
-    """Row -> anything that :func:`~.pictures.open_picture` opens."""
     ends: Sequence[float] | None = None
-    """Where the shares of the splits end, if this is a whole that is to be split within each class."""
 
 
 class ImageData(Dataset):

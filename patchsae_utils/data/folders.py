@@ -16,6 +16,8 @@ from .dataset import Listing
 from .pictures import ImageFiles, Rows, is_picture
 from .splits import SHARES, SPLITS, class_names, find_split
 
+_NO_CLASSES = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}  # left by operating systems
+
 
 def read_folder(root: Path, split: str, names: Callable[[Sequence[str]], list[str]] = class_names) -> Listing:
     """``<root>/<split>/<class>/<image>``, or ``<root>/<class>/<image>``; a file ``split_zhou_*.json`` in the folder is followed instead.
@@ -30,12 +32,13 @@ def read_folder(root: Path, split: str, names: Callable[[Sequence[str]], list[st
         )
     if (split_file := find_split_file(root)) is not None:
         return read_split_file(split_file, split)
-    present = [name for kind in SPLITS.values() for name in kind if (root / name).is_dir()] or ["."]
+    known = {name for names in SPLITS.values() for name in names}
+    present = [name for name in _folders(root) if name.lower() in known] or ["."]
     parts, shared = find_split(split, present, str(root))
     part = next((name for name in parts if _folders(root / name)), parts[0])
     if part != parts[0]:
         warnings.warn(f"{root / parts[0]} has no class folders; {root / part} is read instead.", stacklevel=3)
-    classes = sorted({name for each in present for name in _folders(root / each)})
+    classes = sorted({name for each in present for name in _folders(root / each) if _is_class(root / each / name)})
     base, files, labels, deeper = root / part, [], [], {}
     for label, name in enumerate(classes):
         found = sorted(os.scandir(base / name), key=lambda entry: entry.name) if (base / name).is_dir() else []
@@ -58,11 +61,17 @@ def read_folder(root: Path, split: str, names: Callable[[Sequence[str]], list[st
 
 
 def _is_visible(name: str) -> bool:
-    return not name.startswith(".") and name != "__MACOSX"
+    return not name.startswith(".") and name not in _NO_CLASSES
 
 
 def _folders(base: Path) -> list[str]:
     return [entry.name for entry in os.scandir(base) if entry.is_dir() and _is_visible(entry.name)]
+
+
+def _is_class(folder: Path) -> bool:
+    """Not so if it holds files and no picture: notes, annotations."""
+    entries = [entry for entry in os.scandir(folder) if _is_visible(entry.name)]
+    return not entries or any(is_picture(entry.name) or entry.is_dir() for entry in entries)
 
 
 def _count(folder: str) -> int:

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from tqdm.auto import tqdm
 
 from ..run.artifacts import atomic_folder, fingerprint, read_json, shortened, write_json
@@ -105,9 +106,13 @@ def _save_stream(source: _Source, own: str, tenths: Sequence[int], n_images: int
 
 def _bytes(image: dict[str, Any] | None) -> bytes | None:
     """A picture's encoded bytes, where there is one."""
-    if image is None or image["bytes"] is not None:
+    if image is None or image["bytes"] is not None or not image["path"]:
         return image and image["bytes"]
-    return Path(image["path"]).read_bytes() if image["path"] and Path(image["path"]).exists() else None
+    try:
+        with fsspec.open(image["path"], "rb") as file:
+            return file.read()
+    except OSError:
+        return None
 
 
 class _Source:

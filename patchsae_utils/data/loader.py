@@ -23,14 +23,11 @@ PREFETCH = 2
 
 
 class Batch(NamedTuple):
-    """Some pictures, preprocessed."""
+    """Some pictures, preprocessed: [B, 3, H, W], their labels [B] and their places in the data set [B]."""
 
     images: Tensor
-    """[B, 3, H, W]."""
     labels: Tensor
-    """[B]."""
     indices: Tensor
-    """[B] places in the data set."""
 
 
 class DeadWorker(ChildProcessError):

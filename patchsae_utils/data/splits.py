@@ -15,8 +15,8 @@ from open_clip import IMAGENET_CLASSNAMES
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-"""What sources call our splits."""
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+"""What sources call our splits, in small letters or large."""
 SHARES = (0.8, 0.9, 1.0)
 """Where the shares of train, val and test end, of a class that is split here."""
 RULE = (
@@ -38,7 +38,7 @@ def check_split(split: str) -> None:
 
 def find_split(split: str, present: Sequence[str], source: str) -> tuple[Sequence[str], bool]:
     """Which of a source's splits to read (the best first), and whether a share of it is meant: see :data:`RULE`."""
-    own = {kind: [name for name in names if name in present] for kind, names in SPLITS.items()}
+    own = {kind: [name for each in names for name in present if name.lower() == each] for kind, names in SPLITS.items()}
     held_out = {"val": [*own["val"], *own["test"]], "test": [*own["test"], *own["val"]]}
     if not held_out["val"] and (own["train"] or len(present) == 1):
         return own["train"] or present, True

@@ -291,6 +291,8 @@ def test_A2_missing_splits_are_made_up_for_in_one_way(hub, tmp_path, monkeypatch
         assert (len(train), len(val)) == (20, len(test)) and [val[i].image.tobytes() for i in range(6)] == [
             test[i].image.tobytes() for i in range(6)
         ]
+    images(tmp_path / "loud" / "Training", a=3, b=3), images(tmp_path / "loud" / "VALIDATION", a=1, b=1)
+    assert [len(load_dataset(str(tmp_path / "loud"), split)) for split in ("train", "val", "test")] == [6, 2, 2]
     hub["rows"] = {"test": twenty}
     with pytest.raises(
         ValueError, match="hf:somebody/birds has no split 'train'; it has test. Where a source has no split val, its test serves"
@@ -352,7 +354,8 @@ def test_A5_pictures_that_lie_deeper_are_counted(tmp_path):
 
 def test_A6_hidden_files_and_other_kinds_are_no_pictures(tmp_path):
     """FAULTS A6: what macOS, archives and other programs leave is no picture and no class."""
-    images(tmp_path, cat=3, dog=3, **{"__MACOSX": 3, ".cache": 3, "__MACOSX/cat": 3})
+    images(tmp_path, cat=3, dog=3, **{"__MACOSX": 3, ".cache": 3, "__MACOSX/cat": 3, "notes": 0})
+    (tmp_path / "notes" / "readme.txt").write_text("no class")
     for name in (".DS_Store", "._0.png", ".hidden.jpg", "paper.pdf", "tokens.h5", "notes.txt", "figure.eps", "film.mpeg", "Thumbs.db"):
         (tmp_path / "cat" / name).write_bytes(b"no picture")
     with warnings.catch_warnings():
