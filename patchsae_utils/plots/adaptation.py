@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -15,32 +15,27 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..adaptation.fit import NAMES
 from . import style
-from .drawing import intervals, legend, panels, pretty
+from .drawing import colorbar, heat, intervals, legend, look, panels, pretty
 from .style import COLORS, STYLE
 
 _GROUPS = {"high": COLORS["gray"], "high-to-low": COLORS["orange"], "low-to-high": COLORS["blue"]}
 _LINKS = {"stayed": COLORS["gray"], "vanished": COLORS["orange"], "appeared": COLORS["blue"]}
 _COMPARISONS = {
-    "CLIP and adapted": {"color": COLORS["blue"], "marker": "o"},
-    "CLIP twice, other pictures": {"color": COLORS["gray"], "marker": "s"},
-    "CLIP and adapted, other class": {"color": COLORS["orange"], "marker": "^"},
-    "CLIP and adapted, random latents": {"color": COLORS["purple"], "marker": "D"},
-}
+    "CLIP and adapted": look("blue"), "CLIP twice, other pictures": look("gray", "s"), "CLIP and adapted, other class": look("orange", "^"),
+    "CLIP and adapted, random latents": look("purple", "D"),
+}  # fmt: skip
 _MEASURES = {"high": "high in both", "high-to-low": "high to low", "low-to-high": "low to high", "jaccard": "Jaccard", "rbo": "rank-biased"}
 _FORMS = {"raw": {"marker": "o"}, "reconstructed": {"marker": "s", "markerfacecolor": "white"}, "error kept": {"marker": "x"}}
 _DICTIONARIES = {
-    "CLIP": {"color": COLORS["blue"], "marker": "o", "label": "SAE of CLIP"},
-    "CLIP, other seed": {"color": COLORS["sky"], "marker": "s", "label": "SAE of CLIP, other seed"},
-    "adapted": {"color": COLORS["orange"], "marker": "^", "label": "SAE of the adapted model"},
-}
+    "CLIP": look("blue", "o", "SAE of CLIP"), "CLIP, other seed": look("sky", "s", "SAE of CLIP, other seed"),
+    "adapted": look("orange", "^", "SAE of the adapted model"),
+}  # fmt: skip
 _PARTS = {
-    "text head": ("text head\n(remapping)", COLORS["orange"]),
-    "later blocks": ("later blocks\n(remapping)", COLORS["yellow"]),
-    "existing latents": ("existing latents\n(retuning)", COLORS["blue"]),
-    "outside the dictionary": ("outside dictionary\n(new concepts)", COLORS["red"]),
-    "both": ("whole gain", COLORS["black"]),
-}
-_TOWERS = {"image tower": COLORS["blue"], "text head": COLORS["orange"], "both": COLORS["gray"]}
+    "text head": ("text head\n(remapping)", "orange"), "later blocks": ("later blocks\n(remapping)", "yellow"),
+    "existing latents": ("existing latents\n(retuning)", "blue"), "outside the dictionary": ("outside dictionary\n(new concepts)", "red"),
+    "both": ("whole gain", "black"),
+}  # fmt: skip
+_TOWERS = {"image tower": look("blue"), "text head": look("orange"), "both": look("gray")}
 _KINDS = {
     "zero-shot": ("gray", "o"), "maple": ("blue", "s"), "coop": ("orange", "^"), "vpt": ("green", "D"), "lora": ("purple", "v"),
     "finetune": ("red", "P"), "linear": ("black", "x"),
@@ -60,7 +55,7 @@ def adaptation_accuracy(table: pd.DataFrame, save: str | None = None) -> Figure:
     """
     table = table.assign(series=table["model"] + ", " + table["form"], half=table["half"].str.replace(" ", "\n"))
     colors = zip(table["model"].unique(), ("gray", "blue", "green", "purple"), strict=False)
-    looks = {f"{model}, {form}": {"color": COLORS[color], **look} for model, color in colors for form, look in _FORMS.items()}
+    looks = {f"{model}, {form}": look(color, **options) for model, color in colors for form, options in _FORMS.items()}
     fig, axes = panels(list(table["task"].unique()), 3.1, ylabel="accuracy (%)")
     for ax, (_, rows) in zip(axes, table.groupby("task", sort=False), strict=True):
         intervals(ax, rows, "half", "accuracy", "series", looks, scale=100, upright=True, spread=0.7)
@@ -134,18 +129,10 @@ def tower_head_cross(accuracy: pd.DataFrame, save: str | None = None) -> Figure:
     for ax, (_, rows) in zip(axes, accuracy.groupby("task", sort=False), strict=True):
         rows = rows.assign(text=[f"{100 * r.accuracy:.0f} %\n[{100 * r.low:.0f}, {100 * r.high:.0f}]" for r in rows.itertuples()])
         grids = [rows.pivot(index="tower", columns="head", values=name).loc[[*sides], [*sides]] for name in ("accuracy", "text")]
-        look = {
-            "annot_kws": {"fontsize": 10.5, "fontweight": "bold"},
-            "cmap": style.HEAT,
-            "vmin": 0,
-            "vmax": 100,
-            "cbar": False,
-            "square": True,
-        }
-        sns.heatmap(100 * grids[0], annot=grids[1], fmt="", xticklabels=sides.values(), yticklabels=sides.values(), ax=ax, **look)
+        heat(ax, 100 * grids[0], grids[1], 10, square=True, xticklabels=sides.values(), yticklabels=sides.values())
         ax.set(xlabel="text head", ylabel="image tower" if ax is axes[0] else "")
-        ax.tick_params(length=0, rotation=0)
-    fig.colorbar(axes[0].collections[0], ax=list(axes), label="accuracy (%)", shrink=0.75, pad=0.01).outline.set_visible(False)
+        ax.tick_params("y", rotation=0)
+    colorbar(fig, axes, "accuracy (%)", shrink=0.75)
     return style.save(fig, save)
 
 
@@ -159,8 +146,7 @@ def gain_split(table: pd.DataFrame, save: str | None = None) -> Figure:
     save : str, optional
     """
     fig, ax = style.figure(width=0.85, height=1.2 + 0.5 * table["task"].nunique())
-    looks = {part: {"color": color, "label": part} for part, color in _TOWERS.items()}
-    intervals(ax, table, "task", "gain", "part", looks, scale=100, bars=True)
+    intervals(ax, table, "task", "gain", "part", _TOWERS, scale=100, bars=True)
     ax.axvline(0, color=COLORS["black"], lw=0.8)
     ax.set_xlabel("gain over zero-shot CLIP, base classes (points)")
     legend(fig, ax)
@@ -185,12 +171,10 @@ def confusion_change(found: Mapping[str, Any], save: str | None = None) -> Figur
         change, names = 100 * each.change[np.ix_(each.order, each.order)], [pretty(each.class_names[i]) for i in each.order]
         gains = np.full(change.shape, "", dtype=object)
         np.fill_diagonal(gains, [f"{gain:.0f}" if gain else "" for gain in np.nan_to_num(change.diagonal())])
-        look = {"annot": gains, "fmt": "", "annot_kws": {"fontsize": 6.5}, "cmap": style.DIVERGING, "cbar": False, "square": True}
-        sns.heatmap(change, vmin=-60, vmax=60, xticklabels=names, yticklabels=names, ax=ax, **look)
+        heat(ax, change, gains, 6.5, square=True, cmap=style.DIVERGING, vmin=-60, vmax=60, xticklabels=names, yticklabels=names)
         ax.set_xlabel("taken for")
-        ax.tick_params(labelsize=7, length=0)
-    label = "adapted minus CLIP (% of the class's pictures)"
-    fig.colorbar(axes[0].collections[0], ax=list(axes), label=label, shrink=0.5, pad=0.01, extend="both").outline.set_visible(False)
+        ax.tick_params(labelsize=7)
+    colorbar(fig, axes, "adapted minus CLIP (% of the class's pictures)", shrink=0.5, extend="both")
     return style.save(fig, save)
 
 
@@ -203,25 +187,19 @@ def prediction_heat(table: pd.DataFrame, save: str | None = None) -> Figure:
     table : DataFrame of ``masked_predictions`` of one data set
     save : str, optional
     """
-    rows = table[(table["choose"] == "oracle") & (table["class"] >= 0)]
-    pairs = [(mode, model) for mode in _MODES for model in _READERS]
-    heats = {
-        (mode, model): 100 * rows[(rows["mode"] == mode) & (rows["model"] == model)].pivot(index="group", columns="k", values="accuracy")
-        for mode, model in pairs
-    }
-    order = heats["on", "adapted"].mean(axis=1).sort_values(ascending=False, kind="stable").index  # best read from few latents first
+    table = table[(table["choose"] == "oracle") & (table["class"] >= 0)]
+    heats = {key: 100 * rows.pivot(index="group", columns="k", values="accuracy") for key, rows in table.groupby(["mode", "model"])}
+    pairs, order = list(product(_MODES, _READERS)), heats["on", "adapted"].mean(axis=1).sort_values(ascending=False, kind="stable").index
     fig, axes = panels([_READERS[model] if mode == "on" else "" for mode, model in pairs], 0.9 + 0.155 * len(order), 3)
     for ax, (mode, model) in zip(axes, pairs, strict=True):
-        heat = heats[mode, model].loc[order]
-        ks = [f"{k}\n{mean:.0f} %" for k, mean in heat.mean().items()]
-        names = [pretty(name) for name in order]
-        sns.heatmap(heat, cmap=style.HEAT, vmin=0, vmax=100, cbar=False, xticklabels=ks, yticklabels=names, ax=ax)
+        rows = heats[mode, model].loc[order]  # best read from few latents first
+        heat(ax, rows, xticklabels=[f"{k}\n{mean:.0f} %" for k, mean in rows.mean().items()], yticklabels=[pretty(name) for name in order])
         ax.set(xlabel="", ylabel=_MODES[mode] if model == "CLIP" else "")
-        ax.tick_params(length=0, labelsize=8)
-        ax.tick_params("x", rotation=0)
         ax.set_title(ax.get_title(loc="left"), fontsize=9.5)
+        ax.tick_params(labelsize=8)
+        ax.tick_params("x", rotation=0)
     fig.supxlabel("latents k of the true class; below, the mean accuracy over classes", fontsize=10)
-    fig.colorbar(axes[0].collections[0], ax=list(axes), label="accuracy (%)", shrink=0.6, pad=0.01).outline.set_visible(False)
+    colorbar(fig, axes, "accuracy (%)", shrink=0.6)
     return style.save(fig, save)
 
 
@@ -257,7 +235,7 @@ def gain_parts(parts: pd.DataFrame, save: str | None = None) -> Figure:
     fig, axes = panels([title for title, _ in _PARTS.values()], 1.3 + 0.34 * parts["of"].nunique(), sharex=True)
     for ax, (part, (title, color)) in zip(axes, _PARTS.items(), strict=True):
         rows = parts[parts["part"] == part]
-        intervals(ax, rows, "of", "gain", "part", {part: {"color": color, "label": part}}, order=parts["of"].unique(), scale=100, bars=True)
+        intervals(ax, rows, "of", "gain", "part", {part: look(color)}, order=parts["of"].unique(), scale=100, bars=True)
         ax.axvline(0, color=COLORS["black"], lw=0.8)
         ax.set_title(title, fontsize=9.5)
     fig.supxlabel("accuracy over zero-shot CLIP, base classes (points)", fontsize=10)
@@ -274,7 +252,7 @@ def gain_experiments(experiments: pd.DataFrame, save: str | None = None) -> Figu
     save : str, optional
     """
     experiments = experiments.assign(whole=experiments["experiment"].isin(["CLIP", "adapted"]))
-    looks = {whole: {"color": COLORS["black" if whole else "blue"], "marker": "o"} for whole in (True, False)}
+    looks = {True: look("black"), False: look("blue")}
     order = experiments["experiment"].unique()
     fig, axes = panels(list(experiments["task"].unique()), 0.9 + 0.27 * len(order), xlabel="accuracy (%)")
     for ax, (_, rows) in zip(axes, experiments.groupby("task", sort=False), strict=True):
@@ -337,7 +315,7 @@ def adapter_table(table: pd.DataFrame, save: str | None = None) -> Figure:
     save : str, optional
     """
     table = table[table["form"] == "raw"]
-    looks = {kind: {"color": COLORS[color], "marker": marker, "label": NAMES.get(kind, kind)} for kind, (color, marker) in _KINDS.items()}
+    looks = {kind: look(color, marker, NAMES.get(kind, kind)) for kind, (color, marker) in _KINDS.items()}
     halves, tasks = ["base", "novel", "harmonic mean"], table["task"].unique()
     fig, axes = panels(halves, 1.3 + 0.48 * len(tasks), xlabel="accuracy (%)", sharex=True)
     for ax, half in zip(axes, halves, strict=True):

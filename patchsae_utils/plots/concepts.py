@@ -10,10 +10,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 
 from . import style
-from .drawing import band, intervals, panels
+from .drawing import HALO, band, colorbar, heat, intervals, look, panels
 from .style import COLORS, STYLE
 
 _BASELINES = (*(COLORS[name] for name in ("orange", "green", "purple", "sky", "red")), "#8B5A2B", COLORS["gray"], COLORS["black"])
@@ -40,10 +39,7 @@ def latent_statistics(frame: pd.DataFrame, annotate: Mapping[int, str], save: st
     bar.solids.set_alpha(1)
     ax.set(xscale="log", yscale="log", xlabel="activated frequency (share of images)", ylabel="mean activation (over active images)")
     ax.set_title(f"{len(frame):,} living latents")
-    at, red = (
-        frame.set_index("latent"),
-        {"color": COLORS["red"], "weight": "bold", "path_effects": [withStroke(linewidth=2.5, foreground="white")]},
-    )
+    at, red = frame.set_index("latent"), {"color": COLORS["red"], "weight": "bold", "path_effects": HALO}
     for i, (letter, (latent, text)) in enumerate(zip(string.ascii_uppercase, annotate.items(), strict=False)):
         place = at.loc[latent, ["frequency", "mean_activation"]].astype(float)
         ax.scatter(*place, s=50, facecolors="none", edgecolors=COLORS["red"], lw=1.5, zorder=3)
@@ -59,10 +55,8 @@ def _looks(table: pd.DataFrame) -> dict[str, dict]:
     for name, role in table.drop_duplicates("dictionary")[["dictionary", "role"]].itertuples(index=False):
         i = n[role]
         looks[name] = {"color": _BASELINES[i % len(_BASELINES)], "marker": _BASELINE_MARKERS[i % len(_BASELINE_MARKERS)], "ms": 5}
-        if role == "sae":
-            looks[name] = {"color": COLORS[("blue", "sky", "green", "purple")[i % 4]], "marker": "o", "ms": 7, "elinewidth": 2.4}
-        elif role == "ceiling":
-            looks[name] = {"color": COLORS["black"], "marker": "|"}
+        if role != "baseline":
+            looks[name] = look(("blue", "sky", "green", "purple")[i % 4], ms=7, elinewidth=2.4) if role == "sae" else look("black", "|")
         n[role] += 1
     return looks
 
@@ -104,9 +98,9 @@ def coverage_curves(coverage: pd.DataFrame, save: str | None = None) -> Figure:
     fig, ax = style.figure(width=0.95, height=3.8)
     looks = _looks(coverage)
     for name, rows in coverage.groupby("dictionary", sort=False):
-        role, look = rows["role"].iloc[0], looks[name]
-        line = {"ls": "--", "marker": None} if role == "ceiling" else {"marker": look["marker"], "markevery": max(1, len(rows) // 8)}
-        band(ax, rows, "threshold", "share", look["color"], label=name, lw=2.6 if role == "sae" else 1.3, **line)
+        role, how = rows["role"].iloc[0], looks[name]
+        line = {"ls": "--", "marker": None} if role == "ceiling" else {"marker": how["marker"], "markevery": max(1, len(rows) // 8)}
+        band(ax, rows, "threshold", "share", how["color"], label=name, lw=2.6 if role == "sae" else 1.3, **line)
     ax.axvline(0.5, color=COLORS["gray"], lw=1, ls=":")
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="average precision", ylabel=f"share of {coverage['n_concepts'].iloc[0]} concepts above it")
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -159,13 +153,9 @@ def name_agreement(agreement: pd.DataFrame, save: str | None = None) -> Figure:
             for a, b in ((row.a, row.b), (row.b, row.a)):
                 shares.loc[a, b] = getattr(row, value)
                 texts.loc[a, b] = f"{getattr(row, value):.0%}\nchance {getattr(row, chance):.0%}\n{row.n_both:,} latents"
-        sns.heatmap(shares, cmap="Blues", vmin=0, vmax=1, annot=texts, fmt="", annot_kws={"fontsize": 8}, cbar=False, ax=ax)
-        for i, j in zip(*np.nonzero(shares.isna().to_numpy()), strict=True):  # seaborn writes nothing where there is no number
-            ax.text(j + 0.5, i + 0.5, texts.iloc[i, j], ha="center", va="center", fontsize=8, color="#6E6E6E")
-        ax.tick_params(length=0, rotation=0)
-        ax.grid(False)
-    bar = fig.colorbar(axes[0].collections[0], ax=list(axes), pad=0.015, fraction=0.04, label="share of latents both name")
-    bar.outline.set_visible(False)
+        heat(ax, shares.fillna(0), texts, cmap="Blues", vmax=1)
+        ax.tick_params(rotation=0)
+    colorbar(fig, axes, "share of latents both name", fraction=0.04)
     return style.save(fig, save)
 
 
@@ -242,8 +232,8 @@ def by_layer(rows: pd.DataFrame, save: str | None = None) -> Figure:
     save : str, optional
     """
     fig, axes = panels([*_STATISTICS.values(), "object AP"], 2.8, sharey=False)
-    thin = {main: {"color": COLORS["red" if main else "blue"], "marker": "o"} for main in (False, True)}
-    thick = {main: {"color": look["color"], "marker": "", "elinewidth": 6, "alpha": 0.5} for main, look in thin.items()}
+    thin = {False: look("blue"), True: look("red")}
+    thick = {main: {**how, "marker": "", "elinewidth": 6, "alpha": 0.5} for main, how in thin.items()}
     for ax, name in zip(axes, _STATISTICS, strict=False):
         for looks, low, high in ((thick, 25, 75), (thin, 10, 90)):
             ends = (f"{name}_q{low}", f"{name}_q{high}")
@@ -274,7 +264,7 @@ def variants(rows: pd.DataFrame, baselines: pd.DataFrame | None = None, save: st
         others = baselines[(baselines["kind"] == "object") & (baselines["role"] != "sae")].sort_values("ap", ascending=False)
         shown, order = pd.concat([shown, others.assign(look="other")]), order | {"": ""} | {name: name for name in others["dictionary"]}
     colors = {"PatchSAE": "red", "variant": "blue", "alone": "green", "other": "gray"}
-    looks = {kind: {"color": COLORS[color], "marker": "o", "elinewidth": 2} for kind, color in colors.items()}
+    looks = {kind: look(color, elinewidth=2) for kind, color in colors.items()}
     fig, ax = style.figure(width=0.85, height=0.24 * len(order) + 1.0)
     ax.set(xlim=(0, min(1.0, 1.15 * shown["high"].max())), xlabel="object AP of the best feature (95 % interval)")
     intervals(ax, shown, "dictionary", "ap", "look", looks, order=order, spread=0, text="{:.2f}")

@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
 from .heat import blend
-from .style import COLORS, CYCLE, MARKERS, figure, image_axes
+from .style import COLORS, CYCLE, HEAT, MARKERS, figure, image_axes
 
 PERCENT = PercentFormatter(1, decimals=0)
+HALO = [withStroke(linewidth=2.5, foreground="white")]
 DARKNESS = 0.75
 """How much a picture is darkened where a latent is silent."""
 
@@ -27,6 +30,11 @@ def pretty(name: Any) -> str:
 def clip(words: Any, n: int) -> str:
     """Words of at most n letters."""
     return str(words) if len(str(words)) <= n else str(words)[: n - 1] + "…"
+
+
+def look(color: str, marker: str = "o", label: str | None = None, **options: Any) -> dict[str, Any]:
+    """How a hue is drawn, for :func:`intervals`."""
+    return {"color": COLORS[color], "marker": marker, **({} if label is None else {"label": label}), **options}
 
 
 def panels(
@@ -77,20 +85,19 @@ def intervals(
             list(order)
         )
         at, middle = np.arange(n) + (i - (len(kinds) - 1) / 2) * step, rows[value]
-        look = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)], "label": kind, "ls": "none", "elinewidth": 1.2}
-        look |= {} if looks is None else looks[kind]
+        how = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)], "label": kind, "ls": "none", "elinewidth": 1.2}
+        how |= {} if looks is None else looks[kind]
         if bars:
-            (ax.bar if upright else ax.barh)(at, middle, 0.9 * step, color=look["color"], label=look["label"])
-            look = {"fmt": "none", "ecolor": "#4D4D4D", "elinewidth": 1.2}
+            (ax.bar if upright else ax.barh)(at, middle, 0.9 * step, color=how["color"], label=how["label"])
+            how = {"fmt": "none", "ecolor": "#4D4D4D", "elinewidth": 1.2}
         error = np.stack([middle - rows[low], rows[high] - middle]).clip(0)
-        ax.errorbar(*((at, middle, error) if upright else (middle, at, None, error)), **look)
+        ax.errorbar(*((at, middle, error) if upright else (middle, at, None, error)), **how)
         for x, number, left, right in zip(at, middle, rows[low], rows[high], strict=True) if text else ():
             back = not upright and right > 0.85 * ax.get_xlim()[1]
             ha, offset = ("center", (0, 2)) if upright else ("right", (-5, 0)) if back else ("left", (5, 0))
             spot = (x, right) if upright else (left if back else right, x)
-            ax.annotate(
-                text.format(number), spot, offset, textcoords="offset points", ha=ha, va="bottom" if upright else "center", fontsize=8
-            )
+            words = {"ha": ha, "va": "bottom" if upright else "center", "fontsize": 8, "path_effects": HALO}
+            ax.annotate(text.format(number), spot, offset, textcoords="offset points", **words)
     for i in range(0, n, 2) if len(kinds) > 1 and not bars and spread else ():
         (ax.axvspan if upright else ax.axhspan)(i - 0.5, i + 0.5, color="#F5F5F5", zorder=0, lw=0)
     axis, limits = ("x", (-0.5, n - 0.5)) if upright else ("y", (n - 0.5, -0.5))
@@ -106,6 +113,18 @@ def band(
     x, (low, high) = rows[x] if isinstance(x, str) else x, ends or _ends(rows, y)
     ax.fill_between(x, scale * rows[low], scale * rows[high], color=color, alpha=0.15, lw=0)
     ax.plot(x, scale * rows[y], color=color, **{"marker": "o", "ms": 4, **line})
+
+
+def heat(ax: Axes, values: Any, texts: Any = None, size: float = 8, **options: Any) -> None:
+    """A heat map with texts in its cells and no colour bar of its own."""
+    colors = {"cmap": HEAT, "vmin": 0, "vmax": 100, **options}
+    sns.heatmap(values, annot=texts, fmt="", annot_kws={"fontsize": size}, cbar=False, ax=ax, **colors)
+    ax.tick_params(length=0)
+
+
+def colorbar(fig: Figure, axes: Any, label: str, **options: Any) -> None:
+    """One colour bar beside all heat maps."""
+    fig.colorbar(axes[0].collections[0], ax=list(axes), label=label, pad=0.01, **options).outline.set_visible(False)
 
 
 def paired_bars(ax: Axes, names: Sequence[Any], values: Mapping[str, Any], colors: Sequence[str]) -> None:

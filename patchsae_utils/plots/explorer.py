@@ -16,21 +16,20 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator
 
 from . import style
-from .drawing import before_after, clip, intervals, legend, paired_bars, plain_log
+from .drawing import before_after, clip, intervals, legend, look, paired_bars, plain_log
 from .heat import blend
 from .style import COLORS, HEAT, STYLE, image_axes
 
 _PLACES = {"all": "all tokens", "cls": "CLS", "patches": "all patches"}
 _ANSWERS = {
-    "distinctive": {"color": COLORS["orange"], "label": "most distinctive latent"},
-    "strongest": {"color": COLORS["blue"], "label": "strongest latent"},
-    "random": {"color": COLORS["gray"], "label": "any active latent"},
-}
+    "distinctive": look("orange", "o", "most distinctive latent"), "strongest": look("blue", "o", "strongest latent"),
+    "random": look("gray", "o", "any active latent"),
+}  # fmt: skip
 
 
 @mpl.rc_context(STYLE)
-def latent_explorer(card: Any, summary: Any, *, credit: bool, save: str | None, **look: Any) -> Figure:
-    """A latent (a ``LatentCard``): its place among all latents of the summary, its classes, its reference images; ``look`` is :func:`blend`'s."""
+def latent_explorer(card: Any, summary: Any, *, credit: bool, save: str | None, **shown: Any) -> Figure:
+    """A latent (a ``LatentCard``): its place among all latents of the summary, its classes, its reference images; ``shown`` is how :func:`blend` shows them."""
     fig, axes = style.figure(1.0, 3.9)
     axes.remove()
     left, right = fig.subfigures(1, 2, width_ratios=[3, 6.4])
@@ -61,28 +60,28 @@ def latent_explorer(card: Any, summary: Any, *, credit: bool, save: str | None, 
     for ax in axes:
         image_axes(ax)
     for ax, picture, heat, label, value in zip(axes, card.pictures, card.heats, card.labels, card.values, strict=False):
-        ax.imshow(blend(picture, heat, scale, **look))
+        ax.imshow(blend(picture, heat, scale, **shown))
         ax.set_title(clip(label, 16), fontsize=9, weight="normal", pad=3)
         ax.set_xlabel(f"{value:.3g}", fontsize=8, labelpad=2)
     if n:
         right.suptitle("Reference images, strongest first, with their mean activation", x=0.012, ha="left", fontsize=10)
-        _colorbar(axes[columns - 1], [1.06, 0.05, 0.06, 0.9], scale, look["mode"])
+        _colorbar(axes[columns - 1], [1.06, 0.05, 0.06, 0.9], scale, shown["mode"])
     else:
         _note(axes[0], "no image of the data set activates this latent")
     return style.save(fig, save, credit)
 
 
 @mpl.rc_context(STYLE)
-def patch_explorer(card: Any, *, credit: bool, save: str | None, **look: Any) -> Figure:
+def patch_explorer(card: Any, *, credit: bool, save: str | None, **shown: Any) -> Figure:
     """An image with its chosen patches (a ``PatchCard``), the chosen latent over it, the latents of the patches and of the whole image."""
     fig, (plain, heat, here, whole) = style.figure(1.0, 2.9, ncols=4, width_ratios=[1.35, 1.35, 1, 1])
     scale = float(card.heat.max()) or 1.0
     _picture(plain, card.picture, card)
     plain.set_title(f"Image {card.image}\n{clip(card.label, 24)}", fontsize=10)
     if card.latent >= 0:
-        _picture(heat, blend(card.picture, card.heat, scale, **look), card)
+        _picture(heat, blend(card.picture, card.heat, scale, **shown), card)
         heat.set_title(f"Latent {card.latent}\n{clip(card.names.get(card.latent, ''), 24)}", fontsize=10)
-        _colorbar(heat, [1.03, 0.1, 0.04, 0.8], scale, look["mode"])
+        _colorbar(heat, [1.03, 0.1, 0.04, 0.8], scale, shown["mode"])
     else:
         _note(image_axes(heat), "no latent chosen")
     these = "This patch" if len(card.patches) < 2 else f"These {len(card.patches)} patches"
@@ -101,16 +100,16 @@ def patch_explorer(card: Any, *, credit: bool, save: str | None, **look: Any) ->
 
 
 @mpl.rc_context(STYLE)
-def adaptation_view(card: Any, *, credit: bool, save: str | None, **look: Any) -> Figure:
+def adaptation_view(card: Any, *, credit: bool, save: str | None, **shown: Any) -> Figure:
     """One image read by CLIP and by an adapted CLIP (an ``AdaptationCard``): both masks of a latent, latents and probabilities of both."""
     models, colors = ("CLIP", card.adapter), (COLORS["blue"], COLORS["orange"])
     fig, (*pictures, latents, odds) = style.figure(1.0, 3.4, ncols=4, width_ratios=[1.15, 1.15, 1.35, 1.1])
     place = card.listed.index(card.latent) if card.latent >= 0 else -1
     for i, ax in enumerate(pictures):
-        shown = card.picture
+        picture = card.picture
         if place >= 0:
-            shown = blend(card.picture, card.heats[place, i], float(card.heats[place].max()) or 1.0, **look)
-        image_axes(ax).imshow(shown)
+            picture = blend(card.picture, card.heats[place, i], float(card.heats[place].max()) or 1.0, **shown)
+        image_axes(ax).imshow(picture)
         ax.set_title(models[i])
     name = card.names.get(card.latent, "")
     chosen = "no latent chosen" if place < 0 else f"latent {card.latent}" + (f" · {name}" if name else "")
@@ -142,15 +141,15 @@ def _list_twins(ax: Axes, card: Any, colors: Sequence[str]) -> None:
 
 
 @mpl.rc_context(STYLE)
-def steering_panel(card: Mapping[str, Any], *, credit: bool, save: str | None, **look: Any) -> Figure:
+def steering_panel(card: Mapping[str, Any], *, credit: bool, save: str | None, **shown: Any) -> Figure:
     """The steering panel, still: the picture with the selected patches, the sliders, the probabilities before and after."""
     fig, (picture, sliders, odds) = style.figure(height=2.9, ncols=3, width_ratios=[1, 1.15, 1.45])
-    shown, heat = card["picture"], card["heat"]
+    image, heat = card["picture"], card["heat"]
     if card["latent"] >= 0:
-        shown = blend(shown, heat, float(heat.max()) or 1.0, **look)
-    style.image_axes(picture).imshow(shown)
+        image = blend(image, heat, float(heat.max()) or 1.0, **shown)
+    style.image_axes(picture).imshow(image)
     picture.set_title(f"Image {card['image']} · {clip(card['label'], 14)}", fontsize=10)
-    (rows, columns), (height, width) = card["grid"], shown.shape[:2]
+    (rows, columns), (height, width) = card["grid"], image.shape[:2]
     for patch in card["patches"]:
         at = ((patch % columns) * width / columns - 0.5, (patch // columns) * height / rows - 0.5)
         box = Rectangle(at, width / columns, height / rows, facecolor=COLORS["orange"], edgecolor="white", alpha=0.45, lw=0.6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import style
-from .drawing import PERCENT, band, before_after, intervals, legend, outline, panels, pretty
+from .drawing import PERCENT, band, before_after, intervals, legend, look, outline, panels, pretty
 from .style import COLORS, CYCLE, STYLE
 
 _CHOICES = {
@@ -42,17 +43,7 @@ def mask_curves(frame: pd.DataFrame, save: str | None = None) -> Figure:
     frame : DataFrame of ``sweep_masks``; rows of other places than all tokens, or of groups of classes, are left out
     save : str, optional
     """
-    frame = _one_ranking(frame[(frame["group"] == "all") & ((frame["where"] == "all") | (frame["choose"] == "none"))])
-    pairs = [
-        (error, mode) for error in ("dropped", "kept") for mode in _MODES if ((frame["error"] == error) & (frame["mode"] == mode)).any()
-    ]
-    fig, axes = panels([f"{_MODES[mode]}, error {error}" for error, mode in pairs], 2.8, 2, "latents k", "zero-shot accuracy", sharex=True)
-    for ax, (error, mode) in zip(axes, pairs, strict=True):
-        _unmasked(ax, frame, "raw", *["reconstructed"] * (error == "dropped"))
-        _curves(ax, frame[(frame["mode"] == mode) & (frame["error"] == error)], _CHOICES)
-        ax.set_ylim(0, None)
-    legend(fig, axes)
-    return style.save(fig, save)
+    return _sweep(frame[frame["where"].isin(["all", "none"])], list(_CHOICES), "where", {"all": ("", "-")}, save)
 
 
 @rc_context(STYLE)
@@ -65,7 +56,7 @@ def mask_places(frame: pd.DataFrame, choose: Sequence[str], save: str | None = N
     choose : sequence of str; choices of latents that are shown
     save : str, optional
     """
-    return _on_and_off(_one_ranking(frame), choose, "where", _PLACES, save)
+    return _sweep(frame, choose, "where", _PLACES, save)
 
 
 @rc_context(STYLE)
@@ -77,7 +68,7 @@ def mask_rankings(frame: pd.DataFrame, save: str | None = None) -> Figure:
     frame : DataFrame of ``sweep_masks`` with ``rank_by=["count", "attribution"]``, one place and one setting of the error term
     save : str, optional
     """
-    return _on_and_off(frame, ("predicted", "matched"), "rank", _RANKS, save)
+    return _sweep(frame, ("predicted", "matched"), "rank", _RANKS, save)
 
 
 @rc_context(STYLE)
@@ -97,13 +88,10 @@ def mask_tasks(frame: pd.DataFrame, save: str | None = None) -> Figure:
     groups = [group for group in frame["group"].unique() if group != "all"]
     if not groups:
         raise ValueError("There are no groups to draw: call sweep_masks(..., groups=[a name for each class]).")
-    frame = _one_ranking(frame)
-    masked, ks = frame[frame["mode"] == "off"], sorted(frame.loc[frame["choose"] != "none", "k"].unique())
     fig, axes = panels(groups, 1.95, 5, "latents k", sharex=True)
     for ax, group in zip(axes, groups, strict=True):
         part = frame[frame["group"] == group]
-        _unmasked(ax, part, "raw")
-        _curves(ax, masked[masked["group"] == group], _CHOICES)
+        ks = _curves(ax, part, "off", None, list(_CHOICES), "where", {"all": ("", "-")})
         ax.set_title(f"{pretty(group)} ({part['n'].iloc[0]:.0f})", fontsize=9, weight="normal")
         ax.set(ylim=(0, 1), xticks=range(0, len(ks), 2), xticklabels=[f"{k:,}" for k in ks[::2]])
     fig.suptitle(f"{_MODES['off']}: zero-shot accuracy", x=0.01, ha="left", fontsize=11, weight="bold")
@@ -111,45 +99,42 @@ def mask_tasks(frame: pd.DataFrame, save: str | None = None) -> Figure:
     return style.save(fig, save)
 
 
-def _on_and_off(frame: pd.DataFrame, choose: Sequence[str], column: str, lines: Mapping[str, tuple], save: str | None) -> Figure:
-    """On and off side by side; a colour for each choice, a line style for each value of one column."""
+def _sweep(frame: pd.DataFrame, choose: Sequence[str], column: str, lines: Mapping[str, tuple], save: str | None) -> Figure:
+    """On and off side by side, the error term dropped and kept below each other; a colour for each choice, a line style for each value of one column."""
     frame = frame[frame["group"] == "all"]
-    modes = [mode for mode in _MODES if (frame["mode"] == mode).any()]
-    error = frame.loc[frame["choose"].isin(list(choose)), "error"].iloc[0]
-    fig, axes = panels([f"{_MODES[mode]}, error {error}" for mode in modes], 3.4, xlabel="latents k", ylabel="zero-shot accuracy")
-    for ax, mode in zip(axes, modes, strict=True):
-        _unmasked(ax, frame, "raw")
-        _curves(ax, frame[(frame["mode"] == mode) & (frame["error"] == error)], choose, column, lines)
+    rows = frame[frame["choose"].isin(choose)].drop_duplicates(["error", "mode"])[["error", "mode"]].itertuples(index=False)
+    pairs = sorted(rows, key=lambda pair: (pair.error, list(_MODES).index(pair.mode)))
+    height = 3.4 if len(pairs) < 3 else 2.8
+    fig, axes = panels(
+        [f"{_MODES[mode]}, error {error}" for error, mode in pairs], height, 2, "latents k", "zero-shot accuracy", sharex=True
+    )
+    for ax, (error, mode) in zip(axes, pairs, strict=True):
+        _curves(ax, frame, mode, error, choose, column, lines)
         ax.set_ylim(0, None)
-    legend(fig, axes, ncols=3)
+    legend(fig, axes, ncols=4 if len(lines) < 2 else 3)
     return style.save(fig, save)
 
 
-def _curves(ax: Axes, rows: pd.DataFrame, choose: Any, column: str = "where", lines: Mapping[str, tuple] | None = None) -> None:
-    """Accuracy with its interval over k, a colour for each choice of latents, a line style for each value of ``column``; ks stand at equal distances."""
-    rows = rows[rows["choose"] != "none"]
+def _curves(
+    ax: Axes, frame: pd.DataFrame, mode: str, error: str | None, choose: Sequence[str], column: str, lines: Mapping[str, tuple]
+) -> list[int]:
+    """Accuracy with its interval over k, and without any mask; ks stand at equal distances. Returns them."""
+    for unmasked, (label, dashes) in _UNMASKED.items():
+        if unmasked == "raw" or error == "dropped":
+            row = frame[frame["mode"] == unmasked].iloc[0]
+            ax.axhspan(row["low"], row["high"], color=COLORS["black"], alpha=0.07, lw=0)
+            ax.axhline(row["accuracy"], color=COLORS["black"], lw=1.1, ls=dashes, label=label)
+    rows = frame[(frame["mode"] == mode) & (frame["error"] == (error or frame["error"]))]
+    if column != "rank":
+        rows = rows[rows["rank"] == rows["rank"].iloc[0]]  # of several rankings the first
     ks = sorted(rows["k"].unique())
-    for name in choose:
-        label, color = _CHOICES[name]
-        for value, (words, dashes) in (lines or {"all": ("", "-")}).items():
-            part = rows[(rows["choose"] == name) & (rows[column] == value)].sort_values("k")
-            if len(part):
-                band(ax, part, part["k"].map(ks.index), "accuracy", COLORS[color], ls=dashes, label=f"{label}, {words}".removesuffix(", "))
+    for (name, (label, color)), (value, (words, dashes)) in product(_CHOICES.items(), lines.items()):
+        part = rows[(rows["choose"] == name) & (rows[column] == value)].sort_values("k")
+        if name in choose and len(part):
+            band(ax, part, part["k"].map(ks.index), "accuracy", COLORS[color], ls=dashes, label=f"{label}, {words}".removesuffix(", "))
     ax.set_xticks(range(len(ks)), [f"{k:,}" for k in ks])
     ax.yaxis.set_major_formatter(PERCENT)
-
-
-def _unmasked(ax: Axes, frame: pd.DataFrame, *modes: str) -> None:
-    """Lines where nothing is masked."""
-    for mode in modes:
-        row, (label, dashes) = frame[frame["mode"] == mode].iloc[0], _UNMASKED[mode]
-        ax.axhspan(row["low"], row["high"], color=COLORS["black"], alpha=0.07, lw=0)
-        ax.axhline(row["accuracy"], color=COLORS["black"], lw=1.1, ls=dashes, label=label)
-
-
-def _one_ranking(frame: pd.DataFrame) -> pd.DataFrame:
-    """Of several rankings the first."""
-    return frame[frame["rank"].isin(["none", *frame.loc[frame["rank"] != "none", "rank"].iloc[:1]])]
+    return ks
 
 
 @rc_context(STYLE)
@@ -163,7 +148,7 @@ def raw_reconstructed_error(frame: pd.DataFrame, save: str | None = None) -> Fig
     """
     rows = frame[frame["choose"] == "none"]
     places = {row.group: f"{'all classes' if row.group == 'all' else row.group}\n{row.n:.0f} images" for row in rows.itertuples()}
-    looks = {mode: {"color": COLORS[color], "label": mode.replace("_", " ")} for mode, color in (("raw", "gray"), ("reconstructed", "orange"), ("error_kept", "sky"))}  # fmt: skip
+    looks = {"raw": look("gray"), "reconstructed": look("orange"), "error_kept": look("sky", "o", "error kept")}
     fig, ax = style.figure(width=min(1.0, 0.25 + 0.18 * len(places)), height=3.2)
     intervals(ax, rows, "group", "accuracy", "mode", looks, order=places, scale=100, upright=True, bars=True, text="{:.0f}")
     ax.set(title="The autoencoder's own cost", ylabel="zero-shot accuracy (%)")
@@ -195,8 +180,8 @@ def steered(
         change = (one.activations - one.activations_before)[0].sum(-1).cpu().numpy()
         limit, shown = float(np.abs(change).max()) or 1.0, change[1:].reshape(grid)
         style.image_axes(middle).imshow(picture.mean(-1), cmap="gray", vmin=-120, vmax=300)
-        look = {"cmap": style.DIVERGING, "vmin": -limit, "vmax": limit, "alpha": (np.abs(shown) / limit) ** 0.5}
-        middle.imshow(shown, extent=(-0.5, picture.shape[1] - 0.5, picture.shape[0] - 0.5, -0.5), **look)
+        colors = {"cmap": style.DIVERGING, "vmin": -limit, "vmax": limit, "alpha": (np.abs(shown) / limit) ** 0.5}
+        middle.imshow(shown, extent=(-0.5, picture.shape[1] - 0.5, picture.shape[0] - 0.5, -0.5), **colors)
         middle.set_title(f"change of latents (CLS {change[0]:+.1f})", fontsize=9, weight="normal")
         moved = one.moved(class_names, n=5).sort_values("before", ascending=False)
         before_after(right, moved["class"].tolist(), moved["before"].to_numpy(), moved["after"].to_numpy())
@@ -228,32 +213,25 @@ def concept_specificity(by_concept: pd.DataFrame, overall: pd.DataFrame, save: s
     left.plot([low, high], [low, high], color=COLORS["black"], lw=0.8, ls=":", label="unspecific: all change alike")
     for line in (left.axhline, left.axvline, right.axhline):
         line(0, color=COLORS["black"], lw=0.8)
-    left.set(
-        title=f"{len(own)} concepts, each its own latents off",
-        xlabel="mean change of the others of its kind",
-        ylabel="change of its own score",
-    )
-    bars = {
-        ("own", "own"): ("blue", "own latents off: own score"),
-        ("own", "others"): ("orange", "own latents off: others of its kind"),
-        ("control", "own"): ("gray", "as active latents off: own score"),
+    left.set(xlabel="mean change of the others of its kind", ylabel="change of its own score")
+    left.set_title(f"{len(own)} concepts, each its own latents off")
+    rows, words = _long(overall, ["own", "others"]), {kind: _KINDS[kind][0] for kind in kinds}
+    looks = {
+        "own, own": look("blue", "o", "own latents off: own score"),
+        "own, others": look("orange", "o", "own latents off: others of its kind"),
+        "control, own": look("gray", "o", "as active latents off: own score"),
     }
-    _mean_bars(right, overall, "concept_kind", {kind: _KINDS[kind][0] for kind in kinds}, bars)
+    rows["bar"] = rows["kind"] + ", " + rows["measure"]
+    intervals(right, rows, "concept_kind", "value", "bar", looks, order=words, upright=True, bars=True)
     right.set(title="Mean over concepts", ylabel="change of the score")
     legend(fig, [left, right], fontsize=8)
     return style.save(fig, save)
 
 
-def _mean_bars(
-    ax: Axes, overall: pd.DataFrame, place: str, places: Mapping[str, str], bars: Mapping[tuple[str, str], tuple[str, str]]
-) -> None:
-    """Means of effects, with intervals: a cluster a place, a bar for each (kind, measure)."""
-    long = [
-        overall[overall["kind"] == kind].assign(bar=label, value=overall[name], low=overall[f"{name}_low"], high=overall[f"{name}_high"])
-        for (kind, name), (_, label) in bars.items()
-    ]
-    looks = {label: {"color": COLORS[color], "label": label} for color, label in bars.values()}
-    intervals(ax, pd.concat(long), place, "value", "bar", looks, order=places, upright=True, bars=True)
+def _long(effects: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """A row each effect: columns measure, value, low and high beside the others."""
+    parts = [effects.assign(measure=name, value=effects[name], low=effects[f"{name}_low"], high=effects[f"{name}_high"]) for name in names]
+    return pd.concat(parts, ignore_index=True)
 
 
 @rc_context(STYLE)
@@ -347,10 +325,8 @@ def object_removal(frame: pd.DataFrame, overall: pd.DataFrame, dataset: Any, sce
         bottom.legend(loc="upper center", fontsize=8, handlelength=0.8)
     ax = right.subplots()
     places = {"removed_change": "removed\nobject", "stays_change": "other\nobject"}
-    ends = ["change", "change_low", "change_high"]
-    long = [overall[["kind", name, f"{name}_low", f"{name}_high"]].set_axis(["kind", *ends], axis=1).assign(who=name) for name in places]
-    bars = {("own", "change"): ("red", "its own latents off"), ("control", "change"): ("gray", "as active ones off")}
-    _mean_bars(ax, pd.concat(long, ignore_index=True), "who", places, bars)
+    looks = {"own": look("red", "o", "its own latents off"), "control": look("gray", "o", "as active ones off")}
+    intervals(ax, _long(overall, list(places)), "measure", "value", "kind", looks, order=places, upright=True, bars=True)
     ax.axhline(0, color=COLORS["black"], lw=0.8)
     ax.set(title=f"Mean of {overall['n'].iloc[0]:.0f} scenes", ylabel="change of the logit")
     ax.margins(y=0.2)

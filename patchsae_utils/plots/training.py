@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator, PercentFormatter
 from torch import Tensor
 
 from . import style
-from .drawing import PERCENT, intervals, legend, panels, plain_log
+from .drawing import PERCENT, intervals, legend, look, panels, plain_log
 from .style import COLORS, CYCLE
 
 _SERIES = ("blue", "gray", "orange", "green", "purple")
@@ -82,7 +82,7 @@ def reconstruction_quality(evaluation: pd.DataFrame, save: str | None = None) ->
     save : str, optional
     """
     fig, (left, right) = style.figure(height=3.1, ncols=2, width_ratios=[1, 1.35])
-    looks = {name: {"color": COLORS[color]} | {"label": name} for name, color in zip(evaluation["sae"].unique(), _SERIES, strict=False)}
+    looks = {name: look(color) for name, color in zip(evaluation["sae"].unique(), _SERIES, strict=False)}
     accuracy = evaluation[evaluation["metric"] == "zero_shot_top1"]
     explained, replaced = evaluation[evaluation["metric"] == "explained_variance"], accuracy[accuracy["variant"] == "reconstruction"]
     intervals(left, explained, "tokens", "value", "sae", looks, order=_TOKENS, upright=True, bars=True)
@@ -115,12 +115,12 @@ def firing_rates(rates: Mapping[str, Tensor], n_tokens: int, save: str | None = 
     lowest = np.floor(np.log10(1 / n_tokens))
     for (name, rate), color in zip(rates.items(), _SERIES, strict=False):
         rows = pd.DataFrame({"rate": np.log10(rate[rate > 0].double().numpy()), "share": 1 / len(rate)})
-        look = {"element": "step", "color": COLORS[color], "alpha": 0.5, "label": name}
-        sns.histplot(rows, x="rate", weights="share", bins=44, binrange=(lowest, 0), ax=ax, **look)
+        bars = {"element": "step", "color": COLORS[color], "alpha": 0.5, "label": name}
+        sns.histplot(rows, x="rate", weights="share", bins=44, binrange=(lowest, 0), ax=ax, **bars)
         ax.bar(lowest - 0.8, float((rate == 0).double().mean()), 0.4, color=COLORS[color], alpha=0.6)
     ticks = np.arange(lowest, 1)
     ax.set_xticks([lowest - 0.8, *ticks], ["never", *(f"$10^{{{int(t)}}}$" for t in ticks)])
-    ax.yaxis.set_major_formatter(PERCENT)
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.set(xlabel="share of tokens on which a latent fires", ylabel="latents", title="How often latents fire")
     ax.legend()
     return style.save(fig, save)
