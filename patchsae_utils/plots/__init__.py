@@ -31,7 +31,6 @@ from .concepts import (
     variants,
 )
 from .explorer import pointing
-from .heat import blend
 from .interventions import (
     color_swap,
     concept_specificity,
@@ -45,7 +44,7 @@ from .interventions import (
     steered,
 )
 from .pictures import concept_masks, cross_domain, levels, reference_images, text_and_image
-from .style import COLORS, HEAT, figure, image_axes, save
+from .style import figure, save
 from .training import (
     ablation_effects,
     firing_rates,
@@ -57,9 +56,9 @@ from .training import (
 )
 
 __all__ = [
-    "COLORS", "HEAT", "ablation_effects", "adaptation_accuracy", "adapter_table", "blend", "by_layer", "class_links", "class_scatter", "color_swap",
+    "ablation_effects", "adaptation_accuracy", "adapter_table", "by_layer", "class_links", "class_scatter", "color_swap",
     "concept_families", "concept_masks", "concept_sharing", "concept_specificity", "confusion_change", "coverage_curves", "cross_domain",
-    "dictionary_cross", "dose_response", "embedded_world", "figure", "firing_rates", "gain_experiments", "gain_parts", "gain_split", "image_axes",
+    "dictionary_cross", "dose_response", "embedded_world", "figure", "firing_rates", "gain_experiments", "gain_parts", "gain_split",
     "latent_groups", "latent_statistics", "levels", "localization", "mask_curves", "mask_places", "mask_rankings", "mask_tasks", "monosemanticity",
     "name_agreement", "object_removal", "patch_maps", "patch_probe", "pointing", "prediction_heat", "raw_reconstructed_error",
     "reconstruction_frontier", "reconstruction_quality", "reference_images", "residual_norms", "residual_pca", "save", "steered", "step_costs",

@@ -43,33 +43,10 @@ def blend(
     size: int = 448,
     contour: bool = False,
 ) -> np.ndarray:
-    """A picture with a heat map over it, as the page shows it.
+    """A picture, uint8 [H, W, 3], with a heat map [rows, columns] over it, as the page shows it: uint8 [size * H / W, size, 3].
 
-    Parameters
-    ----------
-    picture : uint8 array [H, W, 3]
-    heat : float array [rows, columns]
-        Activations.
-    scale : float
-        Activation at the top of the colour map.
-    tau : float
-        Activations up to it are not shown.
-    opacity : float
-        In [0, 1].
-    mode : {"spotlight", "heat"}
-    size : int
-        Width of the result, in pixels.
-    contour : bool
-        Whether a line, white over black, goes around the patches above ``tau``.
-
-    Returns
-    -------
-    uint8 array [size * H / W, size, 3]
-
-    Raises
-    ------
-    ValueError
-        For an unknown mode.
+    ``scale`` is the activation at the top of the colour map; activations up to ``tau`` are not shown; ``opacity`` lies in [0, 1]; ``contour`` draws a
+    line, white over black, around the patches above ``tau``. Raises ValueError for an unknown mode.
     """
     shape = (size, round(size * picture.shape[0] / picture.shape[1]))
     below = Image.fromarray(picture)

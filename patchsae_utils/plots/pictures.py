@@ -31,9 +31,8 @@ def reference_images(references: Sequence, titles: Sequence[str], save: str | No
     save : str, optional
     credit : bool; whether the pictures are OpenMoji's
     """
-    fig = strips(
-        [(title, _shots(each)) for title, each in zip(titles, references, strict=True)], max(len(r.images) for r in references), 2, 1.15
-    )
+    cells = [(title, _shots(each)) for title, each in zip(titles, references, strict=True)]
+    fig = strips(cells, max(len(each.images) for each in references), 2, 1.15)
     return style.save(fig, save, credit=credit)
 
 
@@ -50,13 +49,10 @@ def concept_masks(examples: Sequence, save: str | None = None) -> Figure:
     examples : sequence of ConceptExample
     save : str, optional
     """
-    cells = [
-        (
-            f"{each.concept}: latent {each.latent}, AP {each.ap:.2f}",
-            [(each.image, None, 1, "scene"), (each.image, each.truth, 1, "ground truth"), (each.activation, None, 1, "latent")],
-        )
-        for each in examples
-    ]
+    cells = []
+    for each in examples:
+        shots = [(each.image, None, 1, "scene"), (each.image, each.truth, 1, "ground truth"), (each.activation, None, 1, "latent")]
+        cells.append((f"{each.concept}: latent {each.latent}, AP {each.ap:.2f}", shots))
     return style.save(strips(cells, 3, 2, 1.9), save, credit=True)
 
 
@@ -113,14 +109,8 @@ def cross_domain(found: Any, save: str | None = None) -> Figure:
     for latent, by_domain in found.references.items():
         for domain in domains:
             numbers, shots = table.loc[(latent, domain)], _shots(by_domain[domain])[:3]
-            second = (
-                f"latent {latent}"
-                if domain == domains[0]
-                else f"same class {numbers['same_class']:.0%}"
-                if "same_class" in numbers and shots
-                else " "
-            )
-            words = f"{domain}, {numbers['frequency']:.1%} of images\n{second}"
+            same = f"same class {numbers['same_class']:.0%}" if "same_class" in numbers and shots else " "
+            words = f"{domain}, {numbers['frequency']:.1%} of images\n" + (f"latent {latent}" if domain == domains[0] else same)
             cells.append((words, shots))
     return style.save(strips(cells, 3, len(domains), 1.35, size=8), save, credit=True)
 
@@ -146,12 +136,9 @@ def text_and_image(found: Any, examples: Sequence, save: str | None = None) -> F
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.legend(loc="upper left", fontsize=8)
-    cells = [
-        (
-            f"latent {each.latent}",
-            [(*shot, each.masks.max(), words) for *shot, words in zip(each.images, each.masks, each.titles, strict=True)],
-        )
-        for each in examples
-    ]
+    cells = []
+    for each in examples:
+        shots = zip(each.images, each.masks, [each.masks.max()] * 3, each.titles, strict=True)
+        cells.append((f"latent {each.latent}", list(shots)))
     strips(cells, 3, 2, 0, right, size=8)
     return style.save(fig, save, credit=True)

@@ -271,17 +271,30 @@ def inputs(tiny_dataset):
 
 
 def test_every_figure_is_drawn_here(inputs):
-    helpers = {"COLORS", "HEAT", "blend", "figure", "image_axes", "save"}
-    assert set(inputs) == set(plots.__all__) - helpers
+    assert set(inputs) == set(plots.__all__) - {"figure", "save"}
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def repository(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "pyproject.toml").write_text("")
     monkeypatch.chdir(tmp_path / "notebooks")
-    yield tmp_path / "figures"
+    yield tmp_path
     plt.close("all")
+
+
+def test_a_figure_is_saved_beside_the_notebooks_with_its_credit(repository):
+    fig, _ = plots.figure(height=1)
+    assert plots.save(fig, None) is fig and not (repository / "figures").exists() and not fig.texts
+    plots.save(fig, "00_test", credit=True)
+    assert [p.name for p in (repository / "figures").iterdir()] == ["00_test.png"]
+    assert any("OpenMoji, CC BY-SA 4.0" in text.get_text() for text in fig.texts)
+
+
+def test_other_profiles_leave_the_committed_figures_alone(repository, monkeypatch):
+    monkeypatch.setenv("PATCHSAE_SET", "name=quick")
+    plots.save(plots.figure(height=1)[0], "00_test")
+    assert (repository / "runs" / "quick" / "figures" / "00_test.png").exists() and not (repository / "figures").exists()
 
 
 def check_readable(fig) -> None:
@@ -299,8 +312,8 @@ def check_readable(fig) -> None:
             assert not ax.get_visible() or not legend.get_window_extent().overlaps(ax.get_window_extent()), legend
 
 
-@pytest.mark.parametrize("name", sorted(set(plots.__all__) - {"COLORS", "HEAT", "blend", "figure", "image_axes", "save"}))
-def test_a_figure_is_drawn_saved_and_readable(name, inputs, folder):
+@pytest.mark.parametrize("name", sorted(set(plots.__all__) - {"figure", "save"}))
+def test_a_figure_is_drawn_saved_and_readable(name, inputs, repository):
     fig = getattr(plots, name)(*inputs[name], **OPTIONS.get(name, {}), save=f"00_{name}")
-    assert Image.open(folder / f"00_{name}.png").width > 700
+    assert Image.open(repository / "figures" / f"00_{name}.png").width > 700
     check_readable(fig)
