@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -16,20 +15,14 @@ from ..activations.layers import OUTLIER_FACTOR
 from ..data import openmoji
 from . import style
 from .drawing import band, intervals, outline
-from .style import COLORS, CYCLE, STYLE
+from .style import COLORS, CYCLE, drawn
 
 _TOKENS = {"patch": COLORS["blue"], "CLS": COLORS["orange"]}
 
 
-@rc_context(STYLE)
+@drawn(examples="sequence of (data set, index); data sets without ``.truth`` show their pictures alone")
 def embedded_world(examples: Sequence[tuple], save: str | None = None) -> Figure:
-    """Pictures, and below each what the ground truth says of its patches: whose they are, and which colour or outline they show.
-
-    Parameters
-    ----------
-    examples : sequence of (data set, index); data sets without ``.truth`` show their pictures alone
-    save : str, optional; name under ``figures/``
-    """
+    """Pictures, and below each what the ground truth says of its patches: whose they are, and which colour or outline they show."""
     known = [hasattr(data, "truth") for data, _ in examples]
     n_rows = 3 if any(known) else 1
     fig, axes = style.figure(1.0, 9.0 / len(examples) * n_rows + 0.3, nrows=n_rows, ncols=len(examples), squeeze=False)
@@ -69,16 +62,12 @@ def _painted(truth: openmoji.SceneTruth) -> np.ndarray:
     return np.einsum("chw,cd->hwd", truth.color_share, palette) + 0.95 * background[..., None]
 
 
-@rc_context(STYLE)
+@drawn(
+    by_tier='DataFrame of ``accuracy_table(..., ["domain", "tier"])``',
+    by_task='DataFrame of ``accuracy_table(..., ["task", "domain"], correct="correct_in_task")``',
+)
 def zero_shot_accuracy(by_tier: pd.DataFrame, by_task: pd.DataFrame, save: str | None = None) -> Figure:
-    """Zero-shot accuracy with 95 % intervals: by domain and caption tier among all classes, by task and domain among the task's own.
-
-    Parameters
-    ----------
-    by_tier : DataFrame of ``accuracy_table(..., ["domain", "tier"])``
-    by_task : DataFrame of ``accuracy_table(..., ["task", "domain"], correct="correct_in_task")``
-    save : str, optional
-    """
+    """Zero-shot accuracy with 95 % intervals: by domain and caption tier among all classes, by task and domain among the task's own."""
     fig, (left, right) = style.figure(1.0, 4.2, ncols=2, width_ratios=(1, 1.25))
     intervals(left, by_tier.sort_values("tier", kind="stable"), "domain", "accuracy", "tier", scale=100, upright=True)
     first = by_task[by_task["domain"] == by_task["domain"].iloc[0]].sort_values("accuracy", ascending=False)
@@ -91,18 +80,14 @@ def zero_shot_accuracy(by_tier: pd.DataFrame, by_task: pd.DataFrame, save: str |
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(
+    table="DataFrame of ``norm_table``",
+    norms="Tensor [L, N, 1+P] of the same survey",
+    layer="int; the layer that is read",
+    grid="(int, int); rows and columns of patches",
+)
 def residual_norms(table: pd.DataFrame, norms: Tensor, layer: int, grid: tuple[int, int], save: str | None = None) -> Figure:
-    """Norms of the residual stream: by layer, their distribution at the layer that is read, and where on the grid they are large.
-
-    Parameters
-    ----------
-    table : DataFrame of ``norm_table``
-    norms : Tensor [L, N, 1+P] of the same survey
-    layer : int; the layer that is read
-    grid : (int, int); rows and columns of patches
-    save : str, optional
-    """
+    """Norms of the residual stream: by layer, their distribution at the layer that is read, and where on the grid they are large."""
     fig, (left, middle, right) = style.figure(1.0, 2.9, ncols=3, width_ratios=(1.15, 1.15, 1))
     here = norms[layer].numpy()
     for (token, color), values, n_bins in zip(_TOKENS.items(), (here[:, 1:], here[:, :1]), (60, 25), strict=True):
@@ -123,18 +108,13 @@ def residual_norms(table: pd.DataFrame, norms: Tensor, layer: int, grid: tuple[i
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(
+    pictures="sequence of B images, as CLIP saw them",
+    colors="Tensor [L, B, rows, columns, 3] of ``patch_components``",
+    explained="Tensor [L, 3] of ``patch_components``",
+)
 def residual_pca(pictures: Sequence, colors: Tensor, explained: Tensor, credit: bool = False, save: str | None = None) -> Figure:
-    """The patch tokens' first three principal components as red, green and blue, after every block.
-
-    Parameters
-    ----------
-    pictures : sequence of B images, as CLIP saw them
-    colors : Tensor [L, B, rows, columns, 3] of ``patch_components``
-    explained : Tensor [L, 3] of ``patch_components``
-    credit : bool; whether the pictures show OpenMoji artwork
-    save : str, optional
-    """
+    """The patch tokens' first three principal components as red, green and blue, after every block."""
     n_layers, n_images = colors.shape[:2]
     fig, axes = style.figure(1.0, 9.0 / (n_layers + 1) * n_images + 0.35, nrows=n_images, ncols=n_layers + 1, squeeze=False)
     for i, row in enumerate(axes):
@@ -146,17 +126,9 @@ def residual_pca(pictures: Sequence, colors: Tensor, explained: Tensor, credit: 
     return style.save(fig, save, credit)
 
 
-@rc_context(STYLE)
+@drawn(table="DataFrame of ``probe_layers``", n_classes="int", layer="int; the layer that is read")
 def patch_probe(table: pd.DataFrame, n_classes: int, layer: int, save: str | None = None) -> Figure:
-    """What a linear probe reads from a single token, by layer, with the probe on permuted labels beside it.
-
-    Parameters
-    ----------
-    table : DataFrame of ``probe_layers``
-    n_classes : int
-    layer : int; the layer that is read
-    save : str, optional
-    """
+    """What a linear probe reads from a single token, by layer, with the probe on permuted labels beside it."""
     fig, ax = style.figure(0.7, 3.2)
     for (token, color), label in zip(_TOKENS.items(), ("one patch: the object on it", "CLS: the main object"), strict=True):
         rows = table[table["token"] == token]

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -16,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from ..adaptation.fit import NAMES
 from . import style
 from .drawing import colorbar, heat, intervals, legend, look, panels, pretty
-from .style import COLORS, STYLE
+from .style import COLORS, drawn
 
 _GROUPS = {"high": COLORS["gray"], "high-to-low": COLORS["orange"], "low-to-high": COLORS["blue"]}
 _LINKS = {"stayed": COLORS["gray"], "vanished": COLORS["orange"], "appeared": COLORS["blue"]}
@@ -44,15 +43,9 @@ _READERS = {"CLIP": "CLIP", "CLIP, adapted head": "CLIP's tower, adapted head", 
 _MODES = {"on": "only k latents kept", "off": "k latents removed"}
 
 
-@rc_context(STYLE)
+@drawn(table="DataFrame of ``base_to_novel``, of several tasks (column ``task``) under each other")
 def adaptation_accuracy(table: pd.DataFrame, save: str | None = None) -> Figure:
-    """Accuracy on base and novel classes and their harmonic mean, one panel a task; bars are 95 % intervals.
-
-    Parameters
-    ----------
-    table : DataFrame of ``base_to_novel``, of several tasks (column ``task``) under each other
-    save : str, optional
-    """
+    """Accuracy on base and novel classes and their harmonic mean, one panel a task; bars are 95 % intervals."""
     table = table.assign(series=table["model"] + ", " + table["form"], half=table["half"].str.replace(" ", "\n"))
     colors = zip(table["model"].unique(), ("gray", "blue", "green", "purple"), strict=False)
     looks = {f"{model}, {form}": look(color, **options) for model, color in colors for form, options in _FORMS.items()}
@@ -64,15 +57,9 @@ def adaptation_accuracy(table: pd.DataFrame, save: str | None = None) -> Figure:
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(latents="DataFrame of ``Remapping.latents``, of several tasks (column ``task``) under each other; the groups' threshold is one half")
 def class_scatter(latents: pd.DataFrame, save: str | None = None) -> Figure:
-    """Each class's top latents: on how many tokens a picture they are active in CLIP, and in the adapted model; one panel a task.
-
-    Parameters
-    ----------
-    latents : DataFrame of ``Remapping.latents``, of several tasks (column ``task``) under each other; the groups' threshold is one half
-    save : str, optional
-    """
+    """Each class's top latents: on how many tokens a picture they are active in CLIP, and in the adapted model; one panel a task."""
     counts = latents[["base", "adapted"]].to_numpy()
     largest = float(counts.max()) * 1.6
     floor = max(float(counts[counts > 0].min()), largest / 4000)
@@ -97,15 +84,9 @@ def class_scatter(latents: pd.DataFrame, save: str | None = None) -> Figure:
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(comparisons="DataFrame of ``Remapping.comparisons``, of several tasks (column ``task``) under each other")
 def latent_groups(comparisons: pd.DataFrame, save: str | None = None) -> Figure:
-    """Latents per class in each group, and the overlap of top latents, beside the controls; bars are 95 % intervals over classes.
-
-    Parameters
-    ----------
-    comparisons : DataFrame of ``Remapping.comparisons``, of several tasks (column ``task``) under each other
-    save : str, optional
-    """
+    """Latents per class in each group, and the overlap of top latents, beside the controls; bars are 95 % intervals over classes."""
     fig, axes = panels(list(_MEASURES.values()), 1.1 + 0.62 * comparisons["task"].nunique())
     for ax, measure in zip(axes, _MEASURES, strict=True):
         intervals(ax, comparisons[comparisons["measure"] == measure], "task", "value", "comparison", _COMPARISONS)
@@ -115,15 +96,9 @@ def latent_groups(comparisons: pd.DataFrame, save: str | None = None) -> Figure:
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(accuracy="DataFrame of ``Remapping.accuracy``, of several tasks (column ``task``) under each other")
 def tower_head_cross(accuracy: pd.DataFrame, save: str | None = None) -> Figure:
-    """Every image tower with every text head: accuracy in per cent, with its 95 % interval; one panel a task.
-
-    Parameters
-    ----------
-    accuracy : DataFrame of ``Remapping.accuracy``, of several tasks (column ``task``) under each other
-    save : str, optional
-    """
+    """Every image tower with every text head: accuracy in per cent, with its 95 % interval; one panel a task."""
     accuracy, sides = accuracy[accuracy["form"] == "raw"], {"base": "CLIP", "adapted": "adapted"}
     fig, axes = panels(list(accuracy["task"].unique()), 2.7, xlabel="text head", ylabel="image tower")
     for ax, (_, rows) in zip(axes, accuracy.groupby("task", sort=False), strict=True):
@@ -136,15 +111,9 @@ def tower_head_cross(accuracy: pd.DataFrame, save: str | None = None) -> Figure:
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(table="DataFrame of ``Remapping.gain_split()``, of several tasks (column ``task``) under each other")
 def gain_split(table: pd.DataFrame, save: str | None = None) -> Figure:
-    """How many points of the gain each tower brings, with 95 % intervals over pictures.
-
-    Parameters
-    ----------
-    table : DataFrame of ``Remapping.gain_split()``, of several tasks (column ``task``) under each other
-    save : str, optional
-    """
+    """How many points of the gain each tower brings, with 95 % intervals over pictures."""
     fig, ax = style.figure(width=0.85, height=1.2 + 0.5 * table["task"].nunique())
     intervals(ax, table, "task", "gain", "part", _TOWERS, scale=100, bars=True)
     ax.axvline(0, color=COLORS["black"], lw=0.8)
@@ -153,17 +122,12 @@ def gain_split(table: pd.DataFrame, save: str | None = None) -> Figure:
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(found="mapping of str to Confusions, by task")
 def confusion_change(found: Mapping[str, Any], save: str | None = None) -> Figure:
     """The adapted model's confusion matrix minus CLIP's, one panel a task; classes from the one that gained most to the one that lost most.
 
     On the diagonal red is gained and blue is lost; elsewhere blue is a confusion resolved and red a new one. The number at a class is how many points of
     accuracy it gained.
-
-    Parameters
-    ----------
-    found : mapping of str to Confusions, by task
-    save : str, optional
     """
     largest = max(len(each.class_names) for each in found.values())
     fig, axes = panels(list(found), 1.35 + 0.18 * largest, 2, ylabel="true class", sharey=False)
@@ -178,24 +142,17 @@ def confusion_change(found: Mapping[str, Any], save: str | None = None) -> Figur
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(table="DataFrame of ``masked_predictions`` of one data set")
 def prediction_heat(table: pd.DataFrame, save: str | None = None) -> Figure:
-    """Accuracy of each class from its top k latents: one column a model, one row a mode; under each k the mean over classes.
-
-    Parameters
-    ----------
-    table : DataFrame of ``masked_predictions`` of one data set
-    save : str, optional
-    """
+    """Accuracy of each class from its top k latents: one column a model, one row a mode; under each k the mean over classes."""
     table = table[(table["choose"] == "oracle") & (table["class"] >= 0)]
     heats = {key: 100 * rows.pivot(index="group", columns="k", values="accuracy") for key, rows in table.groupby(["mode", "model"])}
     pairs, order = list(product(_MODES, _READERS)), heats["on", "adapted"].mean(axis=1).sort_values(ascending=False, kind="stable").index
-    fig, axes = panels([_READERS[model] if mode == "on" else "" for mode, model in pairs], 0.9 + 0.155 * len(order), 3)
+    fig, axes = panels([_READERS[model] if mode == "on" else "" for mode, model in pairs], 0.9 + 0.155 * len(order), 3, size=9.5)
     for ax, (mode, model) in zip(axes, pairs, strict=True):
         rows = heats[mode, model].loc[order]  # best read from few latents first
         heat(ax, rows, xticklabels=[f"{k}\n{mean:.0f} %" for k, mean in rows.mean().items()], yticklabels=[pretty(name) for name in order])
         ax.set(xlabel="", ylabel=_MODES[mode] if model == "CLIP" else "")
-        ax.set_title(ax.get_title(loc="left"), fontsize=9.5)
         ax.tick_params(labelsize=8)
         ax.tick_params("x", rotation=0)
     fig.supxlabel("latents k of the true class; below, the mean accuracy over classes", fontsize=10)
@@ -203,15 +160,9 @@ def prediction_heat(table: pd.DataFrame, save: str | None = None) -> Figure:
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(cross="DataFrame of ``Dictionaries.cross``")
 def dictionary_cross(cross: pd.DataFrame, save: str | None = None) -> Figure:
-    """Each dictionary on the activations of each model: explained variance, active latents, accuracy with the reconstruction; 95 % intervals.
-
-    Parameters
-    ----------
-    cross : DataFrame of ``Dictionaries.cross``
-    save : str, optional
-    """
+    """Each dictionary on the activations of each model: explained variance, active latents, accuracy with the reconstruction; 95 % intervals."""
     titles = {"explained_variance": "explained variance", "l0": "active latents per token", "change": "accuracy change (points)"}
     places = {"CLIP": "activations of\nCLIP", "adapted": "activations of\nthe adapted model"}
     fig, axes = panels(list(titles.values()), 2.5)
@@ -222,35 +173,22 @@ def dictionary_cross(cross: pd.DataFrame, save: str | None = None) -> Figure:
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(parts="DataFrame of ``GainSplit.parts()``, of several models (columns ``task``, ``adapter``) under each other")
 def gain_parts(parts: pd.DataFrame, save: str | None = None) -> Figure:
-    """The parts of each gain in points of accuracy, one panel a part, with 95 % intervals over pictures.
-
-    Parameters
-    ----------
-    parts : DataFrame of ``GainSplit.parts()``, of several models (columns ``task``, ``adapter``) under each other
-    save : str, optional
-    """
+    """The parts of each gain in points of accuracy, one panel a part, with 95 % intervals over pictures."""
     parts = parts.assign(of=parts["task"] + ", " + parts["adapter"])
-    fig, axes = panels([title for title, _ in _PARTS.values()], 1.3 + 0.34 * parts["of"].nunique(), sharex=True)
-    for ax, (part, (title, color)) in zip(axes, _PARTS.items(), strict=True):
+    fig, axes = panels([title for title, _ in _PARTS.values()], 1.3 + 0.34 * parts["of"].nunique(), size=9.5, sharex=True)
+    for ax, (part, (_, color)) in zip(axes, _PARTS.items(), strict=True):
         rows = parts[parts["part"] == part]
         intervals(ax, rows, "of", "gain", "part", {part: look(color)}, order=parts["of"].unique(), scale=100, bars=True)
         ax.axvline(0, color=COLORS["black"], lw=0.8)
-        ax.set_title(title, fontsize=9.5)
     fig.supxlabel("accuracy over zero-shot CLIP, base classes (points)", fontsize=10)
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(experiments="DataFrame of ``GainSplit.experiments()``, of several tasks (column ``task``) under each other")
 def gain_experiments(experiments: pd.DataFrame, save: str | None = None) -> Figure:
-    """Accuracy with some parts of the adapted model put into CLIP, or taken out of the adapted model; one panel a task.
-
-    Parameters
-    ----------
-    experiments : DataFrame of ``GainSplit.experiments()``, of several tasks (column ``task``) under each other
-    save : str, optional
-    """
+    """Accuracy with some parts of the adapted model put into CLIP, or taken out of the adapted model; one panel a task."""
     experiments = experiments.assign(whole=experiments["experiment"].isin(["CLIP", "adapted"]))
     looks = {True: look("black"), False: look("blue")}
     order = experiments["experiment"].unique()
@@ -261,7 +199,7 @@ def gain_experiments(experiments: pd.DataFrame, save: str | None = None) -> Figu
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn()
 def class_links(links: pd.DataFrame, save: str | None = None) -> Figure:
     """The remapping matrix: which latents each class rests on, and which of these links stayed, vanished or appeared.
 
@@ -305,15 +243,9 @@ def class_links(links: pd.DataFrame, save: str | None = None) -> Figure:
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(table="DataFrame of ``load_protocol``")
 def adapter_table(table: pd.DataFrame, save: str | None = None) -> Figure:
-    """Raw accuracy of every adapter on every task, one panel a half; bars are 95 % intervals over pictures.
-
-    Parameters
-    ----------
-    table : DataFrame of ``load_protocol``
-    save : str, optional
-    """
+    """Raw accuracy of every adapter on every task, one panel a half; bars are 95 % intervals over pictures."""
     table = table[table["form"] == "raw"]
     looks = {kind: look(color, marker, NAMES.get(kind, kind)) for kind, (color, marker) in _KINDS.items()}
     halves, tasks = ["base", "novel", "harmonic mean"], table["task"].unique()

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from . import style
 from .drawing import HALO, band, colorbar, heat, intervals, look, panels
-from .style import COLORS, STYLE
+from .style import COLORS, drawn
 
 _BASELINES = (*(COLORS[name] for name in ("orange", "green", "purple", "sky", "red")), "#8B5A2B", COLORS["gray"], COLORS["black"])
 _BASELINE_MARKERS = "s^vDPX<>"
@@ -22,16 +21,12 @@ _LOCAL = {"ap": "average precision", "iou": "intersection over union", "pointing
 _COUNTS = {-0.5: "0", 0.5: "1", 1.5: "2", 2.5: "3-4", 4.5: "5-8", 8.5: "9-16", 16.5: "17-32", 32.5: "33 +"}
 
 
-@rc_context(STYLE)
+@drawn(
+    frame="DataFrame of ``LatentSummary.to_frame()``: living latents",
+    annotate="mapping of int to str; latents to point at, and what to call them",
+)
 def latent_statistics(frame: pd.DataFrame, annotate: Mapping[int, str], save: str | None = None) -> Figure:
-    """How often each latent is active against how strongly, coloured by label entropy.
-
-    Parameters
-    ----------
-    frame : DataFrame of ``LatentSummary.to_frame()``: living latents
-    annotate : mapping of int to str; latents to point at, and what to call them
-    save : str, optional
-    """
+    """How often each latent is active against how strongly, coloured by label entropy."""
     fig, ax = style.figure(height=4.6)
     points = ax.scatter(frame["frequency"], frame["mean_activation"], c=frame["label_entropy"], s=9, cmap="viridis", alpha=0.8, lw=0)
     bar = fig.colorbar(points, ax=ax, pad=0.01, label="label entropy (nats)")
@@ -61,15 +56,9 @@ def _looks(table: pd.DataFrame) -> dict[str, dict]:
     return looks
 
 
-@rc_context(STYLE)
+@drawn(table="DataFrame of ``ComparisonReport.table()``")
 def concept_families(table: pd.DataFrame, save: str | None = None) -> Figure:
-    """Mean average precision of the best feature by family of concepts: a row a dictionary, with its interval; the line is the supervised ceiling.
-
-    Parameters
-    ----------
-    table : DataFrame of ``ComparisonReport.table()``
-    save : str, optional
-    """
+    """Mean average precision of the best feature by family of concepts: a row a dictionary, with its interval; the line is the supervised ceiling."""
     kinds = table.drop_duplicates("kind").set_index("kind")["n_concepts"]
     shown, ceiling = table[table["role"] != "ceiling"], table[table["role"] == "ceiling"]
     order = list(shown[shown["kind"] == kinds.index[-1]].sort_values("ap", ascending=False)["dictionary"])
@@ -86,15 +75,9 @@ def concept_families(table: pd.DataFrame, save: str | None = None) -> Figure:
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(coverage="DataFrame of ``ComparisonReport.coverage(thresholds)``")
 def coverage_curves(coverage: pd.DataFrame, save: str | None = None) -> Figure:
-    """Share of concepts found with an AP above a threshold, over the threshold.
-
-    Parameters
-    ----------
-    coverage : DataFrame of ``ComparisonReport.coverage(thresholds)``
-    save : str, optional
-    """
+    """Share of concepts found with an AP above a threshold, over the threshold."""
     fig, ax = style.figure(width=0.95, height=3.8)
     looks = _looks(coverage)
     for name, rows in coverage.groupby("dictionary", sort=False):
@@ -107,15 +90,9 @@ def coverage_curves(coverage: pd.DataFrame, save: str | None = None) -> Figure:
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(concepts="DataFrame of ``Localization.concepts``")
 def localization(concepts: pd.DataFrame, save: str | None = None) -> Figure:
-    """Average precision, IoU and the pointing game by family: every concept a dot, the mean a bar; dotted grey for the pointing of a random patch.
-
-    Parameters
-    ----------
-    concepts : DataFrame of ``Localization.concepts``
-    save : str, optional
-    """
+    """Average precision, IoU and the pointing game by family: every concept a dot, the mean a bar; dotted grey for the pointing of a random patch."""
     counts, means = concepts["kind"].value_counts(sort=False), concepts.groupby("kind", sort=False)[[*_LOCAL, "pointing_chance"]].mean()
     fig, axes = panels(list(_LOCAL.values()), 0.42 * len(counts) + 1.2)
     for ax, metric in zip(axes, _LOCAL, strict=True):
@@ -133,15 +110,9 @@ def localization(concepts: pd.DataFrame, save: str | None = None) -> Figure:
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(agreement="DataFrame of ``name_agreement``")
 def name_agreement(agreement: pd.DataFrame, save: str | None = None) -> Figure:
-    """How often two sources of names agree, against chance: equal names, and names that are no contradiction.
-
-    Parameters
-    ----------
-    agreement : DataFrame of ``name_agreement``
-    save : str, optional
-    """
+    """How often two sources of names agree, against chance: equal names, and names that are no contradiction."""
     titles = {"equal names": ("agreement", "chance"), "equal or related": ("related", "related_chance")}
     names = list(dict.fromkeys([*agreement["a"], *agreement["b"]]))
     named = dict(zip(agreement["a"], agreement["n_a"], strict=True)) | dict(zip(agreement["b"], agreement["n_b"], strict=True))
@@ -159,16 +130,9 @@ def name_agreement(agreement: pd.DataFrame, save: str | None = None) -> Figure:
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(splitting="DataFrame of ``splitting``", absorption="DataFrame of ``absorption``; the twelve categories of most classes are shown")
 def concept_sharing(splitting: pd.DataFrame, absorption: pd.DataFrame, save: str | None = None) -> Figure:
-    """How many latents share a concept, by family; and how many classes the best latent of each category finds, skips, or leaves to others.
-
-    Parameters
-    ----------
-    splitting : DataFrame of ``splitting``
-    absorption : DataFrame of ``absorption``; the twelve categories of most classes are shown
-    save : str, optional
-    """
+    """How many latents share a concept, by family; and how many classes the best latent of each category finds, skips, or leaves to others."""
     fig, (left, right) = style.figure(height=4.3, ncols=2, width_ratios=[1, 1.25])
     latents = pd.cut(splitting["n_latents"], [*_COUNTS, np.inf], labels=list(_COUNTS.values()))
     shares = pd.crosstab(splitting["kind"], latents, normalize="index", dropna=False).loc[splitting["kind"].unique()]
@@ -193,16 +157,9 @@ def concept_sharing(splitting: pd.DataFrame, absorption: pd.DataFrame, save: str
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(table="DataFrame of ``Likeness.table``", chance="float; expected score once the images are shuffled")
 def monosemanticity(table: pd.DataFrame, chance: float, save: str | None = None) -> Figure:
-    """Monosemanticity scores of all latents beside those of random directions and of single dimensions; and against how rare a feature is.
-
-    Parameters
-    ----------
-    table : DataFrame of ``Likeness.table``
-    chance : float; expected score once the images are shuffled
-    save : str, optional
-    """
+    """Monosemanticity scores of all latents beside those of random directions and of single dimensions; and against how rare a feature is."""
     table = table.dropna(subset="score")
     medians = table.groupby("dictionary", sort=False)["score"].median()
     table = table.assign(dictionary=table["dictionary"].map({name: f"{name}: {median:.2f}" for name, median in medians.items()}))
@@ -222,16 +179,10 @@ def monosemanticity(table: pd.DataFrame, chance: float, save: str | None = None)
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(rows="DataFrame of ``by_layer``")
 def by_layer(rows: pd.DataFrame, save: str | None = None) -> Figure:
-    """Statistics of living latents by layer (dot: median; bars: middle half, and from the 10th to the 90th percentile), and object AP.
-
-    Parameters
-    ----------
-    rows : DataFrame of ``by_layer``
-    save : str, optional
-    """
-    fig, axes = panels([*_STATISTICS.values(), "object AP"], 2.8, sharey=False)
+    """Statistics of living latents by layer (dot: median; bars: middle half, and from the 10th to the 90th percentile), and object AP."""
+    fig, axes = panels([*_STATISTICS.values(), "object AP"], 2.8, size=9.5, sharey=False)
     thin = {False: look("blue"), True: look("red")}
     thick = {main: {**how, "marker": "", "elinewidth": 6, "alpha": 0.5} for main, how in thin.items()}
     for ax, name in zip(axes, _STATISTICS, strict=False):
@@ -239,23 +190,17 @@ def by_layer(rows: pd.DataFrame, save: str | None = None) -> Figure:
             ends = (f"{name}_q{low}", f"{name}_q{high}")
             intervals(ax, rows, "layer", f"{name}_q50", "main", looks, ends=ends, upright=True, spread=0)
     intervals(axes[-1], rows, "layer", "object_ap", "main", thin, upright=True, spread=0)
-    for ax in axes:
-        ax.set_title(ax.get_title(loc="left"), fontsize=9.5)
     axes[-1].set_ylim(bottom=0)
     fig.supxlabel("layer (block whose output is read); red: the layer of this notebook; object AP with its 95 % interval", fontsize=9)
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(
+    rows="DataFrame of ``nearest_variants``",
+    baselines="DataFrame of ``ComparisonReport.table()``, optional; its rows of objects that are no SAE are shown, best first",
+)
 def variants(rows: pd.DataFrame, baselines: pd.DataFrame | None = None, save: str | None = None) -> Figure:
-    """How well the best latent finds objects: variants of the SAE, and below a line the dictionaries of the comparison.
-
-    Parameters
-    ----------
-    rows : DataFrame of ``nearest_variants``
-    baselines : DataFrame of ``ComparisonReport.table()``, optional; its rows of objects that are no SAE are shown, best first
-    save : str, optional
-    """
+    """How well the best latent finds objects: variants of the SAE, and below a line the dictionaries of the comparison."""
     kinds = ["PatchSAE" if name.startswith("PatchSAE") else "alone" if name.endswith("alone") else "variant" for name in rows["dictionary"]]
     names = [f"{row.dictionary}  (L0 {row.l0:.0f})" for row in rows.itertuples()]
     shown = rows.rename(columns={"object_ap": "ap", "object_ap_low": "low", "object_ap_high": "high"}).assign(dictionary=names, look=kinds)

@@ -38,7 +38,7 @@ def look(color: str, marker: str = "o", label: str | None = None, **options: Any
 
 
 def panels(
-    titles: Sequence[str], height: float, columns: int = 0, xlabel: str = "", ylabel: str = "", **options: Any
+    titles: Sequence[str], height: float, columns: int = 0, xlabel: str = "", ylabel: str = "", size: float = 11, **options: Any
 ) -> tuple[Figure, Any]:
     """A panel for each title, so many in a row (default: all); ``height`` of a row; labels at the outer panels. Returns figure and axes [n]."""
     n, columns = len(titles), min(columns or len(titles), len(titles))
@@ -48,7 +48,7 @@ def panels(
         ax.set_ylabel(ylabel)
     axes = axes.ravel()
     for ax, title in zip(axes, titles, strict=False):
-        ax.set_title(title)
+        ax.set_title(title, fontsize=size)
     for ax in axes[n - columns : n]:
         ax.set_xlabel(xlabel)
         ax.tick_params(labelbottom=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator
 from . import style
 from .drawing import before_after, clip, intervals, legend, look, paired_bars, plain_log
 from .heat import blend
-from .style import COLORS, HEAT, STYLE, image_axes
+from .style import COLORS, HEAT, drawn, image_axes
 
 _PLACES = {"all": "all tokens", "cls": "CLS", "patches": "all patches"}
 _ANSWERS = {
@@ -27,16 +27,14 @@ _ANSWERS = {
 }  # fmt: skip
 
 
-@mpl.rc_context(STYLE)
+@drawn(card="LatentCard", summary="LatentSummary", shown="how :func:`blend` shows heat maps")
 def latent_explorer(card: Any, summary: Any, *, credit: bool, save: str | None, **shown: Any) -> Figure:
-    """A latent (a ``LatentCard``): its place among all latents of the summary, its classes, its reference images; ``shown`` is how :func:`blend` shows them."""
+    """A latent: its place among all latents of the summary, its classes, its reference images."""
     fig, axes = style.figure(1.0, 3.9)
     axes.remove()
     left, right = fig.subfigures(1, 2, width_ratios=[3, 6.4])
     place, classes = left.subplots(2, 1, height_ratios=[1.2, 1])
-    left.suptitle(
-        f"Latent {card.latent}" + (f"\n{clip(card.name, 30)}" if card.name else ""), x=0.02, ha="left", fontsize=11, weight="bold"
-    )
+    left.suptitle(f"Latent {card.latent}\n{clip(card.name or '', 30)}", x=0.02, ha="left", fontsize=11, weight="bold")
     alive = ~summary.dead.numpy()
     frequency = summary.frequency.numpy()[alive]
     place.scatter(frequency, summary.mean_activation.numpy()[alive], s=3, color=COLORS["gray"], alpha=0.4, lw=0, rasterized=True)
@@ -71,15 +69,15 @@ def latent_explorer(card: Any, summary: Any, *, credit: bool, save: str | None, 
     return style.save(fig, save, credit)
 
 
-@mpl.rc_context(STYLE)
+@drawn(card="PatchCard", shown="how :func:`blend` shows heat maps")
 def patch_explorer(card: Any, *, credit: bool, save: str | None, **shown: Any) -> Figure:
-    """An image with its chosen patches (a ``PatchCard``), the chosen latent over it, the latents of the patches and of the whole image."""
+    """An image with its chosen patches, the chosen latent over it, the latents of the patches and of the whole image."""
     fig, (plain, heat, here, whole) = style.figure(1.0, 2.9, ncols=4, width_ratios=[1.35, 1.35, 1, 1])
     scale = float(card.heat.max()) or 1.0
-    _picture(plain, card.picture, card)
+    _picture(plain, card.picture, card.grid, card.patches)
     plain.set_title(f"Image {card.image}\n{clip(card.label, 24)}", fontsize=10)
     if card.latent >= 0:
-        _picture(heat, blend(card.picture, card.heat, scale, **shown), card)
+        _picture(heat, blend(card.picture, card.heat, scale, **shown), card.grid, card.patches)
         heat.set_title(f"Latent {card.latent}\n{clip(card.names.get(card.latent, ''), 24)}", fontsize=10)
         _colorbar(heat, [1.03, 0.1, 0.04, 0.8], scale, shown["mode"])
     else:
@@ -99,9 +97,9 @@ def patch_explorer(card: Any, *, credit: bool, save: str | None, **shown: Any) -
     return style.save(fig, save, credit)
 
 
-@mpl.rc_context(STYLE)
+@drawn(card="AdaptationCard", shown="how :func:`blend` shows heat maps")
 def adaptation_view(card: Any, *, credit: bool, save: str | None, **shown: Any) -> Figure:
-    """One image read by CLIP and by an adapted CLIP (an ``AdaptationCard``): both masks of a latent, latents and probabilities of both."""
+    """One image read by CLIP and by an adapted CLIP: both masks of a latent, latents and probabilities of both."""
     models, colors = ("CLIP", card.adapter), (COLORS["blue"], COLORS["orange"])
     fig, (*pictures, latents, odds) = style.figure(1.0, 3.4, ncols=4, width_ratios=[1.15, 1.15, 1.35, 1.1])
     place = card.listed.index(card.latent) if card.latent >= 0 else -1
@@ -111,8 +109,7 @@ def adaptation_view(card: Any, *, credit: bool, save: str | None, **shown: Any) 
             picture = blend(card.picture, card.heats[place, i], float(card.heats[place].max()) or 1.0, **shown)
         image_axes(ax).imshow(picture)
         ax.set_title(models[i])
-    name = card.names.get(card.latent, "")
-    chosen = "no latent chosen" if place < 0 else f"latent {card.latent}" + (f" · {name}" if name else "")
+    chosen = "no latent chosen" if place < 0 else f"latent {card.latent}  {card.names.get(card.latent, '')}"
     for ax, words in zip(pictures, (f"{card.label} (image {card.image})", chosen), strict=True):
         ax.set_xlabel(words, fontsize=8)
     image_axes(latents).set_title("Latents")
@@ -140,20 +137,15 @@ def _list_twins(ax: Axes, card: Any, colors: Sequence[str]) -> None:
     ax.set(xlim=(0, 1.05), ylim=(row, -0.3))
 
 
-@mpl.rc_context(STYLE)
+@drawn(card="mapping; ``SteeringPanel.card``", shown="how :func:`blend` shows heat maps")
 def steering_panel(card: Mapping[str, Any], *, credit: bool, save: str | None, **shown: Any) -> Figure:
     """The steering panel, still: the picture with the selected patches, the sliders, the probabilities before and after."""
     fig, (picture, sliders, odds) = style.figure(height=2.9, ncols=3, width_ratios=[1, 1.15, 1.45])
     image, heat = card["picture"], card["heat"]
     if card["latent"] >= 0:
         image = blend(image, heat, float(heat.max()) or 1.0, **shown)
-    style.image_axes(picture).imshow(image)
+    _picture(picture, image, card["grid"], card["patches"])
     picture.set_title(f"Image {card['image']} · {clip(card['label'], 14)}", fontsize=10)
-    (rows, columns), (height, width) = card["grid"], image.shape[:2]
-    for patch in card["patches"]:
-        at = ((patch % columns) * width / columns - 0.5, (patch // columns) * height / rows - 0.5)
-        box = Rectangle(at, width / columns, height / rows, facecolor=COLORS["orange"], edgecolor="white", alpha=0.45, lw=0.6)
-        picture.add_patch(box)
     where = _PLACES.get(card["where"], f"{len(card['patches'])} selected patches")
     style.image_axes(sliders).set_title(f"Edits on {where}", fontsize=10)
     for i, slider in enumerate(card["sliders"]):
@@ -172,15 +164,9 @@ def steering_panel(card: Mapping[str, Any], *, credit: bool, save: str | None, *
     return style.save(fig, save, credit)
 
 
-@mpl.rc_context(STYLE)
+@drawn(frame="DataFrame of ``point``")
 def pointing(frame: pd.DataFrame, save: str | None = None) -> Figure:
-    """How often a patch's latent finds the same thing in another image, with 95 % intervals, beside two controls.
-
-    Parameters
-    ----------
-    frame : DataFrame of ``point``
-    save : str, optional
-    """
+    """How often a patch's latent finds the same thing in another image, with 95 % intervals, beside two controls."""
     kinds = {kind: f"same {kind}" for kind in frame["kind"].unique()}
     fig, ax = style.figure(0.8, 1.2 + 0.55 * len(kinds))
     intervals(ax, frame, "kind", "hits", "answer", _ANSWERS, order=kinds, scale=100)
@@ -191,14 +177,13 @@ def pointing(frame: pd.DataFrame, save: str | None = None) -> Figure:
     return style.save(fig, save)
 
 
-def _picture(ax: Axes, picture: np.ndarray, card: Any) -> None:
+def _picture(ax: Axes, picture: np.ndarray, grid: tuple[int, int], patches: Sequence[int]) -> None:
     """A picture with its chosen patches framed, in two lines that show on any picture."""
     image_axes(ax).imshow(picture)
-    high, wide = picture.shape[0] / card.grid[0], picture.shape[1] / card.grid[1]
-    for color, width in ((COLORS["black"], 3.5), ("white", 1.5)):
-        for row, column in (divmod(patch, card.grid[1]) for patch in card.patches):
-            at = (column * wide - 0.5, row * high - 0.5)
-            ax.add_patch(Rectangle(at, wide, high, fill=False, edgecolor=color, lw=width, clip_on=False))
+    high, wide = picture.shape[0] / grid[0], picture.shape[1] / grid[1]
+    for (color, width), patch in product(((COLORS["black"], 3.5), ("white", 1.5)), patches):
+        corner = ((patch % grid[1]) * wide - 0.5, (patch // grid[1]) * high - 0.5)
+        ax.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor=color, lw=width, clip_on=False))
 
 
 def _colorbar(ax: Axes, place: list[float], scale: float, mode: str) -> None:

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import style
 from .drawing import PERCENT, band, before_after, intervals, legend, look, outline, panels, pretty
-from .style import COLORS, CYCLE, STYLE
+from .style import COLORS, CYCLE, drawn
 
 _CHOICES = {
     "oracle": ("true class's (oracle)", "red"), "predicted": ("predicted class's", "blue"), "wrong": ("another class's", "orange"),
@@ -34,44 +33,28 @@ _KINDS = {
 _SWAPS = ("blue", "red", "green", "purple")
 
 
-@rc_context(STYLE)
+@drawn(frame="DataFrame of ``sweep_masks``; rows of other places than all tokens, or of groups of classes, are left out")
 def mask_curves(frame: pd.DataFrame, save: str | None = None) -> Figure:
-    """Zero-shot accuracy over k, one column for on and off, one row for the error term kept and dropped, one line a choice of latents.
-
-    Parameters
-    ----------
-    frame : DataFrame of ``sweep_masks``; rows of other places than all tokens, or of groups of classes, are left out
-    save : str, optional
-    """
+    """Zero-shot accuracy over k, one column for on and off, one row for the error term kept and dropped, one line a choice of latents."""
     return _sweep(frame[frame["where"].isin(["all", "none"])], list(_CHOICES), "where", {"all": ("", "-")}, save)
 
 
-@rc_context(STYLE)
+@drawn(
+    frame="DataFrame of ``sweep_masks`` with several ``where`` and one setting of the error term",
+    choose="sequence of str; choices of latents that are shown",
+)
 def mask_places(frame: pd.DataFrame, choose: Sequence[str], save: str | None = None) -> Figure:
-    """The same latents masked on all tokens, on the patches alone, on CLS alone.
-
-    Parameters
-    ----------
-    frame : DataFrame of ``sweep_masks`` with several ``where`` and one setting of the error term
-    choose : sequence of str; choices of latents that are shown
-    save : str, optional
-    """
+    """The same latents masked on all tokens, on the patches alone, on CLS alone."""
     return _sweep(frame, choose, "where", _PLACES, save)
 
 
-@rc_context(STYLE)
+@drawn(frame='DataFrame of ``sweep_masks`` with ``rank_by=["count", "attribution"]``, one place and one setting of the error term')
 def mask_rankings(frame: pd.DataFrame, save: str | None = None) -> Figure:
-    """Latents ranked by where they are active, and by what the class's logit owes to them.
-
-    Parameters
-    ----------
-    frame : DataFrame of ``sweep_masks`` with ``rank_by=["count", "attribution"]``, one place and one setting of the error term
-    save : str, optional
-    """
+    """Latents ranked by where they are active, and by what the class's logit owes to them."""
     return _sweep(frame, ("predicted", "matched"), "rank", _RANKS, save)
 
 
-@rc_context(STYLE)
+@drawn()
 def mask_tasks(frame: pd.DataFrame, save: str | None = None) -> Figure:
     """One small picture a task (or another group of classes): accuracy without k latents, for each choice of them.
 
@@ -137,15 +120,9 @@ def _curves(
     return ks
 
 
-@rc_context(STYLE)
+@drawn(frame="DataFrame of ``sweep_masks``; one cluster of bars for each group of classes")
 def raw_reconstructed_error(frame: pd.DataFrame, save: str | None = None) -> Figure:
-    """What the autoencoder itself costs: accuracy on the raw residual stream, on its reconstruction, and with the error added back.
-
-    Parameters
-    ----------
-    frame : DataFrame of ``sweep_masks``; one cluster of bars for each group of classes
-    save : str, optional
-    """
+    """What the autoencoder itself costs: accuracy on the raw residual stream, on its reconstruction, and with the error added back."""
     rows = frame[frame["choose"] == "none"]
     places = {row.group: f"{'all classes' if row.group == 'all' else row.group}\n{row.n:.0f} images" for row in rows.itertuples()}
     looks = {"raw": look("gray"), "reconstructed": look("orange"), "error_kept": look("sky", "o", "error kept")}
@@ -156,23 +133,18 @@ def raw_reconstructed_error(frame: pd.DataFrame, save: str | None = None) -> Fig
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(
+    pictures="sequence of uint8 array [h, w, 3]; what CLIP saw",
+    results="sequence of Steered; one a picture, each of a single image (``steer(..., image[None], ...)``) with a head",
+    class_names="sequence of str",
+    titles="sequence of str; what was done",
+    grid="(int, int); rows and columns of patches",
+)
 def steered(
     pictures: Sequence[np.ndarray], results: Sequence[Any], class_names: Sequence[str], titles: Sequence[str], *, grid: tuple[int, int],
     credit: bool = False, save: str | None = None,
 ) -> Figure:  # fmt: skip
-    """Pictures, where their edited latents were active and what changed there, and the class probabilities before and after.
-
-    Parameters
-    ----------
-    pictures : sequence of uint8 array [h, w, 3]; what CLIP saw
-    results : sequence of Steered; one a picture, each of a single image (``steer(..., image[None], ...)``) with a head
-    class_names : sequence of str
-    titles : sequence of str; what was done
-    grid : (int, int); rows and columns of patches
-    credit : bool; whether the pictures show OpenMoji artwork
-    save : str, optional
-    """
+    """Pictures, where their edited latents were active and what changed there, and the class probabilities before and after."""
     fig, axes = style.figure(height=0.3 + 1.95 * len(pictures), nrows=len(pictures), ncols=3, width_ratios=[1, 1, 2.1], squeeze=False)
     for (left, middle, right), picture, one, title in zip(axes, pictures, results, titles, strict=True):
         style.image_axes(left).imshow(picture)
@@ -189,16 +161,12 @@ def steered(
     return style.save(fig, save, credit=credit)
 
 
-@rc_context(STYLE)
+@drawn(
+    by_concept='DataFrame of ``summarize_effects(frame, ["own", "others"], by=["kind", "concept", "concept_kind"])``, of one k',
+    overall='DataFrame of ``summarize_effects(frame, ["own", "others"], by=["kind", "concept_kind"], over="concept")``, of the same k',
+)
 def concept_specificity(by_concept: pd.DataFrame, overall: pd.DataFrame, save: str | None = None) -> Figure:
-    """What turning a concept's latents off does to its own score and to the others of its kind, for every concept, beside a control.
-
-    Parameters
-    ----------
-    by_concept : DataFrame of ``summarize_effects(frame, ["own", "others"], by=["kind", "concept", "concept_kind"])``, of one k
-    overall : DataFrame of ``summarize_effects(frame, ["own", "others"], by=["kind", "concept_kind"], over="concept")``, of the same k
-    save : str, optional
-    """
+    """What turning a concept's latents off does to its own score and to the others of its kind, for every concept, beside a control."""
     fig, (left, right) = style.figure(height=4.1, ncols=2, width_ratios=[1.25, 1])
     own, control = by_concept[by_concept["kind"] == "own"], by_concept[by_concept["kind"] == "control"]
     kinds = [kind for kind in _KINDS if (own["concept_kind"] == kind).any()]
@@ -234,16 +202,9 @@ def _long(effects: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-@rc_context(STYLE)
+@drawn(table="DataFrame of ``dose_response``", class_names="sequence of str")
 def dose_response(table: pd.DataFrame, class_names: Sequence[str], save: str | None = None) -> Figure:
-    """Change of the class's logit over the dose of its latent, where the class is shown and where another one is.
-
-    Parameters
-    ----------
-    table : DataFrame of ``dose_response``
-    class_names : sequence of str
-    save : str, optional
-    """
+    """Change of the class's logit over the dose of its latent, where the class is shown and where another one is."""
     titles = {"show it": ("Scaled in scenes that show the class", 1.0), "show another": ("Added to scenes of another class", 0.0)}
     fig, axes = panels(
         [title for title, _ in titles.values()], 3.5, xlabel="dose (1: as strong as in a scene of the class)", ylabel="change of the logit"
@@ -260,17 +221,11 @@ def dose_response(table: pd.DataFrame, class_names: Sequence[str], save: str | N
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(
+    tables="mapping of what was edited to DataFrame of ``summarize_effects(..., ['sees_target', 'object_change'], by=['kind', 'dose'])``"
+)
 def color_swap(tables: Mapping[str, pd.DataFrame], save: str | None = None) -> Figure:
-    """How often CLIP sees the other colour after two colours' latents changed places.
-
-    Parameters
-    ----------
-    tables : mapping of str to DataFrame
-        What was edited ("patches", "patches and CLS") -> ``summarize_effects(frame[frame["saw_source"]], ["sees_target", "object_change"],
-        by=["kind", "dose"])``.
-    save : str, optional
-    """
+    """How often CLIP sees the other colour after two colours' latents changed places."""
     n = int(next(iter(tables.values()))["n"].iloc[0])
     fig, (left, right) = panels(
         [f"Sees the other colour ({n} scenes)", "What it costs the object"], 3.4, xlabel="dose (1: usual level)", sharey=False
@@ -288,18 +243,14 @@ def color_swap(tables: Mapping[str, pd.DataFrame], save: str | None = None) -> F
     return style.save(fig, save)
 
 
-@rc_context(STYLE)
+@drawn(
+    frame="DataFrame of ``remove_objects``",
+    overall='DataFrame of ``summarize_effects(frame, ["removed_change", "stays_change"])``',
+    dataset="OpenMojiData; the scenes",
+    scenes="sequence of int; indices of the examples",
+)
 def object_removal(frame: pd.DataFrame, overall: pd.DataFrame, dataset: Any, scenes: Sequence[int], save: str | None = None) -> Figure:
-    """Scenes of two objects before and after each one's latents are turned off on its own patches; on the right the mean over scenes.
-
-    Parameters
-    ----------
-    frame : DataFrame of ``remove_objects``
-    overall : DataFrame of ``summarize_effects(frame, ["removed_change", "stays_change"])``
-    dataset : OpenMojiData; the scenes
-    scenes : sequence of int; indices of the examples
-    save : str, optional
-    """
+    """Scenes of two objects before and after each one's latents are turned off on its own patches; on the right the mean over scenes."""
     fig = style.figure(height=4.6)[0]
     fig.clear()
     *columns, right = fig.subfigures(1, len(scenes) + 1, width_ratios=[*[1] * len(scenes), 1.3])

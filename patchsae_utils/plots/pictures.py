@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import seaborn as sns
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -14,23 +13,15 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from . import style
 from .drawing import DARKNESS, strips
 from .heat import blend
-from .style import COLORS, STYLE
+from .style import COLORS, drawn
 
 _SHARED = ("blue", "orange", "green", "purple", "sky", "red", "yellow", "black")
 _LEVELS = {"patch": "activation", "image": "active tokens", "class": "active tokens per image", "data set": "active tokens per image"}
 
 
-@rc_context(STYLE)
+@drawn(references="sequence of References", titles="sequence of str; one a latent")
 def reference_images(references: Sequence, titles: Sequence[str], save: str | None = None, credit: bool = True) -> Figure:
-    """Latents' strongest images, darkened where the latent is silent.
-
-    Parameters
-    ----------
-    references : sequence of References
-    titles : sequence of str; one a latent
-    save : str, optional
-    credit : bool; whether the pictures are OpenMoji's
-    """
+    """Latents' strongest images, darkened where the latent is silent."""
     cells = [(title, _shots(each)) for title, each in zip(titles, references, strict=True)]
     fig = strips(cells, max(len(each.images) for each in references), 2, 1.15)
     return style.save(fig, save, credit=credit)
@@ -40,15 +31,9 @@ def _shots(references: Any) -> list[tuple]:
     return [(image, mask, references.masks.max(), "") for image, mask in zip(references.images, references.masks, strict=True)]
 
 
-@rc_context(STYLE)
+@drawn(examples="sequence of ConceptExample")
 def concept_masks(examples: Sequence, save: str | None = None) -> Figure:
-    """Concepts in scenes: the picture, where the concept is, and where its best latent is active.
-
-    Parameters
-    ----------
-    examples : sequence of ConceptExample
-    save : str, optional
-    """
+    """Concepts in scenes: the picture, where the concept is, and where its best latent is active."""
     cells = []
     for each in examples:
         shots = [(each.image, None, 1, "scene"), (each.image, each.truth, 1, "ground truth"), (each.activation, None, 1, "latent")]
@@ -56,17 +41,9 @@ def concept_masks(examples: Sequence, save: str | None = None) -> Figure:
     return style.save(strips(cells, 3, 2, 1.9), save, credit=True)
 
 
-@rc_context(STYLE)
+@drawn(found="Levels", names="mapping of int to str; what to call the latents")
 def levels(found: Any, names: Mapping[int, str], save: str | None = None, credit: bool = True) -> Figure:
-    """One image from patch to data set: its top latents at each level; a latent that several levels share keeps its colour.
-
-    Parameters
-    ----------
-    found : Levels
-    names : mapping of int to str; what to call the latents
-    save : str, optional
-    credit : bool; whether the picture is OpenMoji's
-    """
+    """One image from patch to data set: its top latents at each level; a latent that several levels share keeps its colour."""
     count = found.table.groupby("latent", sort=False)["level"].nunique()
     colors = {latent: COLORS[name] for latent, name in zip(count.index[count > 1], _SHARED, strict=False)}
     titles = {"patch": f"patch {tuple(found.patch)}", "class": f"class: {found.class_name}"}
@@ -94,16 +71,11 @@ def levels(found: Any, names: Mapping[int, str], save: str | None = None, credit
     return style.save(fig, save, credit=credit)
 
 
-@rc_context(STYLE)
+@drawn(found="CrossDomain")
 def cross_domain(found: Any, save: str | None = None) -> Figure:
     """Latents by row, data sets by column: reference images, dark where the latent is silent; empty places where it never is active.
 
     Brightness is relative to the latent's strongest patch in that data set; the titles say in what share of its images it is active.
-
-    Parameters
-    ----------
-    found : CrossDomain
-    save : str, optional
     """
     table, domains, cells = found.table.set_index(["latent", "domain"]), list(found.table["domain"].unique()), []
     for latent, by_domain in found.references.items():
@@ -115,16 +87,9 @@ def cross_domain(found: Any, save: str | None = None) -> Figure:
     return style.save(strips(cells, 3, len(domains), 1.35, size=8), save, credit=True)
 
 
-@rc_context(STYLE)
+@drawn(found="TextAndImage", examples="sequence of TextExample")
 def text_and_image(found: Any, examples: Sequence, save: str | None = None) -> Figure:
-    """Do latents of things answer to the things' names? The share that does, against names dealt at random; and some latents in pictures.
-
-    Parameters
-    ----------
-    found : TextAndImage
-    examples : sequence of TextExample
-    save : str, optional
-    """
+    """Do latents of things answer to the things' names? The share that does, against names dealt at random; and some latents in pictures."""
     fig = style.figure(height=max(2.9, 1.6 * -(-len(examples) // 2) + 0.2))[0]
     fig.clear()
     left, right = fig.subfigures(1, 2, width_ratios=[1, 1.5])

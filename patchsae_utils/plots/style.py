@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -18,6 +20,7 @@ CYCLE = [COLORS[name] for name in ("blue", "orange", "green", "red", "purple", "
 MARKERS = "osD^vPX"
 HEAT = "magma"
 DIVERGING = "RdBu_r"
+Figures = TypeVar("Figures", bound=Callable)
 PAGE_WIDTH = 9.0  # inches: 900 pixels in a notebook
 
 # Load the backend now: a notebook's turns matplotlib's interactive mode on when it is first used. Used first inside an rc_context, that would be
@@ -48,6 +51,20 @@ def figure(width: float = 1.0, height: float = 3.2, **subplots: Any) -> tuple[Fi
     """
     with mpl.rc_context(STYLE):
         return plt.subplots(figsize=(PAGE_WIDTH * width, height), **subplots)
+
+
+def drawn(**sources: str) -> Callable[[Figures], Figures]:
+    """Decorates a figure function: the house style while it draws; the parameters of its docstring, with ``save`` and ``credit`` said once."""
+
+    def decorate(function: Figures) -> Figures:
+        said = {**sources, "save": "str, optional; name of a file under ``figures/``, without ending"}
+        if "credit" in inspect.signature(function).parameters:
+            said["credit"] = "bool; whether it shows OpenMoji artwork"
+        if "Parameters" not in function.__doc__:
+            function.__doc__ += "\n\nParameters\n----------\n" + "\n".join(f"{name} : {text}" for name, text in said.items())
+        return mpl.rc_context(STYLE)(function)
+
+    return decorate
 
 
 def image_axes(axes: Any) -> Any:

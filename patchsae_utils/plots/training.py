@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from . import style
 from .drawing import PERCENT, intervals, legend, look, panels, plain_log
-from .style import COLORS, CYCLE
+from .style import COLORS, CYCLE, drawn
 
 _SERIES = ("blue", "gray", "orange", "green", "purple")
 _TOKENS = {"cls": "CLS", "patch": "patches", "all": "all tokens"}
@@ -38,15 +37,9 @@ _SIDES = {
 _SIZES = {"d_sae": "latents", "tokens": "tokens per step", "target_l0": "active latents per token"}
 
 
-@mpl.rc_context(style.STYLE)
+@drawn(log="DataFrame of ``training_log``")
 def training_curves(log: pd.DataFrame, save: str | None = None) -> Figure:
-    """Loss with its terms, L0, centred explained variance and dead latents over the tokens seen.
-
-    Parameters
-    ----------
-    log : DataFrame of ``training_log``
-    save : str, optional
-    """
+    """Loss with its terms, L0, centred explained variance and dead latents over the tokens seen."""
     fig, (loss, l0, shares) = panels(
         ["Loss", "Active latents per token (L0)", "Explained, and dead"], 2.9, xlabel="million tokens", sharey=False
     )
@@ -72,15 +65,9 @@ def training_curves(log: pd.DataFrame, save: str | None = None) -> Figure:
     return style.save(fig, save)
 
 
-@mpl.rc_context(style.STYLE)
+@drawn(evaluation="DataFrame of ``evaluate_sae``, the trained SAE first")
 def reconstruction_quality(evaluation: pd.DataFrame, save: str | None = None) -> Figure:
-    """Explained variance by token type, and CLIP's accuracy when its residual stream goes through each SAE.
-
-    Parameters
-    ----------
-    evaluation : DataFrame of ``evaluate_sae``, the trained SAE first
-    save : str, optional
-    """
+    """Explained variance by token type, and CLIP's accuracy when its residual stream goes through each SAE."""
     fig, (left, right) = style.figure(height=3.1, ncols=2, width_ratios=[1, 1.35])
     looks = {name: look(color) for name, color in zip(evaluation["sae"].unique(), _SERIES, strict=False)}
     accuracy = evaluation[evaluation["metric"] == "zero_shot_top1"]
@@ -101,16 +88,12 @@ def reconstruction_quality(evaluation: pd.DataFrame, save: str | None = None) ->
     return style.save(fig, save)
 
 
-@mpl.rc_context(style.STYLE)
+@drawn(
+    rates="mapping of str to Tensor [S], shares of tokens on which each latent fires",
+    n_tokens="int; tokens they were counted on: no rate below 1 / n_tokens can be seen",
+)
 def firing_rates(rates: Mapping[str, Tensor], n_tokens: int, save: str | None = None) -> Figure:
-    """How often latents fire: a histogram of the log of each latent's rate, those that never fire apart on the left.
-
-    Parameters
-    ----------
-    rates : mapping of str to Tensor [S], shares of tokens on which each latent fires
-    n_tokens : int; tokens they were counted on: no rate below 1 / n_tokens can be seen
-    save : str, optional
-    """
+    """How often latents fire: a histogram of the log of each latent's rate, those that never fire apart on the left."""
     fig, ax = style.figure(0.75, 3.0)
     lowest = np.floor(np.log10(1 / n_tokens))
     for (name, rate), color in zip(rates.items(), _SERIES, strict=False):
@@ -126,17 +109,13 @@ def firing_rates(rates: Mapping[str, Tensor], n_tokens: int, save: str | None = 
     return style.save(fig, save)
 
 
-@mpl.rc_context(style.STYLE)
+@drawn(
+    images="sequence of PIL images, as CLIP sees them",
+    l0="Tensor [n, rows, columns] of ``patch_readings``",
+    error="Tensor [n, rows, columns] of ``patch_readings``",
+)
 def patch_maps(images: Sequence, l0: Tensor, error: Tensor, save: str | None = None, credit: bool = True) -> Figure:
-    """Pictures, and under each how many latents every patch has and how large its error is.
-
-    Parameters
-    ----------
-    images : sequence of PIL images, as CLIP sees them
-    l0, error : Tensor [n, rows, columns] of ``patch_readings``
-    save : str, optional
-    credit : bool; whether OpenMoji art shows
-    """
+    """Pictures, and under each how many latents every patch has and how large its error is."""
     fig, axes = style.figure(1.0, 1.0 + 9.0 / len(images) * 2.2, nrows=3, ncols=len(images), squeeze=False)
     for row, values, title in zip(axes, (images, l0, error), ("picture", "active latents", "error / norm"), strict=True):
         for ax, each in zip(row, values, strict=True):
@@ -147,15 +126,9 @@ def patch_maps(images: Sequence, l0: Tensor, error: Tensor, save: str | None = N
     return style.save(fig, save, credit=credit)
 
 
-@mpl.rc_context(style.STYLE)
+@drawn(table="DataFrame of ``frontier``")
 def reconstruction_frontier(table: pd.DataFrame, save: str | None = None) -> Figure:
-    """Explained variance, and how well single latents find objects, against the number of active latents: one line a variant.
-
-    Parameters
-    ----------
-    table : DataFrame of ``frontier``
-    save : str, optional
-    """
+    """Explained variance, and how well single latents find objects, against the number of active latents: one line a variant."""
     titles = {"explained_variance_all": "Explained variance of unseen tokens", "object_ap": "Object AP of the best latent"}
     fig, axes = panels(list(titles.values()), 3.6, xlabel="active latents per token (L0)", sharey=False)
     for activation, rows in table.groupby("activation", sort=False):
@@ -171,15 +144,9 @@ def reconstruction_frontier(table: pd.DataFrame, save: str | None = None) -> Fig
     return style.save(fig, save)
 
 
-@mpl.rc_context(style.STYLE)
+@drawn(table="DataFrame of ``load_ablations``")
 def ablation_effects(table: pd.DataFrame, save: str | None = None) -> Figure:
-    """One row an SAE that differs from the main setting in one thing, one column a measure; the gray band spans the main setting's seeds.
-
-    Parameters
-    ----------
-    table : DataFrame of ``load_ablations``
-    save : str, optional
-    """
+    """One row an SAE that differs from the main setting in one thing, one column a measure; the gray band spans the main setting's seeds."""
     main, axes_of = table[table["axis"] == "seed"], [axis for axis in _AXES if (table["axis"] == axis).any()]
     rows = table.assign(place=[f"{_AXES.get(row.axis, row.axis)} {row.value}" for row in table.itertuples()])
     order: dict[str, str] = {}  # groups with an empty line between them
@@ -207,15 +174,9 @@ def ablation_effects(table: pd.DataFrame, save: str | None = None) -> Figure:
     return style.save(fig, save)
 
 
-@mpl.rc_context(style.STYLE)
+@drawn(result="mapping; the JSON object of ``python -m benchmarks.sae_step``: ``rows``")
 def step_costs(result: Mapping[str, Any], save: str | None = None) -> Figure:
-    """Seconds of one training step: ours beside the dense step and installable packages, and how it grows with three sizes.
-
-    Parameters
-    ----------
-    result : mapping; the JSON object of ``python -m benchmarks.sae_step``: ``rows``
-    save : str, optional
-    """
+    """Seconds of one training step: ours beside the dense step and installable packages, and how it grows with three sizes."""
     rows = pd.DataFrame(result["rows"]).dropna(subset="seconds")
     headline = rows[(rows["kind"] == "headline") & (rows["tokens"] == rows["tokens"].iloc[0])]
     sides = rows[rows["kind"].isin(["headline", "peers"]) & (rows["tokens"] == rows["tokens"].iloc[0]) & rows["side"].isin(list(_SIDES))]
