@@ -89,7 +89,7 @@ def patch_explorer(card: Any, *, credit: bool, save: str | None, **shown: Any) -
             color = COLORS["orange"] if latent == card.latent else COLORS["blue"]
             ax.barh(row + 0.28, value / max(each for _, each in latents), color=color, height=0.2)
             ax.text(0, row + 0.08, f"{latent}", fontsize=8, weight="bold", va="bottom")
-            ax.text(0.28, row + 0.08, clip(card.names.get(latent, ""), 17), fontsize=8, va="bottom")
+            ax.text(0.28, row + 0.08, clip(card.names.get(latent, ""), 20), fontsize=8, va="bottom")
             ax.text(1.28, row + 0.28, f"{value:.3g}", fontsize=8, ha="right", va="center", color="#6E6E6E")
         ax.set(xlim=(0, 1.28), ylim=(8, -0.5))
         if not latents:
@@ -109,7 +109,7 @@ def adaptation_view(card: Any, *, credit: bool, save: str | None, **shown: Any) 
             picture = blend(card.picture, card.heats[place, i], float(card.heats[place].max()) or 1.0, **shown)
         image_axes(ax).imshow(picture)
         ax.set_title(models[i])
-    chosen = "no latent chosen" if place < 0 else f"latent {card.latent}  {card.names.get(card.latent, '')}"
+    chosen = "no latent chosen" if place < 0 else f"latent {card.latent} · {card.names.get(card.latent, 'unnamed')}"
     for ax, words in zip(pictures, (f"{card.label} (image {card.image})", chosen), strict=True):
         ax.set_xlabel(words, fontsize=8)
     image_axes(latents).set_title("Latents")

@@ -36,7 +36,7 @@ _SWAPS = ("blue", "red", "green", "purple")
 @drawn(frame="DataFrame of ``sweep_masks``; rows of other places than all tokens, or of groups of classes, are left out")
 def mask_curves(frame: pd.DataFrame, save: str | None = None) -> Figure:
     """Zero-shot accuracy over k, one column for on and off, one row for the error term kept and dropped, one line a choice of latents."""
-    return _sweep(frame[frame["where"].isin(["all", "none"])], list(_CHOICES), "where", {"all": ("", "-")}, save)
+    return _sweep(frame[frame["where"] == "all"], list(_CHOICES), "where", {"all": ("", "-")}, save)
 
 
 @drawn(
@@ -109,7 +109,8 @@ def _curves(
             ax.axhline(row["accuracy"], color=COLORS["black"], lw=1.1, ls=dashes, label=label)
     rows = frame[(frame["mode"] == mode) & (frame["error"] == (error or frame["error"]))]
     if column != "rank":
-        rows = rows[rows["rank"] == rows["rank"].iloc[0]]  # of several rankings the first
+        ranks = rows.loc[rows["rank"] != "none", "rank"]
+        rows = rows[rows["rank"].isin(["none", *ranks.iloc[:1]])]  # of several rankings the first; random latents have none
     ks = sorted(rows["k"].unique())
     for (name, (label, color)), (value, (words, dashes)) in product(_CHOICES.items(), lines.items()):
         part = rows[(rows["choose"] == name) & (rows[column] == value)].sort_values("k")

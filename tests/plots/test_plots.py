@@ -52,8 +52,9 @@ def sweep(
     groups=("all",), choose=("oracle", "predicted", "matched", "random"), where=("all",), ranks=("count",), errors=("kept",)
 ) -> pd.DataFrame:
     masked = grid("accuracy", choose=choose, rank=ranks, mode=["on", "off"], k=[1, 5, 20, 100], where=where, error=errors, group=groups)
+    masked.loc[masked["choose"] == "random", "rank"] = "none"
     modes = ["raw", "reconstructed", "error_kept"]
-    unmasked = grid("accuracy", choose=["none"], rank=["none"], mode=modes, k=[0], where=["none"], error=["none"], group=groups)
+    unmasked = grid("accuracy", choose=["none"], rank=["none"], mode=modes, k=[0], where=["all"], error=["kept"], group=groups)
     return pd.concat([unmasked, masked], ignore_index=True)
 
 
@@ -317,3 +318,10 @@ def test_a_figure_is_drawn_saved_and_readable(name, inputs, repository):
     fig = getattr(plots, name)(*inputs[name], **OPTIONS.get(name, {}), save=f"00_{name}")
     assert Image.open(repository / "figures" / f"00_{name}.png").width > 700
     check_readable(fig)
+
+
+def test_of_several_rankings_the_first_is_drawn_and_random_latents_have_none(inputs):
+    for ax in plots.mask_curves(sweep(ranks=("attribution", "count"))).axes:
+        assert {"random", "predicted class's", "no mask, raw"} <= set(ax.get_legend_handles_labels()[1])
+        assert [len(line.get_xdata()) for line in ax.lines[1:]] == [4] * 4
+    plt.close("all")
