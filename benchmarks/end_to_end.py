@@ -54,7 +54,7 @@ class Resident:
 
 def measure(side: str, settings: dict) -> dict:
     """Images and tokens a second, and memory, of one side in this process."""
-    from patchsae_utils.clip.model import load_clip
+    from patchsae_utils.clip.loading import load_clip
     from patchsae_utils.config import TrainConfig
     from patchsae_utils.sae.model import SparseAutoencoder
     from patchsae_utils.sae.trainer import train_sae, training_log

@@ -31,7 +31,7 @@ TARGETS = {"seconds of ours over bare": 1.15}
 
 def prepare(settings: dict, sides: Sequence[str] = SIDES) -> dict[str, Callable[[], Tensor]]:
     """Each side as a function without arguments."""
-    from patchsae_utils.clip.model import load_clip
+    from patchsae_utils.clip.loading import load_clip
 
     logging.disable(logging.WARNING)  # random weights are meant
     device = settings["device"]

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from patchsae_utils.clip.model import ClipModel, load_clip
+from patchsae_utils.clip.loading import load_clip
+from patchsae_utils.clip.model import ClipModel
 from patchsae_utils.data import Example, batches
 from patchsae_utils.interventions import sweep_masks
 from patchsae_utils.sae.model import SparseAutoencoder

@@ -79,7 +79,8 @@ def world(settings: dict[str, Any]):
     import open_clip
     from torchvision import transforms
 
-    from patchsae_utils.clip.model import ClipModel, load_clip
+    from patchsae_utils.clip.loading import load_clip
+    from patchsae_utils.clip.model import ClipModel
     from patchsae_utils.data import ImageData
     from patchsae_utils.sae.model import SparseAutoencoder
 

@@ -15,7 +15,8 @@ from .activations.extraction import ActivationStore, extract_activations
 from .adaptation.fit import fit_adapter
 from .adaptation.models import AdaptedClip
 from .adaptation.own_dictionary import Dictionaries, train_dictionaries
-from .clip.model import ClipModel, load_clip
+from .clip.loading import load_clip
+from .clip.model import ClipModel
 from .concepts import detection
 from .concepts.comparison import measure_dictionaries
 from .concepts.detection import ConceptPatches, measure_concepts

@@ -16,7 +16,8 @@ from torch import Generator, Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
-from ..clip.model import PRECISIONS, ClipModel, _put_sequence_first, load_clip
+from ..clip.loading import load_clip
+from ..clip.model import PRECISIONS, ClipModel
 from ..config import AdapterConfig
 from ..data import batches, dataset_fingerprint, few_shot, templates_for
 from ..run import artifacts
@@ -236,7 +237,7 @@ def _arithmetic(adapted: AdaptedClip, precision: str) -> Iterator[None]:
     transformer, before = adapted.visual.transformer, (adapted.precision, adapted.visual.transformer.batch_first)
     adapted.precision = precision
     if precision == "bf16":
-        _put_sequence_first(transformer)
+        adapted.put_sequence_first()
     try:
         yield
     finally:

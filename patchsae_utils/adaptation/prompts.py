@@ -55,11 +55,6 @@ class PromptedClip(AdaptedClip):
     def changes_images(self) -> bool:
         return bool(self.visual_prompts())
 
-    def run_to(self, images: Tensor, layer: int) -> Residual:
-        """As :meth:`ClipModel.run_to`; the image prompts, where there are any, come apart from the tokens."""
-        x = super().run_to(images, layer).tokens
-        return Residual(x) if x.shape[1] == self.n_tokens else Residual(x[:, : self.n_tokens], x[:, self.n_tokens :])
-
     def tail_inputs(self, layer: int) -> tuple[ClipModel, Tensor | None]:
         """Prompts that enter in the last block are constants that stand behind the base's tokens there."""
         prompts = self.visual_prompts()

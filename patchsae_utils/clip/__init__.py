@@ -1,9 +1,10 @@
 """CLIP: any vision transformer, run block by block.
 
-`load_clip` opens open_clip's models, the embedded world's and timm's; `zero_shot` classifies with them. May import: data, run.
+`load_clip` opens the embedded world's model, open_clip's and timm's; all have the words of `ClipModel`. `zero_shot` classifies with them. May import: data, run.
 """
 
-from .model import ClipModel, Residual, load_clip
+from .loading import load_clip
+from .model import ClipModel, Residual
 from .zero_shot import accuracy_table, domains_of, embed_images, zero_shot_predictions
 
 __all__ = ["ClipModel", "Residual", "accuracy_table", "domains_of", "embed_images", "load_clip", "zero_shot_predictions"]

@@ -10,7 +10,7 @@ def test_the_benchmark_reports_both_sides(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     from benchmarks import summary
     from patchsae_utils import stages
-    from patchsae_utils.clip.model import load_clip
+    from patchsae_utils.clip.loading import load_clip
     from patchsae_utils.sae.model import SparseAutoencoder
 
     clip = load_clip("openmoji")

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from patchsae_utils.cli import main
-from patchsae_utils.clip.model import load_clip
+from patchsae_utils.clip.loading import load_clip
 from patchsae_utils.clip.timm_models import NoText, TimmModel
+from patchsae_utils.clip.zero_shot import zero_shot_predictions
 from patchsae_utils.config import load_profile
 from patchsae_utils.latents.reading import latent_masks, summarize_latents
 from patchsae_utils.sae.model import SparseAutoencoder
@@ -39,12 +40,42 @@ def test_reading_and_finishing_is_timms_own_forward_pass(model):
         assert residual.tokens.shape == (3, 17, 24) and model.grid == (4, 4)
         torch.testing.assert_close(model.finish(residual, layer), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(model.encode_image(IMAGES), expected, rtol=0, atol=1e-5)
+    stream = model.residuals(IMAGES)
+    assert stream.shape == (3, 3, 17, 24)  # FAULTS C2: registers are no patches
+    for layer in range(3):
+        torch.testing.assert_close(stream[layer], model.residual(IMAGES, layer), rtol=0, atol=0)
     residual = model.run_to(IMAGES, 1)
     edited = residual._replace(tokens=residual.tokens.roll(1, dims=0))
     assert not torch.allclose(model.finish(edited, 1), expected)
     if residual.extra is not None:
         with pytest.raises(ValueError, match="4 register tokens"):
             model.finish(residual.tokens, 1)
+
+
+def test_patches_are_told_from_registers_by_count():
+    """FAULTS C2: a change of the last patch of the picture is a change of the last token, however many registers come before."""
+    model = small(reg_tokens=4)
+    changed = IMAGES.clone()
+    changed[:, :, 24:, 24:] += 1
+    moved = (model.model.patch_embed(changed) - model.model.patch_embed(IMAGES)).abs().amax((0, 2)).nonzero().flatten().tolist()
+    assert moved == [15]
+    before, after = (model._split(model._first_tokens(images)).tokens for images in (IMAGES, changed))
+    assert (before != after).any(-1).any(0).nonzero().flatten().tolist() == [16]
+
+
+def test_an_image_size_other_than_the_weights_own_is_seen_by_transform_and_positions(tmp_path, tiny_dataset):
+    """FAULTS C1: the transform stayed at the weights' own size, and the first picture failed. The same with weights, and with DINOv2's names."""
+    torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "w.pt")
+    for name, weights, size in (
+        ("test_vit@96", str(tmp_path / "w.pt"), 96),
+        ("vit_tiny_patch16_224@64", "random", 64),
+        ("vit_small_patch14_reg4_dinov2@56", "random", 56),
+    ):
+        model = load_clip(f"timm:{name}", weights, "cpu")
+        picture = model.preprocess(tiny_dataset[0].image)
+        assert tuple(picture.shape) == (3, size, size) == (3, *model.image_size)
+        assert model.encode_image(picture[None]).shape == (1, model.d_embed)
+        assert model.residuals(picture[None]).shape == (model.n_layers, 1, 1 + model.grid[0] * model.grid[1], model.width)
 
 
 def test_stages_without_words_run(model, tiny_dataset, tmp_path):
@@ -54,12 +85,13 @@ def test_stages_without_words_run(model, tiny_dataset, tmp_path):
     assert latent_masks(model, sae, IMAGES, [0, 5], 1).shape == (3, 2, 4, 4)
 
 
-def test_words_are_refused_by_name(model):
+def test_words_are_refused_by_name(model, tiny_dataset):
     for call in (
         lambda: model.encode_text("a dog"),
         lambda: model.tokenize("a dog"),
         lambda: model.zero_shot_head(["dog"], ["a {}."]),
         lambda: model.logit_scale,
+        lambda: zero_shot_predictions(model, tiny_dataset, progress=False),
     ):
         with pytest.raises(NoText, match="'timm:small' has no text tower.*mask sweeps and prompts need a CLIP"):
             call()

@@ -1,7 +1,9 @@
 """Any open_clip vision transformer: the split forward pass is the whole one, heads are unit vectors, wrong names are answered."""
 
 import json
+from argparse import Namespace
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -9,7 +11,8 @@ import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
 
-from patchsae_utils.clip.model import ClipModel, Residual, load_clip
+from patchsae_utils.clip.loading import EMBEDDED, load_clip
+from patchsae_utils.clip.model import ClipModel, Residual
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 4, "head_width": 16}
@@ -243,7 +246,7 @@ def test_weights_that_cannot_be_fetched_say_how_to_do_without(monkeypatch):
         raise ConnectionError("Failed to resolve host\nand more")
 
     monkeypatch.setattr(open_clip, "create_model_and_transforms", offline)
-    with pytest.raises(FileNotFoundError, match="'openai' of 'ViT-B-32' could not be loaded .*host and more.*download the file elsewhere"):
+    with pytest.raises(FileNotFoundError, match="The weights of 'ViT-B-32' could not be loaded .*host and more.*download them elsewhere"):
         load_clip("ViT-B-32", "openai")
 
 
@@ -275,6 +278,49 @@ def test_a_weight_file_that_is_none_is_named_and_nothing_of_it_runs(tmp_path, mo
         ):
             load_clip(model, str(path))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def small_model(monkeypatch):
+    """A model that open_clip knows by name."""
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"small": {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}})
+    return "small"
+
+
+def test_a_training_checkpoint_is_read_as_data(clip, small_model, tmp_path):
+    """FAULTS C5: of open_clip, in parallel, with numpy's numbers and argparse's settings beside the weights."""
+    state = {f"module.{key}": value for key, value in clip.model.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": np.float64(3), "args": Namespace(lr=0.1), "optimizer": {"state": {}}}, tmp_path / "e.pt")
+    loaded = load_clip(small_model, str(tmp_path / "e.pt"), "cpu")
+    assert loaded.weights_hash == clip.weights_hash and loaded.pretrained == str(tmp_path / "e.pt")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_openais_torchscript_says_which_file_is_wanted(small_model, tmp_path):
+    """FAULTS C5."""
+    torch.jit.trace(torch.nn.Linear(2, 3), torch.zeros(1, 2)).save(tmp_path / "ViT-B-16.pt")
+    for model in (small_model, "timm:test_vit"):
+        with pytest.raises(
+            ValueError, match="ViT-B-16.pt is refused: it is a TorchScript archive.*Wanted is a file of the weights alone.*'openai'"
+        ):
+            load_clip(model, str(tmp_path / "ViT-B-16.pt"))
+
+
+def test_pretrained_is_obeyed_or_refused_for_folders_and_the_shipped_model(clip, tmp_path):
+    """FAULTS C6: it was ignored, and recorded as if it had been done."""
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}}))
+    save_file(build().model.state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        load_clip(str(tmp_path))
+    assert load_clip(str(tmp_path), str(tmp_path / "other.safetensors"), "cpu").weights_hash == clip.weights_hash
+    assert load_clip("openmoji", "random", "cpu").weights_hash != load_clip("openmoji", device="cpu").weights_hash
+    for model in ("openmoji", str(tmp_path)):
+        with pytest.raises(
+            ValueError, match="Unknown weights 'openai' of .*Valid: nothing .the folder's own weights., a weight file, or 'random'"
+        ):
+            load_clip(model, "openai")
+        with pytest.raises(FileNotFoundError, match="No weight file '/nowhere.pt'"):
+            load_clip(model, "/nowhere.pt")
 
 
 def test_a_folder_in_open_clips_form_loads(clip, images, tmp_path):
@@ -312,8 +358,6 @@ def test_an_architecture_of_open_clip_loads_with_random_weights():
 
 
 def test_the_shipped_model_is_small_and_has_the_papers_grid():
-    from patchsae_utils.clip.model import EMBEDDED
-
     clip = load_clip("openmoji", device="cpu")
     assert (clip.grid, clip.n_tokens, clip.image_size) == ((14, 14), 197, (112, 112))
     assert (EMBEDDED / "open_clip_model.safetensors").stat().st_size <= 20e6

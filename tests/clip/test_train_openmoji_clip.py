@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from experiments import train_openmoji_clip as train
-from patchsae_utils.clip.model import EMBEDDED
+from patchsae_utils.clip.loading import EMBEDDED
 from patchsae_utils.data import openmoji
 
 

@@ -1,12 +1,11 @@
 """Zero-shot accuracy: counted rightly, with intervals over images and the chance level beside it."""
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
-from patchsae_utils.clip.zero_shot import accuracy_table, bootstrap_share, domains_of, zero_shot_accuracy, zero_shot_predictions
+from patchsae_utils.clip.zero_shot import accuracy_table, domains_of, zero_shot_predictions
 from patchsae_utils.data import ImageData, load_dataset
 
 
@@ -31,7 +30,7 @@ def test_predictions_are_keyed_by_label():
     """Two classes may share a name; image i is red level said[i]."""
     said, labels = [0, 2, 1, 2, 0], [0, 2, 1, 0, 1]
     data = ImageData("twins", "test", ["missile", "sunglasses", "missile"], labels, lambda i: Image.new("RGB", (4, 4), (said[i], 0, 0)))
-    frame = zero_shot_predictions(Oracle(3), data, ["{}"], batch_size=2, progress=False)
+    frame = zero_shot_predictions(Oracle(3), data, progress=False)
     assert frame["prediction"].tolist() == said
     assert frame["correct"].tolist() == [True, True, True, False, False]
     assert frame["index"].tolist() == list(range(5))
@@ -51,43 +50,18 @@ def test_scenes_are_described_by_their_class(tiny_clip):
 
 
 def test_accuracy_is_the_mean_and_lies_in_its_interval(tiny_clip):
-    data = load_dataset("openmoji/tools", "test", n_images=35)
-    whole = zero_shot_accuracy(tiny_clip, data, ["a {}."], progress=False)
-    frame = zero_shot_predictions(tiny_clip, data, ["a {}."], progress=False)
+    frame = zero_shot_predictions(tiny_clip, load_dataset("openmoji/tools", "test", n_images=35), progress=False)
+    whole = accuracy_table(frame)
     assert len(whole) == 1 and whole["n"][0] == 35
     assert whole["accuracy"][0] == pytest.approx(frame["correct"].mean())
     assert whole["low"][0] <= whole["accuracy"][0] <= whole["high"][0]
     assert whole["chance"][0] == pytest.approx(1 / 35)
-    assert zero_shot_accuracy(tiny_clip, data, ["a {}."], progress=False, by="half")["n"].sum() == 35
+    assert accuracy_table(frame, "half")["n"].sum() == 35
 
 
 def test_an_unknown_grouping_names_the_columns():
     with pytest.raises(ValueError, match="no column 'colour'. Valid: label, correct, n_classes"):
         accuracy_table(pd.DataFrame({"label": [0], "correct": [True], "n_classes": [2]}), "colour")
-
-
-def test_intervals_cover_the_truth():
-    """Of 200 samples of 100 coin tosses, about 95 % of the intervals hold the coin's share."""
-    rng = np.random.default_rng(0)
-    inside = []
-    for i in range(200):
-        _, low, high = bootstrap_share(rng.random(100) < 0.3, n_bootstrap=300, seed=i)
-        inside.append(low <= 0.3 <= high)
-    assert 0.89 <= np.mean(inside) <= 0.99
-
-
-def test_tokens_of_one_image_are_resampled_together():
-    images = np.repeat(np.arange(20), 50)
-    hits = images % 2 == 0  # all tokens of an image agree: 20 images are the evidence, not 1,000 tokens
-    share, low, high = bootstrap_share(hits, images)
-    naive = bootstrap_share(hits)
-    assert share == naive[0] == 0.5
-    assert high - low > 5 * (naive[2] - naive[1])
-
-
-def test_shares_of_nothing_are_nan():
-    assert all(np.isnan(value) for value in bootstrap_share(np.array([], bool)))
-    assert bootstrap_share(np.ones(5, bool)) == (1.0, 1.0, 1.0)
 
 
 def test_domains_of_a_task_and_of_anything_else():

@@ -1,0 +1,221 @@
+"""Opening models: the embedded world's CLIP, open_clip's by name or from a folder, timm's; weights from files that people bring along."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.factory import load_checkpoint
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..run.artifacts import read_json, shortened
+from ..run.pickles import read_torch
+from ..run.processes import default_device
+from .model import ClipModel, other_tower
+from .timm_models import TimmModel
+
+EMBEDDED = Path(__file__).parent / "openmoji_clip"
+"""The small CLIP of the embedded world, in the form that open_clip reads as ``local-dir:<folder>``."""
+
+_TIMM = "timm:"
+
+
+def load_clip(model: str = "openmoji", pretrained: str | None = None, device: str | None = None, precision: str = "fp32") -> ClipModel:
+    """Load a CLIP, or a vision transformer without text, with its preprocessing and tokenizer.
+
+    Parameters
+    ----------
+    model : str
+        ``"openmoji"`` (the small CLIP of the embedded world), a name that open_clip knows, a folder with ``open_clip_config.json`` and weights,
+        or ``timm:<name>`` for a vision transformer of timm without text; ``timm:<name>@<pixels>`` for another image size than the weights' own
+        (positions are resampled).
+    pretrained : str, optional
+        A tag that open_clip knows (``"openai"``), a weight file (``.safetensors``, ``.pt``, ``.bin``; training checkpoints count), or ``"random"``.
+        Default: the weights of the folder, or timm's own; a model of open_clip needs one of the three.
+    device : str, optional
+        A GPU when there is one, else the CPU.
+    precision : {"fp32", "bf16"}
+        Arithmetic of the image tower.
+
+    Returns
+    -------
+    ClipModel
+
+    Raises
+    ------
+    ValueError
+        For an unknown model, tag or precision, naming the valid ones; a model without a vision transformer that is read here; a weight file or
+        folder that is damaged, of another model, a TorchScript archive, or asks to run code.
+    FileNotFoundError
+        If a weight file or folder is missing, or weights can't be fetched; the message says what to provide and where.
+    ImportError
+        If the model needs a package that is not installed.
+    """
+    device = device or default_device()
+    if model.startswith(_TIMM):
+        network, preprocess = _load_timm(model, pretrained)
+        return TimmModel(network, preprocess, model, pretrained, device=device, precision=precision)
+    folder = EMBEDDED if model == "openmoji" else Path(model) if Path(model).is_dir() else None
+    if folder is None and model not in open_clip.list_models():
+        raise ValueError(
+            f"Unknown model {model!r}. Valid: 'openmoji', a folder with open_clip_config.json, 'timm:<name>', or one of open_clip's: "
+            f"{', '.join(open_clip.list_models())}."
+        )
+    file, tag = _choose_weights(model, folder, pretrained)
+    source = model if folder is None else f"local-dir:{folder}"
+    place = file or (folder if pretrained is None else None)
+    try:
+        with nullcontext() if place is None else _weights_from(place, model):
+            network, _, preprocess = open_clip.create_model_and_transforms(
+                source, pretrained=tag, load_weights=pretrained is None or tag is not None
+            )
+            tokenizer = open_clip.get_tokenizer(source)
+            if file is not None:
+                _fill_clip(network, file)
+    except ImportError as error:
+        raise ImportError(f"{model!r} needs a package that is not installed ({error}): pip install {error.name or 'it'}.") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise _not_fetched(model, error) from error
+    return ClipModel(network, preprocess, tokenizer, model, pretrained, device, precision)
+
+
+def _choose_weights(model: str, folder: Path | None, pretrained: str | None) -> tuple[Path | None, str | None]:
+    """A weight file, or a tag of open_clip, or neither: random weights, or a folder's own."""
+    if folder is not None:
+        tags, own = [], "the folder's own weights"
+        _check_folder(folder, with_weights=pretrained is None)
+    else:
+        tags, own = open_clip.list_pretrained_tags_by_model(model), None
+        vision = open_clip.get_model_config(model)["vision_cfg"]
+        if "timm_model_name" in vision or not isinstance(vision.get("layers", 12), int):  # before weights are fetched
+            raise other_tower(model, vision.get("timm_model_name", "ModifiedResNet"))
+    if pretrained == "random" or (pretrained is None and own):
+        return None, None
+    if pretrained in tags:
+        return None, pretrained
+    if pretrained is not None and Path(pretrained).is_file():
+        return Path(pretrained), None
+    valid = (
+        f"{', '.join(tags) or '(no tag is known)'}, a weight file, or 'random'"
+        if own is None
+        else f"nothing ({own}), a weight file, or 'random'"
+    )
+    if pretrained is None:
+        raise ValueError(f"{model!r} needs weights: pretrained= one of {valid}.")
+    if Path(pretrained).suffix in (".safetensors", ".pt", ".bin", ".pth"):
+        raise FileNotFoundError(f"No weight file {pretrained!r} for {model!r}. Valid: {valid}; tags are downloaded.")
+    raise ValueError(f"Unknown weights {pretrained!r} of {model!r}. Valid: {valid}.")
+
+
+def _check_folder(folder: Path, with_weights: bool) -> None:
+    config = folder / "open_clip_config.json"
+    if not config.exists():
+        raise FileNotFoundError(f"{folder} holds no open_clip_config.json: a model folder needs that file and open_clip_model.safetensors.")
+    described = read_json(config)
+    if not isinstance(described, dict) or "model_cfg" not in described:
+        raise ValueError(f"{config} has no entry 'model_cfg'; see open_clip's push_to_hf_hub for the form.")
+    if with_weights and not any(folder.glob("open_clip_*model.*")):
+        raise FileNotFoundError(
+            f"{folder} holds no weights (open_clip_model.safetensors). Train them: python -m experiments.train_openmoji_clip."
+        )
+
+
+def _load_timm(model: str, pretrained: str | None) -> tuple[torch.nn.Module, Any]:
+    """A network of timm and its preprocessing, both for the image size asked for."""
+    import timm
+
+    name, _, pixels = model.removeprefix(_TIMM).partition("@")
+    if name not in timm.list_models(pretrained=True) and name not in timm.list_models():
+        near = ", ".join(timm.list_models(f"*{name.partition('.')[0]}*")[:8] or timm.list_models("vit_*dinov2*"))
+        raise ValueError(f"timm has no model {name!r}. Near it: {near} (timm.list_models() lists all).")
+    if pixels and not pixels.isdigit():
+        raise ValueError(f"The image size of {model!r} is no whole number of pixels.")
+    file = None if pretrained in (None, "random") else Path(pretrained)
+    if file is not None and not file.is_file():
+        raise FileNotFoundError(f"No weight file {pretrained!r} for {model!r}. Give a file, 'random', or nothing for timm's own weights.")
+    try:
+        network = timm.create_model(name, pretrained=pretrained is None, num_classes=0, **({"img_size": int(pixels)} if pixels else {}))
+    except (OSError, RuntimeError) as error:
+        raise _not_fetched(model, error) from error
+    if file is not None:
+        with _weights_from(file, model):
+            _fill_timm(network, name, file)
+    data = timm.data.resolve_model_data_config(network)
+    if pixels:
+        data["input_size"] = (3, *network.patch_embed.img_size)  # timm's data configuration knows only the weights' own size
+    return network, timm.data.create_transform(**data, is_training=False)
+
+
+# -- weight files -----------------------------------------------------------------------------------------------------------------
+
+
+def _state_dict(file: Path) -> dict[str, Tensor]:
+    """The weights in a file: safetensors, or torch.save of a state dict or of a training checkpoint, read without running anything."""
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    content = read_torch(file)
+    for name in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    state = {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
+    if not state:
+        raise ValueError(f"{file} holds no weights: wanted is a state dict, alone or as 'state_dict' of a training checkpoint")
+    wrapped = all(key.startswith("module.") for key in state)  # of DistributedDataParallel
+    return {key.removeprefix("module."): value for key, value in state.items()} if wrapped else state
+
+
+def _fill_clip(network: torch.nn.Module, file: Path) -> None:
+    """Load a weight file by open_clip, which converts older forms; it gets safetensors, so that it opens no pickle."""
+    with tempfile.TemporaryDirectory() as folder:
+        if file.suffix != ".safetensors":
+            state = {key: value.clone(memory_format=torch.contiguous_format) for key, value in _state_dict(file).items()}
+            file = Path(folder) / "weights.safetensors"
+            save_file(state, file)
+        load_checkpoint(network, str(file))
+
+
+def _fill_timm(network: torch.nn.Module, name: str, file: Path) -> None:
+    """Load a weight file: every weight of the model, and nothing else but a classifier's. By itself timm leaves random what doesn't fit."""
+    from timm.models import model_entrypoint
+
+    state = _state_dict(file)
+    adapt = getattr(sys.modules[model_entrypoint(name).__module__], "checkpoint_filter_fn", None)  # e.g. positions for another grid
+    state = state if adapt is None else adapt(state, network)
+    expected = network.state_dict().keys()
+    if missing := sorted(expected - state.keys()):
+        raise ValueError(f"it lacks {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}")
+    if foreign := sorted(key for key in state.keys() - expected if not key.startswith("head")):
+        raise ValueError(f"it also holds {', '.join(foreign[:3])}{' and more' if len(foreign) > 3 else ''}")
+    network.load_state_dict({key: state[key] for key in expected})
+
+
+@contextmanager
+def _weights_from(place: Path, model: str) -> Iterator[None]:
+    """Around the loading of a file or folder: whatever is wrong with it becomes a ``ValueError`` that names it and the model."""
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise  # nothing is wrong with the file
+    except Exception as error:
+        size = f" ({place.stat().st_size:,} bytes)" if place.is_file() else ""
+        fits = " It must fit the folder's open_clip_config.json." if place.is_dir() else " Or name the model that it belongs to."
+        raise ValueError(
+            f"{place}{size} can't be loaded as weights of {model!r} ({type(error).__name__}: {shortened(error, 600)}). A weight file must be whole, "
+            f"and hold the weights of this very architecture: copy or download it again.{fits}"
+        ) from error
+
+
+def _not_fetched(model: str, error: Exception) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"The weights of {model!r} could not be loaded ({type(error).__name__}: {shortened(error)}). With a network they are fetched from the Hugging "
+        'Face hub; without one, download them elsewhere and give the file: model.pretrained = "/path/to/weights.safetensors" in the profile, '
+        "or pretrained=... here."
+    )
