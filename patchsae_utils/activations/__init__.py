@@ -4,7 +4,7 @@
 """
 
 from .extraction import extract_activations
-from .layers import norm_table, patch_components, probe_layers, residual_layers, survey_residuals
+from .layers import norm_table, patch_components, probe_layers, survey_residuals
 from .store import ActivationStore
 
 __all__ = [
@@ -13,6 +13,5 @@ __all__ = [
     "norm_table",
     "patch_components",
     "probe_layers",
-    "residual_layers",
     "survey_residuals",
 ]

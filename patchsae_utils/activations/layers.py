@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,17 +9,21 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
+from sklearn.decomposition import PCA
 from torch import Tensor
 
-from ..clip.zero_shot import bootstrap_share
 from ..data import batches
+from ..run.intervals import mean_interval
 
 OUTLIER_FACTOR = 2.0
 """A patch is an outlier when its norm exceeds so many times the median patch's of its layer."""
 
+_N_PATCHES = 16  # of each image that a survey keeps
+_EPOCHS, _BATCH, _LR, _WEIGHT_DECAY = 15, 512, 0.01, 1e-3  # of a probe: AdamW, a rate that falls to 0 by a cosine
+
 
 class ResidualSurvey(NamedTuple):
-    """A sample of the residual stream after every block."""
+    """A sample of the residual stream after every block, on the CPU."""
 
     layers: list[int]
     norms: Tensor
@@ -37,94 +40,40 @@ class ResidualSurvey(NamedTuple):
     """[N] label of each image."""
 
 
-def residual_layers(clip, images: Tensor, layers: Sequence[int] | None = None) -> Tensor:
-    """The residual stream after several blocks, by one forward pass.
-
-    Parameters
-    ----------
-    clip : ClipModel
-    images : Tensor [B, 3, H, W]
-    layers : sequence of int, optional
-        Default: all.
-
-    Returns
-    -------
-    Tensor [L, B, 1+P, D]
-
-    Raises
-    ------
-    ValueError
-        If there is no such layer.
-    """
-    chosen = [clip.layer_index(layer) for layer in (range(clip.n_layers) if layers is None else layers)]
-    batch_first = clip.visual.transformer.batch_first
-    seen: dict[int, Tensor] = {}
-
-    def keep(index):
-        def hook(_module, _inputs, output):
-            seen[index] = (output if batch_first else output.transpose(0, 1))[:, : clip.n_tokens].float()
-
-        return hook
-
-    handles = [clip.blocks[index].register_forward_hook(keep(index)) for index in set(chosen)]
-    try:
-        clip.run_to(images, max(chosen))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.stack([seen[index] for index in chosen])
-
-
 @torch.no_grad()
-def survey_residuals(
-    clip, dataset, *, n_patches: int = 16, batch_size: int = 64, workers: int | None = None, seed: int = 0, progress: bool = True
-) -> ResidualSurvey:
-    """Sample the residual stream after every block.
+def survey_residuals(clip, dataset, *, progress: bool = True) -> ResidualSurvey:
+    """Sample the residual stream after every block: all norms, all CLS tokens, and up to 16 patches of each image.
 
     Parameters
     ----------
     clip : ClipModel
     dataset : ImageData or OpenMojiData
         With ground truth, the patches are drawn among those that an object covers by half or more.
-    n_patches : int
-        K, patches kept of each image; the norms are kept of all.
-    batch_size, workers : int
-    seed : int
-        Which patches.
     progress : bool
+        Show a bar.
 
     Returns
     -------
     ResidualSurvey
     """
-    n_places = clip.n_tokens - 1
-    if not 1 <= n_patches <= n_places:
-        raise ValueError(f"n_patches must lie between 1 and {n_places}, got {n_patches}.")
-    norms, cls, patches, places, patch_labels, labels = [], [], [], [], [], []
-    for batch in batches(dataset, clip.preprocess, batch_size, workers, progress="residual stream" if progress else None):
-        stream = residual_layers(clip, batch.images).cpu()
+    n_places, parts = clip.n_tokens - 1, []
+    for batch in batches(dataset, clip.preprocess, progress="residual stream" if progress else None):
+        stream = clip.residuals(batch.images).cpu()
         owners = torch.stack([_owners(dataset, int(i), int(label), n_places) for i, label in zip(batch.indices, batch.labels, strict=True)])
-        noise = torch.stack([torch.from_numpy(np.random.default_rng([seed, int(i)]).random(n_places)) for i in batch.indices])
-        chosen = (noise + (owners < 0)).argsort(1)[:, :n_patches]  # labelled patches first, in random order
-        norms.append(stream.norm(dim=-1))
-        cls.append(stream[:, :, 0])
-        patches.append(stream[:, :, 1:].gather(2, chosen[None, ..., None].expand(len(stream), -1, -1, stream.shape[-1])))
-        places.append(chosen)
-        patch_labels.append(owners.gather(1, chosen))
-        labels.append(batch.labels)
-    return ResidualSurvey(
-        list(range(clip.n_layers)),
-        torch.cat(norms, 1),
-        torch.cat(cls, 1),
-        torch.cat(patches, 1),
-        torch.cat(places),
-        torch.cat(patch_labels),
-        torch.cat(labels),
-    )
+        noise = torch.stack([torch.from_numpy(np.random.default_rng([0, int(i)]).random(n_places)) for i in batch.indices])
+        chosen = (noise + (owners < 0)).argsort(1)[:, :_N_PATCHES]  # labelled patches first, in random order
+        patches = stream[:, :, 1:].gather(2, chosen[None, ..., None].expand(len(stream), -1, -1, stream.shape[-1]))
+        parts.append((stream.norm(dim=-1), stream[:, :, 0], patches, chosen, owners.gather(1, chosen), batch.labels))
+    by_layer, by_image = [*zip(*parts, strict=True)][:3], [*zip(*parts, strict=True)][3:]
+    return ResidualSurvey(list(range(clip.n_layers)), *(torch.cat(part, 1) for part in by_layer), *(torch.cat(part) for part in by_image))
 
 
 def norm_table(survey: ResidualSurvey) -> pd.DataFrame:
     """Norms by layer and kind of token.
+
+    Parameters
+    ----------
+    survey : ResidualSurvey
 
     Returns
     -------
@@ -149,7 +98,7 @@ def patch_components(stream: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Ten
     Parameters
     ----------
     stream : Tensor [L, B, 1+P, D]
-        Of :func:`residual_layers`.
+        Of ``clip.residuals``, on any device.
     grid : (int, int)
         Rows and columns of patches.
 
@@ -168,60 +117,24 @@ def patch_components(stream: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Ten
     n_layers, n_images, n_tokens, width = stream.shape
     if n_tokens - 1 != grid[0] * grid[1]:
         raise ValueError(f"A grid of {grid[0]}x{grid[1]} patches and CLS are {grid[0] * grid[1] + 1} tokens; the stream has {n_tokens}.")
+    patches = stream[:, :, 1:].reshape(n_layers, -1, width).double().numpy(force=True)
     colors, explained, before = [], [], None
-    for layer in range(n_layers):
-        x = stream[layer, :, 1:].reshape(-1, width).double()
-        x = x - x.mean(0)
-        variance, directions = torch.linalg.eigh(x.T @ x)
-        scores, shares = x @ directions[:, -3:].flip(1), variance[-3:].flip(0) / variance.sum()
-        scores = scores / scores.std(0).clamp_min(1e-12)
+    for x in patches:
+        pca = PCA(3, whiten=True, svd_solver="covariance_eigh")
+        scores, order, signs = pca.fit_transform(x), np.arange(3), np.ones(3)
         if before is not None:
-            correlation = (before.T @ scores / len(x)).numpy()
+            correlation = before.T @ scores / len(x)
             order = linear_sum_assignment(-np.abs(correlation))[1]
             signs = np.where(correlation[np.arange(3), order] < 0, -1.0, 1.0)
-            scores, shares = scores[:, order] * torch.from_numpy(signs), shares[order]
-        before = scores
-        low, high = torch.quantile(scores, 0.01, 0), torch.quantile(scores, 0.99, 0)
-        colors.append(((scores - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).view(n_images, *grid, 3))
-        explained.append(shares)
-    return torch.stack(colors).float(), torch.stack(explained).float()
+        before = scores[:, order] * signs
+        low, high = np.quantile(before, [0.01, 0.99], axis=0)
+        colors.append(((before - low) / np.maximum(high - low, 1e-12)).clip(0, 1).reshape(n_images, *grid, 3))
+        explained.append(pca.explained_variance_ratio_[order])
+    return torch.from_numpy(np.stack(colors)).float(), torch.from_numpy(np.stack(explained)).float()
 
 
-def linear_probe(
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    n_classes: int,
-    *,
-    epochs: int = 15,
-    batch_size: int = 512,
-    lr: float = 0.01,
-    weight_decay: float = 1e-3,
-    seed: int = 0,
-) -> Tensor:
-    """Multinomial logistic regression on standardised vectors: what one linear map can read.
-
-    Parameters
-    ----------
-    train_x : Tensor [n, D]
-    train_y : LongTensor [n]
-    test_x : Tensor [m, D]
-    n_classes : int
-    epochs, batch_size, lr, weight_decay
-        Of AdamW; the rate falls to 0 by a cosine.
-    seed : int
-        Order of the examples.
-
-    Returns
-    -------
-    LongTensor [m]
-        Predicted classes.
-
-    Raises
-    ------
-    ValueError
-        If there is nothing to learn from, or a label is outside ``range(n_classes)``.
-    """
+def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, n_classes: int) -> Tensor:
+    """What one linear map reads: classes [m] of vectors [m, D], by multinomial logistic regression on standardised vectors [n, D]."""
     if len(train_x) == 0 or len(train_x) != len(train_y):
         raise ValueError(f"A probe needs as many labels as vectors, and some; got {len(train_x)} vectors and {len(train_y)} labels.")
     if int(train_y.min()) < 0 or int(train_y.max()) >= n_classes:
@@ -230,12 +143,11 @@ def linear_probe(
     train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
     weight = torch.zeros(n_classes, train_x.shape[1], requires_grad=True)
     bias = torch.zeros(n_classes, requires_grad=True)
-    optimizer = torch.optim.AdamW([weight, bias], lr=lr, weight_decay=weight_decay)
-    steps = epochs * -(-len(train_x) // batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(train_x), generator=generator).split(batch_size):
+    optimizer = torch.optim.AdamW([weight, bias], lr=_LR, weight_decay=_WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _EPOCHS * -(-len(train_x) // _BATCH))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(_EPOCHS):
+        for rows in torch.randperm(len(train_x), generator=generator).split(_BATCH):
             loss = F.cross_entropy(F.linear(train_x[rows], weight, bias), train_y[rows])
             optimizer.zero_grad()
             loss.backward()
@@ -245,9 +157,7 @@ def linear_probe(
         return F.linear(test_x, weight, bias).argmax(1)
 
 
-def probe_layers(
-    train: ResidualSurvey, test: ResidualSurvey, n_classes: int, *, seed: int = 0, n_bootstrap: int = 1000, **options
-) -> pd.DataFrame:
+def probe_layers(train: ResidualSurvey, test: ResidualSurvey, n_classes: int) -> pd.DataFrame:
     """What a linear probe reads from one token, at every layer: from a patch, the object that covers it; from CLS, the image's class.
 
     Parameters
@@ -255,39 +165,35 @@ def probe_layers(
     train, test : ResidualSurvey
         Of different images.
     n_classes : int
-    seed, n_bootstrap : int
-    **options
-        Passed to :func:`linear_probe`.
 
     Returns
     -------
     DataFrame
-        ``layer``, ``token`` (CLS or patch), ``accuracy`` with ``low`` and ``high`` (bootstrap over images), ``control`` (the same probe
-        trained on permuted labels), ``n_train`` and ``n_test`` tokens.
+        ``layer``, ``token`` (CLS or patch), ``accuracy`` with ``low`` and ``high`` (resampled images), ``control`` (the same probe trained on
+        permuted labels), ``n_train`` and ``n_test`` tokens.
+
+    Raises
+    ------
+    ValueError
+        If no token has a label.
     """
-    width = train.cls.shape[-1]
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for layer, *vectors in zip(train.layers, train.cls, test.cls, train.patches, test.patches, strict=True):
-        for token, train_x, test_x, train_y, test_y in (
-            ("CLS", vectors[0], vectors[1], train.labels, test.labels),
-            (
-                "patch",
-                vectors[2].reshape(-1, width),
-                vectors[3].reshape(-1, width),
-                train.patch_labels.flatten(),
-                test.patch_labels.flatten(),
-            ),
-        ):
-            images = torch.arange(len(test_y)) // (len(test_y) // len(test.labels))
-            known, asked = train_y >= 0, test_y >= 0
-            train_x, train_y, test_x, test_y = train_x[known], train_y[known], test_x[asked], test_y[asked]
-            hits = linear_probe(train_x, train_y, test_x, n_classes, seed=seed, **options) == test_y
+    generator, rows = torch.Generator().manual_seed(0), []
+    for i, layer in enumerate(train.layers):
+        for token in ("CLS", "patch"):
+            (train_x, train_y, _), (test_x, test_y, images) = (_labelled(survey, i, token) for survey in (train, test))
+            hits = linear_probe(train_x, train_y, test_x, n_classes) == test_y
             permuted = train_y[torch.randperm(len(train_y), generator=generator)]
-            control = linear_probe(train_x, permuted, test_x, n_classes, seed=seed, **options) == test_y
-            share, low, high = bootstrap_share(hits, images[asked], n_bootstrap=n_bootstrap, seed=seed)
-            rows.append([layer, token, share, low, high, control.float().mean().item(), len(train_y), len(test_y)])
+            control = linear_probe(train_x, permuted, test_x, n_classes) == test_y
+            share = mean_interval(hits, "images", groups=images)
+            rows.append([layer, token, share.value, share.low, share.high, control.float().mean().item(), len(train_y), len(test_y)])
     return pd.DataFrame(rows, columns=["layer", "token", "accuracy", "low", "high", "control", "n_train", "n_test"])
+
+
+def _labelled(survey: ResidualSurvey, i: int, token: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors, labels and images of the tokens of one kind whose class is known."""
+    x, y = (survey.cls[i], survey.labels) if token == "CLS" else (survey.patches[i].flatten(0, 1), survey.patch_labels.flatten())
+    known = y >= 0
+    return x[known], y[known], (torch.arange(len(y)) // (len(y) // len(survey.labels)))[known]
 
 
 def _owners(dataset, index: int, label: int, n_places: int) -> Tensor:

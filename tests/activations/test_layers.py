@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from patchsae_utils.activations import layers
 from patchsae_utils.activations.layers import (
     ResidualSurvey,
     linear_probe,
     norm_table,
     patch_components,
     probe_layers,
-    residual_layers,
     survey_residuals,
 )
 from patchsae_utils.data import ImageData, load_dataset, openmoji
@@ -17,18 +17,16 @@ from patchsae_utils.data import ImageData, load_dataset, openmoji
 
 @pytest.fixture(scope="module")
 def survey(tiny_clip):
-    return survey_residuals(tiny_clip, load_dataset("openmoji/tools", "test", n_images=10), n_patches=6, batch_size=4, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "_N_PATCHES", 6)
+        return survey_residuals(tiny_clip, load_dataset("openmoji/tools", "test", n_images=10), progress=False)
 
 
 def test_all_layers_of_one_pass_are_the_layers_one_by_one(tiny_clip, tiny_images):
-    stream = residual_layers(tiny_clip, tiny_images)
+    stream = tiny_clip.residuals(tiny_images)
     assert stream.shape == (3, 8, 197, 32)
     for layer in range(3):
         torch.testing.assert_close(stream[layer], tiny_clip.residual(tiny_images, layer))
-    torch.testing.assert_close(residual_layers(tiny_clip, tiny_images, [-1, 0]), stream[[2, 0]])
-    with pytest.raises(ValueError, match="no layer 7"):
-        residual_layers(tiny_clip, tiny_images, [7])
-    assert not any(block._forward_hooks for block in tiny_clip.blocks)
 
 
 def test_a_survey_keeps_tokens_where_objects_are(survey, tiny_clip):
@@ -48,21 +46,11 @@ def test_a_survey_keeps_tokens_where_objects_are(survey, tiny_clip):
     assert survey.labels.tolist() == data.labels.tolist()
 
 
-def test_a_survey_is_seeded_and_does_not_depend_on_batches(survey, tiny_clip):
-    data = load_dataset("openmoji/tools", "test", n_images=10)
-    again = survey_residuals(tiny_clip, data, n_patches=6, batch_size=10, progress=False)
-    other = survey_residuals(tiny_clip, data, n_patches=6, seed=1, progress=False)
-    assert torch.equal(again.places, survey.places)
-    assert not torch.equal(other.places, survey.places)
-    with pytest.raises(ValueError, match="between 1 and 196"):
-        survey_residuals(tiny_clip, data, n_patches=197)
-
-
 def test_without_ground_truth_patches_have_their_images_label(tiny_clip):
     scenes = load_dataset("openmoji/tools", "test", n_images=4)
     plain = ImageData("plain", "test", scenes.class_names, scenes.labels, lambda i: scenes[i].image)
-    survey = survey_residuals(tiny_clip, plain, n_patches=5, progress=False)
-    assert torch.equal(survey.patch_labels, survey.labels[:, None].expand(-1, 5))
+    survey = survey_residuals(tiny_clip, plain, progress=False)
+    assert torch.equal(survey.patch_labels, survey.labels[:, None].expand(-1, 16))
 
 
 def test_norms_are_summarised_by_layer_and_token(survey):
@@ -96,16 +84,16 @@ def test_components_paint_what_varies():
         patch_components(stream[None], (3, 4))
 
 
-def test_a_probe_reads_what_is_linear():
+def test_a_probe_reads_what_is_linear(monkeypatch):
+    monkeypatch.setattr(layers, "_BATCH", 64)
     generator = torch.Generator().manual_seed(0)
     centres = 3 * torch.randn(10, 20, generator=generator)
     y = torch.arange(600) % 10
     x = centres[y] + torch.randn(600, 20, generator=generator)
-    hits = linear_probe(x[:400], y[:400], x[400:], 10, batch_size=64) == y[400:]
+    hits = linear_probe(x[:400], y[:400], x[400:], 10) == y[400:]
     assert hits.float().mean() > 0.95
-    assert torch.equal(linear_probe(x[:400], y[:400], x[400:], 10, seed=3), linear_probe(x[:400], y[:400], x[400:], 10, seed=3))
     noise = torch.randn(600, 20, generator=generator)
-    assert (linear_probe(noise[:400], y[:400], noise[400:], 10, batch_size=64) == y[400:]).float().mean() < 0.25
+    assert (linear_probe(noise[:400], y[:400], noise[400:], 10) == y[400:]).float().mean() < 0.25
 
 
 def test_a_probe_refuses_what_it_cannot_learn():
@@ -116,8 +104,9 @@ def test_a_probe_refuses_what_it_cannot_learn():
         linear_probe(x, torch.arange(3), x, 4)
 
 
-def test_layers_are_probed_with_a_control():
+def test_layers_are_probed_with_a_control(monkeypatch):
     """Where the label is written into the tokens, the probe reads it, and the permuted control does not; elsewhere both fail."""
+    monkeypatch.setattr(layers, "_BATCH", 64)
     n_images, n_classes = 80, 4
     labels = torch.arange(n_images) % n_classes
     signal = 5 * torch.nn.functional.one_hot(labels, 8).float()
@@ -133,7 +122,7 @@ def test_layers_are_probed_with_a_control():
             [0, 1, 2], torch.ones(3, n_images, 17), torch.randn(3, n_images, 8, generator=generator), patches, places, patch_labels, labels
         )
 
-    table = probe_layers(written(0), written(1), n_classes, n_bootstrap=100, batch_size=64).set_index(["layer", "token"])
+    table = probe_layers(written(0), written(1), n_classes).set_index(["layer", "token"])
     assert table.loc[(2, "patch"), "accuracy"] > 0.95
     assert table.loc[(2, "patch"), "control"] < 0.5
     assert table.loc[(0, "patch"), "accuracy"] < 0.4
