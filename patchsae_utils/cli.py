@@ -196,7 +196,7 @@ def _info(options: argparse.Namespace) -> dict[str, Any]:
     """say what a checkpoint, store or other artifact is
 
     SAEs of any format, activation stores, and everything with a manifest. Reads descriptions, and checks what it can."""
-    from .activations.folders import is_url
+    from .activations.folders import Folder, is_url
     from .activations.store import FORMAT, ActivationStore, read_manifest
     from .sae.files import load_sae
     from .sae.files import find
@@ -210,7 +210,7 @@ def _info(options: argparse.Namespace) -> dict[str, Any]:
         manifest = read_checked_json(folder / "manifest.json")
         if manifest.get("format") != FORMAT:
             return {"what": "artifact", **_short(manifest)}
-        if not read_manifest(folder / "manifest.json")["complete"]:
+        if not read_manifest(Folder(folder))["complete"]:
             facts = {name: value for name, value in manifest.items() if name not in ("files", "complete")}
             return {"what": "activation store, unfinished", "files": len(manifest["files"]), **_short(facts)}
         store = ActivationStore.open(folder)

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .activations.extraction import ActivationStore, extract_activations
+from .activations.extraction import extract_activations
+from .activations.store import ActivationStore
 from .adaptation.fit import fit_adapter
 from .adaptation.models import AdaptedClip
 from .adaptation.own_dictionary import Dictionaries, train_dictionaries

@@ -14,29 +14,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.dataset import describe_dataset
-from ..data.loader import batches
-from ..run.artifacts import fingerprint
+from ..data import batches, dataset_fingerprint
+from ..run.artifacts import MANIFEST, fingerprint
 from ..run.memory import HalvedBatches
 from ..run.processes import Processes
-from .folders import LocalFolder, RemoteFolder, open_folder, read_object
+from .folders import Folder
 from .mixing import TOKENS, choose_tokens
-from .store import (
-    DTYPES,
-    FORMAT,
-    FORMAT_VERSION,
-    INDEX,
-    MANIFEST,
-    ActivationStore,
-    StoreMetadata,
-    check_fits,
-    check_manifest,
-    write_manifest,
-)
+from .store import DTYPES, FORMAT, FORMAT_VERSION, INDEX, ActivationStore, OtherVersion, read_manifest, write_manifest
 
-__all__ = ["ActivationStore", "StoreMetadata", "extract_activations"]
-
-_PART = re.compile(r"manifest-\d+\.json")
+_PART = re.compile(r"manifest-\d+\.json")  # what one of several processes wrote
 _LEFTOVER = re.compile(r"manifest-\d+\.json|shard-.*\.safetensors|\.(shard-|index\.|manifest).*\.tmp")
 
 
@@ -49,7 +35,6 @@ def extract_activations(
     tokens: str = "all",
     dtype: str = "bfloat16",
     batch_size: int = 64,
-    workers: int | None = None,
     n_per_shard: int = 512,
     progress: bool = True,
 ) -> ActivationStore:
@@ -75,13 +60,15 @@ def extract_activations(
     dtype : {"bfloat16", "float16"}
         bfloat16 keeps 8 bits of precision at any magnitude; float16 keeps 11 below 65,504.
     batch_size : int
-        Images a forward pass.
-    workers : int
-        Processes that open images.
+        Images per forward pass.
     n_per_shard : int
-        Images a shard.
+        Images per shard.
     progress : bool
         Show a bar.
+
+    Returns
+    -------
+    ActivationStore
 
     Raises
     ------
@@ -94,64 +81,69 @@ def extract_activations(
     if batch_size < 1 or n_per_shard < 1:
         raise ValueError(f"batch_size and n_per_shard must be at least 1, got {batch_size} and {n_per_shard}.")
     inputs = describe_activations(clip, dataset, layer, tokens, dtype)
-    folder = open_folder(out)
-    key = fingerprint(n_per_shard=n_per_shard, **inputs)
-    processes = Processes()
-    if not processes.on_main(lambda: _is_whole(folder, key)):
+    manifest = {**inputs, "fingerprint": fingerprint(n_per_shard=n_per_shard, **inputs)}
+    shards = plan_shards(len(dataset), n_per_shard)
+    folder, processes = Folder(out), Processes()
+    if not processes.on_main(lambda: _is_whole(folder, manifest)):
         with ExitStack() as stack:
             processes.on_main(lambda: stack.enter_context(folder.lock()))
-            _extract(clip, dataset, inputs, key, folder, processes, batch_size, workers, n_per_shard, progress)
+            _extract(clip, dataset, manifest, shards, folder, processes, batch_size, progress)
     return ActivationStore.open(out)
 
 
-def _extract(clip, dataset, inputs, key, folder, processes, batch_size, workers, n_per_shard, progress) -> None:
+def plan_shards(n_images: int, n_per_shard: int) -> dict[str, range]:
+    """The images of each shard, by the shard's name."""
+    starts = range(0, n_images, n_per_shard)
+    return {f"shard-{i:05d}.safetensors": range(start, min(start + n_per_shard, n_images)) for i, start in enumerate(starts)}
+
+
+def _extract(
+    clip, dataset, manifest, shards: dict[str, range], folder: Folder, processes: Processes, batch_size: int, progress: bool
+) -> None:
     """Write what is missing of a store, each process every so-many-th of the missing shards."""
-    n_images = inputs["shape"][0]
-    sizes = {f"shard-{i:05d}.safetensors": min(n_per_shard, n_images - start) for i, start in enumerate(range(0, n_images, n_per_shard))}
-    manifest = processes.on_main(lambda: _begin(folder, {**inputs, "fingerprint": key}, sizes))
-    names = [name for name in sizes if name not in manifest["files"]][processes.index :: processes.number]
-    own = {**manifest, "files": dict(manifest["files"]) if processes.main else {}}
+    n_images = len(dataset)
+    known = processes.on_main(lambda: _begin(folder, manifest, shards))
+    names = [name for name in shards if name not in known][processes.index :: processes.number]
+    own = dict(known) if processes.main else {}
     where = MANIFEST if processes.main else f"manifest-{processes.index}.json"  # each tells what it wrote; the next start reads all
 
     def write_share() -> dict[str, Any]:
-        rows = [int(name[6:11]) * n_per_shard + i for name in names for i in range(sizes[name])]
+        rows = [row for name in names for row in shards[name]]
         done = n_images - len(rows) if processes.number == 1 else 0
         hide = not progress or not rows or not processes.main
         bar = tqdm(total=done + len(rows), initial=done, desc=f"activations of {dataset.name}", unit="image", disable=hide)
         with bar, torch.inference_mode():
-            loaded = (batch.images for batch in batches(dataset, clip.preprocess, batch_size, workers, rows)) if rows else iter(())
-            shards = _shards(clip, loaded, inputs, [sizes[name] for name in names], batch_size, bar)
-            for name, shard in zip(names, shards, strict=True):
-                places = range(int(name[6:11]) * n_per_shard, n_images)
-                check_fits(shard, places, inputs["dtype"], dataset.spec, inputs["layer"], clip.name)
-                own["files"][name] = _write(folder, name, {"tokens": shard}) | {"n_images": sizes[name]}
-                write_manifest(folder, own, where)
-        return own["files"]
+            loaded = (batch.images for batch in batches(dataset, clip.preprocess, batch_size, indices=rows)) if rows else iter(())
+            written = _shards(clip, loaded, manifest, [len(shards[name]) for name in names], batch_size, bar)
+            for name, shard in zip(names, written, strict=True):
+                check_fits(shard, shards[name], manifest, dataset.spec, clip.name)
+                own[name] = _write(folder, name, {"tokens": shard})
+                write_manifest(folder, {**manifest, "complete": False, "files": own}, where)
+        return own
+
+    files = {name: entry for part in processes.everywhere(write_share) for name, entry in part.items()}
 
     def finish() -> None:
-        files = {name: entry for part in parts for name, entry in part.items()}
         if INDEX not in files:
             labels = torch.as_tensor(dataset.labels, dtype=torch.int64)
-            files[INDEX] = _write(folder, INDEX, {"labels": labels, "indices": torch.arange(n_images)}) | {"n_images": n_images}
-        if not manifest["complete"]:
-            write_manifest(folder, {**manifest, "complete": True, "files": {name: files[name] for name in [*sizes, INDEX]}})
+            files[INDEX] = _write(folder, INDEX, {"labels": labels, "indices": torch.arange(n_images)})
+        write_manifest(folder, {**manifest, "complete": True, "files": {name: files[name] for name in [*shards, INDEX]}})
         for name in filter(_PART.fullmatch, folder.names()):
             folder.remove(name)
 
-    parts = processes.everywhere(write_share)
     processes.on_main(finish)
 
 
-def _shards(clip, loaded: Iterator[Tensor], inputs: dict[str, Any], sizes: list[int], batch_size: int, bar) -> Iterator[Tensor]:
+def _shards(clip, loaded: Iterator[Tensor], manifest: dict[str, Any], sizes: list[int], batch_size: int, bar) -> Iterator[Tensor]:
     """Tokens [n, T, d] of each shard.
 
     Batches begin anew with every shard: how the forward passes are cut, and with that the last bit, is the same wherever a run was interrupted
     and however many processes share the shards.
     """
-    kept, fitting = choose_tokens("all", inputs["tokens"]), HalvedBatches(clip.device)
+    kept, fitting = choose_tokens("all", manifest["tokens"]), HalvedBatches(clip.device)
     waiting: Tensor | None = None
     for size in sizes:
-        shard = torch.empty(size, *inputs["shape"][1:], dtype=DTYPES[inputs["dtype"]])
+        shard = torch.empty(size, *manifest["shape"][1:], dtype=DTYPES[manifest["dtype"]])
         for start in range(0, size, batch_size):
             part = shard[start : start + batch_size]
             while waiting is None or len(waiting) < len(part):
@@ -160,7 +152,7 @@ def _shards(clip, loaded: Iterator[Tensor], inputs: dict[str, Any], sizes: list[
             images, waiting = waiting[: len(part)], waiting[len(part) :]
 
             def read(rows: slice, images: Tensor = images) -> Tensor:
-                return clip.residual(images[rows], inputs["layer"])[:, kept]
+                return clip.residual(images[rows], manifest["layer"])[:, kept]
 
             for rows, tokens in fitting.run(len(images), read):
                 part[rows] = tokens
@@ -169,13 +161,7 @@ def _shards(clip, loaded: Iterator[Tensor], inputs: dict[str, Any], sizes: list[
 
 
 def describe_activations(clip, dataset, layer: int, tokens: str, dtype: str) -> dict[str, Any]:
-    """Everything that the activations of a data set depend on, and their shape, as a store's manifest says it.
-
-    Raises
-    ------
-    ValueError
-        For an unknown layer, tokens or dtype (naming the valid ones), or an empty data set.
-    """
+    """Everything that the activations of a data set depend on, and their shape, as a store's manifest says it."""
     for name, value, valid in (("tokens", tokens, TOKENS), ("dtype", dtype, tuple(DTYPES))):
         if value not in valid:
             raise ValueError(f"Unknown {name} {value!r}. Valid: {', '.join(valid)}.")
@@ -195,39 +181,63 @@ def describe_activations(clip, dataset, layer: int, tokens: str, dtype: str) -> 
         "tokens": tokens,
         "dtype": dtype,
         "preprocessing": re.sub(r" at 0x[0-9a-f]+", "", repr(clip.preprocess)),
-        "dataset": describe_dataset(dataset),
+        "dataset": {
+            **{name: getattr(dataset, name, None) for name in ("spec", "split", "half", "seed")},
+            "n_images": len(dataset),
+            "class_names": list(dataset.class_names),
+            "fingerprint": dataset_fingerprint(dataset),
+        },
         "shape": [len(dataset), len(range(clip.n_tokens)[choose_tokens("all", tokens)]), clip.width],
     }
 
 
-def _is_whole(folder: LocalFolder | RemoteFolder, key: str) -> bool:
+def check_fits(tokens: Tensor, places: Any, inputs: dict[str, Any], dataset: str, model: str) -> None:
+    """Refuse activations [n, T, d] in a dtype that can't hold them, or that are NaN or infinite already; ``places`` are the images'."""
+    bad = (~tokens.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    if bad:
+        dtype, layer = inputs["dtype"], inputs["layer"]
+        remedy = "Use dtype='bfloat16', or another layer." if dtype == "float16" else "The model itself gives NaN or infinity."
+        shown = ", ".join(str(int(places[i])) for i in bad[:5])
+        raise ValueError(
+            f"Activations of {dataset!r} after layer {layer} of {model!r} don't fit {dtype}. {remedy} Look at the model's weights and at these "
+            f"images: {len(bad)} of {len(tokens)}, at places {shown}{' and more' if len(bad) > 5 else ''} in the data set."
+        )
+
+
+def _told(folder: Folder, name: str, manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest that lies there, if it is of the same inputs; another program's is refused."""
+    if folder.size(name) is None:
+        return None
+    try:
+        found = read_manifest(folder, name)
+    except OtherVersion:
+        return None
+    return found if found["fingerprint"] == manifest["fingerprint"] else None
+
+
+def _is_whole(folder: Folder, manifest: dict[str, Any]) -> bool:
     """Whether a finished store of these inputs is there, with all its files."""
-    if folder.size(MANIFEST) is None:
-        return False
-    found = read_object(folder, MANIFEST)
-    if not isinstance(found, dict) or found.get("fingerprint") != key or not found.get("complete"):
-        return False
-    return all(folder.size(name) == entry["bytes"] for name, entry in check_manifest(found, f"{folder}/{MANIFEST}")["files"].items())
+    found = _told(folder, MANIFEST, manifest)
+    return bool(found and found["complete"]) and all(folder.size(name) == entry["bytes"] for name, entry in found["files"].items())
 
 
-def _begin(folder: LocalFolder | RemoteFolder, manifest: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
-    """The manifest to go on from: the folder's own if it is of the same inputs, with the files that are still whole; else a new one."""
+def _begin(folder: Folder, manifest: dict[str, Any], shards: dict[str, range]) -> dict[str, Any]:
+    """The files of these inputs that are whole already; a manifest names them, and all else is removed."""
     names = folder.names()
-    told = [check_manifest(read_object(folder, name), f"{folder}/{name}") for name in names if name == MANIFEST or _PART.fullmatch(name)]
-    entries = {name: entry for each in told if each["fingerprint"] == manifest["fingerprint"] for name, entry in each["files"].items()}
+    told = [_told(folder, name, manifest) for name in names if name == MANIFEST or _PART.fullmatch(name)]
+    entries = {name: entry for each in told if each is not None for name, entry in each["files"].items()}
     files = {name: entry for name, entry in entries.items() if folder.size(name) == entry["bytes"]}
-    complete = files.keys() == {*sizes, INDEX}
-    begun = {**manifest, "complete": complete, "files": files}
-    if not complete:
-        write_manifest(folder, begun)  # before anything is deleted: no manifest ever promises a file of other inputs
+    if files.keys() != {*shards, INDEX}:
+        write_manifest(folder, {**manifest, "complete": False, "files": files})  # first: no manifest ever promises a file of other inputs
         for name in filter(_LEFTOVER.fullmatch, names):
             if name not in files:
                 folder.remove(name)
-    return begun
+    return files
 
 
-def _write(folder: LocalFolder | RemoteFolder, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _write(folder: Folder, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Write a safetensors file and return its manifest entry."""
     content = safetensors.torch.save(tensors)
     folder.write(name, content)
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    n_images = len(next(iter(tensors.values())))
+    return {"n_images": n_images, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

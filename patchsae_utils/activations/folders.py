@@ -1,20 +1,16 @@
-"""Where a store's files lie: a folder of this machine, or any URL that fsspec can write (``s3://``, ``gs://``, ``hf://``, ``memory://``, ...).
-
-Both write a file as a whole or not at all. A URL needs fsspec's package for it (``s3fs``, ``gcsfs``, ...) and its credentials as that package
-takes them.
-"""
+"""Where a store's files lie: a folder of this machine, or any URL that fsspec can write (``s3://``, ``gs://``, ``hf://``, ``memory://``, ...)."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import platformdirs
+import fsspec
 
-from ..run.artifacts import atomic_file, folder_lock, parse_json
+from ..data.artwork import cache_folder
+from ..run.artifacts import atomic_file, folder_lock
 
 
 def is_url(place: str | Path) -> bool:
@@ -22,80 +18,35 @@ def is_url(place: str | Path) -> bool:
     return isinstance(place, str) and "://" in place and not place.startswith("file://")
 
 
-def open_folder(place: str | Path) -> LocalFolder | RemoteFolder:
-    """The folder of a path or a URL.
+class Folder:
+    """A folder here or behind a URL; either way a file is written as a whole or not at all.
 
-    Raises
-    ------
-    ValueError
-        If fsspec knows no such kind of URL.
-    ImportError
-        If it does, and its package is not installed.
+    A URL needs fsspec's package for it (``s3fs``, ``gcsfs``, ...) and its credentials as that package takes them. Files behind it are kept in
+    :attr:`cache` when they are first read.
     """
-    return RemoteFolder(str(place)) if is_url(place) else LocalFolder(str(place).removeprefix("file://"))
 
-
-class LocalFolder:
-    """A folder of this machine."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    def size(self, name: str) -> int | None:
-        """Bytes of a file; None where there is none."""
-        path = self.path / name
-        return path.stat().st_size if path.exists() else None
-
-    def names(self) -> list[str]:
-        """Files in the folder, in order."""
-        return sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
-
-    def read(self, name: str) -> bytes:
-        """A file's bytes."""
-        return (self.path / name).read_bytes()
-
-    def write(self, name: str, content: bytes) -> None:
-        """Write a file as a whole."""
-        with atomic_file(self.path / name) as temporary:
-            temporary.write_bytes(content)
-
-    def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
-        (self.path / name).unlink(missing_ok=True)
-
-    def lock(self) -> AbstractContextManager[None]:
-        """See :func:`~patchsae_utils.artifacts.folder_lock`."""
-        return folder_lock(self.path)
-
-
-class RemoteFolder:
-    """A folder behind a URL. Object stores have no locks: :meth:`lock` keeps apart only the processes of this machine."""
-
-    def __init__(self, url: str):
-        import fsspec
-
-        self.url = url.rstrip("/")
+    def __init__(self, place: str | Path):
+        self.name = str(place).removeprefix("file://").rstrip("/") or "/"
+        self.local = None if is_url(place) else Path(self.name)
+        if self.local is not None:
+            self.system, self.root = fsspec.filesystem("file"), str(self.local.absolute())
+            return
         try:
-            self.system, self.root = fsspec.core.url_to_fs(self.url)
+            self.system, self.root = fsspec.core.url_to_fs(self.name)
         except ImportError as error:
-            raise ImportError(f"{url} needs a package that is not installed: {error}.") from error
+            raise ImportError(f"{self.name} needs a package that is not installed: {error}.") from error
         except ValueError as error:
             raise ValueError(
-                f"{url} can't be opened: {error}. Give a folder, or a URL that fsspec knows, such as s3://bucket/folder."
+                f"{self.name} can't be opened: {error}. Give a folder, or a URL that fsspec knows, such as s3://bucket/folder."
             ) from error
-        self.root = self.root.rstrip("/")
 
     def __str__(self) -> str:
-        return self.url
+        return self.name
 
     @property
     def cache(self) -> Path:
         """The folder of this machine where files of this URL are kept; under ``$PATCHSAE_CACHE``, else in the user's cache folder."""
-        base = os.environ.get("PATCHSAE_CACHE") or platformdirs.user_cache_path("patchsae_utils")
-        return Path(base) / "stores" / hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        return cache_folder() / "stores" / hashlib.sha256(self.name.encode()).hexdigest()[:16]
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where there is none."""
@@ -105,7 +56,7 @@ class RemoteFolder:
             return None
 
     def names(self) -> list[str]:
-        """Files in the folder, in order."""
+        """What lies in the folder, in order."""
         self.system.invalidate_cache()
         try:
             return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in self.system.ls(self.root, detail=False))
@@ -116,8 +67,26 @@ class RemoteFolder:
         """A file's bytes."""
         return self.system.cat_file(f"{self.root}/{name}")
 
+    def path(self, name: str, *, anew: bool = False) -> Path:
+        """A file on this machine; one behind a URL is fetched when it is not kept here yet, or ``anew``."""
+        if self.local is not None:
+            return self.local / name
+        with folder_lock(self.cache, wait=True):
+            kept = fsspec.filesystem(
+                "filecache", fs=self.system, cache_storage=str(self.cache), same_names=True, expiry_time=0, skip_instance_cache=True
+            )
+            if anew:
+                with contextlib.suppress(FileNotFoundError):
+                    kept.pop_from_cache(f"{self.root}/{name}")
+            with kept.open(f"{self.root}/{name}") as file:
+                return Path(file.name)
+
     def write(self, name: str, content: bytes) -> None:
         """Write a file as a whole: object stores show it once its last byte is there."""
+        if self.local is not None:
+            with atomic_file(self.local / name) as temporary:
+                temporary.write_bytes(content)
+            return
         self.system.makedirs(self.root, exist_ok=True)
         self.system.pipe_file(f"{self.root}/{name}", content)
         self.system.invalidate_cache()
@@ -127,11 +96,8 @@ class RemoteFolder:
         if self.size(name) is not None:
             self.system.rm_file(f"{self.root}/{name}")
 
-    def lock(self) -> AbstractContextManager[None]:
-        """Keep other processes of this machine away."""
-        return folder_lock(self.cache)
-
-
-def read_object(folder: LocalFolder | RemoteFolder, name: str) -> Any:
-    """A JSON file of a folder; a damaged one is a ``ValueError`` that names it."""
-    return parse_json(folder.read(name), f"{folder}/{name}")
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes away; object stores have no locks: of a URL, those of this machine."""
+        with folder_lock(self.cache.with_suffix(".writing") if self.local is None else self.local):
+            yield

@@ -15,20 +15,7 @@ TOKENS = ("all", "cls", "patches")
 
 
 def choose_tokens(held: str, wanted: str) -> slice:
-    """Which of an image's tokens are meant.
-
-    Parameters
-    ----------
-    held : {"all", "cls", "patches"}
-        What there is.
-    wanted : {"all", "cls", "patches"}
-        ``all``: whatever there is.
-
-    Raises
-    ------
-    ValueError
-        If ``wanted`` is unknown, or not there.
-    """
+    """Which of an image's tokens are meant, of those that there are (``held``); ``"all"`` wants whatever there is."""
     if wanted not in TOKENS:
         raise ValueError(f"Unknown tokens {wanted!r}. Valid: {', '.join(TOKENS)}.")
     if wanted in ("all", held):
@@ -52,24 +39,11 @@ class TokenMixer(NamedTuple):
     start_step: int
     positions: bool
 
-    def batches(
-        self, sizes: np.ndarray, per_buffer: int, load: Callable[[np.ndarray], Tensor]
-    ) -> Iterator[Tensor] | Iterator[tuple[Tensor, Tensor]]:
-        """Batches [batch, d] in float32.
+    def batches(self, sizes: np.ndarray, per_buffer: int, load: Callable[[np.ndarray], Tensor]) -> Iterator:
+        """Batches [batch, d] in float32, or pairs with positions.
 
-        Parameters
-        ----------
-        sizes : int array
-            Images in each part (a shard, or a single image).
-        per_buffer : int
-            Parts that fit the buffer.
-        load : function
-            Numbers of some parts -> their tokens [images, T, d].
-
-        Raises
-        ------
-        ValueError
-            If batch_size, start_step or epochs are out of range.
+        ``sizes`` are the images in each part (a shard, or a single image), ``per_buffer`` parts fit the buffer, and ``load`` takes numbers of some
+        parts and returns their tokens [images, T, d].
         """
         if self.batch_size < 1 or self.start_step < 0 or (self.epochs is not None and self.epochs < 1):
             raise ValueError(

@@ -1,31 +1,14 @@
 """The activation store: a CLIP's residual stream over a data set, on disk.
 
-A store is a folder::
+A store is a folder, here or behind a URL::
 
     manifest.json            what the activations are, and a checksum of every other file
     index.safetensors        labels int64 [N], indices int64 [N]
     shard-00000.safetensors  tokens bfloat16 or float16 [n, T, d], images 0 to n-1
     shard-00001.safetensors  images n to 2n-1, and so on; the last shard may be shorter
 
-Each ``.safetensors`` file is, byte for byte: an unsigned 64-bit little-endian integer H; H bytes of JSON that give every tensor's ``dtype``
-(``BF16``, ``F16``, ``I64``), ``shape`` and ``data_offsets`` counted from the end of that JSON; then the tensors' raw little-endian values,
-row-major. Token t of image i of a shard thus begins 2 * d * (i * T + t) bytes after the start of ``tokens``. T is 1 + P with CLS first and
-the patches row by row (``tokens="all"``), 1 (``"cls"``), or P (``"patches"``).
-
-``manifest.json`` (UTF-8)::
-
-    {"format": "patchsae_utils activations", "format_version": 1,
-     "fingerprint": 16 hex digits naming all inputs,     "complete": false while shards are missing,
-     "model": {"name", "pretrained", "weights": hash of the weights, "fingerprint", "grid": [rows, columns]},
-     "layer": block whose output this is, from 0,        "tokens": "all" | "cls" | "patches",
-     "dtype": "bfloat16" | "float16",                    "preprocessing": the transforms, as text,
-     "dataset": {"spec", "split", "half", "seed", "n_images", "labels": hash of the labels, "class_names": [...],
-                 "contents": what names the images themselves, as far as known},
-     "shape": [N, T, d],                                 "checksum": of all this without itself (absent in older stores),
-     "files": {"<file name>": {"n_images", "bytes", "sha256"}, ...}}
-
-Every file is written under a temporary name and renamed, and enters the manifest afterwards: an interrupted extraction goes on behind the
-last whole shard.
+``docs/formats.md`` says what each holds, byte by byte. Every file is written under a temporary name and renamed, and enters the manifest
+afterwards: an interrupted extraction goes on behind the last whole shard.
 """
 
 from __future__ import annotations
@@ -43,39 +26,21 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..run.artifacts import file_sha256, fingerprint, plain, read_json
-from .folders import LocalFolder, RemoteFolder, is_url
+from ..run.artifacts import MANIFEST, file_sha256, read_checked_json, with_checksum
+from .folders import Folder
 from .mixing import TokenMixer, choose_tokens
 
 FORMAT = "patchsae_utils activations"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-MANIFEST, INDEX = "manifest.json", "index.safetensors"
+INDEX = "index.safetensors"
 
 _OPEN_SHARDS = 64  # memory maps kept at a time
-_REMEDY = "Delete this file and call extract_activations again with the same arguments: only this file is written anew."
-
-
-def check_fits(tokens: Tensor, places: Sequence[int], dtype: str, dataset: str, layer: int, model: str) -> None:
-    """Refuse activations [n, T, d] in a dtype that can't hold them, or that are NaN or infinite already; ``places`` are the images'.
-
-    Raises
-    ------
-    ValueError
-        Naming images.
-    """
-    bad = (~tokens.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-    if bad:
-        remedy = "Use dtype='bfloat16', or another layer." if dtype == "float16" else "The model itself gives NaN or infinity."
-        shown = ", ".join(str(int(places[i])) for i in bad[:5])
-        raise ValueError(
-            f"Activations of {dataset!r} after layer {layer} of {model!r} don't fit {dtype}. {remedy} Look at the model's weights and at these "
-            f"images: {len(bad)} of {len(tokens)}, at places {shown}{' and more' if len(bad) > 5 else ''} in the data set."
-        )
+_AGAIN = "extract_activations again with the same arguments"
 
 
 class StoreMetadata(NamedTuple):
-    """What a store holds."""
+    """What a store, or a stream, holds."""
 
     model_name: str
     weights_hash: str
@@ -92,7 +57,6 @@ class StoreMetadata(NamedTuple):
     dataset: str
     """The data set's spec."""
     split: str
-    half: str | None
     seed: int | None
     class_names: list[str]
     n_images: int
@@ -100,33 +64,39 @@ class StoreMetadata(NamedTuple):
     """Tokens of an image."""
     d_in: int
 
+    @classmethod
+    def of(cls, inputs: dict[str, Any]) -> StoreMetadata:
+        """What a manifest says."""
+        model, data = inputs["model"], inputs["dataset"]
+        known = {name: inputs[name] for name in ("layer", "tokens", "dtype", "preprocessing")}
+        known |= {name: data[name] for name in ("split", "seed", "class_names")}
+        known |= dict(zip(("n_images", "n_tokens", "d_in"), inputs["shape"], strict=True))
+        return cls(model_name=model["name"], weights_hash=model["weights"], grid=tuple(model["grid"]), dataset=data["spec"], **known)
+
 
 class ActivationStore:
-    """Activations on disk, read shard by shard; checksums are verified when a shard is first read. Made by :meth:`open`."""
+    """Activations on disk, read shard by shard; checksums are verified when a shard is first read. Made by :meth:`open`.
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]):
-        self.folder = folder
-        self._manifest = manifest
-        model, data = manifest["model"], manifest["dataset"]
-        n_images, n_tokens, d_in = manifest["shape"]
-        self.metadata = StoreMetadata(
-            model_name=model["name"],
-            weights_hash=model["weights"],
-            layer=manifest["layer"],
-            tokens=manifest["tokens"],
-            grid=tuple(model["grid"]),
-            dtype=manifest["dtype"],
-            preprocessing=manifest["preprocessing"],
-            dataset=data["spec"],
-            split=data["split"],
-            half=data["half"],
-            seed=data["seed"],
-            class_names=data["class_names"],
-            n_images=n_images,
-            n_tokens=n_tokens,
-            d_in=d_in,
-        )
-        self.n_images, self.n_tokens, self.d_in = n_images, n_tokens, d_in
+    Parameters
+    ----------
+    place : Folder
+    manifest : dict
+        What lies there, as :func:`read_manifest` reads it.
+
+    Attributes
+    ----------
+    metadata : StoreMetadata
+    n_images, n_tokens, d_in : int
+        N, T (of an image) and d.
+    folder : Path or str
+        Where it lies; a str is a URL.
+    """
+
+    def __init__(self, place: Folder, manifest: dict[str, Any]):
+        self._place, self._manifest = place, manifest
+        self.folder: Path | str = place.name if place.local is None else place.local
+        self.metadata = StoreMetadata.of(manifest)
+        self.n_images, self.n_tokens, self.d_in = manifest["shape"]
         self._shards = [name for name in manifest["files"] if name != INDEX]
         self._sizes = np.array([manifest["files"][name]["n_images"] for name in self._shards], np.int64)
         self._verified: set[str] = set()
@@ -134,32 +104,33 @@ class ActivationStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> ActivationStore:
-        """Open a finished store, in a folder or behind a URL of any kind that fsspec knows (:mod:`.remote_store`).
+        """Open a finished store, in a folder or behind a URL of any kind that fsspec knows.
+
+        Shards behind a URL are fetched when they are first read, and kept on this machine by fsspec.
+
+        Parameters
+        ----------
+        folder : path or str
 
         Raises
         ------
         FileNotFoundError
             If the folder holds no manifest.
         ValueError
-            If it is not a store of this format, or unfinished.
+            If it is not a store of this format, or unfinished, or fsspec knows no such kind of URL.
+        ImportError
+            If fsspec's package for the URL is missing.
         """
-        if is_url(folder):
-            from .remote_store import RemoteStore
-
-            return RemoteStore.open(folder)
-        folder = Path(str(folder).removeprefix("file://"))
-        if not (folder / MANIFEST).exists():
+        place = Folder(folder)
+        if place.size(MANIFEST) is None:
             raise FileNotFoundError(
-                f"{folder} holds no activation store ({MANIFEST} is missing). "
-                f"Make one with extract_activations(clip, dataset, layer, {str(folder)!r})."
+                f"{place} holds no activation store ({MANIFEST} is missing). "
+                f"Make one with extract_activations(clip, dataset, layer, {str(place)!r})."
             )
-        manifest = read_manifest(folder / MANIFEST)
+        manifest = read_manifest(place)
         if not manifest["complete"]:
-            raise ValueError(
-                f"The activation store {folder} is unfinished. "
-                "Call extract_activations again with the same arguments: it goes on where it stopped."
-            )
-        return cls(folder, manifest)
+            raise ValueError(f"The activation store {place} is unfinished. Call {_AGAIN}: it goes on where it stopped.")
+        return cls(place, manifest)
 
     @property
     def fingerprint(self) -> str:
@@ -216,7 +187,7 @@ class ActivationStore:
         """
         self._verified.clear()
         for name in self._manifest["files"]:
-            self._check(name)
+            self._checked(name)
 
     def tokens(
         self,
@@ -239,7 +210,7 @@ class ActivationStore:
         Parameters
         ----------
         batch_size : int
-            Tokens a batch. Batches run on from one epoch into the next; only the very last may be shorter.
+            Tokens per batch. Batches run on from one epoch into the next; only the very last may be shorter.
         shuffle : bool
             Otherwise image by image, CLS first.
         seed : int
@@ -267,13 +238,8 @@ class ActivationStore:
         kept = choose_tokens(self.metadata.tokens, tokens)
         n = len(range(self.n_tokens)[kept])
         mixer = TokenMixer(n, kept.start + (self.metadata.tokens == "patches"), batch_size, shuffle, seed, epochs, start_step, positions)
-        shard_bytes = 2 * int(self._sizes.max()) * n * self.d_in
-        per_buffer = max(1, buffer_bytes // shard_bytes)
-
-        def load(shards: np.ndarray) -> Tensor:
-            return torch.cat([self._shard(i)[:, kept] for i in shards])
-
-        return mixer.batches(self._sizes, per_buffer, load)
+        per_buffer = max(1, buffer_bytes // (2 * int(self._sizes.max()) * n * self.d_in))
+        return mixer.batches(self._sizes, per_buffer, lambda shards: torch.cat([self._shard(i)[:, kept] for i in shards]))
 
     def images(self, indices: Sequence[int] | Tensor | None = None, batch_size: int = 64) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Whole images in order.
@@ -315,38 +281,41 @@ class ActivationStore:
     def _shard(self, i: int) -> Tensor:
         """Tokens [n, T, d] of a shard in their dtype on disk, mapped into memory."""
         name = self._shards[i]
-        if name in self._mapped:
-            self._mapped.move_to_end(name)
-        else:
+        if name not in self._mapped:
             tokens = self._load(name)["tokens"]
             expected = (int(self._sizes[i]), self.n_tokens, self.d_in)
             if tuple(tokens.shape) != expected or tokens.dtype != DTYPES[self.metadata.dtype]:
-                raise ValueError(
-                    f"{self.folder / name} holds {tokens.dtype} {list(tokens.shape)}; "
-                    f"the manifest says {self.metadata.dtype} {list(expected)}. {_REMEDY}"
+                raise self._damaged(
+                    name, f"it holds {tokens.dtype} {list(tokens.shape)}; the manifest says {self.metadata.dtype} {expected}"
                 )
             self._mapped[name] = tokens
             while len(self._mapped) > _OPEN_SHARDS:
                 self._mapped.popitem(last=False)
+        self._mapped.move_to_end(name)
         return self._mapped[name]
 
     def _load(self, name: str) -> dict[str, Tensor]:
-        self._check(name)
-        return safetensors.torch.load_file(self.folder / name)
+        return safetensors.torch.load_file(self._checked(name))
 
-    def _check(self, name: str) -> None:
-        """Compare a file with its checksum, once."""
-        if name in self._verified:
-            return
-        path, entry = self.folder / name, self._manifest["files"][name]
-        if not path.exists():
-            raise FileNotFoundError(
-                f"The activation store lacks {path}. Call extract_activations again with the same arguments: only this file is written."
-            )
-        found = file_sha256(path)
-        if found != entry["sha256"]:
-            raise ValueError(f"{path} is damaged: its SHA-256 is {found[:16]}..., the manifest says {entry['sha256'][:16]}.... {_REMEDY}")
+    def _checked(self, name: str) -> Path:
+        """A file on this machine, compared with its checksum when it is first read."""
+        expected = self._manifest["files"][name]["sha256"]
+        try:
+            path = self._place.path(name)
+            if name in self._verified:
+                return path
+            if self._place.local is None and file_sha256(path) != expected:
+                path = self._place.path(name, anew=True)  # of a disk that lost something, or of another store in this place
+            found = file_sha256(path)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"The activation store lacks {self._place}/{name}. Call {_AGAIN}: only this file is written.") from None
+        if found != expected:
+            raise self._damaged(name, f"its SHA-256 is {found[:16]}..., the manifest says {expected[:16]}...")
         self._verified.add(name)
+        return path
+
+    def _damaged(self, name: str, why: str) -> ValueError:
+        return ValueError(f"{self._place}/{name} is damaged: {why}. Delete this file and call {_AGAIN}: only this file is written anew.")
 
 
 _KEYS = {
@@ -354,29 +323,26 @@ _KEYS = {
 }  # fmt: skip
 
 
-def write_manifest(folder: LocalFolder | RemoteFolder, manifest: dict[str, Any], name: str = MANIFEST) -> None:
+def write_manifest(folder: Folder, manifest: dict[str, Any], name: str = MANIFEST) -> None:
     """Write a manifest with its checksum."""
-    text = json.dumps({**manifest, "checksum": fingerprint(**manifest)}, indent=2, default=plain, ensure_ascii=False)
-    folder.write(name, f"{text}\n".encode())
+    folder.write(name, f"{json.dumps(with_checksum(manifest), indent=2, ensure_ascii=False)}\n".encode())
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(folder: Folder, name: str = MANIFEST) -> dict[str, Any]:
     """Read a manifest and check that it is one of ours, and whole."""
-    return check_manifest(read_json(path), path)
-
-
-def check_manifest(manifest: Any, path: str | Path) -> dict[str, Any]:
-    """The manifest that was read from a path, if it is one of ours, and whole."""
-    if not isinstance(manifest, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(manifest).__name__}. Delete the folder and extract again.")
+    path = f"{folder}/{name}"
+    manifest = read_checked_json(path, folder.read(name))
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path} is not the manifest of an activation store (format {manifest.get('format')!r}). Choose another folder.")
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
+        raise OtherVersion(
             f"{path} has format version {manifest.get('format_version')!r}; this package reads {FORMAT_VERSION}. "
-            "Delete the folder and extract again."
+            "Extract again: extract_activations replaces it."
         )
-    checksum = manifest.pop("checksum", None)
-    if set(manifest) != _KEYS or (checksum is not None and checksum != fingerprint(**manifest)):
+    if set(manifest) != _KEYS:
         raise ValueError(f"{path} is damaged: it is not what was written there. Delete the folder and extract again.")
     return manifest
+
+
+class OtherVersion(ValueError):
+    """The manifest of another version of this package."""

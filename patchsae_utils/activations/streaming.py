@@ -12,9 +12,9 @@ from torch import Tensor
 from ..data import batches
 from ..run.artifacts import fingerprint
 from ..run.memory import HalvedBatches
-from .extraction import describe_activations
+from .extraction import check_fits, describe_activations
 from .mixing import TokenMixer, choose_tokens
-from .store import DTYPES, StoreMetadata, check_fits
+from .store import DTYPES, StoreMetadata
 
 
 class TokenStream:
@@ -25,7 +25,7 @@ class TokenStream:
     model, fills the one that holds step k, and gets the batches that it would have got.
 
     Under several processes (``accelerate launch``) each runs the model on its share of the buffer's images and all exchange what they
-    found: all must read alike, as :func:`~patchsae_utils.training.train_sae` does.
+    found: all must read alike, as :func:`~patchsae_utils.train_sae` does.
 
     Parameters
     ----------
@@ -38,9 +38,7 @@ class TokenStream:
     dtype : {"bfloat16", "float16"}
         Of the buffer. Batches are float32.
     batch_size : int
-        Images a forward pass; halved, with a warning, where so many don't fit the memory.
-    workers : int
-        Processes that open images.
+        Images per forward pass; halved, with a warning, where so many don't fit the memory.
     buffer_bytes : int
         Of the buffer, on the model's device; it holds at least one forward pass.
 
@@ -51,7 +49,7 @@ class TokenStream:
 
     Examples
     --------
-    >>> stream = TokenStream(clip, load_dataset("hf:owner/pictures", "train"), layer=-2, workers=4)
+    >>> stream = TokenStream(clip, load_dataset("hf:owner/pictures", "train"), layer=-2)
     >>> sae = train_sae(SparseAutoencoder(stream.d_in, 16 * stream.d_in), stream, TrainConfig(), "runs/mine/sae")
     """
 
@@ -64,35 +62,17 @@ class TokenStream:
         tokens: str = "all",
         dtype: str = "bfloat16",
         batch_size: int = 64,
-        workers: int | None = None,
         buffer_bytes: int = 2**31,
     ):
         if batch_size < 1 or buffer_bytes < 1:
             raise ValueError(f"batch_size and buffer_bytes must be at least 1, got {batch_size} and {buffer_bytes}.")
-        inputs = describe_activations(clip, dataset, layer, tokens, dtype)
+        self._inputs = describe_activations(clip, dataset, layer, tokens, dtype)
         self.clip, self.dataset = clip, dataset
-        self.n_images, self.n_tokens, self.d_in = inputs["shape"]
-        data = inputs["dataset"]
-        self.metadata = StoreMetadata(
-            model_name=clip.name,
-            weights_hash=clip.weights_hash,
-            layer=inputs["layer"],
-            tokens=tokens,
-            grid=tuple(clip.grid),
-            dtype=dtype,
-            preprocessing=inputs["preprocessing"],
-            dataset=data["spec"],
-            split=data["split"],
-            half=data["half"],
-            seed=data["seed"],
-            class_names=data["class_names"],
-            n_images=self.n_images,
-            n_tokens=self.n_tokens,
-            d_in=self.d_in,
-        )
-        self.fingerprint: str = fingerprint(stage="stream", batch_size=batch_size, buffer_bytes=buffer_bytes, **inputs)
+        self.n_images, self.n_tokens, self.d_in = self._inputs["shape"]
+        self.metadata = StoreMetadata.of(self._inputs)
+        self.fingerprint: str = fingerprint(stage="stream", batch_size=batch_size, buffer_bytes=buffer_bytes, **self._inputs)
         """Names everything that the batches depend on."""
-        self._batch_size, self._workers, self._buffer_bytes = batch_size, workers, buffer_bytes
+        self._batch_size, self._buffer_bytes = batch_size, buffer_bytes
         self._fitting = HalvedBatches(clip.device)
 
     def __len__(self) -> int:
@@ -114,10 +94,7 @@ class TokenStream:
         positions: bool = False,
         tokens: str = "all",
     ) -> Iterator[Tensor] | Iterator[tuple[Tensor, Tensor]]:
-        """Batches of single tokens, mixed from many images, on the model's device.
-
-        Parameters, yields and errors as in :meth:`ActivationStore.tokens <patchsae_utils.store.ActivationStore.tokens>`.
-        """
+        """Batches of single tokens, mixed from many images, on the model's device: as :meth:`ActivationStore.tokens`."""
         kept = choose_tokens(self.metadata.tokens, tokens)
         n = len(range(self.n_tokens)[kept])
         first = kept.start + (self.metadata.tokens == "patches")
@@ -132,19 +109,18 @@ class TokenStream:
     @torch.no_grad()
     def _fill(self, images: np.ndarray, kept: slice) -> Tensor:
         """Tokens [n, T, d] of some images; each process computes every so-many-th and gets the others' from them."""
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        number, index = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if together else (1, 0)
+        launched = torch.distributed.is_available() and torch.distributed.is_initialized()
+        number, index = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if launched else (1, 0)
         share = -(-len(images) // number)  # equal shares: the last images may be computed twice
         own = images[(np.arange(share) * number + index) % len(images)]
         dtype = DTYPES[self.metadata.dtype]
         buffer = torch.empty(share, kept.stop - kept.start, self.d_in, dtype=dtype, device=self.clip.device)
         row = 0
-        for batch in batches(self.dataset, self.clip.preprocess, self._batch_size, self._workers, own.tolist()):
+        for batch in batches(self.dataset, self.clip.preprocess, self._batch_size, indices=own.tolist()):
             for _, x in self._fitting.run(len(batch.images), partial(self._residual, batch.images)):
                 buffer[row : row + len(x)] = x[:, kept].to(dtype)
                 row += len(x)
-        m = self.metadata
-        check_fits(buffer, own.tolist(), m.dtype, m.dataset, m.layer, m.model_name)
+        check_fits(buffer, own, self._inputs, self.metadata.dataset, self.metadata.model_name)
         if number == 1:
             return buffer
         parts = [torch.empty_like(buffer) for _ in range(number)]

@@ -188,13 +188,18 @@ MANIFEST = "manifest.json"
 
 def write_checked_json(path: str | Path, entries: Mapping[str, Any]) -> None:
     """Write a JSON object that :func:`read_checked_json` finds whole or damaged: with a checksum of itself."""
+    write_json(path, with_checksum(entries))
+
+
+def with_checksum(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`write_checked_json` writes."""
     entries = as_json(entries)
-    write_json(path, {**entries, "checksum": fingerprint(**entries)})
+    return {**entries, "checksum": fingerprint(**entries)}
 
 
-def read_checked_json(path: str | Path) -> dict[str, Any]:
-    """Read what :func:`write_checked_json` wrote, without its checksum; a ``ValueError`` if it is another object than was written."""
-    found = read_json(path)
+def read_checked_json(path: str | Path, content: bytes | None = None) -> dict[str, Any]:
+    """Read what :func:`write_checked_json` wrote (or its bytes), without its checksum; a ``ValueError`` if it is another object than was written."""
+    found = read_json(path) if content is None else parse_json(content, path)
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(found).__name__}. {_again(path)}")
     if found.pop("checksum", None) not in (None, fingerprint(**found)):

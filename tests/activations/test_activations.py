@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 
-from patchsae_utils.activations.extraction import ActivationStore, extract_activations
+from patchsae_utils.activations import extraction
+from patchsae_utils.activations.extraction import extract_activations, plan_shards
+from patchsae_utils.activations.store import ActivationStore
 from patchsae_utils.data import batches, load_dataset
 
 LAYER = -2
@@ -102,6 +104,14 @@ def test_shards_are_laid_out_as_documented(store, residual):
 
 
 # -- again, and after an interruption ---------------------------------------------------------------------------------------
+
+
+def test_every_shard_has_its_own_images_however_many_there_are():
+    """FAULTS D13: names were read back by five digits, so that shard 100,000 got shard 10,000's images."""
+    shards = plan_shards(200_005, 2)
+    assert len(shards) == 100_003 and [row for rows in shards.values() for row in rows] == list(range(200_005))
+    assert shards["shard-100000.safetensors"] == range(200_000, 200_002)
+    assert extraction._LEFTOVER.fullmatch("shard-100000.safetensors")
 
 
 def test_a_finished_store_is_opened_without_looking_at_an_image(store, tiny_clip, dataset):
@@ -243,9 +253,10 @@ def test_a_folder_that_is_no_store_is_refused(tiny_clip, dataset, tmp_path):
     for refused in (lambda: ActivationStore.open(tmp_path), lambda: extract(tiny_clip, dataset, tmp_path)):
         with pytest.raises(ValueError, match="not the manifest of an activation store"):
             refused()
-    (tmp_path / "manifest.json").write_text('{"format": "patchsae_utils activations", "format_version": 99}')
-    with pytest.raises(ValueError, match="format version 99"):
+    (tmp_path / "manifest.json").write_text('{"format": "patchsae_utils activations", "format_version": 1}')
+    with pytest.raises(ValueError, match="format version 1; this package reads 2. Extract again: extract_activations replaces it"):
         ActivationStore.open(tmp_path)
+    extract(tiny_clip, dataset, tmp_path).verify()
 
 
 def test_values_that_the_dtype_cannot_hold_are_refused(tiny_clip, dataset, tmp_path):

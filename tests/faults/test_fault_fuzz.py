@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_saes import trained
 
-from patchsae_utils.activations.extraction import ActivationStore
+from patchsae_utils.activations.store import ActivationStore
 from patchsae_utils.config import _SECTIONS, Profile, load_profile, parse_settings
 from patchsae_utils.sae.files import CONFIG, load_sae, save_sae
 
