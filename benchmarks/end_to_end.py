@@ -130,17 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> dict | None:
         rows.append(row)
         print(f"{side:<10} {row['images_per_second']:.1f} images/s, {row['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
     ours, dense, extraction = rows
-    return report(
-        "end_to_end",
-        rows,
-        ours["images_per_second"] / dense["images_per_second"],
-        path=options.json,
-        extraction_share=extraction["seconds"] / ours["seconds"],
-        model=options.model,
-        layer=options.layer,
-        targets=TARGETS,
-        command="python -m benchmarks.end_to_end",
-    )
+    ratio = ours["images_per_second"] / dense["images_per_second"]
+    more = {"model": options.model, "layer": options.layer, "targets": TARGETS, "command": "python -m benchmarks.end_to_end"}
+    return report("end_to_end", rows, ratio, path=options.json, extraction_share=extraction["seconds"] / ours["seconds"], **more)
 
 
 if __name__ == "__main__":

@@ -134,31 +134,6 @@ def ours(x: Tensor, weights: Textbook, l0: int, activation: str = "relu", precis
     return Step(step, sae)
 
 
-def ours_autograd(x: Tensor, weights: Textbook, l0: int) -> Step:
-    """Sparse kernels with ordinary dense ``.grad`` and the optimiser's own step, as several processes need them."""
-    from patchsae_utils.sae.sparse import decode, encode
-    from patchsae_utils.sae.sparse_adam import lay_out_columns
-
-    weights.to(x.device)
-    lay_out_columns(weights)
-    optimizer = adam(weights)
-
-    def step():
-        centre = weights.b_dec.detach()
-        bias = weights.b_enc - (weights.b_dec - centre) @ weights.W_enc.detach()
-        latents = encode(x - centre, weights.W_enc, bias, precision="bfloat16")
-        reconstruction = decode(latents, weights.W_dec, weights.b_dec)
-        loss = ((reconstruction - x).square() / x.norm(dim=1, keepdim=True)).mean() + L1 * latents.sums().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        weights.project()
-        optimizer.step()
-        weights.normalize()
-        return loss.detach(), latents.counts().float().mean()
-
-    return Step(step, weights)
-
-
 def overcomplete(x: Tensor, weights: Textbook, l0: int) -> Step:
     """overcomplete's TopKSAE; it normalises its dictionary itself, in each forward pass."""
     from overcomplete.sae import TopKSAE
@@ -209,9 +184,8 @@ def sae_lens(x: Tensor, weights: Textbook, l0: int) -> Step:
     d_in, d_sae = weights.W_enc.shape
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=l0, device=str(x.device)))
     optimizer = adam(sae)
-    options = {
-        name: value for name, value in (("n_training_steps", 0), ("is_logging_step", False)) if name in TrainStepInput.__annotations__
-    }
+    newer = {"n_training_steps": 0, "is_logging_step": False}
+    options = {name: value for name, value in newer.items() if name in TrainStepInput.__annotations__}
 
     def step():
         output = sae.training_forward_pass(TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=None, **options))
@@ -229,7 +203,6 @@ SIDES: dict[str, Callable[..., Step]] = {
     "textbook": textbook,
     "ours": ours,
     "ours float32": lambda x, weights, l0: ours(x, weights, l0, precision="float32"),
-    "ours autograd": ours_autograd,
     "ours topk": lambda x, weights, l0: ours(x, weights, l0, activation="topk"),
     "overcomplete": overcomplete,
     "sparsify": sparsify,
@@ -313,25 +286,20 @@ def main(arguments: Sequence[str] | None = None) -> dict | None:
     side = min(3072, max(options.d_in, 256))
     peaks = {str(dtype).removeprefix("torch."): matmul_peak(options.device, dtype, size=side) for dtype in (torch.float32, torch.bfloat16)}
 
-    rows = [
-        run(name, "headline", base | {"tokens": n}, peaks) for n in sizes for name in ("textbook", "ours", "ours float32", "ours autograd")
-    ]
+    rows = [run(name, "headline", base | {"tokens": n}, peaks) for n in sizes for name in ("textbook", "ours", "ours float32")]
     pairs = []
     for n in sizes:
         dense, sparse = (next(row for row in rows if row["side"] == name and row["tokens"] == n) for name in ("textbook", "ours"))
         for row in (dense, sparse):
             if "error" in row:
                 raise SystemExit(f"{row['side']} at {n} tokens failed: {row['error']}")
-        pairs.append(
-            {
-                "tokens": n,
-                "ratio": dense["seconds"] / sparse["seconds"],
-                "median_ratio": dense["median_seconds"] / sparse["median_seconds"],
-                "step_memory_share": sparse["step_memory_gb"] / dense["step_memory_gb"] if dense["step_memory_gb"] else None,
-                "peak_memory_share": sparse["peak_memory_gb"] / dense["peak_memory_gb"],
-                "loss_difference": abs(sparse["first_loss"] / dense["first_loss"] - 1),
-            }
-        )
+        pair = {
+            "ratio": dense["seconds"] / sparse["seconds"], "median_ratio": dense["median_seconds"] / sparse["median_seconds"],
+            "step_memory_share": sparse["step_memory_gb"] / dense["step_memory_gb"] if dense["step_memory_gb"] else None,
+            "peak_memory_share": sparse["peak_memory_gb"] / dense["peak_memory_gb"],
+            "loss_difference": abs(sparse["first_loss"] / dense["first_loss"] - 1),
+        }  # fmt: skip
+        pairs.append({"tokens": n} | pair)
     if not options.no_peers:
         rows.append(run("ours topk", "peers", base | {"tokens": sizes[0]}, peaks))
         for peer, package in PEERS.items():
@@ -346,16 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> dict | None:
         for density in (0.001, 0.01, 0.03, 0.1):
             l0 = max(1, round(density * options.d_sae))
             rows += [run(name, "density", base | {"tokens": n, "l0": l0}, peaks) | {"density": density} for name in ("textbook", "ours")]
-    return report(
-        "sae_step",
-        rows,
-        pairs[0]["ratio"],
-        path=options.json,
-        pairs=pairs,
-        targets=TARGETS,
-        matmul_peak_flops=peaks,
-        command="python -m benchmarks.sae_step",
-    )
+    more = {"pairs": pairs, "targets": TARGETS, "matmul_peak_flops": peaks, "command": "python -m benchmarks.sae_step"}
+    return report("sae_step", rows, pairs[0]["ratio"], path=options.json, **more)
 
 
 if __name__ == "__main__":

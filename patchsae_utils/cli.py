@@ -198,8 +198,7 @@ def _info(options: argparse.Namespace) -> dict[str, Any]:
     SAEs of any format, activation stores, and everything with a manifest. Reads descriptions, and checks what it can."""
     from .activations.folders import Folder, is_url
     from .activations.store import FORMAT, ActivationStore, read_manifest
-    from .sae.files import load_sae
-    from .sae.files import find
+    from .sae.files import find, load_sae
 
     path = Path(options.path)
     if is_url(options.path):

@@ -167,7 +167,7 @@ def _open(form: str, file: Path) -> tuple[dict[str, Any], Any]:
         try:
             return settings, load_file(file)
         except SafetensorError as error:
-            raise ValueError(f"{file} is no valid safetensors file ({error}). Train or copy it again.") from error
+            raise ValueError(f"{file} is damaged: no valid safetensors file ({error}). Train or copy it again.") from error
     beside = None if config is None or not (file.parent / config).is_file() else _object(file.parent / config)
     content = read_torch(file)
     within = _settings_within(content)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import sparse as sparse_kernels
 from .formats import STATISTICS, Weights, preprocessing_fingerprint, shapes, unit_rows, write
 from .sparse import SparseLatents
-from .variants import VARIANTS, centre_product, jump_relu, keep_batch_topk, keep_topk, smallest_positive
+from .variants import VARIANTS, centre_product, jump_relu, keep_batch_topk, keep_topk, nested_groups, smallest_positive
 
 ACTIVATIONS = tuple(VARIANTS)
 NORMALIZATIONS = ("none", "mean", "mean_and_norm")
@@ -47,8 +47,7 @@ class SaeOutput(NamedTuple):
 class SparseAutoencoder(nn.Module):
     """pre = (x - b_dec) W_enc + b_enc; latents = activation(pre); reconstruction = latents W_dec + b_dec.
 
-    Fresh weights are Kaiming-uniform (fan counted as torch does for a [rows, columns] tensor: the columns), the decoder's rows scaled
-    to unit norm, both biases 0. :func:`~patchsae_utils.train_sae` moves ``b_dec`` to the data's geometric median first.
+    Fresh weights are Kaiming-uniform (the fan is the columns), the decoder's rows at unit norm, both biases 0.
 
     The activations, with z = pre:
 
@@ -124,7 +123,7 @@ class SparseAutoencoder(nn.Module):
         if bandwidth is not None and not bandwidth > 0:
             raise ValueError(f"bandwidth must be positive, got {bandwidth}.")
         self.d_in, self.d_sae, self.activation, self.k, self.variant = d_in, d_sae, activation, k, VARIANTS[activation]
-        self.groups = _checked_groups(groups, d_sae) if "groups" in options else None
+        self.groups = nested_groups(groups, d_sae) if "groups" in options else None
         self.bandwidth = (bandwidth or _BANDWIDTH) if "bandwidth" in options else None
         self.metadata: dict[str, Any] = dict(metadata or {})
         self.trained_in: dict[Path, tuple[str, str]] = {}  # folder of a run -> fingerprints of these weights before and after it
@@ -158,17 +157,13 @@ class SparseAutoencoder(nn.Module):
         if latents is not None:
             W_enc, b_enc = self.W_enc.index_select(1, latents), self.b_enc.index_select(0, latents)
             return F.linear(x - self.b_dec.detach(), W_enc.T, b_enc - centre_product(self.b_dec, W_enc))
-        # The centre moves into the bias for the backward pass alone (its value there is 0): b_dec then gets its gradient from one vector
-        # instead of a [N, S] x [S, D] product that nothing else needs.
+        # The centre moves into the bias for the backward pass alone (its value there is 0): b_dec's gradient then costs no [N, S] x [S, D] product.
         centre = self.b_dec.detach()
         bias = self.b_enc - (self.b_dec - centre) @ self.W_enc
         return F.linear(x - centre, self.W_enc.T, bias)
 
     def activate(self, pre_activations: Tensor, latents: Tensor | None = None) -> Tensor:
-        """The activation function, of one token: [..., S] -> [..., S].
-
-        ``latents`` says which columns are given, where not all are; ``topk`` then has nothing to choose from, and refuses.
-        """
+        """The activation function, of one token: [..., S] -> [..., S]; ``latents`` says which columns are given, where not all are."""
 
         def of(weights: Tensor) -> Tensor:
             return weights if latents is None else weights.index_select(0, latents)
@@ -208,10 +203,9 @@ class SparseAutoencoder(nn.Module):
         return torch.stack(parts).cumsum(0) + self.b_dec
 
     def forward(self, x: Tensor, sparse: bool = False) -> SaeOutput:
-        """Encode and decode: [..., D] -> :class:`SaeOutput`; in training mode, variants that compete in a batch move their threshold.
+        """Encode and decode: [..., D] -> :class:`SaeOutput`; ``batchtopk`` and ``matryoshka`` move their threshold in training mode.
 
-        ``sparse`` computes with active latents alone (:mod:`.sparse`): the same function and gradients, faster where few are active. Under
-        autocast the active are found in bfloat16. ``gated`` has no such path, and ignores this.
+        ``sparse`` computes with active latents alone (:mod:`.sparse`): the same function and gradients; ``gated`` has no such path, and ignores it.
         """
         if sparse and not self.variant.gate:
             return self._forward_sparse(x)
@@ -258,10 +252,7 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def _follow(self, kept: Tensor) -> None:
-        """Move the threshold towards the smallest activation of a batch: a running mean, which the first batch starts.
-
-        Source: Bussmann et al., 2024, eq. 5 (the expectation over batches).
-        """
+        """Move the threshold towards the smallest activation of a batch: a running mean. Source: Bussmann et al., 2024, eq. 5."""
         smallest = smallest_positive(kept).to(self.threshold)
         moved = torch.where(self.threshold == 0, smallest, self.threshold.lerp(smallest, _THRESHOLD_RATE))
         self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
@@ -296,17 +287,16 @@ class SparseAutoencoder(nn.Module):
 
     @property
     def normalizes(self) -> bool:
-        """Whether :meth:`set_normalization` has set a mean or a scale."""
+        """Whether a mean or a scale of the input is set."""
         return bool(self.input_scale != 1) or bool(self.input_mean.any())
 
     @torch.no_grad()
     def set_normalization(self, x: Tensor, kind: str = "mean_and_norm") -> None:
         """Train as if on (x - mean) / scale of these tokens [N, D], with latents, weights and reconstructions still in the stream's own units.
 
-        An autoencoder of the normalised input is one of the input itself: with rows of unit norm, latents scale * h, b_dec = mean + scale *
-        b_dec', b_enc = scale * b_enc', thresholds likewise, the same ``W_enc`` and ``W_dec``. That folded form is kept here, so nobody who encodes,
-        decodes, edits or exports has to know. What changes is where training starts (``b_dec`` at the mean, if it was 0) and the units of the
-        objective: losses divide by the scale. ``mean``: centring alone. ``mean_and_norm``: a centred token's mean square is 1 per dimension.
+        With rows of unit norm that is latents scale * h, b_dec = mean + scale * b_dec', b_enc = scale * b_enc', thresholds likewise: the folded form
+        is kept, so nobody who encodes, edits or exports has to know. What changes is where training starts (``b_dec`` at the mean, if it was 0) and
+        the objective's units: losses divide by the scale. ``mean``: centring alone. ``mean_and_norm``: a centred token's mean square is 1 per dimension.
         """
         if kind not in NORMALIZATIONS:
             raise ValueError(f"Unknown normalization {kind!r}. Valid: {', '.join(NORMALIZATIONS)}.")
@@ -458,13 +448,3 @@ def _described(known: Mapping[str, Any], more: set[str] | frozenset[str] = froze
     extra = {"weights_hash": "weights", "tokens": "tokens", "preprocessing": "preprocessing"}
     shown = {word: re.sub(r" at 0x[0-9a-f]+", "", str(known[name])) for name, word in extra.items() if name in more}
     return words + "".join(f", {word} {' '.join(text.split())}" for word, text in shown.items())
-
-
-def _checked_groups(groups: Sequence[int] | None, d_sae: int) -> tuple[int, ...]:
-    """Sizes of nested prefixes, rising up to ``d_sae``."""
-    if groups is None:
-        groups = sorted({d_sae // part for part in (16, 8, 4, 2, 1)} - {0})
-    groups = tuple(int(size) for size in groups)
-    if not groups or groups[0] < 1 or any(a >= b for a, b in zip(groups, groups[1:], strict=False)) or groups[-1] != d_sae:
-        raise ValueError(f"groups must be sizes that rise from at least 1 to d_sae={d_sae}, got {groups}.")
-    return groups

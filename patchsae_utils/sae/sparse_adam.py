@@ -2,19 +2,22 @@
 
 A dense gradient of both weights at d_sae 49,152 is 300 MB, written, read, projected, read by Adam, and freed, every step. Here the
 backward pass keeps what it would have been summed from (active entries, a few MB), and one pass over the weights does the rest while a
-block is in cache: sum, remove what is parallel to the decoder's rows, Adam, unit norm. The result is that of the usual four passes.
+block is in cache: sum, remove what is parallel to the decoder's rows, Adam, unit norm. The result is that of the usual four passes. And what
+follows a rule: the rate and the weight of the L1 term, as plain functions of the step, so that a run that goes on needs no state of theirs.
 
 Dimension letters: N tokens, D d_in, S d_sae.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from ..config import TrainConfig
 from . import sparse
 from .model import SparseAutoencoder
 from .sparse import ChosenRows, WeightedRows
@@ -162,6 +165,27 @@ class DeferredGradients:
                 normalize_rows(part)
         state["step"] += 1
         parameter.grad = None
+
+
+def n_steps(config: TrainConfig) -> int:
+    """Steps of a whole run: ``n_tokens / batch_tokens``, rounded, at least 1."""
+    return max(1, round(config.n_tokens / config.batch_tokens))
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Adam's rate at a step, counted from 0: a linear rise over ``warmup_steps``; then constant, or falling to ``lr_end * lr``, the last step's."""
+    if step < config.warmup_steps:
+        return config.lr * min(1.0, (step + 1) / config.warmup_steps)
+    if config.schedule == "constant":
+        return config.lr
+    share = min(1.0, (step - config.warmup_steps) / max(1, n_steps(config) - 1 - config.warmup_steps))
+    left = 1 - share if config.schedule == "linear" else (1 + math.cos(math.pi * share)) / 2
+    return config.lr * (config.lr_end + (1 - config.lr_end) * left)
+
+
+def l1_weight(step: int, config: TrainConfig) -> float:
+    """Weight of the L1 term at a step, counted from 0: linear up to ``l1_coefficient`` over ``l1_warmup_steps``, then constant."""
+    return config.l1_coefficient * min(1.0, (step + 1) / config.l1_warmup_steps) if config.l1_warmup_steps else config.l1_coefficient
 
 
 @torch.no_grad()

@@ -3,9 +3,8 @@
 Per step: the decoder's rows are scaled to unit norm, the loss is taken on a batch of tokens mixed from many images, the gradient
 loses its part along the decoder's rows, Adam moves. Where few latents are active, all of that touches those alone. Recipe: Lim et al., ICLR 2025, appendix A.
 
-A run depends on its settings, its seed and the step alone: no random number is drawn outside the token stream, which is itself a function of
-seed and step. So a checkpoint holds the weights, Adam's moments, the counters of silent latents and what the log knows, and nothing else. The
-first one is written before the first step.
+A run depends on its settings, its seed and the step alone: no random number is drawn outside the token stream, a function of seed and step. So
+a checkpoint holds weights, Adam's moments, counters of silent latents and what the log knows. The first is written before the first step.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -36,33 +35,29 @@ from .files import CONFIG, WEIGHTS, load_sae
 from .losses import objective
 from .model import SparseAutoencoder
 from .sparse import worthwhile
-from .sparse_adam import DeferredGradients
+from .sparse_adam import DeferredGradients, l1_weight, learning_rate, n_steps
 
+Tokens = ActivationStore | TokenStream
 CHECKPOINT, MANIFEST, LOG, SUMMARY = "checkpoint.pt", "manifest.json", "training_log.csv", "summary.json"
 LOG_COLUMNS = ("step", "tokens", "lr", "loss", "mse", "l1", "ghost", "l0", "explained_variance", "dead_fraction", "tokens_per_second")
+_TERMS = ("loss", "mse", "l1", "ghost", "l0", "residual")  # of a batch, summed over its chunks
+_SHOWN = ("loss", "l0", "explained_variance", "dead_fraction", "tokens_per_second")  # in the bar
 _FORMAT = 2
 _ORIGIN = ("model_name", "weights_hash", "layer", "tokens", "grid", "preprocessing", "dataset", "split", "seed", "n_images")
-# Latents of so many (token, latent) pairs are computed at once: on a CPU what stays in its cache is twice as fast; either way memory is bounded.
-_CHUNK_CPU, _CHUNK_GPU = 3 << 20, 1 << 28
-_CHUNK_TOKENS = 512  # but of so many tokens at least: each chunk adds to the gradients of all weights
+# So many (token, latent) pairs are computed at once, which on a CPU stay in its cache, but so many tokens at least: each chunk adds to all gradients.
+_CHUNK_CPU, _CHUNK_GPU, _CHUNK_TOKENS = 3 << 20, 1 << 28, 512
 _CHUNK_DEAD = 1 << 26  # on the sparse path only the dead latents' pre-activations are computed whole, for the term that wakes them
-# sparse="auto": a smaller dictionary's dense step is short (50 ms against 30 at 3,072 latents and 1,024 tokens, one core), and stays what it
-# was, bit for bit. Density is the mean over so many rows of the log.
+# sparse="auto": a smaller dictionary's dense step is short, and stays dense. Density is the mean over so many rows of the log.
 _SPARSE_FROM, _DENSITY_ROWS = 8192, 5
 
 
 def train_sae(
-    sae: SparseAutoencoder,
-    store: ActivationStore | TokenStream,
-    config: TrainConfig,
-    out: str | Path,
-    resume: bool = True,
-    progress: bool = True,
+    sae: SparseAutoencoder, store: Tokens, config: TrainConfig, out: str | Path, resume: bool = True, progress: bool = True
 ) -> SparseAutoencoder:
     """Train an SAE on activations, or open it when it is there already.
 
-    Under ``accelerate launch`` every process calls this alike, and takes its share of each batch: the loss curve is that of one process.
-    (``batchtopk`` and ``matryoshka`` then select within each process's share.) Only the main process writes.
+    Under ``accelerate launch`` every process calls this alike, and takes its share of each batch: the loss curve is that of one process
+    (``batchtopk`` and ``matryoshka`` select within each share). Only the main process writes.
 
     Parameters
     ----------
@@ -101,7 +96,8 @@ def train_sae(
     start = sae.fingerprint
     if resume and start == after:  # what a run into this folder has made of these weights
         start = before
-    inputs = {"sae": start, "training": _recipe(config), "store": store.fingerprint}
+    recipe = {name: value for name, value in dataclasses.asdict(config).items() if name != "trackers"}  # on which no result depends
+    inputs = {"sae": start, "training": recipe, "store": store.fingerprint}
 
     def finished() -> bool:
         return resume and _finished(out, inputs)
@@ -122,20 +118,20 @@ def train_sae(
                 "start='data' would overwrite the weights of this SAE, which were loaded, trained or set. Use start='random', which keeps "
                 "them, or give a fresh SparseAutoencoder."
             )
-        processes.on_main(lambda: _clear(out, checkpoint=not resume))
+        processes.on_main(lambda: _clear(out, MANIFEST, SUMMARY, CONFIG, WEIGHTS, *(() if resume else (CHECKPOINT,))))
         sae.metadata = _origin(store) | ({"tokens": kept} if kept else {}) | sae.metadata
         run = Training(sae.to(device), store, config, out, inputs, processes)
         try:
             run.restore()
-            advice = "training.batch_tokens or sae.expansion_factor lower"
-            with out_of_memory(f"training steps of {config.batch_tokens} tokens", advice):
+            with out_of_memory(f"training steps of {config.batch_tokens} tokens", "training.batch_tokens or sae.expansion_factor lower"):
                 run.train(progress and processes.main)
             sae.normalize_decoder()
             sae.eval()
             sae.metadata |= {"n_training_tokens": run.n_steps * config.batch_tokens, "l1_coefficient": config.l1_coefficient}
             processes.on_main(run.finish)
         finally:
-            sae.trained_in[out.resolve()] = (start, sae.fingerprint)
+            if (moved := sae.fingerprint) != start:
+                sae.trained_in[out.resolve()] = (start, moved)
     return sae
 
 
@@ -183,19 +179,16 @@ def _refuse_others(out: Path, inputs: dict[str, Any], found: Any) -> None:
         return
     what = "an SAE that no run of train_sae has left there"
     if isinstance(found, dict) and all(isinstance(found.get(name), type(value)) for name, value in inputs.items()):
-        names = [word for name, word in (("sae", "initial weights"), ("store", "activations")) if found[name] != inputs[name]]
-        there, here = found["training"], inputs["training"]
-        names += [f"{name} ({there.get(name)!r} there, {value!r} here)" for name, value in here.items() if there.get(name) != value]
-        what = f"another run, which differs in {', '.join(names) or 'its settings'}"
+        differing = [word for name, word in (("sae", "initial weights"), ("store", "activations")) if found[name] != inputs[name]]
+        there = found["training"]
+        differing += [
+            f"{name} ({there.get(name)!r} there, {here!r} here)" for name, here in inputs["training"].items() if there.get(name) != here
+        ]
+        what = f"another run, which differs in {', '.join(differing)}"
     raise ValueError(f"{out} holds {what}. Choose another folder, or delete this one; resume=False replaces what is there.")
 
 
-def _recipe(config: TrainConfig) -> dict[str, Any]:
-    """The settings as a fingerprint sees them: all but the trackers, on which no result depends."""
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "trackers"}
-
-
-def _kept_tokens(config: TrainConfig, store: ActivationStore | TokenStream) -> str | None:
+def _kept_tokens(config: TrainConfig, store: Tokens) -> str | None:
     """``config.tokens`` where the store holds more than those, else None."""
     if config.tokens in ("all", store.metadata.tokens):
         return None
@@ -206,79 +199,33 @@ def _kept_tokens(config: TrainConfig, store: ActivationStore | TokenStream) -> s
     return config.tokens
 
 
-def _origin(store: ActivationStore | TokenStream) -> dict[str, Any]:
+def _origin(store: Tokens) -> dict[str, Any]:
     """What a store says of its activations, as plain JSON values."""
-    values = {name: getattr(store.metadata, name) for name in _ORIGIN} | {"store_fingerprint": store.fingerprint}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    values = {name: getattr(store.metadata, name) for name in _ORIGIN}
+    return {**values, "grid": list(values["grid"]), "store_fingerprint": store.fingerprint}
 
 
-def _clear(out: Path, checkpoint: bool) -> None:
-    """Remove what a run has left of its results: what lies in the folder from now on is not finished."""
-    for name in (MANIFEST, SUMMARY, CONFIG, WEIGHTS, *((CHECKPOINT,) if checkpoint else ())):
+def _clear(out: Path, *names: str) -> None:
+    """Remove a run's results: what lies in the folder from now on is not finished."""
+    for name in names:
         (out / name).unlink(missing_ok=True)
-
-
-# -- what follows a rule: plain functions of the step ------------------------------------------------------------------------
-
-
-def n_steps(config: TrainConfig) -> int:
-    """Steps of a whole run: ``n_tokens / batch_tokens``, rounded, at least 1."""
-    return max(1, round(config.n_tokens / config.batch_tokens))
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Adam's rate at a step, counted from 0: a linear rise over ``warmup_steps``; then constant, or falling to ``lr_end * lr``, the last step's."""
-    if step < config.warmup_steps:
-        return config.lr * min(1.0, (step + 1) / config.warmup_steps)
-    if config.schedule == "constant":
-        return config.lr
-    share = min(1.0, (step - config.warmup_steps) / max(1, n_steps(config) - 1 - config.warmup_steps))
-    left = 1 - share if config.schedule == "linear" else (1 + math.cos(math.pi * share)) / 2
-    return config.lr * (config.lr_end + (1 - config.lr_end) * left)
-
-
-def l1_weight(step: int, config: TrainConfig) -> float:
-    """Weight of the L1 term at a step, counted from 0: linear up to ``l1_coefficient`` over ``l1_warmup_steps``, then constant."""
-    return config.l1_coefficient * min(1.0, (step + 1) / config.l1_warmup_steps) if config.l1_warmup_steps else config.l1_coefficient
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------------
 
 
-class _Sums(NamedTuple):
-    """A batch's terms, summed over its chunks."""
-
-    loss: float
-    mse: float
-    l1: float
-    ghost: float
-    l0: float
-    residual: float
-
-
 class Training:
     """One training run: what a checkpoint must hold, and the loop."""
 
-    def __init__(
-        self,
-        sae: SparseAutoencoder,
-        store: ActivationStore | TokenStream,
-        config: TrainConfig,
-        out: Path,
-        inputs: dict[str, Any],
-        processes: Processes,
-    ):
+    def __init__(self, sae: SparseAutoencoder, store: Tokens, config: TrainConfig, out: Path, inputs: dict[str, Any], processes: Processes):
         self.sae, self.store, self.config, self.out, self.inputs, self.processes = sae, store, config, out, inputs, processes
-        self.device = sae.W_enc.device
-        self.loss = objective(sae)
-        self.n_steps = n_steps(config)
-        self.step = 0
-        self.restored = False
+        self.device, self.loss = sae.W_enc.device, objective(sae)
+        self.n_steps, self.step, self.restored = n_steps(config), 0, False
         self.silent_for = torch.zeros(sae.d_sae, dtype=torch.long, device=self.device)  # steps since each latent fired
         self.rows: list[dict[str, Any]] = []
         self.seconds, self.n_starts, self.n_sparse = 0.0, 0, 0  # wall time until the last checkpoint, starts, sparse steps
-        self.may_be_sparse = config.sparse == "always" or (config.sparse == "auto" and sae.d_sae >= _SPARSE_FROM)
-        self.deferred = DeferredGradients(sae) if self.may_be_sparse and not sae.variant.gate else None
+        may_be_sparse = not sae.variant.gate and (config.sparse == "always" or (config.sparse == "auto" and sae.d_sae >= _SPARSE_FROM))
+        self.deferred = DeferredGradients(sae) if may_be_sparse else None
         self.unit_rows = False  # whether the last step has left the decoder's rows at unit norm
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
 
@@ -300,8 +247,7 @@ class Training:
 
     def restore(self) -> None:
         """Go on where the checkpoint ends, if there is one."""
-        path = self.out / CHECKPOINT
-        if not path.exists():
+        if not (path := self.out / CHECKPOINT).exists():
             return
         try:
             with zipfile.ZipFile(path) as file:  # torch writes checksums, and doesn't read them
@@ -336,8 +282,7 @@ class Training:
         write_json(self.out / SUMMARY, summary)
         manifest = {"format": _FORMAT, "fingerprint": fingerprint(**self.inputs), "complete": True, "inputs": self.inputs, "final": final}
         write_checked_json(self.out / MANIFEST, manifest)
-        (self.out / CHECKPOINT).unlink(missing_ok=True)
-        (self.out / f".{CHECKPOINT}.tmp").unlink(missing_ok=True)
+        _clear(self.out, CHECKPOINT, f".{CHECKPOINT}.tmp")
 
     def train(self, progress: bool) -> None:
         """From where the run stands to its last step."""
@@ -355,10 +300,10 @@ class Training:
         with ExitStack() as stack:
             stack.callback(processes.end_tracking)
             if processes.main:
-                self._write_log()
-            bar = stack.enter_context(
-                tqdm(total=self.n_steps, initial=self.step, desc="training the SAE", unit="step", disable=not progress)
-            )
+                _write_rows(self.rows, temporary := self.out / f".{LOG}.tmp")  # those a checkpoint knows: none is there twice
+                os.replace(temporary, self.out / LOG)
+            bar = tqdm(total=self.n_steps, initial=self.step, desc="training the SAE", unit="step", disable=not progress)
+            stack.callback(bar.close)
             while self.step < self.n_steps:
                 x, positions = next(stream)
                 tokens += len(x)
@@ -370,31 +315,18 @@ class Training:
                     if processes.main:
                         _write_rows([row], self.out / LOG, mode="a", header=False)
                     processes.log({name: row[name] for name in LOG_COLUMNS[1:]}, self.step)
-                    shown = {
-                        "loss": "loss",
-                        "L0": "l0",
-                        "EV": "explained_variance",
-                        "dead": "dead_fraction",
-                        "tokens/s": "tokens_per_second",
-                    }
-                    bar.set_postfix({word: f"{row[name]:.4g}" for word, name in shown.items()})
+                    bar.set_postfix({name: f"{row[name]:.4g}" for name in _SHOWN})
                 self.step += 1
                 bar.update()
                 self.seconds = before + time.perf_counter() - started
                 if self.step % config.checkpoint_every == 0 or last:
-                    self._check_weights()
+                    finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.sae.parameters())
+                    self._check_finite(finite, f"Weights are NaN or infinite after step {self.step - 1}.")
                     if processes.main and not last:
                         self.save()
 
-    def _write_log(self) -> None:
-        """Begin the log with the rows a checkpoint knows, so that none is there twice."""
-        temporary = self.out / f".{LOG}.tmp"
-        _write_rows(self.rows, temporary)
-        os.replace(temporary, self.out / LOG)
-
     def _tokens(self, batch_size: int, seed: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        kept = _kept_tokens(self.config, self.store)
-        options = {"tokens": kept} if kept else {}
+        options = {"tokens": kept} if (kept := _kept_tokens(self.config, self.store)) else {}
         return self.store.tokens(batch_size, seed=seed, epochs=None, start_step=start_step, positions=True, **options)
 
     def _start(self) -> None:
@@ -425,7 +357,7 @@ class Training:
             return max(1, _CHUNK_DEAD // max(1, n_dead))
         return max(_CHUNK_TOKENS, (_CHUNK_CPU if self.device.type == "cpu" else _CHUNK_GPU) // self.sae.d_sae)
 
-    def _step(self, x: Tensor, is_cls: Tensor, logged: bool) -> _Sums | None:
+    def _step(self, x: Tensor, is_cls: Tensor, logged: bool) -> dict[str, float] | None:
         """One step of Adam on a batch [N, D]; chunk by chunk, since every term is a mean over tokens."""
         sae, config, processes = self.sae, self.config, self.processes
         if self.step == 0:
@@ -438,7 +370,7 @@ class Training:
         sparse = self._is_sparse()
         self.n_sparse += sparse
         fired = torch.zeros_like(self.silent_for, dtype=torch.bool)
-        sums = torch.zeros(len(_Sums._fields), dtype=torch.float64)
+        sums = torch.zeros(len(_TERMS), dtype=torch.float64)
         self.optimizer.zero_grad(set_to_none=True)
         own = processes.share(len(x))
         tokens, own_is_cls = x[own].to(self.device), is_cls[own].to(self.device)
@@ -460,7 +392,7 @@ class Training:
                         sums += share * torch.stack([*(term.double() for term in loss), (n_active / len(part)).double(), residual]).cpu()
         self._move(fired, sums, sparse)
         self.silent_for = torch.where(fired, 0, self.silent_for + 1)
-        return _Sums(*sums.tolist()) if logged else None
+        return dict(zip(_TERMS, sums.tolist(), strict=True)) if logged else None
 
     def _move(self, fired: Tensor, sums: Tensor, sparse: bool) -> None:
         """Gradients of all processes together, projected and clipped, and Adam's step."""
@@ -494,33 +426,25 @@ class Training:
         fired.copy_(counts[: len(fired)] > 0)
         sums.copy_(counts[len(fired) :])
 
-    def _row(self, x: Tensor, sums: _Sums, speed: float) -> dict[str, Any]:
+    def _row(self, x: Tensor, sums: dict[str, float], speed: float) -> dict[str, Any]:
         """A row of the log; stops the run when the loss is no number."""
-        if not math.isfinite(sums.loss):
-            self._stop(f"The loss is {sums.loss} at step {self.step}.")
+        self._check_finite(math.isfinite(sums["loss"]), f"The loss is {sums['loss']} at step {self.step}.")
         variance = (x - x.mean(0)).double().square().sum().item()
-        row = {
-            "step": self.step,
-            "tokens": (self.step + 1) * self.config.batch_tokens,
-            "lr": learning_rate(self.step, self.config),
-            **{name: getattr(sums, name) for name in ("loss", "mse", "l1", "ghost", "l0")},
-            "explained_variance": 1 - sums.residual / variance if variance else math.nan,
-            "dead_fraction": (self.silent_for > self.config.dead_after_steps).double().mean().item(),
-            "tokens_per_second": round(speed),
-        }
+        row = {"step": self.step, "tokens": (self.step + 1) * self.config.batch_tokens, "lr": learning_rate(self.step, self.config)}
+        row |= {name: sums[name] for name in _TERMS[:-1]}
+        row["explained_variance"] = 1 - sums["residual"] / variance if variance else math.nan
+        row["dead_fraction"] = (self.silent_for > self.config.dead_after_steps).double().mean().item()
+        row["tokens_per_second"] = round(speed)
         self.rows.append(row)
         return row
 
-    def _check_weights(self) -> None:
-        """Stop the run when weights are no numbers, before a checkpoint could keep them: the loss is looked at where it is logged alone."""
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.sae.parameters()):
-            self._stop(f"Weights are NaN or infinite after step {self.step - 1}.")
-
-    def _stop(self, reason: str) -> None:
-        raise ValueError(
-            f"{reason} Look for NaN or infinite activations in the store; if there are none, lower lr (now {self.config.lr}) or raise "
-            f"warmup_steps (now {self.config.warmup_steps}). The last checkpoint is from before."
-        )
+    def _check_finite(self, finite: bool, reason: str) -> None:
+        """Stop the run before a checkpoint could keep what is no number; the loss is looked at where it is logged, weights where they are saved."""
+        if not finite:
+            raise ValueError(
+                f"{reason} Look for NaN or infinite activations in the store; if there are none, lower lr (now {self.config.lr}) or raise "
+                f"warmup_steps (now {self.config.warmup_steps}). The last checkpoint is from before."
+            )
 
 
 def _write_rows(rows: list[dict[str, Any]], path: Path, **options: Any) -> None:

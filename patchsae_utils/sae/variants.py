@@ -10,6 +10,7 @@ autoencoders", 2024. matryoshka: Bussmann et al., "Learning multi-level features
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,16 @@ VARIANTS = {
     "gated": Variant("gated", "gate", gate=True, control="bias"),
     "matryoshka": Variant("jumprelu", "auxk", ("k", "groups"), competes="batch", threshold="one"),
 }
+
+
+def nested_groups(groups: Sequence[int] | None, d_sae: int) -> tuple[int, ...]:
+    """Sizes of nested prefixes, rising up to ``d_sae``."""
+    if groups is None:
+        groups = sorted({d_sae // part for part in (16, 8, 4, 2, 1)} - {0})
+    groups = tuple(int(size) for size in groups)
+    if not groups or groups[0] < 1 or any(a >= b for a, b in zip(groups, groups[1:], strict=False)) or groups[-1] != d_sae:
+        raise ValueError(f"groups must be sizes that rise from at least 1 to d_sae={d_sae}, got {groups}.")
+    return groups
 
 
 def keep_topk(latents: Tensor, k: int) -> Tensor:

@@ -14,7 +14,6 @@ from tiny_saes import METADATA, TOKENS, VARIANTS, change, trained
 
 from patchsae_utils.sae.files import CONFIG, WEIGHTS, load_sae, save_sae
 from patchsae_utils.sae.formats import FORMATS
-from patchsae_utils.sae.model import SparseAutoencoder
 
 D, S, K = 6, 20, 3
 X = torch.randn(200, D, generator=torch.Generator().manual_seed(0))
@@ -395,11 +394,3 @@ def test_sparsify_itself_opens_ours(tmp_path):
         torch.testing.assert_close(latents, sae.encode(TOKENS), rtol=0, atol=1e-5)
     theirs.save_to_disk(tmp_path / "theirs")
     torch.testing.assert_close(load_sae(tmp_path / "theirs").encode(TOKENS), sae.encode(TOKENS), rtol=0, atol=1e-5)
-
-
-def test_a_foreign_sae_can_be_trained_on(tmp_path):
-    sae = load_sae(prisma(tmp_path, some_weights()))
-    change(sae.save(tmp_path / "ours"))  # a SAELens folder like any other
-    assert isinstance(load_sae(tmp_path / "ours"), SparseAutoencoder)
-    sae.train()(X).reconstruction.sum().backward()
-    assert sae.W_enc.grad.abs().sum() > 0

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from patchsae_utils.sae import sparse
 from patchsae_utils.sae.losses import patchsae_loss
 from patchsae_utils.sae.model import SparseAutoencoder
-from patchsae_utils.sae.sparse import BatchTopK, TopK, decode, encode, take_rows, worthwhile
-from patchsae_utils.sae.sparse_adam import DeferredGradients, lay_out_columns
+from patchsae_utils.sae.sparse import BatchTopK, TopK, decode, encode, take_rows
+from patchsae_utils.sae.sparse_adam import DeferredGradients
 
 N, D, S = 13, 8, 40
 
@@ -70,14 +70,6 @@ def test_values_and_all_gradients_are_those_of_dense_autograd(select, mask_of, p
     dense = (expected * towards).sum() + expected_latents.sum(1).square().sum() + expected_latents.pow(3).sum()
     for got, want in zip(torch.autograd.grad(ours, parts), torch.autograd.grad(dense, parts), strict=True):
         torch.testing.assert_close(got, want)
-
-
-def test_no_tokens_at_all():
-    x, *rest = weights()
-    latents = encode(x[:0], *rest[:2])
-    assert latents.dense().shape == (0, S)
-    assert decode(latents, *rest[2:]).shape == (0, D)
-    assert not latents.fired().any()
 
 
 def test_indices_ascend_within_tokens_and_the_summaries_are_those_of_the_dense_latents():
@@ -178,12 +170,6 @@ def test_taken_rows_are_index_select_with_its_gradient():
     assert torch.equal(got, W[index])
     (gradient,) = torch.autograd.grad(got.pow(3).sum(), W)
     torch.testing.assert_close(gradient, torch.autograd.grad(W[index].pow(3).sum(), W)[0])
-
-
-def test_worthwhile_where_few_latents_are_active():
-    assert worthwhile(150 / 49152, "cpu")
-    assert not worthwhile(0.5, "cpu")
-    assert not worthwhile(150 / 49152, "meta")
 
 
 @pytest.mark.parametrize("change", [{"x": torch.zeros(2, 3, D)}, {"bias": torch.zeros(S + 1)}, {"W_enc": torch.zeros(D, S).bfloat16()}])
@@ -331,15 +317,6 @@ def test_state_goes_through_a_checkpoint():
     deferred.step(resumed)
     for name, parameter in whole.named_parameters():
         assert torch.equal(getattr(second, name), parameter), name
-
-
-def test_columns_are_laid_out_in_place():
-    sae = autoencoder()
-    parameter, values = sae.W_enc, sae.W_enc.detach().clone()
-    fingerprint = sae.fingerprint
-    lay_out_columns(sae)
-    assert sae.W_enc is parameter and sae.W_enc.T.is_contiguous()
-    assert torch.equal(sae.W_enc, values) and sae.fingerprint == fingerprint
 
 
 # -- Triton -------------------------------------------------------------------------------------------------------------------

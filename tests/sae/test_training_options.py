@@ -235,12 +235,13 @@ def test_trackers_get_the_log(tmp_path, monkeypatch):
     for (_, values), (_, row) in zip(seen["rows"], log.iterrows(), strict=True):
         assert set(values) == set(LOG_COLUMNS[1:]) and values["loss"] == pytest.approx(row["loss"], rel=1e-5)
     assert seen["config"]["lr"] == NEW.lr and seen["finished"] == 1
+    train_sae(fresh(), Store(stop_at=0), dataclasses.replace(NEW, log_every=4), tmp_path / "0", progress=False)  # the same run, opened
 
 
 def test_the_bar_shows_the_numbers(tmp_path, capsys):
     train_sae(fresh(), Store(), NEW, tmp_path, progress=True)
     last = capsys.readouterr().err
-    assert all(f"{name}=" in last for name in ("loss", "L0", "EV", "dead", "tokens/s"))
+    assert all(f"{name}=" in last for name in ("loss", "l0", "explained_variance", "dead_fraction", "tokens_per_second"))
 
 
 # -- settings -----------------------------------------------------------------------------------------------------------
