@@ -5,7 +5,7 @@ and written words (`domains`), other seeds (`matching`). May import: sae, activa
 """
 
 from .classes import class_scores, top_latents
-from .domains import cross_domain_references, text_and_image_examples, text_and_image_latents, word_scenes
+from .domains import cross_domain_references, text_and_image_latents, word_scenes
 from .likeness import Likeness, LikenessObserver
 from .matching import stability
 from .measures import contrasting_latents, shuffled_label_entropy
@@ -30,7 +30,6 @@ __all__ = [
     "shuffled_label_entropy",
     "stability",
     "summarize_latents",
-    "text_and_image_examples",
     "text_and_image_latents",
     "top_latents",
     "word_scenes",

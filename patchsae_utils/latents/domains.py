@@ -19,12 +19,13 @@ from ..data.dataset import ImageData
 from ..sae.dictionary import select_latents
 from .measures import merge_keys, pack_top, unpack_top
 from .passes import read_latents, read_streams
-from .pictures import N_REFERENCES, References, references, seen_image
-from .reading import latent_masks
+from .pictures import N_REFERENCES, References, references, seen_with_masks
 
 ALPHA = 0.05
 """Level of a single latent's test of whether it reads."""
 N_SHUFFLES = 1000
+N_EXAMPLES = 4
+"""Latents that are shown on their thing, its name and another name."""
 
 
 # -- other domains and data sets --------------------------------------------------------------------------------------------
@@ -161,6 +162,17 @@ def word_scenes(class_names: Sequence[str], n_per_word: int = 4, size: tuple[int
     return ImageData("words", "test", names, labels, lambda i: word_scene(names[labels[i]], size, i % n_per_word))
 
 
+class TextExample(NamedTuple):
+    """A latent on a thing, on its written name, and on another name."""
+
+    latent: int
+    titles: tuple[str, str, str]
+    images: Tensor
+    """[3, H, W, 3] uint8, as CLIP saw them."""
+    masks: Tensor
+    """[3, rows, columns] activations on the patch grid."""
+
+
 class TextAndImage(NamedTuple):
     """Which latents answer to a thing and to its written name."""
 
@@ -174,6 +186,8 @@ class TextAndImage(NamedTuple):
     """[R] the same share when names are dealt to the words at random, all latents alike."""
     p: float
     """Share of the shuffles that reach ``share``: (1 + hits) / (1 + R)."""
+    examples: list[TextExample]
+    """The four best latents."""
     alpha: float = ALPHA
 
 
@@ -210,25 +224,33 @@ def text_and_image_latents(clip, sae, objects, words, layer: int, *, progress: b
         raise ValueError(
             "The words must have the class names of the objects, in the same order: word_scenes(objects.class_names) makes them."
         )
-    sets = {"objects": objects, "words": words}
-    means, images = zip(
-        *(_activation_by_class(clip, sae, data, layer, name if progress else None) for name, data in sets.items()), strict=True
-    )
-    present = ((images[0] > 0) & (images[1] > 0)).nonzero().flatten()
+    thing, n_things = _activation_by_class(clip, sae, objects, layer, "objects" if progress else None)
+    word, n_words = _activation_by_class(clip, sae, words, layer, "words" if progress else None)
+    present = np.flatnonzero((n_things > 0) & (n_words > 0))
     if len(present) < 2:
         raise ValueError(f"Needs at least two classes with pictures and with written words, got {len(present)}.")
-    thing, word = (values[present].numpy() for values in means)
+    thing, word = thing[present], word[present]
     alive = np.flatnonzero(thing.max(0) > 0)
     thing, word, n_classes, columns = thing[:, alive], word[:, alive], len(present), np.arange(len(alive))
     own = thing.argmax(0)
     rank = rankdata(-word, method="max", axis=0) / n_classes  # share of the words that reach each word's activation, itself included
-    rng = np.random.default_rng(0)
+    rng, rng_examples = np.random.default_rng(0), np.random.default_rng(0)
     dealt = [own, *(rng.permutation(n_classes)[own] for _ in range(N_SHUFFLES))]
-    share, *shuffled = [float((rank[classes, columns] <= ALPHA).mean()) if len(alive) else 0.0 for classes in dealt]
+    share, *by_chance = [float((rank[classes, columns] <= ALPHA).mean()) if len(alive) else 0.0 for classes in dealt]
+    shuffled = np.array(by_chance)
     score = np.minimum(*(_excess(values, own) for values in (thing, word))).clip(0)
-    table = pd.DataFrame({"latent": alive, "label": present.numpy()[own], "p": rank[own, columns], "score": score})
+    table = pd.DataFrame({"latent": alive, "label": present[own], "p": rank[own, columns], "score": score})
     table = table.sort_values(["score", "latent"], ascending=[False, True], ignore_index=True)
-    return TextAndImage(table, share, np.array(shuffled), float((1 + (np.array(shuffled) >= share).sum()) / (1 + N_SHUFFLES)))
+    examples = []
+    for row in table.head(N_EXAMPLES).itertuples():
+        another = int(rng_examples.choice([c for c in range(len(n_words)) if c != row.label and n_words[c]]))
+        places = [(objects, row.label), (words, row.label), (words, another)]
+        pictures = [data[int((torch.as_tensor(data.labels) == label).nonzero()[0])].image for data, label in places]
+        name, other = objects.class_names[row.label], objects.class_names[another]
+        examples.append(
+            TextExample(row.latent, (name, f"“{name}”", f"“{other}”"), *seen_with_masks(clip, sae, pictures, row.latent, layer))
+        )
+    return TextAndImage(table, share, shuffled, float((1 + (shuffled >= share).sum()) / (1 + N_SHUFFLES)), examples)
 
 
 def _excess(values: np.ndarray, own: np.ndarray) -> np.ndarray:
@@ -238,58 +260,10 @@ def _excess(values: np.ndarray, own: np.ndarray) -> np.ndarray:
     return np.divide(at - others, spread, out=np.zeros(len(own)), where=spread > 1e-12)
 
 
-def _activation_by_class(clip, sae, data, layer: int, progress: str | None) -> tuple[Tensor, Tensor]:
+def _activation_by_class(clip, sae, data, layer: int, progress: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Mean over images of the mean over patches, float64 [C, S], and the images of each class. CLS reads no place, so it stays out."""
     sums = torch.zeros(len(data.class_names), sae.W_enc.shape[1], dtype=torch.float64, device=sae.W_enc.device)
     for labels, _, h in read_latents(clip, sae, data, layer, progress=progress):
         sums.index_add_(0, labels.to(sums.device), h[:, 1:].mean(1).double())
     n = torch.bincount(torch.as_tensor(data.labels), minlength=len(sums))
-    return sums.cpu() / n.clamp_min(1)[:, None], n
-
-
-class TextExample(NamedTuple):
-    """A latent on a thing, on its written name, and on another name."""
-
-    latent: int
-    titles: tuple[str, str, str]
-    images: Tensor
-    """[3, H, W, 3] uint8, as CLIP saw them."""
-    masks: Tensor
-    """[3, rows, columns] activations on the patch grid."""
-
-
-@torch.no_grad()
-def text_and_image_examples(clip, sae, objects, layer: int, found: TextAndImage, latents: Sequence[int]) -> list[TextExample]:
-    """Pictures for some latents of :func:`text_and_image_latents`: the first picture of the latent's class, its name, another class's name.
-
-    Parameters
-    ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
-    objects
-        The data set of things.
-    layer : int
-    found : TextAndImage
-    latents : sequence of int
-
-    Raises
-    ------
-    ValueError
-        If a latent is not in the table.
-    """
-    rows = found.table.set_index("latent")
-    labels = torch.as_tensor(objects.labels)
-    rng = np.random.default_rng(0)
-    examples = []
-    for latent in map(int, latents):
-        if latent not in rows.index:
-            raise ValueError(f"Latent {latent} is active on none of the pictures; the table holds {len(rows)} latents.")
-        label = int(rows.loc[latent, "label"])
-        names = [objects.class_names[label], str(rng.choice([n for c, n in enumerate(objects.class_names) if c != label]))]
-        size = clip.image_size[::-1]
-        pictures = [objects[int((labels == label).nonzero()[0])].image, *(word_scene(name, size) for name in names)]
-        inputs = torch.stack([clip.preprocess(picture) for picture in pictures])
-        masks = latent_masks(clip, sae, inputs, [latent], layer)[:, 0].cpu()
-        titles = (names[0], f"“{names[0]}”", f"“{names[1]}”")
-        examples.append(TextExample(latent, titles, torch.stack([seen_image(clip, x) for x in inputs]), masks))
-    return examples
+    return (sums.cpu() / n.clamp_min(1)[:, None]).numpy(), n.numpy()

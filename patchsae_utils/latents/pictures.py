@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -91,13 +91,17 @@ def reference_images(clip, sae, dataset, summary: LatentSummary, latents: Sequen
 def references(clip, sae, dataset, latent: int, images: Tensor, values: Tensor, layer: int) -> References:
     """A latent's images by their places [k], strongest first; -1 is padding."""
     images = images[images >= 0]
-    n = len(images)
-    pictures, masks = torch.zeros(0, *clip.image_size, 3, dtype=torch.uint8), torch.zeros(0, *clip.grid)
-    if n:
-        inputs = torch.stack([clip.preprocess(dataset[int(i)].image) for i in images])
-        pictures = torch.stack([seen_image(clip, x) for x in inputs])
-        masks = latent_masks(clip, sae, inputs, [latent], layer)[:, 0].cpu()
-    return References(pictures, masks, values[:n], images)
+    pictures = [dataset[int(i)].image for i in images]
+    return References(*seen_with_masks(clip, sae, pictures, latent, layer), values[: len(images)], images)
+
+
+def seen_with_masks(clip, sae, pictures: Sequence[Any], latent: int, layer: int) -> tuple[Tensor, Tensor]:
+    """Pictures as CLIP saw them, uint8 [n, H, W, 3], and a latent's activations there [n, rows, columns]."""
+    if not len(pictures):
+        return torch.zeros(0, *clip.image_size, 3, dtype=torch.uint8), torch.zeros(0, *clip.grid)
+    inputs = torch.stack([clip.preprocess(picture) for picture in pictures])
+    masks = latent_masks(clip, sae, inputs, [latent], layer)[:, 0].cpu()
+    return torch.stack([seen_image(clip, x) for x in inputs]), masks
 
 
 # -- levels -------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from patchsae_utils.data import ImageData, load_dataset
 from patchsae_utils.latents import domains as module
 from patchsae_utils.latents.domains import (
     cross_domain_references,
-    text_and_image_examples,
     text_and_image_latents,
     word_scene,
     word_scenes,
@@ -116,6 +115,7 @@ def scripted(monkeypatch, thing, word, n_images=2):
             yield torch.tensor([label]), torch.tensor([index]), h
 
     monkeypatch.setattr(module, "read_latents", read)
+    monkeypatch.setattr(module, "N_EXAMPLES", 0)  # no pictures
     n = len(thing)
     return ImageData("things", "test", [f"c{c}" for c in range(n)], [c for c in range(n) for _ in range(n_images)], lambda i: None)
 
@@ -200,9 +200,9 @@ def test_with_a_real_model_numbers_are_those_of_the_pictures(tiny_clip, sae, wor
             others = np.delete(values, row.label).mean()
             excess.append((values[row.label] - others) / values.std() if values.std() > 1e-6 else 0)
         assert row.score == pytest.approx(max(min(excess), 0), abs=1e-2)
-    latent = int(found.table["latent"][0])
-    example = text_and_image_examples(tiny_clip, sae, data, LAYER, found, [latent])[0]
-    assert example.images.shape == (3, 112, 112, 3) and example.masks.shape == (3, 14, 14)
-    assert example.titles[0] in data.class_names and example.titles[1] == f"“{example.titles[0]}”" != example.titles[2]
-    with pytest.raises(ValueError, match="active on none"):
-        text_and_image_examples(tiny_clip, sae, data, LAYER, found, [3])
+    assert [example.latent for example in found.examples] == found.table["latent"].head(4).tolist()
+    for example, label in zip(found.examples, found.table["label"], strict=False):
+        name, quoted, other = example.titles
+        assert name == data.class_names[label] and quoted == f"“{name}”" != other
+        assert (example.images[1] == torch.from_numpy(np.array(words[2 * label].image))).all()
+        assert example.masks.shape == (3, 14, 14)
