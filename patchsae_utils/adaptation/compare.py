@@ -1,9 +1,8 @@
 """CLIP against adapted CLIP, read by one dictionary: are there new concepts, or is it a new mapping of old ones?
 
-An adapter can raise accuracy in two places. The *image tower* may show other latents for the same picture: latents that were
-silent on a class light up, others fade (``low-to-high``, ``high-to-low``). Or the towers agree on what is in the picture, and
-the *text head* reads it differently: a new mapping from the same latents to the classes. :func:`compare_models` measures both:
-latents by class-level counts, the gain by crossing {base, adapted image tower} x {base, adapted text head}.
+The *image tower* may show other latents for the same picture: some that were silent on a class light up, others fade. Or the towers agree on what is in
+the picture, and the *text head* reads it differently. :func:`compare_models` measures both: latents by class-level counts, the gain by crossing {base,
+adapted image tower} x {base, adapted text head}.
 """
 
 from __future__ import annotations
@@ -78,21 +77,13 @@ def mean_of_halves(halves: Tensor, images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Remapping:
-    """CLIP and adapted CLIP on one data set, read by one dictionary: what adaptation changed, and what it did not.
-
-    Made by :func:`compare_models`. ``base`` and ``adapted`` are the readings of the two image towers, each with both text heads (which have
-    the same names).
-    """
+    """CLIP and adapted CLIP on one data set (``name``): readings of the two image towers, each with both text heads (which have the same names)."""
 
     name: str
-    """Name of the data set."""
     adapter: str
-    """Name of the adapter."""
     class_names: list[str]
     base: Reading
     adapted: Reading
-
-    # -- accuracy -----------------------------------------------------------------------------------------------------
 
     def right(self, tower: str, head: str, form: str = "raw") -> np.ndarray:
         """Which pictures one crossing of image tower and text head classifies rightly: bool [N]."""
@@ -110,10 +101,7 @@ class Remapping:
 
     @property
     def delta(self) -> float:
-        """Share of the base model's errors that adaptation removed: (adapted - base) / (1 - base), raw.
-
-        Source: Lim et al., ICLR 2025, Table 1.
-        """
+        """Share of the base model's errors that adaptation removed: (adapted - base) / (1 - base). Source: Lim et al., ICLR 2025, Table 1."""
         base, adapted = self.score("base", "base"), self.score("adapted", "adapted")
         return (adapted - base) / (1 - base) if base < 1 else 0.0
 
@@ -121,8 +109,7 @@ class Remapping:
         """How much of the gain each tower brings: part ("image tower", "text head", "both"), gain, low, high.
 
         With A(tower, head), the image tower's part is the mean of its gain under the old and under the new head,
-        [A(a, b) - A(b, b) + A(a, a) - A(b, a)] / 2, and the text head's likewise (the Shapley value of two players); they sum to
-        A(a, a) - A(b, b). Intervals are over pictures.
+        [A(a, b) - A(b, b) + A(a, a) - A(b, a)] / 2, and the text head's likewise (the Shapley value of two players). Intervals are over pictures.
         """
         bb, ba, ab, aa = (self.right(tower, head).astype(float) for tower in SIDES for head in SIDES)
         rows = [(ab - bb + aa - ba) / 2, (ba - bb + aa - ab) / 2, aa - bb]
@@ -142,8 +129,6 @@ class Remapping:
         rows = [was & is_, ~was & is_, ~was & (after == before), ~was & ~is_ & (after != before), was & ~is_]
         return _with_intervals(pd.DataFrame({"fate": FATES}), "share", rows)
 
-    # -- latents ------------------------------------------------------------------------------------------------------
-
     def latents(self) -> pd.DataFrame:
         """The top latents of each class in either model and their group: class, class_name, latent, base, adapted (counts a picture), group."""
         table = latent_groups(self.base.mean_counts, self.adapted.mean_counts)
@@ -157,21 +142,12 @@ class Remapping:
         return table
 
     def comparisons(self, rank: str = "count") -> pd.DataFrame:
-        """The means of :meth:`groups` over classes, beside three controls.
+        """The means of :meth:`groups` over classes, beside three controls: comparison, measure (a group, "jaccard", "rbo"), value, low, high.
 
-        The controls: CLIP against itself on other pictures (what sampling does), CLIP against the adapted model on another class
-        (what unrelated pictures look like), and as many random active latents instead of the top ones: sorted into groups, one draw for both
-        models; for the overlaps, which one draw would make 1, an own draw and order for each.
-
-        Parameters
-        ----------
-        rank : {"count", "specific"}
-            Top latents by their count on the class, or by how much it exceeds the mean over classes.
-
-        Returns
-        -------
-        DataFrame
-            comparison, measure (a group, "jaccard" or "rbo"), value, low, high; the interval is over classes.
+        ``rank``: top latents by their "count" on the class, or by how far it exceeds the mean over classes ("specific"). The controls: CLIP against
+        itself on other pictures (what sampling does), CLIP against the adapted model on another class (what unrelated pictures look like), and as many
+        random active latents instead of the top ones: sorted into groups, one draw for both models; for the overlaps, which one draw would make 1, a
+        draw and an order for each.
         """
         base, adapted = self.base.mean_counts, self.adapted.mean_counts
         rng = np.random.default_rng(0)
@@ -209,16 +185,11 @@ class Remapping:
 
 
 class Confusions(NamedTuple):
-    """How often each model takes pictures of one class for another.
-
-    Source: the comparison of confusion matrices follows Lim et al., ICLR 2025, Fig. 21.
-    """
+    """CLIP's and the adapted model's pictures by true class (row) and predicted class (column), int [C, C]. After Lim et al., ICLR 2025, Fig. 21."""
 
     class_names: list[str]
     base: np.ndarray
-    """int [C, C]: CLIP's pictures by true class (row) and predicted class (column)."""
     adapted: np.ndarray
-    """int [C, C]: the adapted model's."""
 
     @property
     def change(self) -> np.ndarray:

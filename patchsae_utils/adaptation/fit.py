@@ -223,7 +223,7 @@ def _resume(
         state = read_torch(path)
     except ValueError:
         return []  # damaged: fitting starts anew
-    if state["fingerprint"] != fp:
+    if state.get("fingerprint") != fp:
         return []
     adapted.learned.load_state_dict(state["learned"])
     optimizer.load_state_dict(state["optimizer"])

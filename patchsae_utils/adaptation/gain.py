@@ -11,18 +11,15 @@ may change each step, and nothing else, so its gain in accuracy has exactly four
 
 From these the three words of the question:
 
-- **new concepts**: the part of the gain that comes from *outside the dictionary*. Exactly zero where the image tower can't change.
-- **remapping**: the part that comes from *later blocks* and *text head*: the concepts at the hook are as they were, their mapping to classes is
-  new. *Existing latents* stand between the two, known concepts that answer more or less than before, and are reported apart as **retuning**.
-- **reuse**: how much of the evidence for a class rests on the same latents as before; see :mod:`.links`.
+- **new concepts** come from *outside the dictionary*: exactly zero where the image tower can't change, and an upper bound, for the dictionary misses a
+  part of any change (:meth:`GainSplit.change`);
+- **remapping** from *later blocks* and *text head*: the concepts at the hook are as they were, their mapping to classes is new. *Existing latents*
+  stand between the two, known concepts that answer more or less than before, and are reported apart as **retuning**;
+- **reuse** is how much of the evidence for a class rests on the same latents as before; see :mod:`.links`.
 
-It is an experiment, not a correlation: every picture is classified with each of the 16 combinations of old and new parts, for example with the
-base model's residual stream plus only the dictionary's part of its change. A part's share of the gain is its *Owen value*: first image tower
-and text head are crossed, both orders averaged (their Shapley value); then, within the image tower, all orders of its three parts
-are averaged. So the parts sum to the gain, picture by picture, and the three parts of the tower to the tower's.
-
-"Outside the dictionary" is an upper bound of what is new: the dictionary misses a part of *any* change. :meth:`GainSplit.change` reports how large a
-share it misses of this one, of the change from one picture to the next, and of a change in a random direction.
+It is an experiment, not a correlation: every picture is classified with each of the 16 combinations of old and new parts. A part's share of the gain
+is its *Owen value*: first image tower and text head are crossed, both orders averaged (their Shapley value); then, within the image tower, all
+orders of its three parts are averaged. So the parts sum to the gain, picture by picture.
 
 Sources: Shapley, "A value for n-person games" (1953); Owen, "Values of games with a priori unions" (1977). The question is that of Lim et al.,
 ICLR 2025, section 4.2; the definition is ours.
@@ -40,9 +37,9 @@ import pandas as pd
 import torch
 from torch import Generator, Tensor
 
-from ..clip.model import ClipModel, Residual
+from ..clip.model import ClipModel
 from ..data import batches
-from ..interventions.tail import Active, check_same_tower, dataset_head, network_tail
+from ..interventions.tail import check_same_tower, dataset_head, network_tail
 from ..latents.passes import latent_chunks
 from ..run.intervals import interval, mean_interval
 from ..sae.model import SparseAutoencoder
@@ -86,11 +83,10 @@ class GainSplit:
     """[N, 3, 2]: for each of ``CHANGES`` the squared norm of the change outside the dictionary, and of the whole change, summed over tokens."""
 
     def parts(self, measure: str = "accuracy") -> pd.DataFrame:
-        """Each part of the gain ("accuracy" or "log-probability"), with its 95 % interval over pictures.
+        """Each part of the gain ("accuracy" or "log-probability"): part, gain, low, high, share, share_low, share_high; intervals over pictures.
 
-        Columns: part (those of ``PARTS``, then the sums "image tower", "retuning", "new concepts", "remapping", then "both" and
-        "interaction"), gain, low, high, and share, share_low, share_high of the whole gain: NaN where the gain's interval holds 0.
-        The interaction of tower and head, A(a,a) - A(a,b) - A(b,a) + A(b,b), is no further part: each side got half of it.
+        After ``PARTS`` come the sums "image tower", "retuning", "new concepts", "remapping", then "both" and "interaction", of which tower and head
+        got half each. Shares are of the whole gain, and NaN where its interval holds 0.
         """
         if measure not in MEASURES:
             raise ValueError(f"Unknown measure {measure!r}. Valid: {', '.join(MEASURES)}.")
@@ -119,9 +115,8 @@ class GainSplit:
     def change(self) -> pd.DataFrame:
         """How much of a change of the residual stream the dictionary misses: change, outside, low, high.
 
-        ``outside`` is the squared norm of the part outside the dictionary over that of the whole change (0: the dictionary says all of
-        it; the two parts needn't be orthogonal, so it may pass 1); NaN where nothing changed. Beside the adaptation's change stand two
-        yardsticks: from one picture to the next, and in a random direction of the same size at each token.
+        ``outside`` is the squared norm of the part outside the dictionary over that of the whole change (the two parts needn't be orthogonal, so
+        it may pass 1). Two yardsticks: from one picture to the next, and in a random direction of the same size at each token.
         """
         outside = [share_of(self.squares[:, i, 0], self.squares[:, i, 1])[:3] for i in range(len(CHANGES))]
         return pd.DataFrame(outside, columns=["outside", "low", "high"]).assign(change=CHANGES)[["change", "outside", "low", "high"]]
@@ -138,11 +133,7 @@ def share_of(rows: np.ndarray, whole: np.ndarray):
 
 
 def owen_values(values: np.ndarray) -> dict[str, np.ndarray]:
-    """Each part's Owen value: the image tower's three parts are one union, the text head another.
-
-    From outcomes [2, 2, 2, 2, ...] with each of ``PARTS`` old (0) or new (1): part -> array [...]; they sum to
-    ``values[1, 1, 1, 1] - values[0, 0, 0, 0]``.
-    """
+    """Each part's Owen value [...] from outcomes [2, 2, 2, 2, ...] with each of ``PARTS`` old (0) or new (1); the tower's three parts are one union."""
     orders = list(permutations(range(len(TOWER_PARTS))))
     found = {name: np.zeros(values.shape[len(PARTS) :]) for name in PARTS}
     for head in (0, 1):
@@ -169,7 +160,7 @@ class GainAnalysis(NamedTuple):
 def explain_gain(
     base: ClipModel, adapted: Mapping[str, ClipModel], sae: SparseAutoencoder, dataset: Any, layer: int, *, progress: bool = True
 ) -> dict[str, GainAnalysis]:
-    """Split the gain of adapted models into its parts, and compare what classes rest on; one pass up to the hook for each model.
+    """Split the gain of adapted models into its parts, and compare what classes rest on.
 
     Parameters
     ----------
@@ -188,7 +179,7 @@ def explain_gain(
     Returns
     -------
     dict of str to GainAnalysis
-        By the names of ``adapted``: ``split``, a :class:`GainSplit`, and ``links``, a :class:`.ClassLinks`.
+        ``split``, a :class:`GainSplit`, and ``links``, a :class:`.ClassLinks`.
 
     Raises
     ------
@@ -200,28 +191,27 @@ def explain_gain(
     for model in (base, *adapted.values()):
         check_same_tower(base, model)
         sae.check_model(model, layer)
-    models = {"": base, **adapted}
-    heads, tails = {name: dataset_head(model, dataset) for name, model in models.items()}, {}
-    sums = {name: LinkSums(list(dataset.class_names), sae.W_dec.detach()) for name in adapted}
+    models = [base, *adapted.values()]
+    tails, heads = [None] * len(models), [dataset_head(model, dataset) for model in models]
+    sums = {name: LinkSums(list(dataset.class_names), sae) for name in adapted}
     outcomes: dict[str, list[Tensor]] = {name: [] for name in adapted}
     squares: dict[str, list[Tensor]] = {name: [] for name in adapted}
     generator = Generator().manual_seed(0)
     for batch in batches(dataset, base.preprocess, BATCH, progress=f"explaining {dataset.name}" if progress else None):
-        labels, reader = batch.labels.to(base.device), {}
-        for name, model in models.items():
-            after = model.run_to(batch.images, layer)
-            tails[name] = tails.get(name) or network_tail(model, layer, after)
-            active_after, decoded_after = _read(sae, after.tokens)
-            reader[name] = Reader(model, tails[name], heads[name])
-            if not name:
-                before, active_before, decoded_before = after, active_after, decoded_after
-                noise = torch.randn(before.tokens.shape, generator=generator).to(base.device)
-                continue
-            readers = reader[""], reader[name]
-            streams = _streams(before.tokens, after.tokens, decoded_after - decoded_before)
-            outcomes[name].append(_outcomes(readers, (before, after), streams, labels))
-            squares[name].append(_squares(sae, before.tokens, after.tokens, decoded_before, decoded_after, noise))
-            sums[name].add(readers, (before, after), (active_before, active_after), labels)
+        labels = batch.labels.to(base.device)
+        residuals = [model.run_to(batch.images, layer) for model in models]
+        tails = [tail or network_tail(model, layer, residual) for tail, model, residual in zip(tails, models, residuals, strict=True)]
+        before, *others = (Reader(*parts) for parts in zip(models, heads, tails, residuals, strict=True))
+        z, said = before.residual.tokens, _decoded(sae, before.residual.tokens)
+        noise = torch.randn(z.shape, generator=generator).to(base.device)
+        for name, after in zip(adapted, others, strict=True):
+            change, change_said = after.residual.tokens - z, _decoded(sae, after.residual.tokens) - said
+            outcomes[name].append(_outcomes((before, after), change_said, labels))
+            random = noise * (change.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
+            random_said = _decoded(sae, z + random) - said if change.any() else random
+            pairs = (change, change_said), (z.roll(1, 0) - z, said.roll(1, 0) - said), (random, random_said)
+            squares[name].append(torch.stack([_squares(*pair) for pair in pairs], 1))
+            sums[name].add((before, after), labels)
     return {
         name: GainAnalysis(
             GainSplit(dataset.name, name, torch.cat(outcomes[name], -1).numpy(), torch.cat(squares[name]).numpy()), sums[name].links()
@@ -230,50 +220,26 @@ def explain_gain(
     }
 
 
-def _read(sae: SparseAutoencoder, tokens: Tensor) -> tuple[Active, Tensor]:
-    """The positive latents of a batch, and its reconstruction [B, T, D]."""
-    parts, decoded = [], torch.empty_like(tokens)
-    for rows, h in latent_chunks(sae, tokens):
-        part = Active.of(h)
-        parts.append(part._replace(token=part.token + rows.start * tokens.shape[1]))
-        decoded[rows] = sae.decode(h)
-    token, latent, value = (torch.cat(pieces) for pieces in zip(*(part[:3] for part in parts), strict=True))
-    return Active(token, latent, value, (tokens.shape[0], tokens.shape[1])), decoded
+def _decoded(sae: SparseAutoencoder, tokens: Tensor) -> Tensor:
+    return torch.cat([sae.decode(h) for _, h in latent_chunks(sae, tokens)])
 
 
-def _streams(before: Tensor, after: Tensor, latents: Tensor) -> dict[tuple[int, int], Tensor]:
-    """The residual stream with the latents' part of its change, the rest of it, both or neither: (latents, outside) -> [B, T, D]."""
-    return {(0, 0): before, (1, 0): before + latents, (0, 1): after - latents, (1, 1): after}
-
-
-def _outcomes(
-    readers: tuple[Reader, Reader], residuals: tuple[Residual, Residual], streams: Mapping[tuple[int, int], Tensor], labels: Tensor
-) -> Tensor:
-    """Rightness and log-probability of every combination for a batch: [2, 2, 2, 2, 2, B]."""
+def _outcomes(readers: tuple[Reader, Reader], latents: Tensor, labels: Tensor) -> Tensor:
+    """Rightness and log-probability of every combination for a batch, [2, 2, 2, 2, 2, B], given the latents' part of the change [B, T, D]."""
     found = torch.empty(2, 2, 2, 2, 2, len(labels), dtype=torch.float64)
-    for tail, (reader, residual) in enumerate(zip(readers, residuals, strict=True)):
-        for (latents, outside), tokens in streams.items():
+    before, after = (reader.residual.tokens for reader in readers)
+    streams = {(0, 0): before, (1, 0): before + latents, (0, 1): after - latents, (1, 1): after}  # with the latents' part, and the rest
+    for tail, reader in enumerate(readers):
+        for parts, tokens in streams.items():
             # Prompt tokens belong to the blocks that made them and read them: they go with the tail.
-            features = reader.tail(residual._replace(tokens=tokens))
+            features = reader.tail(reader.residual._replace(tokens=tokens))
             for head, owner in enumerate(readers):
                 logits = owner.clip.logits(features, owner.head)
-                found[0, latents, outside, tail, head] = (logits.argmax(1) == labels).double().cpu()
-                found[1, latents, outside, tail, head] = logits.double().log_softmax(1).gather(1, labels[:, None])[:, 0].cpu()
+                found[(0, *parts, tail, head)] = (logits.argmax(1) == labels).double().cpu()
+                found[(1, *parts, tail, head)] = logits.double().log_softmax(1).gather(1, labels[:, None])[:, 0].cpu()
     return found
 
 
-def _squares(sae: SparseAutoencoder, before: Tensor, after: Tensor, decoded_before: Tensor, decoded_after: Tensor, noise: Tensor) -> Tensor:
-    """Squared norms [B, 3, 2] of each of ``CHANGES``: outside the dictionary, and whole."""
-    change = after - before
-    random = noise * (change.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
-    decoded_random = _read(sae, before + random)[1] if change.any() else decoded_before
-    pairs = [
-        (change, decoded_after - decoded_before),
-        (before.roll(1, 0) - before, decoded_before.roll(1, 0) - decoded_before),
-        (random, decoded_random - decoded_before),
-    ]
-    return (
-        torch.stack([torch.stack([(whole - said).square().sum((1, 2)), whole.square().sum((1, 2))], 1) for whole, said in pairs], 1)
-        .double()
-        .cpu()
-    )
+def _squares(whole: Tensor, said: Tensor) -> Tensor:
+    """Squared norms [B, 2] of a change: what the dictionary leaves out of it, and whole."""
+    return torch.stack([(whole - said).square().sum((1, 2)), whole.square().sum((1, 2))], 1).double().cpu()

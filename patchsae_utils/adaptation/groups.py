@@ -1,9 +1,4 @@
-"""Top latents of each class in two models: sorted by what adaptation did to them, and how far the two rankings agree.
-
-Jaccard's index of two top-k sets counts the tenth place as much as the first, and a latent that falls from place 10 to 11 as if it had vanished.
-Rank-biased overlap reads both lists from the top: at depth d the agreement is the share of the first d places that they have in common, and depths
-count with weights (1 - p) p^(d - 1). With p = 0.9 the first ten places carry 86 % of the weight.
-"""
+"""Top latents of each class in two models: sorted by what adaptation did to them, and how far the two rankings agree."""
 
 from __future__ import annotations
 
@@ -79,8 +74,8 @@ def rank_biased_overlap(first: Sequence[Hashable], second: Sequence[Hashable], p
 
         RBO = (1-p)/p [ sum_{d=1..l} X_d/d p^d  +  sum_{d=s+1..l} X_s (d-s)/(s d) p^d ]  +  [ (X_l - X_s)/l + X_s/s ] p^l
 
-    It is the infinite sum of weighted agreements, if the agreement beyond the end of a list is what it was at the end: 1 for identical
-    rankings, 0 for disjoint ones or if one is empty, NaN if both are.
+    It is the infinite sum of the agreements at each depth with weights (1 - p) p^(d - 1), if the agreement beyond the end of a list is what it was at
+    the end: 1 for identical rankings, 0 for disjoint ones or if one is empty, NaN if both are.
 
     Source: Webber, Moffat and Zobel, "A similarity measure for indefinite rankings", ACM TOIS 28(4), 2010, equation 32.
     """

@@ -15,7 +15,7 @@ none that carried it does so still.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,13 +26,14 @@ from torch import Tensor
 
 from ..clip.model import ClipModel, Residual
 from ..interventions.attribution import logit_gradient
-from ..interventions.tail import Active
 from ..run.intervals import mean_interval
+from ..sae.model import SparseAutoencoder
 from .compare import COMPARISONS, mean_of_halves, turns
 from .groups import latent_groups
 
 LINKS = {"high": "stayed", "high-to-low": "vanished", "low-to-high": "appeared"}
 """Group of :func:`.latent_groups` -> what happened to the link."""
+_IMAGES = 8  # whose latents and weights [T, S] are held at once
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,9 @@ class ClassLinks:
         return mean_of_halves(self.halves, self.half_images)
 
     def reuse(self) -> pd.DataFrame:
-        """How much of a class's evidence rests on the same latents, beside what chance and unrelated classes share.
+        """How much of a class's evidence rests on the same latents, beside what chance and unrelated classes share: comparison, reuse, low, high.
 
-        Columns: comparison, reuse, low, high; means over classes, intervals over them. "CLIP twice, other pictures" compares two samples
-        of half the size, so it understates what chance leaves in common.
+        Intervals are over classes. "CLIP twice, other pictures" compares samples of half the size, so it understates what chance leaves in common.
         """
         pairs = {COMPARISONS[0]: (self.base, self.adapted), COMPARISONS[1]: tuple(self.halves)}
         if len(self.class_names) > 1:
@@ -76,8 +76,7 @@ class ClassLinks:
     def links(self) -> pd.DataFrame:
         """The strongest links of each class in either model: class, class_name, latent, base, adapted (shares of the class's evidence), link.
 
-        A link has *vanished* when its share of the class's evidence fell below half of CLIP's, *appeared* when CLIP's lies below
-        half of the adapted model's, else *stayed*.
+        A link has *vanished* when its share fell below half of CLIP's, *appeared* when CLIP's lies below half of the adapted model's, else *stayed*.
         """
         table = latent_groups(evidence(self.base), evidence(self.adapted))
         table["link"] = table.pop("group").map(LINKS)
@@ -85,10 +84,7 @@ class ClassLinks:
         return table
 
     def change(self) -> dict[str, float]:
-        """Share of the links' change (sum of absolute parts) that is due to reading, not to activations: reading, low, high.
-
-        NaN where no link has changed. The interval is over classes.
-        """
+        """Share of the links' change (sum of absolute parts) that is due to reading, not to activations: reading, low, high (over classes)."""
         reading, activation = (part.abs().sum(1) for part in (self.by_reading, self.by_activation))
         total = reading + activation
         shares = (reading / total)[total > 0]
@@ -111,54 +107,38 @@ def shared_evidence(first: Tensor, second: Tensor) -> Tensor:
 
 
 class Reader(NamedTuple):
-    """One model, as the links see it."""
+    """One model on a batch."""
 
     clip: ClipModel
-    tail: Callable[[Residual], Tensor]
     head: Tensor
+    tail: Callable[[Residual], Tensor]
+    residual: Residual
 
 
 class LinkSums:
     """Sums of links over batches; ``links()`` gives their means."""
 
-    def __init__(self, class_names: list[str], rows: Tensor):
-        self.class_names, self.rows = class_names, rows
-        shape = (len(class_names), len(rows))
-        self.halves = rows.new_zeros(2, *shape, dtype=torch.float64)
-        self.rest = rows.new_zeros(3, *shape, dtype=torch.float64)  # adapted, by activation, by reading
+    def __init__(self, class_names: list[str], sae: SparseAutoencoder):
+        self.class_names, self.sae, self.rows = class_names, sae, sae.W_dec.detach()
+        shape = (len(class_names), sae.d_sae)
+        self.halves = self.rows.new_zeros(2, *shape, dtype=torch.float64)
+        self.rest = self.rows.new_zeros(3, *shape, dtype=torch.float64)  # adapted, by activation, by reading
         self.seen = torch.zeros(2, len(class_names), dtype=torch.long)
 
-    def add(
-        self, readers: tuple[Reader, Reader], residuals: tuple[Residual, Residual], actives: tuple[Active, Active], labels: Tensor
-    ) -> None:
-        """Add a batch: CLIP and the adapted model, the residual streams of the same pictures, their positive latents, their classes [B]."""
-        token, latent, h = _union(actives, len(self.rows))
-        either = Active(token, latent, torch.ones_like(h[0]), actives[0].shape)
-        w = [
-            either.project(logit_gradient(reader.clip, reader.tail, residual, reader.head, labels, "margin"), self.rows)
-            for reader, residual in zip(readers, residuals, strict=True)
-        ]
-        shares = torch.stack([h[0] * w[0], h[1] * w[1], (h[1] - h[0]) * (w[0] + w[1]) / 2, (h[0] + h[1]) / 2 * (w[1] - w[0])]).double()
-        place = labels[either.image] * len(self.rows) + latent
-        turn = turns(labels.cpu(), self.seen).to(place.device)[either.image]
-        self.halves.view(-1).index_add_(0, turn * self.halves[0].numel() + place, shares[0])
-        for total, share in zip(self.rest, shares[1:], strict=True):
-            total.view(-1).index_add_(0, place, share)
+    def add(self, readers: Sequence[Reader], labels: Tensor) -> None:
+        """Add a batch: CLIP and the adapted model on the same pictures, and their classes [B]."""
+        gradients = [logit_gradient(each.clip, each.tail, each.residual, each.head, labels, "margin") for each in readers]
+        turn = turns(labels.cpu(), self.seen).to(labels.device)
+        for rows in torch.arange(len(labels), device=labels.device).split(_IMAGES):
+            h = [self.sae.encode(each.residual.tokens[rows]) for each in readers]
+            w = [gradient[rows] @ self.rows.T for gradient in gradients]
+            self.halves.index_put_((turn[rows], labels[rows]), (h[0] * w[0]).sum(1, dtype=torch.float64), accumulate=True)
+            shares = (h[1] * w[1], (h[1] - h[0]) * (w[0] + w[1]) / 2, (h[0] + h[1]) / 2 * (w[1] - w[0]))
+            for total, share in zip(self.rest, shares, strict=True):
+                total.index_add_(0, labels[rows], share.sum(1, dtype=torch.float64))
 
     def links(self) -> ClassLinks:
         """The means over the pictures of each class."""
         halves = self.halves.cpu() / self.seen.clamp_min(1)[..., None]
         rest = self.rest.cpu() / self.seen.sum(0).clamp_min(1)[:, None]
         return ClassLinks(self.class_names, halves, self.seen, *rest)
-
-
-def _union(actives: tuple[Active, Active], d_sae: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Tokens and latents that are positive in either model, and each model's activations there (0 where silent)."""
-    keys = [active.token * d_sae + active.latent for active in actives]  # rising, by token and latent
-    union = torch.unique(torch.cat(keys))
-    values = []
-    for key, active in zip(keys, actives, strict=True):
-        full = active.value.new_zeros(len(union))
-        full[torch.searchsorted(union, key)] = active.value
-        values.append(full)
-    return union // d_sae, union % d_sae, values

@@ -163,8 +163,8 @@ class LinearHead(AdaptedClip):
     ):  # fmt: skip
         super().__init__(clip, seed=seed, template=template)
         self.class_names = list(class_names)
-        self.learned = nn.Module()
-        self.learned.weight = nn.Parameter(clip.zero_shot_head(self.class_names, templates or [template]).clone(), requires_grad=False)
+        head = clip.zero_shot_head(self.class_names, templates or [template])
+        self.learned = nn.ParameterDict({"weight": nn.Parameter(head.clone(), requires_grad=False)})
 
     @property
     def changes_images(self) -> bool:

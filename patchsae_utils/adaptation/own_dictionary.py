@@ -1,9 +1,8 @@
 """A dictionary of the adapted model's own, beside CLIP's: would it have found other concepts?
 
-All else reads the adapted model through the dictionary that was trained on CLIP, which has no word for what CLIP lacked. So one SAE is trained on the
-residual stream of each model: the same pictures, settings, number of tokens and seed, hence the same tokens (by place) as starting directions; prompt
-tokens are never stored. Each SAE then reads both models (the four combinations of Lim et al., ICLR 2025, Fig. 11). A second SAE of CLIP, of
-another seed, says how much of any difference is the luck of training: dictionaries trained twice on the *same* activations don't agree either.
+One SAE is trained on the residual stream of each model: the same pictures, settings, number of tokens and seed, hence the same tokens (by place) as
+starting directions. Each then reads both models (the four combinations of Lim et al., ICLR 2025, Fig. 11). A second SAE of CLIP, of another seed, says
+how much of any difference is the luck of training.
 """
 
 from __future__ import annotations
@@ -42,10 +41,9 @@ class Dictionaries(NamedTuple):
     """bool [S]: latents that fire on the activations that the SAE was trained on; the most frequent ones, where these are too many to match."""
 
     def cross(self, base: ClipModel, adapted: ClipModel, dataset: Any, layer: int, *, progress: bool = True) -> pd.DataFrame:
-        """Each SAE on the activations of each model, on labelled pictures that no SAE was trained on.
+        """Each SAE on each model's activations of pictures that no SAE was trained on: sae, activations ("CLIP" or "adapted"), measure, value, low, high.
 
-        Columns: sae, activations ("CLIP" or "adapted"), measure (explained_variance, l0, accuracy of that model with the reconstruction in place of
-        its residual stream, change of the accuracy against raw), value, low, high; over all tokens, intervals over pictures.
+        Measures: explained_variance, l0, accuracy of that model through the reconstruction, its change against raw. Intervals are over pictures.
         """
         check_same_tower(base, adapted)
         tables = []
@@ -56,21 +54,14 @@ class Dictionaries(NamedTuple):
         return pd.concat(tables, ignore_index=True)[["sae", "activations", "measure", "value", "low", "high"]]
 
     def matches(self, threshold: float = 0.7) -> pd.DataFrame:
-        """How many latents each pair of SAEs has in common: :func:`patchsae_utils.latents.stability` on those that are alive.
-
-        The yardstick of "CLIP, other seed" and "adapted" is "CLIP" and "CLIP, other seed": neither pair shares a start.
-        """
+        """How many latents each pair of SAEs has in common: :func:`patchsae_utils.latents.stability` on those that are alive."""
         return stability(self.saes, self.alive, threshold=threshold)
 
 
 def train_dictionaries(
     base: ClipModel, adapted: ClipModel, dataset: Any, layer: int, sae: SaeConfig, training: TrainConfig, out: str | Path, *, progress: bool = True
 ) -> Dictionaries:  # fmt: skip
-    """Train an SAE on each model's residual stream, and one more on CLIP's with the next seed; what is in the folder already is opened.
-
-    ``dataset``: pictures that both models read, e.g. of the domain that the adapter was fitted to; ``out``: a folder for two activation stores and
-    three SAEs.
-    """
+    """Train an SAE on each model's residual stream, and one more on CLIP's with the next seed; what is in the folder ``out`` already is opened."""
     check_same_tower(base, adapted)
     out = Path(out)
     stores = {

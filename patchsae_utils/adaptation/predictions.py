@@ -1,12 +1,11 @@
 """Predictions over k: what CLIP and an adapted model make of the same k latents of each class.
 
-The paper's heat maps (Lim et al., ICLR 2025, Fig. 6): only a class's top k latents are kept, or they are removed, and each model classifies what is left. If
-adapting is a new mapping of old concepts, the adapted head must read more from *the same few latents of CLIP's dictionary*. So the latents are
-chosen once, on CLIP's train split, and are the same for all models; between them stands CLIP's image tower under the adapted head, where nothing but the
-reading has changed.
+Only a class's top k latents are kept, or they are removed, and each model classifies what is left. If adapting is a new mapping of old concepts, the
+adapted head must read more from *the same few latents of CLIP's dictionary*. So the latents are chosen once, on CLIP's train split, and are the same for
+all models; between them stands CLIP's image tower under the adapted head, where nothing but the reading has changed.
 
-The mask of a picture is that of its true class, as in the paper, which tells the label: accuracies of one row of the table can be compared with each other
-and with as many random latents, not with unmasked ones.
+The mask of a picture is that of its true class, which tells the label: accuracies at one k can be compared with each other and with as many random
+latents, not with unmasked ones. Source: the heat maps of Lim et al., ICLR 2025, Fig. 6.
 """
 
 from __future__ import annotations
@@ -32,8 +31,6 @@ def masked_predictions(
 ) -> pd.DataFrame:
     """Accuracy of each class with only its k most specific latents, or without them, in CLIP and in an adapted model.
 
-    A latent is the more specific to a class, the more tokens a picture it is active on than on pictures of the average class.
-
     Parameters
     ----------
     base, adapted : ClipModel
@@ -51,8 +48,8 @@ def masked_predictions(
     Returns
     -------
     DataFrame
-        model ("CLIP", "CLIP, adapted head", "adapted") and the columns of :func:`patchsae_utils.sweep_masks`, with rows for each class; the SAE's
-        error is dropped, ``choose`` is "oracle" (the class's latents), "random", or "none" (unmasked).
+        model ("CLIP", "CLIP, adapted head", "adapted") and the columns of :func:`patchsae_utils.sweep_masks`, with rows for each class;
+        ``choose`` is "oracle" (the class's latents), "random", or "none" (unmasked).
 
     Raises
     ------

@@ -7,8 +7,8 @@ over as ``Residual.extra``, so that no statistic ever sees them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
@@ -49,8 +49,6 @@ class PromptedClip(AdaptedClip):
         """[n_ctx, d] for each image block, from the first on, that gets its own; empty: the image tower is the base's."""
         return []
 
-    # -- images -------------------------------------------------------------------------------------------------------
-
     @property
     def changes_images(self) -> bool:
         return bool(self.visual_prompts())
@@ -89,11 +87,21 @@ class PromptedClip(AdaptedClip):
             x = super()._run_blocks(x, i, i + 1)
         return x
 
-    # -- text ---------------------------------------------------------------------------------------------------------
-
     def head(self, tokens: Tensor) -> Tensor:
         """Text features of :meth:`class_tokens` through the learned prompts: unit rows [C, d_embed], differentiable."""
-        with self._prompted_text():
+        prompts, text = self.text_prompts(), text_tower(self.model)
+
+        def replace(x: Tensor, prompt: Tensor, dim: int) -> Tensor:
+            start, stop = x.narrow(dim, 0, 1), x.narrow(dim, 1 + self.n_ctx, x.shape[dim] - 1 - self.n_ctx)
+            prompt = prompt.to(x.dtype).unsqueeze(1 - dim).expand_as(x.narrow(dim, 1, self.n_ctx))
+            return torch.cat([start, prompt, stop], dim)
+
+        with ExitStack() as hooks:  # they replace what stands at positions 1 to n_ctx
+            hooks.enter_context(text.token_embedding.register_forward_hook(lambda module, args, out: replace(out, prompts[0], 1)))
+            dim = 1 if text.transformer.batch_first else 0
+            for block, prompt in zip(list(text.transformer.resblocks)[1:], prompts[1:], strict=False):  # towers may differ in depth
+                change = lambda module, args, p=prompt: (replace(args[0], p, dim), *args[1:])  # noqa: E731
+                hooks.enter_context(block.register_forward_pre_hook(change))
             return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
     def class_tokens(self, class_names: Sequence[str]) -> Tensor:
@@ -114,28 +122,6 @@ class PromptedClip(AdaptedClip):
             return super().head_to_fit(class_names, templates)
         tokens = self.class_tokens(class_names)
         return lambda: self.head(tokens)
-
-    @contextmanager
-    def _prompted_text(self) -> Iterator[None]:
-        """While it lasts, the text tower reads the learned prompts at positions 1 to n_ctx."""
-        prompts, text = self.text_prompts(), text_tower(self.model)
-        handles = []
-
-        def replace(x: Tensor, prompt: Tensor, dim: int) -> Tensor:
-            start, stop = x.narrow(dim, 0, 1), x.narrow(dim, 1 + self.n_ctx, x.shape[dim] - 1 - self.n_ctx)
-            prompt = prompt.to(x.dtype).unsqueeze(1 - dim).expand_as(x.narrow(dim, 1, self.n_ctx))
-            return torch.cat([start, prompt, stop], dim)
-
-        try:
-            if prompts:
-                handles.append(text.token_embedding.register_forward_hook(lambda module, args, out: replace(out, prompts[0], 1)))
-                dim = 1 if text.transformer.batch_first else 0
-                for block, prompt in zip(list(text.transformer.resblocks)[1:], prompts[1:], strict=False):  # towers may differ in depth
-                    handles.append(block.register_forward_pre_hook(lambda module, args, p=prompt: (replace(args[0], p, dim), *args[1:])))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _initial_context(self, generator: Generator) -> Tensor:
         """[n_ctx, d_text]: embeddings of the template's first words, or random ones where it has too few."""
@@ -214,9 +200,7 @@ class CoOp(PromptedClip):
     kind = "coop"
 
     def _make_prompts(self, generator: Generator) -> nn.Module:
-        prompts = nn.Module()
-        prompts.ctx = nn.Parameter(self._initial_context(generator))
-        return prompts
+        return nn.ParameterDict({"ctx": nn.Parameter(self._initial_context(generator))})
 
     def text_prompts(self) -> list[Tensor]:
         return [self.learned.ctx]
@@ -241,9 +225,8 @@ class VisualPrompt(PromptedClip):
     def _make_prompts(self, generator: Generator) -> nn.Module:
         patch = self.visual.conv1.weight[0].numel()
         bound = math.sqrt(6 / (patch + self.width))
-        prompts = nn.Module()
-        prompts.tokens = nn.Parameter(torch.empty(self.depth, self.n_ctx, self.width).uniform_(-bound, bound, generator=generator))
-        return prompts
+        tokens = torch.empty(self.depth, self.n_ctx, self.width).uniform_(-bound, bound, generator=generator)
+        return nn.ParameterDict({"tokens": nn.Parameter(tokens)})
 
     def visual_prompts(self) -> list[Tensor]:
         return list(self.learned.tokens)

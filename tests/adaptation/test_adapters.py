@@ -172,11 +172,12 @@ def test_only_what_an_adapter_may_change_changes(tiny_clip, tiny_images, kind):
     assert (kind in ("maple", "coop", "linear")) == (moved > 1e-3)
 
 
-@pytest.mark.parametrize("kind", ["lora", "finetune", "linear"])
-def test_changed_weights_start_as_clip(tiny_clip, tiny_images, kind):
-    adapted = fresh_adapter(kind, tiny_clip, CONFIG, NAMES, ["a {}."], seed=1)
+@pytest.mark.parametrize("kind", ["coop", "lora", "finetune", "linear"])
+def test_before_its_first_step_it_is_clip(tiny_clip, tiny_images, kind):
+    names, templates = ["hammer", "accordion"], [CONFIG.template]
+    adapted = fresh_adapter(kind, tiny_clip, CONFIG, names, templates, seed=1)
     torch.testing.assert_close(adapted.encode_image(tiny_images), tiny_clip.encode_image(tiny_images), rtol=0, atol=0)
-    torch.testing.assert_close(adapted.zero_shot_head(NAMES, ["a {}."]), tiny_clip.zero_shot_head(NAMES, ["a {}."]), rtol=0, atol=0)
+    torch.testing.assert_close(adapted.zero_shot_head(names, templates), tiny_clip.zero_shot_head(names, templates), rtol=0, atol=1e-6)
 
 
 def test_lora_is_what_the_paper_describes(tiny_clip, tiny_images):
@@ -236,27 +237,6 @@ def test_adapters_leave_the_base_alone(tiny_clip, tiny_images, few, kind):
     assert tiny_clip.fingerprint == before[0] != adapted.fingerprint
     torch.testing.assert_close(tiny_clip.encode_image(tiny_images), before[1], rtol=0, atol=0)
     torch.testing.assert_close(tiny_clip.encode_text(["a hammer."]), before[2], rtol=0, atol=0)
-
-
-def test_coop_changes_the_text_head_and_nothing_in_the_image_tower(tiny_clip, tiny_images, few):
-    adapted = fit_adapter(tiny_clip, "coop", few, CONFIG, progress=False)
-    residual = adapted.run_to(tiny_images, -2)
-    assert residual.extra is None
-    torch.testing.assert_close(residual.tokens, tiny_clip.residual(tiny_images, -2), rtol=0, atol=0)
-    torch.testing.assert_close(adapted.encode_image(tiny_images), tiny_clip.encode_image(tiny_images), rtol=0, atol=0)
-    assert (adapted.zero_shot_head(NAMES) - CoOp(tiny_clip).zero_shot_head(NAMES)).abs().max() > 1e-4
-
-
-def test_untrained_coop_is_zero_shot_clip(tiny_clip):
-    expected = tiny_clip.zero_shot_head(["french horn"], ["a photo of a {}."])
-    torch.testing.assert_close(CoOp(tiny_clip).zero_shot_head(["french_horn"]), expected, rtol=0, atol=1e-6)
-
-
-def test_visual_prompts_change_the_image_tower_and_not_the_text_head(tiny_clip, tiny_images, few):
-    adapted = fit_adapter(tiny_clip, "vpt", few, CONFIG, progress=False)
-    templates = ["a {}.", "a picture of a {}."]
-    torch.testing.assert_close(adapted.zero_shot_head(NAMES, templates), tiny_clip.zero_shot_head(NAMES, templates), rtol=0, atol=0)
-    assert (adapted.encode_image(tiny_images) - tiny_clip.encode_image(tiny_images)).abs().max() > 1e-4
 
 
 def test_impossible_settings_say_what_is_possible(tiny_clip, few):

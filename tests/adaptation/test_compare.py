@@ -8,7 +8,6 @@ import pytest
 import torch
 from tiny import loud
 
-from patchsae_utils import plots
 from patchsae_utils.adaptation import compare
 from patchsae_utils.adaptation.compare import COMPARISONS, FATES, FORMS, Reading, Remapping, base_to_novel, compare_models, stack
 from patchsae_utils.adaptation.groups import GROUPS, OVERLAPS
@@ -132,11 +131,6 @@ def test_controls_are_beside_the_comparison(compared):
 # -- several data sets ------------------------------------------------------------------------------------------------
 
 
-def test_an_empty_data_set_is_an_error(tiny_clip, tiny_sae):
-    with pytest.raises(ValueError, match="empty"):
-        compare_models(tiny_clip, tiny_clip, tiny_sae, load_dataset("openmoji/tools", "test", n_images=0), LAYER)
-
-
 def test_base_to_novel_has_three_forms_and_a_harmonic_mean(compared):
     table = base_to_novel(compared["maple"], compared["coop"]).set_index(["model", "form", "half"])
     assert len(table) == 2 * 3 * 3
@@ -208,9 +202,3 @@ def test_a_class_without_pictures_stands_in_the_middle():
     after = Reading(torch.zeros(2, 4, 4), torch.ones(2, 4), LABELS, {("adapted", "raw"): AFTER}, {})
     found = Remapping("pictures", "MaPLe", ["cat", "dog", "owl", "yak"], before, after).confusions()
     assert np.isnan(found.change[3]).all() and found.order.tolist() == [0, 2, 3, 1]
-
-
-def test_the_figure_of_confusions_draws(mistakes):
-    fig = plots.confusion_change({"pictures": mistakes.confusions(), "again": mistakes.confusions()})
-    fig.canvas.draw()
-    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["cat", "owl", "dog"]

@@ -103,17 +103,6 @@ def test_matches_are_beside_another_seed(trained):
     assert table["found"].between(0, 1).all()
 
 
-def test_the_figure_draws(trained, tiny_clip, adapted, held_out):
-    import matplotlib.pyplot as plt
-
-    from patchsae_utils import plots
-
-    fig = plots.dictionary_cross(trained.cross(tiny_clip, adapted, held_out, LAYER, progress=False))
-    fig.canvas.draw()
-    assert len(fig.axes) == 3
-    plt.close("all")
-
-
 def test_models_of_other_shapes_are_refused(tiny_clip, scenes, tmp_path):
     class Wider:
         width, n_layers, grid = tiny_clip.width + 1, tiny_clip.n_layers, tiny_clip.grid

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from tiny import loud
 
-from patchsae_utils import plots
 from patchsae_utils.adaptation.groups import ranked_latents
 from patchsae_utils.adaptation.predictions import MODELS, class_heat, masked_predictions
 from patchsae_utils.adaptation.prompts import CoOp, MaPLe
@@ -77,10 +75,3 @@ def test_heat_is_the_table_of_classes(tables, data):
     rows = table[(table["model"] == "adapted") & (table["mode"] == "on") & (table["choose"] == "oracle") & (table["k"] == 3)]
     sizes = rows[rows["class"] >= 0].set_index("class")["n"]
     assert np.average(heat[3], weights=sizes) == pytest.approx(rows[rows["group"] == "all"]["accuracy"].item())
-
-
-def test_the_figure_draws(tables):
-    fig = plots.prediction_heat(tables["maple"])
-    fig.canvas.draw()
-    assert len(fig.axes) == 2 * len(MODELS) + 1
-    plt.close("all")

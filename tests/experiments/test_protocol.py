@@ -10,7 +10,6 @@ import torch
 
 from experiments import grid, protocol
 from experiments.protocol import KINDS, Cell, Protocol, cells, feature_forms, tabulate
-from patchsae_utils import plots
 from patchsae_utils.adaptation.compare import FORMS
 from patchsae_utils.config import load_profile
 from patchsae_utils.interventions.tail import dataset_head
@@ -104,11 +103,3 @@ def test_the_three_forms_of_a_feature(tiny_clip, tiny_sae, tiny_dataset, tiny_im
     torch.testing.assert_close(raw[:8], tiny_clip.encode_image(tiny_images), rtol=0, atol=1e-5)
     torch.testing.assert_close(kept, raw, rtol=0, atol=1e-4)
     assert (reconstructed - raw).abs().max() > 1e-3
-
-
-def test_the_figure_shows_every_adapter_on_every_task():
-    measured = {Cell(task, kind, 1): row("1110", "1100") for task in ("openmoji/a", "openmoji/b") for kind in ("zero-shot", "maple")}
-    fig = plots.adapter_table(tabulate(measured))
-    assert [ax.get_title(loc="left") for ax in fig.axes] == ["base", "novel", MEAN]
-    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["a", "b", AVERAGE]
-    assert {text.get_text() for text in fig.legends[0].get_texts()} == {"zero-shot", "MaPLe"}

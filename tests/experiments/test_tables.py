@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 import pytest
 
-from patchsae_utils import plots
 from patchsae_utils.config import load_profile
 from patchsae_utils.tables import (
     QUANTILES,
@@ -112,52 +110,3 @@ def test_variants_are_compared_where_they_are_as_sparse():
     found = at_matched_l0(table, 20)["object_ap"]
     assert found["relu"] == pytest.approx(0.6)  # 20 is half-way between 10 and 40 on a logarithmic scale
     assert 0.8 < found["topk"] < 0.9 and pd.isna(found["gated"])
-
-
-def test_figures_draw(table):
-    import matplotlib.pyplot as plt
-
-    rows = [
-        ["SAE", "sae", "object", 0.4],
-        ["PCA", "baseline", "object", 0.1],
-        ["probe", "ceiling", "object", 0.8],
-        ["PCA", "baseline", "all", 0.2],
-    ]
-    baselines = pd.DataFrame(rows, columns=["dictionary", "role", "kind", "ap"]).assign(low=0.05, high=0.9)
-    figures = [plots.by_layer(by_layer(table)), plots.variants(nearest_variants(table), baselines), plots.variants(nearest_variants(table))]
-    for fig in figures:
-        fig.canvas.draw()
-    labels = [label.get_text() for label in figures[1].axes[0].get_yticklabels()]
-    assert labels[-2:] == ["probe", "PCA"] and len(labels) == 10 and labels[3] == "TopK  (L0 60)"
-    assert len(figures[0].axes) == 4 and np.isclose(figures[0].axes[-1].get_ylim()[0], 0)
-    plt.close("all")
-
-
-def test_figures_of_the_ablations_draw():
-    import matplotlib.pyplot as plt
-
-    from patchsae_utils.plots import ablation_effects, reconstruction_frontier
-
-    measures = ("explained_variance_all", "l0_all", "zero_shot_change", "object_ap")
-    rows = [
-        {
-            "axis": axis,
-            "value": value,
-            "activation": axis if axis == "topk" else "relu",
-            "layer": 4,
-            "expansion": 16,
-            "tokens": "all",
-            "dead_fraction": 0.1,
-        }
-        | {f"{name}{end}": 0.1 * (number + 1) + shift for name in measures for end, shift in (("", 0), ("_low", -0.01), ("_high", 0.01))}
-        for number, (axis, value) in enumerate(
-            [("seed", "0"), ("seed", "1"), ("lambda", "1e-4"), ("ghost", "off"), ("topk", "k 16"), ("topk", "k 32")]
-        )
-    ]
-    table = pd.DataFrame(rows)
-    figures = [ablation_effects(table), reconstruction_frontier(frontier(table))]
-    for fig in figures:
-        fig.canvas.draw()
-    assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["λ 1e-4", "", "ghost term off"]
-    assert len(figures[1].axes[0].containers) == 2
-    plt.close("all")
