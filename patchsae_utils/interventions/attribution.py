@@ -3,8 +3,6 @@
 Counting where a latent is active says what it sees, not what CLIP uses. Its attribution estimates what the logit would lose without it:
 the tail is differentiated once an image, and every latent's share is its activation times its decoder row times that gradient. The
 estimate is first order; :func:`attribution_check` sets the exact numbers beside it for a few latents.
-
-Dimension letters: B batch, T tokens (CLS, then patches), D d_in, S d_sae, C classes.
 """
 
 from __future__ import annotations

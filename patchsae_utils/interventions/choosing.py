@@ -1,7 +1,4 @@
-"""Which latents a mask touches: rankings made on the train split, and controls that match them in activation and frequency.
-
-Dimension letters: B batch, S d_sae, C classes.
-"""
+"""Which latents a mask touches: rankings made on the train split, and controls that match them in activation and frequency."""
 
 from __future__ import annotations
 
@@ -123,7 +120,8 @@ def match_by_weight(targets: np.ndarray, pool: np.ndarray, weights: np.ndarray, 
         return np.empty(0, int)
     spread = weights[np.concatenate([targets, pool])].std(0)
     points = weights / np.where(spread > 0, spread, 1)
-    places, free, found = points[pool], np.ones(len(pool), dtype=bool), []
+    places, free = points[pool], np.ones(len(pool), dtype=bool)
+    found: list[int] = []
     for target in targets[: len(pool)].tolist():
         distance = np.where(free, ((places - points[target]) ** 2).sum(1), np.inf)
         n = min(N_NEAREST, len(pool) - len(found))

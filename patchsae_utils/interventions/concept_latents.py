@@ -2,8 +2,6 @@
 
 The embedded world knows what every patch shows: objects, their categories, colours and backgrounds. A concept's score is that of the texts
 that name it, so nothing is trained for it.
-
-Dimension letters: B batch, T tokens (CLS, then patches), P patches, S d_sae, K concepts.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 Every experiment keeps the reconstruction error, so nothing but the named latents changes, and sets a control beside them: other latents
 that are about as active in the same place. Latents are chosen on the train split, effects are measured on test. The embedded world says
 where each object is, so that an edit can act there alone.
-
-Dimension letters: B batch, T tokens (CLS, then patches), P patches, S d_sae, K concepts.
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@ Three choices make the outcome believable, and each differs from the official co
   dropped, every number also carries the reconstruction's cost. Raw, reconstructed and error-kept accuracies stand in every table.
 - *Sparse edits*: masks are subtractions of the changed latents' decoder rows from the residual stream, and a whole list of ks costs one
   pass over the active latents. Nothing is multiplied by a mask, so zero latents stay zero and no bias is added.
-
-Dimension letters: B batch, T tokens (CLS, then patches), D d_in, S d_sae, C classes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Steering: change single latents, everywhere or on chosen patches, and let the network finish.
-
-Dimension letters: B batch, T tokens (CLS, then patches), P patches, D d_in, S d_sae, C classes.
-"""
+"""Steering: change single latents, everywhere or on chosen patches, and let the network finish."""
 
 from __future__ import annotations
 

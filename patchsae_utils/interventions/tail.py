@@ -1,7 +1,4 @@
-"""Behind the hook: batches read up to it, the network's tail for many calls, and sums of decoder rows over the few active latents.
-
-Dimension letters: B batch, T tokens (CLS, then patches), D d_in, S d_sae, C classes.
-"""
+"""Behind the hook: batches read up to it, the network's tail for many calls, and sums of decoder rows over the few active latents."""
 
 from __future__ import annotations
 
