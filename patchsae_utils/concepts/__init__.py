@@ -6,20 +6,17 @@ activations, clip, data, run.
 """
 
 from .names import label_latents, make_vocabulary, name_agreement, related_names, score_words
-from .places import absorption, concept_examples, localize, match_latents, splitting
+from .places import concept_examples, localize
 from .report import ComparisonReport, ConceptReport
 
 __all__ = [
     "ComparisonReport",
     "ConceptReport",
-    "absorption",
     "concept_examples",
     "label_latents",
     "localize",
     "make_vocabulary",
-    "match_latents",
     "name_agreement",
     "related_names",
     "score_words",
-    "splitting",
 ]

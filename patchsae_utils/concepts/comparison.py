@@ -75,30 +75,10 @@ def measure_dictionaries(
     clip, sae: SparseAutoencoder, store, training, choose, report, layer: int, *, random_weights, random_scenes, out: str | Path,
     patches: Sequence[ConceptPatches] | None = None,
 ) -> ComparisonReport:  # fmt: skip
-    """An SAE, every baseline and the probe, from training scenes to the table.
+    """An SAE, every baseline and the probe, from training scenes to the table, which is kept in ``out``.
 
-    Parameters
-    ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
-    store : ActivationStore
-        Of ``training``: the unsupervised dictionaries and the probe are fitted on it.
-    training, choose, report : OpenMojiData
-        Three splits.
-    layer : int
-    random_weights : TrainConfig
-        Recipe of the SAE on a CLIP of random weights.
-    random_scenes : data set
-        What that SAE is trained on.
-    out : path
-        Folder to keep the report in, and below it the probes and the SAE on random weights.
-    patches : pair of ConceptPatches, optional
-        Of ``choose`` and ``report``, when they were read before.
-
-    Raises
-    ------
-    ValueError
-        If scenes are shared.
+    ``store`` is of ``training``; ``random_weights`` is the recipe of an SAE on a CLIP of random weights, trained on ``random_scenes``; ``patches`` are of
+    ``choose`` and ``report``, when they were read before.
     """
     out = Path(out)
     key = fingerprint(

@@ -134,25 +134,10 @@ def common_concepts(choose: ConceptPatches, report: ConceptPatches, min_patches:
 def average_precision(
     scores: np.ndarray, positive: np.ndarray, images: np.ndarray | None = None, weights: np.ndarray | None = None, *, ascending=None
 ) -> float | np.ndarray:
-    """Average precision of a score for a set of patches; ties share one threshold, as in ``sklearn.metrics.average_precision_score``.
+    """Average precision of scores [N] for the rows of some patches, ties sharing one threshold, as ``sklearn.metrics.average_precision_score``.
 
-    Parameters
-    ----------
-    scores : float array [N]
-    positive : int array [n]
-        Rows that show the concept.
-    images : int array [N], optional
-        Image of each row; needed with weights.
-    weights : float array [R, n_images], optional
-        How often each image counts in each of R resamples.
-    ascending : float array [N], optional
-        The scores, sorted, where they are at hand.
-
-    Returns
-    -------
-    float, or float array [R]
-        NaN where no positive counts. Under weights exact where the positives have at most ``N_LEVELS`` distinct scores; else those
-        thresholds are their quantiles.
+    With weights [R, n_images], how often each image counts: [R], exact where the positives have at most ``N_LEVELS`` distinct scores, else at their
+    quantiles. NaN where no positive counts. ``ascending``: the scores, sorted, where they are at hand.
     """
     thresholds, mine = np.unique(scores[positive], return_counts=True)
     if not len(thresholds):
@@ -204,21 +189,9 @@ def precisions(
 
 @torch.no_grad()
 def concept_correlations(patches: ConceptPatches, dictionary: Dictionary, *more: sparse.csr_matrix) -> tuple[list[np.ndarray], np.ndarray]:
-    """Pearson correlation of features and concepts, and how many images each feature is active in, effectively.
+    """Pearson correlations [K, S] of features with the patches' masks and with each of some others; 0 where either side is constant.
 
-    Parameters
-    ----------
-    patches : ConceptPatches
-    dictionary : Dictionary
-    *more : sparse [N, K]
-        Other masks of the same concepts.
-
-    Returns
-    -------
-    list of float array [K, S]
-        One for the patches' own masks and each of the others; 0 where either side is constant.
-    float array [S]
-        (sum over images of a feature's activation)^2 / (sum of their squares).
+    And in how many images each feature is active, effectively, [S]: the squared sum over images of its activation, over the sum of squares.
     """
     (n, n_concepts), per_image = patches.masks.shape, len(patches.masks.indptr[:-1]) // patches.n_images
     masks, step = [patches.masks, *more], 32 * per_image
@@ -260,26 +233,9 @@ def best_features(
     tried: np.ndarray,
     weights: np.ndarray,
 ) -> tuple[pd.DataFrame, np.ndarray]:
-    """The best of the features tried for each concept on ``choose``, and its average precision on ``report``.
+    """The best of the features tried [K', n] for each concept on ``choose``; what it reaches on ``report``, and there in every resample, [K', R].
 
-    Parameters
-    ----------
-    dictionary : Dictionary
-    role : str
-    choose, report : ConceptPatches
-        Of scenes that differ.
-    concepts : int array [K']
-        Columns of the masks.
-    tried : int array [K', n]
-        Features, ascending: of equal ones the lower is taken.
-    weights : float array [R, n_images of report]
-
-    Returns
-    -------
-    DataFrame [K' rows]
-        As ``ConceptReport.detection``.
-    float array [K', R]
-        Average precision in every resample.
+    Features ascend in each row: of equal ones the lower is taken.
     """
     ap = precisions(dictionary, choose, tried.ravel(), np.repeat(concepts, tried.shape[1])).reshape(tried.shape)
     best = np.take_along_axis(tried, ap.argmax(1)[:, None], 1)[:, 0]
@@ -297,24 +253,8 @@ def measure_concepts(
     """Find the best latent of each concept on some scenes, report how well it does on others, and say what each latent answers to.
 
     Candidates of a concept are the latents that correlate most with its mask; among them the one of highest average precision is
-    chosen. Both happen on ``choose`` alone.
-
-    Parameters
-    ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
-    choose, report : OpenMojiData
-        Scenes that share none: different splits.
-    layer : int
-    out : path
-        Folder to keep the report in; when it already holds the one of the same inputs, that is returned.
-    patches : pair of ConceptPatches, optional
-        Of ``choose`` and ``report``, when they were read before.
-
-    Raises
-    ------
-    ValueError
-        If the sets share scenes, have no ground truth, or hold no common concept.
+    chosen. Both happen on ``choose`` alone. When ``out`` already holds the report of the same inputs, that is returned. ``patches``: of both sets,
+    when they were read before.
     """
     key = fingerprint(
         stage="concepts", version=FORMAT_VERSION, clip=clip.fingerprint, sae=sae.fingerprint, data=different_scenes(choose, report),
@@ -347,18 +287,10 @@ def detect_concepts(dictionary: Dictionary, choose: ConceptPatches, report: Conc
 
 
 def answers(correlation: np.ndarray, held_out: np.ndarray, null: np.ndarray, spread: np.ndarray, names: np.ndarray) -> pd.DataFrame:
-    """The concept that each latent correlates with most, what comes second, and how often shuffled pictures do as well.
+    """The concept that each latent correlates with most, what comes second, and how often shuffled pictures (``null``, all [K', S]) do as well.
 
     A latent that is active in few images correlates with some concept by chance more than one that is active in many. So each is compared with
-    the best correlations by chance of the ``N_PEERS`` living latents that are active in about as many images.
-
-    Parameters
-    ----------
-    correlation, held_out, null : float array [K', S]
-        On the choosing scenes, on others, and on the first with their pictures shuffled.
-    spread : float array [S]
-        In how many images each latent is active, effectively.
-    names : str array [K']
+    the best correlations by chance of the ``N_PEERS`` living latents that are active in about as many images (``spread`` [S]).
     """
     latents, order = np.arange(correlation.shape[1]), np.argsort(-correlation, axis=0, kind="stable")
     best, score = correlation[order[0], latents], held_out[order[0], latents]

@@ -102,13 +102,10 @@ class Localization(NamedTuple):
     """The reported scenes."""
 
     def table(self) -> pd.DataFrame:
-        """Means by kind of concept and over all of them ("all").
+        """Means by kind of concept and over all of them ("all"): kind, n_concepts, ap, iou, pointing, pointing_chance.
 
-        Returns
-        -------
-        DataFrame
-            kind, n_concepts, ap, iou, iou_low, iou_high, pointing, pointing_low, pointing_high, pointing_chance; 95 % intervals over images,
-            centred on the value: a ratio of sums over few images is lower in the mean of its resamples.
+        With iou_low, iou_high, pointing_low and pointing_high: 95 % over images, centred on the value, since a ratio of sums over few images is lower
+        in the mean of its resamples.
         """
         rows = []
         for kind, group in [*self.concepts.groupby("kind", sort=False), ("all", self.concepts)]:
@@ -127,6 +124,62 @@ class Localization(NamedTuple):
             f"[{row.pointing_low:.0%}, {row.pointing_high:.0%}] (by chance {row.pointing_chance:.0%})"
             for row in self.table().itertuples()
         )
+
+    def splitting(self) -> pd.DataFrame:
+        """How many latents share each concept: concept, kind, best_ap, n_latents.
+
+        A latent shares a concept if that is the concept it finds best and its AP is at least 0.1 and half the best latent's, all on the choosing scenes.
+        """
+        ap = self.matrix.ap
+        counts = (ap >= np.maximum(SHARE * ap.max(0), MIN_SHARED_AP)) & (ap.argmax(1)[:, None] == np.arange(ap.shape[1]))
+        return self.concepts[["concept", "kind"]].assign(best_ap=ap.max(0), n_latents=counts.sum(0))
+
+    @torch.no_grad()
+    def absorption(self) -> pd.DataFrame:
+        """Classes that the best latent of their category skips, although it finds the category's others; one row a category and class.
+
+        The latent's ``recall`` on a class is the share of the class's patches, on the reported scenes, where it reaches the threshold of its best
+        IoU for the category. A class is *skipped* where that is less than a quarter of the median over the category's classes, and
+        *absorbed* where moreover another latent stands for the class (AP of at least 0.3 on the choosing scenes): the general latent
+        stays silent because the special one speaks (Chanin et al., 2024). Where that median is below 0.1 no latent stands for the
+        category: its classes are neither *found* nor skipped.
+        """
+        concepts, positives = self.concepts.set_index("concept"), dict(zip(self.report.names, self.report.rows(), strict=True))
+        parts = []
+        for category, classes in openmoji.class_table().groupby("category")["name"]:
+            some = [name for name in classes if f"object:{name}" in concepts.index]
+            if f"category:{category}" not in concepts.index or len(some) < 2:
+                continue
+            latent, threshold = concepts.loc[f"category:{category}", ["iou_latent", "threshold"]]
+            marked = columns_of(self.dictionary, self.report.tokens, np.array([int(latent)]))[0] >= threshold
+            special = concepts.loc[[f"object:{name}" for name in some], ["n_patches", "latent", "ap_choose"]].reset_index()
+            recall = special["concept"].map(lambda concept, marked=marked: marked[positives[concept]].mean())
+            general, skips = recall.median() >= MIN_RECALL, recall < SKIPPED * recall.median()
+            stands = (special["latent"] != latent) & (special["ap_choose"] >= MIN_SPECIAL_AP)
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "category": category, "latent": int(latent), "object": some, "n_patches": special["n_patches"], "recall": recall,
+                        "median_recall": recall.median(), "found": general & ~skips, "skipped": general & skips,
+                        "object_latent": special["latent"], "object_ap": special["ap_choose"], "absorbed": general & skips & stands,
+                    }
+                )
+            )  # fmt: skip
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["category", "found", "skipped", "absorbed"])
+
+    def matching(self) -> pd.DataFrame:
+        """One latent a concept, no latent twice, so that the sum of AP on the choosing scenes is largest (Hungarian method, Kuhn, 1955).
+
+        concept, kind, latent, ap_choose, ap (on the reported scenes), best_latent (when latents may serve several concepts), best_ap (of that one).
+        """
+        latents, order = linear_sum_assignment(self.matrix.ap, maximize=True)
+        rows = self.concepts.iloc[order]
+        columns = np.array([self.report.names.index(concept) for concept in rows["concept"]])
+        matched = rows[["concept", "kind"]].assign(
+            latent=latents, ap_choose=self.matrix.ap[latents, order], ap=precisions(self.dictionary, self.report, latents, columns),
+            best_latent=rows["latent"], best_ap=rows["ap"],
+        )  # fmt: skip
+        return matched.sort_index().reset_index(drop=True)
 
 
 def _mean_ratio(weights: np.ndarray, top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
@@ -193,97 +246,6 @@ def _pointing(scores: np.ndarray, positive: np.ndarray, patches: ConceptPatches)
     hits = np.bincount(images[positive], highest[positive], n) / np.maximum(np.bincount(images, highest, n), 1)
     area = np.bincount(images[positive], minlength=n) / np.bincount(images, minlength=n)
     return hits, (area > 0).astype(float), float(area[area > 0].mean())
-
-
-# -- many latents, many concepts ----------------------------------------------------------------------------------------------
-
-
-def splitting(found: Localization) -> pd.DataFrame:
-    """How many latents share each concept.
-
-    A latent shares a concept if that is the concept it finds best and its AP is at least 0.1 and half the best latent's, all on the
-    choosing scenes.
-
-    Returns
-    -------
-    DataFrame
-        One row a concept: concept, kind, best_ap, n_latents.
-    """
-    ap = found.matrix.ap
-    counts = (ap >= np.maximum(SHARE * ap.max(0), MIN_SHARED_AP)) & (ap.argmax(1)[:, None] == np.arange(ap.shape[1]))
-    return found.concepts[["concept", "kind"]].assign(best_ap=ap.max(0), n_latents=counts.sum(0))
-
-
-@torch.no_grad()
-def absorption(found: Localization) -> pd.DataFrame:
-    """Classes that the best latent of their category skips, although it finds the category's others.
-
-    The latent's recall on a class is the share of the class's patches, on the reported scenes, where it reaches the threshold of its best
-    IoU for the category. A class is *skipped* where that is less than a quarter of the median over the category's classes, and
-    *absorbed* where moreover another latent stands for the class (AP of at least 0.3 on the choosing scenes): the general latent
-    stays silent because the special one speaks (Chanin et al., 2024). Where that median is below 0.1 no latent stands for the
-    category: its classes are neither found nor skipped.
-
-    Returns
-    -------
-    DataFrame
-        One row a category and class: category, latent, object, n_patches, recall, median_recall, found, skipped,
-        object_latent, object_ap, absorbed.
-    """
-    concepts, positives = found.concepts.set_index("concept"), dict(zip(found.report.names, found.report.rows(), strict=True))
-    parts = []
-    for category, classes in openmoji.class_table().groupby("category")["name"]:
-        some = [name for name in classes if f"object:{name}" in concepts.index]
-        if f"category:{category}" not in concepts.index or len(some) < 2:
-            continue
-        latent, threshold = concepts.loc[f"category:{category}", ["iou_latent", "threshold"]]
-        marked = columns_of(found.dictionary, found.report.tokens, np.array([int(latent)]))[0] >= threshold
-        special = concepts.loc[[f"object:{name}" for name in some], ["n_patches", "latent", "ap_choose"]].reset_index()
-        recall = special["concept"].map(lambda concept, marked=marked: marked[positives[concept]].mean())
-        general, skips = recall.median() >= MIN_RECALL, recall < SKIPPED * recall.median()
-        stands = (special["latent"] != latent) & (special["ap_choose"] >= MIN_SPECIAL_AP)
-        parts.append(
-            pd.DataFrame(
-                {
-                    "category": category, "latent": int(latent), "object": some, "n_patches": special["n_patches"], "recall": recall,
-                    "median_recall": recall.median(), "found": general & ~skips, "skipped": general & skips,
-                    "object_latent": special["latent"], "object_ap": special["ap_choose"], "absorbed": general & skips & stands,
-                }
-            )
-        )  # fmt: skip
-    columns = [
-        "category",
-        "latent",
-        "object",
-        "n_patches",
-        "recall",
-        "median_recall",
-        "found",
-        "skipped",
-        "object_latent",
-        "object_ap",
-        "absorbed",
-    ]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
-
-
-def match_latents(found: Localization) -> pd.DataFrame:
-    """One latent a concept, no latent twice, so that the sum of AP on the choosing scenes is largest (Hungarian method, Kuhn, 1955).
-
-    Returns
-    -------
-    DataFrame
-        One row a concept that got a latent: concept, kind, latent, ap_choose, ap (on the reported scenes), best_latent (when latents may
-        serve several concepts), best_ap (of that one, reported).
-    """
-    latents, order = linear_sum_assignment(found.matrix.ap, maximize=True)
-    rows = found.concepts.iloc[order]
-    columns = np.array([found.report.names.index(concept) for concept in rows["concept"]])
-    matched = rows[["concept", "kind"]].assign(
-        latent=latents, ap_choose=found.matrix.ap[latents, order], ap=precisions(found.dictionary, found.report, latents, columns),
-        best_latent=rows["latent"], best_ap=rows["ap"],
-    )  # fmt: skip
-    return matched.sort_index().reset_index(drop=True)
 
 
 class ConceptExample(NamedTuple):

@@ -21,23 +21,7 @@ EPOCHS, BATCH, LR = 2, 8192, 0.02  # of the logistic regression
 
 
 def fit_probes(store, dataset, choose: ConceptPatches, out: str | Path) -> Dictionary:
-    """One linear probe a concept, each the best of several on the choosing scenes; kept in ``out``.
-
-    Parameters
-    ----------
-    store : ActivationStore
-        Of the training scenes, whole images.
-    dataset : OpenMojiData
-        The same scenes, for their ground truth.
-    choose : ConceptPatches
-        Other scenes, on which the candidate of highest average precision is chosen.
-    out : path
-
-    Returns
-    -------
-    Dictionary
-        Feature k is the probe of concept k.
-    """
+    """One linear probe a concept, on the patches of a store and its scenes, each the best of several on other scenes; kept in ``out``."""
     if store.metadata.tokens == "cls" or store.n_images != len(dataset):
         raise ValueError(
             f"Probes need patches of the same scenes: the store holds {store.metadata.tokens!r} tokens of {store.n_images} images, the data "

@@ -30,13 +30,7 @@ class ComparisonReport:
     """[rows, R] average precision in R resamples of the reported images, the same for every row; NaN where no image shows the concept."""
 
     def table(self) -> pd.DataFrame:
-        """Mean average precision by dictionary and kind of concept, and over all concepts.
-
-        Returns
-        -------
-        DataFrame
-            dictionary, role, kind ("all" last), n_concepts, ap, low, high, chance.
-        """
+        """Mean average precision: dictionary, role, kind ("all" last), n_concepts, ap, low, high, chance."""
         rows = []
         for (name, role), mine in self.detection.groupby(["dictionary", "role"], sort=False):
             for kind, group in [*mine.groupby("kind", sort=False), ("all", mine)]:
@@ -45,13 +39,7 @@ class ComparisonReport:
         return pd.DataFrame(rows, columns=["dictionary", "role", "kind", "n_concepts", "ap", "low", "high", "chance"])
 
     def coverage(self, thresholds: Sequence[float]) -> pd.DataFrame:
-        """Share of concepts that some feature finds with an AP above each threshold.
-
-        Returns
-        -------
-        DataFrame
-            dictionary, role, threshold, n_concepts, share, low, high.
-        """
+        """Share of concepts found with an AP above each threshold: dictionary, role, threshold, n_concepts, share, low, high."""
         rows = []
         for (name, role), group in self.detection.groupby(["dictionary", "role"], sort=False):
             draws, ap = self.replicates[group.index], group["ap"].to_numpy()
@@ -63,18 +51,7 @@ class ComparisonReport:
     def ratio(self, kind: str = "all", to: str = "best baseline") -> tuple[Interval, str]:
         """Mean AP of the SAE over that of another dictionary, on the same resamples, and the other's name.
 
-        Parameters
-        ----------
-        kind : str
-            Family of concepts, or "all".
-        to : str
-            A dictionary's name, "best baseline" or "ceiling". Which baseline is best is decided once, on the reported images themselves:
-            that favours the baseline.
-
-        Raises
-        ------
-        ValueError
-            If there is no such dictionary or kind.
+        ``to`` is a name, "best baseline" or "ceiling". Which baseline is best is decided once, on the reported images themselves: that favours it.
         """
         mine = self.detection if kind == "all" else self.detection[self.detection["kind"] == kind]
         if mine.empty:
@@ -131,15 +108,7 @@ class ComparisonReport:
 
     @classmethod
     def load(cls, folder: str | Path):
-        """Read what :meth:`save` wrote.
-
-        Raises
-        ------
-        FileNotFoundError
-            If a file is missing.
-        ValueError
-            If one is damaged, or another format version wrote them.
-        """
+        """Read what :meth:`save` wrote; another format version, or a damaged file, is a ``ValueError``."""
         folder = Path(folder)
         version = read_folder_manifest(folder).get("format_version")
         if version != FORMAT_VERSION:

@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, jaccard_score
 
 from patchsae_utils.concepts import detection, places
 from patchsae_utils.concepts.detection import ConceptPatches, concept_patches
-from patchsae_utils.concepts.places import absorption, concept_matrix, localize, match_latents, splitting
+from patchsae_utils.concepts.places import concept_matrix, localize
 from patchsae_utils.data import load_dataset
 from patchsae_utils.run.intervals import resamples
 from patchsae_utils.sae.dictionary import Dictionary, sae_dictionary
@@ -142,27 +142,27 @@ def test_table_has_means_and_intervals_around_them(found):
 def test_splitting_counts_latents_whose_best_concept_it_is(found, monkeypatch):
     monkeypatch.setattr(places, "MIN_SHARED_AP", 0.2)
     monkeypatch.setattr(places, "SHARE", 0.55)
-    shared = splitting(found).set_index("concept")["n_latents"]
+    shared = found.splitting().set_index("concept")["n_latents"]
     assert shared["object:a"] == 2 and shared["object:c"] == 1 and shared["category:pet"] == 1
     monkeypatch.setattr(places, "SHARE", 1.0)
-    assert splitting(found).set_index("concept")["n_latents"]["object:a"] == 1
+    assert found.splitting().set_index("concept")["n_latents"]["object:a"] == 1
 
 
 def test_a_class_that_its_categorys_latent_skips_is_absorbed(found, monkeypatch):
     table = pd.DataFrame({"name": ["a", "b", "c", "d"], "category": ["pet", "pet", "pet", "empty"]})
     monkeypatch.setattr(places.openmoji, "class_table", lambda: table)
-    frame = absorption(found).set_index("object")
+    frame = found.absorption().set_index("object")
     assert frame["skipped"].tolist() == [False, False, True] and frame.loc["c", "recall"] == 0
     assert frame.loc["c", "absorbed"] and frame.loc["c", "object_latent"] == 2 and not frame.loc["a", "absorbed"]
     assert frame["found"].tolist() == [True, True, False]
     monkeypatch.setattr(places, "MIN_SPECIAL_AP", 1.01)
-    assert not absorption(found)["absorbed"].any() and absorption(found)["skipped"].sum() == 1
+    assert not found.absorption()["absorbed"].any() and found.absorption()["skipped"].sum() == 1
     monkeypatch.setattr(places, "MIN_RECALL", 1.01)
-    assert not absorption(found)[["found", "skipped", "absorbed"]].any().any()
+    assert not found.absorption()[["found", "skipped", "absorbed"]].any().any()
 
 
 def test_matching_uses_each_latent_once_and_is_the_best_sum(found):
-    match = match_latents(found)
+    match = found.matching()
     assert match["latent"].is_unique and match["concept"].tolist() == found.concepts["concept"].tolist()
     rows, columns = linear_sum_assignment(-found.matrix.ap)
     assert match["ap_choose"].sum() == pytest.approx(found.matrix.ap[rows, columns].sum())
@@ -174,7 +174,7 @@ def test_real_scenes_through_an_sae(tiny_clip, tiny_sae, monkeypatch):
     data = [concept_patches(tiny_clip, load_dataset("openmoji/tools", split, n_images=38), 1, progress=False) for split in ("val", "test")]
     found = localize(sae_dictionary(tiny_sae), *data)
     assert found.concepts["iou"].between(0, 1).all() and found.concepts["pointing"].between(0, 1).all()
-    assert isinstance(absorption(found), pd.DataFrame) and match_latents(found)["latent"].is_unique
+    assert isinstance(found.absorption(), pd.DataFrame) and found.matching()["latent"].is_unique
     monkeypatch.setattr(detection, "MIN_IMAGES", 99)
     with pytest.raises(ValueError, match="No concept is shown by 99 images"):
         localize(sae_dictionary(tiny_sae), *data)
