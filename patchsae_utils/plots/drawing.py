@@ -68,7 +68,7 @@ def _ends(table: pd.DataFrame, value: str) -> tuple[str, str]:
 
 
 def intervals(
-    ax: Axes, table: pd.DataFrame, place: str, value: str, hue: str | None = None, looks: Mapping[Any, Mapping] | None = None, *,
+    ax: Axes, table: pd.DataFrame, place: str, value: str, hue: str, looks: Mapping[Any, Mapping] | None = None, *,
     order: Any = None, ends: tuple[str, str] | None = None, scale: float = 1, upright: bool = False, bars: bool = False, spread: float = 0.6,
     text: str = "",
 ) -> None:  # fmt: skip
@@ -77,13 +77,11 @@ def intervals(
     ``looks`` says how each hue is drawn, ``order`` gives the places or what to write at them, ``text`` is the format of the values' labels.
     """
     order = order if isinstance(order, Mapping) else {each: pretty(each) for each in (table[place].unique() if order is None else order)}
-    kinds = [None] if hue is None else [kind for kind in (looks or table[hue].unique()) if (table[hue] == kind).any()]
+    kinds = [kind for kind in (looks or table[hue].unique()) if (table[hue] == kind).any()]
     low, high = ends or _ends(table, value)
     step, n = (0.8 if bars else spread) / len(kinds), len(order)
     for i, kind in enumerate(kinds):
-        rows = scale * (table if kind is None else table[table[hue] == kind]).set_index(place)[list({value, low, high})].reindex(
-            list(order)
-        )
+        rows = scale * table[table[hue] == kind].set_index(place)[list({value, low, high})].reindex(list(order))
         at, middle = np.arange(n) + (i - (len(kinds) - 1) / 2) * step, rows[value]
         how = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)], "label": kind, "ls": "none", "elinewidth": 1.2}
         how |= {} if looks is None else looks[kind]
@@ -106,11 +104,9 @@ def intervals(
     ax.grid(False, axis=axis)
 
 
-def band(
-    ax: Axes, rows: pd.DataFrame, x: Any, y: str, color: str, *, scale: float = 1, ends: tuple[str, str] | None = None, **line: Any
-) -> None:
+def band(ax: Axes, rows: pd.DataFrame, x: Any, y: str, color: str, *, scale: float = 1, **line: Any) -> None:
     """A curve and the band between its given ends. ``x`` is a column, or the positions."""
-    x, (low, high) = rows[x] if isinstance(x, str) else x, ends or _ends(rows, y)
+    x, (low, high) = rows[x] if isinstance(x, str) else x, _ends(rows, y)
     ax.fill_between(x, scale * rows[low], scale * rows[high], color=color, alpha=0.15, lw=0)
     ax.plot(x, scale * rows[y], color=color, **{"marker": "o", "ms": 4, **line})
 

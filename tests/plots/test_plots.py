@@ -53,6 +53,7 @@ def sweep(
 ) -> pd.DataFrame:
     masked = grid("accuracy", choose=choose, rank=ranks, mode=["on", "off"], k=[1, 5, 20, 100], where=where, error=errors, group=groups)
     masked.loc[masked["choose"] == "random", "rank"] = "none"
+    masked = masked.drop_duplicates(["choose", "rank", "mode", "k", "where", "error", "group"])
     modes = ["raw", "reconstructed", "error_kept"]
     unmasked = grid("accuracy", choose=["none"], rank=["none"], mode=modes, k=[0], where=["all"], error=["kept"], group=groups)
     return pd.concat([unmasked, masked], ignore_index=True)
