@@ -4,16 +4,13 @@
 
 Images are preprocessed and in memory, weights are random: what is timed is arithmetic. Sides, in bfloat16 by autocast: ``ours`` is
 ``ClipModel.residual``, which checks its input, stops after the block and returns float32; ``bare`` is a loop over the same blocks with nothing
-around it; ``whole`` is a whole forward pass, both towers, of the images and as many texts. ``as it comes`` is the bare loop over open_clip's
-blocks without what ``ClipModel`` does for bfloat16 (attention with the sequence first); ``half`` is that with weights that are bfloat16
-themselves, which rounds layer norms and the residual stream, too. Rounds alternate between the sides, so that what else the machine does
-falls on all alike; memory is measured in a process for each. ``ratio`` is ours over whole, in images/s.
+around it; ``whole`` is a whole forward pass, both towers, of the images and as many texts. Rounds alternate between the sides, so that what
+else the machine does falls on all alike; memory is measured in a process for each. ``ratio`` is ours over whole, in images/s.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import logging
 import statistics
@@ -25,7 +22,7 @@ from torch import Tensor
 
 from .common import in_subprocess, parser, peak_memory, report, timed
 
-SIDES = ("ours", "bare", "as it comes", "half", "whole")
+SIDES = ("ours", "bare", "whole")
 TARGETS = {"seconds of ours over bare": 1.15}
 
 
@@ -39,41 +36,27 @@ def prepare(settings: dict, sides: Sequence[str] = SIDES) -> dict[str, Callable[
     images = torch.randn(settings["images"], 3, *clip.image_size, generator=torch.Generator().manual_seed(0)).to(device)
     texts = clip.tokenize(["a photo of a bird."] * settings["images"])
     layer = clip.layer_index(settings["layer"])
-    plain = copy.deepcopy(clip.visual) if {"as it comes", "half"} & set(sides) else None
-    for module in plain.modules() if plain else ():
-        if hasattr(module, "batch_first"):
-            module.batch_first = True
-    half = copy.deepcopy(plain).bfloat16() if "half" in sides else None
     for module in clip.model.modules():  # the text tower, too
         if hasattr(module, "batch_first"):
             module.batch_first = False
 
-    def blocks(visual, x: Tensor) -> Tensor:
-        x, first = visual._embeds(x), visual.transformer.batch_first
-        x = x if first else x.transpose(0, 1)
-        for block in visual.transformer.resblocks[: layer + 1]:
-            x = block(x)
-        return x if first else x.transpose(0, 1)
+    visual, blocks = clip.visual, clip.blocks[: layer + 1]
 
     def ours() -> Tensor:
         return clip.residual(images, layer)
 
     def bare() -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16):
-            return blocks(clip.visual, images)
-
-    def as_it_comes() -> Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16):
-            return blocks(plain, images)
-
-    def in_half() -> Tensor:
-        return blocks(half, images.bfloat16())
+            x = visual._embeds(images).transpose(0, 1)
+            for block in blocks:
+                x = block(x)
+            return x.transpose(0, 1)
 
     def whole() -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16):
             return clip.model(images, texts)[0]
 
-    return {name: run for name, run in zip(SIDES, (ours, bare, as_it_comes, in_half, whole), strict=True) if name in sides}
+    return {name: run for name, run in zip(SIDES, (ours, bare, whole), strict=True) if name in sides}
 
 
 @torch.inference_mode()

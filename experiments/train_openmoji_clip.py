@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from patchsae_utils.clip.loading import EMBEDDED
 from patchsae_utils.data import openmoji
 
-HERE = Path(__file__).parents[1] / "patchsae_utils" / "clip" / "openmoji_clip"
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
 # How often a training caption says an object's name; otherwise it says its colour and category.
@@ -129,7 +129,7 @@ class RecordedPatchDropout(nn.Module):
 
 def build_model() -> open_clip.CLIP:
     """The architecture of ``open_clip_config.json`` with fresh weights."""
-    return open_clip.CLIP(**json.loads((HERE / "open_clip_config.json").read_text())["model_cfg"])
+    return open_clip.CLIP(**json.loads((EMBEDDED / "open_clip_config.json").read_text())["model_cfg"])
 
 
 def normalise(images: Tensor) -> Tensor:

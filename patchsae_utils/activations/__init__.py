@@ -6,9 +6,11 @@
 from .extraction import extract_activations
 from .layers import norm_table, patch_components, probe_layers, survey_residuals
 from .store import ActivationStore
+from .streaming import TokenStream
 
 __all__ = [
     "ActivationStore",
+    "TokenStream",
     "extract_activations",
     "norm_table",
     "patch_components",

@@ -1,17 +1,45 @@
-"""Tokens of many images in one batch: which of an image's tokens, and in what order. Used by the store and by the stream."""
+"""Tokens of many images in one batch: which of an image's tokens, and in what order. What a store and a stream share."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 TOKENS = ("all", "cls", "patches")
+
+
+class StoreMetadata(NamedTuple):
+    """What a store, or a stream, holds."""
+
+    model_name: str
+    weights_hash: str  # first 16 hex digits of the SHA-256 of the model's weights
+    layer: int  # block whose output this is, from 0
+    tokens: str
+    grid: tuple[int, int]  # rows and columns of patches
+    dtype: str  # on disk; readers get float32
+    preprocessing: str
+    dataset: str  # the data set's spec
+    split: str
+    seed: int | None
+    class_names: list[str]
+    n_images: int
+    n_tokens: int  # of an image
+    d_in: int
+
+    @classmethod
+    def of(cls, inputs: dict[str, Any]) -> StoreMetadata:
+        """What a manifest says."""
+        model, data = inputs["model"], inputs["dataset"]
+        known = {name: inputs[name] for name in ("layer", "tokens", "dtype", "preprocessing")}
+        known |= {name: data[name] for name in ("split", "seed", "class_names")}
+        known |= dict(zip(("n_images", "n_tokens", "d_in"), inputs["shape"], strict=True))
+        return cls(model_name=model["name"], weights_hash=model["weights"], grid=tuple(model["grid"]), dataset=data["spec"], **known)
 
 
 def choose_tokens(held: str, wanted: str) -> slice:
@@ -25,61 +53,107 @@ def choose_tokens(held: str, wanted: str) -> slice:
     return slice(0, 1) if wanted == "cls" else slice(1, None)
 
 
-class TokenMixer(NamedTuple):
-    """Tokens of many images in an order that follows from seed and step alone, by a buffer that is filled, permuted and emptied."""
+class TokenSource:
+    """Tokens of many images, mixed by a buffer that is filled with parts (shards, or single images), permuted and emptied."""
 
-    n_tokens: int
-    """Of an image."""
-    first: int
-    """The first one's place in the model's sequence."""
-    batch_size: int
-    shuffle: bool
-    seed: int
-    epochs: int | None
-    start_step: int
-    positions: bool
+    buffer_bytes = 2**31
+    """At most so many bytes of tokens are held at a time, but at least one part."""
+    _least_parts = 1
+    _sizes: np.ndarray  # images in each part
 
-    def batches(self, sizes: np.ndarray, per_buffer: int, load: Callable[[np.ndarray], Tensor]) -> Iterator:
-        """Batches [batch, d] in float32, or pairs with positions.
+    def __init__(self, inputs: dict[str, Any]):
+        self.metadata = StoreMetadata.of(inputs)
+        self.n_images, self.n_tokens, self.d_in = inputs["shape"]
 
-        ``sizes`` are the images in each part (a shard, or a single image), ``per_buffer`` parts fit the buffer, and ``load`` takes numbers of some
-        parts and returns their tokens [images, T, d].
+    def _read(self, parts: np.ndarray, places: range) -> Tensor:
+        """Tokens [images, T, d] of some parts, at these places of the model's sequence."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        """Tokens in all: ``n_images * n_tokens``."""
+        return self.n_images * self.n_tokens
+
+    def tokens(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        epochs: int | None = 1,
+        start_step: int = 0,
+        positions: bool = False,
+        tokens: str = "all",
+    ) -> Iterator[Tensor] | Iterator[tuple[Tensor, Tensor]]:
+        """Batches of single tokens, mixed from many images.
+
+        Every epoch the parts are put in a new order and read into a buffer of as many as fit; the tokens of a buffer are permuted. What fits the
+        buffer is thus shuffled as a whole. The order depends on ``seed``, the epoch and ``buffer_bytes`` alone, so that step k of a restarted run
+        gets the batch that it would have got.
+
+        Parameters
+        ----------
+        batch_size : int
+            Tokens per batch. Batches run on from one epoch into the next; only the very last may be shorter.
+        shuffle : bool
+            Otherwise image by image, CLS first.
+        seed : int
+        epochs : int or None
+            Passes over all tokens; None goes on for ever.
+        start_step : int
+            Skip so many batches, without reading them.
+        positions : bool
+            Also yield each token's place in the model's sequence, LongTensor [batch] (0 is CLS).
+        tokens : {"all", "cls", "patches"}
+            All that there are, or only those.
+
+        Yields
+        ------
+        Tensor [batch, d], float32
+            Or a pair with the positions.
+
+        Raises
+        ------
+        ValueError
+            If an argument is out of range, the tokens wanted are not there, or a shard is damaged.
         """
-        if self.batch_size < 1 or self.start_step < 0 or (self.epochs is not None and self.epochs < 1):
-            raise ValueError(
-                f"Needs batch_size >= 1, start_step >= 0, epochs >= 1 or None; got {self.batch_size}, {self.start_step}, {self.epochs}."
-            )
-        return self._batches(sizes, per_buffer, load)
+        kept = choose_tokens(self.metadata.tokens, tokens)
+        if batch_size < 1 or start_step < 0 or (epochs is not None and epochs < 1):
+            raise ValueError(f"Needs batch_size >= 1, start_step >= 0, epochs >= 1 or None; got {batch_size}, {start_step}, {epochs}.")
+        first = kept.start + (self.metadata.tokens == "patches")
+        places = range(first, first + len(range(self.n_tokens)[kept]))
+        mixed = self._mixed(places, batch_size, shuffle, seed, itertools.count() if epochs is None else range(epochs), start_step)
+        return mixed if positions else (x for x, _ in mixed)
 
-    def _batches(self, sizes, per_buffer, load):
-        skip, epoch_tokens = self.start_step * self.batch_size, int(sizes.sum()) * self.n_tokens
-        pending: list[tuple[Tensor, Tensor]] = []
-        needed = self.batch_size
-        for epoch in itertools.count() if self.epochs is None else range(self.epochs):
-            if skip >= epoch_tokens:
-                skip -= epoch_tokens
+    def _mixed(self, places: range, batch_size: int, shuffle: bool, seed: int, epochs, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        n, sizes = len(places), self._sizes
+        per_buffer = max(self._least_parts, self.buffer_bytes // (2 * int(sizes.max()) * n * self.d_in))
+        skip, pending, needed = start_step * batch_size, [], batch_size
+        for epoch in epochs:
+            if skip >= self.n_images * n:
+                skip -= self.n_images * n
                 continue
-            parts = np.random.default_rng([self.seed, epoch]).permutation(len(sizes)) if self.shuffle else np.arange(len(sizes))
+            parts = np.random.default_rng([seed, epoch]).permutation(len(sizes)) if shuffle else np.arange(len(sizes))
             for number, members in enumerate(np.array_split(parts, math.ceil(len(sizes) / per_buffer))):
-                size = int(sizes[members].sum()) * self.n_tokens
+                size = int(sizes[members].sum()) * n
                 if skip >= size:
                     skip -= size
                     continue
-                order = np.random.default_rng([self.seed, epoch, number]).permutation(size) if self.shuffle else np.arange(size)
-                buffer = load(members).flatten(0, 1)
+                order = np.random.default_rng([seed, epoch, number]).permutation(size) if shuffle else np.arange(size)
+                buffer = self._read(members, places).flatten(0, 1)
                 order = torch.from_numpy(order[skip:]).to(buffer.device)
                 skip = 0
                 while len(order):
                     rows, order = order[:needed], order[needed:]
-                    pending.append((buffer.index_select(0, rows).float(), rows % self.n_tokens + self.first))
+                    pending.append((buffer.index_select(0, rows).float(), rows % n + places.start))
                     needed -= len(rows)
                     if needed == 0:
-                        yield self._joined(pending)
-                        pending, needed = [], self.batch_size
+                        yield _joined(pending)
+                        pending, needed = [], batch_size
                 del buffer
         if pending:
-            yield self._joined(pending)
+            yield _joined(pending)
 
-    def _joined(self, pending: list[tuple[Tensor, Tensor]]):
-        tokens, places = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*pending, strict=True))
-        return (tokens, places) if self.positions else tokens
+
+def _joined(pending: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    tokens, places = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*pending, strict=True))
+    return tokens, places

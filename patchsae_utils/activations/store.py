@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..run.artifacts import MANIFEST, file_sha256, read_checked_json, with_checksum
 from .folders import Folder
-from .mixing import TokenMixer, choose_tokens
+from .mixing import TokenSource
 
 FORMAT = "patchsae_utils activations"
 FORMAT_VERSION = 2
@@ -39,42 +39,7 @@ _OPEN_SHARDS = 64  # memory maps kept at a time
 _AGAIN = "extract_activations again with the same arguments"
 
 
-class StoreMetadata(NamedTuple):
-    """What a store, or a stream, holds."""
-
-    model_name: str
-    weights_hash: str
-    """First 16 hex digits of the SHA-256 of the model's weights."""
-    layer: int
-    """Block whose output this is, from 0."""
-    tokens: str
-    """``all``, ``cls`` or ``patches``."""
-    grid: tuple[int, int]
-    """Rows and columns of patches."""
-    dtype: str
-    """On disk; readers get float32."""
-    preprocessing: str
-    dataset: str
-    """The data set's spec."""
-    split: str
-    seed: int | None
-    class_names: list[str]
-    n_images: int
-    n_tokens: int
-    """Tokens of an image."""
-    d_in: int
-
-    @classmethod
-    def of(cls, inputs: dict[str, Any]) -> StoreMetadata:
-        """What a manifest says."""
-        model, data = inputs["model"], inputs["dataset"]
-        known = {name: inputs[name] for name in ("layer", "tokens", "dtype", "preprocessing")}
-        known |= {name: data[name] for name in ("split", "seed", "class_names")}
-        known |= dict(zip(("n_images", "n_tokens", "d_in"), inputs["shape"], strict=True))
-        return cls(model_name=model["name"], weights_hash=model["weights"], grid=tuple(model["grid"]), dataset=data["spec"], **known)
-
-
-class ActivationStore:
+class ActivationStore(TokenSource):
     """Activations on disk, read shard by shard; checksums are verified when a shard is first read. Made by :meth:`open`.
 
     Parameters
@@ -95,8 +60,7 @@ class ActivationStore:
     def __init__(self, place: Folder, manifest: dict[str, Any]):
         self._place, self._manifest = place, manifest
         self.folder: Path | str = place.name if place.local is None else place.local
-        self.metadata = StoreMetadata.of(manifest)
-        self.n_images, self.n_tokens, self.d_in = manifest["shape"]
+        super().__init__(manifest)
         self._shards = [name for name in manifest["files"] if name != INDEX]
         self._sizes = np.array([manifest["files"][name]["n_images"] for name in self._shards], np.int64)
         self._verified: set[str] = set()
@@ -151,10 +115,6 @@ class ActivationStore:
         """LongTensor [N]: each image's place in the data set."""
         return self._index["indices"]
 
-    def __len__(self) -> int:
-        """Tokens in the store: ``n_images * n_tokens``."""
-        return self.n_images * self.n_tokens
-
     def __repr__(self) -> str:
         m = self.metadata
         size = f"{m.n_images:,} images of {m.dataset!r} x {m.n_tokens} tokens x {m.d_in}"
@@ -189,57 +149,9 @@ class ActivationStore:
         for name in self._manifest["files"]:
             self._checked(name)
 
-    def tokens(
-        self,
-        batch_size: int,
-        *,
-        shuffle: bool = True,
-        seed: int = 0,
-        epochs: int | None = 1,
-        start_step: int = 0,
-        positions: bool = False,
-        tokens: str = "all",
-        buffer_bytes: int = 2**31,
-    ) -> Iterator[Tensor] | Iterator[tuple[Tensor, Tensor]]:
-        """Batches of single tokens, mixed from many images.
-
-        Every epoch the shards are put in a new order and read, sequentially, into a buffer of as many as fit; the tokens of a buffer are
-        permuted. A store that fits the buffer is thus shuffled as a whole. The order depends on ``seed``, the epoch and ``buffer_bytes``
-        alone, so that step k of a restarted run gets the batch that it would have got.
-
-        Parameters
-        ----------
-        batch_size : int
-            Tokens per batch. Batches run on from one epoch into the next; only the very last may be shorter.
-        shuffle : bool
-            Otherwise image by image, CLS first.
-        seed : int
-        epochs : int or None
-            Passes over the store; None goes on for ever.
-        start_step : int
-            Skip so many batches, without reading them.
-        positions : bool
-            Also yield each token's place in the model's sequence, LongTensor [batch] (0 is CLS).
-        tokens : {"all", "cls", "patches"}
-            All that the store holds, or only those of a store that holds all.
-        buffer_bytes : int
-            At most so many bytes of shards are held at a time, but at least one shard.
-
-        Yields
-        ------
-        Tensor [batch, d], float32
-            Or a pair with the positions.
-
-        Raises
-        ------
-        ValueError
-            If an argument is out of range, the store lacks the tokens wanted, or a shard is damaged.
-        """
-        kept = choose_tokens(self.metadata.tokens, tokens)
-        n = len(range(self.n_tokens)[kept])
-        mixer = TokenMixer(n, kept.start + (self.metadata.tokens == "patches"), batch_size, shuffle, seed, epochs, start_step, positions)
-        per_buffer = max(1, buffer_bytes // (2 * int(self._sizes.max()) * n * self.d_in))
-        return mixer.batches(self._sizes, per_buffer, lambda shards: torch.cat([self._shard(i)[:, kept] for i in shards]))
+    def _read(self, parts: np.ndarray, places: range) -> Tensor:
+        before = int(self.metadata.tokens == "patches")  # places that are not stored
+        return torch.cat([self._shard(i)[:, places.start - before : places.stop - before] for i in parts])
 
     def images(self, indices: Sequence[int] | Tensor | None = None, batch_size: int = 64) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Whole images in order.

@@ -155,13 +155,7 @@ class ClipModel:
         return f"{self.name}:{self.weights_hash}:{hashlib.sha256(preprocessing.encode()).hexdigest()[:8]}:{self.precision}"
 
     def layer_index(self, layer: int) -> int:
-        """Turn a block's index, negative ones counted from the end, into a non-negative one.
-
-        Raises
-        ------
-        ValueError
-            If there is no such block.
-        """
+        """A block's index, negative ones counted from the end, as a non-negative one."""
         if not -self.n_layers <= layer < self.n_layers:
             raise ValueError(
                 f"{self.name!r} has no layer {layer}. Valid: 0 to {self.n_layers - 1}, or -{self.n_layers} to -1 (a layer is the block whose output is read)."
@@ -178,19 +172,7 @@ class ClipModel:
         return self.finish(self.run_to(images, -1), -1)
 
     def run_to(self, images: Tensor, layer: int) -> Residual:
-        """The residual stream after block ``layer``.
-
-        Parameters
-        ----------
-        images : Tensor [B, 3, H, W]
-            As ``preprocess`` makes them.
-        layer : int
-
-        Raises
-        ------
-        ValueError
-            If there is no such layer, or the images have another shape.
-        """
+        """The residual stream after block ``layer`` of images [B, 3, H, W] as ``preprocess`` makes them, with its extra tokens."""
         stop = self.layer_index(layer) + 1
         with self._arithmetic():
             return self._split(self._run_blocks(self._embed(images), 0, stop).float())
@@ -214,22 +196,10 @@ class ClipModel:
         return self, None
 
     def finish(self, residual: Residual | Tensor, layer: int) -> Tensor:
-        """Run the blocks after ``layer`` on a residual stream, edited or not.
-
-        Parameters
-        ----------
-        residual : Residual or Tensor [B, 1+P, d]
-        layer : int
-            The block after which it was read.
-
-        Returns
-        -------
-        Tensor [B, d_embed]
-            Image features, not normalised.
-        """
+        """Run the blocks after ``layer`` on a residual stream that was read there, edited or not: image features [B, d_embed], not normalised."""
         x = self._joined(Residual(residual) if isinstance(residual, Tensor) else residual)
         with self._arithmetic():
-            return self._features(self._run_blocks(x, self.layer_index(layer) + 1, self.n_layers)).float()
+            return self._features(self._run_blocks(x.to(self.device), self.layer_index(layer) + 1, self.n_layers)).float()
 
     def _embed(self, images: Tensor) -> Tensor:
         """What enters the first block."""
@@ -276,23 +246,9 @@ class ClipModel:
         return F.normalize(features, dim=-1) if normalize else features
 
     def zero_shot_head(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """One unit vector a class: the mean of its prompts' unit vectors, normalised again.
+        """One unit vector per class, [C, d_embed]: the mean of its prompts' unit vectors, normalised again.
 
-        Parameters
-        ----------
-        class_names : sequence of str
-            In the order of the labels; equal names stay two classes.
-        templates : sequence of str
-            Each with one ``{}``.
-
-        Returns
-        -------
-        Tensor [C, d_embed]
-
-        Raises
-        ------
-        ValueError
-            If a list is empty or a template has no ``{}``.
+        Class names come in the order of the labels, and equal ones stay two classes; each template has one ``{}``.
 
         Source: Radford et al., 2021, section 3.1.4 (prompt ensembling in embedding space).
         """

@@ -299,10 +299,16 @@ def test_unshuffled_tokens_are_the_images_in_order(store, residual):
 ONE_SHARD = 6 * 197 * 32 * 2  # bytes
 
 
+def with_buffer(store, n_bytes):
+    opened = ActivationStore.open(store.folder)
+    opened.buffer_bytes = n_bytes
+    return opened
+
+
 @pytest.mark.parametrize("buffer_bytes", [1, 2 * ONE_SHARD, 2**31])
 def test_an_epoch_of_shuffled_tokens_is_a_permutation(store, buffer_bytes):
     stored = torch.cat([batch[0] for batch in store.images()]).flatten(0, 1)
-    shuffled = torch.cat(list(store.tokens(100, seed=3, buffer_bytes=buffer_bytes)))
+    shuffled = torch.cat(list(with_buffer(store, buffer_bytes).tokens(100, seed=3)))
     assert not torch.equal(shuffled, stored)
 
     def in_order(tokens):
@@ -331,7 +337,7 @@ def test_epochs_differ_and_batches_run_across_them(store):
 
 @pytest.mark.parametrize("buffer_bytes", [1, 2 * ONE_SHARD, 2**31])
 def test_a_restart_at_step_k_continues(store, buffer_bytes):
-    options = {"seed": 2, "epochs": 3, "buffer_bytes": buffer_bytes, "positions": True}
+    options, store = {"seed": 2, "epochs": 3, "positions": True}, with_buffer(store, buffer_bytes)
     whole = list(store.tokens(300, **options))
     for k in (0, 1, 5, 13, 14, 30, len(whole) - 1, len(whole), len(whole) + 1):
         rest = list(store.tokens(300, start_step=k, **options))
@@ -349,7 +355,7 @@ def test_a_batch_mixes_many_images(store):
     assert (counts > 0).all() and counts.max() < 30
     assert len(places.unique()) > 100
     # With the smallest buffer it can only mix the images of one shard.
-    batch = next(store.tokens(210, seed=1, buffer_bytes=1))
+    batch = next(with_buffer(store, 1).tokens(210, seed=1))
     images = {owner[tuple(row)] for row in batch.tolist()}
     assert len({image // 6 for image in images}) <= 2 and len(images) >= 3
 

@@ -68,8 +68,8 @@ def test_step_k_is_the_same_wherever_one_starts(stream, start):
 
 
 def test_skipped_buffers_are_not_computed_and_the_buffer_is_bounded(stream, monkeypatch):
-    seen, fill = [], TokenStream._fill
-    monkeypatch.setattr(TokenStream, "_fill", lambda self, images, kept: seen.append(len(images)) or fill(self, images, kept))
+    seen, fill = [], TokenStream._read
+    monkeypatch.setattr(TokenStream, "_read", lambda self, images, kept: seen.append(len(images)) or fill(self, images, kept))
     next(stream.tokens(100, epochs=None, start_step=2 * 24 * 197 // 100 + 20))  # the second buffer of the third epoch
     assert seen == [8]
     assert sum(len(x) for x in stream.tokens(1000)) == 24 * 197
@@ -80,7 +80,7 @@ def test_training_on_a_stream_goes_on_bit_for_bit(tmp_path, stream, monkeypatch)
     config = dataclasses.replace(CONFIG, n_tokens=30 * 512, batch_tokens=512, start="data", tokens="patches")
     fresh = lambda: SparseAutoencoder(32, 64, seed=0)  # noqa: E731
     whole = weights(train_sae(fresh(), stream, config, tmp_path / "whole", progress=False))
-    fill, calls = TokenStream._fill, []
+    fill, calls = TokenStream._read, []
 
     def power_cut(self, images, kept):
         calls.append(1)
@@ -88,7 +88,7 @@ def test_training_on_a_stream_goes_on_bit_for_bit(tmp_path, stream, monkeypatch)
             raise KeyboardInterrupt
         return fill(self, images, kept)
 
-    monkeypatch.setattr(TokenStream, "_fill", power_cut)
+    monkeypatch.setattr(TokenStream, "_read", power_cut)
     with pytest.raises(KeyboardInterrupt):
         train_sae(fresh(), stream, config, tmp_path / "cut", progress=False)
     assert (tmp_path / "cut" / "checkpoint.pt").exists()

@@ -151,9 +151,9 @@ def test_weights_that_cannot_be_fetched_and_sizes_that_are_none(monkeypatch):
         load_clip("timm:test_vit")
 
 
-def test_commands_that_need_words_say_so_and_are_skipped(tmp_path, monkeypatch, capsys):
+def test_commands_that_need_words_say_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATCHSAE_IMAGES", str(tmp_path))
     assert load_profile("dinov2").model.name.startswith("timm:vit_small_patch14_dinov2")
     for command in ("sweep", "adapt"):
-        assert main([command, "--profile", "dinov2", "--set", "model.name=timm:test_vit", "--set", "model.pretrained=random"]) == 0
-        assert f"skipped: {command} needs a text tower" in capsys.readouterr().out
+        assert main([command, "--profile", "dinov2", "--set", "model.name=timm:test_vit", "--set", "model.pretrained=random"]) == 1
+        assert f"{command} needs a text tower, and 'timm:test_vit' has none" in capsys.readouterr().err
