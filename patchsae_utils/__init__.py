@@ -19,8 +19,6 @@ _PUBLIC = {
     "ClipModel": "clip",
     "Residual": "clip",
     "load_dataset": "data",
-    "templates_for": "data",
-    "few_shot": "data",
     "extract_activations": "activations",
     "ActivationStore": "activations",
     "SparseAutoencoder": "sae",

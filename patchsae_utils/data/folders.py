@@ -39,7 +39,8 @@ def read_folder(root: Path, split: str, names: Callable[[Sequence[str]], list[st
     if part != parts[0]:
         warnings.warn(f"{root / parts[0]} has no class folders; {root / part} is read instead.", stacklevel=3)
     classes = sorted({name for each in present for name in _folders(root / each) if _is_class(root / each / name)})
-    base, files, labels, deeper = root / part, [], [], {}
+    base, files, labels = root / part, [], []
+    deeper: dict[str, int] = {}
     for label, name in enumerate(classes):
         found = sorted(os.scandir(base / name), key=lambda entry: entry.name) if (base / name).is_dir() else []
         pictures = [f"{name}/{entry.name}" for entry in found if is_picture(entry.name)]

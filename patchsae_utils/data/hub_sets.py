@@ -107,7 +107,7 @@ def _save_stream(source: _Source, own: str, tenths: Sequence[int], n_images: int
 def _bytes(image: dict[str, Any] | None) -> bytes | None:
     """A picture's encoded bytes, where there is one."""
     if image is None or image["bytes"] is not None or not image["path"]:
-        return image and image["bytes"]
+        return None if image is None else image["bytes"]
     try:
         with fsspec.open(image["path"], "rb") as file:
             return file.read()
