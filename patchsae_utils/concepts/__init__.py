@@ -1,8 +1,8 @@
 """Concepts: what latents mean, measured on scenes whose every patch is known.
 
-The best latent of each concept and the report of it (`detection`, `report`), beside other dictionaries and a supervised probe (`comparison`,
-`baselines`, `probes`), where in the image (`places`), and names from ground truth, labels or text (`names`). May import: latents, sae,
-activations, clip, data, run.
+The best latent of each concept and the report of it (`detection`, `report`), beside other dictionaries and a supervised probe
+(`comparison`, `baselines`, `probes`), where in the image (`places`), and names from ground truth, labels or text (`names`). May import:
+latents, sae, activations, clip, data, run.
 """
 
 from .names import label_latents, make_vocabulary, name_agreement, related_names, score_words

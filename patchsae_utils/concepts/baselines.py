@@ -76,10 +76,10 @@ def ica_dictionary(x: Tensor) -> Dictionary:
 
 
 def kmeans_dictionary(x: Tensor, n: int, *, cosine: bool = False) -> Dictionary:
-    """Directions from the mean to the centroids of k-means: n features, not negative; as many as the SAE has latents make the comparison even.
+    """Directions from the mean to the centroids of k-means: n features, not negative.
 
-    With ``cosine`` tokens are centred and scaled to unit norm before, so that centroids are directions (spherical k-means, nearly) and features
-    cosines; without it, features are lengths along the direction.
+    With ``cosine`` tokens are centred and scaled to unit norm before, so that centroids are directions (spherical k-means, nearly) and
+    features cosines; without it, features are lengths along the direction.
     """
     if len(x) < n:
         raise ValueError(f"k-means needs a token for each of the {n} centroids, got {len(x)}. Sample more patches.")
@@ -95,7 +95,8 @@ def kmeans_dictionary(x: Tensor, n: int, *, cosine: bool = False) -> Dictionary:
 def nmf_dictionary(x: Tensor) -> Dictionary:
     """Non-negative matrix factorisation: D features, not negative.
 
-    The residual stream has both signs and NMF needs none: x - mean is split into its positive parts and the sizes of its negative ones, 2 D dimensions.
+    The residual stream has both signs and NMF needs none: x - mean is split into its positive parts and the sizes of its negative ones, 2 D
+    dimensions.
     """
     mean, n = x.mean(0), x.shape[1]
     fit = MiniBatchNMF(n, init="nndsvda", batch_size=2048, max_iter=10, random_state=0)

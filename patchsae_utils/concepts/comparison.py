@@ -77,8 +77,8 @@ def measure_dictionaries(
 ) -> ComparisonReport:  # fmt: skip
     """An SAE, every baseline and the probe, from training scenes to the table, which is kept in ``out``.
 
-    ``store`` is of ``training``; ``random_weights`` is the recipe of an SAE on a CLIP of random weights, trained on ``random_scenes``; ``patches`` are of
-    ``choose`` and ``report``, when they were read before.
+    ``store`` is of ``training``; ``random_weights`` is the recipe of an SAE on a CLIP of random weights, trained on ``random_scenes``;
+    ``patches`` are of ``choose`` and ``report``, when they were read before.
     """
     out = Path(out)
     key = fingerprint(

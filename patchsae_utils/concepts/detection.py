@@ -85,11 +85,11 @@ def concept_masks(dataset) -> sparse.csr_matrix:
 @torch.no_grad()
 def concept_patches(clip, dataset, layer: int, *, progress: bool = True) -> ConceptPatches:
     """Read a data set with ground truth: 4 N D bytes, e.g. 150 MB for 1,000 images of 196 patches at d_in 192."""
-    masks = concept_masks(dataset)
     if tuple(clip.grid) != (openmoji.GRID, openmoji.GRID):
         raise ValueError(
             f"The ground truth lies on a {openmoji.GRID} x {openmoji.GRID} grid; {clip.name!r} has {clip.grid[0]} x {clip.grid[1]} patches."
         )
+    masks = concept_masks(dataset)
     tokens = torch.cat([
         clip.residual(batch.images, layer)[:, 1 : clip.n_tokens].flatten(0, 1).cpu()
         for batch in batches(dataset, clip.preprocess, 64, progress="patches" if progress else None)
@@ -134,10 +134,10 @@ def common_concepts(choose: ConceptPatches, report: ConceptPatches, min_patches:
 def average_precision(
     scores: np.ndarray, positive: np.ndarray, images: np.ndarray | None = None, weights: np.ndarray | None = None, *, ascending=None
 ) -> float | np.ndarray:
-    """Average precision of scores [N] for the rows of some patches, ties sharing one threshold, as ``sklearn.metrics.average_precision_score``.
+    """Average precision of scores [N] for some rows [n], ties sharing one threshold, as in scikit-learn.
 
-    With weights [R, n_images], how often each image counts: [R], exact where the positives have at most ``N_LEVELS`` distinct scores, else at their
-    quantiles. NaN where no positive counts. ``ascending``: the scores, sorted, where they are at hand.
+    With weights [R, n_images], how often each image counts: [R], exact where the positives have at most ``N_LEVELS`` distinct scores, else
+    at their quantiles. NaN where no positive counts. ``ascending``: the scores, sorted, where they are at hand.
     """
     thresholds, mine = np.unique(scores[positive], return_counts=True)
     if not len(thresholds):
@@ -233,7 +233,7 @@ def best_features(
     tried: np.ndarray,
     weights: np.ndarray,
 ) -> tuple[pd.DataFrame, np.ndarray]:
-    """The best of the features tried [K', n] for each concept on ``choose``; what it reaches on ``report``, and there in every resample, [K', R].
+    """The best of the features tried [K', n] for each concept on ``choose``; its AP on ``report``, and there in every resample [K', R].
 
     Features ascend in each row: of equal ones the lower is taken.
     """
@@ -253,8 +253,8 @@ def measure_concepts(
     """Find the best latent of each concept on some scenes, report how well it does on others, and say what each latent answers to.
 
     Candidates of a concept are the latents that correlate most with its mask; among them the one of highest average precision is
-    chosen. Both happen on ``choose`` alone. When ``out`` already holds the report of the same inputs, that is returned. ``patches``: of both sets,
-    when they were read before.
+    chosen. Both happen on ``choose`` alone. When ``out`` already holds the report of the same inputs, that is returned. ``patches``: of
+    both sets, when they were read before.
     """
     key = fingerprint(
         stage="concepts", version=FORMAT_VERSION, clip=clip.fingerprint, sae=sae.fingerprint, data=different_scenes(choose, report),
@@ -287,10 +287,10 @@ def detect_concepts(dictionary: Dictionary, choose: ConceptPatches, report: Conc
 
 
 def answers(correlation: np.ndarray, held_out: np.ndarray, null: np.ndarray, spread: np.ndarray, names: np.ndarray) -> pd.DataFrame:
-    """The concept that each latent correlates with most, what comes second, and how often shuffled pictures (``null``, all [K', S]) do as well.
+    """The concept that each latent correlates with most, the runner-up, and how often shuffled pictures (``null``, all [K', S]) do as well.
 
-    A latent that is active in few images correlates with some concept by chance more than one that is active in many. So each is compared with
-    the best correlations by chance of the ``N_PEERS`` living latents that are active in about as many images (``spread`` [S]).
+    A latent that is active in few images correlates with some concept by chance more than one that is active in many. So each is compared
+    with the best correlations by chance of the ``N_PEERS`` living latents that are active in about as many images (``spread`` [S]).
     """
     latents, order = np.arange(correlation.shape[1]), np.argsort(-correlation, axis=0, kind="stable")
     best, score = correlation[order[0], latents], held_out[order[0], latents]

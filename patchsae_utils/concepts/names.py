@@ -2,8 +2,9 @@
 
 *Labels*: the class in whose images a latent is active most above the base rate. *Text*: the word whose CLIP text embedding is closest to a
 latent's strongest images and to crops around its strongest patches, compared with random ones. *Ground truth*: the concept whose mask its
-activation correlates with (:mod:`.detection`). Each gives a score, a margin over the runner-up and a p-value; a latent stays "unnamed" where
-no name scores clearly above the others. The decoder's row is never compared with text: it lies in the residual stream, not in CLIP's output space.
+activation correlates with (:mod:`.detection`). Each gives a score, a margin over the runner-up and a p-value; a latent stays "unnamed"
+where no name scores clearly above the others. The decoder's row is never compared with text: it lies in the residual stream, not in CLIP's
+output space.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ def label_latents(
 
     With a report (*ground truth*), a latent's name is the concept whose mask its activation correlates with most; the score is that
     correlation on held-out scenes, the margin its lead over the second concept where both were chosen, and p the share of living latents,
-    among those active in about as many images, that reach the score when pictures and masks are shuffled. With ``text``, the name is the word
-    that :func:`score_words` found, and p is corrected for the number of words. With neither (*labels*), it is the class in whose images the
-    latent is active most above the base rate; the score is that lift, the margin its lead over the second class, and p the binomial tail of
-    so many active images, times the number of classes.
+    among those active in about as many images, that reach the score when pictures and masks are shuffled. With ``text``, the name is the
+    word that :func:`score_words` found, and p is corrected for the number of words. With neither (*labels*), it is the class in whose
+    images the latent is active most above the base rate; the score is that lift, the margin its lead over the second class, and p the
+    binomial tail of so many active images, times the number of classes.
 
     Every p holds for one latent. Among thousands some are small by chance: ``q`` is p after the correction of Benjamini and Hochberg (1995)
     over the living latents, the share of names so certain that would be false. Names from text are judged by q, the other two by p, whose
@@ -222,11 +223,6 @@ def score_words(clip, dataset, summary: LatentSummary, vocabulary: Vocabulary, l
     -------
     DataFrame
         One row a latent: latent, name, kind, score, margin, p, runner_up, class_index.
-
-    Raises
-    ------
-    ValueError
-        If the summary was made from another data set, or a latent is out of range.
     """
     if summary.n_images != len(dataset):
         raise ValueError(f"The summary read {summary.n_images} images, this data set has {len(dataset)}: give the one that was summarised.")
@@ -303,7 +299,7 @@ def _means(values: Tensor, rows: np.ndarray) -> np.ndarray:
 
 
 def _permutation_p(observed: np.ndarray, nulls: list[tuple[Tensor, np.ndarray]], rng: np.random.Generator) -> np.ndarray:
-    """Share of random sets, of the same numbers of images and crops, whose best word scores at least as high; the set itself counts as one."""
+    """Share of random sets, of the same numbers of images and crops, whose best word scores at least as high; it counts as one."""
     sizes = np.stack([(rows >= 0).sum(1) for _, rows in nulls], 1)
     drawn = []
     for pool, rows in nulls:
@@ -336,10 +332,10 @@ def name_agreement(sources: Mapping[str, pd.DataFrame], related: Mapping[str, Se
     Returns
     -------
     DataFrame
-        One row a pair: a, b, n_a, n_b (latents each names), n_both, agreement, low, high (95 %, Wilson, 1927), chance (when one source's names are
-        shuffled over those latents), p (share of shuffles that agree at least as often; the observed order counts as one), related and
-        related_chance (names equal or related). NaN without a common latent. Equal class names that were told apart by an index count as
-        equal.
+        One row a pair: a, b, n_a, n_b (latents each names), n_both, agreement, low, high (95 %, Wilson, 1927), chance (when one source's
+        names are shuffled over those latents), p (share of shuffles that agree at least as often; the observed order counts as one),
+        related and related_chance (names equal or related). NaN without a common latent. Equal class names that were told apart by an index
+        count as equal.
 
     Raises
     ------

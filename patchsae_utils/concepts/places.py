@@ -1,7 +1,7 @@
 """Where latents are active, against masks of the ground truth.
 
-Average precision and IoU of every latent for every concept, the pointing game, concepts that several latents share, classes that a category's
-latent skips, and the matching of latents with concepts.
+Average precision and IoU of every latent for every concept, the pointing game, concepts that several latents share, classes that a
+category's latent skips, and the matching of latents with concepts.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class ConceptMatrix(NamedTuple):
 def concept_matrix(patches: ConceptPatches, dictionary: Dictionary) -> ConceptMatrix:
     """Average precision and best IoU of all features for all concepts.
 
-    Meant for sparse, non-negative features: a feature's active patches are sorted once, and only (active patch, concept it shows) pairs
-    are looked at; the patches where it is silent share the last place.
+    Features are sparse and not negative: active patches are sorted once, and only (active patch, concept it shows) pairs are looked at; the
+    patches where a feature is silent share the last place.
     """
     shown = np.asarray(patches.masks.sum(0), np.float64).ravel()
     found = np.zeros((3, dictionary.n, len(shown)), np.float32)
@@ -104,8 +104,8 @@ class Localization(NamedTuple):
     def table(self) -> pd.DataFrame:
         """Means by kind of concept and over all of them ("all"): kind, n_concepts, ap, iou, pointing, pointing_chance.
 
-        With iou_low, iou_high, pointing_low and pointing_high: 95 % over images, centred on the value, since a ratio of sums over few images is lower
-        in the mean of its resamples.
+        With iou_low, iou_high, pointing_low and pointing_high: 95 % over images, centred on the value, since a ratio of sums over few
+        images is lower in the mean of its resamples.
         """
         rows = []
         for kind, group in [*self.concepts.groupby("kind", sort=False), ("all", self.concepts)]:
@@ -128,7 +128,8 @@ class Localization(NamedTuple):
     def splitting(self) -> pd.DataFrame:
         """How many latents share each concept: concept, kind, best_ap, n_latents.
 
-        A latent shares a concept if that is the concept it finds best and its AP is at least 0.1 and half the best latent's, all on the choosing scenes.
+        A latent shares a concept if that is the concept it finds best and its AP is at least 0.1 and half the best latent's, all on the
+        choosing scenes.
         """
         ap = self.matrix.ap
         counts = (ap >= np.maximum(SHARE * ap.max(0), MIN_SHARED_AP)) & (ap.argmax(1)[:, None] == np.arange(ap.shape[1]))
@@ -138,8 +139,8 @@ class Localization(NamedTuple):
     def absorption(self) -> pd.DataFrame:
         """Classes that the best latent of their category skips, although it finds the category's others; one row a category and class.
 
-        The latent's ``recall`` on a class is the share of the class's patches, on the reported scenes, where it reaches the threshold of its best
-        IoU for the category. A class is *skipped* where that is less than a quarter of the median over the category's classes, and
+        The latent's ``recall`` on a class is the share of the class's patches, on the reported scenes, where it reaches the threshold of
+        its best IoU for the category. A class is *skipped* where that is less than a quarter of the median over the category's classes, and
         *absorbed* where moreover another latent stands for the class (AP of at least 0.3 on the choosing scenes): the general latent
         stays silent because the special one speaks (Chanin et al., 2024). Where that median is below 0.1 no latent stands for the
         category: its classes are neither *found* nor skipped.
@@ -170,7 +171,7 @@ class Localization(NamedTuple):
     def matching(self) -> pd.DataFrame:
         """One latent a concept, no latent twice, so that the sum of AP on the choosing scenes is largest (Hungarian method, Kuhn, 1955).
 
-        concept, kind, latent, ap_choose, ap (on the reported scenes), best_latent (when latents may serve several concepts), best_ap (of that one).
+        concept, kind, latent, ap_choose, ap (on the reported scenes), best_latent (when latents may serve several), best_ap (its own).
         """
         latents, order = linear_sum_assignment(self.matrix.ap, maximize=True)
         rows = self.concepts.iloc[order]
@@ -219,14 +220,11 @@ def localize(dictionary: Dictionary, choose: ConceptPatches, report: ConceptPatc
     )  # fmt: skip
     positives = report.rows()
     by_ap, by_iou = (columns_of(dictionary, report.tokens, some) for some in (best, widest))
-    overlaps = [_overlap(by_iou[i] >= frame["threshold"][i], positives[k], report) for i, k in enumerate(columns)]
-    hits = [_pointing(by_ap[i], positives[k], report) for i, k in enumerate(columns)]
-    sums = {
-        "iou": tuple(np.array([pair[part] for pair in overlaps]) for part in (0, 1)),
-        "pointing": tuple(np.array([triple[part] for triple in hits]) for part in (0, 1)),
-    }
+    both, either = zip(*(_overlap(by_iou[i] >= frame["threshold"][i], positives[k], report) for i, k in enumerate(columns)), strict=True)
+    hits, shown, chance = zip(*(_pointing(by_ap[i], positives[k], report) for i, k in enumerate(columns)), strict=True)
+    sums = {"iou": (np.array(both), np.array(either)), "pointing": (np.array(hits), np.array(shown))}
     values = {metric: top.sum(1) / bottom.sum(1) for metric, (top, bottom) in sums.items()}
-    frame = frame.assign(**values, pointing_chance=[chance for _, _, chance in hits])
+    frame = frame.assign(**values, pointing_chance=chance)
     return Localization(frame, sums, found, dictionary, report)
 
 
@@ -238,7 +236,7 @@ def _overlap(marked: np.ndarray, positive: np.ndarray, patches: ConceptPatches) 
 
 
 def _pointing(scores: np.ndarray, positive: np.ndarray, patches: ConceptPatches) -> tuple[np.ndarray, np.ndarray, float]:
-    """[n_images] whether the highest patch lies on the concept, and whether the image shows it; the share of images if a random patch points."""
+    """[n_images] whether the highest patch lies on the concept, and whether the image shows it; that share for a random patch."""
     images, n = patches.images, patches.n_images
     top = np.zeros(n)
     np.maximum.at(top, images, scores)
@@ -255,8 +253,6 @@ class ConceptExample(NamedTuple):
     latent: int
     ap: float
     """Over all reported scenes, not this one alone."""
-    index: int  # type: ignore[assignment]
-    """Of the scene in the data set."""
     image: Tensor
     """[H, W, 3] uint8, as CLIP saw it."""
     truth: Tensor
@@ -297,5 +293,5 @@ def concept_examples(clip, sae, dataset, layer: int, report: ConceptReport, conc
         row, inputs = best.loc[concept], clip.preprocess(dataset[index].image)
         truth = torch.from_numpy(openmoji.concept_masks(dataset.truth(index))[column])
         activation = latent_masks(clip, sae, inputs[None], [row["latent"]], layer)[0, 0].cpu()
-        examples.append(ConceptExample(concept, int(row["latent"]), float(row["ap"]), index, seen_image(clip, inputs), truth, activation))
+        examples.append(ConceptExample(concept, int(row["latent"]), float(row["ap"]), seen_image(clip, inputs), truth, activation))
     return examples

@@ -24,8 +24,8 @@ def fit_probes(store, dataset, choose: ConceptPatches, out: str | Path) -> Dicti
     """One linear probe a concept, on the patches of a store and its scenes, each the best of several on other scenes; kept in ``out``."""
     if store.metadata.tokens == "cls" or store.n_images != len(dataset):
         raise ValueError(
-            f"Probes need patches of the same scenes: the store holds {store.metadata.tokens!r} tokens of {store.n_images} images, the data "
-            f"set has {len(dataset)} images."
+            f"Probes need patches of the same scenes: the store holds {store.metadata.tokens!r} tokens of {store.n_images} images, the "
+            f"data set has {len(dataset)} images."
         )
     out = Path(out)
     key = fingerprint(
@@ -59,8 +59,8 @@ def probe_dictionary(weights: Tensor, bias: Tensor) -> Dictionary:
 def train_probes(tokens: Tensor, masks: sparse.csr_matrix, choose: ConceptPatches) -> tuple[Tensor, Tensor]:
     """Probes of masks [N, K] on tokens [N, D]: weights [K, D], bias [K].
 
-    The candidates: ridge regression on the mask, in closed form, at the strengths ``RIDGE``, and :func:`logistic_probes`, half way (early stopping)
-    and at the end. A concept that the choosing scenes don't show gets the last.
+    The candidates: ridge regression on the mask, in closed form, at the strengths ``RIDGE``, and :func:`logistic_probes`, half way (early
+    stopping) and at the end. A concept that the choosing scenes don't show gets the last.
     """
     mean = tokens.mean(0)
     covariance, cross = moments(tokens, masks, mean)
@@ -103,8 +103,8 @@ def logistic_probes(tokens: Tensor, masks: sparse.csr_matrix, mean: Tensor, cova
         for _ in range(EPOCHS):
             for rows in torch.randperm(len(tokens), generator=generator)[: len(tokens) // batch * batch].split(batch):
                 x = (tokens[rows] - mean) @ whiten
-                # The gradient of the summed cross-entropy is (sigmoid - mask)^T x: written out, since masks are sparse and autograd would make
-                # four [batch, K] tensors.
+                # The gradient of the summed cross-entropy is (sigmoid - mask)^T x: written out, since masks are sparse and autograd would
+                # make four [batch, K] tensors.
                 with torch.no_grad():
                     error = torch.sigmoid(x @ weights.T + bias)
                     mask = masks[rows.numpy()].tocoo()

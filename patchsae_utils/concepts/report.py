@@ -19,13 +19,13 @@ FORMAT_VERSION = 2
 class ComparisonReport:
     """How well each dictionary's best feature finds each concept, on scenes that it was not chosen on.
 
-    Intervals are of the reported images, 95 %, centred on the value: the average precision of a concept that few images show is lower in the mean
-    of its resamples.
+    Intervals are of the reported images, 95 %, centred on the value: the average precision of a concept that few images show is lower in
+    the mean of its resamples.
     """
 
     detection: pd.DataFrame
-    """One row a dictionary and concept: dictionary, role ("sae", "baseline" or "ceiling"), concept, kind, name, latent (chosen on other scenes),
-    ap_choose, ap, chance (share of patches that show it), n_patches, n_images."""
+    """One row a dictionary and concept: dictionary, role ("sae", "baseline" or "ceiling"), concept, kind, name, latent (chosen on other
+    scenes), ap_choose, ap, chance (share of patches that show it), n_patches, n_images."""
     replicates: np.ndarray
     """[rows, R] average precision in R resamples of the reported images, the same for every row; NaN where no image shows the concept."""
 
@@ -51,7 +51,8 @@ class ComparisonReport:
     def ratio(self, kind: str = "all", to: str = "best baseline") -> tuple[Interval, str]:
         """Mean AP of the SAE over that of another dictionary, on the same resamples, and the other's name.
 
-        ``to`` is a name, "best baseline" or "ceiling". Which baseline is best is decided once, on the reported images themselves: that favours it.
+        ``to`` is a name, "best baseline" or "ceiling". Which baseline is best is decided once, on the reported images themselves: that
+        favours it.
         """
         mine = self.detection if kind == "all" else self.detection[self.detection["kind"] == kind]
         if mine.empty:
@@ -91,8 +92,8 @@ class ComparisonReport:
         (best, name), (ceiling, _) = self.ratio(), self.ratio(to="ceiling")
         others = "; ".join(f"{other} {ap}" for other, ap in say.items() if other != sae)
         return (
-            f"Over {table['n_concepts'].iloc[0]} concepts the best latent reaches an AP of {say[sae]} on average. The others: {others}. That is "
-            f"{best} times the best unsupervised baseline ({name}) and {ceiling.value:.0%} of the supervised probe."
+            f"Over {table['n_concepts'].iloc[0]} concepts the best latent reaches an AP of {say[sae]} on average. The others: {others}. "
+            f"That is {best} times the best unsupervised baseline ({name}) and {ceiling.value:.0%} of the supervised probe."
         )
 
     def save(self, folder: str | Path, key: str = "") -> None:
