@@ -212,7 +212,7 @@ def _fetch(spec: str) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [f"{folder}/{pattern}" if folder else pattern for pattern in _HUB_FILES]
-    options = {"revision": revision or None, "endpoint": os.environ.get("HF_ENDPOINT") or None}
+    options: dict[str, Any] = {"revision": revision or None, "endpoint": os.environ.get("HF_ENDPOINT") or None}
     try:
         found = Path(snapshot_download(f"{owner}/{repository}", allow_patterns=patterns, **options))
     except Exception as error:  # the client's errors come from several libraries

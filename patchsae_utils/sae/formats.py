@@ -188,7 +188,7 @@ def _write_saelens(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]
     if metadata.get("layer") is not None:
         metadata.setdefault("hook_name", f"visual.transformer.resblocks.{metadata['layer']}")
     own = {"activation": weights.activation, **weights.options} if variant.architecture == "jumprelu" else {}
-    if own := own | weights.statistics:
+    if own := {**own, **weights.statistics}:
         metadata["patchsae"] = own
     config = {
         "architecture": variant.architecture, "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,

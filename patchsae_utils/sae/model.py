@@ -348,9 +348,9 @@ class SparseAutoencoder(nn.Module):
         self._check_source(store.d_in, "this store", {name: getattr(store.metadata, name, None) for name in _SOURCE})
 
     def check_model(self, clip: Any, layer: int) -> None:
-        """Refuse a residual stream of another width, layer, model, weights or preprocessing than that of training.
+        """Refuse a residual stream of another width, layer, model, weights or preprocessing than that of training, as far as both sides know them.
 
-        An adapted model counts as its base, whose blocks it shares, here and in training. What either side doesn't know is not compared.
+        An adapted model counts as its base, whose blocks it shares, here and in training.
         """
         base, trained_on = getattr(clip, "base", clip), self.metadata.get("weights_hash")
         same_base = trained_on and trained_on.partition("+")[0] == base.weights_hash
@@ -369,7 +369,7 @@ class SparseAutoencoder(nn.Module):
         fits ``all``.
         """
         own = self.metadata
-        both = {name: (own.get(name), given.get(name)) for name in _SOURCE}
+        both: dict[str, tuple[Any, ...]] = {name: (own.get(name), given.get(name)) for name in _SOURCE}
         known = {name: pair for name, pair in both.items() if all(value is not None and value != "" for value in pair)}
         hashes = known.pop("weights_hash", None)
         names = known.pop("model_name", ("", ""))
@@ -401,8 +401,7 @@ class SparseAutoencoder(nn.Module):
 
     def save(self, directory: str | Path) -> Path:
         """Write ``cfg.json`` and ``sae_weights.safetensors`` (SAELens v6), rows at unit norm; see :func:`~patchsae_utils.save_sae`."""
-        weights = self.to_weights()
-        norms = weights.tensors["W_dec"].double().norm(dim=1)
+        norms = (weights := self.to_weights()).tensors["W_dec"].double().norm(dim=1)
         if not ((norms - 1).abs() <= _UNIT).all():
             if self.k is not None:
                 raise ValueError(
@@ -425,7 +424,8 @@ class SparseAutoencoder(nn.Module):
         if "W_enc" not in tensors or tensors["W_enc"].ndim != 2:
             raise ValueError(f"{path} holds no matrix W_enc [d_in, d_sae]; it holds {shapes(tensors)}.")
         try:
-            sae = cls(*tensors["W_enc"].shape, weights.activation, **weights.options, metadata=weights.metadata)
+            d_in, d_sae = tensors["W_enc"].shape
+            sae = cls(d_in, d_sae, weights.activation, **weights.options, metadata=weights.metadata)
             own = {name: value for name, value in sae.state_dict().items() if name not in STATISTICS}
             for name, values in weights.statistics.items():
                 buffer = getattr(sae, name)

@@ -94,8 +94,7 @@ def train_sae(
     device = sae.W_enc.device if processes.number == 1 and sae.W_enc.device.type != "cpu" else processes.device
     before, after = sae.trained_in.get(out.resolve(), (None, None))
     start = sae.fingerprint
-    if resume and start == after:  # what a run into this folder has made of these weights
-        start = before
+    start = before if resume and start == after else start  # what a run into this folder has made of these weights still names it
     recipe = {name: value for name, value in dataclasses.asdict(config).items() if name != "trackers"}  # on which no result depends
     inputs = {"sae": start, "training": recipe, "store": store.fingerprint}
 
@@ -114,10 +113,8 @@ def train_sae(
         if processes.on_main(finished):  # by another process, meanwhile
             return opened()
         if config.start == "data" and not sae.is_fresh and not (resume and (out / CHECKPOINT).exists()):
-            raise ValueError(
-                "start='data' would overwrite the weights of this SAE, which were loaded, trained or set. Use start='random', which keeps "
-                "them, or give a fresh SparseAutoencoder."
-            )
+            what = "start='data' would overwrite the weights of this SAE, which were loaded, trained or set."
+            raise ValueError(f"{what} Use start='random', which keeps them, or give a fresh SparseAutoencoder.")
         processes.on_main(lambda: _clear(out, MANIFEST, SUMMARY, CONFIG, WEIGHTS, *(() if resume else (CHECKPOINT,))))
         sae.metadata = _origin(store) | ({"tokens": kept} if kept else {}) | sae.metadata
         run = Training(sae.to(device), store, config, out, inputs, processes)
@@ -236,7 +233,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(), "silent_for": self.silent_for, "rows": self.rows, "unit_rows": self.unit_rows,
             "effort": [self.seconds, self.n_starts, self.n_sparse],
         }  # fmt: skip
-        temporary = self.out / f".{CHECKPOINT}.tmp"
+        temporary = self.out / f".{CHECKPOINT}.tmp"  # one name for all: a killed run leaves one file at most
         try:
             with disk_errors(self.out / CHECKPOINT):
                 torch.save(state, temporary)
@@ -325,8 +322,8 @@ class Training:
                     if processes.main and not last:
                         self.save()
 
-    def _tokens(self, batch_size: int, seed: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        options = {"tokens": kept} if (kept := _kept_tokens(self.config, self.store)) else {}
+    def _tokens(self, batch_size: int, seed: int, start_step: int) -> Iterator[Any]:
+        options: dict[str, Any] = {"tokens": kept} if (kept := _kept_tokens(self.config, self.store)) else {}
         return self.store.tokens(batch_size, seed=seed, epochs=None, start_step=start_step, positions=True, **options)
 
     def _start(self) -> None:

@@ -119,16 +119,6 @@ def test_the_table_reads(frame):
     assert table.loc[("reconstruction", "all"), "zero_shot_top1"].count("[") == 1
 
 
-def test_sae_of_another_layer_or_width_is_refused(tiny_clip, tiny_dataset):
-    sae = SparseAutoencoder(32, 64, metadata={"model_name": "tiny", "layer": 0})
-    with pytest.raises(
-        ValueError, match="activations of 'tiny', layer 0; the residual stream of 'tiny' holds 32-dimensional ones of 'tiny', layer 1"
-    ):
-        evaluate_sae(tiny_clip, sae, tiny_dataset, LAYER, progress=False)
-    with pytest.raises(ValueError, match="reads 31-dimensional"):
-        evaluate_sae(tiny_clip, SparseAutoencoder(31, 64), tiny_dataset, LAYER, progress=False)
-
-
 def test_activations_unlike_those_of_training_are_refused(tiny_clip, tiny_dataset, residual):
     sae = SparseAutoencoder(32, 64)
     sae.set_normalization(residual.flatten(0, 1))
