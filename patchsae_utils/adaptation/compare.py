@@ -7,7 +7,8 @@ adapted image tower} x {base, adapted text head}.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,9 +19,8 @@ from scipy.stats import hmean
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
-from ..clip.model import ClipModel, Residual
-from ..data import batches
-from ..interventions.tail import check_same_tower, dataset_head, network_tail
+from ..clip.model import ClipModel
+from ..interventions.tail import check_same_tower, dataset_head, read_batches
 from ..latents.passes import latent_chunks
 from ..run.intervals import mean_interval, resamples
 from ..sae.model import SparseAutoencoder
@@ -249,61 +249,41 @@ def compare_models(
         raise ValueError(f"The data set {dataset.spec!r} is empty: there is nothing to compare.")
     # Both text heads go with both image towers.
     heads = {side: dataset_head(model, dataset) for side, model in zip(SIDES, (base, adapted), strict=True)}
-    readers = [_TowerReader(model, sae, layer, heads, len(dataset.class_names)) for model in (base, adapted)]
-    for batch in batches(dataset, base.preprocess, BATCH, progress=f"comparing on {dataset.name}" if progress else None):
-        for reader in readers:
-            reader.read(batch.images, batch.labels)
-    return Remapping(dataset.name, type(adapted).__name__, list(dataset.class_names), *(reader.reading() for reader in readers))
+    readings = [_read_tower(model, sae, dataset, layer, heads, progress) for model in (base, adapted)]
+    return Remapping(dataset.name, type(adapted).__name__, list(dataset.class_names), *readings)
 
 
-class _TowerReader:
-    """Sums over batches of one image tower, for :class:`Reading`."""
-
-    def __init__(self, clip: ClipModel, sae: SparseAutoencoder, layer: int, heads: Mapping[str, Tensor], n_classes: int):
-        self.clip, self.sae, self.layer, self.heads = clip, sae, layer, heads
-        self.counts = torch.zeros(2, n_classes, sae.d_sae, dtype=torch.float64, device=clip.device)
-        self.seen = torch.zeros(2, n_classes, dtype=torch.long)
-        self.labels: list[Tensor] = []
-        self.predicted: dict[tuple[str, str], list[Tensor]] = {(head, form): [] for head in heads for form in FORMS}
-        self.sums = dict.fromkeys(("error", "square", "active", "tokens"), 0.0)
-        self.total = torch.zeros(clip.width, dtype=torch.float64, device=clip.device)
-        self.tail: Callable[[Residual], Tensor] | None = None
-
-    def read(self, images: Tensor, labels: Tensor) -> None:
-        clip, sae = self.clip, self.sae
-        residual = clip.run_to(images, self.layer)
-        self.tail = self.tail or network_tail(clip, self.layer, residual)
-        tokens, decoded = residual.tokens, torch.empty_like(residual.tokens)
-        counts = torch.empty(len(labels), sae.d_sae, dtype=torch.float64, device=clip.device)
+def _read_tower(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: int, heads: Mapping[str, Tensor], progress: bool) -> Reading:
+    counts = torch.zeros(2 * len(dataset.class_names), sae.d_sae, dtype=torch.float64, device=clip.device)
+    seen = torch.zeros(2, len(dataset.class_names), dtype=torch.long)
+    total = torch.zeros(clip.width, dtype=torch.float64, device=clip.device)
+    error = square = active = n = 0.0
+    labels, predicted = [], defaultdict(list)
+    for read in read_batches(clip, dataset, layer, f"comparing on {dataset.name}" if progress else None, batch_size=BATCH):
+        tokens, decoded = read.residual.tokens, torch.empty_like(read.residual.tokens)
+        labels.append(read.labels.cpu())
+        place = turns(labels[-1], seen) * seen.shape[1] + labels[-1]
         for rows, h in latent_chunks(sae, tokens):
             decoded[rows] = sae.decode(h)
-            counts[rows] = (h > TAU).sum(1).double()
-            self.sums["active"] += (h > 0).sum().item()
-        self.labels.append(labels)
-        place = turns(labels, self.seen) * self.seen.shape[1] + labels
-        self.counts.view(-1, sae.d_sae).index_add_(0, place.to(clip.device), counts)
-        self.sums["error"] += (tokens - decoded).square().sum(dtype=torch.float64).item()
-        self.sums["square"] += tokens.square().sum(dtype=torch.float64).item()
-        self.sums["tokens"] += tokens.shape[0] * tokens.shape[1]
-        self.total += tokens.sum((0, 1), dtype=torch.float64)
+            counts.index_add_(0, place[rows].to(clip.device), (h > TAU).sum(1).double())
+            active += (h > 0).sum().item()
+        error += (tokens - decoded).square().sum(dtype=torch.float64).item()
+        square += tokens.square().sum(dtype=torch.float64).item()
+        total += tokens.sum((0, 1), dtype=torch.float64)
+        n += tokens.shape[0] * tokens.shape[1]
         for form, edited in zip(FORMS, (tokens, decoded, decoded + (tokens - decoded)), strict=True):
-            features = self.tail(residual._replace(tokens=edited))
-            for head, matrix in self.heads.items():
-                self.predicted[head, form].append(clip.logits(features, matrix).argmax(1).cpu())
-
-    def reading(self) -> Reading:
-        variance = self.sums["square"] - self.total.square().sum().item() / self.sums["tokens"]
-        return Reading(
-            counts=(self.counts.cpu() / self.seen.clamp_min(1)[..., None]).float(),
-            class_images=self.seen,
-            labels=torch.cat(self.labels).numpy(),
-            predicted={key: torch.cat(parts).numpy() for key, parts in self.predicted.items()},
-            reconstruction={
-                "explained_variance": 1 - self.sums["error"] / variance,
-                "normalized_mse": self.sums["error"] / self.sums["square"],
-                "l0": self.sums["active"] / self.sums["tokens"],
-            },
-        )
+            features = read.features(edited)
+            for head, matrix in heads.items():
+                predicted[head, form].append(clip.logits(features, matrix).argmax(1).cpu())
+    return Reading(
+        counts=(counts.cpu().view(2, seen.shape[1], -1) / seen.clamp_min(1)[..., None]).float(),
+        class_images=seen,
+        labels=torch.cat(labels).numpy(),
+        predicted={key: torch.cat(parts).numpy() for key, parts in predicted.items()},
+        reconstruction={
+            "explained_variance": 1 - error / (square - total.square().sum().item() / n), "normalized_mse": error / square, "l0": active / n,
+        },
+    )  # fmt: skip
 
 
 # -- several data sets ------------------------------------------------------------------------------------------------

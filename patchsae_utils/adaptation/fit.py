@@ -297,17 +297,16 @@ def load_adapter(path: str | Path, clip: ClipModel | None = None, *, template: s
         raise ValueError(f"{path} has format version {version}; this package reads {FORMAT_VERSION}. Fit the adapter again.")
     manifest = artifacts.read_folder_manifest(path)
     with artifacts.damage_named(path / "manifest.json"):
-        base, kind, options = manifest["base"], manifest["kind"], dict(manifest["options"])
-        names = base["name"], base["pretrained"]
-    clip = clip or load_clip(*names)
-    with artifacts.damage_named(path / "manifest.json"):
-        if clip.fingerprint != base["fingerprint"]:
-            raise ValueError(
-                f"The adapter in {path} was fitted to {base['name']!r} ({base['fingerprint']}); this model is "
-                f"{clip.name!r} ({clip.fingerprint}). Load that model, or fit the adapter again."
-            )
-        adapted = _filled(_adapter_class(kind)(clip, **options), load_file(path / "adapter.safetensors"), path)
-        adapted.log = manifest["log"]
+        base, kind, options, log = manifest["base"], manifest["kind"], dict(manifest["options"]), manifest["log"]
+        name, pretrained, fingerprint = base["name"], base["pretrained"], base["fingerprint"]
+    clip = clip or load_clip(name, pretrained)
+    if clip.fingerprint != fingerprint:
+        raise ValueError(
+            f"The adapter in {path} was fitted to {name!r} ({fingerprint}); this model is {clip.name!r} ({clip.fingerprint}). "
+            f"Load that model, or fit the adapter again."
+        )
+    adapted = _filled(_adapter_class(kind)(clip, **options), load_file(path / "adapter.safetensors"), path)
+    adapted.log = log
     return adapted
 
 
