@@ -194,7 +194,8 @@ def fresh_adapter(
     kind: str, clip: ClipModel, config: AdapterConfig, class_names: Sequence[str], templates: Sequence[str], seed: int
 ) -> AdaptedClip:
     """An adapter before its first step."""
-    cls, options = _adapter_class(kind), {"seed": seed, "template": config.template}
+    cls = _adapter_class(kind)
+    options: dict[str, Any] = {"seed": seed, "template": config.template}
     if issubclass(cls, PromptedClip):
         options |= {"n_ctx": config.n_ctx, "depth": config.depth if cls.default_depth > 1 else 1}
     if cls is LinearHead:
@@ -305,7 +306,8 @@ def load_adapter(path: str | Path, clip: ClipModel | None = None, *, template: s
             f"The adapter in {path} was fitted to {name!r} ({fingerprint}); this model is {clip.name!r} ({clip.fingerprint}). "
             f"Load that model, or fit the adapter again."
         )
-    adapted = _filled(_adapter_class(kind)(clip, **options), load_file(path / "adapter.safetensors"), path)
+    with artifacts.damage_named(path / "manifest.json"):
+        adapted = _filled(_adapter_class(kind)(clip, **options), load_file(path / "adapter.safetensors"), path)
     adapted.log = log
     return adapted
 

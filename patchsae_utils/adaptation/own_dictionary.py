@@ -8,8 +8,9 @@ how much of any difference is the luck of training.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pandas as pd
 import torch
@@ -76,7 +77,7 @@ def train_dictionaries(
     ):
         fresh = SparseAutoencoder(base.width, sae.expansion_factor * base.width, seed=seed, **sae.options())
         saes[name] = train_sae(fresh, stores[source], dataclasses.replace(training, seed=seed), out / folder, progress=progress)
-        alive[name] = _alive(firing_rates(saes[name], stores[source].tokens(4096, seed=0), _N_ALIVE))
+        alive[name] = _alive(firing_rates(saes[name], cast(Iterator[Tensor], stores[source].tokens(4096, seed=0)), _N_ALIVE))
     return Dictionaries(saes, alive)
 
 
