@@ -17,7 +17,6 @@ _PUBLIC = {
     "check_claims": "run.results",
     "load_clip": "clip",
     "ClipModel": "clip",
-    "Residual": "clip",
     "load_dataset": "data",
     "extract_activations": "activations",
     "ActivationStore": "activations",

@@ -20,7 +20,26 @@ from .models import TEMPLATE, AdaptedClip
 
 
 class PromptedClip(AdaptedClip):
-    """A frozen CLIP with learned prompts; subclasses say which."""
+    """A frozen CLIP with learned prompts; subclasses say which.
+
+    Parameters
+    ----------
+    clip : ClipModel
+        The base; its weights don't change.
+    n_ctx : int
+        Learned context vectors in the text, prompt tokens in the image.
+    depth : int, optional
+        Blocks, counted from the input, that get prompts of their own.
+    seed : int
+        Of what is drawn at random.
+    template : str
+        Prompt whose first ``n_ctx`` tokens are learned.
+
+    Raises
+    ------
+    ValueError
+        If depth or n_ctx don't fit the model.
+    """
 
     OPTIONS = ("n_ctx", "depth", "seed", "template")
     default_depth: ClassVar[int] = 1
