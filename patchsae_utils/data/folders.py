@@ -128,13 +128,13 @@ def read_split_file(path: Path, split: str) -> Listing:
 # -- torchvision -----------------------------------------------------------------------------------------------------------
 
 
-def read_torchvision(name: str, split: str, root: str | os.PathLike | None = None) -> Listing:
-    """One of torchvision's classification sets, downloaded when it can be; ``root`` is :func:`data_root` if not given."""
+def read_torchvision(name: str, split: str, root: str = "") -> Listing:
+    """One of torchvision's classification sets, downloaded when it can be; ``root`` as for :func:`data_root`."""
     sets = torchvision.datasets
     if not inspect.isclass(getattr(sets, name, None)):
         valid = ", ".join(n for n in sets.__all__ if inspect.isclass(getattr(sets, n)))
         raise ValueError(f"torchvision has no data set {name!r}. Valid: {valid}.")
-    accepted, place = inspect.signature(getattr(sets, name)).parameters, Path(root or data_root())
+    accepted, place = inspect.signature(getattr(sets, name)).parameters, data_root(root)
     if "split" in accepted:
         data = _open_split(name, place, split)
     else:
@@ -175,7 +175,6 @@ def open_torchvision(name: str, root: Path, options: Mapping[str, str | bool]):
         ) from error
 
 
-def data_root() -> Path:
-    """Where data sets lie that are called by name: ``$PATCHSAE_DATA``, else ``~/.cache/patchsae_utils/data``."""
-    given = os.environ.get("PATCHSAE_DATA")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "patchsae_utils" / "data"
+def data_root(given: str = "") -> Path:
+    """Where data sets lie that are called by name: the folder that is given, else ``$PATCHSAE_DATA``, else ``~/.cache/patchsae_utils/data``."""
+    return Path(given or os.environ.get("PATCHSAE_DATA") or "~/.cache/patchsae_utils/data").expanduser()

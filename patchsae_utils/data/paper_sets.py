@@ -73,9 +73,9 @@ def paper_name(spec: str) -> str | None:
     return name if not kind and name in PAPER_SETS else None
 
 
-def read_paper_set(name: str, split: str, root: str | os.PathLike | None = None) -> Listing:
-    """One split of one of :data:`PAPER_SETS`; ``root`` holds the data sets' folders, and is :func:`~.folders.data_root` if not given."""
-    entry, root = PAPER_SETS[name], Path(root).expanduser() if root else data_root()
+def read_paper_set(name: str, split: str, given_root: str = "") -> Listing:
+    """One split of one of :data:`PAPER_SETS`; the data sets' folders lie under :func:`~.folders.data_root`."""
+    entry, root = PAPER_SETS[name], data_root(given_root)
     places = [root / place for place in entry.folders if (root / place).is_dir()]
     for place in places:
         if (split_file := find_split_file(place)) is not None:

@@ -56,13 +56,13 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
     elif kind == "hf-stream":
         listing = hub_sets.read_stream(rest, split, n_images, half, seed)
     elif (one_of_eleven := paper_sets.paper_name(spec)) is not None:
-        listing = paper_sets.read_paper_set(one_of_eleven, split, spec.partition("?root=")[2] or None)
+        listing = paper_sets.read_paper_set(one_of_eleven, split, spec.partition("?root=")[2])
     elif kind == "torchvision":
-        listing = folders.read_torchvision(name, split, root or None)
+        listing = folders.read_torchvision(name, split, root)
     else:
         listing = folders.read_folder(Path(spec), split)
     names, labels, opener, ends = listing
-    rows = None if ends is None else share(labels, split, ends, seed, names, spec)
+    rows = share(labels, split, ends, seed, names, spec) if ends else None
     return ImageData(spec, split, names, labels, opener, half, n_images, seed, rows)
 
 

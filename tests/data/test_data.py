@@ -88,13 +88,6 @@ def test_a_folder_without_splits_is_split_within_each_class(folder):
     assert all(data[i].image.getpixel((0, 0))[1] == 100 * (1 - data[i].label) for data in parts.values() for i in range(len(data)))
 
 
-def test_a_folder_with_splits_is_read_as_it_is(folder, tmp_path_factory):
-    root = tmp_path_factory.mktemp("split")
-    (root / "train").symlink_to(folder)
-    (root / "val").symlink_to(folder)
-    assert len(load_dataset(str(root), "train")) == len(load_dataset(str(root), "test")) == 20
-
-
 def test_a_folder_with_train_alone_is_split_as_one_without_splits(folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("alone")
     (root / "train").symlink_to(folder)
