@@ -72,7 +72,8 @@ def test_components_paint_what_varies():
     basis = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q[:, :3]
     tokens = (maps * torch.tensor([9.0, 3.0, 1.0])) @ basis.T
     stream = torch.cat([torch.full((2, 1, 8), 50.0), tokens], 1)
-    colors, explained = patch_components(torch.stack([stream, -stream]), (20, 20))
+    both = torch.stack([stream, -stream]).requires_grad_()  # FAULTS C3: as on a GPU, .numpy() alone would fail
+    colors, explained = patch_components(both, (20, 20))
     assert colors.shape == (2, 2, 20, 20, 3)
     assert (colors.min(), colors.max()) == (0, 1)
     torch.testing.assert_close(explained.sum(1), torch.ones(2))
