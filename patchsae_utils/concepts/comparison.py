@@ -65,7 +65,7 @@ def compare_dictionaries(
                 sets = [s._replace(tokens=dictionary.encode(s.tokens, None)) for s in sets]
             dictionary = dictionary._replace(encode=lambda h, columns: h if columns is None else h[:, torch.as_tensor(columns)])
         tried = concepts[:, None] if role == "ceiling" else candidates(concept_correlations(sets[0], dictionary)[0][0][concepts])
-        frame, resampled = best_features(dictionary, role, *sets, concepts, tried, weights)
+        frame, resampled = best_features(dictionary, role, sets[0], sets[1], concepts, tried, weights)
         frames.append(frame)
         replicates.append(resampled)
     return ComparisonReport(pd.concat(frames, ignore_index=True), np.concatenate(replicates))
@@ -106,7 +106,7 @@ def measure_dictionaries(
             Competitor(sae_dictionary(by_chance, "random SAE")),
             Competitor(
                 sae_dictionary(trained, "SAE on random weights"),
-                patches=tuple(concept_patches(untrained, d, layer) for d in (choose, report)),
+                patches=(concept_patches(untrained, choose, layer), concept_patches(untrained, report, layer)),
             ),
             Competitor(fit_probes(store, training, patches[0], out / "probes"), "ceiling"),
         ],

@@ -7,6 +7,7 @@ category's latent skips, and the matching of latents with concepts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -112,7 +113,7 @@ class Localization(NamedTuple):
             row = {"kind": kind, "n_concepts": len(group), "ap": group["ap"].mean()}
             for metric, sums in self.by_image.items():
                 top, bottom = (part[group.index] for part in sums)
-                found = interval(lambda w, top=top, bottom=bottom: _mean_ratio(w, top, bottom), top.shape[1], "images", centred=True)
+                found = interval(partial(_mean_ratio, top=top, bottom=bottom), top.shape[1], "images", centred=True)
                 row |= {metric: found.value, f"{metric}_low": found.low, f"{metric}_high": found.high}
             rows.append(row | {"pointing_chance": group["pointing_chance"].mean()})
         return pd.DataFrame(rows)
