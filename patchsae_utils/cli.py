@@ -103,9 +103,7 @@ def _world(options: argparse.Namespace, needs_text: bool = False):
     profile = load_profile(options.profile, changes)
     clip, layer = stages.load_world(profile)
     if needs_text and not clip.has_text:
-        raise ValueError(
-            f"{options.command} needs a text tower, and {clip.name!r} has none. extract, train and summarize work without."
-        )
+        raise ValueError(f"{options.command} needs a text tower, and {clip.name!r} has none. extract, train and summarize work without.")
     return stages, profile, clip, layer
 
 

@@ -9,7 +9,6 @@ from .domains import cross_domain_references, text_and_image_latents, word_scene
 from .likeness import Likeness, LikenessObserver
 from .matching import stability
 from .measures import contrasting_latents, shuffled_label_entropy
-from .passes import Observer
 from .pictures import activation_levels, level_overlap, reference_images, seen_image
 from .reading import latent_masks, summarize_latents
 from .summary import LatentSummary
@@ -18,7 +17,6 @@ __all__ = [
     "LatentSummary",
     "Likeness",
     "LikenessObserver",
-    "Observer",
     "activation_levels",
     "class_scores",
     "contrasting_latents",

@@ -96,7 +96,9 @@ def test_another_image_starts_afresh(panel, tiny_clip, tiny_sae, tiny_dataset, h
     free = SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, head=head, n_sliders=4, image=1)
     for image in (1, 3):
         free.image = image
-        scores = image_attribution(tiny_clip, tiny_sae, tiny_clip.run_to(tiny_clip.preprocess(tiny_dataset[image].image)[None], -2), head)[0]
+        scores = image_attribution(tiny_clip, tiny_sae, tiny_clip.run_to(tiny_clip.preprocess(tiny_dataset[image].image)[None], -2), head)[
+            0
+        ]
         assert free.latents == scores.topk(4).indices.tolist()
     free.latents = [0, 1]
     free.image = 5

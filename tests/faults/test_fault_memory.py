@@ -128,7 +128,10 @@ def test_training_says_which_setting_to_lower_and_keeps_its_checkpoint(tmp_path,
         return step(self, *args)
 
     monkeypatch.setattr(training.Training, "_step", full)
-    with pytest.raises(MemoryError, match=r"training steps of \d+ tokens \(CUDA out of memory.*\)\. Set training\.batch_tokens or sae\.expansion_factor lower"):
+    with pytest.raises(
+        MemoryError,
+        match=r"training steps of \d+ tokens \(CUDA out of memory.*\)\. Set training\.batch_tokens or sae\.expansion_factor lower",
+    ):
         train_sae(fresh(), Store(), CONFIG, tmp_path / "run", progress=False)
     monkeypatch.undo()
     store = Store()

@@ -12,7 +12,9 @@ def slow_means(values, seed=0, groups=None):
     groups = np.arange(len(values)) if groups is None else np.asarray(groups)
     units = np.unique(groups)
     drawn = np.random.default_rng(seed).multinomial(len(units), np.full(len(units), 1 / len(units)), size=intervals.N_RESAMPLES)
-    return [np.concatenate([np.repeat(values[groups == unit], times) for unit, times in zip(units, row, strict=True)]).mean() for row in drawn]
+    return [
+        np.concatenate([np.repeat(values[groups == unit], times) for unit, times in zip(units, row, strict=True)]).mean() for row in drawn
+    ]
 
 
 def test_a_mean_is_that_of_explicit_resamples():
