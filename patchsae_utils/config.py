@@ -293,13 +293,7 @@ def load_profile(name_or_path: str | os.PathLike | None = None, overrides: Mappi
 
 
 def parse_settings(text: str) -> dict[str, Any]:
-    """Changes written as ``"section.key=value; section.key=value"``; values as in TOML, strings without quotes.
-
-    Raises
-    ------
-    ValueError
-        If an item has no ``=``.
-    """
+    """Changes written as ``"section.key=value; section.key=value"``; values as in TOML, strings without quotes."""
     changes = {}
     for item in filter(None, (part.strip() for part in text.split(";"))):
         key, equals, value = (part.strip() for part in item.partition("="))

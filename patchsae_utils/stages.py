@@ -179,12 +179,7 @@ NOTEBOOKS = {
 
 
 def missing_artifacts(profile: Any) -> list[str]:
-    """Artifacts of a profile that are not there, each as a sentence that names the notebook that makes it; empty when all are.
-
-    Parameters
-    ----------
-    profile : Profile
-    """
+    """Artifacts of a profile that are not there, each as a sentence that names the notebook that makes it; empty when all are."""
     wanted = {what: (profile.folder(path.split("/")[0]) / "/".join(path.split("/")[1:]), by) for what, (path, by) in NOTEBOOKS.items()}
     shown = {f"adapter of {task}": (task, profile.adapters.kind) for task in profile.adapters.tasks}
     shown[f"fine-tuned model of {profile.adapters.tasks[-1]}"] = (profile.adapters.tasks[-1], "finetune")

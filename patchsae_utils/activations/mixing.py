@@ -84,38 +84,7 @@ class TokenSource:
         positions: bool = False,
         tokens: str = "all",
     ) -> Iterator[Tensor] | Iterator[tuple[Tensor, Tensor]]:
-        """Batches of single tokens, mixed from many images.
-
-        Every epoch the parts are put in a new order and read into a buffer of as many as fit; the tokens of a buffer are permuted. What fits the
-        buffer is thus shuffled as a whole. The order depends on ``seed``, the epoch and ``buffer_bytes`` alone, so that step k of a restarted run
-        gets the batch that it would have got.
-
-        Parameters
-        ----------
-        batch_size : int
-            Tokens per batch. Batches run on from one epoch into the next; only the very last may be shorter.
-        shuffle : bool
-            Otherwise image by image, CLS first.
-        seed : int
-        epochs : int or None
-            Passes over all tokens; None goes on for ever.
-        start_step : int
-            Skip so many batches, without reading them.
-        positions : bool
-            Also yield each token's place in the model's sequence, LongTensor [batch] (0 is CLS).
-        tokens : {"all", "cls", "patches"}
-            All that there are, or only those.
-
-        Yields
-        ------
-        Tensor [batch, d], float32
-            Or a pair with the positions.
-
-        Raises
-        ------
-        ValueError
-            If an argument is out of range, the tokens wanted are not there, or a shard is damaged.
-        """
+        """Batches of single tokens, mixed from many images."""
         kept = choose_tokens(self.metadata.tokens, tokens)
         if batch_size < 1 or start_step < 0 or (epochs is not None and epochs < 1):
             raise ValueError(f"Needs batch_size >= 1, start_step >= 0, epochs >= 1 or None; got {batch_size}, {start_step}, {epochs}.")

@@ -142,7 +142,8 @@ def _load_timm(model: str, pretrained: str | None) -> tuple[torch.nn.Module, Any
     if file is not None and not file.is_file():
         raise FileNotFoundError(f"No weight file {pretrained!r} for {model!r}. Give a file, 'random', or nothing for timm's own weights.")
     try:
-        network = timm.create_model(name, pretrained=pretrained is None, num_classes=0, **({"img_size": int(pixels)} if pixels else {}))
+        size: dict[str, Any] = {"img_size": int(pixels)} if pixels else {}
+        network: Any = timm.create_model(name, pretrained=pretrained is None, num_classes=0, **size)
     except (OSError, RuntimeError) as error:
         raise _not_fetched(model, error) from error
     if file is not None:

@@ -84,8 +84,7 @@ class ClipModel:
         """
         attention = [block.attn for block in self.blocks]
         if self._batch_first and all(isinstance(module, torch.nn.MultiheadAttention) for module in attention):
-            self.visual.transformer.batch_first = False
-            for module in attention:
+            for module in (self.visual.transformer, *attention):
                 module.batch_first = False
 
     # -- what it is ---------------------------------------------------------------------------------------------------

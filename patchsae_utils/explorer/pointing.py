@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -114,9 +115,14 @@ def _summarise(records: pd.DataFrame, n_images: int) -> pd.DataFrame:
     for (kind, answer), part in records.groupby(["kind", "answer"], sort=False):
         places, hits = part["place"].to_numpy(), part["hit"].to_numpy()
         with np.errstate(invalid="ignore"):
-            found = interval(lambda w, places=places, hits=hits: (w[:, places] * hits).sum(1) / w[:, places].sum(1), n_images, "images")
+            found = interval(partial(_share, places=places, hits=hits), n_images, "images")
         rows.append((kind, answer, found.value, found.low, found.high, part["chance"].mean(), len(part)))
     return pd.DataFrame(rows, columns=["kind", "answer", "hits", "low", "high", "chance", "n"])
+
+
+def _share(weights: np.ndarray, places: np.ndarray, hits: np.ndarray) -> np.ndarray:
+    """Weighted share of hits, under weights [R, n_images] of the images that were asked."""
+    return (weights[:, places] * hits).sum(1) / weights[:, places].sum(1)
 
 
 def _shown(dataset: Any, image: int, grid: tuple[int, int]) -> dict[str, np.ndarray]:

@@ -83,8 +83,14 @@ def intervals(
     for i, kind in enumerate(kinds):
         rows = scale * table[table[hue] == kind].set_index(place)[list({value, low, high})].reindex(list(order))
         at, middle = np.arange(n) + (i - (len(kinds) - 1) / 2) * step, rows[value]
-        how = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)], "label": kind, "ls": "none", "elinewidth": 1.2}
-        how |= {} if looks is None else looks[kind]
+        how: dict[str, Any] = {
+            "color": CYCLE[i % len(CYCLE)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "label": kind,
+            "ls": "none",
+            "elinewidth": 1.2,
+        }
+        how |= {} if looks is None else dict(looks[kind])
         if bars:
             (ax.bar if upright else ax.barh)(at, middle, 0.9 * step, color=how["color"], label=how["label"])
             how = {"fmt": "none", "ecolor": "#4D4D4D", "elinewidth": 1.2}

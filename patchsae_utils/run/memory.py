@@ -16,7 +16,8 @@ class HalvedBatches:
     """Runs a model on the largest part of a batch that fits, and remembers its size for the batches to come; ``place``: whose memory."""
 
     def __init__(self, place: object):
-        self.place, self.limit = place, None
+        self.place = place
+        self.limit: int | None = None
 
     def run(self, n: int, action: Callable[[slice], Result]) -> Iterator[tuple[slice, Result]]:
         """Do something to n images, all at once or part by part: yields rows and what ``action(rows)`` returned.

@@ -44,6 +44,8 @@ class Record:
     """
 
     name = ""
+    arguments: tuple
+    state: dict[str, Any]
 
     def __new__(cls, *arguments: Any) -> Record:
         record = super().__new__(cls)
@@ -116,7 +118,7 @@ def _read_archive(path: Path) -> Any:
     with open(path, "rb") as whole:
         whole.seek(start)
         file = io.BytesIO(whole.read()) if start else whole
-        stubs = [_stub(name) for name in get_unsafe_globals_in_checkpoint(file)]
+        stubs: list[Any] = [_stub(name) for name in get_unsafe_globals_in_checkpoint(file)]
         file.seek(0)
         with safe_globals(stubs):
             return torch.load(file, map_location="cpu", weights_only=True)

@@ -23,29 +23,7 @@ _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)
 
 
 class Processes:
-    """The processes that work together; most often there is one, for which nothing is set up and nothing waited for.
-
-    Parameters
-    ----------
-    trackers : sequence of {"tensorboard", "wandb"}
-        Where :meth:`log` sends numbers.
-    folder : path, optional
-        For the trackers' files.
-
-    Attributes
-    ----------
-    device : torch.device
-        Of this process: its GPU, or the CPU.
-    number, index : int
-        How many processes there are, and which this is.
-    main : bool
-        Whether this is the one that writes.
-
-    Raises
-    ------
-    ImportError
-        If a tracker's package is missing.
-    """
+    """The processes that work together; most often there is one, for which nothing is set up and nothing waited for."""
 
     def __init__(self, trackers: Sequence[str] = (), folder: str | Path | None = None):
         for name in trackers:
