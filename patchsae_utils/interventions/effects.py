@@ -58,7 +58,8 @@ def summarize_effects(frame: pd.DataFrame, columns: Sequence[str], by: Sequence[
     rows = []
     for key, group in frame.groupby(list(by), sort=False):
         means = group.groupby(over)[list(columns)].mean().dropna()
-        found = mean_interval(means.to_numpy(float).T, over) if len(means) else Interval(*[np.full(len(columns), np.nan)] * 3, over)
+        none = np.full(len(columns), np.nan)
+        found = mean_interval(means.to_numpy(float).T, over) if len(means) else Interval(none, none, none, over)
         row = dict(zip(by, key, strict=True))
         for name, mean, low, high in zip(columns, found.value, found.low, found.high, strict=True):
             row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
