@@ -29,7 +29,7 @@ class LatentExplorer(_View):
         Names of latents, such as ``label_latents`` returns.
     layer : int
     monosemanticity : DataFrame or array [S], optional
-        As :func:`patchsae_utils.latents.likeness.monosemanticity` returns it: latents can then be sorted by it.
+        As `ps.stages.latent_likeness(...).table` holds it: latents can then be sorted by it.
     **traits
         First choices: ``latent``, ``image``, ``sort``, ``tau``, ``opacity``, ``mode``, ``contour``.
 

@@ -152,7 +152,7 @@ class SteeringPanel(_View):
     # -- for code -----------------------------------------------------------------------------------------------------
 
     def to_edits(self) -> list[Edit]:
-        """The sliders' edits, for :func:`~patchsae_utils.steering.steer`."""
+        """The sliders' edits, for :func:`~patchsae_utils.interventions.steering.steer`."""
         places: str | list[int] | None = list(self.patches) if self.where == "selected" else None if self.where == "all" else self.where
         return [Edit(edit["latent"], edit["op"], edit["value"], places) for edit in self.edits]
 

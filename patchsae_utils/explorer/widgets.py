@@ -195,7 +195,7 @@ def measures_of(names: Mapping[int, Name], monosemanticity: Any, d_sae: int) -> 
         if measures["monosemanticity"].shape != (d_sae,):
             raise ValueError(
                 f"monosemanticity must hold one score for each of the {d_sae} latents, got shape "
-                f"{list(measures['monosemanticity'].shape)}. Pass the result of patchsae_utils.monosemanticity.monosemanticity."
+                f"{list(measures['monosemanticity'].shape)}. Pass the column of ps.stages.latent_likeness(...).table."
             )
     if any(name.score is not None for name in names.values()):
         measures["score"] = np.full(d_sae, np.nan)
