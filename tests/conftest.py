@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; the notebooks' kernels inherit it
 
@@ -41,6 +42,26 @@ def tiny_dataset():
 def tiny_images(tiny_clip, tiny_dataset):
     """The first eight scenes, preprocessed: [8, 3, 112, 112]."""
     return torch.stack([tiny_clip.preprocess(tiny_dataset[i].image) for i in range(8)])
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tiny_clip, tiny_dataset, tmp_path_factory):
+    """The scenes' activations after layer -2, in three shards; who changes a file puts it back."""
+    from patchsae_utils.activations.extraction import extract_activations
+
+    folder = tmp_path_factory.mktemp("store") / "mit Lücke und ß"
+    return extract_activations(tiny_clip, tiny_dataset, -2, folder, n_per_shard=8, progress=False)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """As much of the package ``datasets`` as is used here: eight pictures of two classes, whole or as a stream."""
+    from tools_for_hub import fake_datasets
+
+    module, served = fake_datasets()
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    monkeypatch.setenv("PATCHSAE_DATA", str(tmp_path))
+    return served
 
 
 @pytest.fixture(scope="session")

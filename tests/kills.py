@@ -32,17 +32,30 @@ class SlowStore(Store):
             yield batch
 
 
-def attempt(out: Path, options: dict, settings: dict) -> int:
-    """A child that trains into ``out``; its process id."""
+def attempt(work) -> int:
+    """A child that calls ``work``; its process id."""
     child = os.fork()
     if child == 0:
         try:
-            train_sae(fresh(**options), SlowStore(), TrainConfig(**settings), out, progress=False)
+            work()
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             os._exit(1)
         os._exit(0)
     return child
+
+
+def killed(work, far_enough, delay: float) -> bool:
+    """Start ``work``, wait until ``far_enough``, and a moment more; then kill it. False if it had ended in that moment."""
+    child = attempt(work)
+    while not far_enough():
+        finished, status = os.waitpid(child, os.WNOHANG)
+        if finished:
+            raise SystemExit(f"the run ended before it could be killed, with status {status}")
+        time.sleep(0.0005)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
 def lines(path: Path) -> int:
@@ -53,21 +66,13 @@ def run(out: Path, n_kills: int, options: dict, settings: dict) -> dict:
     """Train into ``out`` with so many kills."""
     moments = random.Random(0)
     n_steps = settings["n_tokens"] // settings["batch_tokens"]
-    killed_at = []
+    killed_at, log = [], out / "training_log.csv"
+    train = lambda: train_sae(fresh(**options), SlowStore(), TrainConfig(**settings), out, progress=False)  # noqa: E731
     for kill in range(n_kills):
         goal = 0.9 * n_steps * moments.uniform(kill, kill + 1) / n_kills  # rows of the log: later each time, so that the run gets on
-        child = attempt(out, options, settings)
-        while lines(out / "training_log.csv") - 1 < goal:
-            finished, status = os.waitpid(child, os.WNOHANG)
-            if finished:
-                raise SystemExit(f"the run ended before it could be killed, with status {status}")
-            time.sleep(0.0005)
-        time.sleep(moments.uniform(0, 0.006))  # somewhere in a step, a row or a checkpoint
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFSIGNALED(status):
-            killed_at.append(lines(out / "training_log.csv") - 1)
-    _, status = os.waitpid(attempt(out, options, settings), 0)
+        if killed(train, lambda goal=goal: lines(log) - 1 >= goal, moments.uniform(0, 0.006)):  # somewhere in a step, a row or a checkpoint
+            killed_at.append(lines(log) - 1)
+    _, status = os.waitpid(attempt(train), 0)
     return {"killed_at": killed_at, "status": status}
 
 

@@ -1,4 +1,4 @@
-"""Run by test_shares.py, by a launcher or alone: extracts and summarises the same data in however many processes there are."""
+"""Run by test_processes.py, by a launcher or alone: extracts and summarises the same data in however many processes there are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tiny
 import torch
+import two_processes
 
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.data import load_dataset
@@ -76,3 +77,5 @@ def main(out: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
+    if os.environ.get("WORLD_SIZE") == "2":
+        two_processes.main(Path(sys.argv[1]) / "trained")

@@ -1,6 +1,7 @@
 """What several tests make of random weights: sizes of a CLIP, and adapters that matter."""
 
 import torch
+from PIL import Image
 
 TINY_VISION = {"image_size": 112, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16}
 TINY_TEXT = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
@@ -20,6 +21,25 @@ def random_clip():
     preprocess = transforms.Compose([transforms.Resize((112, 112)), transforms.ToTensor(), normalize])
     tokenizer = open_clip.SimpleTokenizer(context_length=TINY_TEXT["context_length"])
     return ClipModel(model, name="tiny", preprocess=preprocess, tokenizer=tokenizer)
+
+
+def picture_folder(root, **classes):
+    """A folder of so many pictures a class; red tells the class, green the number. ``{"a/b": 3}`` makes folders in folders."""
+    for c, (name, n) in enumerate(classes.items()):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            Image.new("RGB", (8, 8), (40 * c, 9 * i, 0)).save(root / name / f"{i}.png")
+    return root
+
+
+class Changed:
+    """A model or data set some of whose attributes are others; special methods are not passed on."""
+
+    def __init__(self, original, **changes):
+        self.__dict__.update(changes, original=original)
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["original"], name)
 
 
 def loud(adapter, clip):

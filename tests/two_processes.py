@@ -1,4 +1,4 @@
-"""Run by test_processes.py, by a launcher or alone: trains the same SAEs in however many processes there are."""
+"""Run by shares.py: trains the same SAEs in however many processes there are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from patchsae_utils.activations.streaming import TokenStream
 from patchsae_utils.config import TrainConfig
 from patchsae_utils.sae.trainer import train_sae
 
-torch.set_num_threads(1)
 SETTINGS = {
     "n_tokens": 60 * 63, "batch_tokens": 63, "lr": 3e-3, "warmup_steps": 10, "l1_coefficient": 1e-3, "clip_gradient": 0.5, "dead_after_steps": 4,
     "log_every": 3, "checkpoint_every": 7, "cls_coefficient": 2.0,
@@ -60,6 +59,7 @@ class Model:
 
 
 def main(out: Path) -> None:
+    out.mkdir(exist_ok=True)
     for name, changes in RUNS.items():
         train_sae(fresh(), Store(), TrainConfig(**SETTINGS | changes), out / name, progress=False)
     try:

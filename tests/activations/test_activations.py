@@ -1,12 +1,12 @@
 """The activation store: what is written is read, damage is named, an interruption costs one shard, shuffling is a seeded permutation."""
 
-import json
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from tiny import Changed
 
 from patchsae_utils.activations import extraction
 from patchsae_utils.activations.extraction import extract_activations, plan_shards
@@ -16,23 +16,20 @@ from patchsae_utils.data import batches, load_dataset
 LAYER = -2
 
 
-class Watched:
+class Watched(Changed):
     """A data set that counts which images are asked for, and can break off at one of them."""
 
     def __init__(self, dataset, stop_at=None):
-        self._dataset, self.stop_at, self.asked = dataset, stop_at, []
-
-    def __getattr__(self, name):
-        return getattr(self._dataset, name)
+        super().__init__(dataset, stop_at=stop_at, asked=[])
 
     def __len__(self):
-        return len(self._dataset)
+        return len(self.original)
 
     def __getitem__(self, index):
         if index == self.stop_at:
             raise KeyboardInterrupt
         self.asked.append(index)
-        return self._dataset[index]
+        return self.original[index]
 
 
 @pytest.fixture(scope="module")
@@ -91,16 +88,6 @@ def test_metadata_says_what_the_activations_are(store, tiny_clip, dataset):
     assert "Normalize" in m.preprocessing
     assert (store.n_images, store.n_tokens, store.d_in, len(store)) == (21, 197, 32, 21 * 197)
     assert "4 shards" in store.describe()["on disk"]
-
-
-def test_shards_are_laid_out_as_documented(store, residual):
-    content = (store.folder / "shard-00001.safetensors").read_bytes()
-    header = int.from_bytes(content[:8], "little")
-    entry = json.loads(content[8 : 8 + header])["tokens"]
-    assert (entry["dtype"], entry["shape"]) == ("BF16", [6, 197, 32])
-    start = 8 + header + entry["data_offsets"][0] + 2 * 32 * (2 * 197 + 5)  # image 2 of the shard, token 5
-    values = torch.frombuffer(bytearray(content[start : start + 64]), dtype=torch.bfloat16)
-    torch.testing.assert_close(values.float(), residual[8, 5], rtol=2**-8, atol=1e-5)
 
 
 # -- again, and after an interruption ---------------------------------------------------------------------------------------
@@ -181,50 +168,35 @@ def test_a_damaged_file_is_named_and_can_be_made_again_alone(tiny_clip, dataset,
     repaired.verify()
     assert watched.asked == (list(range(12, 18)) if name.startswith("shard") else [])
     assert {key: value for key, value in shard_bytes(tmp_path).items() if key != name} == {k: v for k, v in before.items() if k != name}
-
-
-def test_undamaged_shards_are_read_although_another_is_damaged(tiny_clip, dataset, tmp_path):
-    store = extract(tiny_clip, dataset, tmp_path)
-    (tmp_path / "shard-00003.safetensors").unlink()
-    assert next(store.images([0, 17]))[0].shape == (2, 197, 32)
-    with pytest.raises(FileNotFoundError, match="shard-00003.*only this file"):
-        next(store.images([20]))
-
-
-def test_a_truncated_shard_is_written_again_without_asking(tiny_clip, dataset, tmp_path):
-    extract(tiny_clip, dataset, tmp_path)
-    path = tmp_path / "shard-00000.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    watched = Watched(dataset)
+    (tmp_path / "shard-00000.safetensors").write_bytes(before["shard-00000.safetensors"][:1000])
     extract(tiny_clip, watched, tmp_path).verify()
-    assert watched.asked == list(range(6))
+    assert watched.asked[-6:] == list(range(6)), "a truncated shard is written again without asking"
+    (tmp_path / "shard-00003.safetensors").unlink()
+    opened = ActivationStore.open(tmp_path)
+    assert next(opened.images([0, 17]))[0].shape == (2, 197, 32), "whole shards are read although another is missing"
+    with pytest.raises(FileNotFoundError, match="shard-00003.*only this file"):
+        next(opened.images([20]))
 
 
-@pytest.mark.parametrize("change", ["layer", "tokens", "dtype", "data", "seed", "n_per_shard", "weights"])
+CHANGES = {
+    "layer": {"layer": 0},
+    "tokens": {"tokens": "cls"},
+    "dtype": {"dtype": "float16"},
+    "data": {"spec": "openmoji/tools:gray"},
+    "seed": {"seed": 1},
+    "n_per_shard": {},
+    "weights": {"fingerprint": "other"},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_other_inputs_replace_the_store_and_nothing_else(tiny_clip, tmp_path, change):
-    first = load_dataset("openmoji/tools", "test", n_images=7)
-    old = extract(tiny_clip, first, tmp_path, n_per_shard=2)
+    changes, name = dict(CHANGES[change]), tiny_clip.fingerprint
+    old = extract(tiny_clip, load_dataset("openmoji/tools", "test", n_images=7), tmp_path, n_per_shard=2)
     (tmp_path / "notes.txt").write_text("mine")
-    options = {"n_per_shard": 4, "batch_size": 4, "progress": False}
-    clip, data, layer = tiny_clip, first, LAYER
-    if change == "layer":
-        layer = 0
-    elif change in ("tokens", "dtype"):
-        options |= {"tokens": "cls"} if change == "tokens" else {"dtype": "float16"}
-    elif change == "data":
-        data = load_dataset("openmoji/tools:gray", "test", n_images=7)
-    elif change == "seed":
-        data = load_dataset("openmoji/tools", "test", n_images=7, seed=1)
-    elif change == "weights":
-
-        class Other:
-            weights_hash, fingerprint = "other", "other"
-
-            def __getattr__(self, name):
-                return getattr(tiny_clip, name)
-
-        clip = Other()
-    new = extract_activations(clip, data, layer, tmp_path, **options)
+    data = load_dataset(changes.pop("spec", "openmoji/tools"), "test", n_images=7, seed=changes.pop("seed", 0))
+    clip = Changed(tiny_clip, **dict.fromkeys(("weights_hash", "fingerprint"), changes.pop("fingerprint", name)))
+    new = extract_activations(clip, data, changes.pop("layer", LAYER), tmp_path, n_per_shard=4, batch_size=4, progress=False, **changes)
     new.verify()
     assert new.fingerprint != old.fingerprint
     assert len(list(tmp_path.glob("shard-*"))) == 2
@@ -234,15 +206,18 @@ def test_other_inputs_replace_the_store_and_nothing_else(tiny_clip, tmp_path, ch
 # -- errors ---------------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_choices_name_the_valid_ones(tiny_clip, dataset, tmp_path):
-    with pytest.raises(ValueError, match="Unknown tokens 'patch'. Valid: all, cls, patches"):
-        extract(tiny_clip, dataset, tmp_path, tokens="patch")
-    with pytest.raises(ValueError, match="Unknown dtype 'int8'. Valid: bfloat16, float16"):
-        extract(tiny_clip, dataset, tmp_path, dtype="int8")
-    with pytest.raises(ValueError, match="no layer 3. Valid: 0 to 2, or -3 to -1"):
-        extract_activations(tiny_clip, dataset, 3, tmp_path)
-    with pytest.raises(ValueError, match="at least 1"):
-        extract(tiny_clip, dataset, tmp_path, n_per_shard=0)
+def test_unknown_choices_name_the_valid_ones(tiny_clip, dataset, store, tmp_path):
+    for message, call in (
+        ("Unknown tokens 'patch'. Valid: all, cls, patches", lambda: extract(tiny_clip, dataset, tmp_path, tokens="patch")),
+        ("Unknown dtype 'int8'. Valid: bfloat16, float16", lambda: extract(tiny_clip, dataset, tmp_path, dtype="int8")),
+        ("no layer 3. Valid: 0 to 2, or -3 to -1", lambda: extract_activations(tiny_clip, dataset, 3, tmp_path)),
+        ("at least 1", lambda: extract(tiny_clip, dataset, tmp_path, n_per_shard=0)),
+        ("images 0 to 20; got indices from 3 to 21", lambda: store.images([3, 21])),
+        ("batch_size", lambda: store.images(batch_size=0)),
+        ("start_step >= 0", lambda: store.tokens(8, start_step=-1)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
     assert not list(tmp_path.iterdir())
 
 
@@ -260,24 +235,9 @@ def test_a_folder_that_is_no_store_is_refused(tiny_clip, dataset, tmp_path):
 
 
 def test_values_that_the_dtype_cannot_hold_are_refused(tiny_clip, dataset, tmp_path):
-    class Loud:
-        def __getattr__(self, name):
-            return getattr(tiny_clip, name)
-
-        def residual(self, images, layer):
-            return tiny_clip.residual(images, layer) * 1e6
-
+    loud = Changed(tiny_clip, residual=lambda images, layer: tiny_clip.residual(images, layer) * 1e6)
     with pytest.raises(ValueError, match="don't fit float16. Use dtype='bfloat16'"):
-        extract(Loud(), dataset, tmp_path, dtype="float16")
-
-
-def test_images_out_of_range_are_refused(store):
-    with pytest.raises(ValueError, match="images 0 to 20; got indices from 3 to 21"):
-        store.images([3, 21])
-    with pytest.raises(ValueError, match="batch_size"):
-        store.images(batch_size=0)
-    with pytest.raises(ValueError, match="start_step >= 0"):
-        store.tokens(8, start_step=-1)
+        extract(loud, dataset, tmp_path, dtype="float16")
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------------
@@ -315,14 +275,8 @@ def test_an_epoch_of_shuffled_tokens_is_a_permutation(store, buffer_bytes):
         return sorted(map(tuple, tokens.tolist()))
 
     assert in_order(shuffled) == in_order(stored)
-
-
-def test_the_order_is_the_seeds_alone(store):
-    def first(**options):
-        return next(ActivationStore.open(store.folder).tokens(64, **options))
-
-    assert torch.equal(first(seed=5), first(seed=5))
-    assert not torch.equal(first(seed=5), first(seed=6))
+    same, other = (next(with_buffer(store, buffer_bytes).tokens(100, seed=seed)) for seed in (3, 4))
+    assert torch.equal(same, shuffled[:100]) and not torch.equal(other, shuffled[:100]), "the order is the seed's alone"
 
 
 def test_epochs_differ_and_batches_run_across_them(store):

@@ -35,26 +35,26 @@ def store(memory, tiny_clip, tiny_dataset):
     return extract_activations(tiny_clip, tiny_dataset, -2, URL, **OPTIONS)
 
 
-@pytest.fixture(scope="module")
-def local(tiny_clip, tiny_dataset, tmp_path_factory):
-    return extract_activations(tiny_clip, tiny_dataset, -2, tmp_path_factory.mktemp("local"), **OPTIONS)
-
-
 def name_of(file: str) -> str:
     return f"{Folder(URL).root}/{file}"
 
 
-def test_the_files_are_those_of_a_folder_and_reading_gives_the_same(memory, store, local):
+def test_the_files_are_those_of_a_folder_and_reading_gives_the_same(memory, store, tiny_store, tmp_path, capsys):
     assert store.folder == URL and URL in repr(store)
-    for path in local.folder.iterdir():
+    for path in tiny_store.folder.iterdir():
         assert memory.cat_file(name_of(path.name)) == path.read_bytes()
-    for one, two in zip(store.tokens(100, seed=1), local.tokens(100, seed=1), strict=True):
+    for one, two in zip(store.tokens(100, seed=1), tiny_store.tokens(100, seed=1), strict=True):
         assert torch.equal(one, two)
     tokens, labels, indices = next(store.images([20, 3]))
-    assert torch.equal(tokens, next(local.images([20, 3]))[0]) and indices.tolist() == [20, 3]
-    assert torch.equal(labels, local.labels[[20, 3]])
-    assert store.fingerprint == local.fingerprint
+    assert torch.equal(tokens, next(tiny_store.images([20, 3]))[0]) and indices.tolist() == [20, 3]
+    assert torch.equal(labels, tiny_store.labels[[20, 3]])
+    assert store.fingerprint == tiny_store.fingerprint
     store.verify()
+    assert main(["info", URL, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["what"] == "activation store" and found["fingerprint"] == store.fingerprint
+    config = TrainConfig(n_tokens=640, batch_tokens=64, warmup_steps=2)
+    assert train_sae(SparseAutoencoder(store.d_in, 64), store, config, tmp_path / "sae", progress=False).metadata["store_fingerprint"]
 
 
 def test_only_what_is_read_is_fetched_and_kept(memory, store, monkeypatch):
@@ -69,17 +69,6 @@ def test_only_what_is_read_is_fetched_and_kept(memory, store, monkeypatch):
     next(opened.images([10]))
     next(ActivationStore.open(URL).images([11]))
     assert [path.rsplit("/", 1)[-1] for path in fetched] == ["shard-00001.safetensors", "index.safetensors"]
-
-
-def test_info_describes_it(store, capsys):
-    assert main(["info", URL, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["what"] == "activation store" and found["fingerprint"] == store.fingerprint
-
-
-def test_an_sae_trains_on_it(store, tmp_path):
-    config = TrainConfig(n_tokens=640, batch_tokens=64, warmup_steps=2)
-    assert train_sae(SparseAutoencoder(store.d_in, 64), store, config, tmp_path / "sae", progress=False).metadata["store_fingerprint"]
 
 
 def test_finished_it_is_opened_and_unfinished_only_what_is_missing_is_made(memory, store, tiny_clip, tiny_dataset, monkeypatch):
@@ -137,15 +126,13 @@ def test_damage_there_is_named_and_damage_here_is_mended(memory, store):
         ActivationStore.open(URL)
 
 
-def test_what_is_not_there_and_what_is_no_url(memory):
+def test_what_is_not_there_and_what_is_no_url(memory, monkeypatch):
     with pytest.raises(FileNotFoundError, match="memory://nothing holds no activation store"):
         ActivationStore.open("memory://nothing")
     with pytest.raises(ValueError, match="gopher://hole can't be opened.*such as s3://bucket/folder"):
         ActivationStore.open("gopher://hole/")
     assert not is_url("a/b") and not is_url("file:///a") and is_url("s3://a")
 
-
-def test_a_url_whose_package_is_missing_says_which(monkeypatch):
     def missing(*_):
         raise ImportError("Install s3fs to access S3")
 
@@ -161,6 +148,6 @@ def test_what_is_kept_of_another_store_in_the_same_place_is_fetched_anew(memory,
     torch.testing.assert_close(next(other.images([0]))[0], expected, rtol=2**-8, atol=1e-5)
 
 
-def test_file_urls_are_folders(local, tiny_clip, tiny_dataset, tmp_path):
-    assert ActivationStore.open(f"file://{local.folder}").folder == local.folder
+def test_file_urls_are_folders(tiny_store, tiny_clip, tiny_dataset, tmp_path):
+    assert ActivationStore.open(f"file://{tiny_store.folder}").folder == tiny_store.folder
     assert extract_activations(tiny_clip, tiny_dataset, -2, f"file://{tmp_path}/new", **OPTIONS).folder == tmp_path / "new"

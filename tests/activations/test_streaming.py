@@ -6,7 +6,6 @@ import pytest
 import torch
 from tiny_training import CONFIG, assert_same, weights
 
-from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.activations.mixing import choose_tokens
 from patchsae_utils.activations.streaming import TokenStream
 from patchsae_utils.sae.model import SparseAutoencoder
@@ -21,15 +20,10 @@ def stream(tiny_clip, tiny_dataset):
     return TokenStream(tiny_clip, tiny_dataset, -2, batch_size=4, buffer_bytes=8 * BYTES)
 
 
-@pytest.fixture(scope="module")
-def store(tiny_clip, tiny_dataset, tmp_path_factory):
-    return extract_activations(tiny_clip, tiny_dataset, -2, tmp_path_factory.mktemp("store"), n_per_shard=8, progress=False)
-
-
 @pytest.mark.parametrize("tokens", ["all", "patches", "cls"])
-def test_an_epoch_holds_what_the_store_holds(stream, store, tokens):
+def test_an_epoch_holds_what_the_store_holds(stream, tiny_store, tokens):
     n = {"all": 197, "patches": 196, "cls": 1}[tokens]
-    mine, stored = (list(source.tokens(500, seed=3, positions=True, tokens=tokens)) for source in (stream, store))
+    mine, stored = (list(source.tokens(500, seed=3, positions=True, tokens=tokens)) for source in (stream, tiny_store))
     assert sum(len(x) for x, _ in mine) == 24 * n == sum(len(x) for x, _ in stored)
     order = [torch.cat([x for x, _ in batches]) for batches in (mine, stored)]
     # Sums are blind to the order; the batches of the forward passes differ, so bfloat16 may round another way here and there.
@@ -107,20 +101,14 @@ def test_the_fingerprint_names_what_the_batches_depend_on(stream, tiny_clip, tin
     assert len({stream.fingerprint, *others}) == 6
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
+def test_tokens_that_are_not_there_are_refused(tiny_clip, tiny_dataset, stream):
+    for changes, message in (
         ({"tokens": "cls-only"}, "Valid: all, cls, patches"),
         ({"dtype": "int8"}, "Valid: bfloat16, float16"),
         ({"batch_size": 0}, "at least 1"),
-    ],
-)
-def test_bad_arguments(tiny_clip, tiny_dataset, changes, message):
-    with pytest.raises(ValueError, match=message):
-        TokenStream(tiny_clip, tiny_dataset, -2, **changes)
-
-
-def test_tokens_that_are_not_there_are_refused(tiny_clip, tiny_dataset, stream):
+    ):
+        with pytest.raises(ValueError, match=message):
+            TokenStream(tiny_clip, tiny_dataset, -2, **changes)
     patches = TokenStream(tiny_clip, tiny_dataset, -2, tokens="patches")
     with pytest.raises(ValueError, match="no tokens 'cls' here, only 'patches'"):
         patches.tokens(10, tokens="cls")

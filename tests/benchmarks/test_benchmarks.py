@@ -1,41 +1,41 @@
-"""The benchmarks' own arithmetic, and the training step's benchmark at a size of seconds."""
+"""The benchmarks' own arithmetic, and each at sizes of no consequence: they run, compare like with like, and write what they print."""
 
 import json
+import logging
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import common, end_to_end, extraction, mask_sweep, sae_step
+from benchmarks import common, end_to_end, extraction, mask_sweep, sae_step, summary
+from patchsae_utils import stages
+from patchsae_utils.clip.loading import load_clip
+from patchsae_utils.sae.model import SparseAutoencoder
 
 TINY = {"d_in": 24, "d_sae": 256, "tokens": 64, "l0": 8, "repeats": 1, "device": "cpu", "threads": 1}
 
 
 @pytest.fixture
 def one_process(monkeypatch):
-    """Sides run here instead of in a process each; peers are told from the rest by the name of their module."""
+    """Sides run here instead of in a process each, which takes long to start; peers are told from the rest by the name of their module."""
 
     def run(module, side, settings, *, python=None, timeout=None):
-        assert module == "benchmarks.sae_step"
+        settings = json.loads(json.dumps(settings))
+        torch.manual_seed(0)  # as every fresh process begins alike
+        if module != "benchmarks.sae_step":
+            return end_to_end.measure(side, settings) if module == "benchmarks.end_to_end" else summary.SIDES[side](settings)
         if side in sae_step.PEERS:
             return {"error": f"ModuleNotFoundError: No module named {side!r}"}
         return json.loads(json.dumps(sae_step.measure(side, settings)))
 
-    monkeypatch.setattr(sae_step, "in_subprocess", run)
+    for benchmark in (sae_step, end_to_end, summary):
+        monkeypatch.setattr(benchmark, "in_subprocess", run)
     threads = torch.get_num_threads()
-    yield
+    with torch.random.fork_rng(devices=[]):
+        yield
     torch.set_num_threads(threads)
-
-
-def test_a_report_is_one_json_object_on_the_screen_and_in_the_file(tmp_path, capsys):
-    path = tmp_path / "results" / "some.json"
-    returned = common.report("some", [{"side": "ours", "seconds": 1.5}], 2.0, path=path, targets={"ratio": 5})
-    printed = json.loads(capsys.readouterr().out)
-    assert printed == json.loads(path.read_text()) == returned
-    assert printed["benchmark"] == "some" and printed["ratio"] == 2.0 and printed["rows"] == [{"side": "ours", "seconds": 1.5}]
-    assert printed["hardware"].keys() >= {"cpu", "cores", "gpu", "torch"} and printed["targets"] == {"ratio": 5}
-    assert [file.name for file in path.parent.iterdir()] == ["some.json"]  # nothing half written lies about
+    logging.disable(logging.NOTSET)
 
 
 def test_timing_leaves_the_warm_up_out(monkeypatch):
@@ -50,10 +50,6 @@ def test_peak_memory_counts_what_was_held_and_freed():
     size = before // 4  # floats: more than all that this process has ever held
     torch.ones(size)
     assert common.peak_memory() - before > size
-
-
-def test_matmul_peak_is_a_rate():
-    assert 1e8 < common.matmul_peak(size=128, seconds=0.05) < 1e16
 
 
 def test_a_side_has_a_process_of_its_own_and_a_failure_is_a_row(tmp_path):
@@ -95,6 +91,9 @@ def test_the_step_benchmark_prints_one_object(one_process, capsys, tmp_path):
     assert printed == json.loads(path.read_text()) == json.loads(json.dumps(result))
     first = {row["side"]: row for row in printed["rows"] if row["kind"] == "headline" and row["tokens"] == 32}
     assert printed["ratio"] == pytest.approx(first["textbook"]["seconds"] / first["ours"]["seconds"])
+    assert printed["hardware"].keys() >= {"cpu", "cores", "gpu", "torch"} and [file.name for file in tmp_path.iterdir()] == [
+        "sae_step.json"
+    ]
     assert [pair["tokens"] for pair in printed["pairs"]] == [32, 16]
     assert all(pair["loss_difference"] < 1e-4 for pair in printed["pairs"])
     assert {row["kind"] for row in printed["rows"]} == {"headline", "peers", "d_sae", "tokens", "density"}
@@ -120,16 +119,51 @@ def test_the_mask_sweep_refuses_sides_that_disagree(monkeypatch):
         mask_sweep.compare(setting)
 
 
-def test_extraction_and_end_to_end_print_one_object(monkeypatch, capsys):
-    small = ["--model", "openmoji", "--pretrained", "", "--images", "2", "--threads", "1"]
-    monkeypatch.setattr(end_to_end, "in_subprocess", lambda module, side, settings: end_to_end.measure(side, settings))
-    threads = torch.get_num_threads()
-    try:
-        result = extraction.main([*small, "--repeats", "1", "--no-memory"])
-        assert [row["side"] for row in result["rows"]] == list(extraction.SIDES) and result["over_bare"]["best"] > 0
-        assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(result))
-        result = end_to_end.main([*small, "--steps", "1", "--d-sae", "256", "--l0", "8"])
-        assert [row["side"] for row in result["rows"]] == list(end_to_end.SIDES)
-        assert result["rows"][0]["l0"] == pytest.approx(result["rows"][1]["l0"], rel=0.05)  # the same work, sparse and dense
-    finally:
-        torch.set_num_threads(threads)
+SMALL = ["--model", "openmoji", "--images", "1", "--repeats", "1", "--threads", "1", "--device", "cpu"]
+
+
+def test_extraction(tmp_path, capfd):
+    path = tmp_path / "extraction.json"
+    result = extraction.main([*SMALL, "--no-memory", "--json", str(path)])
+    assert json.loads(path.read_text()) == json.loads(capfd.readouterr().out) == json.loads(json.dumps(result))
+    rows = {row["side"]: row for row in result["rows"]}
+    assert set(rows) == set(extraction.SIDES)
+    assert all(row["images_per_second"] == pytest.approx(1 / row["seconds"]) for row in rows.values())
+    assert result["ratio"] == pytest.approx(rows["whole"]["seconds"] / rows["ours"]["seconds"])
+    assert result["over_bare"]["best"] == pytest.approx(rows["ours"]["seconds"] / rows["bare"]["seconds"])
+
+
+def test_end_to_end(one_process, tmp_path, capfd):
+    path, sizes = tmp_path / "end_to_end.json", ["--images", "2", "--steps", "2", "--d-sae", "512", "--l0", "16"]
+    result = end_to_end.main(["--model", "openmoji", *sizes, "--threads", "1", "--device", "cpu", "--json", str(path)])
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result))
+    rows = {row["side"]: row for row in result["rows"]}
+    assert set(rows) == set(end_to_end.SIDES)
+    assert all(row["tokens_per_second"] == pytest.approx(197 * row["images_per_second"]) for row in rows.values())
+    assert rows["ours"]["l0"] == pytest.approx(16, rel=0.5), "as many latents fire as were asked for"
+    assert rows["ours"]["l0"] == pytest.approx(rows["dense"]["l0"], rel=0.02), "in both"
+    assert result["ratio"] == pytest.approx(rows["ours"]["images_per_second"] / rows["dense"]["images_per_second"])
+
+
+def test_the_summary_benchmark_reports_both_sides(one_process, tmp_path, monkeypatch, capsys):
+    clip = load_clip("openmoji")
+    monkeypatch.setattr(stages, "trained_sae", lambda profile, model: SparseAutoencoder(clip.width, 64))
+    sizes = {
+        "d-sae": 96,
+        "batch": 4,
+        "images": 8,
+        "small-d-sae": 64,
+        "small-batch": 4,
+        "small-images": 8,
+        "classes": 3,
+        "l0": 9,
+        "scenes": 12,
+    }
+    options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    returned = summary.main(["--model", "tiny", "--device", "cpu", "--json", str(tmp_path / "s.json"), *options])
+    result = json.loads((tmp_path / "s.json").read_text())
+    assert json.loads(capsys.readouterr().out) == result == json.loads(json.dumps(returned)) and result["benchmark"] == "summary"
+    assert [(row["side"], row["d_sae"]) for row in result["rows"]] == [("ours", 96), ("ours", 64), ("textbook", 64), ("scenes", 64)]
+    assert all(row["peak_bytes"] > 1e7 and row["images_per_second"] > 0 for row in result["rows"][:3])
+    assert result["within_limit"] == (result["rows"][0]["peak_bytes"] < 4e9) and result["rows"][2]["added_bytes"] >= 0
+    assert result["rows"][3]["images"] == 12 and result["scenes_within_limit"] == (result["rows"][3]["seconds"] * 5000 / 12 < 180)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -25,18 +24,6 @@ def test_the_shipped_weights_are_those_of_the_logs_last_row():
         assert set(weights.keys()) == set(train.build_model().state_dict())
 
 
-def test_the_rate_falls_from_the_top_to_zero():
-    total = sum(phase.scenes for phase in train.PHASES)
-    rates = [train.learning_rate(scenes, warmup=1.0) for scenes in range(0, total + 1, 128)]
-    assert rates[0] == pytest.approx(1.0)
-    assert all(later <= earlier for earlier, later in zip(rates, rates[1:], strict=False))
-    assert rates[-1] == pytest.approx(0.0)
-
-
-def test_every_phase_is_a_whole_number_of_batches():
-    assert all(phase.scenes % phase.batch == 0 for phase in train.PHASES)
-
-
 def test_balanced_owner_loss_weighs_objects_by_themselves():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(9, 7, generator=generator, dtype=torch.float64)
@@ -45,16 +32,6 @@ def test_balanced_owner_loss_weighs_objects_by_themselves():
     expected = objects + train.BACKGROUND_WEIGHT * backgrounds
     torch.testing.assert_close(train.owner_loss(logits, owner, 5, balanced=True), expected)
     torch.testing.assert_close(train.owner_loss(logits, owner, 5, balanced=False), F.cross_entropy(logits[:7], owner[:7]))
-
-
-def test_patch_dropout_remembers_which_patches_it_kept():
-    dropout = train.RecordedPatchDropout()
-    dropout.share = 0.75
-    x = torch.arange(197.0).expand(3, 197)[..., None].repeat(1, 1, 2)
-    kept = dropout(x)
-    assert kept.shape == (3, 50, 2) and (kept[:, 0] == 0).all()
-    torch.testing.assert_close(kept[:, 1:, 0], dropout.kept + 1.0)
-    assert all(len(set(row.tolist())) == 49 for row in dropout.kept)
 
 
 def test_patch_labels_follow_the_ground_truth():

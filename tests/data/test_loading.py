@@ -12,12 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from patchsae_utils import stages
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.config import load_profile
-from patchsae_utils.data import BrokenImage, DeadWorker, ImageData, TooManyBroken, batches, broken, load_dataset, without_broken
+from patchsae_utils.data import BrokenImage, DeadWorker, ImageData, TooManyBroken, batches, load_dataset, without_broken
 from patchsae_utils.data.loader import automatic_workers, load
-from patchsae_utils.latents.reading import summarize_latents
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -38,9 +36,6 @@ def pictures(tmp_path):
     return root
 
 
-BROKEN = {"b": [3], "c": [0, 7]}
-
-
 def cleaned(data, report, share=0.2, **options):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -57,7 +52,8 @@ def test_broken_images_are_left_out_and_no_label_shifts(pictures, tmp_path, work
     for i in range(len(data)):
         r, g, _ = data[i].image.getpixel((0, 0))
         assert data[i].index == i and r == 80 * data[i].label == 80 * int(data.labels[i])
-        assert data.where(i).endswith(f"{'abc'[data[i].label]}/{g // 20}.bmp") and g // 20 not in BROKEN.get("abc"[data[i].label], [])
+        name = f"{'abc'[data[i].label]}/{g // 20}.bmp"
+        assert data.where(i).endswith(name) and name not in ("b/3.bmp", "c/0.bmp", "c/7.bmp")
         assert data.where(i) == whole.where(int(data.rows[i]))
     assert (
         len(said) == 1
@@ -68,21 +64,6 @@ def test_broken_images_are_left_out_and_no_label_shifts(pictures, tmp_path, work
     assert (report["images"], report["images_checked"], report["images_broken"]) == (30, 30, 3)
     assert [entry["row"] for entry in report["broken"]] == [13, 20, 27] and all(entry["reason"] for entry in report["broken"])
     assert "c/0.bmp (0 bytes)" in report["broken"][1]["image"]
-
-
-def test_stores_and_statistics_mean_the_same_image(pictures, tiny_clip, tiny_sae, tmp_path):
-    data, _ = cleaned(load_dataset(str(pictures), "train", n_images=20, seed=3), tmp_path / "report.json")
-    store = extract_activations(tiny_clip, data, -2, tmp_path / "store", n_per_shard=4, batch_size=3, progress=False)
-    assert store.n_images == len(data) < 20 and torch.equal(store.labels, data.labels)
-    for i, (tokens, label, index) in enumerate(zip(*next(store.images(batch_size=99)), strict=True)):
-        fresh = tiny_clip.residual(tiny_clip.preprocess(data[i].image)[None], -2)[0]
-        torch.testing.assert_close(tokens, fresh.to(torch.bfloat16).float(), rtol=0.02, atol=0.02)
-        assert (int(label), int(index)) == (data[i].label, i)
-    summary = summarize_latents(tiny_clip, tiny_sae, data, -2, progress=False)
-    latent = int(summary.mean_activation.argmax())
-    best = int(summary.top_images[latent, 0])
-    h = tiny_sae.encode(tiny_clip.residual(tiny_clip.preprocess(data[best].image)[None], -2))[0].mean(0)
-    torch.testing.assert_close(h[latent], summary.top_values[latent, 0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_check_is_remembered_shared_by_subsets_and_goes_on(pictures, tmp_path, monkeypatch):
@@ -104,7 +85,7 @@ def test_a_check_is_remembered_shared_by_subsets_and_goes_on(pictures, tmp_path,
     assert len(cleaned(load_dataset(str(pictures), "train"), report)[0]) == 29 and len(seen) == 31, "another list of files is checked anew"
 
 
-def test_more_than_the_allowed_share_stops_the_run(pictures, tmp_path):
+def test_more_than_the_allowed_share_stops_the_run(pictures, tmp_path, tiny_dataset):
     data = load_dataset(str(pictures), "train")
     with pytest.raises(
         TooManyBroken, match=r"At least 3 of 30 images.*more than data.max_broken = 0.05.*b/3.bmp.*report.json.*set data.max_broken higher"
@@ -113,17 +94,7 @@ def test_more_than_the_allowed_share_stops_the_run(pictures, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["images_broken"] == 3
     assert len(cleaned(data, tmp_path / "report.json", 0.1)[0]) == 27
     assert cleaned(data, tmp_path / "none.json", 0)[0] is data and not (tmp_path / "none.json").exists()
-
-
-def test_a_profile_leaves_broken_images_out_everywhere(pictures, tmp_path, tiny_dataset, monkeypatch):
-    profile = load_profile(overrides={"data.train": str(pictures), "name": "mine", "data.max_broken": 0.2, "data.workers": 1})
-    profile = type(profile)(**{**{f: getattr(profile, f) for f in profile.__dataclass_fields__}, "root": tmp_path / "mine"})
-    with pytest.warns(UserWarning, match="3 of 30 images"):
-        data = stages.open_data(profile, str(pictures), "train", progress=False)
-    assert (len(data), data.workers) == (27, 1)
-    (report,) = (tmp_path / "mine" / "images").glob("*.json")
-    assert report.name.startswith("tmp-") or "pictures-train" in report.name
-    assert without_broken(tiny_dataset, tmp_path / "x" / "report.json") is tiny_dataset and not (tmp_path / "x").exists()
+    assert without_broken(tiny_dataset, tmp_path / "none.json") is tiny_dataset and not (tmp_path / "none.json").exists()
 
 
 def test_how_images_are_opened_names_no_artifact():
@@ -132,33 +103,11 @@ def test_how_images_are_opened_names_no_artifact():
     data = load_profile().data
     settings = ("train", "statistics", "evaluation", "tasks", "n_train_images", "n_statistics_images", "n_evaluation_images", "seed")
     assert fingerprint(data=data.choice()) == fingerprint(data={name: getattr(data, name) for name in settings})
-    for settings, message in (({"data.workers": -1}, "workers must be 0 or more"), ({"data.max_broken": 1.5}, "max_broken is a share")):
-        with pytest.raises(ValueError, match=message):
-            load_profile(overrides=settings)
     assert load_profile(overrides={"data.workers": "auto"}).data.workers is None
     assert automatic_workers() == 0 if not torch.cuda.is_available() else automatic_workers() <= 16
 
 
-def test_a_check_that_takes_long_is_saved_on_the_way(pictures, tmp_path, monkeypatch):
-    written = []
-    monkeypatch.setattr(broken, "_SAVE_EVERY", -1.0)
-    monkeypatch.setattr(broken, "write_json", lambda path, report: written.append(report["images_checked"]))
-    monkeypatch.setattr(broken, "load", lambda read, n, size, *options: load(read, n, 7, *options))
-    cleaned(load_dataset(str(pictures), "train"), tmp_path / "report.json")
-    assert written == [7, 14, 21, 28, 30, 30]
-
-
 # -- worker processes -----------------------------------------------------------------------------------------------------
-
-
-def test_workers_give_the_same_batches(tiny_clip, pictures, tmp_path):
-    data, _ = cleaned(load_dataset(str(pictures), "train"), tmp_path / "report.json")
-    here = list(batches(data, tiny_clip.preprocess, 4))
-    data.workers = 2
-    there = list(batches(data, tiny_clip.preprocess, 4))
-    for a, b in zip(here, there, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    assert pickle.loads(pickle.dumps(data)).workers == 2 and pickle.dumps(tiny_clip.preprocess)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -213,7 +162,6 @@ def test_extraction_goes_on_after_a_worker_has_died(tiny_clip, pictures, tmp_pat
     store = extract()
     store.verify()
     assert all((tmp_path / "store" / name).stat().st_mtime_ns == time for name, time in kept.items()), "nothing is done twice"
-    plain = extract_activations(
-        tiny_clip, cleaned(load_dataset(str(pictures), "train"), tmp_path / "report.json")[0], -2, tmp_path / "plain", progress=False
-    )
+    whole, _ = cleaned(load_dataset(str(pictures), "train"), tmp_path / "report.json")
+    plain = extract_activations(tiny_clip, whole, -2, tmp_path / "plain", progress=False)
     assert torch.equal(next(store.images(batch_size=99))[0], next(plain.images(batch_size=99))[0])

@@ -87,21 +87,25 @@ def test_a_wrong_split_file_says_what_is_wrong(tmp_path, content, message):
 # -- torchvision's layouts ----------------------------------------------------------------------------------------------
 
 
-def caltech(root):
-    for c, name in enumerate(("BACKGROUND_Google", "Faces", "Faces_easy", "airplanes", "sea_horse")):
+def fill(base, names, form="{0}/{1}.jpg"):
+    """Ten pictures of each class; class c's have the red level 20 c."""
+    for c, name in enumerate(names):
         for i in range(10):
-            draw(root / "caltech101" / "101_ObjectCategories" / name / f"image_{i + 1:04d}.jpg", 20 * c)
+            draw(base / form.format(name, i, i + 1), 20 * c)
+
+
+def caltech(root):
+    names = ("BACKGROUND_Google", "Faces", "Faces_easy", "airplanes", "sea_horse")
+    fill(root / "caltech101" / "101_ObjectCategories", names, "{0}/image_{2:04d}.jpg")
     (root / "caltech101" / "Annotations").mkdir()
     return ["face", "airplane", "sea horse"], (15, 6, 9), [20, 60, 80]
 
 
 def pets(root):
     base = root / "oxford-iiit-pet"
-    lines = []
-    for c, name in enumerate(("Abyssinian", "american_bulldog")):
-        for i in range(10):
-            draw(base / "images" / f"{name}_{i}.jpg", 20 * c)
-            lines.append(f"{name}_{i} {c + 1} 1 1")
+    names = ("Abyssinian", "american_bulldog")
+    fill(base / "images", names, "{0}_{1}.jpg")
+    lines = [f"{name}_{i} {c + 1} 1 1" for c, name in enumerate(names) for i in range(10)]
     (base / "annotations").mkdir()
     for split in ("trainval", "test"):
         (base / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
@@ -112,9 +116,7 @@ def cars(root):
     base = root / "stanford_cars"
     kind = [("fname", object), ("class", object)]
     for split in ("train", "test"):
-        for c in range(2):
-            for i in range(5):
-                draw(base / f"cars_{split}" / f"{c}{i}.jpg", 20 * c)
+        fill(base / f"cars_{split}", range(2), "{0}{1}.jpg")
         (base / "devkit").mkdir(exist_ok=True)
         rows = np.array([(f"{c}{i}.jpg", c + 1) for c in range(2) for i in range(5)], dtype=kind)
         path = base / "devkit" / "cars_train_annos.mat" if split == "train" else base / "cars_test_annos_withlabels.mat"
@@ -126,9 +128,7 @@ def cars(root):
 
 def food(root):
     files = {name: [f"{name}/{i}" for i in range(10)] for name in ("apple_pie", "ramen")}
-    for c, names in enumerate(files.values()):
-        for name in names:
-            draw(root / "food-101" / "images" / f"{name}.jpg", 20 * c)
+    fill(root / "food-101" / "images", files)
     (root / "food-101" / "meta").mkdir()
     for split in ("train", "test"):
         (root / "food-101" / "meta" / f"{split}.json").write_text(json.dumps(files))
@@ -147,14 +147,8 @@ def aircraft(root, base=None):
     return names, (2, 2, 2), [0, 20]
 
 
-def coops_aircraft(root):
-    return aircraft(root, root / "fgvc_aircraft")
-
-
 def sun(root):
-    for c, name in enumerate(("a/abbey", "a/apse/indoor", "b/beach_house")):
-        for i in range(10):
-            draw(root / "SUN397" / name / f"sun_{i}.jpg", 20 * c)
+    fill(root / "SUN397", ("a/abbey", "a/apse/indoor", "b/beach_house"), "{0}/sun_{1}.jpg")
     (root / "SUN397" / "ClassName.txt").write_text("/a/abbey\n/a/apse/indoor\n/b/beach_house\n")
     return ["abbey", "indoor apse", "beach house"], (15, 6, 9), [0, 20, 40]
 
@@ -170,9 +164,7 @@ def textures(root):
 
 
 def satellite(root):
-    for c, name in enumerate(("AnnualCrop", "River")):
-        for i in range(10):
-            draw(root / "eurosat" / "2750" / name / f"{name}_{i}.jpg", 20 * c)
+    fill(root / "eurosat" / "2750", ("AnnualCrop", "River"), "{0}/{0}_{1}.jpg")
     return ["Annual Crop Land", "River"], (10, 4, 6), [0, 20]
 
 
@@ -188,7 +180,7 @@ def imagenet(root):
     ("name", "make"),
     [
         ("caltech101", caltech), ("oxford_pets", pets), ("stanford_cars", cars), ("food101", food), ("fgvc_aircraft", aircraft),
-        ("fgvc_aircraft", coops_aircraft), ("sun397", sun), ("dtd", textures), ("eurosat", satellite), ("imagenet", imagenet),
+        ("fgvc_aircraft", lambda root: aircraft(root, root / "fgvc_aircraft")), ("sun397", sun), ("dtd", textures), ("eurosat", satellite), ("imagenet", imagenet),
     ],
 )  # fmt: skip
 def test_torchvisions_layouts_are_read_with_coops_names(tmp_path, monkeypatch, name, make):
@@ -202,15 +194,31 @@ def test_torchvisions_layouts_are_read_with_coops_names(tmp_path, monkeypatch, n
     disjoint = not PAPER_SETS[name].splits and name != "imagenet"  # the fakes of the others repeat their files
     files = [data.where(i) for data in parts for i in range(len(data))]
     assert not disjoint or len(set(files)) == len(files)
+    sent = pickle.loads(pickle.dumps(parts[0]))  # macOS and Windows start processes anew and send them the data set
+    assert sent.where(1) == parts[0].where(1) and torch.equal(sent.labels, parts[0].labels)
     alias = load_dataset(f"torchvision:{PAPER_SETS[name].torchvision}?root={tmp_path}", "train", seed=1)
     assert [alias.where(i) for i in range(len(alias))] == files[: sizes[0]]
+    if name == "imagenet":
+        (tmp_path / "imagenet" / "classnames.txt").write_text("n01440764 crane\n")
+        with pytest.raises(ValueError, match=r"classnames.txt lacks a name for \['n01443537'\]; take it away to use CLIP's names"):
+            load_dataset(name, "train")
 
 
-def test_a_listing_of_imagenets_names_must_name_every_class(tmp_path):
-    imagenet(tmp_path)
-    (tmp_path / "imagenet" / "classnames.txt").write_text("n01440764 crane\n")
-    with pytest.raises(ValueError, match=r"classnames.txt lacks a name for \['n01443537'\]; take it away to use CLIP's names"):
-        load_dataset(f"imagenet?root={tmp_path}", "train")
+@pytest.mark.parametrize(("split", "kept"), [("train", [0, 1, 0, 1]), ("test", [0, 1])])
+def test_any_other_set_of_torchvision(tmp_path, monkeypatch, split, kept):
+    class Toys(list):
+        def __init__(self, root, train):
+            if root != tmp_path:
+                raise RuntimeError("Dataset not found or corrupted.")
+            super().__init__((Image.new("L", (8, 8), 50 * (i % 2)), i % 2) for i in range(4 if train else 2))
+
+    monkeypatch.setattr("torchvision.datasets.Toys", Toys, raising=False)
+    data = load_dataset(f"torchvision:Toys?root={tmp_path}", split)
+    assert (data.class_names, data.labels.tolist(), red(data, 1)) == (["0", "1"], kept, 50)
+    assert data.where(1) == f"torchvision:Toys ({split}), row 1"
+    message = r"Toys is not whole under .*\(RuntimeError: Dataset not found.*could not be downloaded.*PATCHSAE_DATA"
+    with pytest.raises(FileNotFoundError, match=message):
+        load_dataset(f"torchvision:Toys?root={tmp_path}/elsewhere", split)
 
 
 def test_flowers_are_numbered_by_their_annotations(tmp_path):
@@ -244,35 +252,10 @@ def test_a_missing_set_says_where_it_was_sought_and_how_to_get_it(tmp_path, monk
     assert (paper_name("./dtd"), paper_name("/data/dtd"), paper_name("hf:dtd"), paper_name("dtd")) == (None, None, None, "dtd")
 
 
-def test_data_sets_travel_to_other_processes(tmp_path):
-    """Python 3.14, macOS and Windows start processes anew and send them the data set."""
-    satellite(tmp_path)
-    data = load_dataset(f"eurosat?root={tmp_path}", "train")
-    sent = pickle.loads(pickle.dumps(data))
-    assert sent.where(3) == data.where(3) and torch.equal(sent.labels, data.labels)
-
-
 # -- the hub --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """As much of the package ``datasets`` as is used here: eight pictures of two classes, whole or as a stream."""
-    from tools_for_hub import fake_datasets
-
-    module, served = fake_datasets()
-    monkeypatch.setitem(sys.modules, "datasets", module)
-    return served
-
-
-def test_a_set_of_the_hub_is_read_whole(hub):
-    data = load_dataset("hf:somebody/birds", "test")
-    assert (data.class_names, data.labels.tolist()) == (["crane", "jay"], [0, 1] * 4)
-    assert [red(data, i) for i in range(8)] == [10 * i for i in range(8)] and data.where(3) == "hf:somebody/birds (test), row 3"
-
-
-def test_a_stream_is_read_once_and_no_further_than_wanted(hub, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATCHSAE_DATA", str(tmp_path))
+def test_a_stream_is_read_once_and_no_further_than_wanted(hub):
     data = load_dataset("hf-stream:somebody/birds", "train", n_images=5)
     assert len(data) == 5 and hub["read"] == 5 and data.class_names == ["crane", "jay"]
     assert [red(data, i) // 10 % 2 for i in range(5)] == data.labels.tolist()
@@ -282,7 +265,6 @@ def test_a_stream_is_read_once_and_no_further_than_wanted(hub, tmp_path, monkeyp
 
 
 def test_what_the_hub_cannot_give_is_said(hub, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATCHSAE_DATA", str(tmp_path))
     module = sys.modules["datasets"]
     with pytest.raises(ValueError, match=r"hf-stream:somebody/birds \(train\) gave no images"):
         load_dataset("hf-stream:somebody/birds", "train", n_images=0)
@@ -307,45 +289,20 @@ def test_what_the_hub_cannot_give_is_said(hub, tmp_path, monkeypatch):
             load_dataset(f"{kind}:somebody/birds", "train")
 
 
-def test_broken_images_of_the_hub_are_left_out_with_their_rows(hub, tmp_path, monkeypatch):
+def test_broken_images_of_the_hub_are_left_out_with_their_rows(hub, tmp_path):
     class Torn:
         def __getattr__(self, name):
             raise OSError("image file is truncated")
 
     data = load_dataset("hf:somebody/birds", "test")
+    assert (data.class_names, data.labels.tolist(), data.where(3)) == (["crane", "jay"], [0, 1] * 4, "hf:somebody/birds (test), row 3")
     data.opener.data[3]["picture"] = Torn()
     with pytest.raises(BrokenImage, match=r"^hf:somebody/birds \(test\), row 3 can't be read as an image: image file is truncated"):
         data[3]
     with pytest.warns(UserWarning, match=r"1 of 8 images .*left out: hf:somebody/birds \(test\), row 3: image file is truncated"):
         whole = without_broken(data, tmp_path / "report.json", 0.2, progress=False)
     assert len(whole) == 7 and [red(whole, i) for i in range(7)] == [0, 10, 20, 40, 50, 60, 70]
-    monkeypatch.setenv("PATCHSAE_DATA", str(tmp_path))
     stream = load_dataset("hf-stream:somebody/birds", "train", n_images=4)
     next(tmp_path.rglob("0000/002")).write_bytes(b"no picture")
     with pytest.raises(BrokenImage, match=r"somebody-birds-train-\w+/0000/002 \(10 bytes\) can't be read as an image"):
         stream[2]
-
-
-@pytest.mark.parametrize(("split", "kept"), [("train", [0, 1, 0, 1]), ("test", [0, 1])])
-def test_any_other_set_of_torchvision(tmp_path, monkeypatch, split, kept):
-    class Toys(list):
-        def __init__(self, root, train):
-            assert root == tmp_path
-            super().__init__((Image.new("L", (8, 8), 50 * (i % 2)), i % 2) for i in range(4 if train else 2))
-
-    monkeypatch.setattr("torchvision.datasets.Toys", Toys, raising=False)
-    data = load_dataset(f"torchvision:Toys?root={tmp_path}", split)
-    assert (data.class_names, data.labels.tolist(), red(data, 1)) == (["0", "1"], kept, 50)
-    assert data.where(1) == f"torchvision:Toys ({split}), row 1"
-
-
-def test_a_set_of_torchvision_that_is_not_there_says_where_it_was_sought(tmp_path, monkeypatch):
-    class Toys:
-        def __init__(self, root, split):
-            raise RuntimeError("Dataset not found or corrupted.")
-
-    monkeypatch.setattr("torchvision.datasets.Toys", Toys, raising=False)
-    with pytest.raises(
-        FileNotFoundError, match=r"Toys is not whole under .*\(RuntimeError: Dataset not found.*could not be downloaded.*PATCHSAE_DATA"
-    ):
-        load_dataset(f"torchvision:Toys?root={tmp_path}", "train")

@@ -124,16 +124,13 @@ def read_only(tiny_clip, tiny_sae, tiny_dataset):
         shutil.rmtree(folder)
 
 
-def test_finished_stages_open_from_a_folder_that_refuses_writing(tiny_clip, tiny_sae, tiny_dataset, read_only):
-    """No lock and no temporary file is needed for what is there."""
+def test_a_read_only_folder_is_read_and_refuses_what_is_new(tiny_clip, tiny_sae, tiny_dataset, read_only):
+    """No lock and no temporary file is needed for what is there; all else is said and leaves nothing."""
+    before = sorted(read_only.rglob("*"))
     store = extract_activations(tiny_clip, tiny_dataset, LAYER, read_only / "store", progress=False)
     store.verify()
     assert next(store.tokens(8)).isfinite().all()
     assert summarize_latents(tiny_clip, tiny_sae, tiny_dataset, LAYER, out=read_only / "statistics", progress=False).n_images == 24
-
-
-def test_a_read_only_folder_is_said(tiny_clip, tiny_sae, tiny_dataset, read_only):
-    before = sorted(read_only.rglob("*"))
     for call in (
         lambda: trained({}).save(read_only / "sae"),
         lambda: extract_activations(tiny_clip, tiny_dataset, 0, read_only / "store", progress=False),

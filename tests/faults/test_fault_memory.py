@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from tiny import Changed
 from tiny_training import CONFIG, Store, fresh, weights
 
 from patchsae_utils.activations.extraction import extract_activations
@@ -29,20 +30,17 @@ CPU = RuntimeError(
 )
 
 
-class Small:
+class Small(Changed):
     """A model on a device that holds so many images."""
 
     def __init__(self, clip, holds, error=GPU):
-        self._clip, self._holds, self._error, self.sizes = clip, holds, error, []
-
-    def __getattr__(self, name):
-        return getattr(self._clip, name)
+        super().__init__(clip, holds=holds, error=error, sizes=[])
 
     def run_to(self, images, layer):
         self.sizes.append(len(images))
-        if len(images) > self._holds:
-            raise self._error
-        return self._clip.run_to(images, layer)
+        if len(images) > self.holds:
+            raise self.error
+        return self.original.run_to(images, layer)
 
     def residual(self, images, layer):
         return self.run_to(images, layer).tokens

@@ -55,7 +55,7 @@ def test_a_ratio_is_of_sums_not_of_ratios():
 
 
 def test_centred_intervals_hold_their_value():
-    """The maximum of a sample is larger than that of nearly every resample: percentiles alone lie below it."""
+    """FAULTS D14: the maximum of a sample is larger than that of nearly every resample: percentiles alone lie below it."""
     values = np.random.default_rng(4).normal(size=30)
     largest = lambda weights: np.where(weights > 0, values, -np.inf).max(1)  # noqa: E731
     bare, centred = (interval(largest, 30, "images", centred=flag) for flag in (False, True))

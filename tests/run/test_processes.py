@@ -1,19 +1,25 @@
-"""Two processes give what one gives: each takes its share of every batch.
+"""Two processes and three write what one writes, byte for byte, and any number goes on where others were stopped; two train as one does.
 
 On CPUs ``accelerate launch`` starts several processes through MPI only; torch's own launcher, which accelerate understands as well, needs nothing.
 """
 
+from __future__ import annotations
+
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import shares
 import torch
 import two_processes
 from tiny_training import weights
 
+from patchsae_utils.latents.likeness import Likeness
 from patchsae_utils.run.artifacts import read_json
 from patchsae_utils.sae.files import load_sae
 from patchsae_utils.sae.trainer import training_log
@@ -22,70 +28,134 @@ HERE = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Folders of what one process trained, and what two."""
-    out = tmp_path_factory.mktemp("processes")
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        HERE / "two_processes.py",
-        out / "two",
-    ]
+def one_thread():
+    """As in launched processes: sums are split between threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, one_thread):
+    """Folders of what one, two and three processes made."""
+    out = tmp_path_factory.mktemp("shares")
+    folders = {number: out / str(number) for number in (1, 2, 3)}
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
         "ACCELERATE_USE_CPU": "true",
     }
-    (out / "two").mkdir()
-    (out / "one").mkdir()
-    two = subprocess.run(launch, capture_output=True, text=True, timeout=180, env=environment)
-    assert two.returncode == 0, two.stderr[:4000]
-    threads = torch.get_num_threads()
-    two_processes.main(out / "one")
-    torch.set_num_threads(threads)
-    return out / "one", out / "two"
+    launched = []
+    for number, folder in folders.items():
+        folder.mkdir()
+        if number > 1:
+            command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number), HERE / "shares.py", folder]
+            launched.append(subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=environment))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shares.passes, "SAVE_SECONDS", 0.0)
+        shares.main(folders[1])
+    two_processes.main(folders[1] / "trained")
+    for process in launched:
+        _, text = process.communicate(timeout=300)
+        assert process.returncode == 0, text[-4000:]
+    return folders
+
+
+def files(folder: Path, *but: str) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in but
+    }
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("name", ["store", "statistics"])
+def test_processes_write_what_one_writes(runs, number, name):
+    """Byte for byte, manifests included."""
+    one, several = (files(runs[n] / "whole" / name) for n in (1, number))
+    assert one.keys() == several.keys() and len(one) >= 2
+    assert [key for key in one if one[key] != several[key]] == []
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_every_image_is_read_once_and_shares_are_fair(runs, number):
+    for name in shares.STAGES:
+        read = [list(map(int, (runs[number] / f"read-{name}-{rank}").read_text().split())) for rank in range(number)]
+        extra = [0, 1] if name == "statistics" else []  # the first batch again, by which the controls are made
+        first = read[0] if name != "statistics" else read[0][len(extra) :]
+        rest = [row for part in read[1:] for row in part[len(extra) :]]
+        assert sorted(first + rest) == list(range(23)), name
+        assert max(map(len, read)) <= 23 // number + 4 + len(extra)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_monosemanticity_agrees_to_rounding(runs, number):
+    one, several = (Likeness.load(runs[n] / "whole" / "likeness") for n in (1, number))
+    assert torch.equal(one.embeddings, several.embeddings)
+    pd.testing.assert_frame_equal(one.table, several.table, check_exact=False, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("name", shares.STAGES)
+def test_what_stops_one_process_is_said_by_all_and_any_number_goes_on(runs, tmp_path, one_thread, number, name):
+    messages = [(runs[number] / f"error-{name}-{rank}").read_text() for rank in range(number)]
+    assert all(f"picture {shares.BAD} is broken" in message for message in messages)
+    assert sum(message.startswith("Process ") for message in messages) == number - 1, "one has the error itself, the others its text"
+    shutil.copytree(runs[number] / "cut", tmp_path / "cut")
+    data = shares.Pictures()
+    shares.STAGES[name](tmp_path / "cut", data)
+    expected, found = files(runs[1] / "whole" / name), files(tmp_path / "cut" / name)
+    assert expected.keys() == found.keys() and [key for key in expected if expected[key] != found[key]] == []
+    assert shares.BAD in data.read and len(set(data.read)) <= 12, "what was done is not done again"
+    left = {path.name for path in (tmp_path / "cut").rglob(".*")}
+    assert left == (set() if name == "statistics" else {".statistics-unfinished"}), "of what was completed nothing is left lying about"
+
+
+# -- training ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(runs):
+    """Folders of what one process trained, and what two."""
+    return runs[1] / "trained", runs[2] / "trained"
 
 
 @pytest.mark.parametrize("name", [*two_processes.RUNS, "stream"])
-def test_two_processes_follow_one(runs, name):
-    one, two = (training_log(folder / name) for folder in runs)
+def test_two_processes_follow_one(trained, name):
+    one, two = (training_log(folder / name) for folder in trained)
     assert len(two) == len(one) and (two["step"] == one["step"]).all(), "one process writes"
     np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-5)
     for column in ("mse", "l1", "ghost", "l0", "explained_variance", "dead_fraction", "lr"):
         np.testing.assert_allclose(two[column], one[column], rtol=1e-4, atol=1e-5)
-    for parameter, value in weights(load_sae(runs[0] / name)).items():
-        torch.testing.assert_close(weights(load_sae(runs[1] / name))[parameter], value, rtol=0, atol=1e-4)
-    assert [read_json(folder / name / "summary.json")["processes"] for folder in runs] == [1, 2]
+    for parameter, value in weights(load_sae(trained[0] / name)).items():
+        torch.testing.assert_close(weights(load_sae(trained[1] / name))[parameter], value, rtol=0, atol=1e-4)
+    assert [read_json(folder / name / "summary.json")["processes"] for folder in trained] == [1, 2]
 
 
-def test_interrupted_under_two_processes_it_goes_on_bit_for_bit(runs):
-    for folder in runs:
+def test_interrupted_under_two_processes_it_goes_on_bit_for_bit(trained):
+    for folder in trained:
         whole, resumed = (weights(load_sae(folder / name)) for name in ("relu", "resumed"))
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
         assert read_json(folder / "resumed" / "summary.json")["starts"] == 2
 
 
-def test_a_stream_runs_the_model_once_an_image_not_once_a_process(runs):
+def test_a_stream_trained_the_model_once_an_image_not_once_a_process(trained):
     """400 tokens are eight epochs of ten images: 80 passes for one process; shared, 40 each."""
-    counts = [[int(path.read_text()) for path in sorted(folder.glob("images-*"))] for folder in runs]
+    counts = [[int(path.read_text()) for path in sorted(folder.glob("images-*"))] for folder in trained]
     assert counts == [[80], [40, 40]]
 
 
-def test_selection_over_the_batch_is_over_each_share(runs):
+def test_selection_over_the_batch_is_over_each_share(trained):
     """Not the same run, then, but as good a one, and its threshold is the mean of both."""
-    one, two = (training_log(folder / "batchtopk").iloc[-1] for folder in runs)
+    one, two = (training_log(folder / "batchtopk").iloc[-1] for folder in trained)
     assert two["l0"] == pytest.approx(one["l0"], rel=0.02) and two["explained_variance"] == pytest.approx(
         one["explained_variance"], abs=0.02
     )
-    thresholds = [load_sae(folder / "batchtopk").threshold.item() for folder in runs]
+    thresholds = [load_sae(folder / "batchtopk").threshold.item() for folder in trained]
     assert thresholds[1] == pytest.approx(thresholds[0], rel=0.1)
 
 
-def test_an_error_is_raised_in_all_processes(runs):
-    for folder, number in zip(runs, (1, 2), strict=True):
+def test_an_error_is_raised_in_all_processes(trained):
+    for folder, number in zip(trained, (1, 2), strict=True):
         messages = [path.read_text() for path in folder.glob("error-*")]
         assert len(messages) == number and all("checkpoint.pt can't be read" in message for message in messages)

@@ -50,7 +50,8 @@ def executions(repository):
     return (repository / "executions").read_text()
 
 
-def test_notebooks_run_in_order_and_are_skipped_when_up_to_date(repository, capsys):
+def test_notebooks_run_in_order_leave_no_trace_of_the_machine_and_are_skipped_when_up_to_date(repository, capsys):
+    paths = [repository / "notebooks" / f"{name}.ipynb" for name in ("01_first", "02_second")]
     assert reproduce.main([]) == 0
     assert executions(repository) == "12"
     said = capsys.readouterr().err.splitlines()
@@ -62,34 +63,25 @@ def test_notebooks_run_in_order_and_are_skipped_when_up_to_date(repository, caps
     assert executions(repository) == "12"
     assert capsys.readouterr().err.splitlines()[:2] == ["[1/2] 01_first ... up to date", "[2/2] 02_second ... up to date"]
 
-    (repository / "runs/openmoji/results/01_first.json").unlink()
-    assert reproduce.main([]) == 0
-    assert executions(repository) == "121"
-
-    write(repository, "02_second", SECOND + "\n1 + 1")
-    assert reproduce.main([]) == 0
-    assert executions(repository) == "1212"
-
-    assert reproduce.main(["--force", "--only", "02"]) == 0
-    assert executions(repository) == "12122"
-
-
-def test_second_run_leaves_the_same_bytes_and_no_trace_of_the_machine(repository):
-    assert reproduce.main([]) == 0
-    paths = [repository / "notebooks" / f"{name}.ipynb" for name in ("01_first", "02_second")]
     before = [path.read_bytes() for path in paths]
     assert reproduce.main(["--force"]) == 0
-    assert [path.read_bytes() for path in paths] == before
-
+    assert [path.read_bytes() for path in paths] == before and executions(repository) == "1212"
     first, second = (nbformat.reads(text.decode(), as_version=4) for text in before)
     assert str(repository) not in before[0].decode()
     assert "widgets" not in first.metadata and "version" not in first.metadata.language_info
     code = first.cells[1]
     assert code.execution_count == 1 and "execution" not in code.metadata
     assert [output.name for output in code.outputs] == ["stderr", "stdout"], "the progress bar is gone, the warning stays"
-    assert code.outputs[0].text.startswith("<cell>:")
-    assert code.outputs[1].text == "./notebooks 3\n"
+    assert code.outputs[0].text.startswith("<cell>:") and code.outputs[1].text == "./notebooks 3\n"
     assert second.cells[1].outputs[0].data == {"text/plain": "IntSlider: run this notebook to use it."}
+
+    (repository / "runs/openmoji/results/01_first.json").unlink()
+    assert reproduce.main([]) == 0
+    assert executions(repository) == "12121"
+
+    write(repository, "02_second", SECOND + "\n1 + 1")
+    assert reproduce.main([]) == 0
+    assert executions(repository) == "121212"
 
 
 def test_failure_names_notebook_cell_and_error_and_leaves_the_notebook_alone(repository, capsys):
@@ -110,32 +102,28 @@ def test_failure_names_notebook_cell_and_error_and_leaves_the_notebook_alone(rep
 
 
 @pytest.mark.parametrize("given", [None, "active"])
-def test_threads_wait_passively_unless_the_user_says_otherwise(repository, monkeypatch, given):
-    """FAULTS D18: beside any other program, threads that spin at barriers slow everything five to ten times."""
-    write(repository, "01_first", "import os\nprint(os.environ['OMP_WAIT_POLICY'])")
+def test_other_settings_reach_the_kernel_and_leave_the_committed_notebooks_alone(repository, monkeypatch, given):
+    """FAULTS D18: beside any other program, threads that spin at barriers slow everything five to ten times; so they wait passively unless told."""
+    write(
+        repository,
+        "01_first",
+        "import os\nprint(*(os.environ[f'PATCHSAE_{x}'] for x in ('PROFILE', 'SET')), os.environ['OMP_WAIT_POLICY'])",
+    )
     monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
     if given is None:
         monkeypatch.delenv("OMP_WAIT_POLICY")
-    assert reproduce.main(["--only", "01"]) == 0
-    ran = nbformat.read(repository / "notebooks/01_first.ipynb", as_version=4)
-    assert ran.cells[1].outputs[0].text == f"{given or 'passive'}\n"
+    before = (repository / "notebooks/01_first.ipynb").read_bytes()
+    assert reproduce.main(["--only", "01", "--set", "name=quick", "--set", "training.n_tokens=1000"]) == 0
+    assert (repository / "notebooks/01_first.ipynb").read_bytes() == before
+    own = nbformat.read(repository / "runs/quick/notebooks/01_first.ipynb", as_version=4)
+    assert own.cells[1].outputs[0].text == f"openmoji name=quick; training.n_tokens=1000 {given or 'passive'}\n"
+    assert json.loads((repository / "runs/quick/stamps/01_first.json").read_text())["files"] == []
 
 
 def test_dead_kernel_is_an_error(repository, capsys):
     write(repository, "01_first", "import os", "os._exit(1)")
     assert reproduce.main(["--only", "01"]) == 1
     assert "01_first, cell 3: the kernel died" in capsys.readouterr().err
-
-
-def test_other_settings_leave_the_committed_notebooks_alone(repository, monkeypatch):
-    source = "import os\nprint(os.environ['PATCHSAE_PROFILE'], '|', os.environ['PATCHSAE_SET'])"
-    write(repository, "01_first", source)
-    before = (repository / "notebooks/01_first.ipynb").read_bytes()
-    assert reproduce.main(["--only", "01", "--set", "name=quick", "--set", "training.n_tokens=1000"]) == 0
-    assert (repository / "notebooks/01_first.ipynb").read_bytes() == before
-    own = nbformat.read(repository / "runs/quick/notebooks/01_first.ipynb", as_version=4)
-    assert own.cells[1].outputs[0].text == "openmoji | name=quick; training.n_tokens=1000\n"
-    assert json.loads((repository / "runs/quick/stamps/01_first.json").read_text())["files"] == []
 
 
 def test_settings_and_code_are_part_of_the_key(repository):

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -45,27 +46,17 @@ def names(requirements: list[str]) -> set[str]:
 # -- the files agree --------------------------------------------------------------------------------------------------
 
 
-def test_environment_agrees_with_pyproject():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    python, pip, packages = environment["dependencies"]
-    assert python.replace(" ", "") == f"python{PROJECT['requires-python']}"
-    assert pip == "pip"
-    (requirement,) = packages["pip"]
-    extras = re.fullmatch(r"-e \.\[(.+)\]", requirement)[1].split(",")
-    assert set(extras) <= set(PROJECT["optional-dependencies"]), "dependencies stand in pyproject.toml alone"
-
-
-def test_oldest_python_is_the_same_everywhere():
-    oldest = PROJECT["requires-python"].removeprefix(">=")
-    assert f"OLDEST = ({oldest.replace('.', ', ')})" in (ROOT / "tools" / "install.py").read_text()
-    assert f"Python {oldest}" in (ROOT / "README.md").read_text()
-
-
-def test_every_dependency_has_a_reason():
-    text = (ROOT / "pyproject.toml").read_text()
+def test_requirements_stand_in_pyproject_alone_each_with_its_reason():
+    text, oldest = (ROOT / "pyproject.toml").read_text(), PROJECT["requires-python"].removeprefix(">=")
     lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
     for requirement in (item for requirements in lists for item in requirements):
         assert re.search(rf'"{re.escape(requirement)}", *# \w+', text), f"say in pyproject.toml what {requirement} is for"
+    python, pip, packages = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    (requirement,) = packages["pip"]
+    assert (python.replace(" ", ""), pip) == (f"python>={oldest}", "pip")
+    assert set(re.fullmatch(r"-e \.\[(.+)\]", requirement)[1].split(",")) <= set(PROJECT["optional-dependencies"])
+    assert f"OLDEST = ({oldest.replace('.', ', ')})" in (ROOT / "tools" / "install.py").read_text()
+    assert f"Python {oldest}" in (ROOT / "README.md").read_text()
 
 
 def test_imports_are_declared_and_declared_is_imported():
@@ -101,6 +92,9 @@ def test_versions_and_licence_agree():
     assert PROJECT["version"] == citation["version"] == patchsae_utils.__version__ == importlib.metadata.version(PROJECT["name"])
     assert PROJECT["license"] == citation["license"] == "MIT"
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
+    readme = (ROOT / "README.md").read_text()
+    assert "OpenMoji" in readme and "CC BY-SA 4.0" in readme, "the artwork is credited"
+    assert re.findall(r"^make (\w+)", re.search(r"```bash\n(.*?)```", readme, re.S)[1], re.M) == ["reproduce", "test"]
 
 
 def test_data_files_are_packaged():
@@ -114,20 +108,6 @@ def test_data_files_are_packaged():
             )
 
 
-def test_weights_are_small():
-    for path in PACKAGE.rglob("*.safetensors"):
-        assert path.stat().st_size <= 20e6, f"{path.name} has {path.stat().st_size / 1e6:.1f} MB"
-
-
-def test_public_names_are_there():
-    import patchsae_utils
-
-    for name in patchsae_utils.__all__:
-        assert getattr(patchsae_utils, name) is not None
-    with pytest.raises(AttributeError, match="Public names: "):
-        patchsae_utils.load_everything  # noqa: B018
-
-
 # -- the documents ----------------------------------------------------------------------------------------------------
 
 
@@ -138,11 +118,6 @@ def test_commands_exist(document):
     assert named and named <= targets
 
 
-def test_readme_opens_with_the_two_commands():
-    code = re.search(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    assert re.findall(r"^make (\w+)", code, re.M) == ["reproduce", "test"]
-
-
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
 def test_links_lead_somewhere(document):
     text = (ROOT / document).read_text()
@@ -150,11 +125,6 @@ def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", text):
         path = "".join(target)
         assert path.startswith("http") or (ROOT / path).exists(), f"{document} points to {path}"
-
-
-def test_artwork_is_credited():
-    readme = (ROOT / "README.md").read_text()
-    assert "OpenMoji" in readme and "CC BY-SA 4.0" in readme
 
 
 @pytest.mark.parametrize("user", [0, 1000])
@@ -188,17 +158,6 @@ def test_build_machine_runs_the_tests_with_or_without_a_browser(tmp_path, user, 
 # -- the notebooks ----------------------------------------------------------------------------------------------------
 
 
-def test_there_are_six_notebooks():
-    assert [path.stem for path in NOTEBOOKS[:6]] == [
-        "01_activation_extraction",
-        "02_sae_training",
-        "03_concept_labeling",
-        "04_steering_interventions",
-        "05_adaptation_remapping",
-        "06_latent_explorer",
-    ]
-
-
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
 def notebook(request):
     return nbformat.read(request.param, as_version=4)
@@ -208,15 +167,12 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
 
 
-def test_notebook_was_run_from_top_to_bottom(notebook):
+def test_notebook_was_run_from_top_to_bottom_and_reads_like_a_page(notebook):
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
-
-
-def test_notebook_reads_like_a_page(notebook):
     assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
-    for cell in code_cells(notebook):
+    for cell in cells:
         assert len(cell.source.splitlines()) <= 25, f"this belongs in the package:\n{cell.source}"
 
 
@@ -228,7 +184,9 @@ def test_notebook_says_what_should_hold(notebook):
     ]
     assert headings, "the last section is called: What should hold"
     checks = [cell for cell in notebook.cells[headings[-1] :] if cell.source.startswith("# NBVAL_CHECK_OUTPUT")]
-    assert checks and all(("assert" in cell.source or "check_claims" in cell.source) and cell.outputs for cell in checks), "it asserts what was found, and prints it"
+    assert checks and all(("assert" in cell.source or "check_claims" in cell.source) and cell.outputs for cell in checks), (
+        "it asserts what was found, and prints it"
+    )
 
 
 def test_notebook_is_clean(notebook):
@@ -282,46 +240,33 @@ def test_installs_once_for_each_change_of_pyproject(clone):
     assert asked(clone) == [".", ".[test]", ".[test]"], "extras stay"
 
 
-def test_failed_installation_is_tried_again(clone):
+def test_what_failed_is_tried_again(clone):
     fake_venv(clone, status=1)
     for attempt in (1, 2):
         result = install(clone)
-        assert result.returncode == 1 and "did not end well" in result.stderr
-        assert len(asked(clone)) == attempt
+        assert result.returncode == 1 and "did not end well" in result.stderr and len(asked(clone)) == attempt
     fake_venv(clone)
-    assert install(clone).returncode == 0
-    assert len(asked(clone)) == 3
+    assert install(clone).returncode == 0 and len(asked(clone)) == 3
 
 
-@pytest.mark.parametrize("version", [(3, 10), (3, 99)])
-def test_other_python_is_said_not_half_used(clone, version):
-    fake_venv(clone, version=version)
-    result = install(clone)
-    assert result.returncode == 1
-    assert f"was made by Python 3.{version[1]}" in result.stderr and "rm -rf" in result.stderr
-    assert asked(clone) == []
-
-
-@pytest.mark.parametrize("damage", ["empty", "dangling", "no pip"])
-def test_broken_environment_is_said(clone, damage):
+@pytest.mark.parametrize("damage", [(3, 10), (3, 99), "empty", "dangling", "no pip"])
+def test_other_python_and_broken_environments_are_said_not_half_used(clone, damage):
     if damage == "empty":
         (clone / ".venv").mkdir()
     elif damage == "dangling":
         (clone / ".venv").symlink_to("/nowhere/at/all")
     else:
-        fake_venv(clone, pip=False)
+        fake_venv(clone, **({"pip": False} if damage == "no pip" else {"version": damage}))
     result = install(clone)
-    assert result.returncode == 1 and "is not usable" in result.stderr and "rm -rf" in result.stderr
-    assert asked(clone) == []
+    said = "is not usable" if isinstance(damage, str) else f"was made by Python 3.{damage[1]}"
+    assert result.returncode == 1 and said in result.stderr and "rm -rf" in result.stderr and asked(clone) == []
 
 
-def test_nbval_redraws_progress_bars_seldom(tmp_path):
+def test_nbval_redraws_progress_bars_seldom(monkeypatch):
     """Ten times a second, a bar of some minutes loses the message that its cell has ended: see notebooks/conftest.py."""
-    shutil.copy(ROOT / "notebooks" / "conftest.py", tmp_path)
-    cell = nbformat.v4.new_code_cell("from tqdm.auto import tqdm\nassert tqdm(range(1)).mininterval >= 5")
-    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
-    nbformat.write(notebook, tmp_path / "bar.ipynb")
-    environment = {name: value for name, value in os.environ.items() if name != "TQDM_MININTERVAL"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env", str(tmp_path)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0 and "1 passed" in run.stdout, run.stdout + run.stderr
+    for given, expected in ((None, 5), ("9", 9)):
+        monkeypatch.setenv("TQDM_MININTERVAL", given or "")
+        if given is None:
+            monkeypatch.delenv("TQDM_MININTERVAL")
+        runpy.run_path(str(ROOT / "notebooks" / "conftest.py"))
+        assert float(os.environ["TQDM_MININTERVAL"]) == expected
