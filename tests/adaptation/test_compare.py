@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from tiny import loud
 
-from patchsae_utils.adaptation import compare
-from patchsae_utils.adaptation.compare import COMPARISONS, FATES, FORMS, Reading, Remapping, base_to_novel, compare_models, stack
+from patchsae_utils.adaptation.compare import COMPARISONS, FATES, FORMS, Reading, Remapping, base_to_novel, compare_models
 from patchsae_utils.adaptation.groups import GROUPS, OVERLAPS
 from patchsae_utils.adaptation.prompts import CoOp, MaPLe, VisualPrompt
 from patchsae_utils.data import load_dataset
@@ -62,19 +60,6 @@ def test_coop_can_only_remap(compared):
     assert remapping.score("base", "adapted") == remapping.score("adapted", "adapted")
 
 
-def test_visual_prompts_can_only_change_the_image_tower(compared):
-    split = compared["vpt"].gain_split().set_index("part")["gain"]
-    assert split["text head"] == 0 and split["image tower"] == split["both"]
-    assert not torch.equal(compared["vpt"].base.counts, compared["vpt"].adapted.counts)
-
-
-def test_the_parts_of_the_gain_sum_to_the_gain(compared):
-    remapping = compared["maple"]
-    split = remapping.gain_split().set_index("part")["gain"]
-    assert split["image tower"] + split["text head"] == pytest.approx(split["both"])
-    assert split["both"] == pytest.approx(remapping.score("adapted", "adapted") - remapping.score("base", "base"))
-
-
 def test_counts_are_those_of_the_statistics(tiny_clip, tiny_sae, scenes, compared):
     for model, reading in ((tiny_clip, compared["maple"].base), (loud(MaPLe, tiny_clip), compared["maple"].adapted)):
         summary = summarize_latents(model, tiny_sae, scenes, LAYER, progress=False)
@@ -91,13 +76,6 @@ def test_every_tower_meets_every_head_in_every_form(compared, scenes):
             np.testing.assert_array_equal(compared["maple"].right(tower, head), compared["maple"].right(tower, head, "error kept"))
 
 
-def test_raw_accuracy_is_that_of_the_model_alone(tiny_clip, scenes, compared):
-    adapted = loud(MaPLe, tiny_clip)
-    images = torch.stack([tiny_clip.preprocess(example.image) for example in (scenes[i] for i in range(len(scenes)))])
-    right = adapted.logits(adapted.encode_image(images), adapted.zero_shot_head(scenes.class_names)).argmax(1) == scenes.labels
-    np.testing.assert_array_equal(compared["maple"].right("adapted", "adapted"), right.numpy())
-
-
 def test_reconstruction_is_measured_on_each_models_own_tokens(tiny_clip, tiny_sae, scenes, compared):
     for tower, model in (("base", tiny_clip), ("adapted", loud(MaPLe, tiny_clip))):
         with torch.no_grad():
@@ -106,16 +84,6 @@ def test_reconstruction_is_measured_on_each_models_own_tokens(tiny_clip, tiny_sa
         row = compared["maple"].reconstruction().set_index("tower").loc[tower]
         assert row["explained_variance"] == pytest.approx((1 - error.square().sum() / (x - x.mean(0)).square().sum()).item(), rel=1e-4)
         assert row["normalized_mse"] == pytest.approx((error.square().sum() / x.square().sum()).item(), rel=1e-4)
-
-
-def test_batch_size_changes_nothing(tiny_clip, tiny_sae, scenes, compared, monkeypatch):
-    monkeypatch.setattr(compare, "BATCH", 7)
-    other = compare_models(tiny_clip, tiny_clip, tiny_sae, scenes, LAYER, progress=False).base
-    one = compared["itself"].base
-    torch.testing.assert_close(one.counts, other.counts)
-    torch.testing.assert_close(one.mean_counts, other.mean_counts)
-    assert torch.equal(one.class_images, other.class_images) and int(one.class_images.sum()) == len(scenes)
-    assert one.reconstruction == pytest.approx(other.reconstruction)
 
 
 def test_controls_are_beside_the_comparison(compared):
@@ -128,9 +96,6 @@ def test_controls_are_beside_the_comparison(compared):
     assert (random[list(GROUPS[1:])] == 0).all() and (random[list(OVERLAPS)] < 0.9).all()  # two draws: a model is not like itself by luck
 
 
-# -- several data sets ------------------------------------------------------------------------------------------------
-
-
 def test_base_to_novel_has_three_forms_and_a_harmonic_mean(compared):
     table = base_to_novel(compared["maple"], compared["coop"]).set_index(["model", "form", "half"])
     assert len(table) == 2 * 3 * 3
@@ -140,15 +105,6 @@ def test_base_to_novel_has_three_forms_and_a_harmonic_mean(compared):
         assert table.loc[(model, "raw", "harmonic mean"), "accuracy"] == pytest.approx(2 * base * novel / max(base + novel, 1e-12))
     assert ((table["low"] <= table["accuracy"] + 1e-9) & (table["accuracy"] <= table["high"] + 1e-9)).all()
 
-
-def test_stack_names_its_parts():
-    frame = pd.DataFrame({"x": [1, 2]})
-    stacked = stack({("a", "base"): frame, ("b", "novel"): frame}, ["task", "half"])
-    assert stacked.columns.tolist() == ["task", "half", "x"] and stacked["task"].tolist() == ["a", "a", "b", "b"]
-    assert stack({"a": frame}, "task")["task"].tolist() == ["a", "a"]
-
-
-# -- confusions ---------------------------------------------------------------------------------------------------------
 
 LABELS = np.array([0, 0, 0, 1, 1, 2, 2, 2])
 BEFORE = np.array([0, 1, 1, 1, 0, 1, 2, 0])

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from tiny import loud
 
-from patchsae_utils import plots
 from patchsae_utils.adaptation import gain
-from patchsae_utils.adaptation.compare import compare_models, stack
-from patchsae_utils.adaptation.gain import CHANGES, CONCEPTS, EXPERIMENTS, MEASURES, PARTS, TOWER_PARTS, explain_gain, owen_values, share_of
+from patchsae_utils.adaptation.compare import compare_models
+from patchsae_utils.adaptation.gain import CONCEPTS, MEASURES, PARTS, TOWER_PARTS, explain_gain, owen_values, share_of
 from patchsae_utils.adaptation.links import evidence, shared_evidence
 from patchsae_utils.adaptation.prompts import CoOp, MaPLe, VisualPrompt
 from patchsae_utils.data import load_dataset
@@ -47,9 +46,6 @@ def found(tiny_clip, tiny_sae, scenes, models):
 
 def gains(analysis, measure="log-probability"):
     return analysis.split.parts(measure).set_index("part")["gain"]
-
-
-# -- the split --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("measure", ["accuracy", "log-probability"])
@@ -112,27 +108,6 @@ def test_a_dictionary_that_says_everything_leaves_nothing_new_and_a_silent_one_n
     assert table["existing latents"] == 0 != table["outside the dictionary"] and change.tolist() == pytest.approx([1, 1, 1])
 
 
-def test_shares_are_of_the_whole_gain_and_only_where_there_is_one(found):
-    table = found["maple"].split.parts("log-probability").set_index("part")
-    whole = table.loc["both"]
-    if whole["low"] <= 0 <= whole["high"]:
-        assert table["share"].isna().all()
-    else:
-        assert table.loc["both", ["share", "share_low", "share_high"]].tolist() == pytest.approx([1, 1, 1])
-        assert table.loc[list(PARTS), "share"].sum() == pytest.approx(1)
-    assert (table["low"] <= table["gain"] + 1e-12).all() and (table["gain"] <= table["high"] + 1e-12).all()
-
-
-def test_experiments_start_with_clip_and_end_with_the_adapted_model(tiny_clip, models, scenes, found):
-    table = found["maple"].split.experiments().set_index("experiment")
-    for name, model in (("CLIP", tiny_clip), ("adapted", models["maple"])):
-        head = dataset_head(model, scenes)
-        images = torch.stack([tiny_clip.preprocess(scenes[i].image) for i in range(len(scenes))])
-        right = (model.logits(model.encode_image(images), head).argmax(1) == torch.as_tensor(scenes.labels)).double().mean()
-        assert table.loc[name, "value"] == pytest.approx(right.item())
-    assert len(table) == len(EXPERIMENTS) == len(set(EXPERIMENTS.values()))
-
-
 def test_slow_float64_arithmetic_gives_the_same_split(tiny_clip, tiny_sae, scenes, models, found):
     """Every combination picture by picture in float64 with plain loops, and the Owen value over all orders that keep the tower together."""
     adapted, sae = models["maple"], copy.deepcopy(tiny_sae).double()
@@ -183,22 +158,6 @@ def test_an_sae_of_another_layer_weights_or_width_is_refused(tiny_clip, scenes, 
                 compare_models(tiny_clip, adapted, sae, scenes, LAYER, progress=False)
 
 
-def test_bad_input_says_what_is_expected(tiny_clip, tiny_sae, found, scenes):
-    with pytest.raises(ValueError, match="Valid: accuracy, log-probability"):
-        found["maple"].split.parts("loss")
-    with pytest.raises(ValueError, match="empty"):
-        explain_gain(tiny_clip, {"itself": tiny_clip}, tiny_sae, load_dataset("openmoji/tools", "test", n_images=0), LAYER)
-
-
-def test_the_changes_are_named_and_the_yardsticks_do_not_depend_on_the_adapter(found):
-    tables = {name: analysis.split.change().set_index("change")["outside"] for name, analysis in found.items()}
-    assert all(tuple(table.index) == CHANGES for table in tables.values())
-    assert len({round(table["another picture"], 9) for table in tables.values()}) == 1
-
-
-# -- the links --------------------------------------------------------------------------------------------------------
-
-
 def test_links_are_attributions_and_their_change_splits_exactly(tiny_clip, tiny_sae, scenes, models, found):
     for name in ("maple", "coop", "vpt"):
         links = found[name].links
@@ -232,24 +191,3 @@ def test_resamples_without_a_gain_have_no_share():
     rows, whole = np.array([[1.0, 0.0], [0.5, 0.0]]), np.array([1.0, 0.0])
     found = share_of(rows, whole)  # a quarter of the resamples hold the second picture alone
     assert found.value.tolist() == found.low.tolist() == found.high.tolist() == [1.0, 0.5]
-
-
-# -- the figures ------------------------------------------------------------------------------------------------------
-
-
-def test_figures_show_what_the_tables_say(found):
-    names = ["maple", "coop"]
-    parts = stack({("tools", name): found[name].split.parts() for name in names}, ["task", "adapter"])
-    fig = plots.gain_parts(parts)
-    assert [ax.get_title(loc="left").split("\n")[0] for ax in fig.axes][-1] == "whole gain"
-    widths = [bar.get_width() for bar in fig.axes[-1].patches]
-    assert widths == pytest.approx([100 * found[name].split.parts().set_index("part").loc["both", "gain"] for name in names])
-    fig = plots.gain_experiments(stack({name: found[name].split.experiments() for name in names}, "task"))
-    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == list(EXPERIMENTS)
-    links = found["maple"].links.links()
-    ax = plots.class_links(links).axes[0]
-    top = links.assign(size=links[["base", "adapted"]].max(axis=1)).sort_values("size", ascending=False).groupby("class").head(3)
-    discs = sum(len(part.get_offsets()) for part in ax.collections)
-    assert discs == links["latent"].isin(top["latent"]).sum() and len(ax.get_xticks()) == top["latent"].nunique()
-    with pytest.raises(ValueError, match="no links"):
-        plots.class_links(links.head(0))

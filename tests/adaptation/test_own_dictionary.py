@@ -95,17 +95,3 @@ def test_four_combinations_by_hand(trained, tiny_clip, adapted, held_out):
                 }
                 for measure, value in expected.items():
                     assert found[name, side, measure] == pytest.approx(float(value), rel=1e-4, abs=1e-4), (name, side, measure)
-
-
-def test_matches_are_beside_another_seed(trained):
-    table = trained.matches().set_index(["a", "b"])
-    assert set(table.index) == {(BASE, OTHER_SEED), (BASE, ADAPTED), (OTHER_SEED, ADAPTED)}
-    assert table["found"].between(0, 1).all()
-
-
-def test_models_of_other_shapes_are_refused(tiny_clip, scenes, tmp_path):
-    class Wider:
-        width, n_layers, grid = tiny_clip.width + 1, tiny_clip.n_layers, tiny_clip.grid
-
-    with pytest.raises(ValueError, match="same image tower"):
-        train_dictionaries(tiny_clip, Wider(), scenes, LAYER, SAE, TRAINING, tmp_path, progress=False)

@@ -7,7 +7,7 @@ import pytest
 from tiny import loud
 
 from patchsae_utils.adaptation.groups import ranked_latents
-from patchsae_utils.adaptation.predictions import MODELS, class_heat, masked_predictions
+from patchsae_utils.adaptation.predictions import MODELS, masked_predictions
 from patchsae_utils.adaptation.prompts import CoOp, MaPLe
 from patchsae_utils.data import load_dataset
 from patchsae_utils.latents.reading import summarize_latents
@@ -66,12 +66,3 @@ def test_latents_are_those_of_the_class_in_clip(tiny_clip, tiny_sae, data, monke
     expected = ranked_latents(summary.class_counts / summary.class_images.clamp_min(1)[:, None], 3, "specific")
     assert ranked_latents(given[0].class_counts, 3) == expected
     assert given[0].frequency.tolist() == summary.frequency.tolist()
-
-
-def test_heat_is_the_table_of_classes(tables, data):
-    table = tables["maple"]
-    heat = class_heat(table, "adapted", "on")
-    assert list(heat.columns) == list(KS) and list(heat.index) == data[1].class_names
-    rows = table[(table["model"] == "adapted") & (table["mode"] == "on") & (table["choose"] == "oracle") & (table["k"] == 3)]
-    sizes = rows[rows["class"] >= 0].set_index("class")["n"]
-    assert np.average(heat[3], weights=sizes) == pytest.approx(rows[rows["group"] == "all"]["accuracy"].item())

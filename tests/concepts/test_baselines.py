@@ -17,7 +17,6 @@ from patchsae_utils.concepts.baselines import (
     kmeans_dictionary,
     nmf_dictionary,
     pca_dictionary,
-    projections,
     random_clip,
     random_weights_sae,
     sample_patches,
@@ -26,7 +25,6 @@ from patchsae_utils.concepts.baselines import (
 from patchsae_utils.concepts.comparison import Competitor, compare_dictionaries, measure_dictionaries
 from patchsae_utils.concepts.detection import ConceptPatches, average_precision, concept_masks, concept_patches, detect_concepts
 from patchsae_utils.concepts.probes import fit_probes, logistic_probes, moments, probe_dictionary, train_probes
-from patchsae_utils.concepts.report import ComparisonReport
 from patchsae_utils.config import TrainConfig
 from patchsae_utils.data import load_dataset
 from patchsae_utils.sae.dictionary import Dictionary, dimensions
@@ -55,19 +53,6 @@ def planted(seed: int, n_images: int = 60) -> ConceptPatches:
     x[:, 1] += 2 * masks[:, 1]
     x[:, 2:4] += 1.5 * masks[:, [2]]
     return ConceptPatches(torch.from_numpy(x).float(), images, sparse.csr_matrix(masks), ("object:a", "object:b", "color:red"))
-
-
-# -- dictionaries -------------------------------------------------------------------------------------------------------------
-
-
-def test_projections_have_cosines_and_single_columns():
-    x, W, mean = torch.randn(7, 4), np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0], np.arange(4.0)
-    plain = projections("p", W, mean)
-    z = x.double().numpy() - mean
-    np.testing.assert_allclose(plain.encode(x, None).numpy(), z @ W.T, atol=1e-5)
-    torch.testing.assert_close(plain.encode(x, np.array([3, 1])), plain.encode(x, None)[:, [3, 1]])
-    cosine = projections("c", W, mean, cosine=True, relu=True).encode(x, None).numpy()
-    np.testing.assert_allclose(cosine, np.maximum(z @ W.T / np.linalg.norm(z, axis=1, keepdims=True), 0), atol=1e-5)
 
 
 def test_pca_is_scikit_learns_transform():
@@ -114,9 +99,6 @@ def test_nmf_reads_both_signs_and_explains_the_data():
     assert (residual**2).sum() < 0.3 * (z.numpy() ** 2).sum()
 
 
-# -- stores and random weights ------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def training():
     return load_dataset("openmoji/tools", "train", n_images=38)
@@ -148,9 +130,6 @@ def test_random_clip_has_other_weights_and_the_same_form(tiny_clip, tiny_images,
     ours, theirs = (dict(m.visual.named_parameters()) for m in (tiny_clip.model, control.model))
     kept = [name for name in ours if torch.equal(ours[name], theirs[name])]
     assert all(name.endswith(("bias", "weight")) and theirs[name].unique().numel() == 1 for name in kept), kept  # LayerNorms, zero biases
-
-
-# -- the probe ----------------------------------------------------------------------------------------------------------------
 
 
 def test_ridge_of_the_moments_is_scikit_learns():
@@ -206,9 +185,6 @@ def test_probes_are_kept_and_need_the_stores_own_scenes(store, training, tiny_cl
         concept_masks([1, 2])
 
 
-# -- the comparison -----------------------------------------------------------------------------------------------------------
-
-
 def competitors():
     sae = Dictionary("mine", 6, lambda x, c: x.relu() if c is None else x[:, c].relu())
     weights, bias = train_probes(planted(2).tokens, planted(2).masks, planted(0))
@@ -227,10 +203,6 @@ def test_every_dictionary_is_measured_as_detect_concepts_does(compared, monkeypa
     monkeypatch.setattr(comparison, "_MATERIALIZE", 0)
     slow = compare_dictionaries(competitors(), planted(0), planted(1))
     np.testing.assert_allclose(slow.detection["ap"], compared.detection["ap"], atol=1e-6)
-
-
-def test_the_ceiling_has_its_own_feature_for_each_concept(compared):
-    assert compared.detection[compared.detection["role"] == "ceiling"]["latent"].tolist() == [0, 1, 2]
 
 
 def test_table_ratio_and_headline_are_consistent(compared):
@@ -256,13 +228,6 @@ def test_table_ratio_and_headline_are_consistent(compared):
         compared.ratio("texture")
 
 
-def test_coverage_falls_with_the_threshold(compared):
-    curve = compared.coverage(np.linspace(0, 1, 11)).query("dictionary == 'mine'")
-    assert curve["share"].is_monotonic_decreasing and curve["share"].iloc[0] == 1 and curve["share"].iloc[-1] == 0
-    at = compared.coverage([0.5]).set_index("dictionary").loc["mine"]
-    assert at["threshold"] == 0.5 and at["share"] == (compared.detection.query("dictionary == 'mine'")["ap"] > 0.5).mean()
-
-
 def test_a_competitor_may_read_another_model_but_not_other_scenes():
     twice = [p._replace(tokens=-p.tokens) for p in (planted(0), planted(1))]
     minus = Dictionary("minus", 6, lambda x, c: (-x if c is None else -x[:, c]).relu())
@@ -270,24 +235,6 @@ def test_a_competitor_may_read_another_model_but_not_other_scenes():
     assert found.ratio()[0].value == pytest.approx(1)
     with pytest.raises(ValueError, match="of other scenes"):
         compare_dictionaries([competitors()[0], Competitor(minus, "baseline", (planted(3), planted(1)))], planted(0), planted(1))
-
-
-def test_bad_line_ups_are_refused():
-    sae = competitors()[0]
-    with pytest.raises(ValueError, match="names that differ"):
-        compare_dictionaries([sae, sae], planted(0), planted(1))
-    with pytest.raises(ValueError, match="on 10000 patches"):
-        compare_dictionaries([sae], planted(0), planted(1), min_patches=10_000)
-
-
-def test_report_survives_the_disk(compared, tmp_path):
-    compared.save(tmp_path / "r")
-    again = ComparisonReport.load(tmp_path / "r")
-    assert again.headline() == pytest.approx(compared.headline())
-    np.testing.assert_array_equal(again.replicates, compared.replicates)
-    (tmp_path / "r" / "replicates.npy").unlink()
-    with pytest.raises(FileNotFoundError, match="replicates.npy is missing"):
-        ComparisonReport.load(tmp_path / "r")
 
 
 def test_from_scenes_to_the_table(tiny_clip, tiny_sae, store, training, tmp_path, monkeypatch):
@@ -307,15 +254,3 @@ def test_from_scenes_to_the_table(tiny_clip, tiny_sae, store, training, tmp_path
     assert trained.d_sae == tiny_sae.d_sae and control.fingerprint == random_clip(tiny_clip).fingerprint
     with pytest.raises(ValueError, match="Give 3 splits"):
         measure_dictionaries(tiny_clip, tiny_sae, store, training, choose, choose, LAYER, **settings)
-
-
-def test_figures_draw(compared):
-    import matplotlib.pyplot as plt
-
-    from patchsae_utils import plots
-
-    plots.concept_families(compared.table())
-    plots.coverage_curves(compared.coverage(np.linspace(0, 1, 11)))
-    for number in plt.get_fignums():
-        plt.figure(number).canvas.draw()
-    plt.close("all")

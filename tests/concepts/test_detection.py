@@ -22,7 +22,6 @@ from patchsae_utils.concepts.detection import (
 )
 from patchsae_utils.concepts.names import UNNAMED, label_latents, unique_names
 from patchsae_utils.concepts.places import concept_examples
-from patchsae_utils.concepts.report import ConceptReport
 from patchsae_utils.data import load_dataset, openmoji
 from patchsae_utils.latents.summary import LatentSummary
 from patchsae_utils.sae.dictionary import Dictionary
@@ -52,9 +51,6 @@ def planted(seed: int, n_images: int = 60) -> ConceptPatches:
 IDENTITY = Dictionary("identity", 12, lambda x, columns: x if columns is None else x[:, columns])
 
 
-# -- average precision ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["dense", "sparse", "ties", "constant", "negative"])
 @pytest.mark.parametrize("n_positive", [1, 7, 150])
 def test_average_precision_is_scikit_learns(kind, n_positive):
@@ -69,10 +65,6 @@ def test_average_precision_is_scikit_learns(kind, n_positive):
     positive = rng.choice(400, n_positive, replace=False)
     truth = np.isin(np.arange(400), positive)
     assert average_precision(scores, positive) == pytest.approx(average_precision_score(truth, scores), abs=1e-12)
-
-
-def test_average_precision_without_positives_is_nan():
-    assert np.isnan(average_precision(np.arange(5.0), np.array([], int)))
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
@@ -95,9 +87,6 @@ def test_weights_that_hold_no_positive_give_nan():
     weights = np.array([[0.0, 1.0], [1.0, 1.0]])
     found = average_precision(np.array([1.0, 0.0]), np.array([0]), np.array([0, 1]), weights)
     assert np.isnan(found[0]) and found[1] == 1
-
-
-# -- correlations -----------------------------------------------------------------------------------------------------------
 
 
 def test_correlation_equals_numpys_and_is_zero_for_dead_latents():
@@ -135,9 +124,6 @@ def test_a_single_common_concept_has_no_runner_up():
     report = detect_concepts(IDENTITY, *sets)
     assert (report.latents["runner_up"] == "").all() and (report.latents["concept"] == "object:a").all()
     assert report.latents.loc[0, "margin"] == report.latents.loc[0, "score_choose"] > 0.9 and len(report.detection) == 1
-
-
-# -- detection --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -186,20 +172,6 @@ def test_replicates_are_scikit_learns_under_repeated_images(report):
             assert report.replicates[i, r] == pytest.approx(expected, abs=1e-5)
 
 
-def test_report_survives_the_disk(report, tmp_path):
-    report.save(tmp_path / "r", "abc")
-    again = ConceptReport.load(tmp_path / "r")
-    pd.testing.assert_frame_equal(again.detection, report.detection)
-    pd.testing.assert_frame_equal(again.latents, report.latents)
-    np.testing.assert_array_equal(again.replicates, report.replicates)
-    (tmp_path / "r" / "latents.csv").unlink()
-    with pytest.raises(FileNotFoundError, match="latents.csv is missing"):
-        ConceptReport.load(tmp_path / "r")
-
-
-# -- the embedded world -------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def scenes():
     return [load_dataset("openmoji/tools", split, n_images=76) for split in ("val", "test")]
@@ -214,12 +186,6 @@ def test_patches_carry_the_ground_truth(tiny_clip, scenes):
         np.testing.assert_array_equal(patches.masks[rows].toarray() > 0, expected)
         residual = tiny_clip.residual(tiny_clip.preprocess(scenes[0][i].image)[None], LAYER)[0, 1:]
         torch.testing.assert_close(patches.tokens[rows], residual, rtol=1e-4, atol=1e-4)
-
-
-def test_data_without_ground_truth_is_refused(tiny_clip):
-    bare = type("Bare", (), {"spec": "my/photos"})()
-    with pytest.raises(ValueError, match="'my/photos' has no ground truth"):
-        concept_patches(tiny_clip, bare, LAYER)
 
 
 def test_measurement_on_scenes(tiny_clip, tiny_sae, scenes, tmp_path, monkeypatch):
@@ -247,9 +213,6 @@ def test_choosing_and_reporting_on_the_same_scenes_is_refused(scenes):
     assert len(set(different_scenes(*scenes))) == 2
     with pytest.raises(ValueError, match="Give 2 splits"):
         different_scenes(scenes[0], load_dataset("openmoji/all", "val", n_images=8))
-
-
-# -- names --------------------------------------------------------------------------------------------------------------------
 
 
 def summary_of(hits: np.ndarray, class_images: list[int], class_names: list[str]) -> LatentSummary:
@@ -299,11 +262,6 @@ def test_names_from_labels_are_lift_over_the_base_rate():
     assert names.loc[2, "name"] == UNNAMED  # one image of one: a lift of 40 that chance gives often
     assert names.loc[3, "kind"] == "dead" and names.loc[4, "name"] == UNNAMED
     assert not names.isna().any().any()
-
-
-def test_a_single_class_has_no_runner_up():
-    names = label_latents(summary_of(np.array([[3, 0]]), [4], ["only"]))
-    assert names["name"].tolist() == [UNNAMED, UNNAMED] and (names["runner_up"] == "").all()
 
 
 def test_classes_of_equal_name_are_told_apart():

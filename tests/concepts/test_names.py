@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from scipy import stats
 
 from patchsae_utils.clip.zero_shot import embed_images
@@ -21,7 +22,6 @@ from patchsae_utils.concepts.names import (
     label_latents,
     make_vocabulary,
     name_agreement,
-    related_names,
     score_words,
 )
 from patchsae_utils.latents.reading import summarize_latents
@@ -49,9 +49,6 @@ def planted(summary, tiny_dataset, latent: int, word: int, n_words: int = 6):
     return Vocabulary(names, ("word",) * n_words, words, (-1,) * n_words), images
 
 
-# -- permutations -------------------------------------------------------------------------------------------------------------
-
-
 def test_p_values_are_uniform_when_nothing_is_there():
     rng = np.random.default_rng(1)
     pool = torch.from_numpy(rng.normal(size=(300, 12))) + torch.from_numpy(rng.exponential(size=(300, 1)))  # words go together
@@ -63,20 +60,6 @@ def test_p_values_are_uniform_when_nothing_is_there():
     assert stats.kstest(p, "uniform").pvalue > 0.01
     for part in (p[::2], p[1::2]):
         assert abs((part < 0.05).mean() - 0.05) < 0.04
-
-
-def test_sets_are_compared_with_sets_of_their_own_size():
-    rng = np.random.default_rng(2)
-    pool = torch.from_numpy(rng.normal(size=(400, 1)))
-    sets = np.full((2, 9), -1)
-    sets[0, 0], sets[1] = 0, np.arange(9)
-    p = _permutation_p(np.array([0.8, 0.8]), [(pool, sets)], rng)
-    assert p[0] == pytest.approx((pool.numpy() >= 0.8).mean(), abs=0.04) and p[1] < 0.03  # nine together seldom reach what one does
-    empty = _permutation_p(np.array([5.0]), [(pool, np.full((1, 9), -1))], rng)
-    assert empty[0] == 1
-
-
-# -- words --------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_planted_word_is_found_and_noise_stays_unnamed(summary, tiny_dataset):
@@ -131,8 +114,6 @@ def test_crops_count_half(tiny_clip, summary, tiny_dataset, monkeypatch):
 
 
 def test_a_crop_is_a_part_of_what_clip_saw_enlarged(tiny_clip, tiny_dataset):
-    from PIL import Image
-
     places = np.array([[3, 0], [3, 7 * 14 + 7]])
     found = embed_crops(tiny_clip, tiny_dataset, places, 1)
     picture = np.asarray(tiny_dataset[3].image)
@@ -142,13 +123,6 @@ def test_a_crop_is_a_part_of_what_clip_saw_enlarged(tiny_clip, tiny_dataset):
             torch.testing.assert_close(row, F.normalize(tiny_clip.encode_image(inputs), dim=-1)[0], rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="margin must be 0 to 6"):
         embed_crops(tiny_clip, tiny_dataset, places, 7)
-
-
-def test_embeddings_of_images_come_in_order_and_unit_norm(tiny_clip, tiny_dataset, tiny_images):
-    found = embed_images(tiny_clip, tiny_dataset, batch_size=5, progress=False)
-    torch.testing.assert_close(found.norm(dim=1), torch.ones(24))
-    with torch.no_grad():
-        torch.testing.assert_close(found[:8], F.normalize(tiny_clip.encode_image(tiny_images), dim=-1), rtol=1e-3, atol=1e-4)
 
 
 def test_the_vocabulary_of_the_embedded_world_and_of_others(tiny_clip, tiny_dataset):
@@ -175,13 +149,6 @@ def test_bad_arguments_are_refused(summary, tiny_clip, tiny_dataset):
         label_latents(summary, report=object(), text=pd.DataFrame({"latent": [0]}))
 
 
-def test_entropy_stands_beside_names_from_labels(summary):
-    assert label_latents(summary)["entropy"].notna().all()
-
-
-# -- agreement ----------------------------------------------------------------------------------------------------------------
-
-
 def table(names):
     return pd.DataFrame({"latent": range(len(names)), "name": names})
 
@@ -195,13 +162,6 @@ def test_agreement_counts_latents_that_both_name():
     assert row["low"] < 2 / 3 < row["high"]
 
 
-def test_related_names_are_no_contradiction():
-    a, b = table(["dog", "hammer", "dog"]), table(["animal", "tool", "tool"])
-    rows = name_agreement({"a": a, "b": b}, {"dog": ["animal"], "hammer": ["tool"]})
-    assert rows["agreement"][0] == 0 and rows["related"][0] == pytest.approx(2 / 3)
-    assert related_names()["dog" if "dog" in related_names() else next(iter(related_names()))]
-
-
 def test_chance_level_holds_for_names_that_know_nothing_of_each_other():
     rng = np.random.default_rng(3)
     p = []
@@ -210,10 +170,3 @@ def test_chance_level_holds_for_names_that_know_nothing_of_each_other():
         row = name_agreement({"a": a, "b": b}).iloc[0]
         p.append(row["p"])
     assert abs(np.mean(np.array(p) <= 0.05) - 0.05) < 0.06 and 0.4 < np.mean(p) < 0.68
-
-
-def test_agreement_without_common_latents_is_nan_and_one_source_is_refused():
-    row = name_agreement({"a": table(["dog", UNNAMED]), "b": table([UNNAMED, "dog"])}).iloc[0]
-    assert row["n_both"] == 0 and np.isnan(row["agreement"]) and np.isnan(row["p"])
-    with pytest.raises(ValueError, match="two sources"):
-        name_agreement({"a": table(["dog"])})

@@ -10,12 +10,11 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import average_precision_score, jaccard_score
 
-from patchsae_utils.concepts import detection, places
-from patchsae_utils.concepts.detection import ConceptPatches, concept_patches
+from patchsae_utils.concepts import places
+from patchsae_utils.concepts.detection import ConceptPatches
 from patchsae_utils.concepts.places import concept_matrix, localize
-from patchsae_utils.data import load_dataset
 from patchsae_utils.run.intervals import resamples
-from patchsae_utils.sae.dictionary import Dictionary, sae_dictionary
+from patchsae_utils.sae.dictionary import Dictionary
 
 PER_IMAGE = 8
 
@@ -73,11 +72,6 @@ def test_matrix_is_scikit_learns_for_every_pair(worlds):
                 assert np.isinf(matrix.threshold[s, k])
 
 
-def test_negative_features_are_refused(worlds):
-    with pytest.raises(ValueError, match="negative activations"):
-        concept_matrix(worlds[0], Dictionary("minus", 10, lambda x, c: -x if c is None else -x[:, c]))
-
-
 def test_thresholds_come_from_one_set_and_numbers_from_the_other(worlds, found):
     choose, report = worlds
     rows = found.concepts.set_index("concept")
@@ -130,15 +124,6 @@ def test_intervals_are_of_weighted_images(worlds, found):
     assert f"IoU {every['iou']:.2f}" in found.sentence()
 
 
-def test_table_has_means_and_intervals_around_them(found):
-    table = found.table().set_index("kind")
-    assert table.index.tolist() == ["object", "category", "all"] and table.loc["all", "n_concepts"] == 4
-    assert table.loc["object", "iou"] == pytest.approx(found.concepts.query("kind == 'object'")["iou"].mean())
-    for metric in ("iou", "pointing"):
-        assert (table[f"{metric}_low"] <= table[metric] + 1e-9).all() and (table[metric] <= table[f"{metric}_high"] + 1e-9).all()
-    assert table.loc["all", "iou_low"] < table.loc["all", "iou_high"]
-
-
 def test_splitting_counts_latents_whose_best_concept_it_is(found, monkeypatch):
     monkeypatch.setattr(places, "MIN_SHARED_AP", 0.2)
     monkeypatch.setattr(places, "SHARE", 0.55)
@@ -168,13 +153,3 @@ def test_matching_uses_each_latent_once_and_is_the_best_sum(found):
     assert match["ap_choose"].sum() == pytest.approx(found.matrix.ap[rows, columns].sum())
     assert match.set_index("concept")["latent"].loc[["object:a", "object:c"]].tolist() == [0, 2]
     assert (match["ap_choose"] <= found.concepts["ap_choose"] + 1e-6).all()
-
-
-def test_real_scenes_through_an_sae(tiny_clip, tiny_sae, monkeypatch):
-    data = [concept_patches(tiny_clip, load_dataset("openmoji/tools", split, n_images=38), 1, progress=False) for split in ("val", "test")]
-    found = localize(sae_dictionary(tiny_sae), *data)
-    assert found.concepts["iou"].between(0, 1).all() and found.concepts["pointing"].between(0, 1).all()
-    assert isinstance(found.absorption(), pd.DataFrame) and found.matching()["latent"].is_unique
-    monkeypatch.setattr(detection, "MIN_IMAGES", 99)
-    with pytest.raises(ValueError, match="No concept is shown by 99 images"):
-        localize(sae_dictionary(tiny_sae), *data)

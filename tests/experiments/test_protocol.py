@@ -96,10 +96,3 @@ def test_the_table_averages_seeds_and_tasks():
     assert table.loc[(AVERAGE, "zero-shot", "base"), "accuracy"] == pytest.approx((0.5 + 0.25) / 2)
     assert table.loc[(AVERAGE, "maple", "novel"), "accuracy"] == pytest.approx((0.5 + 0.25) / 2)
     assert (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
-
-
-def test_the_three_forms_of_a_feature(tiny_clip, tiny_sae, tiny_dataset, tiny_images):
-    raw, reconstructed, kept = feature_forms(tiny_clip, tiny_sae, tiny_dataset, 1, progress=False)
-    torch.testing.assert_close(raw[:8], tiny_clip.encode_image(tiny_images), rtol=0, atol=1e-5)
-    torch.testing.assert_close(kept, raw, rtol=0, atol=1e-4)
-    assert (reconstructed - raw).abs().max() > 1e-3

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from explorer_pages import BAD, browser, picture_file, pixels, shoot  # noqa: F401 (fixture)
+from explorer_pages import BAD, picture_file, pixels, shoot
 
 from benchmarks.browser import jupyterlab, run_in_lab, voila
 
@@ -42,7 +42,7 @@ def notebook(tmp_path):
 
 
 @pytest.fixture
-def page(browser):  # noqa: F811
+def page(browser):
     page = browser.new_page()
     page.set_default_timeout(1000 * PATIENCE)
     page.set_viewport_size({"width": 1280, "height": 3600})  # JupyterLab draws the outputs that are in view

@@ -3,55 +3,26 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import re
+import struct
+import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from explorer_pages import BAD, UNLABELLED, browser, check_that_it_fits, picture_file, pixels, show, wait_for_pixels, wire  # noqa: F401 (fixtures)
-from PIL import Image
+from explorer_pages import BAD, UNLABELLED, check_that_it_fits, picture_file, pixels, wait_for_pixels, wire
 
-from patchsae_utils.explorer import cards, uploads
+from patchsae_utils.adaptation.prompts import VisualPrompt
+from patchsae_utils.explorer import AdaptationView, LatentExplorer, cards, export_gallery, uploads
+from patchsae_utils.interventions.tail import dataset_head
 from patchsae_utils.plots.heat import blend
-
-NAMES = {3: cards.Name("red", "color", 0.5), 5: cards.Name(BAD, "object", 0.4), 7: cards.Name("redwood", "object", 0.9)}
-
-
-@pytest.fixture(scope="module")
-def summary(tiny_clip, tiny_sae, tiny_dataset):
-    from patchsae_utils.latents.reading import summarize_latents
-
-    return summarize_latents(tiny_clip, tiny_sae, tiny_dataset, -2, k=6, progress=False)
-
-
-@pytest.fixture
-def named():
-    import pandas as pd
-
-    return pd.DataFrame([{"latent": i, "name": n.name, "kind": n.kind, "score": n.score} for i, n in NAMES.items()])
-
-
-@pytest.fixture
-def latents(tiny_clip, tiny_sae, summary, tiny_dataset, named):
-    from patchsae_utils.explorer import LatentExplorer
-
-    return LatentExplorer(tiny_clip, tiny_sae, summary, tiny_dataset, named)
-
-
-@pytest.fixture
-def patches(tiny_clip, tiny_sae, summary, tiny_dataset, named):
-    from patchsae_utils.explorer import PatchExplorer
-
-    return PatchExplorer(tiny_clip, tiny_sae, summary, tiny_dataset, named)
+from patchsae_utils.stages import missing_artifacts
 
 
 @pytest.fixture
 def adaptation(tiny_clip, tiny_sae, tiny_dataset, named, summary):
-    from patchsae_utils.adaptation.prompts import VisualPrompt
-    from patchsae_utils.explorer import AdaptationView
-
     other = copy.deepcopy(tiny_clip)  # differs more than a few prompts would make it
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -59,9 +30,6 @@ def adaptation(tiny_clip, tiny_sae, tiny_dataset, named, summary):
     adapters = {"tools": other, "more": VisualPrompt(tiny_clip, 2, 1, seed=1)}
     datasets = {task: tiny_dataset for task in adapters}
     return AdaptationView(tiny_clip, adapters, tiny_sae, named, summary=summary, datasets=datasets)
-
-
-# -- latents: orders, neighbours, contour -------------------------------------------------------------------------------
 
 
 def test_neighbours_are_the_nearest_decoder_directions(latents, tiny_sae):
@@ -74,16 +42,7 @@ def test_neighbours_are_the_nearest_decoder_directions(latents, tiny_sae):
     assert [row[0] for row in latents.shown["neighbors"]] == cosine.topk(6).indices.tolist()
 
 
-def test_dead_latents_are_nobodys_neighbours(tiny_clip, tiny_sae, tiny_dataset):
-    reader = cards.Reader(tiny_clip, tiny_sae, tiny_dataset)
-    first = reader.nearest(3, 6)[0][0]
-    dead = np.arange(64) == first
-    assert first not in [i for i, _ in reader.nearest(3, 6, dead)]
-
-
 def test_latents_can_be_sorted_by_what_was_given_only(latents, tiny_clip, tiny_sae, summary, tiny_dataset):
-    from patchsae_utils.explorer import LatentExplorer
-
     latents.sort = "score"
     assert np.frombuffer(latents.order, np.uint32)[:3].tolist() == [7, 3, 5]
     with pytest.raises(ValueError, match="monosemanticity="):
@@ -109,34 +68,12 @@ def test_a_contour_is_drawn_at_the_threshold_and_nowhere_else():
     assert not (plain != lined)[4 * 32 + 8 : 5 * 32 - 8, 5 * 32 : 8 * 32].any()
 
 
-def test_prefetching_shows_nothing_and_saves_the_forward_pass(latents, monkeypatch):
-    order = np.frombuffer(latents.order, np.uint32)
-    shown = latents.shown
-    latents._receive({"kind": "prefetch", "latents": [int(order[1]), 10**9, "3", None]}, [])
-    assert latents.shown is shown
-    assert latents.ahead["latent"] == order[1]
-    monkeypatch.setattr(latents._reader.clip, "residual", None)  # is not called again
-    latents.latent = int(order[1])
-    assert latents.shown == latents.ahead
-
-
 def test_what_a_stranger_sends_is_ignored(latents, patches):
     for view in (latents, patches):
         before = view.shown
         for content in (None, 3, [], {}, {"kind": "prefetch"}, {"kind": "prefetch", "latents": 4}, {"kind": "upload"}, {"kind": "rm"}):
             view._receive(content, [])
         assert view.shown is before
-
-
-def test_selection_is_read_and_set_at_once(patches, latents):
-    patches.selection = {"image": 4, "patches": [3, 17], "latent": 5}
-    assert patches.selection == {"latent": 5, "image": 4, "patch": 17, "patches": [3, 17]}
-    assert latents.selection == {"latent": latents.latent, "image": -1}
-    with pytest.raises(ValueError, match="no choice 'colour'"):
-        patches.selection = {"colour": 3}
-
-
-# -- several patches ----------------------------------------------------------------------------------------------------
 
 
 def test_several_patches_are_listed_by_their_mean(patches, tiny_clip, tiny_sae, tiny_images):
@@ -154,43 +91,6 @@ def test_several_patches_are_listed_by_their_mean(patches, tiny_clip, tiny_sae, 
         patches.patches = [4, 196]
 
 
-def test_tops_are_every_patchs_list(patches):
-    tops, n = patches.tops, patches.tops["n"]
-    which = np.frombuffer(tops["latents"], np.uint32).reshape(196, n)
-    values = np.frombuffer(tops["values"], np.float32).reshape(196, n)
-    for patch in (0, 101):
-        patches.patch = patch
-        assert [(entry["latent"], entry["value"]) for entry in patches.shown["patch_latents"]] == [
-            (i, v) for i, v in zip(which[patch].tolist(), values[patch].tolist(), strict=True) if v > 0
-        ]
-
-
-def test_heat_maps_of_listed_latents_come_with_the_list(patches):
-    patches.patch = 100
-    shown = patches.shown
-    for place in (0, len(shown["listed"]) - 1):
-        patches.latent = shown["listed"][place]
-        heat = shown["listed_heats"][196 * place : 196 * (place + 1)]
-        assert heat == patches.shown["heat"] and shown["listed_scales"][place] == patches.shown["scale"]
-
-
-def test_patches_are_linked_to_the_steering_panel(patches, tiny_clip, tiny_sae, tiny_dataset):
-    from patchsae_utils.explorer import SteeringPanel, link
-    from patchsae_utils.interventions.tail import dataset_head
-
-    panel = SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, head=dataset_head(tiny_clip, tiny_dataset), latents=[3])
-    links = link(patches, panel)
-    patches.patches, patches.latent = [5, 2], 9
-    assert panel.patches == [2, 5] and panel.latent == 9
-    panel.image = 3
-    assert patches.image == 3
-    assert panel.latent == patches.latent == 9  # chosen still, though it has no slider
-    assert len(links) == 3
-
-
-# -- uploads ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", uploads.FORMATS)
 def test_uploads_of_every_kind_are_read(kind):
     picture, name = uploads.read_upload(picture_file(kind), "a\nb\x00" + "c" * 200)
@@ -199,22 +99,8 @@ def test_uploads_of_every_kind_are_read(kind):
     assert len(name) == 80 and name.isprintable()
 
 
-def test_uploads_are_upright_on_white_and_small():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    buffer = io.BytesIO()
-    Image.new("RGB", (60, 40)).save(buffer, "JPEG", exif=exif)
-    assert uploads.read_upload(buffer.getvalue())[0].size == (40, 60)
-    buffer = io.BytesIO()
-    Image.new("RGBA", (3000, 20), (0, 0, 0, 0)).save(buffer, "PNG")
-    picture, _ = uploads.read_upload(buffer.getvalue())
-    assert picture.width == uploads.SIDE and np.asarray(picture).min() == 255
-
-
 def bomb():
     """A PNG of a few bytes that says it has 900 million pixels."""
-    import struct
-    import zlib
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -260,14 +146,7 @@ def test_an_uploaded_picture_is_read_like_any_other(patches, tiny_clip, tiny_sae
         patches.uploaded = "other"
 
 
-# -- what is needed -----------------------------------------------------------------------------------------------------
-
-
 def test_a_missing_artifact_names_the_notebook_that_makes_it(tmp_path):
-    from types import SimpleNamespace
-
-    from patchsae_utils.stages import missing_artifacts
-
     adapters = SimpleNamespace(tasks=["openmoji/animals:gray"], kind="maple", seeds=[1])
     profile = SimpleNamespace(folder=lambda stage: tmp_path / stage, adapters=adapters)
     told = missing_artifacts(profile)
@@ -280,9 +159,6 @@ def test_a_missing_artifact_names_the_notebook_that_makes_it(tmp_path):
         assert len(missing_artifacts(profile)) == len(told) - 1
         told = missing_artifacts(profile)
     assert told == []
-
-
-# -- two models ---------------------------------------------------------------------------------------------------------
 
 
 def test_groups_say_what_halved_and_what_doubled(adaptation, tiny_clip, tiny_sae, tiny_images):
@@ -299,50 +175,13 @@ def test_groups_say_what_halved_and_what_doubled(adaptation, tiny_clip, tiny_sae
 
 
 def test_probabilities_are_those_of_each_model(adaptation, tiny_clip, tiny_images, tiny_dataset):
-    from patchsae_utils.interventions.tail import dataset_head
-
     for side, model in ((1, tiny_clip), (2, adaptation._adapters["tools"])):
         p = model.logits(model.encode_image(tiny_images[:1]), dataset_head(model, tiny_dataset)).softmax(-1)[0]
         for row in adaptation.card.bars:
             assert row[side] == pytest.approx(float(p[tiny_dataset.class_names.index(row[0])]), abs=1e-5)
 
 
-def test_another_task_starts_at_its_first_image(adaptation):
-    adaptation.image = 5
-    before = adaptation.shown["bars"]
-    adaptation.task = "more"
-    assert adaptation.image == 0 and adaptation.shown["task"] == "more" and adaptation.shown["bars"] != before
-    adaptation.selection = {"image": 3, "task": "tools", "latent": 4}
-    assert adaptation.selection == {"task": "tools", "image": 3, "latent": 4} and adaptation.shown["listed"][-1] == 4
-    for trait, value in (("task", "none"), ("image", 24), ("latent", 64)):
-        with pytest.raises(ValueError, match="no .*(none|24|64)"):
-            setattr(adaptation, trait, value)
-
-
-def test_models_that_do_not_fit_are_refused(tiny_clip, tiny_sae):
-    from patchsae_utils.explorer import AdaptationView
-
-    with pytest.raises(ValueError, match="for each task"):
-        AdaptationView(tiny_clip, {}, tiny_sae)
-    with pytest.raises(ValueError, match="top must"):
-        AdaptationView(tiny_clip, {"tools": tiny_clip}, tiny_sae, top=0)
-
-
-def test_figure_of_two_models(adaptation):
-    import matplotlib.pyplot as plt
-
-    adaptation.task, adaptation.latent = "more", 3
-    fig = adaptation.figure()
-    texts = " ".join(t.get_text() for t in fig.findobj(plt.Text))
-    for words in ("CLIP", "VPT", "latent 3 · red", "in both", "Artwork"):
-        assert words in texts
-    plt.close(fig)
-
-
-# -- the page -----------------------------------------------------------------------------------------------------------
-
-
-def test_page_finds_latents_by_name(show, latents):  # noqa: F811
+def test_page_finds_latents_by_name(show, latents):
     page = show(latents)
     page.fill("input[type=search]", "RED")
     page.wait_for_selector("[role=option]")
@@ -357,7 +196,7 @@ def test_page_finds_latents_by_name(show, latents):  # noqa: F811
     assert page.locator(".psx-find img, h3 img").count() == 0 and page.title() == ""
 
 
-def test_page_takes_the_next_step_before_python_answers(show, latents):  # noqa: F811
+def test_page_takes_the_next_step_before_python_answers(show, latents):
     order = np.frombuffer(latents.order, np.uint32)
     page = show(latents)
     for latent in order[[1, 2]].tolist():  # the page asks for one card after the other; a fake model brings the last one only
@@ -376,29 +215,7 @@ def test_page_takes_the_next_step_before_python_answers(show, latents):  # noqa:
     assert f"Latent {order[2]}" in page.inner_text("h3")
 
 
-def test_page_goes_to_a_neighbour(show, latents):  # noqa: F811
-    page = show(latents)
-    nearest = latents.card.neighbors[0][0]
-    page.locator(".psx-chip").first.click()
-    page.wait_for_selector(f"h3:has-text('Latent {nearest}')")
-    assert latents.latent == nearest
-
-
-def test_page_draws_contours_without_python(show, latents):  # noqa: F811
-    page = show(latents)
-    page.wait_for_selector(".psx-ref")
-    bare = pixels(page, ".psx-ref canvas")
-    page.evaluate("window.python = async () => '{}'")
-    page.check("label:has-text('Contour') input")
-    card = latents.card
-    look = {"tau": latents.tau, "opacity": latents.opacity, "size": 160}
-    expected = blend(card.pictures[0], card.heats[0], card.heats.max(), contour=True, **look)
-    lined = pixels(page, ".psx-ref canvas")
-    assert (lined != bare).any()
-    assert np.abs(lined.astype(int) - expected).mean() < np.abs(bare.astype(int) - expected).mean()
-
-
-def test_page_paints_a_listed_latent_before_python_answers(show, patches):  # noqa: F811
+def test_page_paints_a_listed_latent_before_python_answers(show, patches):
     patches.patch = 100
     page = show(patches)
     page.wait_for_selector(".psx-pick")
@@ -409,7 +226,7 @@ def test_page_paints_a_listed_latent_before_python_answers(show, patches):  # no
     assert np.abs(pixels(page, ".psx-stage").astype(int) - before).mean() > 3
 
 
-def test_page_lists_the_patch_under_the_pointer_and_several_chosen_ones(show, patches):  # noqa: F811
+def test_page_lists_the_patch_under_the_pointer_and_several_chosen_ones(show, patches):
     page = show(patches)
     page.wait_for_selector(".psx-pick")
     page.evaluate("window.asked = 0; const to = window.python; window.python = (m) => { window.asked++; return to(m); }; null")
@@ -429,7 +246,7 @@ def test_page_lists_the_patch_under_the_pointer_and_several_chosen_ones(show, pa
     assert patches.patches == [45, 46, 60]
 
 
-def test_page_takes_uploads_as_text_and_tells_of_broken_ones(show, patches):  # noqa: F811
+def test_page_takes_uploads_as_text_and_tells_of_broken_ones(show, patches):
     page = show(patches)
     page.wait_for_selector(".psx-pick")
     before = pixels(page, ".psx-stage")
@@ -456,7 +273,7 @@ def test_page_takes_uploads_as_text_and_tells_of_broken_ones(show, patches):  # 
     assert patches.uploaded == ""
 
 
-def test_page_of_two_models(show, adaptation):  # noqa: F811
+def test_page_of_two_models(show, adaptation):
     page = show(adaptation)
     page.wait_for_selector(".psx-twins .psx-pick")
     before = [pixels(page, f".psx-pair > div:nth-child({i}) canvas") for i in (1, 2)]
@@ -477,20 +294,15 @@ def test_page_of_two_models(show, adaptation):  # noqa: F811
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_page_of_two_models_fits_narrow_and_dark_outputs(show, adaptation, dark):  # noqa: F811
+def test_page_of_two_models_fits_narrow_and_dark_outputs(show, adaptation, dark):
     adaptation.latent = adaptation.card.listed[0]
     page = show(adaptation, dark=dark)
     page.wait_for_selector(".psx-odds li")
     check_that_it_fits(page, adaptation, dark)
 
 
-# -- the gallery --------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def gallery(tmp_path_factory, tiny_clip, tiny_sae, summary, tiny_dataset):
-    from patchsae_utils.explorer import export_gallery
-
     path = tmp_path_factory.mktemp("gallery") / "page.html"
     names = {3: "red", 5: "</script><img src=x onerror=document.title='bad'>"}
     return export_gallery(path, tiny_clip, tiny_sae, summary, tiny_dataset, names, n=20, title="<b>Mine</b>", order="frequency")
@@ -508,7 +320,7 @@ def test_gallery_holds_everything_and_each_picture_once(gallery, summary):
     assert "OpenMoji" in text
 
 
-def test_gallery_opens_from_a_file_and_is_searched(gallery, browser):  # noqa: F811
+def test_gallery_opens_from_a_file_and_is_searched(gallery, browser):
     page = browser.new_page()
     asked, errors = [], []
     page.on("request", lambda request: asked.append(request.url))
@@ -532,12 +344,3 @@ def test_gallery_opens_from_a_file_and_is_searched(gallery, browser):  # noqa: F
     assert page.evaluate(UNLABELLED) == []
     assert asked == [gallery.as_uri()] and errors == []
     page.close()
-
-
-def test_gallery_refuses_what_makes_no_page(tmp_path, tiny_clip, tiny_sae, summary, tiny_dataset):
-    from patchsae_utils.explorer import export_gallery
-
-    for wrong in ({"n": 0}, {"order": "beauty"}):
-        with pytest.raises(ValueError, match="at least 1|beauty"):
-            export_gallery(tmp_path / "x.html", tiny_clip, tiny_sae, summary, tiny_dataset, **wrong)
-    assert not list(tmp_path.iterdir())

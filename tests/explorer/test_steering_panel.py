@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from explorer_pages import browser, check_that_it_fits, pixels, show  # noqa: F401 (fixtures)
+from explorer_pages import check_that_it_fits, pixels
 
+import patchsae_utils as ps
+from patchsae_utils.explorer import SteeringPanel
 from patchsae_utils.interventions import Edit, dataset_head, steer
+from patchsae_utils.interventions.attribution import image_attribution
 
 BAD = "<img src=x onerror=document.title='bad'>"
 
@@ -19,12 +22,7 @@ def head(tiny_clip, tiny_dataset):
 
 @pytest.fixture
 def panel(tiny_clip, tiny_sae, tiny_dataset, head):
-    from patchsae_utils.explorer import SteeringPanel
-
     return SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, {3: "a wheel", 5: BAD}, head=head, latents=[3, 5, 9])
-
-
-# -- traits in Python ----------------------------------------------------------------------------------------------------------
 
 
 def test_moving_a_slider_steers_the_image(panel, tiny_clip, tiny_sae, tiny_images, tiny_dataset, head):
@@ -68,8 +66,6 @@ def test_a_selection_is_kept_and_set_again(panel):
 
 
 def test_the_line_of_python_is_the_edit(panel, tiny_clip, tiny_sae, tiny_dataset, head):
-    import patchsae_utils as ps
-
     panel.image, panel.where, panel.patches = 6, "selected", [7, 8]
     panel.edits = [{"latent": 5, "op": "scale", "value": 3.0}, {"latent": 3, "op": "add", "value": -0.25}]
     names = {"ps": ps, "clip": tiny_clip, "sae": tiny_sae, "dataset": tiny_dataset, "head": head}
@@ -78,18 +74,7 @@ def test_the_line_of_python_is_the_edit(panel, tiny_clip, tiny_sae, tiny_dataset
     assert panel.shown["code"] == panel.code and "\n" not in panel.code
 
 
-def test_reset_takes_everything_back(panel):
-    panel.patches, panel.where = [4], "selected"
-    panel.edits = [{"latent": 5, "op": "scale", "value": 2.0}]
-    panel.reset()
-    assert panel.edits == [] and panel.patches == [] and panel.where == "all"
-    assert all(before == after for _, before, after in panel.shown["bars"])
-
-
 def test_another_image_starts_afresh(panel, tiny_clip, tiny_sae, tiny_dataset, head):
-    from patchsae_utils.explorer import SteeringPanel
-    from patchsae_utils.interventions.attribution import image_attribution
-
     panel.edits = [{"latent": 5, "op": "scale", "value": 2.0}]
     panel.image = 4
     assert panel.edits == [] and panel.latents == [3, 5, 9] and panel.shown["image"] == 4  # latents that were given stay
@@ -103,13 +88,6 @@ def test_another_image_starts_afresh(panel, tiny_clip, tiny_sae, tiny_dataset, h
     free.latents = [0, 1]
     free.image = 5
     assert free.latents == [0, 1]
-
-
-def test_removing_a_slider_takes_its_edit_back(panel):
-    panel.edits = [{"latent": 5, "op": "scale", "value": 2.0}, {"latent": 3, "op": "scale", "value": 0.0}]
-    panel.latents = [3, 9]
-    assert [edit["latent"] for edit in panel.edits] == [3]
-    assert [slider["latent"] for slider in panel.shown["sliders"]] == [3, 9]
 
 
 @pytest.mark.parametrize(
@@ -134,50 +112,11 @@ def test_choices_that_do_not_exist_are_refused_and_change_nothing(panel, trait, 
     assert getattr(panel, trait) == before
 
 
-def test_parts_that_do_not_fit_are_refused(tiny_clip, tiny_sae, tiny_dataset, head):
-    from patchsae_utils.explorer import SteeringPanel
-    from patchsae_utils.sae.model import SparseAutoencoder
-
-    with pytest.raises(ValueError, match="24 classes|row for each"):
-        SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, head=head[:5])
-    with pytest.raises(ValueError, match="dimensional"):
-        SteeringPanel(tiny_clip, SparseAutoencoder(8, 16), tiny_dataset, head=head)
-    with pytest.raises(ValueError, match="n_sliders"):
-        SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, head=head, n_sliders=0)
-
-
-def test_an_adapted_model_can_be_steered(tiny_clip, tiny_sae, tiny_dataset, head):
-    from patchsae_utils.adaptation.prompts import VisualPrompt
-    from patchsae_utils.explorer import SteeringPanel
-
-    panel = SteeringPanel(
-        VisualPrompt(tiny_clip, 2, 1), tiny_sae, tiny_dataset, head=head, edits=[{"latent": 3, "op": "add", "value": 9.0}]
-    )
-    before, after = panel.steered.probabilities_before, panel.steered.probabilities
-    assert (before - after).abs().max() > 1e-4
-
-
-def test_figure_shows_what_is_on_screen(panel):
-    import matplotlib.pyplot as plt
-
-    panel.where, panel.patches, panel.latent = "selected", [3, 4], 3
-    panel.edits = [{"latent": 3, "op": "scale", "value": 2.5}]
-    fig = panel.figure()
-    texts = " ".join(t.get_text() for t in fig.findobj(plt.Text))
-    for words in ("a wheel", "×2.5", "2 selected patches", "Artwork", panel.shown["bars"][0][0]):
-        assert words in texts
-    plt.close(fig)
-    assert repr(panel).startswith("SteeringPanel(") and len(panel._repr_mimebundle_()[0]["text/plain"]) < 120
-
-
-# -- the page ------------------------------------------------------------------------------------------------------------------
-
-
 def strength(latent):
     return f".psx-sliders input[aria-label^='Strength of latent {latent}']"
 
 
-def test_page_keys_move_a_slider_and_the_bars_follow(show, panel):  # noqa: F811
+def test_page_keys_move_a_slider_and_the_bars_follow(show, panel):
     page = show(panel)
     page.wait_for_selector(".psx-odds li")
     before = page.inner_text(".psx-odds")
@@ -195,7 +134,7 @@ def test_page_keys_move_a_slider_and_the_bars_follow(show, panel):  # noqa: F811
     assert panel.edits == [] and page.inner_text(".psx-odds") == before
 
 
-def test_page_off_add_and_remove(show, panel):  # noqa: F811
+def test_page_off_add_and_remove(show, panel):
     page = show(panel)
     page.click("[aria-label^='Turn off latent 3']")
     page.wait_for_function("window.model.get('shown').sliders[0].edited")
@@ -216,7 +155,7 @@ def test_page_off_add_and_remove(show, panel):  # noqa: F811
     assert panel.latents == [5, 9, 20]
 
 
-def test_page_selects_patches_by_mouse_and_keys(show, panel):  # noqa: F811
+def test_page_selects_patches_by_mouse_and_keys(show, panel):
     page = show(panel)
     page.wait_for_selector(".psx-odds li")
     bare = pixels(page, ".psx-stage")
@@ -239,7 +178,7 @@ def test_page_selects_patches_by_mouse_and_keys(show, panel):  # noqa: F811
     page.wait_for_function("window.model.get('shown').patches.length === 0")
 
 
-def test_page_shows_a_latents_place_and_its_name_as_text(show, panel):  # noqa: F811
+def test_page_shows_a_latents_place_and_its_name_as_text(show, panel):
     page = show(panel)
     page.wait_for_selector(".psx-odds li")
     bare = pixels(page, ".psx-stage")
@@ -251,35 +190,8 @@ def test_page_shows_a_latents_place_and_its_name_as_text(show, panel):  # noqa: 
     assert page.locator(".psx-sliders img").count() == 0 and page.title() == ""
 
 
-def test_page_turns_images_and_copies_the_line(show, panel):  # noqa: F811
-    page = show(panel)
-    page.wait_for_selector(".psx-odds li")
-    assert page.is_disabled("[aria-label='Previous image']")
-    page.click("[aria-label='Next image']")
-    page.wait_for_selector("h3:has-text('Image 1 ·')")
-    assert panel.image == 1
-    page.evaluate(
-        "Object.defineProperty(navigator, 'clipboard', { value: { writeText: async (t) => { window.copied = t; } }, configurable: true })"
-    )
-    page.click("text=Copy")
-    page.wait_for_selector("text=Copied")
-    assert page.evaluate("window.copied") == panel.code
-    page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined, configurable: true })")
-    page.wait_for_selector("button:text-is('Copy')")
-    page.click("text=Copy")
-    page.wait_for_selector("text=Marked")
-    assert page.evaluate("getSelection().toString()") == panel.code
-
-
 @pytest.mark.parametrize("dark", [False, True])
-def test_page_fits_narrow_and_dark_outputs(show, panel, dark):  # noqa: F811
+def test_page_fits_narrow_and_dark_outputs(show, panel, dark):
     page = show(panel, dark=dark)
     page.wait_for_selector(".psx-odds li")
     check_that_it_fits(page, panel, dark)
-
-
-def test_page_leaves_nothing_behind(show, panel):  # noqa: F811
-    page = show(panel)
-    page.wait_for_selector(".psx")
-    page.evaluate("window.stop()")
-    assert page.evaluate("window.model.count()") == 0 and page.locator(".psx").count() == 0

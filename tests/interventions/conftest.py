@@ -3,21 +3,21 @@
 import pytest
 import torch
 
+from patchsae_utils.adaptation import MaPLe
+from patchsae_utils.interventions import dataset_head
+from patchsae_utils.sae.model import SparseAutoencoder
+
 LAYER = -2
 
 
 @pytest.fixture(scope="session")
 def head(tiny_clip, tiny_dataset):
-    from patchsae_utils.interventions import dataset_head
-
     return dataset_head(tiny_clip, tiny_dataset)
 
 
 @pytest.fixture(scope="session")
 def sae(tiny_sae):
     """With a bias on either side, so that forgetting one shows."""
-    from patchsae_utils.sae.model import SparseAutoencoder
-
     sae = SparseAutoencoder(tiny_sae.d_in, tiny_sae.d_sae, seed=0).requires_grad_(False)
     sae.b_dec.copy_(torch.randn(sae.d_in, generator=torch.Generator().manual_seed(1)))
     sae.b_enc.copy_(0.1 * torch.randn(sae.d_sae, generator=torch.Generator().manual_seed(2)))
@@ -26,8 +26,6 @@ def sae(tiny_sae):
 
 @pytest.fixture(scope="session")
 def maple(tiny_clip):
-    from patchsae_utils.adaptation import MaPLe
-
     return MaPLe(tiny_clip, n_ctx=2, depth=2)
 
 

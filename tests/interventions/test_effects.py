@@ -54,9 +54,6 @@ def steered(clip, sae, dataset, index, edits, head):
     return (found.logits - found.logits_before)[0]
 
 
-# -- concepts and their latents ---------------------------------------------------------------------------------------
-
-
 def test_prompts_name_the_concept_and_heads_are_their_unit_means(tiny_clip):
     assert len(openmoji.concept_names()) > 100
     for concept in ("object:hammer", "category:tool", "color:red", "background:sand"):
@@ -123,9 +120,6 @@ def test_clearest_latents_give_each_latent_to_one_class(monkeypatch):
     monkeypatch.setattr(effects, "class_scores", lambda scores: scores)
     scores = torch.tensor([[9.0, 0.0, 1.0], [3.0, 0.0, 0.5], [0.0, 5.0, 0.0], [0.0, 0.0, 0.0]])
     assert clearest_latents(scores, 5) == {0: 0, 2: 1} and clearest_latents(scores, 1) == {0: 0}
-
-
-# -- experiments ------------------------------------------------------------------------------------------------------
 
 
 def test_concept_specificity_measures_what_steer_does(tiny_clip, sae, scenes):

@@ -1,14 +1,4 @@
-"""Masks: exact, blind to labels, the same for adapted models, and beside controls that are what they say.
-
-Traps of PAPER.md section 4 that belong here, and their tests:
-
-1  masking an adapted model crashes            test_traps_1_and_4_adapted_models_run_and_their_prompts_are_left_alone
-2  a constant bias is added in masking         test_trap_2_masking_adds_no_constant
-3  oracle masks leak the label                 test_trap_3_only_the_oracle_reads_evaluation_labels
-4  prompt tokens leak into means and counts    test_traps_1_and_4_...
-13 classes keyed by name                       test_trap_13_rows_for_each_class_keep_equal_names_apart
-16 accuracies only with the reconstruction     test_trap_16_raw_reconstructed_and_error_kept_stand_side_by_side
-"""
+"""Masks: exact, blind to labels, the same for adapted models, and beside controls that are what they say."""
 
 from __future__ import annotations
 
@@ -21,7 +11,7 @@ import torch
 
 from patchsae_utils.adaptation import CoOp, MaPLe, VisualPrompt
 from patchsae_utils.interventions import CHOICES, Edit, steer, sweep_masks
-from patchsae_utils.interventions.choosing import NONE_LEFT, SILENT, match_by_weight, matched_latents
+from patchsae_utils.interventions.choosing import NONE_LEFT, SILENT, matched_latents
 
 LAYER = -2
 
@@ -62,9 +52,6 @@ def row(table, **where):
     chosen = table[np.logical_and.reduce([table[key] == value for key, value in where.items()])]
     assert len(chosen) == 1
     return chosen.iloc[0]
-
-
-# -- exactness --------------------------------------------------------------------------------------------------------
 
 
 def test_sparse_edits_equal_dense_masks(tiny_clip, sae, tiny_dataset, counts, head):
@@ -138,9 +125,6 @@ def test_trap_16_raw_reconstructed_and_error_kept_stand_side_by_side(tiny_clip, 
     assert abs(raw - rebuilt) > 0.1
 
 
-# -- which latents ----------------------------------------------------------------------------------------------------
-
-
 def test_trap_3_only_the_oracle_reads_evaluation_labels(tiny_clip, sae, tiny_dataset, counts, head):
     """The same pictures under other labels get the same masks, whatever is chosen, except by the oracle."""
     streams = []
@@ -174,18 +158,6 @@ def test_random_latents_are_alive(tiny_clip, sae, tiny_dataset, counts, head):
     sweep_masks(clip, sae, tiny_dataset, [sae.d_sae], "random", True, -3, class_counts=counts, head=head, n_random=1)
     z = clip.seen[0].tokens
     torch.testing.assert_close(clip.seen[4].tokens, z - sae.encode(z)[..., :10] @ sae.W_dec[:10], rtol=0, atol=1e-4)
-
-
-def test_controls_match_in_activation_and_frequency():
-    rng = np.random.default_rng(0)
-    weights = rng.normal(size=(400, 2)) * [1, 10]  # the second column must not drown the first
-    targets, pool = np.arange(20), np.arange(20, 400)
-    found = match_by_weight(targets, pool, weights, rng)
-    assert len(set(found.tolist())) == 20 and found.min() >= 20
-    distance = np.abs(weights[targets] - weights[found]) / weights.std(0)
-    assert (np.median(distance, 0) < 0.25).all()
-    assert np.median(np.abs(weights[targets] - weights[pool[:20]]) / weights.std(0)) > 0.4
-    assert len(match_by_weight(targets, pool[:4], weights, rng)) == 4
 
 
 def test_controls_are_other_latents_about_as_active_in_the_image():
@@ -244,9 +216,6 @@ def test_seeds_and_batch_sizes(tiny_clip, sae, tiny_dataset, counts, head):
     np.testing.assert_allclose(first.query("choose == 'oracle'")["logit"], other.query("choose == 'oracle'")["logit"], atol=1e-3)
 
 
-# -- models with prompts ----------------------------------------------------------------------------------------------
-
-
 def test_traps_1_and_4_adapted_models_run_and_their_prompts_are_left_alone(maple, sae, tiny_dataset, counts, monkeypatch):
     """199 tokens: the SAE reads 197 of them, and the two prompts come out as they went in."""
     clip, read, encode = Recorder(maple), [], sae.encode
@@ -256,9 +225,6 @@ def test_traps_1_and_4_adapted_models_run_and_their_prompts_are_left_alone(maple
     assert before.extra.shape[1] == 2 and set(read) == {maple.n_tokens} == {197}
     assert all(residual.tokens.shape[1] == 197 and torch.equal(residual.extra, before.extra) for residual in clip.seen)
     assert table["accuracy"].between(0, 1).all()
-
-
-# -- the table --------------------------------------------------------------------------------------------------------
 
 
 def test_table_has_a_row_for_every_condition_with_an_interval(tiny_clip, sae, tiny_dataset, counts, head):
@@ -275,16 +241,6 @@ def test_table_has_a_row_for_every_condition_with_an_interval(tiny_clip, sae, ti
     assert len(by_group) == len(total) * len({tiny_dataset.class_names[label][0] for label in tiny_dataset.labels.tolist()})
     weighted = by_group.assign(right=by_group["accuracy"] * by_group["n"]).groupby(keys, sort=False)[["right", "n"]].sum()
     np.testing.assert_allclose(weighted["right"] / weighted["n"], total["accuracy"], atol=1e-9)
-
-
-def test_both_rankings_stand_in_one_table(tiny_clip, sae, tiny_dataset, counts, head):
-    table = sweep_masks(
-        tiny_clip, sae, tiny_dataset, [2], ["predicted", "random"], rank_by=["count", "attribution"], class_counts=counts,
-        attribution=counts.flip(0), head=head,
-    )  # fmt: skip
-    assert table[table["mode"] == "off"][["choose", "rank"]].to_numpy().tolist() == [
-        ["predicted", "count"], ["predicted", "attribution"], ["random", "none"],
-    ]  # fmt: skip
 
 
 def test_trap_13_rows_for_each_class_keep_equal_names_apart(tiny_clip, sae, tiny_dataset, head):

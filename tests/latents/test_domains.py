@@ -9,12 +9,7 @@ from PIL import Image
 
 from patchsae_utils.data import ImageData, load_dataset
 from patchsae_utils.latents import domains as module
-from patchsae_utils.latents.domains import (
-    cross_domain_references,
-    text_and_image_latents,
-    word_scene,
-    word_scenes,
-)
+from patchsae_utils.latents.domains import cross_domain_references, text_and_image_latents, word_scene, word_scenes
 
 LAYER = 1
 
@@ -29,9 +24,6 @@ def encode(clip, sae, data):
     inputs = torch.stack([clip.preprocess(data[i].image) for i in range(len(data))])
     with torch.no_grad():
         return sae.encode(clip.residual(inputs, LAYER))
-
-
-# -- domains ----------------------------------------------------------------------------------------------------------------
 
 
 def test_references_in_every_domain_equal_the_slow_reference(tiny_clip, sae, worlds, monkeypatch):
@@ -81,9 +73,6 @@ def test_other_data_sets_have_references_but_no_shared_classes(tiny_clip, sae, w
         cross_domain_references(tiny_clip, sae, worlds, [24], LAYER)
     with pytest.raises(ValueError, match="at least one data set"):
         cross_domain_references(tiny_clip, sae, {}, [0], LAYER)
-
-
-# -- written words --------------------------------------------------------------------------------------------------------------
 
 
 def test_word_scenes_show_dark_ink_on_plain_paper_within_the_picture():

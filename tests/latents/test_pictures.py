@@ -11,7 +11,7 @@ from torchvision import transforms
 from patchsae_utils.data import ImageData
 from patchsae_utils.latents import pictures as module
 from patchsae_utils.latents.domains import cross_domain_references, text_and_image_latents, word_scenes
-from patchsae_utils.latents.pictures import activation_levels, level_overlap, reference_images, seen_image
+from patchsae_utils.latents.pictures import activation_levels, reference_images, seen_image
 from patchsae_utils.latents.reading import latent_masks, summarize_latents
 from patchsae_utils.sae.model import SparseAutoencoder
 
@@ -86,17 +86,6 @@ def test_levels_count_what_they_say(tiny_clip, sae, data, summary, all_latents, 
             assert value.get((level, latent), 0.0) == pytest.approx(float(activation[latent]), rel=1e-4)
     for _, rows in found.table.groupby("level"):
         assert rows["value"].is_monotonic_decreasing
-
-
-def test_overlap_of_levels_counts_shared_latents(summary):
-    found = level_overlap(summary, k=3).set_index("class_index")
-    tops = {c: set(summary.class_counts[c].topk(3).indices.tolist()) for c in (0, 1, 2)}  # no zeros among them
-    overall = set(summary.dataset_counts.topk(3).indices.tolist())
-    assert found.index.tolist() == [0, 1, 2]  # the class without images is left out
-    for c in (0, 1, 2):
-        assert found.loc[c, "dataset"] == len(tops[c] & overall)
-        assert found.loc[c, "other"] == pytest.approx(np.mean([len(tops[c] & tops[o]) for o in (0, 1, 2) if o != c]))
-    assert found["chance"].iloc[0] == pytest.approx(9 / int((~summary.dead).sum()))
 
 
 def test_an_sae_of_another_layer_is_refused_by_everything_that_reads_latents(tiny_clip, data, summary):

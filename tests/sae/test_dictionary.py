@@ -6,25 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from patchsae_utils.sae.dictionary import dimensions, random_sae, sae_dictionary
+from patchsae_utils.sae.dictionary import random_sae, sae_dictionary
 from patchsae_utils.sae.model import ACTIVATIONS, SparseAutoencoder
-
-
-def test_dimensions_have_both_signs():
-    x = torch.randn(5, 3)
-    both = dimensions(3)
-    torch.testing.assert_close(both.encode(x, None), torch.cat([x, -x], 1))
-    torch.testing.assert_close(both.encode(x, np.array([4, 0])), torch.stack([-x[:, 1], x[:, 0]], 1))
-
-
-def test_random_sae_has_the_size_but_not_the_weights(tiny_sae):
-    control = random_sae(tiny_sae, seed=3)
-    assert (control.d_in, control.d_sae) == (tiny_sae.d_in, tiny_sae.d_sae)
-    torch.testing.assert_close(control.W_enc.norm(dim=0), torch.ones(control.d_sae))
-    torch.testing.assert_close(control.b_dec.data, tiny_sae.b_dec.data)
-    assert torch.equal(control.W_enc, random_sae(tiny_sae, seed=3).W_enc) and not torch.equal(
-        control.W_enc, random_sae(tiny_sae, seed=4).W_enc
-    )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -42,6 +25,12 @@ def test_a_random_sae_is_as_sparse_as_the_sae_on_the_tokens_given(activation):
     ours, theirs = ((each.encode(x) > 0).float().sum(1).mean().item() for each in (sae, control))
     assert 0 < ours < 16 and theirs == pytest.approx(ours, rel=1e-3)
     assert control.activation == activation and (control.encode(x) >= 0).all()
+    guess = control.decode(control.encode(x)) - control.b_dec
+    assert (((x - control.b_dec) * guess).sum() / guess.square().sum()).item() == pytest.approx(1, abs=1e-3)  # no other gain is better
+    torch.testing.assert_close(control.W_dec.norm(dim=1), torch.ones(64))
+    torch.testing.assert_close(control.b_dec, sae.b_dec)
+    again, other = (random_sae(sae, seed=seed, tokens=x) for seed in (3, 4))
+    assert torch.equal(control.W_enc, again.W_enc) and not torch.equal(control.W_enc, other.W_enc)
     if activation in ("batchtopk", "matryoshka", "jumprelu", "gated"):
         with pytest.raises(ValueError, match=f"{activation!r} needs a threshold of its own: give tokens"):
             random_sae(sae)

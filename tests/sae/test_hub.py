@@ -20,61 +20,46 @@ from patchsae_utils.sae.files import _model_card, load_sae, push_sae, save_sae
 class StandIn(BaseHTTPRequestHandler):
     """As much of the hub as create_repo, upload_folder and snapshot_download ask for."""
 
-    @property
-    def commit(self):
-        return f"{self.server.n_commits:040x}"
-
     def do_GET(self, body=True):
-        files, commit = self.server.files, self.commit
-        path = self.path.partition("?")[0]
-        if match := re.fullmatch(r"/api/models/(\w+/\w+)(/revision/[\w.]+)?", path):
-            if match[1] not in files:
-                return self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
-            siblings = [{"rfilename": name} for name in files[match[1]]]
-            return self.answer(
-                {"id": match[1], "modelId": match[1], "sha": commit, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
-            )
-        if match := re.fullmatch(r"/api/models/(\w+/\w+)/tree/[\w.]+", path):
-            entries = [{"type": "file", "path": name, "size": len(data), "oid": commit} for name, data in files[match[1]].items()]
-            return self.answer(entries)
-        if match := re.fullmatch(r"/(\w+/\w+)/resolve/[\w.]+/(.+)", path):
-            data = files.get(match[1], {}).get(match[2])
-            if data is None:
-                return self.answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
-            headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}
-            return self.answer(data, 200, headers, body)
-        return self.answer({"error": f"no {path}"}, 404)
+        _, kind, *rest = self.path.partition("?")[0].split("/")
+        repository = "/".join(rest[:2]) if kind == "api" and (rest := rest[1:]) else f"{kind}/{rest[0]}"
+        held, commit = self.server.files.get(repository), f"{self.server.n_commits:040x}"
+        if held is None:
+            return self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+        if kind == "api" and rest[2:3] == ["tree"]:
+            return self.answer([{"type": "file", "path": name, "size": len(data), "oid": commit} for name, data in held.items()])
+        if kind == "api":
+            about = {"id": repository, "modelId": repository, "sha": commit, "private": False, "tags": [], "downloads": 0}
+            return self.answer(about | {"siblings": [{"rfilename": name} for name in held]})
+        data = held.get("/".join(rest[3:]))  # <owner>/<name>/resolve/<revision>/<file>
+        if data is None:
+            return self.answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+        return self.answer(data, 200, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}, body)
 
     def do_HEAD(self):
         self.do_GET(body=False)
 
     def do_POST(self):
-        self.server.n_commits += "/commit/" in self.path
-        files, commit = self.server.files, self.commit
-        sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        sent, host = self.rfile.read(int(self.headers.get("Content-Length") or 0)), f"http://{self.headers['Host']}"
         if self.path == "/api/repos/create":
             wanted = json.loads(sent)
             if wanted["organization"] == "others":
                 return self.answer({"error": "You don't have the rights to create a model under this namespace"}, 403)
             name = f"{wanted['organization']}/{wanted['name']}"
-            files.setdefault(name, {})
-            return self.answer({"url": f"http://{self.headers['Host']}/{name}"})
-        if match := re.match(r"/api/models/(\w+/\w+)/preupload/", self.path):
-            found = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None} for file in json.loads(sent)["files"]
-            ]
-            return self.answer({"files": found})
-        if match := re.match(r"/api/models/(\w+/\w+)/commit/", self.path):
-            for line in sent.splitlines():
-                entry = json.loads(line)
-                if entry["key"] == "file":
-                    files[match[1]][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            return self.answer(
-                {"commitUrl": f"http://{self.headers['Host']}/{match[1]}/commit/{commit}", "commitOid": commit, "success": True}
-            )
+            self.server.files.setdefault(name, {})
+            return self.answer({"url": f"{host}/{name}"})
         if self.path == "/api/validate-yaml":
             return self.answer({"errors": [], "warnings": []})
-        return self.answer({"error": f"no {self.path}"}, 404)
+        repository, act = re.match(r"/api/models/(\w+/\w+)/(preupload|commit)/", self.path).groups()
+        if act == "preupload":
+            told = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            return self.answer({"files": [{"path": file["path"], **told} for file in json.loads(sent)["files"]]})
+        self.server.n_commits += 1
+        for entry in map(json.loads, sent.splitlines()):
+            if entry["key"] == "file":
+                self.server.files[repository][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+        commit = f"{self.server.n_commits:040x}"
+        return self.answer({"commitUrl": f"{host}/{repository}/commit/{commit}", "commitOid": commit, "success": True})
 
     def answer(self, content, status=200, headers=(), body=True):
         data = content if isinstance(content, bytes) else json.dumps(content).encode()

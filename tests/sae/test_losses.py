@@ -1,179 +1,12 @@
 """The objectives, against float64 references written plainly in numpy, and their gradients against finite differences."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from tiny_saes import perturbed
 
-from patchsae_utils.sae.dictionary import geometric_median
-from patchsae_utils.sae.losses import auxk_loss, auxk_size, normalized_squared_error, objective, patchsae_loss
+from patchsae_utils.sae.losses import auxk_loss, auxk_size, objective, patchsae_loss
 from patchsae_utils.sae.model import ACTIVATIONS, SparseAutoencoder
-from patchsae_utils.sae.variants import jump_relu, step
-
-LAMBDA = 0.03
-
-
-def reference(weights, x, dead, l1_coefficient, cls_factor, constants=None):
-    """(mse, l1, ghost) of PAPER section 1, token by token; ``constants`` fixes what the optimiser must not differentiate."""
-    W_enc, b_enc, W_dec, b_dec = weights
-    n, d = x.shape
-    mse = l1 = ghost = 0.0
-    kept = []
-    for i in range(n):
-        pre = [sum((x[i, a] - b_dec[a]) * W_enc[a, s] for a in range(d)) + b_enc[s] for s in range(len(b_enc))]
-        h = [max(p, 0.0) for p in pre]
-        z = [sum(h[s] * W_dec[s, a] for s in range(len(h))) + b_dec[a] for a in range(d)]
-        norm = math.sqrt(sum(v * v for v in x[i]))
-        error = [(z[a] - x[i, a]) ** 2 / norm for a in range(d)]
-        mse += cls_factor[i] * sum(error) / (n * d)
-        l1 += l1_coefficient * sum(h) / n
-        g = [sum(math.exp(pre[s]) * W_dec[s, a] for s in dead) for a in range(d)]
-        if constants is None:
-            r = [x[i, a] - z[a] for a in range(d)]
-            r_norm = math.sqrt(sum(v * v for v in r))
-            scale = r_norm / (1e-6 + 2 * math.sqrt(sum(v * v for v in g)))
-            raw = [(g[a] * scale - r[a]) ** 2 / r_norm for a in range(d)]
-            ratio = [error[a] / (raw[a] + 1e-6) for a in range(d)]
-            kept.append((r, r_norm, scale, ratio))
-        else:
-            r, r_norm, scale, ratio = constants[i]
-            raw = [(g[a] * scale - r[a]) ** 2 / r_norm for a in range(d)]
-        if len(dead):
-            ghost += sum(ratio[a] * raw[a] for a in range(d)) / (n * d)
-    return (mse, l1, ghost), kept
-
-
-@pytest.fixture
-def case():
-    sae = perturbed()
-    sae.normalize_decoder()
-    x = 2 + torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    dead = torch.zeros(20, dtype=torch.bool)
-    dead[[1, 7, 19]] = True
-    with torch.no_grad():
-        sae.b_enc[dead] -= 8  # so that they really don't fire
-    return sae, x, dead
-
-
-def arrays(sae):
-    return [p.detach().numpy().copy() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)]
-
-
-@pytest.mark.parametrize("with_dead", [False, True])
-@pytest.mark.parametrize("cls_coefficient", [1.0, 3.5])
-def test_terms_equal_the_reference(case, with_dead, cls_coefficient):
-    """FAULTS D21: the ghost term's ratio is taken before the CLS coefficient, as in the official code."""
-    sae, x, dead = case
-    is_cls = torch.tensor([True, False, False, True, False])
-    loss = patchsae_loss(sae, x, dead if with_dead else None, LAMBDA, cls_coefficient, is_cls=is_cls)
-    factor = np.where(is_cls, cls_coefficient, 1.0)
-    (mse, l1, ghost), _ = reference(arrays(sae), x.numpy(), np.flatnonzero(dead) if with_dead else [], LAMBDA, factor)
-    assert loss.mse.item() == pytest.approx(mse, rel=1e-10)
-    assert loss.l1.item() == pytest.approx(l1, rel=1e-10)
-    assert loss.ghost.item() == pytest.approx(ghost, rel=1e-10, abs=1e-15)
-    assert loss.total.item() == pytest.approx(mse + l1 + ghost, rel=1e-10)
-    assert (loss.ghost > 0) == with_dead
-
-
-def test_gradients_equal_finite_differences_ghost_included(case):
-    sae, x, dead = case
-    index = np.flatnonzero(dead)
-    patchsae_loss(sae, x, dead, LAMBDA).total.backward()
-    weights = arrays(sae)
-    ones = np.ones(len(x))
-    _, constants = reference(weights, x.numpy(), index, LAMBDA, ones)
-    step = 1e-6
-    for parameter, values in zip((sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), weights, strict=True):
-        gradient = np.zeros_like(values)
-        for place in np.ndindex(values.shape):
-            keep = values[place]
-            totals = []
-            for sign in (1, -1):
-                values[place] = keep + sign * step
-                totals.append(sum(reference(weights, x.numpy(), index, LAMBDA, ones, constants)[0]))
-            values[place] = keep
-            gradient[place] = (totals[0] - totals[1]) / (2 * step)
-        np.testing.assert_allclose(parameter.grad.numpy(), gradient, rtol=2e-5, atol=2e-8)
-
-
-def test_ghost_gradients_reach_the_dead_alone(case):
-    sae, x, dead = case
-    patchsae_loss(sae, x, None, 0.0).total.backward()
-    assert not sae.W_enc.grad[:, dead].any() and not sae.W_dec.grad[dead].any()
-    without = {name: p.grad.clone() for name, p in sae.named_parameters()}
-    sae.zero_grad()
-    patchsae_loss(sae, x, dead, 0.0).total.backward()
-    assert (sae.W_enc.grad[:, dead].norm(dim=0) > 0).all() and (sae.W_dec.grad[dead].norm(dim=1) > 0).all()
-    torch.testing.assert_close(sae.W_dec.grad[~dead], without["W_dec"][~dead], rtol=0, atol=0)
-    torch.testing.assert_close(sae.W_enc.grad[:, ~dead], without["W_enc"][:, ~dead], rtol=0, atol=0)
-
-
-def test_ghost_reads_pre_activations(case):
-    """PAPER.md 1: after the ReLU exp(0) = 1, and the encoder of the dead would get nothing."""
-    sae, x, dead = case
-    patchsae_loss(sae, x, dead, LAMBDA).total.backward()
-    assert sae.W_enc.grad[:, dead].abs().max() > 0
-    output = sae(x)
-    sae.zero_grad()
-    patchsae_loss(sae, x, dead, LAMBDA, output=output._replace(pre_activations=output.latents)).total.backward()
-    assert not sae.W_enc.grad[:, dead].any()
-
-
-def test_all_zero_tokens_and_perfect_reconstructions_give_no_nan():
-    sae = SparseAutoencoder(6, 20)
-    dead = torch.ones(20, dtype=torch.bool)
-    loss = patchsae_loss(sae, torch.zeros(3, 6), dead, LAMBDA)
-    loss.total.backward()
-    assert torch.isfinite(loss.total)
-    assert all(torch.isfinite(p.grad).all() for p in sae.parameters())
-
-
-def test_cls_coefficient_weighs_token_0_of_every_image_not_image_0(case):
-    sae, _, _ = case
-    x = torch.randn(3, 4, 6, dtype=torch.float64)
-    error = normalized_squared_error(x, sae(x).reconstruction)
-    error[:, 0] *= 10
-    torch.testing.assert_close(patchsae_loss(sae, x, None, 0.0, 10.0).total, error.mean())
-    flat = torch.zeros(12, dtype=torch.bool)
-    flat[::4] = True
-    mixed = patchsae_loss(sae, x.flatten(0, 1), None, 0.0, 10.0, is_cls=flat)
-    torch.testing.assert_close(mixed.total, error.mean())
-
-
-def test_cls_coefficient_needs_to_know_where_cls_is(case):
-    sae, x, _ = case
-    with pytest.raises(ValueError, match=r"needs to know which tokens are CLS"):
-        patchsae_loss(sae, x, None, LAMBDA, 2.0)
-    with pytest.raises(ValueError, match=r"is_cls has shape \(3,\)"):
-        patchsae_loss(sae, x, None, LAMBDA, 2.0, is_cls=torch.zeros(3, dtype=torch.bool))
-    patchsae_loss(sae, x, None, LAMBDA, 1.0)  # nothing to weigh, nothing to know
-
-
-def test_geometric_median_minimises_the_sum_of_distances():
-    generator = torch.Generator().manual_seed(0)
-    points = torch.cat([torch.randn(300, 5, generator=generator), 50 + torch.randn(60, 5, generator=generator)])
-
-    def total(center):
-        return (points.double() - center.double()).norm(dim=1).sum()
-
-    median = geometric_median(points)
-    assert median.norm() < 1.0  # the mean lies at 8.3 in every dimension: outliers hardly move the median
-    for direction in torch.eye(5):
-        assert total(median) <= total(median + 1e-2 * direction) and total(median) <= total(median - 1e-2 * direction)
-    torch.testing.assert_close(geometric_median(torch.ones(4, 3)), torch.ones(3))
-
-
-# -- the other variants' ---------------------------------------------------------------------------------------------------
-
-
-def test_auxk_follows_the_source():
-    assert (auxk_size(768), auxk_size(192), auxk_size(2), auxk_size(1)) == (512, 128, 1, 1)
-    x, rows = torch.tensor([[3.0, 1.0]]), torch.eye(2)  # one latent of two: the larger
-    assert auxk_loss(x, torch.zeros(1, 2), torch.tensor([[2.0, 1.5]]), rows).item() == 1 + 1
-    assert auxk_loss(x, torch.zeros(1, 2), torch.tensor([[-2.0, -5.0]]), rows).item() == 9 + 1
-
 
 D, S, WEIGHT = 6, 20, 0.05
 OPTIONS = {
@@ -189,13 +22,9 @@ SPARSE = [name for name in ACTIVATIONS if name != "gated"]
 
 def variant(activation, seed=0):
     """An SAE with no parameter at 0, in float64, in training mode."""
-    sae = SparseAutoencoder(D, S, activation, seed=seed, **OPTIONS[activation]).double()
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-        if activation == "jumprelu":
-            sae.threshold.abs_()
+    sae = perturbed(D, S, seed=seed, activation=activation, **OPTIONS[activation])
+    if activation == "jumprelu":
+        sae.threshold.data.abs_()
     sae.normalize_decoder()
     return sae
 
@@ -210,9 +39,6 @@ def dead():
     mask = torch.zeros(S, dtype=torch.bool)
     mask[[1, 7, 12, 13, 19]] = True
     return mask
-
-
-# -- the published formulas, written down plainly ---------------------------------------------------------------------------
 
 
 def largest(values, n):
@@ -233,9 +59,34 @@ def auxk(w, pre, x, x_hat, dead, constants):
     return total / 32, residual
 
 
-def variant_reference(activation, w, x, dead, constants=None):
+def finite_differences(total, values, pace=1e-6):
+    """The gradient of ``total()`` with respect to an array that it reads."""
+    gradient = np.zeros_like(values)
+    for place in np.ndindex(values.shape):
+        keep, totals = values[place], []
+        for sign in (1, -1):
+            values[place] = keep + sign * pace
+            totals.append(total())
+        values[place] = keep
+        gradient[place] = (totals[0] - totals[1]) / (2 * pace)
+    return gradient
+
+
+def reference(activation, w, x, dead, constants=None, factor=1.0):
     """(error, sparsity, auxiliary), and what the optimiser must not differentiate; ``constants`` fixes that."""
     pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+    if activation == "relu":  # section 1 of PAPER.md
+        h = np.maximum(pre, 0)
+        z = h @ w["W_dec"] + w["b_dec"]
+        error = (z - x) ** 2 / np.linalg.norm(x, axis=1, keepdims=True)
+        g = np.exp(pre[:, dead]) @ w["W_dec"][dead]
+        if constants is None:
+            norm = np.linalg.norm(x - z, axis=1, keepdims=True)
+            scale = norm / (1e-6 + 2 * np.linalg.norm(g, axis=1, keepdims=True))
+            constants = (x - z, norm, scale, error / ((g * scale - (x - z)) ** 2 / norm + 1e-6))
+        r, norm, scale, ratio = constants
+        ghost = (ratio * (g * scale - r) ** 2 / norm).mean() if dead.any() else 0.0
+        return ((factor * error).mean(), WEIGHT * h.sum(1).mean(), ghost), constants
     if activation == "gated":
         frozen = (w["W_dec"].copy(), w["b_dec"].copy()) if constants is None else constants
         h = np.zeros_like(pre)
@@ -264,36 +115,77 @@ def named(sae):
     return {name: parameter.detach().numpy().copy() for name, parameter in sae.named_parameters()}
 
 
-@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu", "gated", "matryoshka"])
-def test_variants_terms_equal_the_reference(activation, tokens, dead):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_terms_equal_the_reference(activation, tokens, dead):
     sae = variant(activation)
     loss = objective(sae)(sae, tokens, dead, WEIGHT)
-    terms, _ = variant_reference(activation, named(sae), tokens.numpy(), dead.numpy())
+    terms, _ = reference(activation, named(sae), tokens.numpy(), dead.numpy())
     np.testing.assert_allclose([loss.mse.item(), loss.l1.item(), loss.ghost.item()], terms, rtol=1e-10, atol=1e-15)
     assert loss.total.item() == pytest.approx(sum(terms), rel=1e-10)
     assert (loss.ghost > 0) == (activation != "jumprelu")
 
 
-@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu", "gated", "matryoshka"])
-def test_variants_gradients_equal_finite_differences(activation, tokens, dead):
+@pytest.mark.parametrize("with_dead", [False, True])
+def test_the_cls_coefficient_weighs_no_ghost(tokens, dead, with_dead):
+    """FAULTS D21: the ghost term's ratio is taken before the CLS coefficient, as in the official code."""
+    sae, is_cls = variant("relu"), torch.arange(9) % 3 == 0
+    loss = patchsae_loss(sae, tokens, dead if with_dead else None, WEIGHT, 3.5, is_cls=is_cls)
+    factor = np.where(is_cls, 3.5, 1.0)[:, None]
+    terms, _ = reference("relu", named(sae), tokens.numpy(), dead.numpy() & with_dead, factor=factor)
+    np.testing.assert_allclose([loss.mse.item(), loss.l1.item(), loss.ghost.item()], terms, rtol=1e-10, atol=1e-15)
+    assert loss.total.item() == pytest.approx(sum(terms), rel=1e-10) and (loss.ghost > 0) == with_dead
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_equal_finite_differences(activation, tokens, dead):
     """All but the thresholds', whose true derivative is 0 almost everywhere; they have a test of their own."""
     sae = variant(activation)
     objective(sae)(sae, tokens, dead, WEIGHT).total.backward()
-    weights, pace = named(sae), 1e-6
-    _, constants = variant_reference(activation, weights, tokens.numpy(), dead.numpy())
-    for name, parameter in sae.named_parameters():
-        if name == "threshold":
-            continue
-        values, gradient = weights[name], np.zeros(parameter.shape)
-        for place in np.ndindex(values.shape):
-            keep, totals = values[place], []
-            for sign in (1, -1):
-                values[place] = keep + sign * pace
-                totals.append(sum(variant_reference(activation, weights, tokens.numpy(), dead.numpy(), constants)[0]))
-            values[place] = keep
-            gradient[place] = (totals[0] - totals[1]) / (2 * pace)
-        np.testing.assert_allclose(parameter.grad.numpy(), gradient, rtol=2e-5, atol=1e-7, err_msg=name)
-        assert parameter.grad.abs().max() > 1e-3, name
+    weights = named(sae)
+    _, constants = reference(activation, weights, tokens.numpy(), dead.numpy())
+    total = lambda: sum(reference(activation, weights, tokens.numpy(), dead.numpy(), constants)[0])  # noqa: E731
+    for name in weights.keys() - {"threshold"}:
+        gradient = getattr(sae, name).grad
+        np.testing.assert_allclose(gradient.numpy(), finite_differences(total, weights[name]), rtol=2e-5, atol=1e-7, err_msg=name)
+        assert gradient.abs().max() > 1e-3, name
+
+
+def test_ghost_reads_pre_activations(tokens, dead):
+    """PAPER.md 1: after the ReLU exp(0) = 1, and the encoder of the dead would get nothing."""
+    sae = variant("relu")
+    sae.b_enc.data[dead] -= 20  # so that they really don't fire
+    for wrong in (False, True):
+        output = sae(tokens)
+        if wrong:
+            output = output._replace(pre_activations=output.latents)
+        sae.zero_grad()
+        patchsae_loss(sae, tokens, dead, WEIGHT, output=output).total.backward()
+        assert sae.W_enc.grad[:, dead].any() == (not wrong)
+
+
+def test_all_zero_tokens_and_perfect_reconstructions_give_no_nan():
+    sae = SparseAutoencoder(6, 20)
+    dead = torch.ones(20, dtype=torch.bool)
+    loss = patchsae_loss(sae, torch.zeros(3, 6), dead, WEIGHT)
+    loss.total.backward()
+    assert torch.isfinite(loss.total)
+    assert all(torch.isfinite(p.grad).all() for p in sae.parameters())
+
+
+def test_cls_coefficient_needs_to_know_where_cls_is(tokens):
+    sae = variant("relu")
+    with pytest.raises(ValueError, match=r"needs to know which tokens are CLS"):
+        patchsae_loss(sae, tokens, None, WEIGHT, 2.0)
+    with pytest.raises(ValueError, match=r"is_cls has shape \(3,\)"):
+        patchsae_loss(sae, tokens, None, WEIGHT, 2.0, is_cls=torch.zeros(3, dtype=torch.bool))
+    patchsae_loss(sae, tokens, None, WEIGHT, 1.0)  # nothing to weigh, nothing to know
+
+
+def test_auxk_follows_the_source():
+    assert (auxk_size(768), auxk_size(192), auxk_size(2), auxk_size(1)) == (512, 128, 1, 1)
+    x, rows = torch.tensor([[3.0, 1.0]]), torch.eye(2)  # one latent of two: the larger
+    assert auxk_loss(x, torch.zeros(1, 2), torch.tensor([[2.0, 1.5]]), rows).item() == 1 + 1
+    assert auxk_loss(x, torch.zeros(1, 2), torch.tensor([[-2.0, -5.0]]), rows).item() == 9 + 1
 
 
 def test_thresholds_learn_by_the_published_estimator(tokens):
@@ -313,15 +205,6 @@ def test_thresholds_learn_by_the_published_estimator(tokens):
     assert np.count_nonzero(expected) > 5
 
 
-def test_the_estimator_is_the_derivative_of_the_expectation():
-    """For z uniform on [0, 1]: E[step] = 1 - t, with derivative -1; E[jump_relu] = (1 - t^2) / 2, with derivative -t."""
-    z = torch.rand(400_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for function, derivative in ((step, -1.0), (jump_relu, -0.4)):
-        threshold = torch.tensor([0.4], dtype=torch.float64, requires_grad=True)
-        function(z, threshold, 0.1).mean().backward()
-        assert threshold.grad.item() == pytest.approx(derivative, rel=0.02)
-
-
 def test_a_threshold_below_0_lets_no_negative_through_and_comes_back():
     sae = variant("jumprelu")
     with torch.no_grad():
@@ -333,7 +216,7 @@ def test_a_threshold_below_0_lets_no_negative_through_and_comes_back():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_cls_coefficient_weighs_squared_errors_alone(activation, dead):
-    """Tokens that are CLS or not: by linearity, weights 1 and 10 differ by nine times the CLS tokens' share."""
+    """Of token 0 of every image, not of image 0: by linearity, weights 1 and 10 differ by nine times the CLS tokens' share."""
     sae = variant(activation).eval()
     images = torch.randn(4, 3, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     loss = objective(sae)
@@ -343,9 +226,6 @@ def test_cls_coefficient_weighs_squared_errors_alone(activation, dead):
     torch.testing.assert_close(ten.l1, once.l1)
     mixed = loss(sae, images.flatten(0, 1), None, WEIGHT, 10.0, is_cls=(torch.arange(12) % 3 == 0))
     torch.testing.assert_close(mixed.total, ten.total)
-
-
-# -- the sparse path --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -369,9 +249,6 @@ def test_sparse_equals_dense_in_value_and_gradient(activation, training, dead):
         assert results[0][6]["threshold"].count_nonzero() > 5
 
 
-# -- dead latents -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("bias", [1e30, 1e4, 0.0, -1e4, -1e30])
 @pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "matryoshka"])
 def test_dead_latent_terms_are_finite_whatever_the_pre_activations_even_if_all_are_dead(activation, bias):
@@ -385,9 +262,6 @@ def test_dead_latent_terms_are_finite_whatever_the_pre_activations_even_if_all_a
     assert torch.isfinite(loss.ghost)
     assert all(torch.isfinite(p.grad).all() for p in sae.parameters() if p.grad is not None)
     assert sae.W_dec.grad.abs().max() > 0
-
-
-# -- normalised input -----------------------------------------------------------------------------------------------------
 
 
 def folded(plain, mean, scale):
@@ -421,6 +295,3 @@ def test_a_normalising_sae_has_the_objective_of_a_plain_one_on_normalised_input(
     for name, parameter in sae.named_parameters():  # units of a parameter appear in its gradient, and nowhere else
         units = 1 if name in ("W_enc", "W_dec", "r_mag") else scale
         torch.testing.assert_close(parameter.grad * units, getattr(plain, name).grad, rtol=1e-8, atol=1e-11)
-
-
-# -- they train -----------------------------------------------------------------------------------------------------------

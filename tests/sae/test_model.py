@@ -26,19 +26,6 @@ def test_forward_is_the_papers_equation():
     torch.testing.assert_close(sae.decode(out.latents), out.reconstruction, rtol=0, atol=0)
 
 
-def test_topk_keeps_the_largest_and_no_negative():
-    sae = perturbed(activation="topk", k=4)
-    x = torch.randn(50, 6, dtype=torch.float64)
-    out = sae(x)
-    assert (out.latents >= 0).all()
-    assert (out.latents.count_nonzero(1) <= 4).all()
-    for pre, latents in zip(out.pre_activations, out.latents, strict=True):
-        kept = latents > 0
-        torch.testing.assert_close(latents[kept], pre[kept])
-        if kept.any():
-            assert pre[~kept].max() <= max(pre[kept].min().item(), 0) or kept.sum() == 4
-
-
 def test_batchtopk_keeps_the_largest_of_the_batch_in_training_and_what_exceeds_its_threshold_afterwards():
     sae = perturbed(activation="batchtopk", k=3)
     x = torch.randn(4, 10, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -81,29 +68,6 @@ def test_the_threshold_is_a_running_mean_and_moves_in_training_alone(sparse):
     assert sae.threshold.item() == before
 
 
-def test_gated_is_the_papers_equation():
-    sae = perturbed(activation="gated")
-    x = torch.randn(30, 6, dtype=torch.float64)
-    W_enc, b_gate, b_mag, r_mag, b_dec = (p.detach().numpy() for p in (sae.W_enc, sae.b_enc, sae.b_mag, sae.r_mag, sae.b_dec))
-    centred = x.numpy() - b_dec
-    gate, magnitude = centred @ W_enc + b_gate > 0, np.maximum(centred @ (np.exp(r_mag) * W_enc) + b_mag, 0)
-    np.testing.assert_allclose(sae.encode(x).detach(), gate * magnitude, rtol=1e-9, atol=1e-12)
-
-
-def test_prefixes_are_the_dictionarys_own_nested_parts():
-    sae = perturbed(activation="matryoshka", k=5, groups=(2, 7, 20))
-    x = torch.randn(3, 4, 6, dtype=torch.float64)
-    out = sae(x)
-    parts = sae.decode_prefixes(out.latents)
-    for size, part in zip((2, 7, 20), parts, strict=True):
-        kept = out.latents.clone()
-        kept[..., size:] = 0
-        torch.testing.assert_close(part, sae.decode(kept))
-    torch.testing.assert_close(parts[-1], out.reconstruction)
-    assert SparseAutoencoder(4, 64, "matryoshka", k=2).groups == (4, 8, 16, 32, 64)
-    assert SparseAutoencoder(4, 3, "matryoshka", k=2).groups == (1, 3)
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_columns_alone_are_columns_of_all(activation):
     sae = perturbed(activation=activation, **({"k": 3} if activation in ("topk", "batchtopk", "matryoshka") else {}))
@@ -118,25 +82,20 @@ def test_columns_alone_are_columns_of_all(activation):
 
 
 def test_normalisation_is_invisible_to_who_encodes_and_decodes():
-    sae = SparseAutoencoder(6, 20, "jumprelu", seed=1)
-    plain = SparseAutoencoder(6, 20, "jumprelu", seed=1)
+    sae, plain = (SparseAutoencoder(6, 20, "jumprelu", seed=1) for _ in range(2))
     x = 30 + 4 * torch.randn(2000, 6, generator=torch.Generator().manual_seed(0))
-    assert not sae.normalizes
     sae.set_normalization(x)
-    assert sae.normalizes
-    torch.testing.assert_close(sae.input_mean, x.mean(0))
-    torch.testing.assert_close(((x - sae.input_mean) / sae.input_scale).square().mean().item(), 1.0, rtol=1e-4, atol=0)
+    assert sae.normalizes and not plain.normalizes and sae.fingerprint != plain.fingerprint
     torch.testing.assert_close(sae.b_dec.detach(), x.mean(0))
-    inside = (x - sae.input_mean) / sae.input_scale
+    inside = (x - x.mean(0)) / sae.input_scale
+    torch.testing.assert_close(inside.square().mean().item(), 1.0, rtol=1e-4, atol=0)
     torch.testing.assert_close(sae.encode(x), sae.input_scale * plain.encode(inside), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(sae(x).reconstruction, sae.input_mean + sae.input_scale * plain(inside).reconstruction, rtol=1e-3, atol=1e-3)
-    centred = SparseAutoencoder(6, 20)
-    centred.set_normalization(x, "mean")
-    assert centred.input_scale == 1 and centred.normalizes
-    centred.set_normalization(x, "none")
-    assert sae.fingerprint != plain.fingerprint
-    for bad, message in ((x[:1], "at least two finite tokens"), (x[:1].expand(9, 6), "at least two"), (x * torch.nan, "at least two")):
-        with pytest.raises(ValueError, match=message):
+    torch.testing.assert_close(sae(x).reconstruction, x.mean(0) + sae.input_scale * plain(inside).reconstruction, rtol=1e-3, atol=1e-3)
+    sae.set_normalization(x, "mean")
+    assert sae.input_scale == 1 and sae.normalizes
+    sae.set_normalization(x, "none")
+    for bad in (x[:1], x[:1].expand(9, 6), x * torch.nan):
+        with pytest.raises(ValueError, match="at least two finite tokens"):
             sae.set_normalization(bad)
     with pytest.raises(ValueError, match="Unknown normalization 'layer_norm'. Valid: none, mean, mean_and_norm"):
         sae.set_normalization(x, "layer_norm")
@@ -156,25 +115,14 @@ def test_activations_with_other_statistics_are_refused(kind):
 
 
 def test_fresh_weights_follow_the_recipe():
+    assert SparseAutoencoder(4, 64, "matryoshka", k=2).groups == (4, 8, 16, 32, 64)
+    assert SparseAutoencoder(4, 3, "matryoshka", k=2).groups == (1, 3)
     sae = SparseAutoencoder(16, 64, seed=3)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
     assert sae.W_enc.abs().max() <= (6 / 64) ** 0.5  # Kaiming-uniform, fan = columns
     assert not sae.b_enc.any() and not sae.b_dec.any()
     torch.testing.assert_close(SparseAutoencoder(16, 64, seed=3).W_enc, sae.W_enc, rtol=0, atol=0)
     assert not torch.equal(SparseAutoencoder(16, 64, seed=4).W_enc, sae.W_enc)
-
-
-def test_parallel_gradient_is_removed_and_nothing_else():
-    sae = perturbed()
-    sae.normalize_decoder()
-    sae(torch.randn(9, 6, dtype=torch.float64)).reconstruction.square().sum().backward()
-    before = sae.W_dec.grad.clone()
-    sae.remove_parallel_gradient()
-    after = sae.W_dec.grad
-    torch.testing.assert_close((after * sae.W_dec).sum(1), torch.zeros(20, dtype=torch.float64), rtol=0, atol=1e-12)
-    removed = before - after
-    cosine = torch.nn.functional.cosine_similarity(removed, sae.W_dec, dim=1).abs()
-    torch.testing.assert_close(cosine[removed.norm(dim=1) > 1e-9], torch.ones_like(cosine[removed.norm(dim=1) > 1e-9]))
 
 
 def test_fingerprint_follows_the_weights():
@@ -273,16 +221,6 @@ def test_a_model_is_compared_by_width_layer_weights_and_preprocessing(tiny_clip)
             SparseAutoencoder(tiny_clip.width, 64, metadata=metadata | change).check_model(tiny_clip, -2)
     with pytest.raises(ValueError, match="reads 31-dimensional"):
         SparseAutoencoder(31, 64).check_model(tiny_clip, -2)
-
-
-def test_only_what_was_just_made_is_fresh():
-    sae = SparseAutoencoder(4, 8)
-    assert sae.is_fresh
-    sae.load_state_dict(sae.state_dict())
-    assert not sae.is_fresh
-    moved = SparseAutoencoder(4, 8)
-    moved.b_dec.data.fill_(1)
-    assert not moved.is_fresh
 
 
 def test_an_adapted_model_counts_as_its_base_on_either_side(tiny_clip):

@@ -6,14 +6,11 @@ import pandas as pd
 import pytest
 import torch
 
-from patchsae_utils.data import load_dataset, templates_for
-from patchsae_utils.plots.training import firing_rates as draw_rates
-from patchsae_utils.plots.training import patch_maps, reconstruction_quality
+from patchsae_utils.data import templates_for
 from patchsae_utils.sae.dictionary import random_sae
 from patchsae_utils.sae.losses import patchsae_loss
 from patchsae_utils.sae.model import SparseAutoencoder
 from patchsae_utils.sae.quality import (
-    CAUSES,
     dead_causes,
     evaluate_sae,
     evaluation_table,
@@ -106,19 +103,6 @@ def test_several_saes_share_one_pass_and_give_what_each_gives_alone(tiny_clip, g
     assert evaluation_table(both).index.get_level_values("sae").unique().tolist() == ["good", "fresh"]
 
 
-def test_the_table_reads(frame):
-    table = evaluation_table(frame.reset_index().assign(sae="SAE")).loc["SAE"]
-    assert table.index.tolist() == [
-        ("reconstruction", "cls"),
-        ("reconstruction", "patch"),
-        ("reconstruction", "all"),
-        ("raw", "none"),
-        ("error_kept", "all"),
-    ]
-    assert table.loc[("raw", "none"), "l0"] == ""
-    assert table.loc[("reconstruction", "all"), "zero_shot_top1"].count("[") == 1
-
-
 def test_activations_unlike_those_of_training_are_refused(tiny_clip, tiny_dataset, residual):
     sae = SparseAutoencoder(32, 64)
     sae.set_normalization(residual.flatten(0, 1))
@@ -126,23 +110,6 @@ def test_activations_unlike_those_of_training_are_refused(tiny_clip, tiny_datase
     sae.set_normalization(10 * residual.flatten(0, 1))
     with pytest.raises(ValueError, match="the activations of 'tiny' on 'openmoji/tools' are"):
         measured(tiny_clip, sae, tiny_dataset)
-
-
-def test_an_empty_data_set_is_refused(tiny_clip, tiny_sae):
-    with pytest.raises(ValueError, match="is empty"):
-        evaluate_sae(tiny_clip, tiny_sae, load_dataset("openmoji/tools", "test", n_images=0), LAYER, progress=False)
-
-
-def test_random_control_matches_sparsity_scale_and_centre(tiny_sae, residual):
-    x = residual.flatten(0, 1)
-    control = random_sae(tiny_sae, tokens=x, seed=1)
-    assert (control.encode(x) > 0).sum().item() == pytest.approx((tiny_sae.encode(x) > 0).sum().item(), rel=0.01)
-    torch.testing.assert_close(control.W_dec.norm(dim=1), torch.ones(64))
-    guess = (control(x).reconstruction - control.b_dec).detach()
-    gain = ((x - control.b_dec.detach()) * guess).sum() / guess.square().sum()
-    assert gain.item() == pytest.approx(1, abs=1e-3)  # no other gain is better
-    assert not torch.equal(control.W_dec, random_sae(tiny_sae, tokens=x, seed=2).W_dec)
-    torch.testing.assert_close(control.W_dec, random_sae(tiny_sae, tokens=x, seed=1).W_dec, rtol=0, atol=0)
 
 
 def test_patch_readings_leave_cls_out(tiny_clip, tiny_sae, tiny_images):
@@ -172,8 +139,6 @@ def test_firing_rates_count_tokens(tiny_sae, residual):
         firing_rates(tiny_sae, [])
 
 
-# -- why latents are dead -------------------------------------------------------------------------------------------------
-
 UP, RIGHT = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
 
 
@@ -202,18 +167,6 @@ def test_every_cause_of_death_is_found():
     assert dead_causes(sae, train, test)["cause"].tolist() == ["alive", "train_only", "bias", "alive", "starved"]
 
 
-def test_causes_agree_with_rates_on_real_activations(good_sae, residual):
-    x = residual.flatten(0, 1)
-    frame = dead_causes(good_sae, x[:2000].split(300), x[2000:].split(300), n_tokens=1500)
-    torch.testing.assert_close(torch.tensor(frame["test_rate"]).float(), firing_rates(good_sae, [x[2000:]], 1500))
-    torch.testing.assert_close(torch.tensor(frame["train_rate"]).float(), firing_rates(good_sae, [x], 1500))
-    assert ((frame["cause"] == "alive") == (frame["test_rate"] > 0)).all()
-    assert (frame["bound"] >= frame["largest"] - 1e-4).all()  # a bound is a bound
-    assert frame["cause"].isin(CAUSES).all()
-    with pytest.raises(ValueError, match="no test tokens"):
-        dead_causes(good_sae, [x], [])
-
-
 @pytest.mark.parametrize("activation", ["batchtopk", "jumprelu", "gated", "matryoshka"])
 def test_variants_are_measured_as_they_encode_single_tokens(tiny_clip, tiny_dataset, residual, activation):
     sae = SparseAutoencoder(32, 64, activation, **({"k": 5} if "topk" in activation or activation == "matryoshka" else {}))
@@ -224,13 +177,3 @@ def test_variants_are_measured_as_they_encode_single_tokens(tiny_clip, tiny_data
     error = residual - sae.decode(sae.encode(residual))
     explained = 1 - error.square().sum() / (residual - residual.flatten(0, 1).mean(0)).square().sum()
     assert frame.loc[("reconstruction", "all", "explained_variance"), "value"] == pytest.approx(explained.item(), rel=1e-3, abs=1e-4)
-
-
-def test_figures_draw(frame, tiny_sae, tiny_dataset, residual):
-    assert len(patch_maps([tiny_dataset[i].image for i in range(3)], torch.rand(3, 14, 14), torch.rand(3, 14, 14)).axes) == 11
-    fig = reconstruction_quality(pd.concat([frame.reset_index().assign(sae=name) for name in ("PatchSAE", "random")]))
-    assert len(fig.axes) == 2
-    rates = firing_rates(tiny_sae, [residual.flatten(0, 1)])
-    rates[:5] = 0
-    assert len(draw_rates({"PatchSAE": rates}, 1000).axes) == 1
-    matplotlib.pyplot.close("all")

@@ -13,7 +13,7 @@ from tiny_training import CONFIG, METADATA, Store, assert_same, fresh, weights
 from patchsae_utils.config import TrainConfig
 from patchsae_utils.run.artifacts import read_json
 from patchsae_utils.sae import trainer as training
-from patchsae_utils.sae.dictionary import geometric_median, start_bias
+from patchsae_utils.sae.dictionary import geometric_median, start_bias, start_from_data
 from patchsae_utils.sae.files import load_sae
 from patchsae_utils.sae.trainer import LOG_COLUMNS, l1_weight, learning_rate, train_sae, training_log
 
@@ -23,9 +23,6 @@ NEW = dataclasses.replace(CONFIG, n_tokens=12 * 64, log_every=1)
 def train(tmp_path, sae=None, store=None, config=NEW, **changes):
     out = tmp_path / str(len(list(tmp_path.iterdir())))
     return train_sae(sae or fresh(), store or Store(), dataclasses.replace(config, **changes), out, progress=False), training_log(out)
-
-
-# -- schedules ----------------------------------------------------------------------------------------------------------
 
 
 def test_schedules_have_their_values():
@@ -57,9 +54,6 @@ def test_the_l1_term_warms_up(tmp_path):
     np.testing.assert_allclose(warm["l1"] / cold["l1"], [min(1, (i + 1) / 8) for i in range(12)], rtol=1e-3)
 
 
-# -- the gradient -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("how", ["never", "always"])
 def test_gradients_are_clipped_to_their_common_norm(tmp_path, how, monkeypatch):
     """Adam's first moment after one step is a tenth of the gradient it was given."""
@@ -76,27 +70,25 @@ def test_gradients_are_clipped_to_their_common_norm(tmp_path, how, monkeypatch):
         torch.testing.assert_close(short, long * 1e-3 / norms[0.0], rtol=1e-3, atol=1e-9)
 
 
-def test_without_ghosts_the_dead_get_no_gradient(tmp_path):
-    for ghost in (True, False):
-        sae = fresh()
-        with torch.no_grad():
-            sae.b_enc[:16] = -8  # out of reach of any token
-        trained, log = train(tmp_path, sae, n_tokens=30 * 64, ghost=ghost)
-        assert (log["dead_fraction"].iloc[-1] > 0) and (log["ghost"] > 0).any() == ghost
-        assert bool((trained.b_enc[:16] != -8).any()) == ghost
-
-
-# -- where it starts ----------------------------------------------------------------------------------------------------
+def test_the_geometric_median_minimises_the_sum_of_distances():
+    generator = torch.Generator().manual_seed(0)
+    points = torch.cat([torch.randn(300, 5, generator=generator), 50 + torch.randn(60, 5, generator=generator)])
+    total = lambda center: (points.double() - center.double()).norm(dim=1).sum()  # noqa: E731
+    median = geometric_median(points)
+    assert median.norm() < 1.0  # the mean lies at 8.3 in every dimension: outliers hardly move the median
+    for direction in torch.eye(5):
+        assert total(median) <= total(median + 1e-2 * direction) and total(median) <= total(median - 1e-2 * direction)
 
 
 def test_b_dec_starts_where_it_is_told():
+    """FAULTS D2: also where the latents start from data."""
     x = next(Store().tokens(64, seed=0, epochs=None, start_step=0, positions=True))[0]
     for kind, expected in (("median", geometric_median(x)), ("mean", x.mean(0)), ("zero", torch.zeros(8))):
         sae = fresh()
         start_bias(sae, x, kind)
         torch.testing.assert_close(sae.b_dec.detach(), expected)
-        start_bias(sae, x + 1, kind)
-        torch.testing.assert_close(sae.b_dec.detach(), expected if kind != "zero" else torch.zeros(8))
+        start_from_data(sae := fresh(), x, kind)
+        torch.testing.assert_close(sae.b_dec.detach(), expected)
 
 
 @pytest.mark.parametrize("kind", ["mean", "mean_and_norm"])
@@ -113,9 +105,6 @@ def test_input_statistics_are_the_datas_and_come_back_from_disk(tmp_path, kind):
         sae.check_statistics(10 * x)
 
 
-# -- tokens -------------------------------------------------------------------------------------------------------------
-
-
 class KindStore(Store):
     """Notes which tokens it was asked for."""
 
@@ -129,17 +118,10 @@ def test_token_types_are_chosen_from_the_store(tmp_path):
         store = KindStore()
         sae, _ = train(tmp_path, store=store, tokens=kind)
         assert store.kind == kind and sae.metadata["tokens"] == kind
-
-
-def test_a_store_without_those_tokens_is_refused(tmp_path):
-    store = Store()
     store.metadata = SimpleNamespace(**vars(METADATA) | {"tokens": "cls"})
     with pytest.raises(ValueError, match="tokens='patches' can't be had from a store of 'cls' tokens. Extract with"):
         train(tmp_path, store=store, tokens="patches")
-    assert train(tmp_path, store=store, tokens="cls")[0].metadata["tokens"] == "cls"
 
-
-# -- variants and the sparse path ---------------------------------------------------------------------------------------
 
 VARIANTS = {
     "relu": ({}, 1e-3), "topk": ({"k": 3}, 0.0), "batchtopk": ({"k": 3}, 0.0), "matryoshka": ({"k": 3, "groups": (8, 32)}, 0.0), "jumprelu": ({}, 1e-2),
@@ -170,12 +152,6 @@ def test_every_variant_learns_and_comes_back_from_disk(tmp_path, activation):
     assert logs["always"]["l0"].iloc[-1] == pytest.approx(logs["never"]["l0"].iloc[-1], rel=0.1)
 
 
-def test_one_sparse_step_is_the_dense_one(tmp_path):
-    states = [weights(train(tmp_path, n_tokens=2 * 64, sparse=how, clip_gradient=0.1)[0]) for how in ("never", "always")]
-    for name in states[0]:
-        torch.testing.assert_close(states[1][name], states[0][name], rtol=1e-4, atol=1e-5)
-
-
 def test_auto_turns_sparse_when_few_latents_are_active(tmp_path, monkeypatch):
     config = dataclasses.replace(NEW, n_tokens=60 * 64, l1_coefficient=0.05, lr=1e-2, sparse="auto")
     _, log = train(tmp_path, config=config)
@@ -201,9 +177,6 @@ def test_auto_goes_on_bit_for_bit_over_the_change(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train_sae(fresh(), Store(stop_at=stop), config, out, progress=False)
     assert_same(weights(train_sae(fresh(), Store(), config, out, progress=False)), weights(whole))
-
-
-# -- trackers -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
@@ -236,12 +209,3 @@ def test_trackers_get_the_log(tmp_path, monkeypatch):
         assert set(values) == set(LOG_COLUMNS[1:]) and values["loss"] == pytest.approx(row["loss"], rel=1e-5)
     assert seen["config"]["lr"] == NEW.lr and seen["finished"] == 1
     train_sae(fresh(), Store(stop_at=0), dataclasses.replace(NEW, log_every=4), tmp_path / "0", progress=False)  # the same run, opened
-
-
-def test_the_bar_shows_the_numbers(tmp_path, capsys):
-    train_sae(fresh(), Store(), NEW, tmp_path, progress=True)
-    last = capsys.readouterr().err
-    assert all(f"{name}=" in last for name in ("loss", "l0", "explained_variance", "dead_fraction", "tokens_per_second"))
-
-
-# -- settings -----------------------------------------------------------------------------------------------------------

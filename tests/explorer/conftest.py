@@ -1,0 +1,31 @@
+"""The two explorers of latents and of patches, over one summary, with names that a stranger may have chosen; their pages in Chromium."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+from explorer_pages import BAD, browser, show  # noqa: F401 (fixtures)
+
+from patchsae_utils.explorer import LatentExplorer, PatchExplorer
+from patchsae_utils.latents.reading import summarize_latents
+
+
+@pytest.fixture(scope="package")
+def summary(tiny_clip, tiny_sae, tiny_dataset):
+    return summarize_latents(tiny_clip, tiny_sae, tiny_dataset, -2, k=6, progress=False)
+
+
+@pytest.fixture
+def named():
+    rows = [(3, "red", "color", 0.5), (5, BAD, "object", 0.4), (7, "redwood", "object", 0.9)]
+    return pd.DataFrame(rows, columns=["latent", "name", "kind", "score"])
+
+
+@pytest.fixture
+def latents(tiny_clip, tiny_sae, summary, tiny_dataset, named):
+    return LatentExplorer(tiny_clip, tiny_sae, summary, tiny_dataset, named)
+
+
+@pytest.fixture
+def patches(tiny_clip, tiny_sae, summary, tiny_dataset, named):
+    return PatchExplorer(tiny_clip, tiny_sae, summary, tiny_dataset, named)
