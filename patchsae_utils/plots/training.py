@@ -119,7 +119,9 @@ def patch_maps(images: Sequence, l0: Tensor, error: Tensor, save: str | None = N
     fig, axes = style.figure(1.0, 1.0 + 9.0 / len(images) * 2.2, nrows=3, ncols=len(images), squeeze=False)
     for row, values, title in zip(axes, (images, l0, error), ("picture", "active latents", "error / norm"), strict=True):
         for ax, each in zip(row, values, strict=True):
-            shown = style.image_axes(ax).imshow(np.asarray(each), vmin=0, vmax=None if values is images else float(np.asarray(values).max()))
+            shown = style.image_axes(ax).imshow(
+                np.asarray(each), vmin=0, vmax=None if values is images else float(np.asarray(values).max())
+            )
         row[0].set_ylabel(title)
         if values is not images:
             fig.colorbar(shown, ax=row, shrink=0.85, aspect=12, pad=0.01).outline.set_visible(False)

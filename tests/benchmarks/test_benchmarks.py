@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import common, end_to_end, extraction, mask_sweep, sae_step, summary
 from patchsae_utils import stages
-from patchsae_utils.clip.loading import load_clip
+from patchsae_utils.clip.loading import EMBEDDED, load_clip
 from patchsae_utils.sae.model import SparseAutoencoder
 
 TINY = {"d_in": 24, "d_sae": 256, "tokens": 64, "l0": 8, "repeats": 1, "device": "cpu", "threads": 1}
@@ -119,6 +119,7 @@ def test_the_mask_sweep_refuses_sides_that_disagree(monkeypatch):
         mask_sweep.compare(setting)
 
 
+WEIGHTS = str(EMBEDDED / "open_clip_model.safetensors")
 SMALL = ["--model", "openmoji", "--images", "1", "--repeats", "1", "--threads", "1", "--device", "cpu"]
 
 
@@ -135,7 +136,9 @@ def test_extraction(tmp_path, capfd):
 
 def test_end_to_end(one_process, tmp_path, capfd):
     path, sizes = tmp_path / "end_to_end.json", ["--images", "2", "--steps", "2", "--d-sae", "512", "--l0", "16"]
-    result = end_to_end.main(["--model", "openmoji", *sizes, "--threads", "1", "--device", "cpu", "--json", str(path)])
+    result = end_to_end.main(
+        ["--model", "openmoji", "--pretrained", WEIGHTS, *sizes, "--threads", "1", "--device", "cpu", "--json", str(path)]
+    )
     assert json.loads(path.read_text()) == json.loads(json.dumps(result))
     rows = {row["side"]: row for row in result["rows"]}
     assert set(rows) == set(end_to_end.SIDES)
