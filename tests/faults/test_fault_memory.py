@@ -19,7 +19,7 @@ from patchsae_utils.data import load_dataset
 from patchsae_utils.interventions import sweep_masks
 from patchsae_utils.latents.likeness import Likeness, LikenessObserver
 from patchsae_utils.latents.reading import summarize_latents
-from patchsae_utils.run.memory import HalvedBatches, out_of_memory
+from patchsae_utils.run.memory import out_of_memory
 from patchsae_utils.sae import trainer as training
 from patchsae_utils.sae.trainer import train_sae
 
@@ -101,19 +101,6 @@ def test_other_errors_are_not_taken_for_it(tiny_clip, tiny_dataset, tmp_path):
         extract_activations(Small(tiny_clip, 0, RuntimeError("shapes")), tiny_dataset, LAYER, tmp_path, progress=False)
     with pytest.raises(RuntimeError, match="shapes"), out_of_memory("x", "y"):
         raise RuntimeError("shapes")
-
-
-def test_parts_cover_every_batch_also_when_the_room_shrinks():
-    fitting, holds = HalvedBatches("here"), iter([9, 9, 4, 4, 4, 2] + [1] * 20)
-
-    def action(rows):
-        if rows.stop - rows.start > next(holds):
-            raise GPU
-        return list(range(rows.start, rows.stop))
-
-    with pytest.warns(UserWarning):
-        batches = [[i for _, part in fitting.run(n, action) for i in part] for n in (8, 8, 8, 8)]
-    assert batches == [list(range(8))] * 4 and fitting.limit == 1
 
 
 def test_training_says_which_setting_to_lower_and_keeps_its_checkpoint(tmp_path, monkeypatch):

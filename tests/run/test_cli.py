@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 
 import open_clip
@@ -162,13 +162,16 @@ def test_an_interrupted_command_says_that_it_goes_on_and_its_store_is_called_unf
     assert status == 0 and found["what"] == "activation store, unfinished"
 
 
-def test_the_module_is_a_command_that_teaches(capsys):
-    shown = subprocess.run([sys.executable, "-m", "patchsae_utils", "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0 and "Exit status" in shown.stdout and "--profile imagenet" in shown.stdout
+def test_the_module_is_a_command_that_teaches(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["patchsae_utils", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("patchsae_utils", run_name="__main__")
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and "Exit status" in shown and "--profile imagenet" in shown
     for command in ("extract", "train", "summarize", "sweep", "adapt", "info", "convert", "notebooks"):
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
-        assert command in shown.stdout and end.value.code == 0 and len(capsys.readouterr().out.splitlines()) > 8
+        assert command in shown and end.value.code == 0 and len(capsys.readouterr().out.splitlines()) > 8
     with pytest.raises(SystemExit) as end:
         main(["dance"])
     assert end.value.code == 2 and "invalid choice: 'dance'" in capsys.readouterr().err

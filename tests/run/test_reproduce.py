@@ -139,7 +139,6 @@ def test_settings_and_code_are_part_of_the_key(repository):
     ("arguments", "message"),
     [
         (["--only", "09"], "no notebook '09'. Valid: 01_first, 02_second"),
-        (["--profile", "imagenett"], "Unknown profile 'imagenett'. Valid: dinov2, imagefolder, imagenet, openmoji"),
         (["--set", "training.budget=3"], "no setting 'training.budget'. Valid: name, model.name"),
         (["--notebooks", "elsewhere"], "No notebooks 0*.ipynb in"),
     ],
