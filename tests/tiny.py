@@ -28,7 +28,7 @@ def picture_folder(root, **classes):
     for c, (name, n) in enumerate(classes.items()):
         (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(n):
-            Image.new("RGB", (8, 8), (40 * c, 9 * i, 0)).save(root / name / f"{i}.png")
+            Image.new("RGB", (8, 8), (40 * c, 9 * i % 256, 0)).save(root / name / f"{i}.png")
     return root
 
 

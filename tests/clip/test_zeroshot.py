@@ -1,5 +1,7 @@
 """Zero-shot accuracy: counted rightly, with intervals over images and the chance level beside it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
@@ -8,28 +10,17 @@ from patchsae_utils.clip.zero_shot import accuracy_table, domains_of, zero_shot_
 from patchsae_utils.data import ImageData, load_dataset
 
 
-class Oracle:
-    """Stands in for a CLIP that knows some answers: the feature of an image is the one-hot of its red level."""
-
-    def __init__(self, n_classes):
-        self.n_classes = n_classes
-        self.preprocess = lambda image: torch.tensor(image.getpixel((0, 0)))
-
-    def encode_image(self, images):
-        return torch.nn.functional.one_hot(images[:, 0].long(), self.n_classes).float()
-
-    def zero_shot_head(self, class_names, templates):
-        return torch.eye(len(class_names))
-
-    def logits(self, features, head):
-        return features @ head.T
-
-
 def test_predictions_are_keyed_by_label():
-    """Two classes may share a name; image i is red level said[i]."""
+    """Two classes may share a name; image i is red level said[i], and its feature the one-hot of that level."""
+    oracle = SimpleNamespace(
+        preprocess=lambda image: torch.tensor(image.getpixel((0, 0))),
+        encode_image=lambda images: torch.nn.functional.one_hot(images[:, 0].long(), 3).float(),
+        zero_shot_head=lambda class_names, templates: torch.eye(3),
+        logits=lambda features, head: features @ head.T,
+    )
     said, labels = [0, 2, 1, 2, 0], [0, 2, 1, 0, 1]
     data = ImageData("twins", "test", ["missile", "sunglasses", "missile"], labels, lambda i: Image.new("RGB", (4, 4), (said[i], 0, 0)))
-    frame = zero_shot_predictions(Oracle(3), data, progress=False)
+    frame = zero_shot_predictions(oracle, data, progress=False)
     assert frame["prediction"].tolist() == said
     assert frame["correct"].tolist() == [True, True, True, False, False]
     assert frame["index"].tolist() == list(range(5))

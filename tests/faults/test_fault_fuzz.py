@@ -84,15 +84,3 @@ def test_any_manifest_is_refused(tmp_path, value):
         raise AssertionError("nothing of this is a store")
     except ValueError as error:
         assert "manifest" in str(error)
-
-
-@LIGHT
-@given(st.binary(max_size=200))
-def test_any_bytes_are_refused_as_an_sae(tmp_path, content):
-    for name in ("sae.pt", "x.bin"):
-        (tmp_path / name).write_bytes(content)
-        try:
-            load_sae(tmp_path / name)
-            raise AssertionError("nothing of this is an SAE")
-        except ValueError:
-            pass

@@ -9,9 +9,8 @@ import sys
 import open_clip
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
-from tiny import TINY_TEXT, TINY_VISION
+from tiny import TINY_TEXT, TINY_VISION, picture_folder
 from tiny_saes import trained
 
 from patchsae_utils.activations import extraction
@@ -24,29 +23,21 @@ def world(tmp_path_factory):
     """A CLIP of random weights on disk, and 4 classes of 52 pictures, their colours by class; one of them is broken."""
     root = tmp_path_factory.mktemp("eine Welt für sich")
     torch.manual_seed(0)
-    model = open_clip.CLIP(embed_dim=16, vision_cfg=TINY_VISION | {"image_size": 32}, text_cfg=TINY_TEXT)
+    config = {"embed_dim": 16, "vision_cfg": TINY_VISION | {"image_size": 32}, "text_cfg": TINY_TEXT}
     (root / "clip").mkdir()
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, root / "clip" / "open_clip_model.safetensors")
-    model_cfg = {"embed_dim": 16, "vision_cfg": TINY_VISION | {"image_size": 32}, "text_cfg": TINY_TEXT}
+    save_file(open_clip.CLIP(**config).state_dict(), root / "clip" / "open_clip_model.safetensors")
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
-    (root / "clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess}))
-    generator = torch.Generator().manual_seed(1)
-    for label, name in enumerate(("red_fox", "grüner Frosch", "blue jay", "kiwi")):
-        (root / "pictures" / name).mkdir(parents=True)
-        for i in range(52):
-            pixels = torch.randint(0, 120, (40, 48, 3), generator=generator)
-            pixels[..., label % 3] += 100
-            Image.fromarray(pixels.to(torch.uint8).numpy()).save(root / "pictures" / name / f"{i}.png")
-        if label == 2:
-            (root / "pictures" / name / "0.png").write_bytes(b"no picture")
+    (root / "clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    pictures = picture_folder(root / "pictures", **dict.fromkeys(("red_fox", "grüner Frosch", "blue jay", "kiwi"), 52))
+    (pictures / "blue jay" / "0.png").write_bytes(b"no picture")
     (root / "mine.toml").write_text(f"""
 [model]
 name = "{root / "clip"}"
 [data]
-train = "{root / "pictures"}"
-statistics = "{root / "pictures"}"
-evaluation = "{root / "pictures"}"
-tasks = ["{root / "pictures"}"]
+train = "{pictures}"
+statistics = "{pictures}"
+evaluation = "{pictures}"
+tasks = ["{pictures}"]
 [sae]
 expansion_factor = 2
 [training]
@@ -55,7 +46,7 @@ batch_tokens = 100
 warmup_steps = 5
 [adapters]
 kind = "coop"
-tasks = ["{root / "pictures"}"]
+tasks = ["{pictures}"]
 n_shots = 2
 epochs = 1
 depth = 2
