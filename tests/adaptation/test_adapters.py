@@ -213,6 +213,12 @@ def test_impossible_settings_say_what_is_possible(tiny_clip, few):
         MaPLe(tiny_clip).zero_shot_head([])
 
 
+def test_more_context_than_the_template_has_words_starts_from_placeholders(tiny_clip):
+    adapted = CoOp(tiny_clip, n_ctx=6)
+    assert adapted.template == "X X X X X X {}." and adapted.learned.ctx.shape == (6, 32)
+    assert adapted.zero_shot_head(NAMES).shape == (3, 16)
+
+
 def test_the_learning_rate_is_constant_for_an_epoch_and_then_a_cosine(tiny_clip, few):
     config = dataclasses.replace(CONFIG, epochs=5, lr=0.0035, depth=1)
     rates = [epoch["lr"] for epoch in fit_adapter(tiny_clip, "coop", few, config, progress=False).log]
@@ -276,6 +282,12 @@ def test_shuffled_labels_are_the_same_labels_on_other_images(tiny_clip, few, tmp
     assert manifests[0]["fingerprint"] != manifests[1]["fingerprint"] and manifests[1]["recipe"]["shuffle_labels"]
     again = fit_adapter(tiny_clip, "linear", few, CONFIG, shuffle_labels=True, progress=False)
     assert again.log == wrong.log
+
+
+def test_too_few_images_are_an_error(tiny_clip, few):
+    config = AdapterConfig(tasks=("openmoji/tools",), n_shots=7, depth=2)
+    with pytest.raises(ValueError, match="7 shots"):
+        fit_adapter(tiny_clip, "maple", few, config, progress=False)
 
 
 def test_a_loss_that_is_no_number_stops_a_fit(tiny_clip, few):

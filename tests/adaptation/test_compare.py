@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from tiny import loud
 
-from patchsae_utils.adaptation.compare import COMPARISONS, FATES, FORMS, Reading, Remapping, base_to_novel, compare_models
+from patchsae_utils.adaptation.compare import COMPARISONS, FATES, FORMS, Reading, Remapping, base_to_novel, compare_models, stack
 from patchsae_utils.adaptation.groups import GROUPS, OVERLAPS
-from patchsae_utils.adaptation.prompts import CoOp, MaPLe, VisualPrompt
 from patchsae_utils.data import load_dataset
 from patchsae_utils.latents.reading import summarize_latents
 
@@ -22,16 +21,9 @@ def scenes():
 
 
 @pytest.fixture(scope="module")
-def compared(tiny_clip, tiny_sae, scenes):
-    return {
-        name: compare_models(tiny_clip, model, tiny_sae, scenes, LAYER, progress=False)
-        for name, model in {
-            "itself": tiny_clip,
-            "maple": loud(MaPLe, tiny_clip),
-            "coop": loud(CoOp, tiny_clip),
-            "vpt": loud(VisualPrompt, tiny_clip),
-        }.items()
-    }
+def compared(tiny_clip, tiny_sae, scenes, models):
+    kinds = ("itself", "maple", "coop")
+    return {name: compare_models(tiny_clip, models[name], tiny_sae, scenes, LAYER, progress=False) for name in kinds}
 
 
 def measure(remapping, comparison, name):
@@ -60,8 +52,8 @@ def test_coop_can_only_remap(compared):
     assert remapping.score("base", "adapted") == remapping.score("adapted", "adapted")
 
 
-def test_counts_are_those_of_the_statistics(tiny_clip, tiny_sae, scenes, compared):
-    for model, reading in ((tiny_clip, compared["maple"].base), (loud(MaPLe, tiny_clip), compared["maple"].adapted)):
+def test_counts_are_those_of_the_statistics(tiny_clip, tiny_sae, scenes, models, compared):
+    for model, reading in ((tiny_clip, compared["maple"].base), (models["maple"], compared["maple"].adapted)):
         summary = summarize_latents(model, tiny_sae, scenes, LAYER, progress=False)
         torch.testing.assert_close(reading.mean_counts, summary.class_counts / summary.class_images[:, None])
         assert reading.mean_counts.max() <= tiny_clip.n_tokens
@@ -76,8 +68,8 @@ def test_every_tower_meets_every_head_in_every_form(compared, scenes):
             np.testing.assert_array_equal(compared["maple"].right(tower, head), compared["maple"].right(tower, head, "error kept"))
 
 
-def test_reconstruction_is_measured_on_each_models_own_tokens(tiny_clip, tiny_sae, scenes, compared):
-    for tower, model in (("base", tiny_clip), ("adapted", loud(MaPLe, tiny_clip))):
+def test_reconstruction_is_measured_on_each_models_own_tokens(tiny_clip, tiny_sae, scenes, models, compared):
+    for tower, model in (("base", tiny_clip), ("adapted", models["maple"])):
         with torch.no_grad():
             x = torch.cat([model.residual(tiny_clip.preprocess(scenes[i].image)[None], LAYER)[0] for i in range(len(scenes))]).double()
             error = x - tiny_sae(x.float()).reconstruction.double()
@@ -104,6 +96,13 @@ def test_base_to_novel_has_three_forms_and_a_harmonic_mean(compared):
         assert table.loc[(model, "raw", "base"), "accuracy"] == pytest.approx(base)
         assert table.loc[(model, "raw", "harmonic mean"), "accuracy"] == pytest.approx(2 * base * novel / max(base + novel, 1e-12))
     assert ((table["low"] <= table["accuracy"] + 1e-9) & (table["accuracy"] <= table["high"] + 1e-9)).all()
+
+
+def test_stack_names_its_parts():
+    frame = pd.DataFrame({"x": [1, 2]})
+    stacked = stack({("a", "base"): frame, ("b", "novel"): frame}, ["task", "half"])
+    assert stacked.columns.tolist() == ["task", "half", "x"] and stacked["task"].tolist() == ["a", "a", "b", "b"]
+    assert stack({"a": frame}, "task")["task"].tolist() == ["a", "a"]
 
 
 LABELS = np.array([0, 0, 0, 1, 1, 2, 2, 2])

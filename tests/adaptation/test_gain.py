@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import loud
 
 from patchsae_utils.adaptation import gain
 from patchsae_utils.adaptation.compare import compare_models
-from patchsae_utils.adaptation.gain import CONCEPTS, MEASURES, PARTS, TOWER_PARTS, explain_gain, owen_values, share_of
+from patchsae_utils.adaptation.gain import CONCEPTS, EXPERIMENTS, MEASURES, PARTS, TOWER_PARTS, explain_gain, owen_values, share_of
 from patchsae_utils.adaptation.links import evidence, shared_evidence
-from patchsae_utils.adaptation.prompts import CoOp, MaPLe, VisualPrompt
 from patchsae_utils.data import load_dataset
 from patchsae_utils.interventions.attribution import attribute_latents
 from patchsae_utils.interventions.tail import dataset_head
@@ -27,14 +25,6 @@ LAYER = -2
 @pytest.fixture(scope="module")
 def scenes():
     return load_dataset("openmoji/tools", "test", n_images=18, half="base")
-
-
-@pytest.fixture(scope="module")
-def models(tiny_clip):
-    return {
-        "itself": tiny_clip,
-        **{name: loud(kind, tiny_clip) for name, kind in (("maple", MaPLe), ("coop", CoOp), ("vpt", VisualPrompt))},
-    }
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +96,16 @@ def test_a_dictionary_that_says_everything_leaves_nothing_new_and_a_silent_one_n
     silent = explain_gain(tiny_clip, one, everything(tiny_clip.width, silent=True), scenes, LAYER, progress=False)["maple"]
     table, change = gains(silent), silent.split.change().set_index("change")["outside"]
     assert table["existing latents"] == 0 != table["outside the dictionary"] and change.tolist() == pytest.approx([1, 1, 1])
+
+
+def test_experiments_start_with_clip_and_end_with_the_adapted_model(tiny_clip, models, scenes, found):
+    table = found["maple"].split.experiments().set_index("experiment")
+    for name, model in (("CLIP", tiny_clip), ("adapted", models["maple"])):
+        head = dataset_head(model, scenes)
+        images = torch.stack([tiny_clip.preprocess(scenes[i].image) for i in range(len(scenes))])
+        right = (model.logits(model.encode_image(images), head).argmax(1) == torch.as_tensor(scenes.labels)).double().mean()
+        assert table.loc[name, "value"] == pytest.approx(right.item())
+    assert len(table) == len(EXPERIMENTS) == len(set(EXPERIMENTS.values()))
 
 
 def test_slow_float64_arithmetic_gives_the_same_split(tiny_clip, tiny_sae, scenes, models, found):

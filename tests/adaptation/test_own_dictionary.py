@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import loud
 
 from patchsae_utils.adaptation.own_dictionary import ADAPTED, BASE, DICTIONARIES, MEASURES, OTHER_SEED, train_dictionaries
-from patchsae_utils.adaptation.prompts import VisualPrompt
 from patchsae_utils.config import SaeConfig, TrainConfig
 from patchsae_utils.data import load_dataset
 from patchsae_utils.interventions.tail import dataset_head
@@ -23,8 +21,8 @@ def scenes():
 
 
 @pytest.fixture(scope="module")
-def adapted(tiny_clip):
-    return loud(VisualPrompt, tiny_clip)
+def adapted(models):
+    return models["vpt"]
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +93,9 @@ def test_four_combinations_by_hand(trained, tiny_clip, adapted, held_out):
                 }
                 for measure, value in expected.items():
                     assert found[name, side, measure] == pytest.approx(float(value), rel=1e-4, abs=1e-4), (name, side, measure)
+
+
+def test_matches_are_beside_another_seed(trained):
+    table = trained.matches().set_index(["a", "b"])
+    assert set(table.index) == {(BASE, OTHER_SEED), (BASE, ADAPTED), (OTHER_SEED, ADAPTED)}
+    assert table["found"].between(0, 1).all()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tiny import loud
 
 from patchsae_utils.adaptation.groups import ranked_latents
-from patchsae_utils.adaptation.predictions import MODELS, masked_predictions
-from patchsae_utils.adaptation.prompts import CoOp, MaPLe
+from patchsae_utils.adaptation.predictions import MODELS, class_heat, masked_predictions
 from patchsae_utils.data import load_dataset
 from patchsae_utils.latents.reading import summarize_latents
 
@@ -22,11 +20,10 @@ def data():
 
 
 @pytest.fixture(scope="module")
-def tables(tiny_clip, tiny_sae, data):
-    models = {"maple": loud(MaPLe, tiny_clip), "coop": loud(CoOp, tiny_clip)}
+def tables(tiny_clip, tiny_sae, data, models):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("patchsae_utils.adaptation.predictions.KS", KS)
-        return {name: masked_predictions(tiny_clip, model, tiny_sae, *data, LAYER, progress=False) for name, model in models.items()}
+        return {name: masked_predictions(tiny_clip, models[name], tiny_sae, *data, LAYER, progress=False) for name in ("maple", "coop")}
 
 
 def accuracy(table, model):
@@ -51,7 +48,7 @@ def test_all_or_none_of_the_latents_is_the_reconstruction(tables):
         assert found["oracle", "on", 64] == pytest.approx(found["none", "reconstructed", 0])
 
 
-def test_latents_are_those_of_the_class_in_clip(tiny_clip, tiny_sae, data, monkeypatch):
+def test_latents_are_those_of_the_class_in_clip(tiny_clip, tiny_sae, data, models, monkeypatch):
     """What the sweep is given ranks latents as the specific ones of CLIP's train split."""
     given = []
 
@@ -61,8 +58,17 @@ def test_latents_are_those_of_the_class_in_clip(tiny_clip, tiny_sae, data, monke
 
     monkeypatch.setattr("patchsae_utils.adaptation.predictions.sweep_masks", remember)
     with pytest.raises(InterruptedError):
-        masked_predictions(tiny_clip, loud(MaPLe, tiny_clip), tiny_sae, *data, LAYER, progress=False)
+        masked_predictions(tiny_clip, models["maple"], tiny_sae, *data, LAYER, progress=False)
     summary = summarize_latents(tiny_clip, tiny_sae, data[0], LAYER, progress=False)
     expected = ranked_latents(summary.class_counts / summary.class_images.clamp_min(1)[:, None], 3, "specific")
     assert ranked_latents(given[0].class_counts, 3) == expected
     assert given[0].frequency.tolist() == summary.frequency.tolist()
+
+
+def test_heat_is_the_table_of_classes(tables, data):
+    table = tables["maple"]
+    heat = class_heat(table, "adapted", "on")
+    assert list(heat.columns) == list(KS) and list(heat.index) == data[1].class_names
+    rows = table[(table["model"] == "adapted") & (table["mode"] == "on") & (table["choose"] == "oracle") & (table["k"] == 3)]
+    sizes = rows[rows["class"] >= 0].set_index("class")["n"]
+    assert np.average(heat[3], weights=sizes) == pytest.approx(rows[rows["group"] == "all"]["accuracy"].item())

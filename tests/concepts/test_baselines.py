@@ -228,6 +228,13 @@ def test_table_ratio_and_headline_are_consistent(compared):
         compared.ratio("texture")
 
 
+def test_coverage_falls_with_the_threshold(compared):
+    curve = compared.coverage(np.linspace(0, 1, 11)).query("dictionary == 'mine'")
+    assert curve["share"].is_monotonic_decreasing and curve["share"].iloc[0] == 1 and curve["share"].iloc[-1] == 0
+    at = compared.coverage([0.5]).set_index("dictionary").loc["mine"]
+    assert at["threshold"] == 0.5 and at["share"] == (compared.detection.query("dictionary == 'mine'")["ap"] > 0.5).mean()
+
+
 def test_a_competitor_may_read_another_model_but_not_other_scenes():
     twice = [p._replace(tokens=-p.tokens) for p in (planted(0), planted(1))]
     minus = Dictionary("minus", 6, lambda x, c: (-x if c is None else -x[:, c]).relu())

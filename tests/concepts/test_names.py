@@ -22,6 +22,7 @@ from patchsae_utils.concepts.names import (
     label_latents,
     make_vocabulary,
     name_agreement,
+    related_names,
     score_words,
 )
 from patchsae_utils.latents.reading import summarize_latents
@@ -160,6 +161,13 @@ def test_agreement_counts_latents_that_both_name():
     assert row["agreement"] == pytest.approx(2 / 3)
     assert row["chance"] == pytest.approx(2 / 9, abs=0.03)  # two names in common, each at its place once in three
     assert row["low"] < 2 / 3 < row["high"]
+
+
+def test_related_names_are_no_contradiction():
+    a, b = table(["dog", "hammer", "dog"]), table(["animal", "tool", "tool"])
+    rows = name_agreement({"a": a, "b": b}, {"dog": ["animal"], "hammer": ["tool"]})
+    assert rows["agreement"][0] == 0 and rows["related"][0] == pytest.approx(2 / 3)
+    assert related_names()["dog" if "dog" in related_names() else next(iter(related_names()))]
 
 
 def test_chance_level_holds_for_names_that_know_nothing_of_each_other():

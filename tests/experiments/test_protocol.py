@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from experiments import grid, protocol
-from experiments.protocol import KINDS, Cell, Protocol, cells, feature_forms, tabulate
+from experiments.protocol import Cell, Protocol, cells, feature_forms, tabulate
 from patchsae_utils.adaptation.compare import FORMS
 from patchsae_utils.config import load_profile
 from patchsae_utils.interventions.tail import dataset_head
@@ -22,13 +22,6 @@ TASK = "openmoji/tools"
 def small(tmp_path):
     profile = load_profile(overrides={"adapters.n_shots": 1, "adapters.epochs": 1, "adapters.depth": 2, "model.layer": 1})
     return dataclasses.replace(profile, root=tmp_path)
-
-
-def test_zero_shot_needs_no_seeds_and_tasks_stay_together():
-    found = cells(["a", "b"])
-    assert len(found) == len(set(cell.name for cell in found)) == 2 * (2 + 3 * (len(KINDS) - 2))
-    assert [cell.task for cell in found] == sorted(cell.task for cell in found)
-    assert sum(cell.kind == "zero-shot" for cell in found) == 2
 
 
 def test_cells_are_fitted_measured_and_kept(small, tiny_clip, tiny_sae, tmp_path, monkeypatch):

@@ -61,6 +61,13 @@ def test_names_come_in_several_forms():
         cards.read_names(frame.drop(columns="name"), 8)
 
 
+def test_distinctive_latents_are_those_that_few_images_activate(summary):
+    weights = cards.distinctiveness(summary)
+    alive = ~summary.dead.numpy()
+    assert (weights >= 0).all() and (weights[~alive] == 0).all()
+    assert weights[alive][summary.frequency.numpy()[alive].argmin()] == weights.max()
+
+
 def test_pointing_needs_no_ground_truth(tiny_clip, tiny_sae, summary, tiny_dataset):
     class Plain:  # a data set that knows labels only
         labels, class_names, spec, split = tiny_dataset.labels // 2, tiny_dataset.class_names, "plain", "test"

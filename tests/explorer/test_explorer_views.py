@@ -9,6 +9,7 @@ import struct
 import zlib
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -179,6 +180,15 @@ def test_probabilities_are_those_of_each_model(adaptation, tiny_clip, tiny_image
         p = model.logits(model.encode_image(tiny_images[:1]), dataset_head(model, tiny_dataset)).softmax(-1)[0]
         for row in adaptation.card.bars:
             assert row[side] == pytest.approx(float(p[tiny_dataset.class_names.index(row[0])]), abs=1e-5)
+
+
+def test_figure_of_two_models(adaptation):
+    adaptation.task, adaptation.latent = "more", 3
+    fig = adaptation.figure()
+    texts = " ".join(t.get_text() for t in fig.findobj(plt.Text))
+    for words in ("CLIP", "VPT", "latent 3 · red", "in both", "Artwork"):
+        assert words in texts
+    plt.close(fig)
 
 
 def test_page_finds_latents_by_name(show, latents):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -110,6 +111,17 @@ def test_choices_that_do_not_exist_are_refused_and_change_nothing(panel, trait, 
     with pytest.raises(ValueError, match=message):
         panel.set_state({trait: value})
     assert getattr(panel, trait) == before
+
+
+def test_figure_shows_what_is_on_screen(panel):
+    panel.where, panel.patches, panel.latent = "selected", [3, 4], 3
+    panel.edits = [{"latent": 3, "op": "scale", "value": 2.5}]
+    fig = panel.figure()
+    texts = " ".join(t.get_text() for t in fig.findobj(plt.Text))
+    for words in ("a wheel", "×2.5", "2 selected patches", "Artwork", panel.shown["bars"][0][0]):
+        assert words in texts
+    plt.close(fig)
+    assert repr(panel).startswith("SteeringPanel(") and len(panel._repr_mimebundle_()[0]["text/plain"]) < 120
 
 
 def strength(latent):

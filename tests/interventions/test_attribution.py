@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from patchsae_utils.interventions import Edit, attribute_latents, attribution_check, steer
+from patchsae_utils.interventions import Edit, attribute_latents, attribution_check, steer, sweep_masks
 from patchsae_utils.interventions.attribution import image_attribution, latent_shares
 from patchsae_utils.interventions.tail import network_tail
 from patchsae_utils.sae.model import SparseAutoencoder
@@ -75,3 +75,14 @@ def test_attribution_is_the_ablation_of_a_small_latent(tiny_clip, tiny_dataset, 
     exact = torch.from_numpy(check["exact"])
     torch.testing.assert_close(torch.from_numpy(check["estimate"]), exact, rtol=0.05, atol=2e-3 * float(exact.abs().max()) + 2e-5)
     assert exact.abs().max() > 1e-3
+
+
+def test_sweeps_rank_by_attribution(tiny_clip, sae, tiny_dataset, head):
+    """A class's latents of highest attribution cost it more than those of lowest, by first order on the images themselves."""
+    scores = attribute_latents(tiny_clip, sae, tiny_dataset, LAYER, head=head)
+    best, worst = (
+        sweep_masks(tiny_clip, sae, tiny_dataset, [3], "oracle", True, attribution=table, rank_by="attribution", head=head).iloc[4]
+        for table in (scores, -scores.scores)
+    )
+    assert best["rank"] == worst["rank"] == "attribution" and best["mode"] == "off"
+    assert best["logit"] < worst["logit"] - 0.1

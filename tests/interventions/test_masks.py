@@ -243,6 +243,16 @@ def test_table_has_a_row_for_every_condition_with_an_interval(tiny_clip, sae, ti
     np.testing.assert_allclose(weighted["right"] / weighted["n"], total["accuracy"], atol=1e-9)
 
 
+def test_both_rankings_stand_in_one_table(tiny_clip, sae, tiny_dataset, counts, head):
+    table = sweep_masks(
+        tiny_clip, sae, tiny_dataset, [2], ["predicted", "random"], rank_by=["count", "attribution"], class_counts=counts,
+        attribution=counts.flip(0), head=head,
+    )  # fmt: skip
+    assert table[table["mode"] == "off"][["choose", "rank"]].to_numpy().tolist() == [
+        ["predicted", "count"], ["predicted", "attribution"], ["random", "none"],
+    ]  # fmt: skip
+
+
 def test_trap_13_rows_for_each_class_keep_equal_names_apart(tiny_clip, sae, tiny_dataset, head):
     twins = Changed(tiny_dataset, 12, class_names=["missile", "missile", *tiny_dataset.class_names[2:]])
     table = sweep_masks(tiny_clip, sae, twins, [3], "random", head=head, groups="class")

@@ -13,9 +13,8 @@ from patchsae_utils.adaptation import MaPLe, VisualPrompt
 from patchsae_utils.clip.model import ClipModel
 from patchsae_utils.data import templates_for
 from patchsae_utils.interventions.attribution import image_attribution
-from patchsae_utils.interventions.choosing import NONE_LEFT, SILENT
 from patchsae_utils.interventions.concept_latents import ConceptLatents
-from patchsae_utils.interventions.tail import Active, contribution, network_tail
+from patchsae_utils.interventions.tail import network_tail
 from patchsae_utils.sae.model import SparseAutoencoder
 
 
@@ -57,21 +56,6 @@ def test_trap_12_the_head_is_renormalised_after_averaging_templates(tiny_clip, t
     prompts = F.normalize(prompts, dim=-1)
     assert prompts.mean(0).norm() < 1 - 1e-4  # so that forgetting it would show
     torch.testing.assert_close(head[5], F.normalize(prompts.mean(0), dim=0), rtol=0, atol=1e-5)
-
-
-def test_sparse_sums_equal_dense_ones():
-    generator = torch.Generator().manual_seed(0)
-    h = torch.rand(3, 5, 40, generator=generator) * (torch.rand(3, 5, 40, generator=generator) < 0.2)
-    rows, direction = torch.randn(40, 16, generator=generator), torch.randn(3, 5, 16, generator=generator)
-    active = Active.of(h)
-    torch.testing.assert_close(active.decode(rows), h @ rows, rtol=0, atol=1e-5)
-    shares = torch.zeros(h.shape).index_put((active.token // 5, active.token % 5, active.latent), active.project(direction, rows))
-    torch.testing.assert_close(shares, h * (direction @ rows.T), rtol=0, atol=1e-5)
-    latents = torch.tensor([[3, 7], [SILENT, 7], [3, NONE_LEFT]])
-    found = contribution(rows, h, latents)
-    torch.testing.assert_close(found[0], h[0][:, [3, 7]] @ rows[[3, 7]], rtol=0, atol=1e-5)
-    torch.testing.assert_close(found[1], h[1][:, [7]] @ rows[[7]], rtol=0, atol=1e-5)
-    assert found[2].isnan().all()
 
 
 ENTRIES = {

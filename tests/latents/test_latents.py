@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from patchsae_utils.data import ImageData
 from patchsae_utils.latents import passes
-from patchsae_utils.latents.measures import label_entropy, merge_keys, pack_top, shuffled_label_entropy, unpack_top
+from patchsae_utils.latents.measures import contrasting_latents, label_entropy, merge_keys, pack_top, shuffled_label_entropy, unpack_top
 from patchsae_utils.latents.passes import Observer, latent_chunks
 from patchsae_utils.latents.reading import latent_masks, summarize_latents
 from patchsae_utils.latents.summary import LatentSummary
@@ -71,6 +71,15 @@ def test_shuffled_labels_make_the_entropy_of_random_images():
     shuffled = shuffled_label_entropy(values, images, labels, 20)
     assert math.isnan(shuffled[0]) and shuffled[1:].min() > 1
     assert torch.equal(shuffled[1:], shuffled_label_entropy(values, images, labels, 20)[1:])
+
+
+def test_contrasting_latents_differ(summary):
+    chosen = contrasting_latents(summary.to_frame())
+    assert list(chosen.values()) == ["one class", "related classes", "everywhere", "seldom, mixed"] and len(chosen) == 4
+    frame = summary.to_frame().set_index("latent")
+    full = frame[~frame["faint"]]
+    full = full[full["n_reference"] == full["n_reference"].max()]
+    assert frame.loc[next(iter(chosen)), "label_entropy"] == full["label_entropy"].min()
 
 
 def test_summary_equals_the_slow_reference(summary, all_latents, data):

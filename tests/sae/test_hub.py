@@ -14,7 +14,7 @@ import torch
 import yaml
 from tiny_saes import TOKENS, trained
 
-from patchsae_utils.sae.files import _model_card, load_sae, push_sae, save_sae
+from patchsae_utils.sae.files import load_sae, push_sae, save_sae
 
 
 class StandIn(BaseHTTPRequestHandler):
@@ -129,12 +129,3 @@ def test_what_is_not_there_is_said(hub):
         push_sae(trained({}), "alone")
     with pytest.raises(ConnectionError, match="others/sae could not be written on the hub .*403.*log in with a token that may write"):
         push_sae(trained({}), "others/sae")
-
-
-def test_the_card_says_what_is_not_known():
-    sae = trained({"activation": "topk", "k": 3})
-    sae.metadata = {"dataset": "openmoji/scenes", "split": "train", "n_images": 6000, "metrics": {"l0": 12.0}}
-    card = str(_model_card(sae, "a/b"))
-    assert "| Model | not known |" in card and "| l0 | 12 |" in card and "topk, k = 3" in card
-    assert "openmoji/scenes, train, 6,000 images" in card and "CC BY-SA 4.0" in card
-    assert "Not measured." in str(_model_card(trained({}), "a/b"))

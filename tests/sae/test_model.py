@@ -176,12 +176,6 @@ def test_bad_arguments(arguments, message):
         SparseAutoencoder(**arguments)
 
 
-def test_wrong_width_names_both_sides():
-    sae = SparseAutoencoder(4, 8, metadata={"model_name": "openmoji", "layer": 4})
-    with pytest.raises(ValueError, match=r"reads 4-dimensional activations of 'openmoji', layer 4; the given tensor holds 5-dimensional"):
-        sae(torch.zeros(2, 5))
-
-
 def store(d_in=4, **known):
     return SimpleNamespace(d_in=d_in, metadata=SimpleNamespace(**known))
 
