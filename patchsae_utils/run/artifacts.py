@@ -113,7 +113,7 @@ def current_commit() -> str:
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=repository_root(), capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "patchsae_utils")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "patchsae_utils", "experiments")
     return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("+changes" if changed else "")
 
 

@@ -103,11 +103,11 @@ def mean_interval(values: Iterable[float] | np.ndarray | Tensor, unit: str = "im
     if not values.shape[-1]:
         raise ValueError(f"There is nothing to resample: no {unit}.")
     if groups is None:
-        return interval(lambda w: w @ np.moveaxis(values, -1, 0) / _column(w.sum(1), values), values.shape[-1], unit, seed=seed)
+        return interval(lambda w: np.tensordot(w, np.moveaxis(values, -1, 0), 1) / _column(w.sum(1), values), values.shape[-1], unit, seed=seed)
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     sums = np.stack([np.bincount(group, row) for row in values.reshape(-1, values.shape[-1])]).reshape(*values.shape[:-1], -1)
     sums, counts = np.moveaxis(sums, -1, 0), np.bincount(group)
-    return interval(lambda w: w @ sums / _column(w @ counts, values), len(counts), unit, seed=seed)
+    return interval(lambda w: np.tensordot(w, sums, 1) / _column(w @ counts, values), len(counts), unit, seed=seed)
 
 
 def _column(weights: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -46,6 +46,8 @@ def test_rows_share_their_resamples():
     several = mean_interval(np.stack([values[0], values[1], values[0] - values[1]]))
     alone = mean_interval(values[0] - values[1])
     assert (several.value[2], several.low[2], several.high[2]) == pytest.approx(alone[:3], abs=1e-12)
+    deep = mean_interval(np.stack([[values[0]], [values[0] - values[1]]]))
+    assert deep.value.shape == (2, 1) and (deep.low[1, 0], deep.high[1, 0]) == pytest.approx(alone[1:3], abs=1e-12)
 
 
 def test_a_ratio_is_of_sums_not_of_ratios():
