@@ -97,7 +97,7 @@ def random_sae(sae: SparseAutoencoder, seed: int = 0, tokens: Tensor | None = No
     control.W_dec.copy_(directions)
     control.W_enc.copy_(directions.T)
     control.b_dec.copy_(sae.b_dec)
-    control = control.to(sae.W_enc.device).requires_grad_(False)
+    control = control.to(sae.W_enc.device).requires_grad_(False).eval()
     if tokens is None:
         return control
     if tokens.ndim != 2 or not len(tokens):
