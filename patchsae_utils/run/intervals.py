@@ -103,7 +103,8 @@ def mean_interval(values: Iterable[float] | np.ndarray | Tensor, unit: str = "im
     if not values.shape[-1]:
         raise ValueError(f"There is nothing to resample: no {unit}.")
     if groups is None:
-        return interval(lambda w: np.tensordot(w, np.moveaxis(values, -1, 0), 1) / _column(w.sum(1), values), values.shape[-1], unit, seed=seed)
+        sums = np.moveaxis(values, -1, 0)
+        return interval(lambda w: np.tensordot(w, sums, 1) / _column(w.sum(1), values), len(sums), unit, seed=seed)
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     sums = np.stack([np.bincount(group, row) for row in values.reshape(-1, values.shape[-1])]).reshape(*values.shape[:-1], -1)
     sums, counts = np.moveaxis(sums, -1, 0), np.bincount(group)
