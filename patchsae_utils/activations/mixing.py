@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TOKENS = ("all", "cls", "patches")
+TOKENS = {"all": slice(None), "cls": slice(0, 1), "patches": slice(1, None)}
+"""Named tokens of [CLS, patch 1, ..., patch P]."""
 
 
 class StoreMetadata(NamedTuple):
@@ -50,7 +51,7 @@ def choose_tokens(held: str, wanted: str) -> slice:
         return slice(0, None)
     if held != "all":
         raise ValueError(f"There are no tokens {wanted!r} here, only {held!r}. Extract with tokens={wanted!r} or 'all'.")
-    return slice(0, 1) if wanted == "cls" else slice(1, None)
+    return TOKENS[wanted]
 
 
 class TokenSource:

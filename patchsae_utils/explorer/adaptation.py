@@ -11,10 +11,10 @@ import traitlets as t
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..activations.mixing import TOKENS
 from ..adaptation.fit import NAMES
 from ..data import load_dataset
 from ..interventions.tail import dataset_head
-from ..latents.summary import TOKENS
 from .cards import Reader, distinctiveness
 from .render import encode_heats, encode_picture
 from .widgets import SelectionError, _View, is_openmoji, script

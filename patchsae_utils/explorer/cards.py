@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..latents.summary import TOKENS
+from ..activations.mixing import TOKENS
 from .reader import Reader
 
 ORDERS = {"frequency": True, "mean_activation": True, "label_entropy": False}

@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..activations.mixing import TOKENS
 from ..clip.model import ClipModel
 from ..latents.summary import LatentSummary
 from ..run.intervals import mean_interval
@@ -28,7 +29,7 @@ from ..run.memory import out_of_memory
 from ..sae.model import SparseAutoencoder
 from .attribution import Attribution
 from .choosing import CHOICES, RANKINGS, Choosing
-from .tail import PLACES, Active, Read, dataset_head, read_batches
+from .tail import Active, Read, dataset_head, read_batches
 
 MODES = ("on", "off")
 
@@ -122,7 +123,7 @@ def sweep_masks(
 
     Source: Lim et al., ICLR 2025, section 4.1 and Fig. 5 (choices ``oracle``, ``dataset``, ``random``; ranked by count).
     """
-    choose, rank_by, where = _names(choose, CHOICES, "choose"), _names(rank_by, RANKINGS, "rank_by"), _names(where, tuple(PLACES), "where")
+    choose, rank_by, where = _names(choose, CHOICES, "choose"), _names(rank_by, RANKINGS, "rank_by"), _names(where, tuple(TOKENS), "where")
     errors = [keep_error] if isinstance(keep_error, bool) else list(keep_error)
     ks = sorted({int(k) for k in ks})
     if not ks or ks[0] < 0 or ks[-1] > sae.d_sae or len(ks) > 254:
@@ -166,7 +167,7 @@ def sweep_masks(
                                 tokens = everywhere
                                 if name != "all":
                                     tokens = starts["off", keep].clone()
-                                    tokens[:, PLACES[name]] = everywhere[:, PLACES[name]]
+                                    tokens[:, TOKENS[name]] = everywhere[:, TOKENS[name]]
                                 values = _judge(clip, read, tokens, head).masked_fill(short.to(z.device), torch.nan)
                                 draws[choice, ranking, mode, ks[level], name, keep].append(values)
             for key, values in draws.items():

@@ -11,10 +11,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..activations.mixing import TOKENS
 from ..clip.model import ClipModel, Residual
 from ..sae.dictionary import select_latents
 from ..sae.model import SparseAutoencoder
-from .tail import PLACES, network_tail
+from .tail import network_tail
 
 OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "scale": lambda latent, value: latent * value,
@@ -55,7 +56,7 @@ class Edit:
                 raise ValueError(
                     f"Unknown place {self.patches!r}. Valid: None (all tokens), 'cls', 'patches', patch indices, a bool tensor."
                 )
-            chosen[PLACES[self.patches or "all"]] = True
+            chosen[TOKENS[self.patches or "all"]] = True
             return chosen
         places = torch.as_tensor(self.patches).cpu()
         if places.dtype == torch.bool:

@@ -13,9 +13,6 @@ from ..clip.model import ClipModel, Residual
 from ..data import batches, templates_for
 from .choosing import NONE_LEFT
 
-PLACES = {"all": slice(None), "cls": slice(0, 1), "patches": slice(1, None)}
-"""Named tokens of [CLS, patch 1, ..., patch P]."""
-
 BATCH = 32
 """Images at a time, where no caller says otherwise."""
 

@@ -10,9 +10,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..activations.mixing import TOKENS
 from .classes import class_scores, top_latents
 from .reading import latent_masks
-from .summary import TOKENS, LatentSummary
+from .summary import LatentSummary
 
 
 def seen_image(clip, image) -> Tensor:

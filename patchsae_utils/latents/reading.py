@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..activations.mixing import TOKENS
 from ..data.dataset import dataset_fingerprint
 from ..run.artifacts import fingerprint, is_current
 from ..run.processes import Processes
 from ..sae.dictionary import select_latents
 from .passes import Observer, one_pass
-from .summary import FORMAT_VERSION, TOKENS, LatentSummary, RunningSummary
+from .summary import FORMAT_VERSION, LatentSummary, RunningSummary
 
 
 @torch.no_grad()

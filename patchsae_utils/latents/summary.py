@@ -12,14 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..activations.mixing import TOKENS
 from ..run.artifacts import atomic_folder, damage_named, read_folder_manifest, write_folder_manifest
 from .measures import label_entropy, label_std, merge_keys, pack_top, unpack_top
 from .passes import Observer
 
 FORMAT_VERSION = 3
-
-TOKENS = {"all": slice(None), "patches": slice(1, None), "cls": slice(0, 1)}
-"""Which tokens of [CLS, patch 1, ..., patch P] a statistic reads."""
 
 _COUNTS = ("class_counts", "class_hits")  # [C, S]: written sparse where that is smaller
 

@@ -235,7 +235,7 @@ def test_large_tables_are_written_sparse_and_come_back_whole(summary, tmp_path):
 
 
 def test_bad_arguments_are_named(tiny_clip, sae, data):
-    with pytest.raises(ValueError, match="Valid: all, patches, cls"):
+    with pytest.raises(ValueError, match="Valid: all, cls, patches"):
         summarize_latents(tiny_clip, sae, data, LAYER, tokens="image")
     with pytest.raises(ValueError, match="k must be"):
         summarize_latents(tiny_clip, sae, data, LAYER, k=0)
