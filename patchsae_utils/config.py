@@ -13,7 +13,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -21,25 +21,50 @@ from typing import Any
 
 DEFAULT_PROFILE = "openmoji"
 
-_VARIABLE = re.compile(r"\$\{?([A-Za-z_][A-Za-z0-9_]*)\}?")
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {  # of settings, by name; None passes all
+    **dict.fromkeys(
+        "n_train_images n_statistics_images n_evaluation_images expansion_factor k bandwidth n_tokens lr batch_tokens log_every "
+        "checkpoint_every n_shots epochs batch_size n_ctx depth".split(),
+        (lambda value: value > 0, "positive"),
+    ),
+    **dict.fromkeys(
+        "workers warmup_steps l1_coefficient l1_warmup_steps cls_coefficient dead_after_steps clip_gradient".split(),
+        (lambda value: value >= 0, "0 or more"),
+    ),
+    **dict.fromkeys(("max_broken", "lr_end"), (lambda value: 0 <= value <= 1, "a share, between 0 and 1")),
+    **dict.fromkeys(
+        "name train statistics evaluation tasks activation path kind template seeds".split(),
+        (lambda value: bool(value) and not (isinstance(value, tuple) and "" in value), "given, not empty"),
+    ),
+}
+_CHOICES = {
+    "schedule": ("constant", "linear", "cosine"),
+    "start": ("random", "data"),
+    "b_dec_start": ("median", "mean", "zero"),
+    "tokens": ("all", "patches", "cls"),
+    "normalize": ("none", "mean", "mean_and_norm"),
+    "precision": ("float32", "bfloat16"),
+    "sparse": ("auto", "never", "always"),
+    "trackers": ("tensorboard", "wandb"),
+}
 
 
-def _check(config: object, positive: str = "", not_negative: str = "", not_empty: str = "") -> None:
-    """Ranges of a section's settings, each named; None passes."""
-    for name in positive.split():
-        if (value := getattr(config, name)) is not None and not value > 0:
-            raise ValueError(f"{name} must be positive, got {value!r}.")
-    for name in not_negative.split():
-        if (value := getattr(config, name)) is not None and not value >= 0:
-            raise ValueError(f"{name} must be 0 or more, got {value!r}.")
-    for name in not_empty.split():
-        value = getattr(config, name)
-        if not value or (isinstance(value, tuple) and not all(value)):
-            raise ValueError(f"{name} must not be empty, got {value!r}.")
+class _Section:
+    """Settings whose values are checked by :data:`_RULES` and :data:`_CHOICES`, however they were made."""
+
+    def __post_init__(self):
+        for item in dataclasses.fields(self):
+            name, value = item.name, getattr(self, item.name)
+            holds, words = _RULES.get(name, (lambda _: True, ""))
+            if value is not None and not holds(value):
+                raise ValueError(f"{name} must be {words}, got {value!r}.")
+            for choice in value if isinstance(value, tuple) else (value,):
+                if name in _CHOICES and choice not in _CHOICES[name]:
+                    raise ValueError(f"{name} must be one of {', '.join(_CHOICES[name])}, got {choice!r}.")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Section):
     """Which CLIP is studied, and where its residual stream is read."""
 
     name: str = "ViT-B-16-quickgelu"
@@ -49,12 +74,9 @@ class ModelConfig:
     layer: int = -2
     """Block whose output is read; -2 is the paper's, ``resblocks[-2]``."""
 
-    def __post_init__(self):
-        _check(self, not_empty="name")
-
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Section):
     """Which images are used, and how many. A spec is what :func:`patchsae_utils.load_dataset` takes."""
 
     train: str
@@ -78,20 +100,17 @@ class DataConfig:
     max_broken: float = 0.01
     """Largest share of unreadable images: looked for beforehand, left out and reported. 0: none is looked for, the first one met stops the run."""
 
-    def __post_init__(self):
-        _check(self, "n_train_images n_statistics_images n_evaluation_images", "workers", "train statistics evaluation tasks")
-        if not 0 <= self.max_broken <= 1:
-            raise ValueError(f"max_broken is a share of the images, between 0 and 1, got {self.max_broken!r}.")
-
     def choice(self) -> dict[str, Any]:
         """The settings that choose images, without those that say how they are opened: what an artifact's fingerprint may hold."""
         return {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name not in ("workers", "max_broken")}
 
 
 @dataclass(frozen=True)
-class SaeConfig:
-    """Shape of the sparse autoencoder."""
+class SaeConfig(_Section):
+    """Shape of the sparse autoencoder that is trained, or which one is taken instead."""
 
+    path: str | None = None
+    """An SAE to study in place of training one: whatever :func:`patchsae_utils.load_sae` opens, ``hf:<owner>/<repository>`` included."""
     expansion_factor: int = 64
     """d_sae / d_in; the paper's is 64."""
     activation: str = "relu"
@@ -103,35 +122,14 @@ class SaeConfig:
     bandwidth: float | None = None
     """Width of the kernel through which ``jumprelu`` learns its thresholds; ``None`` for its default."""
 
-    def __post_init__(self):
-        _check(self, "expansion_factor k bandwidth", not_empty="activation")
-        if any(size < 1 for size in self.groups) or list(self.groups) != sorted(set(self.groups)):
-            raise ValueError(f"groups must be rising positive numbers of latents, got {self.groups!r}.")
-        if self.groups and self.activation != "matryoshka":
-            raise ValueError(f"groups have no meaning for activation={self.activation!r}; leave them out, or use matryoshka.")
-        if self.bandwidth is not None and self.activation != "jumprelu":
-            raise ValueError(f"bandwidth has no meaning for activation={self.activation!r}; leave it out, or use jumprelu.")
-
     def options(self) -> dict[str, Any]:
         """Keyword arguments of :class:`~patchsae_utils.sae.SparseAutoencoder` beside its sizes, those that are set."""
         given = {"activation": self.activation, "k": self.k, "groups": self.groups or None, "bandwidth": self.bandwidth}
         return {name: value for name, value in given.items() if value is not None}
 
 
-_CHOICES = {
-    "schedule": ("constant", "linear", "cosine"),
-    "start": ("random", "data"),
-    "b_dec_start": ("median", "mean", "zero"),
-    "tokens": ("all", "patches", "cls"),
-    "normalize": ("none", "mean", "mean_and_norm"),
-    "precision": ("float32", "bfloat16"),
-    "sparse": ("auto", "never", "always"),
-}
-_TRACKERS = ("tensorboard", "wandb")
-
-
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Section):
     """How an SAE is trained. Defaults are the paper's."""
 
     n_tokens: int = 516_000_000
@@ -179,23 +177,9 @@ class TrainConfig:
     seed: int = 0
     """Initial weights and the order of the tokens."""
 
-    def __post_init__(self):
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, got {getattr(self, name)!r}.")
-        counts = "warmup_steps l1_coefficient l1_warmup_steps cls_coefficient dead_after_steps clip_gradient"
-        _check(self, "n_tokens lr batch_tokens log_every checkpoint_every", counts)
-        if not 0 <= self.lr_end <= 1:
-            raise ValueError(f"lr_end is a share of lr, between 0 and 1, got {self.lr_end!r}.")
-        if self.lr_end and self.schedule == "constant":
-            raise ValueError(f"lr_end={self.lr_end} has no meaning for schedule='constant'; leave it out, or use linear or cosine.")
-        unknown = sorted(set(self.trackers) - set(_TRACKERS))
-        if unknown or len(set(self.trackers)) < len(self.trackers):
-            raise ValueError(f"trackers may name {' and '.join(_TRACKERS)}, each once, got {self.trackers!r}.")
-
 
 @dataclass(frozen=True)
-class AdapterConfig:
+class AdapterConfig(_Section):
     """How CLIP is adapted to a task. Defaults are MaPLe's, for ViT-B/16."""
 
     tasks: tuple[str, ...]
@@ -219,11 +203,6 @@ class AdapterConfig:
     seeds: tuple[int, ...] = (1,)
     """One adapter is trained for each: which shots, and their order."""
 
-    def __post_init__(self):
-        _check(self, "n_shots epochs lr batch_size n_ctx depth", not_empty="tasks kind template")
-        if not self.seeds:
-            raise ValueError("seeds must hold at least one seed, got ().")
-
 
 @dataclass(frozen=True)
 class Profile:
@@ -239,10 +218,6 @@ class Profile:
     root: Path = field(compare=False)
     """``runs/<name>`` in the repository (or in the current folder, outside a repository); made by whoever writes into it."""
 
-    def __post_init__(self):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise ValueError(f"A profile's name is a folder's name of letters, digits, '.', '_' and '-', got {self.name!r}.")
-
     def folder(self, stage: str) -> Path:
         """Folder of one stage's artifacts, e.g. ``folder("activations")`` -> ``runs/openmoji/activations``; not created here."""
         return self.root / stage
@@ -250,7 +225,7 @@ class Profile:
     @property
     def is_default(self) -> bool:
         """Whether these are the very settings that the committed notebooks and figures show."""
-        return self == _build_profile(*_read(DEFAULT_PROFILE))
+        return self == _build_profile(DEFAULT_PROFILE, _read(DEFAULT_PROFILE))
 
 
 _SECTIONS = {"model": ModelConfig, "data": DataConfig, "sae": SaeConfig, "training": TrainConfig, "adapters": AdapterConfig}
@@ -270,9 +245,8 @@ def load_profile(name_or_path: str | os.PathLike | None = None, overrides: Mappi
     name_or_path : str or path, optional
         A name from :func:`profile_names`, or the path of a ``.toml`` file. Default: ``$PATCHSAE_PROFILE``, else ``openmoji``.
     overrides : mapping, optional
-        Settings to change, by dotted name (``{"data.n_train_images": 500}``) or nested (``{"data": {"n_train_images": 500}}``).
-        They are applied after those of ``$PATCHSAE_SET`` ("data.n_train_images=500; training.n_tokens=20000").
-        ``{"name": "quick"}`` gives the changed profile a folder of its own under ``runs/``.
+        Settings to change, by dotted name: ``{"data.n_train_images": 500}``. They are applied after those of ``$PATCHSAE_SET``
+        ("data.n_train_images=500; training.n_tokens=20000"). ``{"name": "quick"}`` gives the changed profile a folder of its own under ``runs/``.
 
     Returns
     -------
@@ -286,10 +260,11 @@ def load_profile(name_or_path: str | os.PathLike | None = None, overrides: Mappi
         If the profile needs a folder that an environment variable should name, and that is not set or not there.
     """
     given = os.environ.get("PATCHSAE_PROFILE") or DEFAULT_PROFILE if name_or_path is None else name_or_path
-    label, settings = _read(given)
-    for change in (parse_settings(os.environ.get("PATCHSAE_SET", "")), overrides or {}):
-        _merge(settings, change, label)
-    return _build_profile(label, settings)
+    settings = _read(given)
+    for key, value in (parse_settings(os.environ.get("PATCHSAE_SET", "")) | dict(overrides or {})).items():
+        section, _, name = key.rpartition(".")
+        (settings.setdefault(section, {}) if section else settings)[name] = value
+    return _build_profile(str(given), settings)
 
 
 def parse_settings(text: str) -> dict[str, Any]:
@@ -324,113 +299,75 @@ def figures_folder(profile: Profile | None = None) -> Path:
     return repository_root() / "figures" if profile.is_default else profile.folder("figures")
 
 
-def _read(given: str | os.PathLike) -> tuple[str, dict]:
-    """A profile's label for messages, and what its file says."""
-    names = profile_names()
-    if str(given) in names:
-        content = (resources.files("patchsae_utils") / "profiles" / f"{given}.toml").read_bytes()
-    elif file := next((path for path in (Path(given), repository_root() / given) if path.suffix == ".toml" and path.is_file()), None):
-        content = file.read_bytes()  # notebooks run in a folder of the repository, paths are given from its root
-    else:
-        raise ValueError(f"Unknown profile {str(given)!r}. Valid: {', '.join(names)}, or the path of an existing .toml file.")
+def _read(given: str | os.PathLike) -> dict[str, Any]:
+    """What a profile's file says."""
+    file: Any = next((path for path in (Path(given), repository_root() / given) if path.suffix == ".toml" and path.is_file()), None)
+    if str(given) in profile_names():
+        file = resources.files("patchsae_utils") / "profiles" / f"{given}.toml"
+    elif file is None:  # a path is looked for from here, and from the repository's root: notebooks run in a folder of it
+        raise ValueError(f"Unknown profile {str(given)!r}. Valid: {', '.join(profile_names())}, or the path of an existing .toml file.")
     try:
-        settings = tomllib.loads(content.decode("utf-8"))
+        return {"name": Path(file.name).stem} | tomllib.loads(file.read_bytes().decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"Profile {str(given)!r} is not valid TOML: {error}.") from error
-    for key in ("needs", *_SECTIONS):
-        if not isinstance(settings.get(key, {}), dict):
-            raise ValueError(f"Profile {str(given)!r}: [{key}] must be a section with settings, got {key} = {settings[key]!r}.")
-    settings["name"] = str(settings.get("name", Path(given).stem if Path(given).suffix == ".toml" else given))
-    return str(given), settings
 
 
-def _merge(settings: dict, change: Mapping[str, Any], label: str) -> None:
-    """Write dotted or nested changes into ``settings``."""
-    valid = ["name", *(f"{section}.{item.name}" for section, cls in _SECTIONS.items() for item in dataclasses.fields(cls))]
-    flat = {}
-    for key, value in change.items():
-        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value})
-    for key, value in flat.items():
-        if key not in valid:
-            raise ValueError(f"Profile {label!r} has no setting {key!r}. Valid: {', '.join(valid)}.")
-        section, _, name = key.rpartition(".")
-        if section:
-            settings.setdefault(section, {})[name] = value
-        else:
-            settings[name] = value if isinstance(value, str) else str(value)
-
-
-def _build_profile(label: str, settings: dict) -> Profile:
+def _build_profile(label: str, settings: Mapping[str, Any]) -> Profile:
     """Check a profile's settings and fill the classes."""
-    needs, name = settings.get("needs", {}), settings["name"]
-    unknown = sorted(set(settings) - {"name", "needs", *_SECTIONS})
-    if unknown:
+    name, needs = str(settings["name"]), settings.get("needs", {})
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"A profile's name is a folder's name of letters, digits, '.', '_' and '-', got {name!r}.")
+    if unknown := sorted(set(settings) - {"name", "needs", *_SECTIONS}):
         raise ValueError(f"Profile {label!r}: unknown section {unknown[0]!r}. Valid: name, needs, {', '.join(_SECTIONS)}.")
-    parts = {key: _build(cls, settings.get(key, {}), f"Profile {label!r}, section [{key}]") for key, cls in _SECTIONS.items()}
-    parts = {key: _expand(part, label, needs) for key, part in parts.items()}
+    if other := next((key for key in ("needs", *_SECTIONS) if not isinstance(settings.get(key, {}), Mapping)), None):
+        raise ValueError(f"Profile {label!r}: [{other}] must be a section with settings, got {other} = {settings[other]!r}.")
+    parts: dict[str, Any] = {}
+    for key, cls in _SECTIONS.items():
+        values, where = _expanded(settings.get(key, {}), label, needs), f"Profile {label!r}, section [{key}]"
+        hints = typing.get_type_hints(cls)
+        if unknown := sorted(set(values) - set(hints)):
+            raise ValueError(f"{where}: unknown setting {unknown[0]!r}. Valid: {', '.join(hints)}.")
+        if missing := [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]:
+            raise ValueError(f"{where}: {', '.join(missing)} must be given.")
+        try:
+            parts[key] = cls(**{name: _typed(value, hints[name], name) for name, value in values.items()})
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     return Profile(name=name, root=repository_root() / "runs" / name, **parts)
 
 
-def _build(cls: type, values: Mapping[str, Any], where: str):
-    """Fill a settings class, checking names and types."""
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise ValueError(f"{where}: unknown setting {unknown[0]!r}. Valid: {', '.join(hints)}.")
-    needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
-    missing = [name for name in needed if name not in values]
-    if missing:
-        raise ValueError(f"{where}: {', '.join(missing)} must be given.")
-    try:
-        return cls(**{name: _coerce(value, hints[name], name) for name, value in values.items()})
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _coerce(value: Any, hint: Any, name: str) -> Any:
-    """The value as the annotated type, where that loses nothing."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    """The value as the annotated type, where that loses nothing; "all" and "auto" are None."""
+    if typing.get_origin(hint) is types.UnionType:
         if value is None or value in ("all", "auto"):
             return None
         (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
     if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
         items = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-        return tuple(_coerce(part, item, name) for part in (items if isinstance(items, (list, tuple)) else [items]))
-    if hint in (int, float) and isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        value = int(value)  # 2e6 tokens
-    if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return tuple(_typed(part, typing.get_args(hint)[0], name) for part in (items if isinstance(items, (list, tuple)) else [items]))
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and (hint is float or (hint is int and float(value).is_integer())):
+        return hint(value)  # 2e6 tokens
+    if hint in (bool, str) and isinstance(value, hint):
         return value
     raise ValueError(f"{name} must be of type {hint.__name__}, got {value!r}.")
 
 
-def _expand(config: Any, label: str, needs: Mapping[str, str]) -> Any:
-    """Replace ``$VARIABLE`` in a section's strings; one that is not set, or names no folder, is an error that says what belongs there."""
-
-    def expand(text: str) -> str:
-        for variable in _VARIABLE.findall(text):
-            value = os.environ.get(variable, "")
-            if not value or not Path(value).expanduser().is_dir():
-                raise FileNotFoundError(
-                    f"Profile {label!r} needs the environment variable {variable}: {needs.get(variable, 'a folder')}. "
-                    + (f"It names {value!r}, which is not a folder. " if value else "It is not set. ")
-                    + f"Set it, e.g. `export {variable}=/path/to/folder`, or give other data by "
-                    'PATCHSAE_SET="data.train=...; data.statistics=...; data.evaluation=...; data.tasks=...; adapters.tasks=...".'
-                )
-        return os.path.expanduser(os.path.expandvars(text))
-
-    changed: dict[str, Any] = {}
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if isinstance(value, str) and "$" in value:
-            changed[item.name] = expand(value)
-        elif isinstance(value, tuple) and any(isinstance(part, str) and "$" in part for part in value):
-            changed[item.name] = tuple(expand(part) for part in value)
-    return dataclasses.replace(config, **changed)
+def _expanded(value: Any, label: str, needs: Mapping[str, str]) -> Any:
+    """Settings with ``$VARIABLE`` replaced in strings; one that is not set, or names no folder, is an error that says what belongs there."""
+    if isinstance(value, Mapping):
+        return {name: _expanded(item, label, needs) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_expanded(item, label, needs) for item in value)
+    if not (isinstance(value, str) and "$" in value):
+        return value
+    for variable in re.findall(r"\$\{?([A-Za-z_][A-Za-z0-9_]*)\}?", value):
+        folder = os.environ.get(variable, "")
+        if not folder or not Path(folder).expanduser().is_dir():
+            raise FileNotFoundError(
+                f"Profile {label!r} needs the environment variable {variable}: {needs.get(variable, 'a folder')}. "
+                + (f"It names {folder!r}, which is not a folder. " if folder else "It is not set. ")
+                + f"Set it, e.g. `export {variable}=/path/to/folder`, or give other data by "
+                'PATCHSAE_SET="data.train=...; data.statistics=...; data.evaluation=...; data.tasks=...; adapters.tasks=...".'
+            )
+    return os.path.expanduser(os.path.expandvars(value))

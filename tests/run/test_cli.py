@@ -107,7 +107,7 @@ def test_info_and_convert_know_every_format(run, tmp_path, form):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("train", "--set", "training.speed=3"), "no setting 'training.speed'. Valid: "),
+        (("train", "--set", "training.speed=3"), "unknown setting 'speed'. Valid: "),
         (("train", "--set", "data.train=/nowhere/at/all", "--set", "name=x"), "There is no folder '/nowhere/at/all'"),
         (("train", "--set", "lr"), "A setting is written section.key=value"),
         (("sweep", "--ks", "few"), "--ks takes numbers with commas"),

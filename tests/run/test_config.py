@@ -91,22 +91,15 @@ def test_other_data_need_no_variable(monkeypatch):
     assert profile.data.train == "hf:owner/flowers" and profile.data.tasks == ("hf:owner/flowers",)
 
 
-def test_overrides_dotted_or_nested():
-    dotted = load_profile(overrides={"data.n_train_images": 500, "training.lr": 1})
-    nested = load_profile(overrides={"data": {"n_train_images": 500}, "training": {"lr": 1.0}})
-    assert dotted == nested and not dotted.is_default
-    assert dotted.data.n_train_images == 500 and dotted.training.lr == 1.0
-    assert dotted.data.n_statistics_images == load_profile().data.n_statistics_images
-
-
 def test_environment_chooses_and_changes(monkeypatch, image_folders):
     monkeypatch.setenv("PATCHSAE_PROFILE", "imagenet")
     assert load_profile().name == "imagenet"
     assert load_profile("openmoji").name == "openmoji", "an argument wins"
     monkeypatch.setenv("PATCHSAE_PROFILE", "")
     monkeypatch.setenv("PATCHSAE_SET", "data.n_train_images=500; training.n_tokens=2e4; adapters.tasks=openmoji/tools, openmoji/meals")
-    profile = load_profile(overrides={"training.n_tokens": 10})
-    assert profile.data.n_train_images == 500
+    profile = load_profile(overrides={"training.n_tokens": 10, "training.lr": 1})
+    assert profile.data.n_train_images == 500 and profile.training.lr == 1.0 and not profile.is_default
+    assert profile.data.n_statistics_images == load_profile("openmoji").data.n_statistics_images
     assert profile.training.n_tokens == 10, "an argument wins"
     assert load_profile().training.n_tokens == 20_000
     assert profile.adapters.tasks == ("openmoji/tools", "openmoji/meals")
@@ -124,18 +117,21 @@ def test_settings_as_text():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"data.n_images": 3}, "no setting 'data.n_images'. Valid: name, model.name, .*data.n_train_images"),
-        ({"dat": {"seed": 3}}, "no setting 'dat.seed'"),
+        ({"data.n_images": 3}, r"section \[data\]: unknown setting 'n_images'. Valid: train, .*n_train_images"),
+        ({"dat.seed": 3}, "unknown section 'dat'. Valid: name, needs, model"),
+        ({"speed": 3}, "unknown section 'speed'"),
         ({"data.n_train_images": 0}, r"section \[data\]: n_train_images must be positive, got 0"),
         ({"data.n_train_images": 2.5}, "n_train_images must be of type int, got 2.5"),
         ({"training.lr": -1}, "lr must be positive, got -1.0"),
         ({"training.lr": True}, "lr must be of type float, got True"),
         ({"training.warmup_steps": -1}, "warmup_steps must be 0 or more"),
         ({"training.ghost": 1}, "ghost must be of type bool, got 1"),
-        ({"model.name": ""}, "name must not be empty"),
+        ({"training.n_tokens": float("inf")}, "n_tokens must be of type int, got inf"),
+        ({"training.trackers": "tensorboard, csv"}, "trackers must be one of tensorboard, wandb, got 'csv'"),
+        ({"model.name": ""}, "name must be given, not empty"),
         ({"data.workers": -1}, "workers must be 0 or more"),
-        ({"data.max_broken": 1.5}, "max_broken is a share"),
-        ({"adapters.seeds": []}, "seeds must hold at least one seed"),
+        ({"data.max_broken": 1.5}, "max_broken must be a share"),
+        ({"adapters.seeds": []}, "seeds must be given, not empty"),
         ({"name": "../elsewhere"}, "folder's name"),
     ],
 )

@@ -139,7 +139,7 @@ def test_settings_and_code_are_part_of_the_key(repository):
     ("arguments", "message"),
     [
         (["--only", "09"], "no notebook '09'. Valid: 01_first, 02_second"),
-        (["--set", "training.budget=3"], "no setting 'training.budget'. Valid: name, model.name"),
+        (["--set", "training.budget=3"], "unknown setting 'budget'. Valid: n_tokens"),
         (["--notebooks", "elsewhere"], "No notebooks 0*.ipynb in"),
     ],
 )
