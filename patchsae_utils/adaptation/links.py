@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..clip.model import ClipModel, Residual
-from ..interventions.attribution import logit_gradient
+from ..interventions.attribution import all_others, logit_gradient
 from ..run.intervals import mean_interval
 from ..sae.model import SparseAutoencoder
 from .compare import COMPARISONS, mean_of_halves, turns
@@ -127,7 +127,7 @@ class LinkSums:
 
     def add(self, readers: Sequence[Reader], labels: Tensor) -> None:
         """Add a batch: CLIP and the adapted model on the same pictures, and their classes [B]."""
-        gradients = [logit_gradient(each.clip, each.tail, each.residual, each.head, labels, "margin") for each in readers]
+        gradients = [logit_gradient(each.clip, each.tail, each.residual, each.head, labels, all_others(each.head)) for each in readers]
         turn = turns(labels.cpu(), self.seen).to(labels.device)
         for rows in torch.arange(len(labels), device=labels.device).split(_IMAGES):
             h = [self.sae.encode(each.residual.tokens[rows]) for each in readers]

@@ -3,6 +3,9 @@
 Counting where a latent is active says what it sees, not what CLIP uses. Its attribution estimates what the logit would lose without it:
 the tail is differentiated once an image, and every latent's share is its activation times its decoder row times that gradient. The
 estimate is first order; :func:`attribution_check` sets the exact numbers beside it for a few latents.
+
+Source: gradient times activation, the first-order estimate of an ablation's effect (Molchanov et al., ICLR 2017, section 2.2; for latents of SAEs Marks et
+al., ICLR 2025, section 3.1).
 """
 
 from __future__ import annotations
@@ -17,19 +20,17 @@ from ..clip.model import ClipModel, Residual
 from ..sae.model import SparseAutoencoder
 from .tail import Active, Tail, dataset_head, network_tail, read_batches
 
-TARGETS = ("logit", "margin")
 N_CHECKED = 20
 """Latents of each image whose attribution is checked."""
 
 
 class Attribution(NamedTuple):
-    """How much each class's logit depends on each latent, on average over images of the class."""
+    """How much each class's margin depends on each latent, on average over images of the class."""
 
     scores: Tensor
-    """[C, S] mean over the class's images of gradient times activation: about what the logit loses when the latent is turned off; 0 for a
+    """[C, S] mean over the class's images of gradient times activation: about what the margin loses when the latent is turned off; 0 for a
     class without images."""
     class_names: tuple[str, ...]
-    """By class index."""
 
     def top(self, k: int) -> Tensor:
         """Each class's k latents of highest score, best first: LongTensor [C, k]."""
@@ -37,25 +38,20 @@ class Attribution(NamedTuple):
 
 
 @torch.no_grad()
-def attribute_latents(
-    clip: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: int = -2, *, head: Tensor | None = None, target: str = "logit"
-) -> Attribution:
-    """Attribute each class's logit to latents, over images of the class.
+def attribute_latents(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: int = -2, *, head: Tensor | None = None) -> Attribution:
+    """Attribute each class's margin to latents, over images of the class.
+
+    The margin is the class's logit minus the log of the summed exponentials of the others, so that a latent which raises all classes alike
+    counts for nothing.
 
     Parameters
     ----------
-    clip : ClipModel
-        Or an adapted model; its prompt tokens are no latents and get nothing.
-    sae : SparseAutoencoder
+    clip, sae, layer
+        A model, perhaps adapted (its prompt tokens are no latents and get nothing), and the SAE that reads it after this block.
     dataset : ImageData or OpenMojiData
         The *train* split: its labels are read, and masks ranked by the outcome are to be judged on other images.
-    layer : int
-        The block whose output the SAE reads.
     head : Tensor [C, d_embed], optional
         By default from the data set's class names and templates.
-    target : {"logit", "margin"}
-        What is differentiated: the logit of the image's class, or that logit minus the log of the summed exponentials of the others, so
-        that a latent which raises all classes alike counts for nothing.
 
     Returns
     -------
@@ -64,16 +60,13 @@ def attribute_latents(
     Raises
     ------
     ValueError
-        For an unknown target, or an SAE of another model or layer.
-
-    Source: gradient times activation, the first-order estimate of an ablation's effect (Molchanov et al., ICLR 2017, section 2.2; for
-    latents of SAEs Marks et al., ICLR 2025, section 3.1).
+        For an SAE of another model or layer.
     """
     sae.check_model(clip, layer)
     head = dataset_head(clip, dataset) if head is None else head
     sums = torch.zeros(len(dataset.class_names), sae.d_sae, device=clip.device)
     for read in read_batches(clip, dataset, layer, "attribution"):
-        sums.index_add_(0, read.labels, latent_shares(clip, sae, read.tail, read.residual, head, read.labels, target))
+        sums.index_add_(0, read.labels, latent_shares(clip, sae, read.tail, read.residual, head, read.labels, all_others(head)))
     images = torch.bincount(torch.as_tensor(dataset.labels), minlength=len(sums))
     return Attribution(sums.cpu() / images.clamp_min(1)[:, None], tuple(dataset.class_names))
 
@@ -89,32 +82,32 @@ def image_attribution(
 
 
 def latent_shares(
-    clip: ClipModel, sae: SparseAutoencoder, tail: Tail, residual: Residual, head: Tensor, classes: Tensor, target: str = "logit",
-    peers: Tensor | None = None, h: Tensor | None = None,
+    clip: ClipModel, sae: SparseAutoencoder, tail: Tail, residual: Residual, head: Tensor, classes: Tensor, peers: Tensor | None = None,
+    h: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Gradient times activation of each latent, summed over the tokens of each image: [B, S]."""
-    gradient = logit_gradient(clip, tail, residual, head, classes, target, peers)
+    gradient = logit_gradient(clip, tail, residual, head, classes, peers)
     active = Active.of(sae.encode(residual.tokens) if h is None else h.to(clip.device))
     shares = torch.zeros(len(gradient), sae.d_sae, device=clip.device)
     shares.view(-1).index_add_(0, active.image * sae.d_sae + active.latent, active.project(gradient, sae.W_dec))
     return shares
 
 
-def logit_gradient(
-    clip: ClipModel, tail: Tail, residual: Residual, head: Tensor, classes: Tensor, target: str = "logit", peers: Tensor | None = None
-) -> Tensor:
-    """Gradient of each image's class logit, or of its margin over the class's peers (bool [C, C]; None: all others), in its tokens: [B, T, D]."""
-    if target not in TARGETS:
-        raise ValueError(f"Unknown target {target!r}. Valid: {', '.join(TARGETS)}.")
+def logit_gradient(clip: ClipModel, tail: Tail, residual: Residual, head: Tensor, classes: Tensor, peers: Tensor | None = None) -> Tensor:
+    """Gradient of each image's class logit, or of its margin over the class's peers (bool [C, C]), in its tokens: [B, T, D]."""
     with torch.enable_grad():
         tokens = residual.tokens.detach().clone().requires_grad_(True)  # run_to may have run without a graph
         logits = clip.logits(tail(residual._replace(tokens=tokens)), head)
         value = logits.gather(1, classes[:, None])[:, 0]
-        if target == "margin":
-            peers = ~torch.eye(len(head), dtype=torch.bool, device=head.device) if peers is None else peers.to(head.device)
-            others = logits.masked_fill(~peers[classes], -torch.inf).logsumexp(1)
+        if peers is not None:
+            others = logits.masked_fill(~peers.to(head.device)[classes], -torch.inf).logsumexp(1)
             value = value - others.clamp_min(-1e4)  # a class may have no peers
         return torch.autograd.grad(value.sum(), tokens)[0]
+
+
+def all_others(head: Tensor) -> Tensor:
+    """bool [C, C]: the peers of each class, if all other classes are."""
+    return ~torch.eye(len(head), dtype=torch.bool, device=head.device)
 
 
 @torch.no_grad()
@@ -123,11 +116,10 @@ def attribution_check(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, hea
 
     Parameters
     ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
+    clip, sae, layer
+        A model and the SAE that reads it after this block.
     dataset : ImageData or OpenMojiData
     head : Tensor [C, d_embed]
-    layer : int
 
     Returns
     -------

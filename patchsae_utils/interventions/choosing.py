@@ -14,28 +14,23 @@ RANKINGS = ("count", "attribution")
 N_NEAREST = 8
 """A control is drawn among so many latents that are nearest to the one it stands for."""
 SILENT, NONE_LEFT = -1, -2
-"""In place of a control: the latent is silent in this image, so nothing stands for it; no other active latent is left that could."""
+"""In place of a latent: none, or a control of one that is silent in this image; no other active latent is left that could be a control."""
 
 
 class Choosing:
     """The latents of every choice, for the images of a sweep; labels are read for ``oracle`` alone.
 
-    ``scores`` holds for each ranking how high every latent stands for every class, [C, S]; ``frequency`` [S] how often latents are active on
-    the train split: random ones are drawn where it is positive, matched ones have about the same.
+    ``scores`` holds for each ranking how high every latent stands for every class, [C, S]: those with a positive score are ranked, and k = S means all,
+    ranked or not. ``frequency`` [S]: how often latents are active on the train split; random ones are drawn where it is positive, matched ones have
+    about the same.
     """
 
     def __init__(
-        self,
-        scores: Mapping[str, Tensor],
-        ks: Sequence[int],
-        frequency: Tensor | None,
-        shape: tuple[int, int, int],
-        n_random: int,
-        seed: int,
+        self, scores: Mapping[str, Tensor], ks: Sequence[int], frequency: Tensor | None, shape: tuple[int, int, int], n_random: int
     ):
         n_images, self.n_classes, self.d_sae = shape
-        self.ks, self.scores, self.frequency, self.seed = ks, scores, frequency, seed
-        rng = np.random.default_rng(seed)
+        self.ks, self.scores, self.frequency = ks, scores, frequency
+        rng = np.random.default_rng(0)
         self.wrong = torch.from_numpy(rng.integers(1, max(self.n_classes, 2), n_images))  # steps from the predicted class
         alive = np.arange(self.d_sae) if frequency is None else (frequency > 0).nonzero()[:, 0].cpu().numpy()
         self.random = [torch.from_numpy(rng.permutation(alive))[None] for _ in range(n_random)]
@@ -53,36 +48,38 @@ class Choosing:
         every, none = range(len(self.ks)), torch.zeros(1, dtype=torch.bool)
         if choice == "random":
             yield from ((every, self._levels(order), none) for order in self.random)
-        elif choice == "dataset":
-            yield every, self._levels(self._ranked(ranking, None)[None]), none
-        else:
-            predicted = predicted.cpu()
-            wrong = (predicted + self.wrong[indices]) % self.n_classes
-            classes = {"oracle": labels, "wrong": wrong}.get(choice, predicted)
-            order = torch.stack([self._ranked(ranking, label) for label in classes.tolist()])
-            if choice != "matched":
-                yield every, self._levels(order), none
-                return
-            for level, k in enumerate(self.ks):
-                others = matched_latents(order[:, :k], activation, indices, self.seed, self.frequency)
-                table = torch.full((len(order), self.d_sae), len(self.ks), dtype=torch.uint8)
-                image, place = (others >= 0).nonzero(as_tuple=True)
-                table[image, others[image, place]] = level
-                yield [level], table, (others == NONE_LEFT).any(1)
+            return
+        predicted = predicted.cpu()
+        wrong = (predicted + self.wrong[indices]) % self.n_classes
+        classes = {"oracle": labels, "wrong": wrong}.get(choice, predicted).tolist() if choice != "dataset" else [None]
+        order = torch.stack([self._ranked(ranking, label) for label in classes])
+        if choice != "matched":
+            levels = self._levels(order)
+            if self.ks[-1] == self.d_sae:
+                levels.clamp_(max=len(self.ks) - 1)
+            yield every, levels, none
+            return
+        for level, k in enumerate(self.ks):
+            others = matched_latents(order[:, :k], activation, indices, frequency=self.frequency)
+            table = torch.full((len(order), self.d_sae), len(self.ks), dtype=torch.uint8)
+            image, place = (others >= 0).nonzero(as_tuple=True)
+            table[image, others[image, place]] = level
+            yield [level], table, (others == NONE_LEFT).any(1)
 
     def _ranked(self, ranking: str, label: int | None) -> Tensor:
-        """[max(ks)] a class's latents, or the data set's (None), best first."""
+        """[max(ks)] a class's latents, or the data set's (None), best first, then ``SILENT``: one without a score is none of the class's."""
         if (ranking, label) not in self._known:
             scores = self.scores[ranking].sum(0) if label is None else self.scores[ranking][label]
-            self._known[ranking, label] = scores.argsort(descending=True, stable=True)[: self.ks[-1]].cpu()
+            best = scores.sort(descending=True, stable=True)
+            self._known[ranking, label] = best.indices.masked_fill(best.values <= 0, SILENT)[: self.ks[-1]].cpu()
         return self._known[ranking, label]
 
     def _levels(self, order: Tensor) -> Tensor:
         """Rankings [R, n] to levels [R, S]."""
-        levels = torch.full((len(order), self.d_sae), len(self.ks), dtype=torch.uint8)
+        levels = torch.full((len(order), self.d_sae + 1), len(self.ks), dtype=torch.uint8)
         for level in reversed(range(len(self.ks))):
-            levels.scatter_(1, order[:, : self.ks[level]], level)
-        return levels
+            levels.scatter_(1, order[:, : self.ks[level]] % (self.d_sae + 1), level)  # SILENT falls into a column of its own
+        return levels[:, :-1]
 
 
 def matched_latents(own: Tensor, activation: Tensor, indices: Tensor, seed: int = 0, frequency: Tensor | None = None) -> Tensor:
@@ -96,7 +93,7 @@ def matched_latents(own: Tensor, activation: Tensor, indices: Tensor, seed: int 
     controls, activation = torch.full(own.shape, SILENT), activation.cpu().double().numpy()
     for i, index in enumerate(indices.tolist()):
         mine, active = own[i].numpy(), activation[i] > 0
-        places = np.flatnonzero(active[mine])
+        places = np.flatnonzero(active[mine] & (mine >= 0))
         pool = np.setdiff1d(np.flatnonzero(active), mine)
         weights = np.log10(activation[i], where=active, out=np.zeros(len(active)))[:, None]
         weights = weights if known is None else np.column_stack([weights, known])

@@ -78,11 +78,10 @@ def rank_concepts(
 
     Parameters
     ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
+    clip, sae, layer
+        A model and the SAE that reads it after this block.
     dataset : OpenMojiData
         Of the train split.
-    layer : int
     kinds : sequence of str
         Among ``object``, ``category``, ``color``, ``background``.
     by : {"activity", "attribution"}
@@ -101,18 +100,15 @@ def rank_concepts(
     """
     check_truth(dataset)
     sae.check_model(clip, layer)
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown or not kinds:
-        raise ValueError(f"Unknown kinds={unknown or kinds}. Valid: {', '.join(KINDS)}.")
-    if by not in ("activity", "attribution"):
-        raise ValueError(f"Unknown by={by!r}. Valid: activity, attribution.")
+    if not set(kinds) <= set(KINDS) or by not in ("activity", "attribution"):
+        raise ValueError(f"Unknown kinds={list(kinds)} or by={by!r}. Valid: {', '.join(KINDS)}; activity, attribution.")
     names = openmoji.concept_names()
     kept = [i for i, name in enumerate(names) if name.split(":")[0] in kinds]
     concepts = [names[i] for i in kept]
     peers = same_kind(concepts)
     head = concept_head(clip, concepts) if by == "attribution" else None
-    n_patches, n_scenes = torch.zeros(len(kept), dtype=torch.long), torch.zeros(len(kept), dtype=torch.long)
-    sums, cls_sums, shares = (torch.zeros(len(kept), sae.d_sae) for _ in range(3))
+    n_patches, n_scenes = torch.zeros(2, len(kept), dtype=torch.long)
+    sums, cls_sums, shares = torch.zeros(3, len(kept), sae.d_sae)
     for read in read_batches(clip, dataset, layer, "concepts"):
         h = sae.encode(read.residual.tokens)
         masks = torch.from_numpy(np.stack([openmoji.concept_masks(dataset.truth(i))[kept] for i in read.indices.tolist()])).flatten(2)
@@ -126,8 +122,7 @@ def rank_concepts(
         if head is not None:
             image, concept = shown.nonzero(as_tuple=True)
             for i, c in zip(image.split(BATCH), concept.split(BATCH), strict=True):
-                share = latent_shares(clip, sae, read.tail, read.some(i), head, c.to(h.device), "margin", peers, h[i])
-                shares.index_add_(0, c, share.cpu())
+                shares.index_add_(0, c, latent_shares(clip, sae, read.tail, read.some(i), head, c.to(h.device), peers, h[i]).cpu())
     rate, cls_rate = sums / n_patches.clamp_min(1)[:, None], cls_sums / n_scenes.clamp_min(1)[:, None]
     score = shares / n_scenes.clamp_min(1)[:, None]
     for kind in kinds if head is None else ():

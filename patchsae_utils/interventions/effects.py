@@ -2,7 +2,8 @@
 
 Every experiment keeps the reconstruction error, so nothing but the named latents changes, and sets a control beside them: other latents
 that are about as active in the same place. Latents are chosen on the train split, effects are measured on test. The embedded world says
-where each object is, so that an edit can act there alone.
+where each object is, so that an edit can act there alone. An SAE of another model or layer, a data set without ground truth where one is
+needed, latents that don't exist and too few scenes raise a ValueError.
 """
 
 from __future__ import annotations
@@ -77,13 +78,12 @@ def concept_specificity(
 
     Parameters
     ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
+    clip, sae, layer
+        A model and the SAE that reads it after this block.
     dataset : OpenMojiData
         Of the test split.
     latents : mapping of str to sequence of int
         Concept -> its latents, the same number for each (``rank_concepts(...).mapping()``); turned off together, on all tokens.
-    layer : int
     n_images : int
         Scenes of each concept, from the front of the data set; fewer where it has fewer.
 
@@ -92,17 +92,11 @@ def concept_specificity(
     DataFrame
         Two rows for each concept and scene, kind "own" and "control" (as many others, each about as active in the scene as the one it stands
         for): concept, concept_kind, index, own (change of the concept's score), others (mean change of the given others of its kind).
-
-    Raises
-    ------
-    ValueError
-        Without ground truth, for a concept or latent that doesn't exist or is nowhere shown, or an SAE of another model or layer.
     """
     check_truth(dataset)
     sae.check_model(clip, layer)
-    wrong = {concept: each for concept, each in latents.items() if not (len(each) and all(0 <= latent < sae.d_sae for latent in each))}
-    if wrong or len({len(each) for each in latents.values()}) != 1:
-        raise ValueError(f"latents must map concepts to latents (0 to {sae.d_sae - 1}), the same number for each; got {wrong or latents}.")
+    if len({len(each) for each in latents.values()}) != 1 or not all(0 <= i < sae.d_sae for each in latents.values() for i in each):
+        raise ValueError(f"latents must map concepts to latents (0 to {sae.d_sae - 1}), the same number for each; got {latents}.")
     concepts, own = list(latents), torch.tensor(list(latents.values()))
     head, peers, scenes = concept_head(clip, concepts), same_kind(concepts), _scenes_of(dataset, concepts, n_images)
     parts = []
@@ -131,28 +125,26 @@ def _scenes_of(dataset: Any, concepts: Sequence[str], n_images: int) -> dict[int
     scenes = {}
     for index in range(len(dataset)):
         shown = openmoji.concept_masks(dataset.truth(index))[rows].sum((1, 2)) >= MIN_PATCHES
-        scenes[index] = np.flatnonzero(shown & (left > 0)).tolist()
-        left[scenes[index]] -= 1
+        if chosen := np.flatnonzero(shown & (left > 0)).tolist():
+            scenes[index] = chosen
+            left[chosen] -= 1
         if not left.any():
             break
-    if (left == n_images).all():
+    if not scenes:
         raise ValueError(f"{dataset.spec!r} ({dataset.split}) shows none of {list(concepts)[:5]} on {MIN_PATCHES} patches or more.")
-    return {index: chosen for index, chosen in scenes.items() if chosen}
+    return scenes
 
 
 def clearest_latents(summary: LatentSummary, n: int) -> dict[int, int]:
-    """The n classes that have the clearest latent of their own, clearest first, and that latent.
+    """The n classes that have the clearest latent of their own, clearest first, and that latent: class -> latent.
+
+    A latent that is the first of several classes goes to the one that scores highest for it.
 
     Parameters
     ----------
     summary : LatentSummary
         Of the train split.
     n : int
-
-    Returns
-    -------
-    dict of int to int
-        Class -> latent. A latent that is the first of several classes goes to the one that scores highest for it.
     """
     best = class_scores(summary).max(1)
     chosen: dict[int, int] = {}
@@ -165,14 +157,7 @@ def clearest_latents(summary: LatentSummary, n: int) -> dict[int, int]:
 
 @torch.no_grad()
 def dose_response(
-    clip: ClipModel,
-    sae: SparseAutoencoder,
-    dataset: Any,
-    latents: Mapping[int, int],
-    layer: int = -2,
-    *,
-    head: Tensor | None = None,
-    n_images: int = 12,
+    clip: ClipModel, sae: SparseAutoencoder, dataset: Any, latents: Mapping[int, int], layer: int = -2, *, head: Tensor, n_images: int = 12
 ) -> pd.DataFrame:
     """Scale each class's own latent in images that show the class, and add it to images that show another class.
 
@@ -181,15 +166,13 @@ def dose_response(
 
     Parameters
     ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
+    clip, sae, layer
+        A model and the SAE that reads it after this block.
     dataset : ImageData or OpenMojiData
         Images that the choice of latents has not seen.
     latents : mapping of int to int
         Class -> its latent (:func:`clearest_latents`), of at least two classes.
-    layer : int
-    head : Tensor [C, d_embed], optional
-        By default from the data set's class names and templates.
+    head : Tensor [C, d_embed]
     n_images : int
         Images of each class; fewer where the data set has fewer.
 
@@ -198,22 +181,13 @@ def dose_response(
     DataFrame
         A row for each class, kind of scenes ("show it", "show another") and dose: own, own_low, own_high (change of the class's logit against
         the untouched image), others, others_low, others_high (mean change of the other logits), n.
-
-    Raises
-    ------
-    ValueError
-        For fewer than two classes, classes without images, a latent that doesn't exist, or an SAE of another model or layer.
     """
     sae.check_model(clip, layer)
     labels = np.asarray(dataset.labels)
     by_class = [np.flatnonzero(labels == label)[:n_images].tolist() for label in sorted(latents)]
-    if len(latents) < 2 or not all(by_class) or not all(0 <= latent < sae.d_sae for latent in latents.values()):
-        raise ValueError(
-            f"dose_response needs two classes or more with images in {dataset.spec!r} ({dataset.split}), and a latent from 0 to {sae.d_sae - 1} "
-            f"of each; got {dict(latents)}."
-        )
+    if len(latents) < 2 or not all(by_class):
+        raise ValueError(f"dose_response needs two classes or more with images in {dataset.spec!r} ({dataset.split}); got {dict(latents)}.")
     order = [images[i] for i in range(n_images) for images in by_class if i < len(images)]  # neighbours differ in class
-    head = dataset_head(clip, dataset) if head is None else head
     parts = []
     for read in read_batches(clip, dataset, layer, "dose and response", batch_size=DOSE_BATCH, indices=order):
         z, shown = read.residual.tokens, read.labels
@@ -235,16 +209,9 @@ def dose_response(
 
 @torch.no_grad()
 def swap_colors(
-    clip: ClipModel,
-    sae: SparseAutoencoder,
-    dataset: Any,
-    latents: ConceptLatents,
-    layer: int = -2,
-    *,
-    doses: Sequence[float] = (1.0,),
-    edit_cls: bool = False,
-    n_scenes: int = 100,
-) -> pd.DataFrame:
+    clip: ClipModel, sae: SparseAutoencoder, dataset: Any, latents: ConceptLatents, layer: int = -2, *, doses: Sequence[float] = (1.0,),
+    edit_cls: bool = False, n_scenes: int = 100,
+) -> pd.DataFrame:  # fmt: skip
     """Exchange the latents of two colours on an object's patches: does CLIP then see it in the other colour?
 
     In a scene whose main object has one dominant colour, the latents of that colour are turned off there, and those of another colour,
@@ -253,13 +220,12 @@ def swap_colors(
 
     Parameters
     ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
+    clip, sae, layer
+        A model and the SAE that reads it after this block.
     dataset : OpenMojiData
         Of the test split; scenes with one main object (``openmoji/all`` or a task).
     latents : ConceptLatents
         With kind ``color``, from the train split.
-    layer : int
     doses : sequence of float
         Factors on the level of what arrives.
     edit_cls : bool
@@ -274,11 +240,6 @@ def swap_colors(
         Two rows for each scene and dose, kind "own" and "control": index, source, target (colours), dose, saw_source (before the edit the
         source's prompts fit best among all colours'), sees_target (1 where after it the target's do), source_change, target_change (of the
         probabilities among colours), object_change (of the logit of the object's class).
-
-    Raises
-    ------
-    ValueError
-        Without ground truth, two colours with latents, or enough scenes, or for an SAE of another model or layer.
     """
     check_truth(dataset)
     sae.check_model(clip, layer)
@@ -301,18 +262,15 @@ def swap_colors(
         local = h * here
         amounts = torch.cat([cls_levels[target][:, None], levels[target][:, None].expand(-1, grids.shape[1], -1)], 1).to(h) * here
         others = matched_latents(table[source], local.sum(1), read.indices)
-        random = torch.stack(
-            [torch.from_numpy(np.random.default_rng([0, i]).choice(spare, table.shape[1], replace=False)) for i in indices]
-        )
-        for kind, out, into in (("own", table[source], table[target]), ("control", others, random)):
+        drawn = [np.random.default_rng([0, i]).choice(spare, table.shape[1], replace=False) for i in indices]
+        for kind, out, into in (("own", table[source], table[target]), ("control", others, torch.from_numpy(np.stack(drawn)))):
             gone = contribution(sae.W_dec, local, out) + contribution(sae.W_dec, local, into)
             for dose in doses:
                 features = read.features(z - gone + dose * (amounts @ sae.W_dec[into]))
                 after = clip.logits(features, colors).cpu()
                 change = after.softmax(1) - before.softmax(1)
-                part = {"kind": kind, "dose": float(dose), "index": read.indices}
+                part = {"kind": kind, "dose": float(dose), "index": read.indices, "saw_source": before.argmax(1) == source}
                 part |= {side: [scenes[i][which] for i in indices] for which, side in enumerate(("source", "target"))}
-                part["saw_source"] = before.argmax(1) == source
                 part["sees_target"] = (after.argmax(1) == target).double().masked_fill(after.isnan().any(1), torch.nan)
                 part |= {"source_change": _of(change, source), "target_change": _of(change, target)}
                 parts.append(part | {"object_change": _of(clip.logits(features, objects) - before_objects, read.labels)})
@@ -339,13 +297,12 @@ def remove_objects(
 
     Parameters
     ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
+    clip, sae, layer
+        A model and the SAE that reads it after this block.
     dataset : OpenMojiData
         ``openmoji/scenes``: the ground truth says where each object is.
     latents : sequence of C sequences of int
         Latents of each class of the embedded world (:func:`patchsae_utils.latents.top_latents`).
-    layer : int
     n_scenes : int
         Scenes, from the front of the data set; both objects of each are removed in turn.
 
@@ -355,11 +312,6 @@ def remove_objects(
         Two rows for each scene and object, kind "own" and "control" (as many other latents that are about as active on these patches): index,
         removed (class), stays (class), removed_before, removed_after, stays_before, stays_after (probabilities among all classes),
         removed_change, stays_change (of the logits).
-
-    Raises
-    ------
-    ValueError
-        Without ground truth or enough scenes of two objects, or for an SAE of another model or layer.
     """
     check_truth(dataset)
     sae.check_model(clip, layer)
@@ -394,9 +346,6 @@ def _two_objects(dataset: Any, index: int) -> bool | None:
     return all(int(object_patches(truth, which).sum()) >= MIN_OBJECT for which in range(2)) or None
 
 
-# -- shared -----------------------------------------------------------------------------------------------------------
-
-
 def object_patches(truth: Any, which: int) -> Tensor:
     """Patches [P] (bool) that an object of a scene fills by half or more; ``truth`` is a ``SceneTruth``."""
     return torch.from_numpy(truth.object_share[which].reshape(-1) >= 0.5)
@@ -406,9 +355,7 @@ def _first_scenes(dataset: Any, n: int, told: Callable[[int], Any], what: str) -
     """The first n scenes of which ``told`` tells something, and what it tells."""
     found: dict[int, Any] = {}
     for index in range(len(dataset)):
-        if len(found) == n:
-            break
-        if (value := told(index)) is not None:
+        if len(found) < n and (value := told(index)) is not None:
             found[index] = value
     if len(found) < n:
         raise ValueError(f"{n} scenes {what} were asked for; {len(dataset)} of {dataset.spec!r} hold {len(found)}. Take a larger n_images.")
@@ -422,8 +369,5 @@ def _of(values: Tensor, columns: Tensor) -> Tensor:
 
 def _table(parts: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Parts of columns (tensors, lists, or one value for all rows), one below the other."""
-    frames = []
-    for part in parts:
-        plain = {name: each.double() if isinstance(each, Tensor) and each.is_floating_point() else each for name, each in part.items()}
-        frames.append(pd.DataFrame({name: each.cpu().numpy() if isinstance(each, Tensor) else each for name, each in plain.items()}))
-    return pd.concat(frames, ignore_index=True)
+    plain = ({name: each.tolist() if isinstance(each, Tensor) else each for name, each in part.items()} for part in parts)
+    return pd.concat(map(pd.DataFrame, plain), ignore_index=True)

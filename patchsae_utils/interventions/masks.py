@@ -53,7 +53,6 @@ def sweep_masks(
     n_random: int = 3,
     groups: str | Sequence[str] | None = None,
     batch_size: int = 32,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """Zero-shot accuracy with only the top k latents left on, or with them turned off.
 
@@ -62,13 +61,12 @@ def sweep_masks(
 
     Parameters
     ----------
-    clip : ClipModel
-        Or an adapted model.
-    sae : SparseAutoencoder
+    clip, sae, layer
+        A model, perhaps adapted, and the SAE that reads it after this block.
     dataset : ImageData or OpenMojiData
         What is evaluated: images that neither ``class_counts`` nor ``attribution`` has seen.
     ks : sequence of int
-        Numbers of latents, from 0 to S.
+        Numbers of latents, from 0 to S. S means all; otherwise a class's mask holds fewer than k where fewer have a positive score.
     choose : str or sequence of str
         Which latents are ranked first:
 
@@ -76,14 +74,12 @@ def sweep_masks(
         - ``predicted``: of the class that the unmasked model predicts.
         - ``wrong``: of a random class other than the predicted one.
         - ``dataset``: of all classes together.
-        - ``random``: latents that are not dead on the train split, drawn ``n_random`` times.
+        - ``random``: latents that are not dead on the train split, drawn ``n_random`` times; their outcomes are averaged.
         - ``matched``: for each of the k ``predicted`` latents another one, not among them, that is about as active in this very image and
           was active in about as many images of the train split. Where an image has too few others, the rows of that k are NaN, and a
           warning says so.
     keep_error : bool or two bools
         Add z - z_hat back, so that the unmasked latents' part of the residual stream stays exact.
-    layer : int
-        The block whose output the SAE reads.
     class_counts : LatentSummary or Tensor [C, S], optional
         Activation of every latent on every class, from the *train* split. Needed for all choices but ``random``, where its absence means
         that dead latents are drawn too.
@@ -95,14 +91,10 @@ def sweep_masks(
         Which tokens are masked: ``all``, ``cls`` or ``patches``; the others keep all their latents.
     head : Tensor [C, d_embed], optional
         By default from the data set's class names and templates.
-    n_random : int
-        Draws of random latents; their outcomes are averaged.
     groups : sequence of length C, or "class", optional
         A name for each class (its task, its tier): the table then also holds every row for the images of each group alone.
         ``"class"``: for each class; two of the same name stay two.
-    batch_size : int
-    seed : int
-        Of what is drawn at random, and of the resamples.
+    n_random, batch_size : int
 
     Returns
     -------
@@ -134,7 +126,7 @@ def sweep_masks(
     scores, frequency = _rankings(class_counts, attribution, rank_by, choose, dataset.class_names, sae.d_sae)
     members = _members(groups, dataset)
     head = dataset_head(clip, dataset) if head is None else head
-    choosing = Choosing(scores, ks, frequency, (len(dataset), len(head), sae.d_sae), n_random, seed)
+    choosing = Choosing(scores, ks, frequency, (len(dataset), len(head), sae.d_sae), n_random)
     conditions = [(c, r) for c in choose for r in (rank_by if c != "random" else ["none"])]
     outcomes: dict[tuple, list[Tensor]] = defaultdict(list)
 
@@ -176,8 +168,9 @@ def sweep_masks(
     values = torch.stack([torch.cat(parts, 1) for parts in outcomes.values()]).double().cpu().numpy()  # [rows, 2, images]
     keys = pd.DataFrame(list(outcomes), columns=["choose", "rank", "mode", "k", "where", "error"])
     keys["error"] = keys["error"].map({True: "kept", False: "dropped"})
-    tables = [_tabulate(keys.assign(group=name, **{"class": label}), values[..., chosen], seed) for name, label, chosen in members]
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(
+        [_tabulate(keys.assign(group=name, **{"class": label}), values[..., chosen]) for name, label, chosen in members], ignore_index=True
+    )
 
 
 def _judge(clip: ClipModel, read: Read, tokens: Tensor, head: Tensor) -> Tensor:
@@ -189,15 +182,12 @@ def _values(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([(logits.argmax(1) == labels).float(), logits.gather(1, labels[:, None])[:, 0]])
 
 
-def _tabulate(table: pd.DataFrame, values: np.ndarray, seed: int) -> pd.DataFrame:
+def _tabulate(table: pd.DataFrame, values: np.ndarray) -> pd.DataFrame:
     """One row a condition from values [rows, 2, images]; the first row is raw."""
     right, logit = values[:, 0], values[:, 1]
-    found = mean_interval(np.concatenate([right, right - right[0], logit]), seed=seed)
-    for name, (mean, low, high) in zip(
-        ("accuracy", "change", "logit"), np.split(np.stack([found.value, found.low, found.high]), 3, axis=1), strict=True
-    ):
-        prefix = "" if name == "accuracy" else f"{name}_"
-        table = table.assign(**{name: mean, f"{prefix}low": low, f"{prefix}high": high})
+    for name, rows in (("", right), ("change_", right - right[0]), ("logit_", logit)):
+        mean, low, high, _ = mean_interval(rows)
+        table = table.assign(**{name.rstrip("_") or "accuracy": mean, f"{name}low": low, f"{name}high": high})
     return table.assign(n=values.shape[-1])
 
 
@@ -210,10 +200,8 @@ def _members(groups: str | Sequence[str] | None, dataset: Any) -> list[tuple[str
     if groups == "class":
         return members + [(names[label], label, labels == label) for label in np.unique(labels).tolist()]
     if isinstance(groups, str) or len(groups) != len(names):
-        raise ValueError(
-            f"groups must be 'class', or a name for each of the {len(names)} classes of the evaluated data set; got {groups!r}."
-        )
-    of_images = np.asarray([groups[label] for label in labels.tolist()])
+        raise ValueError(f"groups must be 'class', or a name for each of the {len(names)} classes of the data set; got {groups!r}.")
+    of_images = np.asarray(groups)[labels]
     return members + [(name, -1, of_images == name) for name in dict.fromkeys(of_images.tolist())]
 
 
@@ -228,24 +216,21 @@ def _names(value: str | Sequence[str], valid: tuple[str, ...], what: str) -> lis
 def _rankings(counts, attribution, rank_by, choose, class_names, d_sae: int) -> tuple[dict[str, Tensor], Tensor | None]:
     """How high each ranking puts every latent for every class, [C, S], and how often latents are active on the train split, [S]."""
     scores = {}
-    for ranking, table, name, made_by in (
-        ("count", counts, "class_counts", "summarize_latents"),
-        ("attribution", attribution, "attribution", "attribute_latents"),
+    for ranking, table, name, attribute, made_by in (
+        ("count", counts, "class_counts", "class_counts", "summarize_latents"),
+        ("attribution", attribution, "attribution", "scores", "attribute_latents"),
     ):
+        make = f"{name}={made_by}(clip, sae, <train split>, layer)"
         if table is not None:
-            values = torch.as_tensor(getattr(table, "class_counts" if ranking == "count" else "scores", table))
+            values = torch.as_tensor(getattr(table, attribute, table))
             same = list(getattr(table, "class_names", class_names)) == list(class_names)
             if not same or tuple(values.shape) != (len(class_names), d_sae):
                 raise ValueError(
                     f"{name} must be of the {len(class_names)} classes of the evaluated data set and {d_sae} latents, got {list(values.shape)}"
-                    f"{'' if same else ' of other classes'}. Make it from the train split of the same data set with the same SAE: "
-                    f"{made_by}(clip, sae, <train split>, layer)."
+                    f"{'' if same else ' of other classes'}. Make it from the train split of the same data set with the same SAE: {make}."
                 )
             scores[ranking] = values.float()
         elif ranking in rank_by and set(choose) != {"random"}:
-            raise ValueError(
-                f"choose={choose} with rank_by={ranking!r} ranks latents by class: give {name}={made_by}(clip, sae, <train split>, layer). "
-                f"Without it only choose='random' is possible."
-            )
+            raise ValueError(f"choose={choose} with rank_by={ranking!r} ranks latents by class: give {make}, or choose='random' alone.")
     frequency = getattr(counts, "frequency", None)
     return scores, scores["count"].sum(0) if frequency is None and "count" in scores else frequency

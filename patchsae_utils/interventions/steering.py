@@ -63,7 +63,7 @@ class Edit:
             if places.shape != (n_tokens - 1,):
                 raise ValueError(f"A bool tensor of patches must be [{n_tokens - 1}], got {list(places.shape)}.")
             places = places.nonzero()[:, 0]
-        if places.numel() and not (0 <= int(places.min()) and int(places.max()) < n_tokens - 1):
+        if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < n_tokens - 1:
             raise ValueError(f"Patch indices must lie between 0 and {n_tokens - 2}, got {places.tolist()}.")
         chosen[1 + places.long()] = True
         return chosen
@@ -73,9 +73,8 @@ class Steered(NamedTuple):
     """What the network says before and after edits of latents."""
 
     features: Tensor
-    """[B, d_embed] image features after the edits, not normalised."""
+    """[B, d_embed] image features after the edits, not normalised; ``features_before``: without them."""
     features_before: Tensor
-    """[B, d_embed] without them."""
     logits: Tensor | None
     """[B, C]; None without a head."""
     logits_before: Tensor | None
@@ -84,41 +83,33 @@ class Steered(NamedTuple):
     activations: Tensor
     """[B, T, n] of the n latents that were edited, in the order of their first edits."""
     activations_before: Tensor
-    """[B, T, n]"""
 
     @property
     def probabilities(self) -> Tensor:
         """[B, C] softmax of the logits after the edits."""
-        return self._logits(self.logits).softmax(1)
+        return _checked(self.logits).softmax(1)
 
     @property
     def probabilities_before(self) -> Tensor:
-        """[B, C]"""
-        return self._logits(self.logits_before).softmax(1)
+        """[B, C] without them."""
+        return _checked(self.logits_before).softmax(1)
 
     def moved(self, class_names: Sequence[str], image: int = 0, n: int = 5) -> pd.DataFrame:
         """The classes whose probability changed most in one image: columns class, before, after, change."""
         before, after = self.probabilities_before[image].cpu().numpy(), self.probabilities[image].cpu().numpy()
-        order = np.argsort(-np.abs(after - before), kind="stable")[:n]
-        return pd.DataFrame(
-            {"class": [class_names[i] for i in order], "before": before[order], "after": after[order], "change": (after - before)[order]}
-        )
+        table = pd.DataFrame({"class": list(class_names), "before": before, "after": after, "change": after - before})
+        return table.iloc[np.argsort(-np.abs(after - before), kind="stable")[:n]].reset_index(drop=True)
 
-    @staticmethod
-    def _logits(logits: Tensor | None) -> Tensor:
-        if logits is None:
-            raise ValueError("There are no logits: give steer() a zero-shot head (head=clip.zero_shot_head(class_names, templates)).")
-        return logits
+
+def _checked(logits: Tensor | None) -> Tensor:
+    if logits is None:
+        raise ValueError("There are no logits: give steer() a zero-shot head (head=clip.zero_shot_head(class_names, templates)).")
+    return logits
 
 
 @torch.no_grad()
 def steer(
-    clip: ClipModel,
-    sae: SparseAutoencoder,
-    images: Tensor | Residual,
-    edits: Sequence[Edit],
-    layer: int = -2,
-    head: Tensor | None = None,
+    clip: ClipModel, sae: SparseAutoencoder, images: Tensor | Residual, edits: Sequence[Edit], layer: int = -2, head: Tensor | None = None
 ) -> Steered:
     """Change single latents and let the network finish.
 
@@ -127,15 +118,12 @@ def steer(
 
     Parameters
     ----------
-    clip : ClipModel
-        Or an adapted model; its extra prompt tokens pass unchanged.
-    sae : SparseAutoencoder
+    clip, sae, layer
+        A model, perhaps adapted (its prompt tokens pass unchanged), and the SAE that reads it after this block.
     images : Tensor [B, 3, H, W] or Residual
         Preprocessed images, or their residual stream after ``layer`` (``clip.run_to``), which saves the time when many edits are tried.
     edits : sequence of Edit
         Applied in turn; later ones see what earlier ones did.
-    layer : int
-        The block whose output the SAE reads.
     head : Tensor [C, d_embed], optional
         For logits and probabilities.
 
@@ -156,9 +144,8 @@ def steer(
     """
     sae.check_model(clip, layer)
     latents = list(dict.fromkeys(edit.latent for edit in edits))
-    for latent in latents:
-        if not 0 <= latent < sae.d_sae:
-            raise ValueError(f"There is no latent {latent}; the SAE has latents 0 to {sae.d_sae - 1}.")
+    if unknown := [latent for latent in latents if not 0 <= latent < sae.d_sae]:
+        raise ValueError(f"There is no latent {unknown[0]}; the SAE has latents 0 to {sae.d_sae - 1}.")
     before = images if isinstance(images, Residual) else clip.run_to(images, layer)
     old = select_latents(sae, before.tokens, latents) if latents else before.tokens[..., :0]
     new = old.clone()

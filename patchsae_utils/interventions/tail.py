@@ -103,16 +103,12 @@ def network_tail(clip: ClipModel, layer: int, sample: Residual) -> Tail:
 
 
 def dataset_head(clip: ClipModel, dataset: Any) -> Tensor:
-    """The zero-shot head of a data set's classes, by its own templates or an adapted model's learned prompts.
+    """The zero-shot head [C, d_embed] of a data set's classes, by its own templates or an adapted model's learned prompts.
 
     Parameters
     ----------
     clip : ClipModel
     dataset : ImageData or OpenMojiData
-
-    Returns
-    -------
-    Tensor [C, d_embed]
     """
     return clip.zero_shot_head(dataset.class_names, templates_for(dataset.spec))
 

@@ -162,7 +162,7 @@ def test_links_are_attributions_and_their_change_splits_exactly(tiny_clip, tiny_
     for name in ("maple", "coop", "vpt"):
         links = found[name].links
         for model, scores in ((tiny_clip, links.base), (models[name], links.adapted)):
-            slow = attribute_latents(model, tiny_sae, scenes, LAYER, target="margin")
+            slow = attribute_latents(model, tiny_sae, scenes, LAYER)
             torch.testing.assert_close(scores.float(), slow.scores, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(links.by_activation + links.by_reading, links.adapted - links.base)
 

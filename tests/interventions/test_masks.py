@@ -69,6 +69,7 @@ def test_sparse_edits_equal_dense_masks(tiny_clip, sae, tiny_dataset, counts, he
         order = scores.argsort(dim=1, descending=True, stable=True)
         for k in ks:
             top = torch.zeros(len(z), sae.d_sae).scatter_(1, order[:, :k], 1.0)[:, None]
+            top *= (scores > 0)[:, None] if k < sae.d_sae else 1  # k = S means all
             for mode, mask in (("on", top), ("off", 1 - top)):
                 for where, places in (("all", slice(None)), ("cls", slice(0, 1)), ("patches", slice(1, None))):
                     masked = h.clone()
@@ -160,6 +161,19 @@ def test_random_latents_are_alive(tiny_clip, sae, tiny_dataset, counts, head):
     torch.testing.assert_close(clip.seen[4].tokens, z - sae.encode(z)[..., :10] @ sae.W_dec[:10], rtol=0, atol=1e-4)
 
 
+def test_a_latent_that_is_silent_on_a_class_is_in_none_of_its_masks(tiny_clip, sae, tiny_dataset, counts, head):
+    """The kind of FAULTS D10: behind the last latent that fired, ties put the first silent ones into the mask, and asked for their controls."""
+    counts = counts * (torch.arange(sae.d_sae) % 4 == 0)  # at most 16 latents a class
+    few, many = (
+        sweep_masks(tiny_clip, sae, tiny_dataset, [k], ["oracle", "dataset", "matched"], True, class_counts=counts, head=head)
+        for k in (16, 40)
+    )
+    np.testing.assert_array_equal(few["logit"], many["logit"])
+    activation, indices = torch.rand(1, 30, generator=torch.Generator().manual_seed(0)) + 0.1, torch.arange(1)
+    found = matched_latents(torch.tensor([[3, SILENT]]), activation, indices)
+    assert found[0, 1] == SILENT and torch.equal(found[:, :1], matched_latents(torch.tensor([[3]]), activation, indices))
+
+
 def test_controls_are_other_latents_about_as_active_in_the_image():
     activation = torch.rand(3, 200, generator=torch.Generator().manual_seed(0))
     activation[:, 150:] = 0
@@ -206,14 +220,11 @@ def test_matched_masks_read_the_train_splits_frequency(tiny_clip, sae, tiny_data
         sweep_masks(tiny_clip, sae, tiny_dataset, [5], "matched", class_counts=summary, head=head)
 
 
-def test_seeds_and_batch_sizes(tiny_clip, sae, tiny_dataset, counts, head):
-    def run(seed, batch_size):
-        return sweep_masks(tiny_clip, sae, tiny_dataset, [2, 8], CHOICES, class_counts=counts, head=head, seed=seed, batch_size=batch_size)
-
-    first, again, other = run(0, 32), run(0, 7), run(1, 32)
-    np.testing.assert_allclose(first["logit"], again["logit"], atol=1e-3)
-    assert not np.allclose(first.query("choose == 'random'")["logit"], other.query("choose == 'random'")["logit"], atol=1e-3)
-    np.testing.assert_allclose(first.query("choose == 'oracle'")["logit"], other.query("choose == 'oracle'")["logit"], atol=1e-3)
+def test_batch_sizes_change_nothing(tiny_clip, sae, tiny_dataset, counts, head):
+    first, again = (
+        sweep_masks(tiny_clip, sae, tiny_dataset, [2, 8], CHOICES, class_counts=counts, head=head, batch_size=n)["logit"] for n in (32, 7)
+    )
+    np.testing.assert_allclose(first, again, atol=1e-3)
 
 
 def test_traps_1_and_4_adapted_models_run_and_their_prompts_are_left_alone(maple, sae, tiny_dataset, counts, monkeypatch):
@@ -230,10 +241,14 @@ def test_traps_1_and_4_adapted_models_run_and_their_prompts_are_left_alone(maple
 def test_table_has_a_row_for_every_condition_with_an_interval(tiny_clip, sae, tiny_dataset, counts, head):
     groups = [name[0] for name in tiny_dataset.class_names]
     options = {"choose": ["predicted", "random"], "where": ["cls", "patches"], "class_counts": counts, "head": head}
+    options |= {"rank_by": ["count", "attribution"], "attribution": counts.flip(0)}
     table = sweep_masks(tiny_clip, sae, tiny_dataset, [1, 5], groups=groups, **options)
-    keys = ["choose", "mode", "k", "where", "error"]
+    keys = ["choose", "rank", "mode", "k", "where", "error"]
     total = table[table["group"] == "all"]
-    assert len(total) == 3 + 2 * 2 * 2 * 2 and not total.duplicated(keys).any() and (total["n"] == len(tiny_dataset)).all()
+    assert total.groupby(["choose", "rank"]).size().to_dict() == {
+        ("none", "none"): 3, ("predicted", "count"): 8, ("predicted", "attribution"): 8, ("random", "none"): 8,
+    }  # fmt: skip
+    assert not total.duplicated(keys).any() and (total["n"] == len(tiny_dataset)).all()
     assert (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
     np.testing.assert_allclose(total["change"], total["accuracy"] - row(total, mode="raw")["accuracy"], atol=1e-12)
     assert row(total, mode="error_kept")[["change", "change_low", "change_high"]].tolist() == [0, 0, 0]
@@ -241,16 +256,6 @@ def test_table_has_a_row_for_every_condition_with_an_interval(tiny_clip, sae, ti
     assert len(by_group) == len(total) * len({tiny_dataset.class_names[label][0] for label in tiny_dataset.labels.tolist()})
     weighted = by_group.assign(right=by_group["accuracy"] * by_group["n"]).groupby(keys, sort=False)[["right", "n"]].sum()
     np.testing.assert_allclose(weighted["right"] / weighted["n"], total["accuracy"], atol=1e-9)
-
-
-def test_both_rankings_stand_in_one_table(tiny_clip, sae, tiny_dataset, counts, head):
-    table = sweep_masks(
-        tiny_clip, sae, tiny_dataset, [2], ["predicted", "random"], rank_by=["count", "attribution"], class_counts=counts,
-        attribution=counts.flip(0), head=head,
-    )  # fmt: skip
-    assert table[table["mode"] == "off"][["choose", "rank"]].to_numpy().tolist() == [
-        ["predicted", "count"], ["predicted", "attribution"], ["random", "none"],
-    ]  # fmt: skip
 
 
 def test_trap_13_rows_for_each_class_keep_equal_names_apart(tiny_clip, sae, tiny_dataset, head):
@@ -267,15 +272,12 @@ def test_trap_13_rows_for_each_class_keep_equal_names_apart(tiny_clip, sae, tiny
     ("options", "message"),
     [
         ({"choose": "best"}, "choose=.*Valid: oracle"),
-        ({"rank_by": "beauty"}, "rank_by=.*Valid: count, attribution"),
         ({"where": "corner"}, "where=.*Valid: all, cls, patches"),
         ({"ks": [65]}, "d_sae=64"),
-        ({"ks": []}, "1 to 254 numbers"),
         ({"class_counts": None}, "class_counts=summarize_latents"),
         ({"rank_by": "attribution"}, "attribution=attribute_latents"),
         ({"class_counts": torch.zeros(3, 64)}, r"\[3, 64\]"),
         ({"groups": ["a", "b"]}, r"each of the .* classes .* got \['a', 'b'\]"),
-        ({"groups": "task"}, "groups must be 'class'"),
         ({"layer": 7}, "no layer 7"),
     ],
 )
