@@ -263,7 +263,9 @@ def load_profile(name_or_path: str | os.PathLike | None = None, overrides: Mappi
     settings = _read(given)
     for key, value in (parse_settings(os.environ.get("PATCHSAE_SET", "")) | dict(overrides or {})).items():
         section, _, name = key.rpartition(".")
-        (settings.setdefault(section, {}) if section else settings)[name] = value
+        within = settings.setdefault(section, {}) if section else settings
+        if isinstance(within, dict):  # else it is refused below
+            within[name] = value
     return _build_profile(str(given), settings)
 
 

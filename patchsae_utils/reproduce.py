@@ -17,7 +17,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -54,44 +54,44 @@ class _ThisPython(AsyncKernelManager):
 
 
 class _Client(NotebookClient):
-    """Runs one notebook in its folder, and shows a bar over its cells on a terminal."""
-
-    def __init__(self, notebook, folder: Path):
-        super().__init__(
-            notebook, timeout=None, record_timing=False, store_widget_state=False, kernel_manager_class=_ThisPython,
-            resources={"metadata": {"path": str(folder)}}, on_cell_start=self._start,
-        )  # fmt: skip
-        self.cell_number, self.bar = 0, tqdm(total=len(notebook.cells), unit="cell", leave=False, disable=None)
-
     @asynccontextmanager
     async def async_setup_kernel(self, **options):
         async with super().async_setup_kernel(**options):
             asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)  # nbclient's takes Ctrl-C for a dead kernel
             yield
 
-    def _start(self, cell, cell_index: int) -> None:
-        self.bar.update(cell_index + 1 - self.cell_number)
-        self.cell_number = cell_index + 1
 
+def run_notebook(source: Path, target: Path, failed: Path) -> str:
+    """Execute a notebook and save it, tidied, as ``target`` (which may be itself) if it ran to its end, else as far as it came as ``failed``.
 
-def run_notebook(source: Path, target: Path, failed: Path) -> None:
-    """Execute a notebook and save it, tidied, as ``target`` (which may be itself) if it ran to its end, else as far as it came as ``failed``."""
-    notebook = nbformat.read(source, as_version=4)
-    client = _Client(notebook, source.parent)
-    try:
-        client.execute()
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
-    except (CellExecutionError, DeadKernelError) as error:
-        _save(tidy(notebook), failed)
-        what = "the kernel died, most often because memory ran out (or somebody ended the run)"
-        if isinstance(error, CellExecutionError):
-            what = _COLOR.sub("", f"{error.ename}: {error.evalue}")
-        raise NotebookFailed(f"{source.stem}, cell {client.cell_number}: {what}\nThe notebook up to there: {failed}") from error
-    finally:
-        client.bar.close()
+    Returns why it ended early where the model has no text tower and the rest of the notebook needs one: then that is its end; else "".
+    """
+    notebook, why, number = nbformat.read(source, as_version=4), "", 0
+
+    def begin(cell, cell_index: int) -> None:
+        nonlocal number
+        bar.update(cell_index + 1 - number)
+        number = cell_index + 1
+
+    with tqdm(total=len(notebook.cells), unit="cell", leave=False, disable=None) as bar:
+        client = _Client(
+            notebook, timeout=None, record_timing=False, store_widget_state=False, kernel_manager_class=_ThisPython,
+            resources={"metadata": {"path": str(source.parent)}}, on_cell_start=begin,
+        )  # fmt: skip
+        try:
+            client.execute()
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+        except (CellExecutionError, DeadKernelError) as error:
+            why = "the kernel died, most often because memory ran out (or somebody ended the run)"
+            if isinstance(error, CellExecutionError):
+                why = _COLOR.sub("", error.evalue if error.ename == "NoText" else f"{error.ename}: {error.evalue}")
+            if getattr(error, "ename", "") != "NoText":
+                _save(tidy(notebook), failed)
+                raise NotebookFailed(f"{source.stem}, cell {number}: {why}\nThe notebook up to there: {failed}") from error
     _save(tidy(notebook), target)
     failed.unlink(missing_ok=True)
+    return why
 
 
 def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -103,20 +103,15 @@ def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     notebook.metadata["kernelspec"] = nbformat.from_dict({"display_name": "Python 3", "language": "python", "name": "python3"})
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = _streams_in_order(output for output in map(_tidy_output, cell.outputs) if output is not None)
+            outputs = [output for output in map(_tidy_output, cell.outputs) if output is not None]
+            cell.outputs = []
+            for is_stream, group in itertools.groupby(outputs, lambda output: output.output_type == "stream"):
+                pieces = list(group)
+                for name in ("stderr", "stdout") if is_stream else ():  # their order is a matter of timing: one piece each
+                    text = "".join(piece.text for piece in pieces if piece.name == name)
+                    cell.outputs += [new_output("stream", name=name, text=text)] if text else []
+                cell.outputs += [] if is_stream else pieces
     return notebook
-
-
-def _streams_in_order(outputs: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """Neighbouring pieces of stderr and stdout, whose order is a matter of timing: one piece each, stderr first."""
-    tidied = []
-    for is_stream, group in itertools.groupby(outputs, lambda output: output.output_type == "stream"):
-        pieces = list(group)
-        for name in ("stderr", "stdout") if is_stream else ():
-            text = "".join(piece.text for piece in pieces if piece.name == name)
-            tidied += [new_output("stream", name=name, text=text)] if text else []
-        tidied += [] if is_stream else pieces
-    return tidied
 
 
 def _tidy_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
@@ -142,8 +137,7 @@ def _tidy_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
 def _without_paths(text: str) -> str:
     text = _CELL_FILE.sub("<cell>", text)
     for folder, name in ((repository_root(), "."), (Path.home(), "~")):
-        if len(folder.parts) > 1:
-            text = text.replace(f"{folder}{os.sep}", f"{name}{os.sep}")
+        text = text.replace(f"{folder}{os.sep}", f"{name}{os.sep}") if folder.name else text
     return text
 
 
@@ -162,29 +156,13 @@ def run_key(source: Path, profile: Profile) -> str:
     return fingerprint(cells=cells, package=code, settings=settings)
 
 
-def is_up_to_date(source: Path, target: Path, profile: Profile) -> bool:
+def _is_up_to_date(stamp: Path, source: Path, target: Path, profile: Profile) -> bool:
     """Whether the notebook has run with this code and these settings, and all it left is still there."""
-    stamp = _stamp(source, profile)
     if not stamp.exists() or not target.exists():
         return False
-    note = read_json(stamp)
-    cells = [cell for cell in nbformat.read(target, as_version=4).cells if cell.cell_type == "code" and cell.source.strip()]
-    return (
-        note["key"] == run_key(source, profile)
-        and all(Path(profile.root, path).exists() for path in note["files"])
-        and all(cell.execution_count is not None for cell in cells)
-    )
-
-
-def _stamp(source: Path, profile: Profile) -> Path:
-    return profile.folder("stamps") / f"{source.stem}.json"
-
-
-def _left_behind(source: Path, profile: Profile) -> list[str]:
-    """A notebook's results and figures, relative to the profile's folder."""
-    figures = sorted(figures_folder(profile).glob(f"{source.stem[:2]}_*.png"))
-    files = [profile.folder("results") / f"{source.stem}.json", *figures]
-    return [os.path.relpath(path, profile.root) for path in files if path.exists()]
+    note, cells = read_json(stamp), nbformat.read(target, as_version=4).cells
+    ran = any(cell.cell_type == "code" and cell.execution_count for cell in cells)  # not so after `make notebooks-clean`
+    return note["key"] == run_key(source, profile) and ran and all(Path(profile.root, path).exists() for path in note["files"])
 
 
 def choose(folder: Path, only: Sequence[str] = ()) -> tuple[list[Path], list[Path]]:
@@ -230,30 +208,31 @@ def _run(options: argparse.Namespace) -> int:
     for source in chosen:
         label = f"[{notebooks.index(source) + 1}/{len(notebooks)}] {source.stem} ..."
         target = source if profile.is_default else profile.folder("notebooks") / source.name
-        if not options.force and is_up_to_date(source, target, profile):
+        stamp = profile.folder("stamps") / f"{source.stem}.json"
+        if not options.force and _is_up_to_date(stamp, source, target, profile):
             print(f"{label} up to date", file=sys.stderr)
             continue
-        _stamp(source, profile).unlink(missing_ok=True)
+        stamp.unlink(missing_ok=True)
         key, start = run_key(source, profile), time.monotonic()
         print(label, end=" ", file=sys.stderr, flush=True)
         try:
-            run_notebook(source, target, profile.folder("failed") / source.name)
+            why = run_notebook(source, target, profile.folder("failed") / source.name)
         except BaseException:
             print("did not end", file=sys.stderr)
             raise
-        seconds = time.monotonic() - start
-        print(_duration(seconds), file=sys.stderr)
-        write_json(_stamp(source, profile), {"key": key, "seconds": round(seconds, 1), "files": _left_behind(source, profile)})
+        minutes, seconds = divmod(round(time.monotonic() - start), 60)
+        print(
+            f"{minutes} min {seconds} s" if minutes else f"{seconds} s",
+            *([f"(left out from there: {why})"] if why else []),
+            file=sys.stderr,
+        )
+        left = [profile.folder("results") / f"{source.stem}.json", *sorted(figures_folder(profile).glob(f"{source.stem[:2]}_*.png"))]
+        write_json(stamp, {"key": key, "files": [os.path.relpath(path, profile.root) for path in left if path.exists()]})
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, kilobytes elsewhere
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
     if peak:
         print(f"Peak memory of a notebook: {peak / 1e9:.1f} GB", file=sys.stderr)
     return 0
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..clip.loading import load_clip
 from ..clip.model import PRECISIONS, ClipModel
+from ..clip.timm_models import NoText
 from ..config import AdapterConfig
 from ..data import batches, dataset_fingerprint, few_shot, templates_for
 from ..run import artifacts
@@ -109,7 +110,7 @@ def fit_adapter(
     Raises
     ------
     ValueError
-        For an unknown kind or precision, an impossible depth, or a data set with fewer images than shots.
+        For an unknown kind or precision, an impossible depth, a data set with fewer images than shots, or a model without a text tower.
     MemoryError
         If a batch doesn't fit the memory; says what to set.
 
@@ -117,6 +118,8 @@ def fit_adapter(
     pixels often loses the object.
     """
     _adapter_class(kind)
+    if not clip.has_text:
+        raise NoText(f"Adapters are fitted to class names in words, and {clip.name!r} has no text tower.")
     precision = clip.precision if precision is None else precision
     if precision not in PRECISIONS:
         raise ValueError(f"Unknown precision {precision!r}. Valid: {', '.join(PRECISIONS)}.")

@@ -67,13 +67,19 @@ def training_curves(log: pd.DataFrame, save: str | None = None) -> Figure:
 
 @drawn(evaluation="DataFrame of ``evaluate_sae``, the trained SAE first")
 def reconstruction_quality(evaluation: pd.DataFrame, save: str | None = None) -> Figure:
-    """Explained variance by token type, and CLIP's accuracy when its residual stream goes through each SAE."""
+    """Explained variance by token type, and the accuracy of a CLIP whose residual stream goes through each SAE."""
     fig, (left, right) = style.figure(height=3.1, ncols=2, width_ratios=[1, 1.35])
     looks = {name: look(color) for name, color in zip(evaluation["sae"].unique(), _SERIES, strict=False)}
     accuracy = evaluation[evaluation["metric"] == "zero_shot_top1"]
     explained, replaced = evaluation[evaluation["metric"] == "explained_variance"], accuracy[accuracy["variant"] == "reconstruction"]
     intervals(left, explained, "tokens", "value", "sae", looks, order=_TOKENS, upright=True, bars=True)
     left.axhline(0, color=COLORS["black"], lw=0.8)
+    left.set_title("Explained variance, centred")
+    left.yaxis.set_major_formatter(PERCENT)
+    if accuracy.empty:  # of a model without a text tower
+        right.remove()
+        legend(fig, left, ncols=len(looks))
+        return style.save(fig, save)
     places = {token: f"{name}\nreplaced" for token, name in _TOKENS.items()} | {"kept": "all replaced,\nerror kept"}
     intervals(right, replaced, "tokens", "value", "sae", looks, order=places, upright=True, bars=True)
     raw, kept = (accuracy[accuracy["variant"] == variant].iloc[0] for variant in ("raw", "error_kept"))
@@ -81,9 +87,8 @@ def reconstruction_quality(evaluation: pd.DataFrame, save: str | None = None) ->
     right.axhline(raw["value"], color=COLORS["black"], lw=1.2, label="CLIP as it is")
     right.plot(len(_TOKENS), kept["value"], "D", color=COLORS["black"], ms=6)
     right.set_ylim(0, None)
-    for ax, title in ((left, "Explained variance, centred"), (right, "Zero-shot accuracy with tokens replaced by the SAE")):
-        ax.set_title(title)
-        ax.yaxis.set_major_formatter(PERCENT)
+    right.set_title("Zero-shot accuracy with tokens replaced by the SAE")
+    right.yaxis.set_major_formatter(PERCENT)
     legend(fig, right, ncols=len(looks) + 1)
     return style.save(fig, save)
 

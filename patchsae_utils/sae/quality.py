@@ -63,7 +63,7 @@ def evaluate_sae(
           nothing, and of each type of token by its own mean.
         - ``dead_fraction`` = 1 / S #{s: h_s = 0 for all x}; :func:`dead_causes` says why.
 
-        And with an image's logits l over the class prompts (cosine times CLIP's temperature) and its class c:
+        And, where the model has a text tower, with an image's logits l over the class prompts (cosine times CLIP's temperature) and its class c:
 
         - ``contrastive_loss``: mean over images of log sum_j exp(l_j) - l_c, in nats.
         - ``zero_shot_top1``: share of images with argmax l = c; ``zero_shot_change``: that share minus the raw one, on the same images.
@@ -81,13 +81,15 @@ def evaluate_sae(
         each.check_model(clip, layer)
     if len(dataset) == 0:
         raise ValueError(f"The data set {dataset.spec!r} ({dataset.split}) is empty: there is nothing to evaluate on.")
-    head = clip.zero_shot_head(dataset.class_names, templates_for(dataset.spec)).to(clip.device)
+    head = clip.zero_shot_head(dataset.class_names, templates_for(dataset.spec)).to(clip.device) if clip.has_text else None
     tallies, first = {name: _Tally(each) for name, each in saes.items()}, True
 
     for batch in batches(dataset, clip.preprocess, batch_size, progress="evaluating the SAE" if progress else None):
         residual = clip.run_to(batch.images, layer)
 
         def outcome(tokens, residual=residual, labels=batch.labels):
+            if head is None:
+                return torch.zeros(len(tokens), 0)
             logits = clip.logits(clip.finish(residual._replace(tokens=tokens), layer), head).cpu()
             return torch.stack([F.cross_entropy(logits, labels, reduction="none"), (logits.argmax(1) == labels).float()], 1)
 
@@ -131,6 +133,8 @@ class _Tally:
                 yield "reconstruction", name, metric, *estimate
             yield "reconstruction", name, "dead_fraction", (~self.fired[name]).double().mean().item(), np.nan, np.nan
         raw = torch.cat(self.outcomes["raw", "none"])[:, 1:]
+        if not raw.numel():
+            return  # a model without words
         for (variant, tokens), parts in self.outcomes.items():
             outcome = torch.cat(parts)
             table = torch.cat([outcome, outcome[:, 1:] - raw, torch.ones(len(outcome), 1)], 1).double().numpy()

@@ -7,13 +7,16 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from patchsae_utils.adaptation.fit import fit_adapter
 from patchsae_utils.cli import main
 from patchsae_utils.clip.loading import load_clip
 from patchsae_utils.clip.timm_models import NoText, TimmModel
 from patchsae_utils.clip.zero_shot import zero_shot_predictions
 from patchsae_utils.config import load_profile
 from patchsae_utils.latents.reading import latent_masks, summarize_latents
+from patchsae_utils.plots.training import reconstruction_quality
 from patchsae_utils.sae.model import SparseAutoencoder
+from patchsae_utils.sae.quality import evaluate_sae, evaluation_table
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 0}
 
@@ -92,6 +95,16 @@ def test_stages_without_words_run_and_words_are_refused_by_name(model, tiny_data
     ):
         with pytest.raises(NoText, match="'timm:small' has no text tower.*mask sweeps and prompts need a CLIP"):
             call()
+
+
+def test_an_sae_of_a_model_without_words_is_measured_by_what_it_reconstructs(tiny_dataset):
+    """FAULTS C2: notebook 02 died in evaluate_sae, 05 in fit_adapter with an AttributeError."""
+    model = small()
+    found = evaluate_sae(model, SparseAutoencoder(24, 48), tiny_dataset, 1, progress=False)
+    assert set(found["metric"]) == {"mse", "l1", "l0", "explained_variance", "dead_fraction"} and len(evaluation_table(found)) == 3
+    assert len(reconstruction_quality(found).axes) == 1
+    with pytest.raises(NoText, match="no text tower"):
+        fit_adapter(model, "maple", tiny_dataset, load_profile().adapters)
 
 
 def test_models_that_are_read_otherwise_are_refused():
