@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import batches, openmoji, templates_for
+from ..data.splits import require_labels
 from ..run.intervals import mean_interval
 
 
@@ -38,6 +39,7 @@ def zero_shot_predictions(clip, dataset, *, progress: bool = True) -> pd.DataFra
     NoText
         A ``ValueError``, if the model has no text tower.
     """
+    require_labels(dataset)
     head = clip.zero_shot_head(dataset.class_names, templates_for(dataset.spec))
     known = hasattr(dataset, "class_ids")
     classes = openmoji.class_table().iloc[dataset.class_ids].reset_index(drop=True) if known else None

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data import openmoji, templates_for
+from ..data.splits import require_labels
 from ..latents.pictures import seen_image
 from ..latents.summary import LatentSummary
 from .report import ConceptReport
@@ -125,6 +126,7 @@ def _names_from_truth(report: ConceptReport) -> pd.DataFrame:
 
 def _names_from_labels(summary: LatentSummary) -> pd.DataFrame:
     """Columns of :func:`label_latents` from the lift of each class."""
+    require_labels(summary)
     hits, per_class = summary.class_hits.double().numpy(), summary.class_images.double().numpy()
     active = hits.sum(0)
     base = per_class / max(per_class.sum(), 1)

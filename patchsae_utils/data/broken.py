@@ -91,18 +91,12 @@ def _read(dataset, report: Path) -> tuple[np.ndarray, dict[int, BrokenImage]]:
 
 def _write(dataset, report: Path, checked: np.ndarray, broken: dict[int, BrokenImage]) -> None:
     entries = {
-        "data": dataset.spec,
-        "split": dataset.split,
-        "source": dataset.opener.listing,
-        "images": int(checked.size),
-        "images_checked": int(checked.sum()),
-        "images_broken": len(broken),
+        "data": dataset.spec, "split": dataset.split, "source": dataset.opener.listing,
+        "images": int(checked.size), "images_checked": int(checked.sum()), "images_broken": len(broken),
         "broken": [{"row": int(row), "image": error.where, "reason": error.reason} for row, error in sorted(broken.items())],
-        "checked": base64.b64encode(
-            zlib.compress(np.packbits(checked).tobytes())
-        ).decode(),  # one bit an image: 1.3 million take 100 letters
+        "checked": base64.b64encode(zlib.compress(np.packbits(checked).tobytes())).decode(),  # a bit an image: 1.3 million take 100 letters
         "note": "Broken images are left out of every stage, and looked at again each time. Delete this file to have all images checked again.",
-    }
+    }  # fmt: skip
     write_json(report, entries)
 
 
@@ -111,8 +105,7 @@ def _check(dataset, report: Path, max_broken: float, workers: int | None, progre
     rows = dataset.rows.numpy()
     checked, before = _read(dataset, report)
     broken = {row: error for row in before if (error := _broken(dataset, [row], 0)[1]) is not None}
-    mine, saved = set(rows.tolist()), time.monotonic()
-    todo = rows[~checked[rows]]
+    mine, saved, todo = set(rows.tolist()), time.monotonic(), rows[~checked[rows]]
     bar = tqdm(total=len(todo), desc=f"checking images of {dataset.name}", unit="image", disable=not progress or not len(todo), leave=False)
     with bar:
         for batch in load(partial(_broken, dataset, todo), len(todo), 64, workers, list):

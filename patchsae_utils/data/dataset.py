@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ..run.artifacts import fingerprint
 from .pictures import open_picture
-from .splits import UNLABELLED, checked_labels, half_of_classes
+from .splits import UNLABELLED, checked_labels, half_of_classes, require_labels
 
 UNKNOWN = "not known: if pictures are exchanged for others under the same spec, delete what was made of them"
 
@@ -26,7 +26,7 @@ class Example(NamedTuple):
     image: Image.Image
     """RGB."""
     label: int
-    """Index into ``class_names``."""
+    """Index into ``class_names``; -1 where there are no classes."""
     index: int  # type: ignore[assignment]  # tuples have a method of this name
     """Its place in the data set."""
 
@@ -44,12 +44,13 @@ class Listing(NamedTuple):
 
 
 class ImageData(Dataset):
-    """Pictures that are opened when asked for. Rows without a label are left out, with a warning.
+    """Pictures that are opened when asked for. Without classes it holds all rows; else rows without a label are left out, with a warning.
 
     Parameters
     ----------
     spec, split : str
     class_names : sequence of str [C]
+        Empty for pictures without labels.
     labels : sequence of int [N], or LongTensor [N]
         One a row, in range(C), or -1 where there is none.
     open_image : callable
@@ -65,7 +66,7 @@ class ImageData(Dataset):
     Raises
     ------
     ValueError
-        If a label is anything else (names the row), or no row has one.
+        If a label is anything else (names the row), no row has one though there are classes, or a half of no classes is asked for.
     """
 
     workers: int | None = None
@@ -88,19 +89,27 @@ class ImageData(Dataset):
         given = checked_labels(labels, len(class_names), self.where_row)
         kept = half_of_classes(len(class_names), half)
         self.class_names = [class_names[i] for i in kept]
-        relabel = torch.full((len(class_names) + 1,), -1)  # the last is that of rows without label
+        relabel = torch.full((len(class_names) + 1,), UNLABELLED)  # the last is that of rows without label
         relabel[kept] = torch.arange(len(kept))
         self.rows: Tensor = torch.arange(len(given)) if rows is None else torch.as_tensor(rows, dtype=torch.int64)
         """[N] place of each picture in the whole listing, before halves, subsets and broken images were taken out."""
-        if n_without := int((given[self.rows] == UNLABELLED).sum()):
-            if n_without == len(self.rows):
-                raise ValueError(f"No row of {spec} ({split}) has a label; give a split that has labels.")
-            warnings.warn(f"{n_without:,} of {len(self.rows):,} rows of {spec} ({split}) have no label and are left out.", stacklevel=2)
-        self.rows = self.rows[relabel[given[self.rows]] >= 0]
+        if half is not None:
+            require_labels(self)
+        if self.has_labels:
+            if n_without := int((given[self.rows] == UNLABELLED).sum()):
+                if n_without == len(self.rows):
+                    raise ValueError(f"No row of {spec} ({split}) has a label; give a split that has labels.")
+                warnings.warn(f"{n_without:,} of {len(self.rows):,} rows of {spec} ({split}) have no label and are left out.", stacklevel=2)
+            self.rows = self.rows[relabel[given[self.rows]] >= 0]
         if n_images is not None and n_images < len(self.rows):
             order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed))
             self.rows = self.rows[order[:n_images].sort().values]
         self.labels = relabel[given[self.rows]]
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there are classes."""
+        return bool(self.class_names)
 
     @property
     def name(self) -> str:
@@ -143,11 +152,10 @@ class ImageData(Dataset):
 
 
 def name_of(spec: str) -> str:
-    """The name in a data set's spec: ``DTD`` of ``torchvision:DTD?root=/data``, ``pets`` of ``/data/pets/``, ``birds`` of ``hf:owner/birds:small``."""
+    """The name in a spec: ``DTD`` of ``torchvision:DTD?root=/data``, ``pets`` of ``/data/pets/``, ``birds`` of ``hf:owner/birds:small``."""
     path = spec.partition("?")[0]
-    if path.startswith(("hf:", "hf-stream:")):
-        path = path.split(":")[1]
-    return path.rsplit(":", 1)[-1].rstrip("/").rsplit("/", 1)[-1]
+    path = path.split(":")[1] if ":" in path else path
+    return path.rstrip("/").rsplit("/", 1)[-1].removesuffix(".txt")
 
 
 def describe_dataset(dataset) -> dict[str, Any]:

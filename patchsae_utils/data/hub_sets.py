@@ -4,46 +4,57 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from numbers import Real
 from typing import Any
+from urllib.parse import parse_qsl
 
 import fsspec
 from tqdm.auto import tqdm
 
 from ..run.artifacts import atomic_folder, fingerprint, read_json, shortened, write_json
 from .dataset import Listing
-from .folders import data_root
+from .paper_sets import data_root
 from .pictures import ImageFiles, Rows
 from .splits import SHARES, UNLABELLED, class_names, find_split, half_of_classes
 
 STREAMED = 10_000
 """Images of a stream where no number is given."""
+IMAGES, LABELS = ("image", "img", "picture", "photo"), ("label", "labels", "class", "class_name", "category", "target")
+"""Names of columns that are taken before others of their kind; as a label a plain number or text is taken under these names alone."""
 _SHUFFLED = 1000  # images of a stream that are mixed at a time: shards come in a drawn order too, but classes may lie together in each
 _TENTHS = {"train": range(8), "val": range(8, 9), "test": range(9, 10)}  # of a stream without splits of its own: classes come in any order
 
 
 def read_hub(given: str, split: str) -> Listing:
     """A map-style image data set of the hub, or of a local folder that ``datasets`` reads: ``<repository>[:<configuration>]``."""
-    spec = f"hf:{given}"
-    source = _Source(spec)
+    source = _Source(spec := f"hf:{given}")
     for own, shared in source.splits(split):  # noqa: B007  # used below
         with _reaching(spec):
             data = source.load(own)
         image, label = source.columns(data.features)
-        labels = [UNLABELLED if each is None else each for each in data[label]]
+        if label is None:
+            names, labels = [], [UNLABELLED] * len(data)
+            break
+        values, kind = list(data[label]), data.features[label]
+        if hasattr(kind, "names"):
+            names, labels = class_names(kind.names), [UNLABELLED if each is None else each for each in values]
+        else:  # classes are those of all splits
+            names, labels = source.classes(
+                label, {name: values if name == own else source.load(name)[label] for name in source.present}, own
+            )
         if any(each != UNLABELLED for each in labels):
             break
         warnings.warn(f"{spec}: no row of split {own!r} has a label.", stacklevel=3)
     rows = Rows(f"{spec} ({split})", data, image, getattr(data, "_fingerprint", None))
-    return Listing(class_names(data.features[label].names), labels, rows, SHARES if shared else None)
+    return Listing(names, labels, rows, SHARES if shared else None)
 
 
 def read_stream(given: str, split: str, n_images: int | None, half: str | None, seed: int) -> Listing:
     """As many images of a data set as are asked for (of a half of its classes), mixed with ``seed``; the others are not kept.
 
-    They are written to files under :func:`~.folders.data_root` while they arrive, as they are encoded, and read from there ever after.
+    They are written to files under :func:`~.paper_sets.data_root` while they arrive, as they are encoded, and read from there ever after.
     """
     spec, n_wanted = f"hf-stream:{given}", STREAMED if n_images is None else n_images
     key = fingerprint(repository=given, split=split, n_images=n_wanted, half=half, seed=seed, shuffled=_SHUFFLED, version=2)
@@ -51,8 +62,11 @@ def read_stream(given: str, split: str, n_images: int | None, half: str | None, 
     if not (folder / "description.json").exists():
         source = _Source(spec)
         for own, shared in source.splits(split):
-            with suppress(_NoLabels):
-                _save_stream(source, own, _TENTHS[split] if shared else range(10), n_wanted, half, seed, folder)
+            with suppress(_NoLabels), atomic_folder(folder) as temporary:
+                write_json(
+                    temporary / "description.json",
+                    _save(source, own, _TENTHS[split] if shared else range(10), n_wanted, half, seed, temporary),
+                )
                 break
         else:
             raise ValueError(f"{spec} ({split}) gave no images with a label.")
@@ -71,61 +85,70 @@ def _file(i: int) -> str:
     return f"{i // 1000:04d}/{i % 1000:03d}"
 
 
-def _save_stream(source: _Source, own: str, tenths: Sequence[int], n_images: int, half: str | None, seed: int, folder: Path) -> None:
+def _save(source: _Source, own: str, tenths: Sequence[int], n_images: int, half: str | None, seed: int, folder) -> dict[str, Any]:
+    """Write a stream's pictures as they come; what they are."""
     with _reaching(source.spec):
         stream = source.load(own, streaming=True)
     image, label = source.columns(stream.features)
-    names = class_names(stream.features[label].names)
+    if label is not None and not hasattr(stream.features[label], "names"):
+        warnings.warn(
+            f"{source.spec}: the classes in column {label!r} are not known beforehand; images are read without labels.", stacklevel=5
+        )
+        label = None
+    names = [] if label is None else class_names(stream.features[label].names)
     unwanted = set(range(len(names))) - set(half_of_classes(len(names), half))
     stream = stream.cast_column(image, source.datasets.Image(decode=False)).shuffle(seed=seed, buffer_size=_SHUFFLED)
     labels: list[int] = []
     without: list[int] = []
-    with atomic_folder(folder) as temporary, tqdm(total=n_images, desc=f"streaming {source.spec}", unit="image", leave=False) as bar:
+    with tqdm(total=n_images, desc=f"streaming {source.spec}", unit="image", leave=False) as bar:
         for i, row in enumerate(stream if n_images else ()):
-            if i % 10 not in tenths or row[label] in unwanted:
+            found = UNLABELLED if label is None else row[label]
+            if i % 10 not in tenths or found in unwanted:
                 continue
             content = _bytes(row[image])
-            if content is None or row[label] in (None, UNLABELLED):
+            if content is None or (names and found in (None, UNLABELLED)):
                 without.append(i)
             else:
-                path = temporary / _file(len(labels))
+                path = folder / _file(len(labels))
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(content)
-                labels.append(row[label])
+                labels.append(found)
                 bar.update()
             if len(labels) == n_images or (not labels and len(without) == _SHUFFLED):
                 break
-        if not labels:
-            raise _NoLabels
-        entries = {"source": source.spec, "split": own, "seed": seed, "class_names": names, "labels": labels, "left_out": without}
-        write_json(temporary / "description.json", entries)
+    if not labels:
+        raise _NoLabels
     if without:
         shown = ", ".join(map(str, without[:5])) + (", ..." if len(without) > 5 else "")
-        warnings.warn(f"{len(without):,} rows of {source.spec} ({own}) have no image or no label and are left out: {shown}.", stacklevel=4)
+        warnings.warn(f"{len(without):,} rows of {source.spec} ({own}) have no image or no label and are left out: {shown}.", stacklevel=5)
+    return {"source": source.spec, "split": own, "seed": seed, "class_names": names, "labels": labels, "left_out": without}
 
 
 def _bytes(image: dict[str, Any] | None) -> bytes | None:
     """A picture's encoded bytes, where there is one."""
     if image is None or image["bytes"] is not None or not image["path"]:
         return None if image is None else image["bytes"]
-    try:
-        with fsspec.open(image["path"], "rb") as file:
-            return file.read()
-    except OSError:
-        return None
+    with suppress(OSError), fsspec.open(image["path"], "rb") as file:
+        return file.read()
+    return None
 
 
 class _Source:
-    """A repository and one of its configurations."""
+    """A repository and one of its configurations: ``<kind>:<repository>[:<configuration>][?image=<column>&label=<column>]``."""
 
     def __init__(self, spec: str):
-        self.spec, (self.repository, _, self.configuration) = spec, spec.partition(":")[2].partition(":")
+        given, _, wanted = spec.partition("?")
+        self.spec, self.wanted = spec, dict(parse_qsl(wanted))
+        self.kind, self.repository, *rest = given.split(":", 2)
+        self.configuration = rest[0] if rest else ""
+        if unknown := self.wanted.keys() - {"image", "label"}:
+            raise ValueError(f"{spec}: unknown option {min(unknown)!r}; expected ?image=<column>&label=<column>.")
         try:
             import datasets
         except ImportError as error:
             raise ImportError(f"{spec} needs the package `datasets`: pip install datasets.") from error
         self.datasets = datasets
-        self._given = (self.repository, self.configuration) if self.configuration else (self.repository,)
+        self._given = (self.repository, *rest)
 
     def splits(self, split: str) -> Iterator[tuple[str, bool]]:
         """What to read for a split, the best first, and whether a share of it is meant."""
@@ -133,28 +156,56 @@ class _Source:
             if self.configuration and self.configuration not in (valid := self.datasets.get_dataset_config_names(self.repository)):
                 raise ValueError(self._choose(valid))
             try:
-                present = self.datasets.get_dataset_split_names(*self._given)
+                self.present = self.datasets.get_dataset_split_names(*self._given)
             except ValueError as error:  # several configurations, and none of them is the default
                 valid = self.datasets.get_dataset_config_names(self.repository)
                 raise ValueError(self._choose(valid) if len(valid) > 1 else str(error)) from error
-        names, shared = find_split(split, present, self.spec)
+        names, shared = find_split(split, self.present, self.spec)
         return ((name, shared) for name in names)
 
     def _choose(self, valid: Sequence[str]) -> str:
-        kind = self.spec.partition(":")[0]
         wrong = f"has no configuration {self.configuration!r}" if self.configuration else "has several configurations"
-        return f"{self.spec} {wrong}. Name one of them, as in {kind}:{self.repository}:{valid[0]}: {', '.join(valid)}."
+        return f"{self.spec} {wrong}. Name one of them, as in {self.kind}:{self.repository}:{valid[0]}: {', '.join(valid)}."
 
     def load(self, own_split: str, **options: Any):
         return self.datasets.load_dataset(*self._given, split=own_split, **options)
 
-    def columns(self, features) -> tuple[str, str]:
-        """Of the image and of its label."""
-        image = next((key for key, kind in features.items() if isinstance(kind, self.datasets.Image)), None)
-        label = next((key for key, kind in features.items() if isinstance(kind, self.datasets.ClassLabel)), None)
-        if image is None or label is None:
-            raise ValueError(f"{self.spec} needs an Image and a ClassLabel column; it has {dict(features)}.")
+    def columns(self, features) -> tuple[str, str | None]:
+        """Of the image and of its label, where there is one."""
+        for role, name in self.wanted.items():
+            if name not in features:
+                raise ValueError(f"{self.spec} has no column {name!r} for its {role}; it has {', '.join(features)}.")
+        pictures = _of_kind(features, self.datasets.Image)
+        classes = _of_kind(features, self.datasets.ClassLabel)
+        plain = [name for name in LABELS if name in _of_kind(features, getattr(self.datasets, "Value", ()))]
+        image = self.wanted.get("image") or next((name for name in (*IMAGES, *pictures) if name in pictures), None)
+        label = self.wanted.get("label") or next((name for name in (*LABELS, *classes) if name in classes), None) or next(iter(plain), None)
+        if image not in pictures:
+            raise ValueError(f"{self.spec} needs a column of images (of datasets.Image); it has {dict(features)}.")
+        for role, taken, others in (("image", image, pictures), ("label", label, classes)):
+            if len(others) > 1 and role not in self.wanted:
+                warnings.warn(
+                    f"{self.spec} has the {role} columns {', '.join(others)}; {taken!r} is read. Choose by ?{role}=<column>.", stacklevel=4
+                )
+        if label is None:
+            warnings.warn(
+                f"{self.spec} has no label column, as ?label=<column> would name one: images are read without labels.", stacklevel=4
+            )
         return image, label
+
+    def classes(self, label: str, values: dict[str, Iterable[Any]], own: str) -> tuple[list[str], list[int]]:
+        """Names and labels of a column of plain values: its classes are the different ones of all splits, sorted."""
+        found = {split: [None if each in ("", UNLABELLED) else each for each in column] for split, column in values.items()}
+        every = [each for column in found.values() for each in column if each is not None]
+        if odd := [each for each in every if not isinstance(each, str | Real) or (isinstance(each, Real) and not float(each).is_integer())]:
+            raise ValueError(f"{self.spec}: column {label!r} holds {odd[0]!r}, which names no class. Choose another by ?label=<column>.")
+        order = {each: i for i, each in enumerate(sorted(set(every)))}
+        names = class_names(int(each) if isinstance(each, float) else each for each in order)
+        return names, [UNLABELLED if each is None else order[each] for each in found[own]]
+
+
+def _of_kind(features, kind) -> list[str]:
+    return [name for name, feature in features.items() if isinstance(feature, kind)]
 
 
 @contextmanager

@@ -130,8 +130,7 @@ class _Items(Dataset):
 
 def _collate(collate: Callable[[list], Any], items: list) -> Any:
     """Items as a batch; the first error, where there is one."""
-    broken = next((item for item in items if isinstance(item, BrokenImage)), None)
-    return collate(items) if broken is None else broken
+    return next((item for item in items if isinstance(item, BrokenImage)), None) or collate(items)
 
 
 def _means_dead(error: Exception) -> bool:

@@ -1,27 +1,29 @@
-"""The paper's eleven data sets by name: where they lie, which images are in which split, what CLIP calls their classes, and prompts.
+"""torchvision's sets; and the paper's eleven by name: where they lie, which images are in which split, what CLIP calls their classes, and prompts.
 
-Found under one folder (``$PATCHSAE_DATA``, or ``caltech101?root=/data``) as CoOp's instructions lay them out or as torchvision does, whichever is
-there. Names and prompts are CoOp's (Zhou et al., IJCV 2022), which MaPLe and PatchSAE follow; with CoOp's ``split_zhou_*.json`` in the folder,
-so are the splits. Without it a set's own splits are taken; where there are none, classes are split 50/20/30 as CoOp does, and a missing val
+The eleven are found under one folder (``$PATCHSAE_DATA``, or ``caltech101?root=/data``) as CoOp's instructions lay them out or as torchvision does,
+whichever is there. Names and prompts are CoOp's (Zhou et al., IJCV 2022), which MaPLe and PatchSAE follow; with CoOp's ``split_zhou_*.json`` in the
+folder, so are the splits. Without it a set's own splits are taken; where there are none, classes are split 50/20/30 as CoOp does, and a missing val
 is a fifth of train.
 """
 
 from __future__ import annotations
 
 import csv
+import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torchvision
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 
 from . import openmoji
 from .dataset import Listing, name_of
-from .folders import data_root, find_split_file, open_torchvision, read_folder, read_split_file
-from .pictures import ImageFiles
-from .splits import class_names
+from .folders import find_split_file, read_folder, read_split_file
+from .pictures import ImageFiles, Rows
+from .splits import SHARES, SPLITS, UNLABELLED, class_names, find_split
 
 _ENDS, _ENDS_OF_TRAIN = (0.5, 0.7, 1.0), (0.8, 1.0)  # CoOp's p_trn and p_val; its split_trainval
 
@@ -32,7 +34,6 @@ _EUROSAT = {
 }  # fmt: skip
 _CALTECH = {"airplanes": "airplane", "Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike"}
 _CALTECH_LEFT_OUT = ("BACKGROUND_Google", "Faces_easy")
-
 
 _RENAMED: dict[str, Callable[[str], str]] = {
     "Caltech101": lambda name: _CALTECH.get(name, name),
@@ -65,6 +66,11 @@ PAPER_SETS = dict(_paper_sets())
 """By the names that CoOp, MaPLe and PatchSAE give them."""
 
 
+def data_root(given: str = "") -> Path:
+    """Where data sets lie that are called by name: the folder that is given, else ``$PATCHSAE_DATA``, else ``~/.cache/patchsae_utils/data``."""
+    return Path(given or os.environ.get("PATCHSAE_DATA") or "~/.cache/patchsae_utils/data").expanduser()
+
+
 def paper_name(spec: str) -> str | None:
     """Which of the eleven a spec means: ``caltech101``, ``torchvision:Caltech101``, each with or without ``?root=...``; None for another."""
     kind, _, name = spec.partition("?")[0].rpartition(":")
@@ -74,7 +80,7 @@ def paper_name(spec: str) -> str | None:
 
 
 def read_paper_set(name: str, split: str, given_root: str = "") -> Listing:
-    """One split of one of :data:`PAPER_SETS`; the data sets' folders lie under :func:`~.folders.data_root`."""
+    """One split of one of :data:`PAPER_SETS`; the data sets' folders lie under :func:`data_root`."""
     entry, root = PAPER_SETS[name], data_root(given_root)
     places = [root / place for place in entry.folders if (root / place).is_dir()]
     for place in places:
@@ -87,11 +93,11 @@ def read_paper_set(name: str, split: str, given_root: str = "") -> Listing:
     if name == "ucf101":  # torchvision's are videos, of which CLIP reads one frame
         raise FileNotFoundError(_missing(name, root, "with split_zhou_UCF101.json and UCF-101-midframes in it"))
     try:
-        names, labels, files = _from_torchvision(entry, root, split)
+        data = _open(entry.torchvision, root, {"split": entry.splits.get(split, entry.splits["train"])} if entry.splits else {})
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{_missing(name, root)} torchvision says: {error}") from error
     ends = (None if "val" in entry.splits or split == "test" else _ENDS_OF_TRAIN) if entry.splits else _ENDS
-    return Listing(names, labels, ImageFiles(root, files), ends)
+    return _listing(data, entry.torchvision, root, split, ends, _RENAMED.get(entry.torchvision, str))
 
 
 def _missing(name: str, root: Path, content: str = "") -> str:
@@ -102,23 +108,6 @@ def _missing(name: str, root: Path, content: str = "") -> str:
         f"CoOp's DATASETS.md or torchvision.datasets.{entry.torchvision} describe; or name the folder that holds it: {name}?root=/data, or "
         "export PATCHSAE_DATA=/data."
     )
-
-
-def _from_torchvision(entry: PaperSet, root: Path, split: str) -> tuple[list[str], list[int], list[str]]:
-    """Class names, labels, and files relative to the root, sorted; torchvision knows the layout and the annotations."""
-    options = {"split": entry.splits.get(split, entry.splits["train"])} if entry.splits else {}
-    data = open_torchvision(entry.torchvision, root, options)
-    names = list(getattr(data, "classes", None) or data.categories)
-    if entry.torchvision == "Caltech101":
-        kept = {y: i for i, y in enumerate(y for y, name in enumerate(names) if name not in _CALTECH_LEFT_OUT)}
-        base = Path(data.root) / "101_ObjectCategories"
-        pairs = [(base / names[y] / f"image_{i:04d}.jpg", kept[y]) for i, y in zip(data.index, data.y, strict=True) if y in kept]
-        names = [names[y] for y in kept]
-    else:
-        pairs = getattr(data, "samples", None) or getattr(data, "_samples", None)
-        pairs = pairs or zip(getattr(data, "_images", None) or data._image_files, data._labels, strict=True)
-    rows = sorted((os.path.relpath(path, root), int(label)) for path, label in pairs)  # SUN397's come in the disk's order
-    return class_names(map(_RENAMED.get(entry.torchvision, str), names)), [label for _, label in rows], [path for path, _ in rows]
 
 
 def _aircraft(place: Path, split: str) -> Listing:
@@ -148,6 +137,75 @@ def _imagenet(places: Sequence[Path], split: str, root: Path) -> Listing:
         return [words[wnid] for wnid in ids]
 
     return read_folder(place, split, named)
+
+
+# -- torchvision -----------------------------------------------------------------------------------------------------------
+
+
+def read_torchvision(name: str, split: str, given_root: str = "") -> Listing:
+    """One of torchvision's other classification sets, downloaded when it can be."""
+    kind = getattr(torchvision.datasets, name, None)
+    if not inspect.isclass(kind):
+        valid = ", ".join(n for n in torchvision.datasets.__all__ if inspect.isclass(getattr(torchvision.datasets, n)))
+        raise ValueError(f"torchvision has no data set {name!r}. Valid: {valid}.")
+    accepted, root = inspect.signature(kind).parameters, data_root(given_root)
+    if "split" not in accepted:
+        data = _open(name, root, {"train": split == "train"} if "train" in accepted else {})
+        return _listing(data, name, root, split, None if "train" in accepted else SHARES)
+    for own in find_split(split, [own for names in SPLITS.values() for own in names], name)[0]:  # which there are, only trying tells
+        try:
+            return _listing(_open(name, root, {"split": own}), name, root, split, None)
+        except ValueError as error:
+            refused = error
+    raise ValueError(f"torchvision's {name} has no split {split!r}: {refused}") from refused
+
+
+def _open(name: str, root: Path, options: Mapping[str, str | bool]) -> Any:
+    """The object of ``torchvision.datasets``, downloaded when it is not there and can be."""
+    kind = getattr(torchvision.datasets, name)
+    try:
+        return kind(root, **options)  # a ValueError: it has no such split
+    except (OSError, RuntimeError) as error:
+        missing = error
+    try:
+        if "download" not in inspect.signature(kind).parameters:
+            raise missing
+        return kind(root, **options, download=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise FileNotFoundError(
+            f"torchvision's {name} is not whole under {root} ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}), and could not be downloaded. "
+            f"Put it there as torchvision.datasets.{name} expects it, or name the folder that holds it: {name}?root=/data, or "
+            "export PATCHSAE_DATA=/data."
+        ) from error
+
+
+def _label(given: Any) -> int:
+    return UNLABELLED if given is None else int(given)
+
+
+def _first(data: Any, *attributes: str) -> Any:
+    return next((found for name in attributes if (found := getattr(data, name, None)) is not None), None)
+
+
+def _listing(data: Any, kind: str, root: Path, split: str, ends, renamed: Callable[[str], str] = str) -> Listing:
+    """What torchvision's object knows: files where it names them, sorted (SUN397's come in the disk's order), else its rows."""
+    names, labels = _first(data, "classes", "categories"), _first(data, "targets", "_labels", "labels", "y")
+    files, pairs = _first(data, "_images", "_image_files"), _first(data, "samples", "_samples")
+    if kind == "Caltech101":
+        base, kept = Path(data.root) / "101_ObjectCategories", [y for y, name in enumerate(names) if name not in _CALTECH_LEFT_OUT]
+        pairs = [(base / names[y] / f"image_{i:04d}.jpg", kept.index(y)) for i, y in zip(data.index, data.y, strict=True) if y in kept]
+        names = [names[y] for y in kept]
+    elif files is not None:
+        pairs = zip(files, labels, strict=True)
+    pairs = None if pairs is None else list(pairs)
+    if not pairs or not isinstance(pairs[0][0], str | os.PathLike):
+        opener: ImageFiles | Rows = Rows(f"torchvision:{kind} ({split})", data, 0)
+        labels = [_label(data[i][1]) for i in range(len(data))] if labels is None else [*map(_label, labels)]
+    else:
+        rows = sorted((os.path.relpath(path, root), _label(label)) for path, label in pairs)
+        opener, labels = ImageFiles(root, [path for path, _ in rows]), [label for _, label in rows]
+    names = range(1 + max(labels)) if names is None else names
+    return Listing(class_names(renamed(name) if isinstance(name, str) else name for name in names), labels, opener, ends)
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------------

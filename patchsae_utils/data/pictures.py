@@ -34,7 +34,7 @@ class BrokenImage(ValueError):
 
 
 def open_picture(source: Any, where: str | None = None, draft: bool = False) -> Image.Image:
-    """A path, bytes, a PIL image, or what a function returns of these, by :func:`as_rgb`; a :class:`BrokenImage` of ``where`` if it can't be read.
+    """A path, bytes, a PIL image, an array, or what a function returns of these, by :func:`as_rgb`; a :class:`BrokenImage` of ``where`` if it can't be read.
 
     ``draft`` takes a JPEG at an eighth of its size: as good for telling whether the file is whole, and quicker.
     """
@@ -44,12 +44,18 @@ def open_picture(source: Any, where: str | None = None, draft: bool = False) -> 
             raise ValueError("there is none")
         if isinstance(source, bytes):
             source = io.BytesIO(source)
+        if isinstance(source, np.ndarray):
+            fractions = source.ndim == 3 and source.dtype.kind == "f" and source.min() >= 0 and source.max() <= 1
+            source = Image.fromarray((255 * source).round().astype(np.uint8) if fractions else source)
         with source if isinstance(source, Image.Image) else Image.open(source) as image:
             if draft:
                 image.draft(None, (1, 1))
             return as_rgb(image)
     except Exception as error:  # decoders of damaged files raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
-        where, reason = where or str(source), (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        where, reason = (
+            where or (str(source) if isinstance(source, str | os.PathLike) else "A picture"),
+            (str(error).splitlines() or [type(error).__name__])[0].rstrip("."),
+        )
         if isinstance(source, str | os.PathLike) and Path(source).exists():
             where += f" ({Path(source).stat().st_size:,} bytes)"
         raise BrokenImage(where, reason.replace(f" {str(source)!r}", "")) from error

@@ -14,16 +14,18 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
     """Open a data set.
 
     Where a source has no split ``val``, its ``test`` serves, and where it has no ``test``, its ``val``; where it has neither, its one part is split
-    80/10/10 within each class, of at least three images, drawn with ``seed``. Classes are those of all its splits.
+    80/10/10 within each class, of at least three images, drawn with ``seed``. Classes are those of all its splits. A source without labels gives a
+    data set without classes (``has_labels`` is False, labels are -1).
 
     Parameters
     ----------
     spec : str
-        ``openmoji/<task>[:<domain>]``; a folder (``<split>/<class>/<image>`` or ``<class>/<image>``); one of the paper's eleven (``caltech101``,
-        ``oxford_pets``, ``stanford_cars``, ``flowers102``, ``food101``, ``fgvc_aircraft``, ``sun397``, ``dtd``, ``eurosat``, ``ucf101``,
-        ``imagenet``; a folder of such a name is written ``./dtd``); ``torchvision:<Name>``; ``hf:<repository>[:<configuration>]``; or
-        ``hf-stream:<repository>[:<configuration>]``, of which only ``n_images`` are fetched (10,000 if no number is given). Names may end in
-        ``?root=<folder>`` that holds the data set, instead of ``$PATCHSAE_DATA``.
+        ``openmoji/<task>[:<domain>]``; a folder (``<split>/<class>/<image>`` or ``<class>/<image>``; without labels ``<split>/<image>`` or
+        ``<image>``); ``list:<file>``, or a ``.txt`` file, that names a picture a line; one of the paper's eleven (``caltech101``, ``oxford_pets``,
+        ``stanford_cars``, ``flowers102``, ``food101``, ``fgvc_aircraft``, ``sun397``, ``dtd``, ``eurosat``, ``ucf101``, ``imagenet``; a folder of such
+        a name is written ``./dtd``); ``torchvision:<Name>``; ``hf:<repository>[:<configuration>]``; or ``hf-stream:<repository>[:<configuration>]``,
+        of which only ``n_images`` are fetched (10,000 if no number is given). Names may end in ``?root=<folder>`` that holds the data set, instead of
+        ``$PATCHSAE_DATA``; those of the hub in ``?image=<column>&label=<column>``.
     split : str
         ``train``, ``val`` or ``test``.
     n_images : int, optional
@@ -41,7 +43,7 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
     ------
     ValueError
         For an unknown spec, task, domain, split, configuration or half (the message names the valid ones); a wrong label; classes of too few
-        images to be split.
+        images to be split; a half of a data set without labels.
     FileNotFoundError
         For a missing folder; the message says what is expected in it.
     """
@@ -58,7 +60,9 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
     elif (one_of_eleven := paper_sets.paper_name(spec)) is not None:
         listing = paper_sets.read_paper_set(one_of_eleven, split, spec.partition("?root=")[2])
     elif kind == "torchvision":
-        listing = folders.read_torchvision(name, split, root)
+        listing = paper_sets.read_torchvision(name, split, root)
+    elif kind == "list" or (spec.endswith(".txt") and not Path(spec).is_dir()):
+        listing = folders.read_list(Path(spec.removeprefix("list:")))
     else:
         listing = folders.read_folder(Path(spec), split)
     names, labels, opener, ends = listing

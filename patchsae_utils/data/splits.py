@@ -19,12 +19,7 @@ SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"),
 """What sources call our splits, in small letters or large."""
 SHARES = (0.8, 0.9, 1.0)
 """Where the shares of train, val and test end, of a class that is split here."""
-RULE = (
-    "Where a source has no split val, its test serves, and where it has no test, its val; where it has neither, its one part is split 80/10/10 "
-    "within each class, drawn with the seed."
-)
 UNLABELLED = -1
-HALVES = ("base", "novel")
 
 
 # -- splits ---------------------------------------------------------------------------------------------------------------
@@ -37,29 +32,33 @@ def check_split(split: str) -> None:
 
 
 def find_split(split: str, present: Sequence[str], source: str) -> tuple[Sequence[str], bool]:
-    """Which of a source's splits to read (the best first), and whether a share of it is meant: see :data:`RULE`."""
+    """Which of a source's splits to read (the best first), and whether a share of it is meant."""
     own = {kind: [name for each in names for name in present if name.lower() == each] for kind, names in SPLITS.items()}
     held_out = {"val": [*own["val"], *own["test"]], "test": [*own["test"], *own["val"]]}
     if not held_out["val"] and (own["train"] or len(present) == 1):
         return own["train"] or present, True
     found = {"train": own["train"], **held_out}[split]
     if not found:
-        raise ValueError(f"{source} has no split {split!r}; it has {', '.join(present)}. {RULE}")
+        raise ValueError(
+            f"{source} has no split {split!r}; it has {', '.join(present)}. Where a source has no split val, its test serves, and where it has no "
+            "test, its val; where it has neither, its one part is split 80/10/10 within each class, drawn with the seed."
+        )
     return found, False
 
 
 def share(labels: Sequence[int], split: str, ends: Sequence[float], seed: int, class_names: Sequence[str], source: str) -> list[int]:
-    """Rows of one split of a listing that is split within each class, at least one row a split; unlabelled rows are in all of them."""
+    """Rows of one split of a listing that is split within each class, at least one row a split; rows without label of one that has classes are in all."""
     members: dict[int, list[int]] = {}
     for row, label in enumerate(labels):
         members.setdefault(label, []).append(row)
-    kept, part = members.pop(UNLABELLED, []), list(SPLITS).index(split)
-    few = [f"{class_names[label]!r} has {len(rows)}" for label, rows in sorted(members.items()) if len(rows) < len(ends)]
+    kept, part = members.pop(UNLABELLED, []) if class_names else [], list(SPLITS).index(split)
+    few = [(label, len(rows)) for label, rows in sorted(members.items()) if len(rows) < len(ends)]
     if few:
-        more = f" and {len(few) - 3} more" if len(few) > 3 else ""
+        shown = [f"{class_names[label]!r} has {n}" if class_names else f"it has {n}" for label, n in few[:3]]
         raise ValueError(
-            f"{source} has too few images a class to split: {', '.join(few[:3])}{more}; at least {len(ends)} are needed, one a split. Add images, or "
-            "split it yourself: train/<class>/<image>, val/<class>/<image> and test/<class>/<image>."
+            f"{source} has too few images{' a class' if class_names else ''} to split: {', '.join(shown)}"
+            f"{f' and {len(few) - 3} more' if len(few) > 3 else ''}; at least {len(ends)} are needed, one a split. Add images, or split it yourself: "
+            "train/<class>/<image>, val/<class>/<image> and test/<class>/<image>."
         )
     for rows in members.values():
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -75,12 +74,20 @@ def half_of_classes(n_classes: int, half: str | None) -> list[int]:
 
     Source: the base-to-novel protocol of CoCoOp (Zhou et al., CVPR 2022), which MaPLe and PatchSAE follow.
     """
-    if half is None:
-        return list(range(n_classes))
-    if half not in HALVES:
-        raise ValueError(f"Unknown half {half!r}. Valid: {', '.join(HALVES)}, or None for all classes.")
     middle = math.ceil(n_classes / 2)
-    return list(range(middle) if half == "base" else range(middle, n_classes))
+    halves = {None: range(n_classes), "base": range(middle), "novel": range(middle, n_classes)}
+    if half not in halves:
+        raise ValueError(f"Unknown half {half!r}. Valid: base, novel, or None for all classes.")
+    return list(halves[half])
+
+
+def require_labels(dataset) -> None:
+    """Raise ``ValueError`` for a data set, or statistics of one, without classes."""
+    if not len(dataset.class_names):
+        raise ValueError(
+            f"{getattr(dataset, 'spec', 'The data set')!s} has no labels, which are needed here. Activations, training, statistics, masks and the explorer do "
+            "without; for the rest put its pictures into folders, <class>/<image>."
+        )
 
 
 def few_shot(dataset, n_shots: int, seed: int = 0) -> list[int]:
@@ -96,10 +103,10 @@ def few_shot(dataset, n_shots: int, seed: int = 0) -> list[int]:
     Raises
     ------
     ValueError
-        If a class has fewer examples.
+        If a class has fewer examples, or there are no classes.
     """
-    labels = torch.as_tensor(dataset.labels)
-    generator = torch.Generator().manual_seed(seed)
+    require_labels(dataset)
+    labels, generator = torch.as_tensor(dataset.labels), torch.Generator().manual_seed(seed)
     chosen = []
     for label, name in enumerate(dataset.class_names):
         members = (labels == label).nonzero().flatten()

@@ -167,7 +167,7 @@ def latent_card(
         labels=[reader.label(i) for i in images],
         pictures=[reader.picture(i) for i in images],
         heats=heats,
-        classes=[(summary.class_names[c], float(counts[c] / counts.sum())) for c in top],
+        classes=[(summary.class_names[c], float(counts[c] / counts.sum())) for c in top if summary.class_names],
         neighbors=tuple(reader.nearest(latent, n_neighbors, array(summary.dead).astype(bool))) if n_neighbors else (),
         monosemanticity=None if monosemanticity is None or np.isnan(monosemanticity[latent]) else float(monosemanticity[latent]),
     )

@@ -170,8 +170,11 @@ def latent_facts(card: LatentCard) -> list[list[str]]:
         *score,
         ["Active in", f"{100 * card.frequency:.3g} % of images"],
         ["Mean activation", f"{card.mean_activation:.3g}"],
-        ["Label entropy", f"{card.label_entropy:.2f} nats"],
-        ["Label std", f"{card.label_std:.1f}"],
+        *(
+            []
+            if np.isnan(card.label_entropy)
+            else [["Label entropy", f"{card.label_entropy:.2f} nats"], ["Label std", f"{card.label_std:.1f}"]]
+        ),
         *([] if card.monosemanticity is None else [["Monosemanticity", f"{card.monosemanticity:.2f}"]]),
     ]
 

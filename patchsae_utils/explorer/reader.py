@@ -48,7 +48,8 @@ class Reader:
         """The class of an image; the name of an uploaded one."""
         if image == UPLOAD and self._upload:
             return self._upload[1]
-        return self.dataset.class_names[int(self.dataset.labels[int(image)])]
+        label = int(self.dataset.labels[int(image)])
+        return self.dataset.class_names[label] if label >= 0 else f"image {image}"  # of a data set without labels
 
     def check(self, image: int) -> int:
         """The index, if there is such an image."""

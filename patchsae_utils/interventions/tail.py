@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..clip.model import ClipModel, Residual
 from ..data import batches, templates_for
+from ..data.splits import require_labels
 from .choosing import NONE_LEFT
 
 BATCH = 32
@@ -110,6 +111,7 @@ def dataset_head(clip: ClipModel, dataset: Any) -> Tensor:
     clip : ClipModel
     dataset : ImageData or OpenMojiData
     """
+    require_labels(dataset)
     return clip.zero_shot_head(dataset.class_names, templates_for(dataset.spec))
 
 

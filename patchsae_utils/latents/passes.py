@@ -75,10 +75,10 @@ class Observer:
 def read_streams(
     clip, dataset, layer: int, batch_size: int = 64, indices: Sequence[int] | None = None, progress: str | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Residual]]:
-    """Labels [B], places in the data set [B] and residual stream, batch by batch; one that doesn't fit the memory comes in parts, with a warning."""
+    """Labels [B] (-1 without classes), places in the data set [B] and residual stream, batch by batch; one that doesn't fit the memory comes in parts, with a warning."""
     fitting, n_classes = HalvedBatches(clip.device), len(dataset.class_names)
     for batch in batches(dataset, clip.preprocess, batch_size, indices=indices, progress=progress):
-        if batch.labels.min() < 0 or batch.labels.max() >= n_classes:
+        if n_classes and (batch.labels.min() < 0 or batch.labels.max() >= n_classes):
             raise ValueError(
                 f"Labels must lie in range({n_classes}), the number of class names; got {int(batch.labels.min())} to {int(batch.labels.max())}."
             )

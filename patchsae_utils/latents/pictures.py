@@ -167,7 +167,7 @@ def activation_levels(clip, sae, dataset, index: int, layer: int, summary: Laten
     ]
     table = pd.DataFrame(records, columns=["level", "rank", "latent", "value"])
     masks = {int(latent): grid[latent] for latent in table["latent"].unique()}
-    return Levels(seen_image(clip, inputs), dataset.class_names[example.label], (row, column), table, masks)
+    return Levels(seen_image(clip, inputs), dataset.class_names[example.label] if dataset.class_names else "", (row, column), table, masks)
 
 
 def level_overlap(summary: LatentSummary, k: int = 10) -> pd.DataFrame:

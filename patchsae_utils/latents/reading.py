@@ -5,14 +5,18 @@ Only image tokens count (CLS and the patches; prompt tokens of adapted models ne
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..activations.mixing import TOKENS
 from ..data.dataset import dataset_fingerprint
+from ..data.pictures import open_picture
 from ..run.artifacts import fingerprint, is_current
 from ..run.processes import Processes
 from ..sae.dictionary import select_latents
@@ -49,7 +53,7 @@ def summarize_latents(
         Or an adapted model; its prompt tokens are not read.
     sae : SparseAutoencoder
     dataset
-        As :func:`patchsae_utils.load_dataset` gives it: examples with labels in ``range(len(class_names))``.
+        As :func:`patchsae_utils.load_dataset` gives it: examples with labels in ``range(len(class_names))``, or without classes.
     layer : int
         Block whose output the SAE reads.
     k : int
@@ -121,15 +125,16 @@ def pass_inputs(clip, sae, dataset, layer: int) -> dict[str, object]:
 
 
 @torch.no_grad()
-def latent_masks(clip, sae, images: Tensor, latents: Sequence[int] | Tensor, layer: int) -> Tensor:
+def latent_masks(clip, sae, images, latents: Sequence[int] | Tensor, layer: int) -> Tensor:
     """Where latents are active: their activations on the grid of patches.
 
     Parameters
     ----------
     clip : ClipModel
     sae : SparseAutoencoder
-    images : Tensor [B, 3, H, W]
-        As ``clip.preprocess`` makes them. The grid covers these, which may be a crop of the picture: see :func:`patchsae_utils.latents.seen_image`.
+    images : Tensor [B, 3, H, W], or one or several of path, PIL image, array [H, W, 3]
+        A tensor as ``clip.preprocess`` makes it. The grid covers what that leaves, which may be a crop of the picture: see
+        :func:`patchsae_utils.latents.seen_image`.
     latents : sequence of int, length n
     layer : int
         Block whose output the SAE reads.
@@ -142,9 +147,12 @@ def latent_masks(clip, sae, images: Tensor, latents: Sequence[int] | Tensor, lay
     Raises
     ------
     ValueError
-        If a latent is outside range(S), or the SAE does not fit the model and layer.
+        If a latent is outside range(S), the SAE does not fit the model and layer, or a picture can't be read.
     """
     sae.check_model(clip, layer)
+    if not isinstance(images, Tensor):
+        single = isinstance(images, str | os.PathLike | bytes | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
+        images = torch.stack([clip.preprocess(open_picture(each)) for each in ([images] if single else images)])
     latents = torch.as_tensor(latents, dtype=torch.long).flatten()
     n_latents = sae.W_enc.shape[1]
     if latents.numel() and (latents.min() < 0 or latents.max() >= n_latents):

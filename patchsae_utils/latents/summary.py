@@ -50,11 +50,11 @@ class LatentSummary:
     class_hits: Tensor
     """[C, S] images of the class where the latent is active."""
     class_images: Tensor
-    """[C] images of the class."""
+    """[C] images of the class. Without classes these three have one row, of all images."""
     dead: Tensor
     """[S] bool: active in no image."""
     class_names: tuple[str, ...]
-    """By class index; equal names stay two classes."""
+    """By class index; equal names stay two classes. Empty for pictures without labels: then labels are -1, entropy and spread NaN."""
     tau: float
     """Threshold of the counts."""
     tokens: str
@@ -131,7 +131,7 @@ class LatentSummary:
             fields = {**load_file(folder / "latents.safetensors"), **manifest, "class_names": tuple(manifest["class_names"])}
             for name in _COUNTS:
                 if f"{name}.places" in fields:
-                    table = torch.zeros(len(fields["class_names"]), len(fields["frequency"]))
+                    table = torch.zeros(len(fields["class_images"]), len(fields["frequency"]))
                     table.view(-1)[fields[f"{name}.places"]] = fields[f"{name}.values"]
                     fields[name] = table
             return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls)})
@@ -172,7 +172,7 @@ class RunningSummary(Observer):
     def __init__(self, dataset, n_latents: int, n_patches: int, k: int, tau: float, tokens: str, device: torch.device):
         self.labels, self.class_names = torch.as_tensor(dataset.labels, dtype=torch.long), tuple(dataset.class_names)
         self.tau, self.tokens, self.n_patches = tau, tokens, n_patches
-        n_classes = len(self.class_names)
+        n_classes = max(1, len(self.class_names))
         self.sums = {
             "sum_mean": torch.zeros(2, n_latents, dtype=torch.float64, device=device),
             "class_counts": torch.zeros(n_classes, n_latents, device=device),
@@ -184,13 +184,13 @@ class RunningSummary(Observer):
 
     def add(self, h: Tensor, labels: Tensor, places: Tensor) -> None:
         """Count some images: see :meth:`Observer.add`."""
-        h = h[:, TOKENS[self.tokens]]
+        h, labels = h[:, TOKENS[self.tokens]], labels.clamp_min(0)
         means = h.mean(1)
         counts = (h > self.tau).to(h.dtype).sum(1)  # faster than summing booleans, and exact
         self.sums["sum_mean"] += exact_sums(means)
         self.sums["class_counts"].index_add_(0, labels, counts)
         self.sums["class_hits"].index_add_(0, labels, (means > 0).to(h.dtype))
-        self.sums["class_images"] += torch.bincount(labels, minlength=len(self.class_names))
+        self.sums["class_images"] += torch.bincount(labels, minlength=len(self.sums["class_images"]))
         merge_keys(self.tops["top"], pack_top(means.T, places.expand(means.shape[1], -1)))
         if "top_patches" in self.tops:
             self._add_patches(h if self.tokens == "patches" else h[:, 1:], places)
@@ -227,6 +227,7 @@ class RunningSummary(Observer):
         values, images = unpack_top(counted["top"])
         top_labels = self.labels[images.clamp_min(0)].masked_fill(images < 0, -1)
         active = counted["class_hits"].sum(0, dtype=torch.float64)
+        unlabelled = torch.full(active.shape, float("nan"))
         total = counted["sum_mean"][0] / _COARSE + counted["sum_mean"][1] / _FINE
         peaks = of = at = None
         if "top_patches" in counted:
@@ -235,8 +236,8 @@ class RunningSummary(Observer):
         return LatentSummary(
             frequency=(active / counted["class_images"].sum()).float(),
             mean_activation=(total / active.clamp_min(1)).float(),
-            label_entropy=label_entropy(values, top_labels, len(self.class_names)),
-            label_std=label_std(values, top_labels),
+            label_entropy=label_entropy(values, top_labels, len(self.class_names)) if self.class_names else unlabelled.clone(),
+            label_std=label_std(values, top_labels) if self.class_names else unlabelled,
             top_images=images,
             top_values=values,
             top_labels=top_labels,

@@ -269,9 +269,9 @@ def test_what_the_hub_cannot_give_is_said(hub, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"hf-stream:somebody/birds \(train\) gave no images"):
         load_dataset("hf-stream:somebody/birds", "train", n_images=0)
     assert not list(tmp_path.rglob("000*")), "nothing half written stays"
-    monkeypatch.setattr(module, "ClassLabel", type("Other", (), {}))
+    monkeypatch.setattr(module, "Image", type("Other", (), {}))
     for kind in ("hf", "hf-stream"):
-        with pytest.raises(ValueError, match=f"{kind}:somebody/birds needs an Image and a ClassLabel column; it has .*picture"):
+        with pytest.raises(ValueError, match=f"{kind}:somebody/birds needs a column of images .of datasets.Image.; it has .*picture"):
             load_dataset(f"{kind}:somebody/birds", "train")
 
     def offline(repository, **_):
