@@ -66,7 +66,7 @@ def run_notebook(source: Path, target: Path, failed: Path) -> str:
 
     Returns why it ended early where the model has no text tower and the rest of the notebook needs one: then that is its end; else "".
     """
-    notebook, why, number = nbformat.read(source, as_version=4), "", 0
+    notebook, why, number = strip_output(nbformat.read(source, as_version=4), keep_output=False, keep_count=False, keep_id=True), "", 0
 
     def begin(cell, cell_index: int) -> None:
         nonlocal number

@@ -9,7 +9,6 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from .activations.extraction import extract_activations
 from .activations.store import ActivationStore
@@ -22,13 +21,14 @@ from .concepts import detection
 from .concepts.comparison import measure_dictionaries
 from .concepts.detection import ConceptPatches, measure_concepts
 from .concepts.report import ComparisonReport, ConceptReport
-from .config import Profile
+from .config import Profile, repository_root
 from .data import ImageData, OpenMojiData, load_dataset, without_broken
 from .data.sources import has_truth
 from .latents.likeness import Likeness, LikenessObserver
 from .latents.reading import summarize_latents
 from .latents.summary import LatentSummary
-from .run.artifacts import fingerprint
+from .run.artifacts import MANIFEST, fingerprint, read_checked_json
+from .sae.files import load_sae
 from .sae.model import SparseAutoencoder
 from .sae.trainer import train_sae
 
@@ -82,8 +82,13 @@ def fresh_sae(profile: Profile, clip: ClipModel) -> SparseAutoencoder:
 
 
 def trained_sae(profile: Profile, clip: ClipModel) -> SparseAutoencoder:
-    """The PatchSAE, trained on :func:`training_store`."""
-    return train_sae(fresh_sae(profile, clip), training_store(profile, clip), profile.training, profile.folder("sae"))
+    """The PatchSAE, trained on :func:`training_store`; or, where the profile has a ``sae.path``, the SAE that lies there, if it fits the model."""
+    if not profile.sae.path:
+        return train_sae(fresh_sae(profile, clip), training_store(profile, clip), profile.training, profile.folder("sae"))
+    near = profile.sae.path.startswith("hf:") or Path(profile.sae.path).exists()
+    sae = load_sae(profile.sae.path if near else repository_root() / profile.sae.path).to(clip.device)  # notebooks run in a folder of it
+    sae.check_model(clip, profile.model.layer)
+    return sae
 
 
 def latent_summary(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) -> LatentSummary:
@@ -171,22 +176,32 @@ def adapter_folder(profile: Profile, task: str, what: str) -> Path:
     return profile.folder("adapters") / f"{re.sub(r'[^A-Za-z0-9]+', '-', task).strip('-')}-{what}"
 
 
-NOTEBOOKS = {
-    "SAE": ("sae", "02_sae_training"),
-    "statistics of the latents": ("latents/statistics", "03_concept_labeling"),
-    "names of the latents": ("latents/concepts", "03_concept_labeling"),
-}
+def artifacts(profile: Profile) -> dict[str, tuple[Path, str]]:
+    """What the notebooks of a profile leave for each other: what it is -> its folder, and the notebook that makes it."""
+    folder, kept = profile.folder, {}
+    kept["activations"] = (folder("activations") / "train", "01_activation_extraction")
+    if not profile.sae.path:
+        kept["SAE"] = (folder("sae"), "02_sae_training")
+    kept["statistics of the latents"] = (folder("latents") / "statistics", "03_concept_labeling")
+    if has_truth(profile.data.train):
+        kept["names of the latents"] = (folder("latents") / "concepts", "03_concept_labeling")
+    if not profile.model.name.startswith("timm:"):  # they need class names in words
+        tasks, kind = profile.adapters.tasks, profile.adapters.kind
+        shown = {f"adapter of {task}": (task, kind) for task in tasks} | {f"fine-tuned model of {tasks[-1]}": (tasks[-1], "finetune")}
+        for what, (task, kind) in shown.items():
+            kept[what] = (adapter_folder(profile, task, f"{kind}-{profile.adapters.seeds[0]}"), "05_adaptation_remapping")
+    return kept
 
 
-def missing_artifacts(profile: Any) -> list[str]:
-    """Artifacts of a profile that are not there, each as a sentence that names the notebook that makes it; empty when all are."""
-    wanted = {what: (profile.folder(path.split("/")[0]) / "/".join(path.split("/")[1:]), by) for what, (path, by) in NOTEBOOKS.items()}
-    shown = {f"adapter of {task}": (task, profile.adapters.kind) for task in profile.adapters.tasks}
-    shown[f"fine-tuned model of {profile.adapters.tasks[-1]}"] = (profile.adapters.tasks[-1], "finetune")
-    for what, (task, kind) in shown.items():
-        wanted[what] = (adapter_folder(profile, task, f"{kind}-{profile.adapters.seeds[0]}"), "05_adaptation_remapping")
+def is_made(folder: Path) -> bool:
+    """Whether an artifact's folder holds a finished one, of whatever settings."""
+    return (folder / MANIFEST).is_file() and read_checked_json(folder / MANIFEST).get("complete", True)
+
+
+def missing_artifacts(profile: Profile) -> list[str]:
+    """Artifacts that notebook 06 shows and that are not there, each as a sentence that names the notebook that makes it; empty when all are."""
     return [
         f"The {what} is missing: notebook {by} makes it in a few minutes; here it is made on the way."
-        for what, (folder, by) in wanted.items()
-        if not any(folder.glob("*.json"))
+        for what, (folder, by) in artifacts(profile).items()
+        if what != "activations" and not is_made(folder)
     ]

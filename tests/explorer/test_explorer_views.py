@@ -19,7 +19,6 @@ from patchsae_utils.adaptation.prompts import VisualPrompt
 from patchsae_utils.explorer import AdaptationView, LatentExplorer, cards, export_gallery, uploads
 from patchsae_utils.interventions.tail import dataset_head
 from patchsae_utils.plots.heat import blend
-from patchsae_utils.stages import missing_artifacts
 
 
 @pytest.fixture
@@ -145,21 +144,6 @@ def test_an_uploaded_picture_is_read_like_any_other(patches, tiny_clip, tiny_sae
     assert patches.uploaded == "" and patches.shown["image"] == 3
     with pytest.raises(ValueError, match="No picture 'other'"):
         patches.uploaded = "other"
-
-
-def test_a_missing_artifact_names_the_notebook_that_makes_it(tmp_path):
-    adapters = SimpleNamespace(tasks=["openmoji/animals:gray"], kind="maple", seeds=[1])
-    profile = SimpleNamespace(folder=lambda stage: tmp_path / stage, adapters=adapters)
-    told = missing_artifacts(profile)
-    notebooks = ["02_sae_training", *["03_concept_labeling"] * 2, *["05_adaptation_remapping"] * 2]
-    assert len(told) == 5 and all(name in sentence for name, sentence in zip(notebooks, told, strict=True))
-    made = [f"adapters/openmoji-animals-gray-{kind}-1" for kind in ("maple", "finetune")]
-    for folder in ("sae", "latents/statistics", "latents/concepts", *made):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "manifest.json").write_text("{}")
-        assert len(missing_artifacts(profile)) == len(told) - 1
-        told = missing_artifacts(profile)
-    assert told == []
 
 
 def test_groups_say_what_halved_and_what_doubled(adaptation, tiny_clip, tiny_sae, tiny_images):
