@@ -7,7 +7,6 @@ import json
 import re
 import struct
 import zlib
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
