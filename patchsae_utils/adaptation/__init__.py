@@ -1,16 +1,15 @@
 """Adaptation: adapted models, their fitting, and what their gain is made of.
 
 Models with learned prompts (`prompts`) or changed weights (`models`) have the interface of a `ClipModel`, so every stage runs on them; `fit` fits, saves and
-loads them. One dictionary reads CLIP and the adapted model (`compare`, `groups`, `predictions`), the gain is taken apart (`gain`, `links`), and a
+loads them, `official` reads other programs' prompts. One dictionary reads CLIP and the adapted model (`compare`, `groups`), the gain is taken apart (`gain`, `links`), and a
 dictionary of the adapted model's own is held against CLIP's (`own_dictionary`). May import: interventions, concepts, latents, sae, activations, clip,
 data, run.
 """
 
-from .compare import Remapping, base_to_novel, compare_models, stack
+from .compare import Remapping, base_to_novel, compare_models, masked_predictions, stack
 from .fit import NAMES, fit_adapter, load_adapter
 from .gain import explain_gain
 from .models import FineTuned, LinearHead, LoRA
-from .predictions import masked_predictions
 from .prompts import CoOp, MaPLe, VisualPrompt
 
 __all__ = [

@@ -7,6 +7,7 @@ adapted image tower} x {base, adapted text head}.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,25 +21,27 @@ from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
 from ..clip.model import ClipModel
+from ..data import templates_for
+from ..interventions.masks import sweep_masks
 from ..interventions.tail import check_same_tower, dataset_head, read_batches
+from ..latents.classes import class_scores
 from ..latents.passes import latent_chunks
+from ..latents.reading import summarize_latents
 from ..run.intervals import mean_interval, resamples
 from ..sae.model import SparseAutoencoder
 from .groups import GROUPS, OVERLAPS, count_groups, latent_groups, overlaps, ranked_latents, top_of_either
+from .models import AdaptedClip
 
 FORMS = ("raw", "reconstructed", "error kept")
 SIDES = ("base", "adapted")
-COMPARISONS = (
-    "CLIP and adapted",
-    "CLIP twice, other pictures",
-    "CLIP and adapted, other class",
-    "CLIP and adapted, random latents",
-)
+COMPARISONS = ("CLIP and adapted", "CLIP twice, other pictures", "CLIP and adapted, other class", "CLIP and adapted, random latents")
 FATES = ("right in both", "resolved", "same mistake", "another mistake", "broken")
 """What becomes of a picture: ``resolved`` and ``broken`` are right in the adapted model alone and in CLIP alone."""
 BATCH = 64
 TAU = 0.2
 """A token counts where h > tau (the paper's)."""
+MODELS = ("CLIP", "CLIP, adapted head", "adapted")
+KS = (1, 3, 10, 30, 100, 300)
 
 
 class Reading(NamedTuple):
@@ -51,7 +54,7 @@ class Reading(NamedTuple):
     labels: np.ndarray
     """int [N]: each picture's class."""
     predicted: dict[tuple[str, str], np.ndarray]
-    """(head, form) -> int [N]: the class that each picture is taken for."""
+    """(head, form) -> int [N]: the class that each picture is taken for. Beside the two models' heads stands "untrained"."""
     reconstruction: dict[str, float]
     """explained_variance (centred), normalized_mse, l0."""
 
@@ -105,15 +108,28 @@ class Remapping:
         base, adapted = self.score("base", "base"), self.score("adapted", "adapted")
         return (adapted - base) / (1 - base) if base < 1 else 0.0
 
-    def gain_split(self) -> pd.DataFrame:
+    def gain_split(self, form: str = "raw") -> pd.DataFrame:
         """How much of the gain each tower brings: part ("image tower", "text head", "both"), gain, low, high.
 
         With A(tower, head), the image tower's part is the mean of its gain under the old and under the new head,
         [A(a, b) - A(b, b) + A(a, a) - A(b, a)] / 2, and the text head's likewise (the Shapley value of two players). Intervals are over pictures.
+        ``form``: of :data:`FORMS`; "reconstructed" asks what both towers and heads do with what the dictionary says alone.
         """
-        bb, ba, ab, aa = (self.right(tower, head).astype(float) for tower in SIDES for head in SIDES)
+        bb, ba, ab, aa = (self.right(tower, head, form).astype(float) for tower in SIDES for head in SIDES)
         rows = [(ab - bb + aa - ba) / 2, (ba - bb + aa - ab) / 2, aa - bb]
         return _with_intervals(pd.DataFrame({"part": ["image tower", "text head", "both"]}), "gain", rows)
+
+    def head_split(self, form: str = "raw") -> pd.DataFrame:
+        """What the text head brings by its template and by learning: part ("template", "learning", "text head"), gain, low, high.
+
+        CLIP's head is a mean over the data set's templates, that of learned prompts has one template (FAULTS D16). Between them stands CLIP's head
+        with the adapter's own texts. Means over the two image towers, so that the sum is the text head's part of :meth:`gain_split`.
+        """
+        base, untrained, adapted = (
+            np.mean([self.right(tower, head, form).astype(float) for tower in SIDES], axis=0) for head in ("base", "untrained", "adapted")
+        )
+        rows = [untrained - base, adapted - untrained, adapted - base]
+        return _with_intervals(pd.DataFrame({"part": ["template", "learning", "text head"]}), "gain", rows)
 
     def confusions(self) -> Confusions:
         """Confusion matrices of CLIP and of the adapted model, each with its own text head."""
@@ -165,12 +181,8 @@ class Remapping:
         again = torch.from_numpy(rng.random(tuple(active.shape))) * active
         by_luck = overlaps(ranked_latents(lottery), ranked_latents(again))
         tables[COMPARISONS[3]] = count_groups(base, adapted, rank=rank, members=drawn).assign(**by_luck)
-        records = []
-        for comparison, table in tables.items():
-            for measure in (*GROUPS, *OVERLAPS):
-                values = table[measure].dropna().to_numpy(float)
-                if len(values):
-                    records.append((comparison, measure, *mean_interval(values, "classes")[:3]))
+        values = {(name, measure): table[measure].dropna() for name, table in tables.items() for measure in (*GROUPS, *OVERLAPS)}
+        records = [(*key, *mean_interval(found, "classes")[:3]) for key, found in values.items() if len(found)]
         return pd.DataFrame(records, columns=["comparison", "measure", "value", "low", "high"])
 
     def correlation(self) -> float:
@@ -223,15 +235,11 @@ def compare_models(
 
     Parameters
     ----------
-    base, adapted : ClipModel
-    sae : SparseAutoencoder
-        Trained on ``base``.
+    base, adapted, sae, layer
+        The models, and an SAE that was trained on ``base`` and reads this block's output.
     dataset : data set
         Labelled pictures that neither the SAE nor the adapter has seen.
-    layer : int
-        Block whose output the SAE reads.
     progress : bool
-        Show a bar.
 
     Returns
     -------
@@ -247,10 +255,21 @@ def compare_models(
         sae.check_model(model, layer)
     if len(dataset) == 0:
         raise ValueError(f"The data set {dataset.spec!r} is empty: there is nothing to compare.")
-    # Both text heads go with both image towers.
-    heads = {side: dataset_head(model, dataset) for side, model in zip(SIDES, (base, adapted), strict=True)}
+    # All text heads go with both image towers.
+    heads = {
+        "base": dataset_head(base, dataset),
+        "untrained": untrained_head(base, adapted, dataset),
+        "adapted": dataset_head(adapted, dataset),
+    }
     readings = [_read_tower(model, sae, dataset, layer, heads, progress) for model in (base, adapted)]
     return Remapping(dataset.name, type(adapted).__name__, list(dataset.class_names), *readings)
+
+
+def untrained_head(base: ClipModel, adapted: ClipModel, dataset: Any) -> Tensor:
+    """CLIP's head [C, d_embed] over the texts that the adapted model's head is made of."""
+    if not isinstance(adapted, AdaptedClip):
+        return dataset_head(base, dataset)
+    return adapted.untrained_head(dataset.class_names, templates_for(dataset.spec))
 
 
 def _read_tower(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: int, heads: Mapping[str, Tensor], progress: bool) -> Reading:
@@ -284,6 +303,48 @@ def _read_tower(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: in
             "explained_variance": 1 - error / (square - total.square().sum().item() / n), "normalized_mse": error / square, "l0": active / n,
         },
     )  # fmt: skip
+
+
+def masked_predictions(
+    base: ClipModel, adapted: ClipModel, sae: SparseAutoencoder, train: Any, test: Any, layer: int, *, progress: bool = True
+) -> pd.DataFrame:
+    """Accuracy of each class with only its k most specific latents, or without them, in CLIP and in an adapted model.
+
+    If adapting is a new mapping of old concepts, the adapted head must read more from *the same few latents of CLIP's dictionary*. So they are
+    chosen once, on CLIP's train split, and are the same for all models; between them stands CLIP's image tower under the adapted head, where
+    nothing but the reading has changed. The mask of a picture is that of its true class, which tells the label: accuracies at one k can be
+    compared with each other and with as many random latents, not with unmasked ones. Source: the heat maps of Lim et al., ICLR 2025, Fig. 6.
+
+    Parameters
+    ----------
+    base, adapted, sae, layer
+        The models, and an SAE that was trained on ``base`` and reads this block's output.
+    train, test : data set
+        Labelled pictures of the same classes: CLIP's latents are ranked on the first, the others are classified.
+    progress : bool
+
+    Returns
+    -------
+    DataFrame
+        model ("CLIP", "CLIP, adapted head", "adapted") and the columns of :func:`patchsae_utils.sweep_masks`, with rows for each class;
+        ``choose`` is "oracle" (the class's latents), "random", or "none" (unmasked).
+
+    Raises
+    ------
+    ValueError
+        If the models have different shapes, or as :func:`patchsae_utils.sweep_masks`.
+    """
+    check_same_tower(base, adapted)
+    summary = summarize_latents(base, sae, train, layer, progress=progress)
+    ranking = dataclasses.replace(summary, class_counts=class_scores(summary, "specific"))
+    tables = []
+    for name, tower, reader in zip(MODELS, (base, base, adapted), (base, adapted, adapted), strict=True):
+        table = sweep_masks(
+            tower, sae, test, [k for k in KS if k <= sae.d_sae], ("oracle", "random"), layer=layer, class_counts=ranking,
+            head=dataset_head(reader, test), n_random=1, groups="class", batch_size=60,
+        )  # fmt: skip
+        tables.append(table.assign(model=name))
+    return pd.concat(tables, ignore_index=True)
 
 
 # -- several data sets ------------------------------------------------------------------------------------------------
@@ -329,10 +390,9 @@ def stack(parts: Mapping[Sequence[str] | str, pd.DataFrame], names: Sequence[str
 
     Parameters
     ----------
-    parts : mapping of key to DataFrame
-        A key is one value or a tuple of them.
+    parts : mapping of str, or of tuple of str, to DataFrame
     names : str or sequence of str
-        Names of the new columns.
+        Of the new columns.
     """
     names = [names] if isinstance(names, str) else list(names)
     return pd.concat(parts, names=names).reset_index(names).reset_index(drop=True)

@@ -1,10 +1,9 @@
-"""Adapting a CLIP from a few images a class, and the adapters on disk: ours, and official MaPLe checkpoints."""
+"""Adapting a CLIP from a few images a class, and the adapters on disk."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +23,9 @@ from ..data import batches, dataset_fingerprint, few_shot, templates_for
 from ..run import artifacts
 from ..run.memory import out_of_memory
 from ..run.pickles import read_torch
-from .models import TEMPLATE, AdaptedClip, FineTuned, LinearHead, LoRA
-from .prompts import CoOp, MaPLe, PromptedClip, VisualPrompt, text_tower
+from .models import AdaptedClip, FineTuned, LinearHead, LoRA
+from .official import filled, read_official
+from .prompts import CoOp, MaPLe, PromptedClip, VisualPrompt
 
 FORMAT_VERSION = 2
 ADAPTERS: dict[str, type[AdaptedClip]] = {cls.kind: cls for cls in (MaPLe, CoOp, VisualPrompt, LoRA, FineTuned, LinearHead)}
@@ -68,17 +68,9 @@ little)."""
 
 @out_of_memory("fitting an adapter", "adapters.batch_size lower, or a smaller adapters.depth")
 def fit_adapter(
-    clip: ClipModel,
-    kind: str,
-    dataset: Any,
-    config: AdapterConfig,
-    out: str | Path | None = None,
-    *,
-    seed: int | None = None,
-    precision: str | None = None,
-    shuffle_labels: bool = False,
-    progress: bool = True,
-) -> AdaptedClip:
+    clip: ClipModel, kind: str, dataset: Any, config: AdapterConfig, out: str | Path | None = None, *, seed: int | None = None,
+    precision: str | None = None, shuffle_labels: bool = False, progress: bool = True,
+) -> AdaptedClip:  # fmt: skip
     """Adapt a CLIP to a data set from a few images a class, by the kind's recipe (:data:`RECIPES`).
 
     A first epoch has a constant rate of 1e-5; a half cosine follows whose period is the whole run, stepped once an epoch. Images are flipped at
@@ -150,11 +142,8 @@ def fit_adapter(
     unfinished = None if out is None else Path(f"{out}.unfinished")
     log = _resume(unfinished, fp, adapted, optimizer, generator)
     schedule = LambdaLR(optimizer, lambda epoch: rate_factor(epoch, config.epochs, lr), last_epoch=len(log) - 1)
-    steps = math.ceil(len(images) / config.batch_size)
-    shown = tqdm(
-        total=config.epochs * steps, initial=len(log) * steps, desc=f"{kind}: {dataset.spec}", disable=not progress, unit="step"
-    )  # fmt: skip
-    with shown as bar, _arithmetic(adapted, precision):
+    steps, bar = math.ceil(len(images) / config.batch_size), {"desc": f"{kind}: {dataset.spec}", "disable": not progress, "unit": "step"}
+    with tqdm(total=config.epochs * steps, initial=len(log) * steps, **bar) as bar, _arithmetic(adapted, precision):
         for epoch in range(len(log), config.epochs):
             order = torch.randperm(len(images), generator=generator)
             total = right = 0.0
@@ -221,12 +210,10 @@ def _resume(
     path: Path | None, fp: str, adapted: AdaptedClip, optimizer: torch.optim.Optimizer, generator: Generator
 ) -> list[dict[str, Any]]:
     """Go back to where fitting was stopped, when the file is of these inputs: the log of its epochs."""
-    if path is None or not path.exists():
-        return []
     try:
-        state = read_torch(path)
+        state = read_torch(path) if path is not None and path.exists() else {}
     except ValueError:
-        return []  # damaged: fitting starts anew
+        state = {}  # damaged: fitting starts anew
     if state.get("fingerprint") != fp:
         return []
     adapted.learned.load_state_dict(state["learned"])
@@ -262,8 +249,8 @@ def save_adapter(adapted: AdaptedClip, out: str | Path, **manifest: Any) -> None
         artifacts.write_folder_manifest(folder, entries | {"options": {name: getattr(adapted, name) for name in adapted.OPTIONS}})
 
 
-def load_adapter(path: str | Path, clip: ClipModel | None = None, *, template: str = TEMPLATE) -> AdaptedClip:
-    """Read an adapter: a folder of ours, or an official MaPLe checkpoint (``model.pth.tar-5``).
+def load_adapter(path: str | Path, clip: ClipModel | None = None, *, template: str | None = None) -> AdaptedClip:
+    """Read an adapter: a folder of ours, or an official checkpoint of MaPLe or CoOp (``model.pth.tar-5``).
 
     Context and depth are those that the file holds.
 
@@ -272,8 +259,9 @@ def load_adapter(path: str | Path, clip: ClipModel | None = None, *, template: s
     path : path
     clip : ClipModel, optional
         The model it adapts. Default, for a folder of ours: the one that its manifest names.
-    template : str
-        For an official checkpoint: the prompt whose first words it learned. Where the file keeps how its prompts end, that is compared.
+    template : str, optional
+        For an official checkpoint: the prompt whose first words it learned. By default it goes on as the file's own prompts do
+        (``token_suffix``), or as "a photo of a {}." where the file keeps none.
 
     Returns
     -------
@@ -291,7 +279,7 @@ def load_adapter(path: str | Path, clip: ClipModel | None = None, *, template: s
     if path.is_file():
         if clip is None:
             raise ValueError(f"{path} does not say which model it adapts: give clip=, e.g. load_clip('ViT-B-16-quickgelu', 'openai').")
-        return _load_official(path, clip, template)
+        return read_official(path, clip, template)
     if not (path / "manifest.json").exists():
         raise FileNotFoundError(
             f"{path} holds no adapter (manifest.json and adapter.safetensors). Fit one: fit_adapter(clip, kind, dataset, config, out)."
@@ -310,63 +298,8 @@ def load_adapter(path: str | Path, clip: ClipModel | None = None, *, template: s
             f"Load that model, or fit the adapter again."
         )
     with artifacts.damage_named(path / "manifest.json"):
-        adapted = _filled(_adapter_class(kind)(clip, **options), load_file(path / "adapter.safetensors"), path)
+        adapted = filled(_adapter_class(kind)(clip, **options), load_file(path / "adapter.safetensors"), path)
     adapted.log = log
-    return adapted
-
-
-def _load_official(path: Path, clip: ClipModel, template: str) -> AdaptedClip:
-    """``MultiModalPromptLearner/model.pth.tar-*`` of the official code."""
-    state = read_torch(path)
-    state = state.get("state_dict", {}) if isinstance(state, dict) else {}
-    prefix = "prompt_learner."
-    held = {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}
-    tensors = {k: v for k, v in held.items() if not k.startswith("token_")}
-    if "ctx" not in tensors or "proj.weight" not in tensors:
-        raise ValueError(
-            f"{path} holds no MaPLe prompts (prompt_learner.ctx, prompt_learner.proj.weight), but {', '.join(list(state)[:5])} ..."
-        )
-    depth = 1 + sum(bool(re.fullmatch(r"compound_prompts_text\.\d+", key)) for key in tensors)
-    adapted = _filled(MaPLe(clip, len(tensors["ctx"]), depth, template=template), tensors, path)
-    if "token_suffix" in held:
-        _check_template(adapted, held["token_suffix"], path)
-    return adapted
-
-
-@torch.no_grad()
-def _check_template(adapted: PromptedClip, suffix: Tensor, path: Path) -> None:
-    """Compare the end of an official file's prompts, embeddings [C, context - 1 - n_ctx, d_text], with the template's."""
-    table = text_tower(adapted.model).token_embedding.weight
-    row = suffix[0].to(table)
-    nearest = torch.cdist(row, table).min(1)
-    # Word for word: what stands between the context and the class name, and what ends the sentence.
-    start, end = (adapted.tokenize(text)[0] for text in adapted.template.split("{}"))
-    eot = int(end.max())
-    found, start, end = (ids[: int((ids == eot).nonzero()[0])] if (ids == eot).any() else ids for ids in (nearest.indices, start, end))
-    start, end = start[1 + adapted.n_ctx :], end[1:]
-    known = bool((nearest.values[: len(found) + 1] < 0.05 * row[: len(found) + 1].norm(dim=1)).all())
-    if known and torch.equal(found[: len(start)], start) and torch.equal(found[len(found) - len(end) :], end):
-        return
-    decode = getattr(adapted._tokenizer, "decode", None)
-    told = f"as in {decode(found.tolist()).strip()!r}" if known and decode else "in words that this model's text tower does not know"
-    raise ValueError(
-        f"The prompts of {path} go on {told} behind {adapted.n_ctx} learned vectors, where {adapted.template!r} goes on "
-        f"otherwise. Give the prompt it was trained with (template='a photo of the {{}}.'), or the model (clip=)."
-    )
-
-
-def _filled(adapted: AdaptedClip, tensors: Mapping[str, Tensor], path: Path) -> Any:
-    """The adapter with these weights: all of them, and nothing else."""
-    expected = {key: tuple(value.shape) for key, value in adapted.learned.state_dict().items()}
-    given = {key: tuple(value.shape) for key, value in tensors.items()}
-    if given != expected:
-        wrong = sorted(key for key in expected.keys() | given.keys() if expected.get(key) != given.get(key))
-        raise ValueError(
-            f"{path} does not fit {adapted.name!r}: "
-            + "; ".join(f"{key} is {given.get(key, 'missing')}, expected {expected.get(key, 'nothing of that name')}" for key in wrong[:4])
-            + ". Load the model that it was trained on."
-        )
-    adapted.learned.load_state_dict(tensors, strict=True)
     return adapted
 
 

@@ -43,6 +43,7 @@ from ..interventions.tail import check_same_tower, dataset_head, network_tail
 from ..latents.passes import latent_chunks
 from ..run.intervals import interval, mean_interval
 from ..sae.model import SparseAutoencoder
+from .compare import untrained_head
 from .links import ClassLinks, LinkSums, Reader
 
 TOWER_PARTS = ("existing latents", "outside the dictionary", "later blocks")
@@ -77,23 +78,27 @@ class GainSplit:
     adapter: str
     """Name of the adapter."""
     outcomes: np.ndarray
-    """[2 measures, 2, 2, 2, 2, N]: whether picture n is classified rightly, and the log-probability of its class (nats), with each part of
-    ``PARTS`` as in CLIP (0) or as in the adapted model (1)."""
+    """[2 measures, 2, 2, 2, 3, N]: whether picture n is classified rightly, and the log-probability of its class (nats), with each part of
+    ``PARTS`` as in CLIP (0) or as in the adapted model (1); the text head may also be CLIP's with the adapter's own texts (2)."""
+    reconstructed: np.ndarray
+    """The same of streams without what is outside the dictionary, in both models."""
     squares: np.ndarray
-    """[N, 3, 2]: for each of ``CHANGES`` the squared norm of the change outside the dictionary, and of the whole change, summed over tokens."""
+    """[3, 2, N]: for each of ``CHANGES`` the squared norm of the change outside the dictionary, and of the whole change, summed over tokens."""
 
-    def parts(self, measure: str = "accuracy") -> pd.DataFrame:
+    def parts(self, measure: str = "accuracy", reconstructed: bool = False) -> pd.DataFrame:
         """Each part of the gain ("accuracy" or "log-probability"): part, gain, low, high, share, share_low, share_high; intervals over pictures.
 
-        After ``PARTS`` come the sums "image tower", "retuning", "new concepts", "remapping", then "both" and "interaction", of which tower and head
-        got half each. Shares are of the whole gain, and NaN where its interval holds 0.
+        After ``PARTS`` come the sums "image tower", "retuning", "new concepts", "remapping", the text head's "template" and "learning" (FAULTS D16: CLIP's
+        head is a mean over templates, that of learned prompts has one), then "both" and "interaction", of which tower and head got half each. Shares
+        are of the whole gain, and NaN where its interval holds 0. ``reconstructed``: of what both models do with the dictionary's words alone;
+        "remapping" otherwise includes what no latent stands for and both models hold.
         """
-        if measure not in MEASURES:
-            raise ValueError(f"Unknown measure {measure!r}. Valid: {', '.join(MEASURES)}.")
-        values = self.outcomes[MEASURES.index(measure)]
+        values = (self.reconstructed if reconstructed else self.outcomes)[MEASURES.index(measure)]
         parts = owen_values(values)
         for name, members in {"image tower": TOWER_PARTS, **CONCEPTS}.items():
             parts[name] = np.sum([parts[part] for part in members], axis=0)
+        untrained = np.mean([values[tower, tower, tower, 2] - values[tower, tower, tower, 0] for tower in (0, 1)], axis=0)
+        parts |= {"template": untrained, "learning": parts["text head"] - untrained}
         tower, base, head, both = values[1, 1, 1, 0], values[0, 0, 0, 0], values[0, 0, 0, 1], values[1, 1, 1, 1]
         parts |= {"both": both - base, "interaction": both - tower - head + base}
         rows, whole = np.stack(list(parts.values())), parts["both"]
@@ -118,7 +123,7 @@ class GainSplit:
         ``outside`` is the squared norm of the part outside the dictionary over that of the whole change (the two parts needn't be orthogonal, so
         it may pass 1). Two yardsticks: from one picture to the next, and in a random direction of the same size at each token.
         """
-        outside = [share_of(self.squares[:, i, 0], self.squares[:, i, 1])[:3] for i in range(len(CHANGES))]
+        outside = [share_of(*each)[:3] for each in self.squares]
         return pd.DataFrame(outside, columns=["outside", "low", "high"]).assign(change=CHANGES)[["change", "outside", "low", "high"]]
 
 
@@ -133,7 +138,7 @@ def share_of(rows: np.ndarray, whole: np.ndarray):
 
 
 def owen_values(values: np.ndarray) -> dict[str, np.ndarray]:
-    """Each part's Owen value [...] from outcomes [2, 2, 2, 2, ...] with each of ``PARTS`` old (0) or new (1); the tower's three parts are one union."""
+    """Each part's Owen value [...] from outcomes [2, 2, 2, 2 or 3, ...], each of ``PARTS`` old (0) or new (1); the tower's three parts are one union."""
     orders = list(permutations(range(len(TOWER_PARTS))))
     found = {name: np.zeros(values.shape[len(PARTS) :]) for name in PARTS}
     for head in (0, 1):
@@ -164,17 +169,13 @@ def explain_gain(
 
     Parameters
     ----------
-    base : ClipModel
+    base, sae, layer
+        A model, and an SAE that was trained on it and reads this block's output.
     adapted : mapping of str to ClipModel
         By name; they share the base model's pass.
-    sae : SparseAutoencoder
-        Trained on ``base``.
     dataset : data set
         Labelled pictures that neither the SAE nor the adapters have seen.
-    layer : int
-        Block whose output the SAE reads.
     progress : bool
-        Show a bar.
 
     Returns
     -------
@@ -193,9 +194,9 @@ def explain_gain(
         sae.check_model(model, layer)
     models = [base, *adapted.values()]
     tails, heads = [None] * len(models), [dataset_head(model, dataset) for model in models]
+    between = [untrained_head(base, model, dataset) for model in models]
     sums = {name: LinkSums(list(dataset.class_names), sae) for name in adapted}
-    outcomes: dict[str, list[Tensor]] = {name: [] for name in adapted}
-    squares: dict[str, list[Tensor]] = {name: [] for name in adapted}
+    found: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in adapted}
     generator = Generator().manual_seed(0)
     for batch in batches(dataset, base.preprocess, BATCH, progress=f"explaining {dataset.name}" if progress else None):
         labels = batch.labels.to(base.device)
@@ -204,42 +205,40 @@ def explain_gain(
         before, *others = (Reader(*parts) for parts in zip(models, heads, tails, residuals, strict=True))
         z, said = before.residual.tokens, _decoded(sae, before.residual.tokens)
         noise = torch.randn(z.shape, generator=generator).to(base.device)
-        for name, after in zip(adapted, others, strict=True):
-            change, change_said = after.residual.tokens - z, _decoded(sae, after.residual.tokens) - said
-            outcomes[name].append(_outcomes((before, after), change_said, labels))
+        for name, after, untrained in zip(adapted, others, between[1:], strict=True):
+            new_said = _decoded(sae, after.residual.tokens)
+            change, change_said = after.residual.tokens - z, new_said - said
+            # With the latents' part, and with the part outside.
+            whole = {(0, 0): z, (1, 0): z + change_said, (0, 1): after.residual.tokens - change_said, (1, 1): after.residual.tokens}
+            of_whole = _outcomes(whole, (before, after), untrained, labels)
+            of_said = _outcomes({(0, 0): said, (1, 0): new_said}, (before, after), untrained, labels)
             random = noise * (change.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
             random_said = _decoded(sae, z + random) - said if change.any() else random
             pairs = (change, change_said), (z.roll(1, 0) - z, said.roll(1, 0) - said), (random, random_said)
-            squares[name].append(torch.stack([_squares(*pair) for pair in pairs], 1))
+            found[name].append((of_whole, of_said[:, :, :1].expand_as(of_whole), torch.stack([_squares(*pair) for pair in pairs])))
             sums[name].add((before, after), labels)
-    return {
-        name: GainAnalysis(
-            GainSplit(dataset.name, name, torch.cat(outcomes[name], -1).numpy(), torch.cat(squares[name]).numpy()), sums[name].links()
-        )
-        for name in adapted
-    }
+    arrays = {name: [torch.cat(parts, -1).numpy() for parts in zip(*found[name], strict=True)] for name in adapted}
+    return {name: GainAnalysis(GainSplit(dataset.name, name, *arrays[name]), sums[name].links()) for name in adapted}
 
 
 def _decoded(sae: SparseAutoencoder, tokens: Tensor) -> Tensor:
     return torch.cat([sae.decode(h) for _, h in latent_chunks(sae, tokens)])
 
 
-def _outcomes(readers: tuple[Reader, Reader], latents: Tensor, labels: Tensor) -> Tensor:
-    """Rightness and log-probability of every combination for a batch, [2, 2, 2, 2, 2, B], given the latents' part of the change [B, T, D]."""
-    found = torch.empty(2, 2, 2, 2, 2, len(labels), dtype=torch.float64)
-    before, after = (reader.residual.tokens for reader in readers)
-    streams = {(0, 0): before, (1, 0): before + latents, (0, 1): after - latents, (1, 1): after}  # with the latents' part, and the rest
+def _outcomes(streams: Mapping[tuple[int, int], Tensor], readers: tuple[Reader, Reader], untrained: Tensor, labels: Tensor) -> Tensor:
+    """Rightness and log-probability of the given streams [B, T, D] with every tail and head, [2, 2, 2, 2, 3, B]; 0 for streams that are not given."""
+    found = torch.zeros(2, 2, 2, 2, 3, len(labels), dtype=torch.float64)
     for tail, reader in enumerate(readers):
         for parts, tokens in streams.items():
             # Prompt tokens belong to the blocks that made them and read them: they go with the tail.
             features = reader.tail(reader.residual._replace(tokens=tokens))
-            for head, owner in enumerate(readers):
-                logits = owner.clip.logits(features, owner.head)
+            for head, matrix in enumerate((readers[0].head, readers[1].head, untrained)):
+                logits = readers[head % 2].clip.logits(features, matrix)
                 found[(0, *parts, tail, head)] = (logits.argmax(1) == labels).double().cpu()
                 found[(1, *parts, tail, head)] = logits.double().log_softmax(1).gather(1, labels[:, None])[:, 0].cpu()
     return found
 
 
 def _squares(whole: Tensor, said: Tensor) -> Tensor:
-    """Squared norms [B, 2] of a change: what the dictionary leaves out of it, and whole."""
-    return torch.stack([(whole - said).square().sum((1, 2)), whole.square().sum((1, 2))], 1).double().cpu()
+    """Squared norms [2, B] of a change: what the dictionary leaves out of it, and whole."""
+    return torch.stack([(whole - said).square().sum((1, 2)), whole.square().sum((1, 2))]).double().cpu()

@@ -47,6 +47,10 @@ class AdaptedClip(ClipModel):
         head = self.zero_shot_head(class_names, templates)
         return lambda: head
 
+    def untrained_head(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """The base's head [C, d_embed] over the texts that this adapter's head is made of: what differs from it was learned."""
+        return self.base.zero_shot_head(class_names, templates)
+
     @property
     def n_parameters(self) -> int:
         """How many numbers are learned."""
@@ -63,8 +67,8 @@ class AdaptedClip(ClipModel):
         return f"{self.base.weights_hash}+{_hash(self.learned.state_dict())}"
 
     def __repr__(self) -> str:
-        shown = "".join(f", {name}={getattr(self, name)}" for name in ("n_ctx", "depth", "rank") if hasattr(self, name))
-        return f"{type(self).__name__}({self.base!r}{shown}, {self.n_parameters:,} parameters)"
+        options = "".join(f", {name}={getattr(self, name)}" for name in self.OPTIONS if name in ("n_ctx", "depth", "rank"))
+        return f"{type(self).__name__}({self.base!r}{options}, {self.n_parameters:,} parameters)"
 
     def zero_shot_head(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
         """The base's head over ``templates`` (default: the adapter's own template): unit rows [C, d_embed]."""
@@ -79,9 +83,8 @@ class LoRA(AdaptedClip):
     Parameters
     ----------
     clip : ClipModel
-    rank : int
-    seed : int
-        Of A.
+    rank, seed : int
+        The seed is of A.
     template : str
         The text head's prompt for callers that give none.
 
@@ -121,13 +124,15 @@ class _LowRank(nn.Module):
 
 
 class FineTuned(AdaptedClip):
-    """All weights of the image tower are learned, starting from CLIP's; the text head stays as it is. It holds a copy of the tower.
+    """All weights of the image tower, of which it holds a copy, are learned, starting from CLIP's; the text head stays as it is.
 
     Parameters
     ----------
     clip : ClipModel
-    seed, template
-        Kept for its files; nothing is drawn. ``template`` is the text head's prompt for callers that give none.
+    seed : int
+        Nothing is drawn.
+    template : str
+        The text head's prompt for callers that give none.
     """
 
     kind = "finetune"
@@ -147,10 +152,10 @@ class LinearHead(AdaptedClip):
     clip : ClipModel
     class_names : sequence of str
         The classes that it has rows for.
-    templates : sequence of str, optional
-        Of the text head that it starts from. Default: ``template`` alone.
-    seed, template
-        Kept for its files; nothing is drawn.
+    templates, template : sequence of str, str
+        Of the text head that it starts from; ``template`` where there are no ``templates``.
+    seed : int
+        Nothing is drawn.
 
     Source: Radford et al., 2021, section 3.2 (linear probe); started from the text head as in Wortsman et al., CVPR 2022.
     """

@@ -20,20 +20,19 @@ from .models import TEMPLATE, AdaptedClip
 
 
 class PromptedClip(AdaptedClip):
-    """A frozen CLIP with learned prompts; subclasses say which.
+    """A frozen CLIP, whose weights are shared and never change, with learned prompts; subclasses say which.
 
     Parameters
     ----------
     clip : ClipModel
-        The base; its weights don't change.
     n_ctx : int
         Learned context vectors in the text, prompt tokens in the image.
     depth : int, optional
-        Blocks, counted from the input, that get prompts of their own.
+        Blocks, counted from the input, that get prompts of their own. Default: 9 (``CoOp``: 1), or all blocks of a smaller image tower.
     seed : int
         Of what is drawn at random.
     template : str
-        Prompt whose first ``n_ctx`` tokens are learned.
+        Prompt whose first ``n_ctx`` tokens are learned; where fewer stand before the class name, placeholders take their place.
 
     Raises
     ------
@@ -52,8 +51,9 @@ class PromptedClip(AdaptedClip):
         if n_ctx < 1:
             raise ValueError(f"n_ctx must be 1 or more, got {n_ctx}.")
         self.n_ctx, self.depth = n_ctx, depth
-        self._from_words = n_ctx <= _n_words(clip, template.split("{}")[0].strip())
-        self.template = template if self._from_words else " ".join(["X"] * n_ctx) + " {}."
+        start, _, end = template.partition("{}")
+        self._from_words = n_ctx <= int((clip.tokenize(start.strip())[0] != 0).sum()) - 2  # without the tokens of start and end
+        self.template = template if self._from_words else " ".join(["X"] * n_ctx) + " {}" + end
         self.learned = self._make_prompts(Generator().manual_seed(seed)).to(self.device).requires_grad_(False)
 
     def _make_prompts(self, generator: Generator) -> nn.Module:
@@ -80,7 +80,7 @@ class PromptedClip(AdaptedClip):
         return self.base, prompts[-1].detach()
 
     def finish(self, residual: Residual | Tensor, layer: int) -> Tensor:
-        """As :meth:`ClipModel.finish`, on what this model's ``run_to`` gave; an error where image prompts are missing that the next blocks need."""
+        """As of the base, on what this model's ``run_to`` gave; an error where image prompts are missing that the next blocks need."""
         residual = Residual(residual) if isinstance(residual, Tensor) else residual
         start, expected = self.layer_index(layer) + 1, self.n_ctx if self.visual_prompts() else 0
         given = 0 if residual.extra is None else residual.extra.shape[1]
@@ -136,6 +136,10 @@ class PromptedClip(AdaptedClip):
         with torch.no_grad():
             return torch.cat([self.head(self.class_tokens(class_names[i : i + 256])) for i in range(0, len(class_names), 256)])
 
+    def untrained_head(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """The base's head, over the one template whose words were learned where any were."""
+        return super().untrained_head(class_names, [self.template] if self.text_prompts() else templates)
+
     def head_to_fit(self, class_names: Sequence[str], templates: Sequence[str]) -> Callable[[], Tensor]:
         if not self.text_prompts():
             return super().head_to_fit(class_names, templates)
@@ -156,25 +160,6 @@ class MaPLe(PromptedClip):
     The first ``n_ctx`` word embeddings become vectors; a linear map of them is appended to the patches. For each block up
     to ``depth``, further vectors and their linear map replace what the block before made of the prompts, in both towers; behind it the
     prompts propagate. A tower with fewer blocks reads the prompts of the blocks that it has. ViT-B/16: 3,555,072 parameters.
-
-    Parameters
-    ----------
-    clip : ClipModel
-        The base. Its weights are shared, not copied, and never change.
-    n_ctx : int
-        Text embeddings that are replaced, and image tokens that are added.
-    depth : int, optional
-        Blocks, counted from the input, that get prompts of their own. Default: 9, or all blocks of a smaller image tower.
-    seed : int
-        Of the initial prompts.
-    template : str
-        Prompt whose first ``n_ctx`` tokens are replaced; with more context than it has words, as many placeholders take their place.
-
-    Raises
-    ------
-    ValueError
-        If the depth or the context is impossible for these towers.
-
     Source: Khattak et al., CVPR 2023, section 3.
     """
 
@@ -205,14 +190,6 @@ class CoOp(PromptedClip):
     """Context optimisation: the first ``n_ctx`` word embeddings are learned; the image tower stays as it is.
 
     The control for every claim about the image tower: whatever this adapter gains, it gains without a new feature.
-
-    Parameters
-    ----------
-    clip : ClipModel
-        The base. Its weights are shared, not copied, and never change.
-    n_ctx, depth, seed, template
-        As for :class:`MaPLe`; ``depth`` is always 1.
-
     Source: Zhou et al., IJCV 2022 (context shared by all classes, class name at the end).
     """
 
@@ -226,16 +203,9 @@ class CoOp(PromptedClip):
 
 
 class VisualPrompt(PromptedClip):
-    """Visual prompt tuning, deep: image tokens learned for each block; the text head stays as it is.
+    """Visual prompt tuning, deep: image tokens learned for each block, behind the patches; the text head, with the whole template, stays as it is.
 
-    Parameters
-    ----------
-    clip : ClipModel
-        The base. Its weights are shared, not copied, and never change.
-    n_ctx, depth, seed, template
-        As for :class:`MaPLe`; the text head reads the whole template.
-
-    Source: Jia et al., ECCV 2022 (VPT-deep), with its uniform initial values. The prompts stand behind the patches, as MaPLe's.
+    Source: Jia et al., ECCV 2022 (VPT-deep), with its uniform initial values.
     """
 
     kind = "vpt"
@@ -255,16 +225,8 @@ def text_tower(model: nn.Module) -> Any:
     """The module that holds token_embedding and transformer: the model itself, or its ``text``."""
     text = model if hasattr(model, "token_embedding") else getattr(model, "text", None)
     if not (hasattr(text, "token_embedding") and hasattr(getattr(text, "transformer", None), "resblocks")):
-        raise ValueError(
-            f"The text tower of this {type(model).__name__} has no token embedding and residual blocks; "
-            f"text prompts need open_clip's own text transformer."
-        )
+        raise ValueError(f"Text prompts need open_clip's own text transformer; that of this {type(model).__name__} is another.")
     return text
-
-
-def _n_words(clip: ClipModel, text: str) -> int:
-    """Tokens of a text, without start and end."""
-    return int((clip.tokenize(text)[0] != 0).sum()) - 2
 
 
 def _linear(d_in: int, d_out: int, generator: Generator) -> nn.Linear:

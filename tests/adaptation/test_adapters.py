@@ -114,13 +114,16 @@ def test_on_vit_b_16_maple_has_the_papers_size_and_the_papers_forward_pass(vit_b
     assert_is_maple(adapted, torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
 
 
-def loud(kind: str, clip: ClipModel):
+def moved(adapted):
     """An adapter whose learned weights are far from where they start."""
-    adapted = fresh_adapter(kind, clip, CONFIG, NAMES, ["a {}."], seed=1)
     generator = torch.Generator().manual_seed(0)
     for parameter in adapted.learned.parameters():
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return adapted
+
+
+def loud(kind: str, clip: ClipModel):
+    return moved(fresh_adapter(kind, clip, CONFIG, NAMES, ["a {}."], seed=1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -324,55 +327,94 @@ def test_another_model_is_an_error(tiny_clip, tmp_path):
         load_adapter(tmp_path / "nothing", tiny_clip)
 
 
-def official(adapted: MaPLe, path, template: str = "a photo of a {}.", drop: str = "", **extra) -> None:
+def official(
+    adapted, path, template="a photo of a {}.", drop="", names=("french horn", "accordion"), context=24, head="prompt_learner.", **extra
+):
     """A file as the official code writes it: prompts among frozen weights, beside the optimiser and its schedule."""
-    tokens = adapted.tokenize([template.format(name) for name in ("french horn", "accordion")])
+    tokens = F.pad(adapted.tokenize([template.format(name) for name in names]), (0, context - 24))
     embedded = adapted.model.token_embedding(tokens)
     held = adapted.learned.state_dict() | {"token_prefix": embedded[:, :1], "token_suffix": embedded[:, 1 + adapted.n_ctx :]}
-    state = {f"prompt_learner.{key}": value.half() for key, value in held.items() if not (drop and key.startswith(drop))}
-    state |= {"image_encoder.proj": torch.zeros(2, 2), "logit_scale": torch.tensor(4.6)}
+    state = {f"{head}{key}": value.half() for key, value in held.items() if not (drop and key.startswith(drop))}
+    state |= {"image_encoder.proj": torch.zeros(2, 2), "logit_scale": torch.tensor(4.6)} if head else {}
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
     torch.save({"state_dict": state, "epoch": 5, "optimizer": optimizer.state_dict(), "scheduler": {"successor": schedule}, **extra}, path)
+    return path
 
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_an_official_checkpoint_loads_with_the_depth_that_it_has(tiny_clip, tiny_images, tmp_path, depth):
     """The official code loads a file of depth 3 into a model of depth 9, where six layers stay random."""
     adapted = MaPLe(tiny_clip, depth=depth, seed=3)
-    official(adapted, tmp_path / "model.pth.tar-5")
-    loaded = load_adapter(tmp_path / "model.pth.tar-5", tiny_clip)
-    assert (loaded.depth, loaded.n_ctx) == (depth, 2)
+    loaded = load_adapter(official(adapted, tmp_path / "model.pth.tar-5"), tiny_clip)
+    assert (loaded.depth, loaded.n_ctx, loaded.template) == (depth, 2, "a photo of a {}.")
     torch.testing.assert_close(loaded.encode_image(tiny_images), adapted.encode_image(tiny_images), rtol=0, atol=1e-2)
     assert all(p.dtype == torch.float32 for p in loaded.learned.parameters())
 
 
-def test_an_official_checkpoint_that_lacks_a_layer_or_is_of_another_model_is_an_error(maple, tiny_clip, tmp_path):
-    path = tmp_path / "model.pth.tar-5"
-    official(maple, path, drop="compound_prompt_projections")
+def test_an_official_checkpoint_that_lacks_a_layer_or_is_of_another_model_or_program_is_an_error(maple, tiny_clip, tmp_path):
+    path = official(maple, tmp_path / "model.pth.tar-5", drop="compound_prompt_projections")
     with pytest.raises(ValueError, match="compound_prompt_projections.0.bias is missing, expected"):
         load_adapter(path, tiny_clip)
     official(maple, path)
     wider = {"image_size": 32, "patch_size": 16, "width": 48, "layers": 2, "head_width": 16}
     text = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
     other = ClipModel(open_clip.CLIP(16, wider, text), preprocess=None, tokenizer=tiny_clip.tokenize, name="wider")
+    with pytest.raises(ValueError, match="in words that this model's text tower does not know"):
+        load_adapter(path, other)
+    official(maple, path, drop="token_")
     with pytest.raises(ValueError, match="does not fit 'wider': .*proj.bias is \\(32,\\), expected \\(48,\\)"):
         load_adapter(path, other)
     with pytest.raises(ValueError, match="give clip="):
         load_adapter(path)
+    ctx = {"prompt_learner.ctx": torch.zeros(2, 32)}
+    for state, message in (
+        ({"conv1.weight": torch.zeros(2)}, "holds no prompts of MaPLe .* or CoOp .*, but conv1.weight"),
+        (ctx | {"prompt_learner.meta_net.linear1.weight": torch.zeros(2)}, "but meta_net"),  # CoCoOp
+        (ctx | {"image_encoder.transformer.resblocks.1.VPT_shallow": torch.zeros(2)}, "but .*VPT"),  # PromptSRC
+        ({"ctx": torch.zeros(3, 2, 32)}, "a context for each class"),
+    ):
+        torch.save({"state_dict": state}, path)
+        with pytest.raises(ValueError, match=message):
+            load_adapter(path, tiny_clip)
 
 
-@pytest.mark.parametrize("template", ["a photo of the {}.", "a photo of a {}", "a picture {}, in colour."])
-def test_a_file_whose_prompts_ended_otherwise_is_an_error_until_its_template_is_given(tiny_clip, tmp_path, template):
-    """FAULTS C7: the head was built on another sentence than the one that the prompts were learned in."""
-    path, adapted = tmp_path / "model.pth.tar-5", MaPLe(tiny_clip, 2, 2, seed=3, template=template)
-    official(adapted, path, template)
-    with pytest.raises(ValueError, match="as in '.*french horn.*Give the prompt it was trained with"):
-        load_adapter(path, tiny_clip)
-    head = load_adapter(path, tiny_clip, template=template).zero_shot_head(["french horn"])
-    torch.testing.assert_close(head, adapted.zero_shot_head(["french horn"]), rtol=0, atol=1e-2)
-    official(adapted, path, template, drop="token_")  # nothing to compare with
+@pytest.mark.parametrize("kind", ["maple", "coop", "coop alone"])
+@pytest.mark.parametrize("template", ["a photo of the {}.", "a photo of a {}", "a photo of {}, in colour."])
+def test_faults_c7_a_files_head_is_built_on_its_own_sentence(tiny_clip, tmp_path, template, kind):
+    """FAULTS C7: whatever the order of its classes, the length of its context, or the program; ``template=`` is held against the file."""
+    cls, path = MaPLe if kind == "maple" else CoOp, tmp_path / "model.pth.tar-5"
+    adapted = moved(cls(tiny_clip, 2, template=template))
+    expected = adapted.zero_shot_head(["french horn"])
+    options = {"head": "" if kind == "coop alone" else "prompt_learner."}
+    for names, context in ((("french horn", "accordion"), 24), (("accordion", "the harp", "french horn"), 77)):
+        official(adapted, path, template, names=names, context=context, **options)
+        for given in (None, template):
+            loaded = load_adapter(path, tiny_clip, template=given)
+            assert type(loaded) is cls
+            torch.testing.assert_close(loaded.zero_shot_head(["french horn"]), expected, rtol=0, atol=1e-2)
+        with pytest.raises(ValueError, match="as in '.*Give the prompt it was trained with"):
+            load_adapter(path, tiny_clip, template="a photo of one {}.")
+    official(adapted, path, template, drop="token_", **options)  # nothing to compare with
     assert load_adapter(path, tiny_clip).template == "a photo of a {}."
+    torch.testing.assert_close(
+        load_adapter(path, tiny_clip, template=template).zero_shot_head(["french horn"]), expected, rtol=0, atol=1e-2
+    )
+
+
+def test_faults_c7_what_may_be_a_name_is_not_guessed(tiny_clip, tmp_path):
+    """Classes that all begin or end alike, or a single one: is the word the template's? Sixteen vectors keep how the sentence ends."""
+    path, adapted = tmp_path / "model.pth.tar-5", moved(CoOp(tiny_clip, 2))
+    for names in (("french horn", "alpine horn"), ("old harp", "old horn")):
+        official(adapted, path, names=names)
+        with pytest.raises(ValueError, match="where the class name begins there"):
+            load_adapter(path, tiny_clip)
+        assert load_adapter(path, tiny_clip, template="a photo of a {}.").template == "a photo of a {}."
+    assert load_adapter(official(adapted, path, names=("old harp",)), tiny_clip).template == "a photo of a {}."
+    adapted = CoOp(tiny_clip, 6, template="a photo of a {}, in colour.")
+    assert adapted.template == "X X X X X X {}, in colour."
+    loaded = load_adapter(official(adapted, path, adapted.template), tiny_clip)
+    assert torch.equal(loaded.class_tokens(NAMES), adapted.class_tokens(NAMES))
 
 
 class Malicious:
@@ -383,8 +425,7 @@ class Malicious:
 def test_nothing_in_a_checkpoint_is_executed(maple, tiny_clip, tmp_path):
     import builtins
 
-    path = tmp_path / "model.pth.tar-5"
-    official(maple, path, surprise=Malicious())
+    path = official(maple, tmp_path / "model.pth.tar-5", surprise=Malicious())
     try:
         load_adapter(path, tiny_clip)
     except ValueError:
@@ -396,6 +437,3 @@ def test_a_file_that_is_no_checkpoint_is_an_error(tiny_clip, tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"not torch")
     with pytest.raises(ValueError, match="weights.bin is no archive of torch.save"):
         load_adapter(tmp_path / "weights.bin", tiny_clip)
-    torch.save({"state_dict": {"conv1.weight": torch.zeros(2)}}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="holds no MaPLe prompts"):
-        load_adapter(tmp_path / "other.pt", tiny_clip)

@@ -6,6 +6,7 @@ import copy
 from itertools import permutations, product
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from patchsae_utils.adaptation import gain
 from patchsae_utils.adaptation.compare import compare_models
 from patchsae_utils.adaptation.gain import CONCEPTS, EXPERIMENTS, MEASURES, PARTS, TOWER_PARTS, explain_gain, owen_values, share_of
 from patchsae_utils.adaptation.links import evidence, shared_evidence
+from patchsae_utils.adaptation.prompts import CoOp
 from patchsae_utils.data import load_dataset
 from patchsae_utils.interventions.attribution import attribute_latents
 from patchsae_utils.interventions.tail import dataset_head
@@ -51,12 +53,28 @@ def test_parts_sum_to_the_gain_picture_by_picture(found, name, measure):
     assert sum(table[part] for part in TOWER_PARTS) == pytest.approx(table["image tower"], abs=1e-12)
 
 
-def test_the_towers_parts_are_those_of_the_crossed_towers(tiny_clip, tiny_sae, scenes, models, found):
-    """The two-sided split of the remapping module is this one with the tower's parts put together."""
-    crossed = compare_models(tiny_clip, models["maple"], tiny_sae, scenes, LAYER, progress=False).gain_split().set_index("part")["gain"]
-    table = gains(found["maple"], "accuracy")
-    for part in ("image tower", "text head", "both"):
-        assert table[part] == pytest.approx(crossed[part], abs=1e-12)
+@pytest.mark.parametrize("form", ["raw", "reconstructed"])
+def test_faults_d16_the_parts_are_those_of_the_crossed_towers_and_heads(tiny_clip, tiny_sae, scenes, models, found, form):
+    """The two-sided split of `compare` is this one with the tower's parts put together, and its head's parts are template and learning."""
+    crossed = compare_models(tiny_clip, models["maple"], tiny_sae, scenes, LAYER, progress=False)
+    parts = pd.concat([crossed.gain_split(form), crossed.head_split(form)]).drop_duplicates("part").set_index("part")["gain"]
+    table = found["maple"].split.parts(reconstructed=form == "reconstructed").set_index("part")["gain"]
+    for part in ("image tower", "text head", "both", "template", "learning"):
+        assert table[part] == pytest.approx(parts[part], abs=1e-12)
+    assert table["template"] + table["learning"] == pytest.approx(table["text head"], abs=1e-12)
+    if form == "reconstructed":
+        assert table["outside the dictionary"] == 0 and sum(table[concept] for concept in CONCEPTS) == pytest.approx(
+            table["both"], abs=1e-12
+        )
+
+
+def test_faults_d16_before_its_first_step_a_prompted_head_differs_by_its_template_alone(tiny_clip, tiny_sae, scenes, found):
+    """CLIP's head is a mean over templates, that of learned prompts has one; an adapter without text prompts keeps CLIP's."""
+    adapted = {"coop": CoOp(tiny_clip)}
+    table = gains(explain_gain(tiny_clip, adapted, tiny_sae, scenes, LAYER, progress=False)["coop"])
+    assert table["learning"] == pytest.approx(0, abs=1e-6) and table["template"] == pytest.approx(table["both"], abs=1e-6)
+    assert abs(table["template"]) > 1e-3
+    assert gains(found["vpt"])["template"] == gains(found["vpt"])["learning"] == 0 != gains(found["coop"])["learning"]
 
 
 def test_a_model_without_a_change_gains_nothing_anywhere(found):
@@ -70,7 +88,7 @@ def test_coop_has_no_new_concepts_at_all(found):
     table = gains(found["coop"])
     assert (table[list(TOWER_PARTS)] == 0).all() and table["new concepts"] == table["retuning"] == table["interaction"] == 0
     assert table["text head"] == pytest.approx(table["both"], rel=1e-12) and table["both"] != 0
-    assert (found["coop"].split.squares[:, 0] == 0).all()
+    assert (found["coop"].split.squares[0] == 0).all()
 
 
 def test_visual_prompts_leave_the_head_without_a_part(found):

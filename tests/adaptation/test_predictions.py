@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from patchsae_utils.adaptation.compare import MODELS, masked_predictions
 from patchsae_utils.adaptation.groups import ranked_latents
-from patchsae_utils.adaptation.predictions import MODELS, class_heat, masked_predictions
 from patchsae_utils.data import load_dataset
 from patchsae_utils.latents.reading import summarize_latents
 
@@ -22,7 +22,7 @@ def data():
 @pytest.fixture(scope="module")
 def tables(tiny_clip, tiny_sae, data, models):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("patchsae_utils.adaptation.predictions.KS", KS)
+        patch.setattr("patchsae_utils.adaptation.compare.KS", KS)
         return {name: masked_predictions(tiny_clip, models[name], tiny_sae, *data, LAYER, progress=False) for name in ("maple", "coop")}
 
 
@@ -56,19 +56,10 @@ def test_latents_are_those_of_the_class_in_clip(tiny_clip, tiny_sae, data, model
         given.append(class_counts)
         raise InterruptedError
 
-    monkeypatch.setattr("patchsae_utils.adaptation.predictions.sweep_masks", remember)
+    monkeypatch.setattr("patchsae_utils.adaptation.compare.sweep_masks", remember)
     with pytest.raises(InterruptedError):
         masked_predictions(tiny_clip, models["maple"], tiny_sae, *data, LAYER, progress=False)
     summary = summarize_latents(tiny_clip, tiny_sae, data[0], LAYER, progress=False)
     expected = ranked_latents(summary.class_counts / summary.class_images.clamp_min(1)[:, None], 3, "specific")
     assert ranked_latents(given[0].class_counts, 3) == expected
     assert given[0].frequency.tolist() == summary.frequency.tolist()
-
-
-def test_heat_is_the_table_of_classes(tables, data):
-    table = tables["maple"]
-    heat = class_heat(table, "adapted", "on")
-    assert list(heat.columns) == list(KS) and list(heat.index) == data[1].class_names
-    rows = table[(table["model"] == "adapted") & (table["mode"] == "on") & (table["choose"] == "oracle") & (table["k"] == 3)]
-    sizes = rows[rows["class"] >= 0].set_index("class")["n"]
-    assert np.average(heat[3], weights=sizes) == pytest.approx(rows[rows["group"] == "all"]["accuracy"].item())
