@@ -165,6 +165,8 @@ def describe_activations(clip, dataset, layer: int, tokens: str, dtype: str) -> 
     for name, value, valid in (("tokens", tokens, TOKENS), ("dtype", dtype, tuple(DTYPES))):
         if value not in valid:
             raise ValueError(f"Unknown {name} {value!r}. Valid: {', '.join(valid)}.")
+    if tokens == "cls":
+        clip.check_class_token(tokens)
     if len(dataset) == 0:
         raise ValueError(f"The data set {dataset.spec!r} ({dataset.split}) is empty: there is nothing to extract.")
     return {

@@ -16,8 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from ..clip.loading import load_clip
-from ..clip.model import PRECISIONS, ClipModel
-from ..clip.timm_models import NoText
+from ..clip.model import PRECISIONS, ClipModel, NoText
 from ..config import AdapterConfig
 from ..data import batches, dataset_fingerprint, few_shot, templates_for
 from ..run import artifacts

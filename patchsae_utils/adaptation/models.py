@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from open_clip.transformer import VisionTransformer
 from torch import Generator, Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -30,6 +31,10 @@ class AdaptedClip(ClipModel):
     """One entry an epoch of fitting: epoch, lr, loss, accuracy on the training images."""
 
     def __init__(self, clip: ClipModel, *, model: nn.Module | None = None, seed: int = 1, template: str = TEMPLATE):
+        if not isinstance(clip.visual, VisionTransformer):
+            raise ValueError(
+                f"Adapters change open_clip's own VisionTransformer, such as 'ViT-B-16' has; {clip.name!r} has a tower of timm."
+            )
         super().__init__(
             clip.model if model is None else model, clip.preprocess, clip._tokenizer, clip.name, clip.pretrained, clip.device, clip.precision
         )  # fmt: skip

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import open_clip
+import timm
 import torch
 from open_clip.factory import load_checkpoint
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from timm.models import model_entrypoint
 from torch import Tensor
 
 from ..run.artifacts import read_json, shortened
 from ..run.pickles import read_torch
 from ..run.processes import default_device
 from .model import ClipModel, other_tower
-from .timm_models import TimmModel
+from .timm_models import TimmModel, clip_of
 
 EMBEDDED = Path(__file__).parent / "openmoji_clip"
 """The small CLIP of the embedded world, in the form that open_clip reads as ``local-dir:<folder>``."""
@@ -35,11 +39,12 @@ def load_clip(model: str = "openmoji", pretrained: str | None = None, device: st
     ----------
     model : str
         ``"openmoji"`` (the small CLIP of the embedded world), a name that open_clip knows, a folder with ``open_clip_config.json`` and weights,
-        or ``timm:<name>`` for a vision transformer of timm without text; ``timm:<name>@<pixels>`` for another image size than the weights' own
+        or ``timm:<name>`` for a vision transformer of timm without text. ``<name>@<pixels>``: another image size than the weights' own
         (positions are resampled).
     pretrained : str, optional
         A tag that open_clip knows (``"openai"``), a weight file (``.safetensors``, ``.pt``, ``.bin``; training checkpoints count), or ``"random"``.
-        Default: the weights of the folder, or timm's own; a model of open_clip needs one of the three.
+        Default: the weights of the folder, or timm's own; a model of open_clip needs one of the three. A tag whose weights were trained with
+        QuickGELU opens the ``-quickgelu`` model; what a file was trained with it doesn't say.
     device : str, optional
         A GPU when there is one, else the CPU.
     precision : {"fp32", "bf16"}
@@ -52,67 +57,103 @@ def load_clip(model: str = "openmoji", pretrained: str | None = None, device: st
     Raises
     ------
     ValueError
-        For an unknown model, tag or precision, naming the valid ones; a model without a vision transformer that is read here; a weight file or
-        folder that is damaged, of another model, a TorchScript archive, or asks to run code.
+        For an unknown model, tag or precision, naming the valid ones; a model without a vision transformer; a weight file or folder that is
+        damaged, of another model, a TorchScript archive, or asks to run code.
     FileNotFoundError
         If a weight file or folder is missing, or weights can't be fetched; the message says what to provide and where.
     ImportError
         If the model needs a package that is not installed.
     """
-    device = device or default_device()
-    if model.startswith(_TIMM):
-        network, preprocess = _load_timm(model, pretrained)
-        return TimmModel(network, preprocess, model, pretrained, device=device, precision=precision)
+    where = {"device": device or default_device(), "precision": precision}
     folder = EMBEDDED if model == "openmoji" else Path(model) if Path(model).is_dir() else None
-    if folder is None and model not in open_clip.list_models():
+    name, at, pixels = (model, "", "") if folder else model.partition("@")
+    if at and not pixels.isdigit():
+        raise ValueError(f"The image size of {model!r} is no whole number of pixels.")
+    size = int(pixels) if pixels else None
+    if name.startswith(_TIMM):
+        network, preprocess = _load_timm(model, name.removeprefix(_TIMM), size, pretrained)
+        return clip_of(network, preprocess, None, model, pretrained, **where)
+    if folder is None and name not in open_clip.list_models():
         raise ValueError(
             f"Unknown model {model!r}. Valid: 'openmoji', a folder with open_clip_config.json, 'timm:<name>', or one of open_clip's: "
             f"{', '.join(open_clip.list_models())}."
         )
-    file, tag = _choose_weights(model, folder, pretrained)
-    source = model if folder is None else f"local-dir:{folder}"
+    file, tag = _choose_weights(name, folder, pretrained)
+    if tag and (open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu") and f"{name}-quickgelu" in open_clip.list_models():
+        model, name = f"{name}-quickgelu{at}{pixels}", f"{name}-quickgelu"  # with plain GELU, features would be others than these weights'
+    source = name if folder is None else f"local-dir:{folder}"
+    options: dict[str, Any] = {"force_image_size": size} if size else {}
+    if file is not None and folder is None:
+        options |= _published_preprocessing(name)
     place = file or (folder if pretrained is None else None)
     try:
         with nullcontext() if place is None else _weights_from(place, model):
-            network, _, preprocess = open_clip.create_model_and_transforms(
-                source, pretrained=tag, load_weights=pretrained is None or tag is not None
-            )
-            tokenizer = open_clip.get_tokenizer(source)
-            if file is not None:
-                _fill_clip(network, file)
+            with tempfile.TemporaryDirectory() as safe:
+                weights = None if file is None else _as_safetensors(file, Path(safe))
+                given = str(weights) if weights and folder is None else tag
+                load = pretrained is None or given is not None
+                network, _, preprocess = open_clip.create_model_and_transforms(source, pretrained=given, load_weights=load, **options)
+                if weights and folder:
+                    load_checkpoint(network, str(weights))
     except ImportError as error:
         raise ImportError(f"{model!r} needs a package that is not installed ({error}): pip install {error.name or 'it'}.") from error
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise _not_fetched(model, error) from error
-    return ClipModel(network, preprocess, tokenizer, model, pretrained, device, precision)
+        raise _not_fetched(f"The weights of {model!r}", error) from error
+    return clip_of(network, preprocess, _Tokenizer(source), model, pretrained, **where)
+
+
+class _Tokenizer:
+    """A model's tokenizer, opened when it is first used: some are fetched from the hub, and activations need none."""
+
+    def __init__(self, source: str):
+        self.source = source
+
+    @cached_property
+    def own(self) -> Any:
+        try:
+            return open_clip.get_tokenizer(self.source)
+        except (OSError, RuntimeError) as error:
+            raise _not_fetched(f"The tokenizer of {self.source!r}", error) from error
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        return self.own(texts)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.own, name)
 
 
 def _choose_weights(model: str, folder: Path | None, pretrained: str | None) -> tuple[Path | None, str | None]:
     """A weight file, or a tag of open_clip, or neither: random weights, or a folder's own."""
     if folder is not None:
-        tags, own = [], "the folder's own weights"
+        tags, own = [], "nothing (the folder's own weights)"
         _check_folder(folder, with_weights=pretrained is None)
     else:
         tags, own = open_clip.list_pretrained_tags_by_model(model), None
-        vision = open_clip.get_model_config(model)["vision_cfg"]
-        if "timm_model_name" in vision or not isinstance(vision.get("layers", 12), int):  # before weights are fetched
-            raise other_tower(model, vision.get("timm_model_name", "ModifiedResNet"))
+        vision = open_clip.get_model_config(model)["vision_cfg"]  # towers that are not read are refused before weights are fetched
+        if "timm_model_name" in vision:
+            _check_architecture(vision["timm_model_name"], model)
+        elif not isinstance(vision.get("layers", 12), int):
+            raise other_tower(model, "ModifiedResNet")
     if pretrained == "random" or (pretrained is None and own):
         return None, None
     if pretrained in tags:
         return None, pretrained
     if pretrained is not None and Path(pretrained).is_file():
         return Path(pretrained), None
-    valid = (
-        f"{', '.join(tags) or '(no tag is known)'}, a weight file, or 'random'"
-        if own is None
-        else f"nothing ({own}), a weight file, or 'random'"
-    )
+    valid = f"{own or ', '.join(tags) or '(no tag is known)'}, a weight file, or 'random'"
     if pretrained is None:
         raise ValueError(f"{model!r} needs weights: pretrained= one of {valid}.")
     if Path(pretrained).suffix in (".safetensors", ".pt", ".bin", ".pth"):
         raise FileNotFoundError(f"No weight file {pretrained!r} for {model!r}. Valid: {valid}; tags are downloaded.")
     raise ValueError(f"Unknown weights {pretrained!r} of {model!r}. Valid: {valid}.")
+
+
+def _check_architecture(name: str, model: str) -> None:
+    """Refuse a tower of timm that is not read, without making its weights."""
+    with torch.device("meta"):
+        TimmModel._check(timm.create_model(name, num_classes=0), model)
 
 
 def _check_folder(folder: Path, with_weights: bool) -> None:
@@ -128,29 +169,44 @@ def _check_folder(folder: Path, with_weights: bool) -> None:
         )
 
 
-def _load_timm(model: str, pretrained: str | None) -> tuple[torch.nn.Module, Any]:
-    """A network of timm and its preprocessing, both for the image size asked for."""
-    import timm
+def _published_preprocessing(model: str) -> dict[str, Any]:
+    """How pictures are prepared for a weight file, which doesn't say it: as for the weights that open_clip publishes of the same model."""
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    kinds: dict[str, list[str]] = {}
+    published = {tag: open_clip.get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)}
+    for tag, described in published.items():
+        kinds.setdefault(repr([described.get(key) for key in keys]), []).append(tag)
+    if not kinds:
+        return {}
+    chosen, *others = kinds.values()
+    if others:
+        warnings.warn(
+            f"A weight file doesn't say how pictures are prepared. Taken is what {', '.join(chosen[:3])} of {model!r} want; if these are "
+            f"{' or '.join(map(', '.join, others))}, give that tag instead.",
+            stacklevel=3,
+        )
+    return {f"image_{key}": value for key in keys if (value := published[chosen[0]].get(key)) is not None}
 
-    name, _, pixels = model.removeprefix(_TIMM).partition("@")
+
+def _load_timm(model: str, name: str, size: int | None, pretrained: str | None) -> tuple[torch.nn.Module, Any]:
+    """A network of timm and its preprocessing, both for the image size asked for."""
     if name not in timm.list_models(pretrained=True) and name not in timm.list_models():
         near = ", ".join(timm.list_models(f"*{name.partition('.')[0]}*")[:8] or timm.list_models("vit_*dinov2*"))
         raise ValueError(f"timm has no model {name!r}. Near it: {near} (timm.list_models() lists all).")
-    if pixels and not pixels.isdigit():
-        raise ValueError(f"The image size of {model!r} is no whole number of pixels.")
     file = None if pretrained in (None, "random") else Path(pretrained)
     if file is not None and not file.is_file():
         raise FileNotFoundError(f"No weight file {pretrained!r} for {model!r}. Give a file, 'random', or nothing for timm's own weights.")
     try:
-        size: dict[str, Any] = {"img_size": int(pixels)} if pixels else {}
-        network: Any = timm.create_model(name, pretrained=pretrained is None, num_classes=0, **size)
+        _check_architecture(name, model)
+        options: dict[str, Any] = {"img_size": size} if size else {}
+        network: Any = timm.create_model(name, pretrained=pretrained is None, num_classes=0, **options)
     except (OSError, RuntimeError) as error:
-        raise _not_fetched(model, error) from error
+        raise _not_fetched(f"The weights of {model!r}", error) from error
     if file is not None:
         with _weights_from(file, model):
             _fill_timm(network, name, file)
     data = timm.data.resolve_model_data_config(network)
-    if pixels:
+    if size:
         data["input_size"] = (3, *network.patch_embed.img_size)  # timm's data configuration knows only the weights' own size
     return network, timm.data.create_transform(**data, is_training=False)
 
@@ -160,9 +216,7 @@ def _load_timm(model: str, pretrained: str | None) -> tuple[torch.nn.Module, Any
 
 def _state_dict(file: Path) -> dict[str, Tensor]:
     """The weights in a file: safetensors, or torch.save of a state dict or of a training checkpoint, read without running anything."""
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    content = read_torch(file)
+    content = load_file(file) if file.suffix == ".safetensors" else read_torch(file)
     for name in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
@@ -170,23 +224,19 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
     if not state:
         raise ValueError(f"{file} holds no weights: wanted is a state dict, alone or as 'state_dict' of a training checkpoint")
     wrapped = all(key.startswith("module.") for key in state)  # of DistributedDataParallel
-    return {key.removeprefix("module."): value for key, value in state.items()} if wrapped else state
+    state = {key.removeprefix("module.") if wrapped else key: value for key, value in state.items()}
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}  # halves can't be resampled
 
 
-def _fill_clip(network: torch.nn.Module, file: Path) -> None:
-    """Load a weight file by open_clip, which converts older forms; it gets safetensors, so that it opens no pickle."""
-    with tempfile.TemporaryDirectory() as folder:
-        if file.suffix != ".safetensors":
-            state = {key: value.clone(memory_format=torch.contiguous_format) for key, value in _state_dict(file).items()}
-            file = Path(folder) / "weights.safetensors"
-            save_file(state, file)
-        load_checkpoint(network, str(file))
+def _as_safetensors(file: Path, folder: Path) -> Path:
+    """The same weights as a file of safetensors, so that open_clip, which reads them and converts older forms, opens no pickle."""
+    state = {key: value.clone(memory_format=torch.contiguous_format) for key, value in _state_dict(file).items()}
+    save_file(state, folder / "weights.safetensors")
+    return folder / "weights.safetensors"
 
 
 def _fill_timm(network: torch.nn.Module, name: str, file: Path) -> None:
     """Load a weight file: every weight of the model, and nothing else but a classifier's. By itself timm leaves random what doesn't fit."""
-    from timm.models import model_entrypoint
-
     state = _state_dict(file)
     adapt = getattr(sys.modules[model_entrypoint(name).__module__], "checkpoint_filter_fn", None)  # e.g. positions for another grid
     state = state if adapt is None else adapt(state, network)
@@ -214,9 +264,9 @@ def _weights_from(place: Path, model: str) -> Iterator[None]:
         ) from error
 
 
-def _not_fetched(model: str, error: Exception) -> FileNotFoundError:
+def _not_fetched(what: str, error: Exception) -> FileNotFoundError:
     return FileNotFoundError(
-        f"The weights of {model!r} could not be loaded ({type(error).__name__}: {shortened(error)}). With a network they are fetched from the Hugging "
-        'Face hub; without one, download them elsewhere and give the file: model.pretrained = "/path/to/weights.safetensors" in the profile, '
-        "or pretrained=... here."
+        f"{what} could not be loaded ({type(error).__name__}: {shortened(error)}). With a network they are fetched from the Hugging Face hub; "
+        'without one, download them elsewhere and give the file: model.pretrained = "/path/to/weights.safetensors" in the profile, or '
+        "pretrained=... here."
     )

@@ -1,4 +1,4 @@
-"""A vision transformer of open_clip: its preprocessing, the residual stream read and replaced, the rest of the network, the zero-shot head."""
+"""A CLIP of open_clip: its preprocessing, the residual stream read and replaced, the rest of the network, the zero-shot head."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ from torch import Tensor
 PRECISIONS = ("fp32", "bf16")
 
 
+class NoText(ValueError):
+    """A stage needs a text tower, and the model has none."""
+
+
 class Residual(NamedTuple):
     """The residual stream after a block."""
 
     tokens: Tensor
-    """[B, 1+P, d]: CLS, then the patches, row by row."""
+    """[B, 1+P, d]: CLS, then the patches, row by row. A tower without a class token has the mean of its patches in that place: it is read like
+    CLS, and what is written there is dropped."""
     extra: Tensor | None = None
     """[B, E, d]: tokens that are neither: prompts of an adapted model, registers of a timm model; None where there are none."""
 
@@ -33,7 +38,7 @@ class ClipModel:
     Parameters
     ----------
     model : open_clip.CLIP
-        With a ``VisionTransformer`` as image tower.
+        With a ``VisionTransformer`` as image tower; other towers are read by ``clip.timm_models.TimmModel``.
     preprocess : callable
         PIL image -> Tensor [3, H, W].
     tokenizer : callable
@@ -47,17 +52,17 @@ class ClipModel:
     Raises
     ------
     ValueError
-        If the image tower is no vision transformer of open_clip, or the precision is unknown.
+        If the image tower can't be read, or the precision is unknown.
     """
 
-    has_text = True
-    """Whether there is a text tower: zero-shot heads, prompts."""
+    has_class_token = True
+    """Whether the tower has a class token; if not, see ``Residual.tokens``."""
 
     def __init__(
         self,
         model: open_clip.CLIP,
         preprocess: Callable,
-        tokenizer: Callable,
+        tokenizer: Callable | None,
         name: str,
         pretrained: str | None = None,
         device: str | torch.device = "cpu",
@@ -73,7 +78,9 @@ class ClipModel:
         if precision == "bf16":
             self.put_sequence_first()
 
-    def _check(self, model: Any, name: str) -> None:
+    @staticmethod
+    def _check(model: Any, name: str) -> None:
+        """Refuse a tower that is not read here."""
         if not isinstance(model.visual, VisionTransformer):
             raise other_tower(name, type(model.visual).__name__)
 
@@ -134,9 +141,24 @@ class ClipModel:
         return tuple(size) if isinstance(size, tuple | list) else (size, size)
 
     @property
+    def has_text(self) -> bool:
+        """Whether there is a text tower: zero-shot heads, prompts."""
+        return hasattr(self.model, "encode_text")
+
+    @property
+    def _both_towers(self) -> Any:
+        """The model, if it has a text tower."""
+        if not self.has_text:
+            raise NoText(
+                f"{self.name!r} has no text tower. Extraction, training, statistics and masks work without; zero-shot accuracy, mask sweeps and "
+                "prompts need a CLIP."
+            )
+        return self.model
+
+    @property
     def logit_scale(self) -> float:
         """Factor between cosine similarities and logits."""
-        return float(self.model.logit_scale.exp())
+        return float(self._both_towers.logit_scale.exp())
 
     @cached_property
     def weights_hash(self) -> str:
@@ -152,6 +174,11 @@ class ClipModel:
         """Names the model, its weights, its preprocessing and its arithmetic: equal strings give equal activations."""
         preprocessing = re.sub(r" at 0x[0-9a-f]+", "", repr(self.preprocess))  # a lambda's address differs in every process
         return f"{self.name}:{self.weights_hash}:{hashlib.sha256(preprocessing.encode()).hexdigest()[:8]}:{self.precision}"
+
+    def check_class_token(self, *places: Any) -> None:
+        """Refuse to store, mask or edit ``"cls"`` alone where there is no class token."""
+        if not self.has_class_token and any(isinstance(place, str) and place == "cls" for place in places):
+            raise ValueError(f"{self.name!r} has no class token: its features are pooled from the patches. Choose 'patches' or 'all'.")
 
     def layer_index(self, layer: int) -> int:
         """A block's index, negative ones counted from the end, as a non-negative one."""
@@ -237,11 +264,12 @@ class ClipModel:
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
         """Token ids: LongTensor [B, context]."""
+        assert self._both_towers and self._tokenizer
         return self._tokenizer([texts] if isinstance(texts, str) else list(texts)).to(self.device)
 
     def encode_text(self, texts: Tensor | str | Sequence[str], normalize: bool = False) -> Tensor:
         """Text features [B, d_embed] of token ids or strings."""
-        features = self.model.encode_text(texts if isinstance(texts, Tensor) else self.tokenize(texts)).float()
+        features = self._both_towers.encode_text(texts if isinstance(texts, Tensor) else self.tokenize(texts)).float()
         return F.normalize(features, dim=-1) if normalize else features
 
     def zero_shot_head(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
@@ -261,13 +289,16 @@ class ClipModel:
         return open_clip.build_zero_shot_classifier(self, self.tokenize, [*class_names], [*templates], 64, self.device).T.contiguous()
 
     def logits(self, features: Tensor, head: Tensor) -> Tensor:
-        """Class logits [B, C]: ``logit_scale`` times the cosine of image features [B, d_embed] and head rows [C, d_embed]."""
+        """Class logits [B, C]: ``logit_scale`` times the cosine of image features [B, d_embed] and head rows [C, d_embed].
+
+        SigLIP's bias, the same for all classes, is left out.
+        """
         return self.logit_scale * F.normalize(features, dim=-1) @ head.T
 
 
 def other_tower(name: str, tower: str) -> ValueError:
     """The refusal of a model with another image tower than is read here."""
     return ValueError(
-        f"{name!r} has a {tower} as image tower; PatchSAE reads the tokens of open_clip's VisionTransformer. "
-        "Choose a model such as 'ViT-B-16' (open_clip.list_models() lists all)."
+        f"{name!r} has a {tower} as image tower. Read are the patch tokens of vision transformers, which keep their number and width in all blocks. "
+        "Choose a model such as 'ViT-B-16', 'ViT-B-16-SigLIP' (open_clip.list_models() lists all) or 'timm:vit_small_patch14_dinov2.lvd142m'."
     )

@@ -1,94 +1,150 @@
-"""Vision transformers without a text tower, through timm: DINOv2 and its kin, with the interface of :class:`~patchsae_utils.clip.ClipModel`.
+"""Vision transformers of timm: alone (DINOv2 and its kin, which have no text tower), or as image tower of a CLIP (SigLIP, EVA, PE, MobileCLIP).
 
-What needs only images works on them: activations, SAEs, statistics, reference images, masks on the grid. What needs class names in words
-(zero-shot heads, mask sweeps, prompts, names from a vocabulary) raises :class:`NoText`, which says so.
+What a model without text can't do (zero-shot heads, mask sweeps, prompts, names from a vocabulary) raises
+:class:`~patchsae_utils.clip.model.NoText`, which says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .model import ClipModel, Residual
-
-
-class NoText(ValueError):
-    """A stage needs a text tower, and the model has none."""
+from .model import ClipModel, Residual, other_tower
 
 
 class TimmModel(ClipModel):
-    """As :class:`ClipModel`, of timm's VisionTransformer with a class token. Register tokens travel as ``Residual.extra``, and are not read."""
+    """As :class:`ClipModel`, of any transformer of timm whose forward pass is an embedding, ``blocks``, ``norm`` and ``forward_head``.
 
-    has_text = False
+    That it is, one picture shows when the model is opened. Tokens between CLS and the patches (registers, a distillation token) travel as
+    ``Residual.extra``.
+    """
 
-    def __init__(self, model: torch.nn.Module, preprocess: Callable, name: str, pretrained: str | None = None, **where: Any):
-        super().__init__(model, preprocess, None, name, pretrained, **where)
+    _batch_first = True
 
-    def _check(self, model: torch.nn.Module, name: str) -> None:
-        from timm.models.vision_transformer import VisionTransformer
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self._watch()
 
-        if not isinstance(model, VisionTransformer) or model.cls_token is None or model.pos_embed is None:
-            raise ValueError(
-                f"{name!r} is a {type(model).__name__} without what is read here: timm's VisionTransformer with a class token and learned "
-                "positions, such as 'timm:vit_small_patch14_dinov2.lvd142m'."
-            )
+    @staticmethod
+    def _check(model: Any, name: str) -> None:
+        trunk = _trunk(model)
+        parts = ("blocks", "patch_embed", "norm", "num_prefix_tokens", "forward_features", "forward_head")
+        if not all(hasattr(trunk, part) for part in parts) or not hasattr(trunk.patch_embed, "grid_size"):
+            raise other_tower(name, type(trunk).__name__)
+
+    @torch.no_grad()
+    def _watch(self) -> None:
+        """Note what blocks are given beside the tokens (rotary positions, a shared bias), and check that the parts are the whole."""
+        inputs: list[Tensor] = []
+        outputs: list[Tensor] = []
+        self._given: list[tuple[tuple, dict]] = []
+
+        def note(_: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
+            inputs.append(args[0])
+            outputs.append(output)
+            self._given.append((args[1:], kwargs))
+
+        handles = [block.register_forward_hook(note, with_kwargs=True) for block in self.blocks]
+        try:
+            whole = self.visual(torch.rand(1, 3, *self.image_size, device=self.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        n_tokens = self.trunk.num_prefix_tokens + self.grid[0] * self.grid[1]
+        if (
+            [x.shape for x in inputs] != self.n_layers * [(1, n_tokens, self.width)]
+            or any(x is not before for x, before in zip(inputs[1:], outputs, strict=False))
+            or not torch.allclose(self._features(outputs[-1]), whole, rtol=1e-4, atol=1e-5)
+        ):
+            raise other_tower(self.name, type(self.trunk).__name__)
+        self._d_embed = whole.shape[-1]
 
     def put_sequence_first(self) -> None:
         """timm's attention reads [B, T, d]."""
 
-    _batch_first = True
+    @property
+    def trunk(self) -> Any:
+        """timm's model."""
+        return _trunk(self.model)
 
     @property
-    def visual(self) -> torch.nn.Module:
-        return self.model
+    def visual(self) -> Any:
+        return self.model.visual if self.has_text else self.model
 
     @property
     def blocks(self) -> Sequence[torch.nn.Module]:
-        return self.model.blocks
+        return self.trunk.blocks
 
     @property
     def width(self) -> int:
-        return self.model.embed_dim
+        return self.trunk.embed_dim
 
     @property
     def d_embed(self) -> int:
-        return self.model.num_features
+        return self._d_embed
 
     @property
     def grid(self) -> tuple[int, int]:
-        return tuple(self.model.patch_embed.grid_size)
+        return tuple(self.trunk.patch_embed.grid_size)
 
     @property
     def image_size(self) -> tuple[int, int]:
-        return tuple(self.model.patch_embed.img_size)
+        return tuple(self.trunk.patch_embed.img_size)
+
+    @property
+    def has_class_token(self) -> bool:  # type: ignore[override]
+        return getattr(self.trunk, "cls_token", None) is not None
 
     def _first_tokens(self, images: Tensor) -> Tensor:
-        return self.model.norm_pre(self.model.patch_drop(self.model._pos_embed(self.model.patch_embed(images))))
+        def stop(_: Any, args: tuple) -> None:
+            raise _Reached(args[0])
+
+        handle = self.blocks[0].register_forward_pre_hook(stop)
+        try:
+            self.trunk.forward_features(images)
+        except _Reached as reached:
+            return reached.args[0]
+        finally:
+            handle.remove()
+        raise RuntimeError(f"{self.name!r} did not reach its first block.")
+
+    def _run_blocks(self, x: Tensor, start: int, stop: int) -> Tensor:
+        for block, (args, kwargs) in list(zip(self.blocks, self._given, strict=True))[start:stop]:
+            x = block(x, *args, **kwargs)
+        return x
 
     def _split(self, x: Tensor) -> Residual:
-        n = self.model.num_prefix_tokens
-        return Residual(torch.cat([x[:, :1], x[:, n:]], dim=1), x[:, 1:n] if n > 1 else None)
+        prefix, patches = x.tensor_split([self.trunk.num_prefix_tokens], dim=1)
+        cls, extra = prefix.tensor_split([1], dim=1) if self.has_class_token else (patches.mean(1, keepdim=True), prefix)
+        return Residual(torch.cat([cls, patches], dim=1), extra if extra.shape[1] else None)
 
     def _joined(self, residual: Residual) -> Tensor:
         tokens, extra = residual
-        n = self.model.num_prefix_tokens
-        if n > 1 and extra is None:
+        n_extra = self.trunk.num_prefix_tokens - self.has_class_token
+        if n_extra and extra is None:
             raise ValueError(
-                f"{self.name!r} has {n - 1} register tokens: give finish() the Residual of run_to(), with its tokens replaced."
+                f"{self.name!r} has {n_extra} register tokens: give finish() the Residual of run_to(), with its tokens replaced."
             )
-        return tokens if extra is None else torch.cat([tokens[:, :1], extra, tokens[:, 1:]], dim=1)
+        cls, patches = tokens.tensor_split([1], dim=1)
+        return torch.cat([*([cls] if self.has_class_token else []), *([] if extra is None else [extra]), patches], dim=1)
 
     def _features(self, x: Tensor) -> Tensor:
-        return self.model.forward_head(self.model.norm(x), pre_logits=True)
+        features = self.trunk.forward_head(self.trunk.norm(x))
+        return self.visual.head(features) if self.has_text else features
 
-    def _no_text(self, *_: Any, **__: Any) -> NoReturn:
-        raise NoText(
-            f"{self.name!r} has no text tower. Extraction, training, statistics and masks work without; zero-shot accuracy, mask sweeps and prompts "
-            "need a CLIP."
-        )
 
-    tokenize = encode_text = zero_shot_head = _no_text
-    logit_scale = property(_no_text)
+def clip_of(model: Any, *arguments: Any, **options: Any) -> ClipModel:
+    """A network, with or without text, as the :class:`ClipModel` that reads its image tower; further arguments are the latter's."""
+    kind = TimmModel if hasattr(getattr(model, "visual", None), "trunk") or not hasattr(model, "visual") else ClipModel
+    return kind(model, *arguments, **options)
+
+
+class _Reached(Exception):
+    """The first block was reached, with these tokens."""
+
+
+def _trunk(model: Any) -> Any:
+    return model.visual.trunk if hasattr(model, "encode_text") else model

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from ..data import batches, openmoji, templates_for
 from ..data.splits import require_labels
@@ -78,16 +76,8 @@ def accuracy_table(predictions: pd.DataFrame, by: str | Sequence[str] = (), *, c
     -------
     DataFrame
         The grouping columns, ``n`` (images), ``accuracy``, ``low``, ``high``, ``chance``; shares, not per cent.
-
-    Raises
-    ------
-    ValueError
-        If a column is missing.
     """
     by = [by] if isinstance(by, str) else list(by)
-    missing = [name for name in (*by, correct) if name not in predictions]
-    if missing:
-        raise ValueError(f"The predictions have no column {missing[0]!r}. Valid: {', '.join(predictions.columns)}.")
     choices = "n_in_task" if correct == "correct_in_task" else "n_classes"
     rows = []
     for key, group in predictions.groupby(by, sort=False, observed=True) if by else [((), predictions)]:
@@ -113,27 +103,3 @@ def domains_of(spec: str) -> list[str]:
     task, _, given = spec.partition(":")
     given = given or "color"
     return [spec, *(task if domain == "color" else f"{task}:{domain}" for domain in openmoji.DOMAINS if domain != given)]
-
-
-@torch.no_grad()
-def embed_images(clip, dataset, *, batch_size: int = 64, progress: bool = True) -> Tensor:
-    """CLIP's unit image features of a whole data set, in its order.
-
-    Parameters
-    ----------
-    clip : ClipModel
-    dataset : ImageData or OpenMojiData
-    batch_size : int
-        Images per forward pass.
-    progress : bool
-        Show a bar.
-
-    Returns
-    -------
-    Tensor [N, d_embed]
-        On the CPU.
-    """
-    found = torch.empty(len(dataset), clip.d_embed)
-    for batch in batches(dataset, clip.preprocess, batch_size, progress="embedding images" if progress else None):
-        found[batch.indices] = F.normalize(clip.encode_image(batch.images).float(), dim=-1).cpu()
-    return found

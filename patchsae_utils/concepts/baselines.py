@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..activations.extraction import extract_activations
 from ..clip.model import ClipModel
+from ..clip.timm_models import clip_of
 from ..data import dataset_fingerprint
 from ..run.artifacts import fingerprint, is_current, write_json
 from ..sae.dictionary import Dictionary
@@ -123,22 +124,24 @@ def split_signs(x: Tensor) -> Tensor:
 def random_clip(clip: ClipModel) -> ClipModel:
     """The same architecture with fresh random weights in the image tower: what patches and architecture give without any training.
 
-    Layers start as torch starts them; the class token, positions and projection as open_clip does (normal, width ** -0.5).
+    Layers start as torch starts them; all else (class token, positions, projection) as open_clip does: normal, width ** -0.5.
     """
-    model = copy.deepcopy(clip.model)
-    with torch.random.fork_rng(devices=[]):
+    control = copy.copy(clip)
+    control.model = copy.deepcopy(clip.model)
+    modules = list(control.visual.modules())
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        for module in model.visual.modules():
+        for module in modules:
             if isinstance(module, nn.MultiheadAttention):
                 module._reset_parameters()
             elif hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        with torch.no_grad():
-            for name in ("class_embedding", "positional_embedding", "proj"):
-                parameter = getattr(model.visual, name, None)
-                if parameter is not None:
+        for module in modules:
+            if not isinstance(module, nn.MultiheadAttention) and not hasattr(module, "reset_parameters"):
+                for parameter in module.parameters(recurse=False):
                     parameter.copy_(clip.width**-0.5 * torch.randn(parameter.shape))
-    return ClipModel(model, clip.preprocess, clip._tokenizer, f"{clip.name}, random weights", device=clip.device, precision=clip.precision)
+    name, where = f"{clip.name}, random weights", {"device": clip.device, "precision": clip.precision}
+    return clip_of(control.model, clip.preprocess, clip._tokenizer, name, **where)
 
 
 def random_weights_sae(

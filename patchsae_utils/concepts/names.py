@@ -219,7 +219,7 @@ def score_words(clip, dataset, summary: LatentSummary, vocabulary: Vocabulary, l
         See :func:`make_vocabulary`.
     latents : sequence of int
     embeddings : Tensor [n_images of the data set, d_embed]
-        Unit vectors of all images: ``Likeness.embeddings``, or :func:`patchsae_utils.clip.embed_images`.
+        Unit vectors of all images: ``Likeness.embeddings``.
 
     Returns
     -------

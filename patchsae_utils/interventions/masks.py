@@ -123,6 +123,7 @@ def sweep_masks(
     if len(dataset) == 0:
         raise ValueError(f"The data set {dataset.spec!r} ({dataset.split}) is empty: there is nothing to measure on.")
     sae.check_model(clip, layer)
+    clip.check_class_token(*where)
     scores, frequency = _rankings(class_counts, attribution, rank_by, choose, dataset.class_names, sae.d_sae)
     members = _members(groups, dataset)
     head = dataset_head(clip, dataset) if head is None else head

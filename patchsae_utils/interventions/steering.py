@@ -143,6 +143,7 @@ def steer(
     >>> edits = [Edit(7), Edit(3, "scale", 2.0, [90, 91]), Edit(5, "set", 4.0, "cls")]
     """
     sae.check_model(clip, layer)
+    clip.check_class_token(*(edit.patches for edit in edits))
     latents = list(dict.fromkeys(edit.latent for edit in edits))
     if unknown := [latent for latent in latents if not 0 <= latent < sae.d_sae]:
         raise ValueError(f"There is no latent {unknown[0]}; the SAE has latents 0 to {sae.d_sae - 1}.")

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy import stats
 
-from patchsae_utils.clip.zero_shot import embed_images
 from patchsae_utils.concepts import names as naming
 from patchsae_utils.concepts.names import (
     UNNAMED,
@@ -99,7 +98,8 @@ def test_crops_count_half(tiny_clip, summary, tiny_dataset, monkeypatch):
     words = make_vocabulary(tiny_clip, tiny_dataset)
     words = Vocabulary(words.words[:2], words.kinds[:2], words.embeddings[:2], words.class_index[:2])
     living = (~summary.dead & ~summary.faint).nonzero().flatten()[:4].tolist()
-    images = embed_images(tiny_clip, tiny_dataset, progress=False)
+    inputs = torch.stack([tiny_clip.preprocess(example.image) for example in tiny_dataset])
+    images = torch.nn.functional.normalize(tiny_clip.encode_image(inputs), dim=1)
     both = score_words(tiny_clip, tiny_dataset, summary, words, living, images)
     rng = np.random.default_rng(0)
     places = np.stack([rng.integers(24, size=20), rng.integers(196, size=20)], 1)

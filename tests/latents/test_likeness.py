@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from patchsae_utils.clip.zero_shot import embed_images
 from patchsae_utils.latents import passes
 from patchsae_utils.latents.likeness import Likeness, LikenessObserver, RunningScores
 from patchsae_utils.latents.reading import summarize_latents
@@ -61,7 +60,9 @@ def test_the_statistics_pass_scores_latents_and_controls(tiny_clip, tiny_sae, ti
     summary = summarize_latents(tiny_clip, sae, tiny_dataset, 1, observers=observers, **settings)
     assert torch.equal(plain.top_images, summary.top_images) and torch.equal(plain.class_counts, summary.class_counts)
     found = Likeness.load(tmp_path / "l")
-    torch.testing.assert_close(found.embeddings, embed_images(tiny_clip, tiny_dataset, progress=False), rtol=1e-4, atol=1e-5)
+    inputs = torch.stack([tiny_clip.preprocess(example.image) for example in tiny_dataset])
+    images = torch.nn.functional.normalize(tiny_clip.encode_image(inputs), dim=1)
+    torch.testing.assert_close(found.embeddings, images, rtol=1e-4, atol=1e-5)
     e = found.embeddings.double().numpy()
     tokens = torch.stack([tiny_clip.residual(tiny_clip.preprocess(example.image)[None], 1)[0] for example in tiny_dataset]).detach()
     control = random_sae(sae, 0, tokens[:7].flatten(0, 1))
