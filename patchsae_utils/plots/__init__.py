@@ -4,62 +4,30 @@ One file a notebook (03 has two: `concepts` and `pictures`), the look in `style`
 with a heat map in `heat`. ``save="name"`` also writes ``figures/name.png``. May import the small readers of all folders below: data to adaptation.
 """
 
+# isort: off
 from .activations import embedded_world, patch_probe, residual_norms, residual_pca, zero_shot_accuracy
 from .adaptation import (
-    adaptation_accuracy,
-    adapter_table,
-    class_links,
-    class_scatter,
-    confusion_change,
-    dictionary_cross,
-    gain_experiments,
-    gain_parts,
-    gain_split,
-    latent_groups,
-    prediction_heat,
-    tower_head_cross,
-)
+    adaptation_accuracy, adapter_table, class_links, class_scatter, confusion_change, dictionary_cross, gain_experiments, gain_parts, gain_split,
+    latent_groups, prediction_heat, tower_head_cross,
+)  # fmt: skip
 from .concepts import (
-    by_layer,
-    concept_families,
-    concept_sharing,
-    coverage_curves,
-    latent_statistics,
-    localization,
-    monosemanticity,
-    name_agreement,
-    variants,
-)
+    by_layer, concept_families, concept_sharing, coverage_curves, latent_statistics, localization, monosemanticity, name_agreement, variants,
+)  # fmt: skip
 from .explorer import pointing
 from .interventions import (
-    color_swap,
-    concept_specificity,
-    dose_response,
-    mask_curves,
-    mask_places,
-    mask_rankings,
-    mask_tasks,
-    object_removal,
-    raw_reconstructed_error,
-    steered,
-)
+    color_swap, concept_specificity, dose_response, mask_curves, mask_tasks, object_removal, raw_reconstructed_error, steered,
+)  # fmt: skip
 from .pictures import concept_masks, cross_domain, levels, reference_images, text_and_image
 from .style import figure, save
 from .training import (
-    ablation_effects,
-    firing_rates,
-    patch_maps,
-    reconstruction_frontier,
-    reconstruction_quality,
-    step_costs,
-    training_curves,
-)
+    ablation_effects, firing_rates, patch_maps, reconstruction_frontier, reconstruction_quality, step_costs, training_curves,
+)  # fmt: skip
 
 __all__ = [
     "ablation_effects", "adaptation_accuracy", "adapter_table", "by_layer", "class_links", "class_scatter", "color_swap",
     "concept_families", "concept_masks", "concept_sharing", "concept_specificity", "confusion_change", "coverage_curves", "cross_domain",
     "dictionary_cross", "dose_response", "embedded_world", "figure", "firing_rates", "gain_experiments", "gain_parts", "gain_split",
-    "latent_groups", "latent_statistics", "levels", "localization", "mask_curves", "mask_places", "mask_rankings", "mask_tasks", "monosemanticity",
+    "latent_groups", "latent_statistics", "levels", "localization", "mask_curves", "mask_tasks", "monosemanticity",
     "name_agreement", "object_removal", "patch_maps", "patch_probe", "pointing", "prediction_heat", "raw_reconstructed_error",
     "reconstruction_frontier", "reconstruction_quality", "reference_images", "residual_norms", "residual_pca", "save", "steered", "step_costs",
     "text_and_image", "tower_head_cross", "training_curves", "variants", "zero_shot_accuracy",

@@ -13,9 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..adaptation.fit import NAMES
-from . import style
-from .drawing import colorbar, heat, intervals, legend, look, panels, pretty
-from .style import COLORS, drawn
+from .drawing import colorbar, heat, interval_panels, legend, look, panels, pretty
+from .style import COLORS, drawn, figure
 
 _GROUPS = {"high": COLORS["gray"], "high-to-low": COLORS["orange"], "low-to-high": COLORS["blue"]}
 _LINKS = {"stayed": COLORS["gray"], "vanished": COLORS["orange"], "appeared": COLORS["blue"]}
@@ -30,41 +29,39 @@ _DICTIONARIES = {
     "adapted": look("orange", "^", "SAE of the adapted model"),
 }  # fmt: skip
 _PARTS = {
-    "text head": ("text head\n(remapping)", "orange"), "later blocks": ("later blocks\n(remapping)", "yellow"),
-    "existing latents": ("existing latents\n(retuning)", "blue"), "outside the dictionary": ("outside dictionary\n(new concepts)", "red"),
-    "both": ("whole gain", "black"),
+    "text head": "text head\n(remapping)", "later blocks": "later blocks\n(remapping)", "existing latents": "existing latents\n(retuning)",
+    "outside the dictionary": "outside dictionary\n(new concepts)", "both": "whole gain",
 }  # fmt: skip
 _TOWERS = {"image tower": look("blue"), "text head": look("orange"), "both": look("gray")}
 _KINDS = {
-    "zero-shot": ("gray", "o"), "maple": ("blue", "s"), "coop": ("orange", "^"), "vpt": ("green", "D"), "lora": ("purple", "v"),
-    "finetune": ("red", "P"), "linear": ("black", "x"),
+    "maple": ("blue", "s"), "coop": ("orange", "^"), "vpt": ("green", "D"), "lora": ("purple", "v"), "finetune": ("red", "P"),
+    "linear": ("black", "x"),
 }  # fmt: skip
 _READERS = {"CLIP": "CLIP", "CLIP, adapted head": "CLIP's tower, adapted head", "adapted": "adapted tower and head"}
 _MODES = {"on": "only k latents kept", "off": "k latents removed"}
+_SEVERAL = "DataFrame of ``%s``, of several tasks (column ``task``) under each other"
 
 
-@drawn(table="DataFrame of ``base_to_novel``, of several tasks (column ``task``) under each other")
-def adaptation_accuracy(table: pd.DataFrame, save: str | None = None) -> Figure:
+@drawn(table=_SEVERAL % "base_to_novel")
+def adaptation_accuracy(table: pd.DataFrame) -> Figure:
     """Accuracy on base and novel classes and their harmonic mean, one panel a task; bars are 95 % intervals."""
     table = table.assign(series=table["model"] + ", " + table["form"], half=table["half"].str.replace(" ", "\n"))
     colors = zip(table["model"].unique(), ("gray", "blue", "green", "purple"), strict=False)
     looks = {f"{model}, {form}": look(color, **options) for model, color in colors for form, options in _FORMS.items()}
-    fig, axes = panels(list(table["task"].unique()), 3.1, ylabel="accuracy (%)")
-    for ax, (_, rows) in zip(axes, table.groupby("task", sort=False), strict=True):
-        intervals(ax, rows, "half", "accuracy", "series", looks, scale=100, upright=True, spread=0.7)
-        ax.set_ylim(0, 103)
-    legend(fig, axes, ncols=3)
-    return style.save(fig, save)
+    words = {"ylabel": "accuracy (%)", "scale": 100, "upright": True, "spread": 0.7}
+    fig, axes = interval_panels(table, "task", "half", "accuracy", "series", looks, height=3.1, ncols=3, **words)
+    axes[0].set_ylim(0, 103)
+    return fig
 
 
-@drawn(latents="DataFrame of ``Remapping.latents``, of several tasks (column ``task``) under each other; the groups' threshold is one half")
-def class_scatter(latents: pd.DataFrame, save: str | None = None) -> Figure:
+@drawn(latents=_SEVERAL % "Remapping.latents" + "; the groups' threshold is one half")
+def class_scatter(latents: pd.DataFrame) -> Figure:
     """Each class's top latents: on how many tokens a picture they are active in CLIP, and in the adapted model; one panel a task."""
     counts = latents[["base", "adapted"]].to_numpy()
     largest = float(counts.max()) * 1.6
     floor = max(float(counts[counts > 0].min()), largest / 4000)
-    fig, axes = panels(list(latents["task"].unique()), 3.2, xlabel="CLIP", ylabel="adapted: tokens per picture", sharex=True)
-    line = np.array([floor / 2, largest])
+    titles, line = [*map(pretty, latents["task"].unique())], np.array([floor / 2, largest])
+    fig, axes = panels(titles, 3.2, xlabel="CLIP", ylabel="adapted: tokens per picture", sharex=True)
     for ax, (_, rows) in zip(axes, latents.groupby("task", sort=False), strict=True):
         ax.fill_between(line, 2 * line, largest, color=_GROUPS["low-to-high"], alpha=0.08, lw=0)
         ax.fill_between(line, floor / 2, line / 2, color=_GROUPS["high-to-low"], alpha=0.10, lw=0)
@@ -73,34 +70,33 @@ def class_scatter(latents: pd.DataFrame, save: str | None = None) -> Figure:
             part = rows[rows["group"] == group]
             ax.scatter(part["base"].clip(floor), part["adapted"].clip(floor), s=11, color=color, alpha=0.7, lw=0, label=group)
         for group, (x, y, ha, va) in {"low-to-high": (0.04, 0.78, "left", "top"), "high-to-low": (0.78, 0.05, "right", "bottom")}.items():
-            text = f"{(rows['group'] == group).sum() / rows['class'].nunique():.1f} per class"
-            ax.text(x, y, text, transform=ax.transAxes, ha=ha, va=va, color=_GROUPS[group], fontsize=9, fontweight="bold")
+            text, bold = f"{(rows['group'] == group).sum() / rows['class'].nunique():.1f} per class", {"fontsize": 9, "fontweight": "bold"}
+            ax.text(x, y, text, transform=ax.transAxes, ha=ha, va=va, color=_GROUPS[group], **bold)
         ax.set(xscale="log", yscale="log", xlim=line, ylim=line, box_aspect=1)
         for axis in (ax.xaxis, ax.yaxis):  # over less than a decade matplotlib labels every minor tick, in powers of ten
             axis.set_major_locator(LogLocator(subs=(1, 2, 5) if largest < 30 * floor else (1,)))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter(NullFormatter())
     legend(fig, axes, ncols=3, markerscale=2)
-    return style.save(fig, save)
+    return fig
 
 
-@drawn(comparisons="DataFrame of ``Remapping.comparisons``, of several tasks (column ``task``) under each other")
-def latent_groups(comparisons: pd.DataFrame, save: str | None = None) -> Figure:
+@drawn(comparisons=_SEVERAL % "Remapping.comparisons")
+def latent_groups(comparisons: pd.DataFrame) -> Figure:
     """Latents per class in each group, and the overlap of top latents, beside the controls; bars are 95 % intervals over classes."""
-    fig, axes = panels(list(_MEASURES.values()), 1.1 + 0.62 * comparisons["task"].nunique())
+    height, panel = 1.1 + 0.62 * comparisons["task"].nunique(), {"measure": _MEASURES}
+    fig, axes = interval_panels(comparisons, panel, "task", "value", "comparison", _COMPARISONS, height=height, ncols=2)
     for ax, measure in zip(axes, _MEASURES, strict=True):
-        intervals(ax, comparisons[comparisons["measure"] == measure], "task", "value", "comparison", _COMPARISONS)
         overlap = measure in ("jaccard", "rbo")
         ax.set(xlabel="overlap" if overlap else "latents per class", xlim=(-0.02 * ax.get_xlim()[1], 1.04 if overlap else None))
-    legend(fig, axes, ncols=2)
-    return style.save(fig, save)
+    return fig
 
 
-@drawn(accuracy="DataFrame of ``Remapping.accuracy``, of several tasks (column ``task``) under each other")
-def tower_head_cross(accuracy: pd.DataFrame, save: str | None = None) -> Figure:
+@drawn(accuracy=_SEVERAL % "Remapping.accuracy")
+def tower_head_cross(accuracy: pd.DataFrame) -> Figure:
     """Every image tower with every text head: accuracy in per cent, with its 95 % interval; one panel a task."""
     accuracy, sides = accuracy[accuracy["form"] == "raw"], {"base": "CLIP", "adapted": "adapted"}
-    fig, axes = panels(list(accuracy["task"].unique()), 2.7, xlabel="text head", ylabel="image tower")
+    fig, axes = panels([*map(pretty, accuracy["task"].unique())], 2.7)
     for ax, (_, rows) in zip(axes, accuracy.groupby("task", sort=False), strict=True):
         rows = rows.assign(text=[f"{100 * r.accuracy:.0f} %\n[{100 * r.low:.0f}, {100 * r.high:.0f}]" for r in rows.itertuples()])
         grids = [rows.pivot(index="tower", columns="head", values=name).loc[[*sides], [*sides]] for name in ("accuracy", "text")]
@@ -108,149 +104,138 @@ def tower_head_cross(accuracy: pd.DataFrame, save: str | None = None) -> Figure:
         ax.set(xlabel="text head", ylabel="image tower" if ax is axes[0] else "")
         ax.tick_params("y", rotation=0)
     colorbar(fig, axes, "accuracy (%)", shrink=0.75)
-    return style.save(fig, save)
+    return fig
 
 
-@drawn(table="DataFrame of ``Remapping.gain_split()``, of several tasks (column ``task``) under each other")
-def gain_split(table: pd.DataFrame, save: str | None = None) -> Figure:
+@drawn(table=_SEVERAL % "Remapping.gain_split()")
+def gain_split(table: pd.DataFrame) -> Figure:
     """How many points of the gain each tower brings, with 95 % intervals over pictures."""
-    fig, ax = style.figure(width=0.85, height=1.2 + 0.5 * table["task"].nunique())
-    intervals(ax, table, "task", "gain", "part", _TOWERS, scale=100, bars=True)
-    ax.axvline(0, color=COLORS["black"], lw=0.8)
-    ax.set_xlabel("gain over zero-shot CLIP, base classes (points)")
-    legend(fig, ax)
-    return style.save(fig, save)
+    words = {"xlabel": "gain over zero-shot CLIP, base classes (points)", "scale": 100, "bars": True, "zero": True, "text": "{:+z.0f}"}
+    words["xlim"] = (min(-1.0, 110 * table["low"].min()), 115 * table["high"].max())
+    panel, size = {"all": {0: ""}}, {"height": 1.2 + 0.5 * table["task"].nunique(), "subplots": {"width": 0.85}}
+    return interval_panels(table.assign(all=0), panel, "task", "gain", "part", _TOWERS, **words, **size)[0]
 
 
 @drawn(found="mapping of str to Confusions, by task")
-def confusion_change(found: Mapping[str, Any], save: str | None = None) -> Figure:
-    """The adapted model's confusion matrix minus CLIP's, one panel a task; classes from the one that gained most to the one that lost most.
-
-    On the diagonal red is gained and blue is lost; elsewhere blue is a confusion resolved and red a new one. The number at a class is how many points of
-    accuracy it gained.
-    """
-    largest = max(len(each.class_names) for each in found.values())
-    fig, axes = panels(list(found), 1.35 + 0.18 * largest, 2, ylabel="true class", sharey=False)
+def confusion_change(found: Mapping[str, Any]) -> Figure:
+    """The ten largest changes from CLIP's confusion matrix to the adapted model's, one panel a task: accuracies of classes, and confusions."""
+    fig, axes = panels([*map(pretty, found)], 2.7, 2, "adapted minus CLIP (% of the class's pictures)", sharey=False, sharex=True)
     for ax, each in zip(axes, found.values(), strict=True):
-        change, names = 100 * each.change[np.ix_(each.order, each.order)], [pretty(each.class_names[i]) for i in each.order]
-        gains = np.full(change.shape, "", dtype=object)
-        np.fill_diagonal(gains, [f"{gain:.0f}" if gain else "" for gain in np.nan_to_num(change.diagonal())])
-        heat(ax, change, gains, 6.5, square=True, cmap=style.DIVERGING, vmin=-60, vmax=60, xticklabels=names, yticklabels=names)
-        ax.set_xlabel("taken for")
-        ax.tick_params(labelsize=7)
-    colorbar(fig, axes, "adapted minus CLIP (% of the class's pictures)", shrink=0.5, extend="both")
-    return style.save(fig, save)
+        change = 100 * np.nan_to_num(each.change)
+        top = [
+            (i, j) for i, j in zip(*np.unravel_index(np.argsort(-np.abs(change), axis=None, kind="stable")[:10], change.shape), strict=True)
+        ]
+        names = [pretty(each.class_names[i]) + (" (right)" if i == j else f" → {pretty(each.class_names[j])}") for i, j in top]
+        colors = [COLORS["blue" if i == j else "orange"] for i, j in top]
+        ax.barh(range(len(top)), [change[spot] for spot in top], color=colors, height=0.75)
+        ax.set_yticks(range(len(top)), names, fontsize=8)
+        ax.invert_yaxis()
+        ax.axvline(0, color=COLORS["black"], lw=0.8)
+        ax.grid(False, axis="y")
+    fig.suptitle("blue: accuracy of a class; orange: a class taken for another", x=0.01, ha="left", fontsize=9)
+    return fig
 
 
 @drawn(table="DataFrame of ``masked_predictions`` of one data set")
-def prediction_heat(table: pd.DataFrame, save: str | None = None) -> Figure:
+def prediction_heat(table: pd.DataFrame) -> Figure:
     """Accuracy of each class from its top k latents: one column a model, one row a mode; under each k the mean over classes."""
     table = table[(table["choose"] == "oracle") & (table["class"] >= 0)]
     heats = {key: 100 * rows.pivot(index="group", columns="k", values="accuracy") for key, rows in table.groupby(["mode", "model"])}
     pairs, order = list(product(_MODES, _READERS)), heats["on", "adapted"].mean(axis=1).sort_values(ascending=False, kind="stable").index
-    fig, axes = panels([_READERS[model] if mode == "on" else "" for mode, model in pairs], 0.9 + 0.155 * len(order), 3, size=9.5)
+    titles = [_READERS[model] if mode == "on" else "" for mode, model in pairs]
+    fig, axes = panels(titles, 0.9 + min(0.155 * len(order), 6), 3, size=9.5)
     for ax, (mode, model) in zip(axes, pairs, strict=True):
-        rows = heats[mode, model].loc[order]  # best read from few latents first
-        heat(ax, rows, xticklabels=[f"{k}\n{mean:.0f} %" for k, mean in rows.mean().items()], yticklabels=[pretty(name) for name in order])
+        rows = heats[mode, model].loc[order].rename(pretty)  # best read from few latents first
+        heat(
+            ax, rows, xticklabels=[f"{k}\n{mean:.0f} %" for k, mean in rows.mean().items()], yticklabels=True if len(order) < 40 else "auto"
+        )
         ax.set(xlabel="", ylabel=_MODES[mode] if model == "CLIP" else "")
         ax.tick_params(labelsize=8)
         ax.tick_params("x", rotation=0)
     fig.supxlabel("latents k of the true class; below, the mean accuracy over classes", fontsize=10)
     colorbar(fig, axes, "accuracy (%)", shrink=0.6)
-    return style.save(fig, save)
+    return fig
 
 
 @drawn(cross="DataFrame of ``Dictionaries.cross``")
-def dictionary_cross(cross: pd.DataFrame, save: str | None = None) -> Figure:
+def dictionary_cross(cross: pd.DataFrame) -> Figure:
     """Each dictionary on the activations of each model: explained variance, active latents, accuracy with the reconstruction; 95 % intervals."""
-    titles = {"explained_variance": "explained variance", "l0": "active latents per token", "change": "accuracy change (points)"}
+    titles = {"explained_variance": "explained variance (%)", "l0": "active latents per token", "change": "accuracy change (points)"}
     places = {"CLIP": "activations of\nCLIP", "adapted": "activations of\nthe adapted model"}
-    fig, axes = panels(list(titles.values()), 2.5)
+    scale = np.where(cross["measure"] == "l0", 1, 100)
+    cross = cross.assign(**{name: scale * cross[name] for name in ("value", "low", "high")})
+    fig, axes = interval_panels(
+        cross, {"measure": titles}, "activations", "value", "sae", _DICTIONARIES, height=2.5, order=places, text="{:.1f}", xlim=(0, 50)
+    )
     for ax, measure in zip(axes, titles, strict=True):
-        rows, scale = cross[cross["measure"] == measure], 100 if measure == "change" else 1
-        intervals(ax, rows, "activations", "value", "sae", _DICTIONARIES, order=places, scale=scale)
-    legend(fig, axes)
-    return style.save(fig, save)
+        ax.set_xlim(min(0.0, 1.1 * cross.loc[cross["measure"] == measure, "low"].min()), 110 if measure == "explained_variance" else None)
+    return fig
 
 
 @drawn(parts="DataFrame of ``GainSplit.parts()``, of several models (columns ``task``, ``adapter``) under each other")
-def gain_parts(parts: pd.DataFrame, save: str | None = None) -> Figure:
-    """The parts of each gain in points of accuracy, one panel a part, with 95 % intervals over pictures."""
-    parts = parts.assign(of=parts["task"] + ", " + parts["adapter"])
-    fig, axes = panels([title for title, _ in _PARTS.values()], 1.3 + 0.34 * parts["of"].nunique(), size=9.5, sharex=True)
-    for ax, (part, (_, color)) in zip(axes, _PARTS.items(), strict=True):
-        rows = parts[parts["part"] == part]
-        intervals(ax, rows, "of", "gain", "part", {part: look(color)}, order=parts["of"].unique(), scale=100, bars=True)
-        ax.axvline(0, color=COLORS["black"], lw=0.8)
-    fig.supxlabel("accuracy over zero-shot CLIP, base classes (points)", fontsize=10)
-    return style.save(fig, save)
+def gain_parts(parts: pd.DataFrame) -> Figure:
+    """The parts of each gain in points of accuracy, one panel a task, the adapters beside each other, with 95 % intervals over pictures."""
+    parts, reach = parts[parts["part"].isin([*_PARTS])], 100 * max(parts["high"].max(), 0.05)
+    looks = {name: look(color) for name, color in zip(parts["adapter"].unique(), ("blue", "orange", "green", "gray"), strict=False)}
+    words = {"xlabel": "points over zero-shot CLIP", "zero": True, "bars": True, "scale": 100, "text": "{:+z.0f}", "order": _PARTS}
+    limits = (min(-2.0, 100 * parts["low"].min()), 1.2 * reach)
+    return interval_panels(parts, "task", "part", "gain", "adapter", looks, height=3.6, xlim=limits, **words)[0]
 
 
-@drawn(experiments="DataFrame of ``GainSplit.experiments()``, of several tasks (column ``task``) under each other")
-def gain_experiments(experiments: pd.DataFrame, save: str | None = None) -> Figure:
+@drawn(experiments=_SEVERAL % "GainSplit.experiments()")
+def gain_experiments(experiments: pd.DataFrame) -> Figure:
     """Accuracy with some parts of the adapted model put into CLIP, or taken out of the adapted model; one panel a task."""
     experiments = experiments.assign(whole=experiments["experiment"].isin(["CLIP", "adapted"]))
-    looks = {True: look("black"), False: look("blue")}
-    order = experiments["experiment"].unique()
-    fig, axes = panels(list(experiments["task"].unique()), 0.9 + 0.27 * len(order), xlabel="accuracy (%)")
+    looks, order = {True: look("black"), False: look("blue")}, experiments["experiment"].unique()
+    words = {"height": 0.9 + 0.27 * len(order), "ncols": 0, "xlabel": "accuracy (%)", "order": order, "scale": 100, "spread": 0}
+    fig, axes = interval_panels(experiments, "task", "experiment", "value", "whole", looks, **words)
     for ax, (_, rows) in zip(axes, experiments.groupby("task", sort=False), strict=True):
         ax.axvspan(*sorted(100 * rows["value"].iloc[[0, -1]]), color=COLORS["gray"], alpha=0.15, lw=0)
-        intervals(ax, rows, "experiment", "value", "whole", looks, order=order, scale=100, spread=0)
-    return style.save(fig, save)
+    return fig
 
 
-@drawn()
-def class_links(links: pd.DataFrame, save: str | None = None) -> Figure:
+@drawn(
+    links="DataFrame of ``ClassLinks.links()`` of one data set; the three strongest of each class are shown, and these latents' other links",
+    names="mapping of int to str, optional; what to call the latents",
+)
+def class_links(links: pd.DataFrame, names: Mapping[int, str] | None = None) -> Figure:
     """The remapping matrix: which latents each class rests on, and which of these links stayed, vanished or appeared.
 
     One row a class, one column a latent; a disc is a link, its area the share of the class's evidence (in the model that has more of it), its
     colour what became of it. Latents stand in the order of the classes that rest on them most, so that links of a class to its own latents
     lie near the diagonal.
-
-    Parameters
-    ----------
-    links : DataFrame of ``ClassLinks.links()`` of one data set; the three strongest of each class are shown, and these latents' other links
-    save : str, optional
-
-    Raises
-    ------
-    ValueError
-        If there are no links.
     """
-    if links.empty:
-        raise ValueError("There are no links to draw.")
     links = links.assign(size=links[["base", "adapted"]].max(axis=1)).sort_values("size", ascending=False)
     shown = links[links["latent"].isin(links.groupby("class").head(3)["latent"])]
     owner = shown.drop_duplicates("latent").sort_values(["class", "size"], ascending=[True, False])
     column = {latent: i for i, latent in enumerate(owner["latent"])}
-    names = links.sort_values("class").drop_duplicates("class").set_index("class")["class_name"].map(pretty)
-    fig, ax = style.figure(height=1.5 + 0.24 * len(names))
-    largest = float(shown["size"].max())
+    classes = links.sort_values("class").drop_duplicates("class").set_index("class")["class_name"].map(pretty)
+    fig, ax = figure(height=(2.3 if names else 1.5) + 0.24 * len(classes))
+    largest, disc = float(shown["size"].max()), {"linestyle": "none", "marker": "o"}
+    handles = []
     for name, color in _LINKS.items():
         part = shown[shown["link"] == name]
-        spots = part["latent"].map(column), part["class"].map(names.index.get_loc)
+        spots = part["latent"].map(column), part["class"].map(classes.index.get_loc)
         ax.scatter(*spots, s=150 * part["size"] / largest, color=color, lw=0, zorder=3)
-    ax.set(xlabel="latent of CLIP's dictionary", xlim=(-0.8, len(column) - 0.2), ylim=(len(names) - 0.4, -0.6))
-    ax.set_yticks(range(len(names)), names)
-    ax.set_xticks(range(len(column)), list(column), rotation=90, fontsize=7)
-    disc = {"linestyle": "none", "marker": "o"}
-    handles = [
-        Line2D([], [], ms=7, color=color, label=f"{name} ({(shown['link'] == name).sum()})", **disc) for name, color in _LINKS.items()
-    ]
-    sizes = [share for share in (0.5, 0.2, 0.05) if share <= largest] or [largest]
-    handles += [Line2D([], [], ms=np.sqrt(150 * share / largest), color="#CCCCCC", label=f"{share:.0%} of the class's evidence", **disc) for share in sizes]  # fmt: skip
+        handles.append(Line2D([], [], ms=7, color=color, label=f"{name} ({len(part)})", **disc))
+    ax.set(xlabel="latent of CLIP's dictionary", xlim=(-0.8, len(column) - 0.2), ylim=(len(classes) - 0.4, -0.6))
+    ax.set_yticks(range(len(classes)), classes)
+    ax.set_xticks(range(len(column)), [f"{latent} {(names or {}).get(latent, '')}".strip() for latent in column], rotation=90, fontsize=7)
+    for share in [share for share in (0.5, 0.2, 0.05) if share <= largest] or [largest]:
+        size = np.sqrt(150 * share / largest)
+        handles.append(Line2D([], [], ms=size, color="#CCCCCC", label=f"{share:.0%} of the class's evidence", **disc))
     fig.legend(handles=handles, loc="outside upper center", ncols=6, fontsize=8.5, handletextpad=0.3, columnspacing=1.2)
-    return style.save(fig, save)
+    return fig
 
 
 @drawn(table="DataFrame of ``load_protocol``")
-def adapter_table(table: pd.DataFrame, save: str | None = None) -> Figure:
-    """Raw accuracy of every adapter on every task, one panel a half; bars are 95 % intervals over pictures."""
+def adapter_table(table: pd.DataFrame) -> Figure:
+    """Points of raw accuracy that every adapter gains on every task, one panel a half; bars are 95 % intervals of its accuracy over pictures."""
     table = table[table["form"] == "raw"]
+    zero = table[table["kind"] == "zero-shot"].set_index(["task", "half"])["accuracy"]
+    before = zero.reindex(pd.MultiIndex.from_frame(table[["task", "half"]])).to_numpy()
+    table = table.assign(**{name: 100 * (table[name] - before) for name in ("accuracy", "low", "high")})
     looks = {kind: look(color, marker, NAMES.get(kind, kind)) for kind, (color, marker) in _KINDS.items()}
-    halves, tasks = ["base", "novel", "harmonic mean"], table["task"].unique()
-    fig, axes = panels(halves, 1.3 + 0.48 * len(tasks), xlabel="accuracy (%)", sharex=True)
-    for ax, half in zip(axes, halves, strict=True):
-        intervals(ax, table[table["half"] == half], "task", "accuracy", "kind", looks, order=tasks, scale=100, spread=0.82)
-    legend(fig, axes, ncols=7)
-    return style.save(fig, save)
+    words = {"xlabel": "points over zero-shot CLIP", "zero": True, "spread": 0.8, "ncols": 6, "subplots": {"sharex": True}}
+    panel = {"half": {half: half for half in ("base", "novel", "harmonic mean")}}
+    return interval_panels(table, panel, "task", "accuracy", "kind", looks, height=1.3 + 0.48 * table["task"].nunique(), **words)[0]

@@ -10,12 +10,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from . import style
-from .drawing import HALO, band, colorbar, heat, intervals, look, panels
-from .style import COLORS, drawn
+from .drawing import HALO, band, colorbar, heat, interval_panels, intervals, look, panels
+from .style import COLORS, drawn, figure
 
 _BASELINES = (*(COLORS[name] for name in ("orange", "green", "purple", "sky", "red")), "#8B5A2B", COLORS["gray"], COLORS["black"])
-_BASELINE_MARKERS = "s^vDPX<>"
 _STATISTICS = {"log_frequency": "log10 frequency", "log_mean_activation": "log10 mean activation", "label_entropy": "label entropy (nats)"}
 _LOCAL = {"ap": "average precision", "iou": "intersection over union", "pointing": "pointing game"}
 _COUNTS = {-0.5: "0", 0.5: "1", 1.5: "2", 2.5: "3-4", 4.5: "5-8", 8.5: "9-16", 16.5: "17-32", 32.5: "33 +"}
@@ -25,9 +23,9 @@ _COUNTS = {-0.5: "0", 0.5: "1", 1.5: "2", 2.5: "3-4", 4.5: "5-8", 8.5: "9-16", 1
     frame="DataFrame of ``LatentSummary.to_frame()``: living latents",
     annotate="mapping of int to str; latents to point at, and what to call them",
 )
-def latent_statistics(frame: pd.DataFrame, annotate: Mapping[int, str], save: str | None = None) -> Figure:
+def latent_statistics(frame: pd.DataFrame, annotate: Mapping[int, str]) -> Figure:
     """How often each latent is active against how strongly, coloured by label entropy."""
-    fig, ax = style.figure(height=4.6)
+    fig, ax = figure(height=4.6)
     points = ax.scatter(frame["frequency"], frame["mean_activation"], c=frame["label_entropy"], s=9, cmap="viridis", alpha=0.8, lw=0)
     bar = fig.colorbar(points, ax=ax, pad=0.01, label="label entropy (nats)")
     bar.outline.set_visible(False)
@@ -36,12 +34,12 @@ def latent_statistics(frame: pd.DataFrame, annotate: Mapping[int, str], save: st
     ax.set_title(f"{len(frame):,} living latents")
     at, red = frame.set_index("latent"), {"color": COLORS["red"], "weight": "bold", "path_effects": HALO}
     for i, (letter, (latent, text)) in enumerate(zip(string.ascii_uppercase, annotate.items(), strict=False)):
-        place = at.loc[latent, ["frequency", "mean_activation"]].astype(float)
+        place, y = at.loc[latent, ["frequency", "mean_activation"]], 0.97 - 0.055 * i
         ax.scatter(*place, s=50, facecolors="none", edgecolors=COLORS["red"], lw=1.5, zorder=3)
         ax.annotate(letter, place, (-5, 4), textcoords="offset points", ha="right", zorder=4, **red)
-        ax.text(0.015, 0.97 - 0.055 * i, letter, transform=ax.transAxes, va="top", **red)
-        ax.text(0.038, 0.97 - 0.055 * i, f"{latent}  {text}", transform=ax.transAxes, va="top", fontsize=9)
-    return style.save(fig, save)
+        ax.text(0.015, y, letter, transform=ax.transAxes, va="top", **red)
+        ax.text(0.038, y, f"{latent}  {text}", transform=ax.transAxes, va="top", fontsize=9)
+    return fig
 
 
 def _looks(table: pd.DataFrame) -> dict[str, dict]:
@@ -49,7 +47,7 @@ def _looks(table: pd.DataFrame) -> dict[str, dict]:
     looks, n = {}, {"sae": 0, "baseline": 0, "ceiling": 0}
     for name, role in table.drop_duplicates("dictionary")[["dictionary", "role"]].itertuples(index=False):
         i = n[role]
-        looks[name] = {"color": _BASELINES[i % len(_BASELINES)], "marker": _BASELINE_MARKERS[i % len(_BASELINE_MARKERS)], "ms": 5}
+        looks[name] = {"color": _BASELINES[i % len(_BASELINES)], "marker": "s^vDPX<>"[i % 8], "ms": 5}
         if role != "baseline":
             looks[name] = look(("blue", "sky", "green", "purple")[i % 4], ms=7, elinewidth=2.4) if role == "sae" else look("black", "|")
         n[role] += 1
@@ -57,83 +55,85 @@ def _looks(table: pd.DataFrame) -> dict[str, dict]:
 
 
 @drawn(table="DataFrame of ``ComparisonReport.table()``")
-def concept_families(table: pd.DataFrame, save: str | None = None) -> Figure:
+def concept_families(table: pd.DataFrame) -> Figure:
     """Mean average precision of the best feature by family of concepts: a row a dictionary, with its interval; the line is the supervised ceiling."""
     kinds = table.drop_duplicates("kind").set_index("kind")["n_concepts"]
     shown, ceiling = table[table["role"] != "ceiling"], table[table["role"] == "ceiling"]
     order = list(shown[shown["kind"] == kinds.index[-1]].sort_values("ap", ascending=False)["dictionary"])
-    fig, axes = panels([f"{kind} ({n})" for kind, n in kinds.items()], 0.24 * len(order) + 0.85, 3, sharex=True)
+    titles = {"kind": {kind: f"{kind} ({n})" for kind, n in kinds.items()}}
+    fig, axes = interval_panels(
+        shown, titles, "dictionary", "ap", "dictionary", _looks(table), height=0.24 * len(order) + 0.85, columns=3, ncols=0, xlim=(0, 1),
+        order=order, spread=0, text="{:.2f}", subplots={"sharex": True},
+    )  # fmt: skip
     for ax, kind in zip(axes, kinds.index, strict=True):
-        ax.set_xlim(0, 1)
-        intervals(ax, shown[shown["kind"] == kind], "dictionary", "ap", "dictionary", _looks(table), order=order, spread=0, text="{:.2f}")
         for row in ceiling[ceiling["kind"] == kind].itertuples():
             ax.axvspan(row.low, row.high, color=COLORS["black"], alpha=0.12, lw=0)
             ax.axvline(row.ap, color=COLORS["black"], lw=1.2, ls="--")
         ax.axvline(table.loc[table["kind"] == kind, "chance"].iloc[0], color=COLORS["gray"], lw=1.1, ls=":")
     text = "mean average precision of the best feature, on scenes it was not chosen on (95 % interval); dotted: chance"
     fig.supxlabel(text + "".join(f"; dashed: {name}" for name in ceiling["dictionary"].unique()), fontsize=9)
-    return style.save(fig, save)
+    return fig
 
 
 @drawn(coverage="DataFrame of ``ComparisonReport.coverage(thresholds)``")
-def coverage_curves(coverage: pd.DataFrame, save: str | None = None) -> Figure:
+def coverage_curves(coverage: pd.DataFrame) -> Figure:
     """Share of concepts found with an AP above a threshold, over the threshold."""
-    fig, ax = style.figure(width=0.95, height=3.8)
-    looks = _looks(coverage)
-    for name, rows in coverage.groupby("dictionary", sort=False):
-        role, how = rows["role"].iloc[0], looks[name]
+    fig, ax = figure(width=0.95, height=3.8)
+    for name, how in _looks(coverage).items():
+        rows = coverage[coverage["dictionary"] == name]
+        role = rows["role"].iloc[0]
         line = {"ls": "--", "marker": None} if role == "ceiling" else {"marker": how["marker"], "markevery": max(1, len(rows) // 8)}
         band(ax, rows, "threshold", "share", how["color"], label=name, lw=2.6 if role == "sae" else 1.3, **line)
     ax.axvline(0.5, color=COLORS["gray"], lw=1, ls=":")
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="average precision", ylabel=f"share of {coverage['n_concepts'].iloc[0]} concepts above it")
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return style.save(fig, save)
+    return fig
 
 
 @drawn(concepts="DataFrame of ``Localization.concepts``")
-def localization(concepts: pd.DataFrame, save: str | None = None) -> Figure:
+def localization(concepts: pd.DataFrame) -> Figure:
     """Average precision, IoU and the pointing game by family: every concept a dot, the mean a bar; dotted grey for the pointing of a random patch."""
     counts, means = concepts["kind"].value_counts(sort=False), concepts.groupby("kind", sort=False)[[*_LOCAL, "pointing_chance"]].mean()
-    fig, axes = panels(list(_LOCAL.values()), 0.42 * len(counts) + 1.2)
+    fig, axes = panels([*_LOCAL.values()], 0.42 * len(counts) + 1.2)
     for ax, metric in zip(axes, _LOCAL, strict=True):
-        rows = concepts["kind"].map(counts.index.get_loc) + np.random.default_rng(0).uniform(-0.26, 0.26, len(concepts))
-        ax.scatter(concepts[metric], rows, s=9, color=COLORS["blue"], alpha=0.35, lw=0)
+        dots = {"s": 3, "color": COLORS["blue"], "alpha": 0.4, "jitter": 0.26, "ax": ax}
+        sns.stripplot(concepts, x=metric, y="kind", order=counts.index, **dots)
         for y, mean in enumerate(means[metric]):
             ax.vlines(mean, y - 0.38, y + 0.38, color=COLORS["red"], lw=2.4, zorder=3)
             ax.annotate(f"{mean:.2f}", (1.03, y), annotation_clip=False, va="center", fontsize=8, color=COLORS["red"])
             if metric == "pointing":
                 ax.vlines(means["pointing_chance"].iloc[y], y - 0.38, y + 0.38, color=COLORS["gray"], lw=1.6, ls=":")
-        ax.set(xlim=(-0.02, 1.02), ylim=(len(counts) - 0.5, -0.5))
+        ax.set(xlim=(-0.02, 1.02), xlabel="", ylabel="")
         ax.set_yticks(range(len(counts)), [f"{kind} ({n})" for kind, n in counts.items()])
-        ax.grid(False, axis="y")
     fig.supxlabel("each dot a concept, latent and threshold chosen on other scenes; red: mean; dotted grey: a random patch", fontsize=9)
-    return style.save(fig, save)
+    return fig
 
 
 @drawn(agreement="DataFrame of ``name_agreement``")
-def name_agreement(agreement: pd.DataFrame, save: str | None = None) -> Figure:
+def name_agreement(agreement: pd.DataFrame) -> Figure:
     """How often two sources of names agree, against chance: equal names, and names that are no contradiction."""
     titles = {"equal names": ("agreement", "chance"), "equal or related": ("related", "related_chance")}
-    names = list(dict.fromkeys([*agreement["a"], *agreement["b"]]))
     named = dict(zip(agreement["a"], agreement["n_a"], strict=True)) | dict(zip(agreement["b"], agreement["n_b"], strict=True))
-    fig, axes = panels(list(titles), 0.75 * len(names) + 1.2)
+    fig, axes = panels([*titles], 0.75 * len(named) + 1.2)
     for ax, (value, chance) in zip(axes, titles.values(), strict=True):
-        shares = pd.DataFrame(np.nan, names, names)
-        texts = pd.DataFrame([[f"{named[a]:,}\nnamed" if a == b else "no common\nlatent" for b in names] for a in names], names, names)
-        for row in agreement.dropna(subset=value).itertuples():
-            for a, b in ((row.a, row.b), (row.b, row.a)):
-                shares.loc[a, b] = getattr(row, value)
-                texts.loc[a, b] = f"{getattr(row, value):.0%}\nchance {getattr(row, chance):.0%}\n{row.n_both:,} latents"
-        heat(ax, shares.fillna(0), texts, cmap="Blues", vmax=1)
+        shares = pd.DataFrame(0.0, [*named], [*named])
+        texts = pd.DataFrame(
+            [[f"{named[a]:,}\nnamed" if a == b else "no common\nlatent" for b in named] for a in named], [*named], [*named]
+        )
+        for row in agreement.dropna(subset=value).to_dict("records"):
+            for a, b in ((row["a"], row["b"]), (row["b"], row["a"])):
+                shares.loc[a, b] = row[value]
+                texts.loc[a, b] = f"{row[value]:.0%}\nchance {row[chance]:.0%}\n{row['n_both']:,} latents"
+        heat(ax, shares, texts, cmap="Blues", vmax=1)
         ax.tick_params(rotation=0)
     colorbar(fig, axes, "share of latents both name", fraction=0.04)
-    return style.save(fig, save)
+    return fig
 
 
 @drawn(splitting="DataFrame of ``splitting``", absorption="DataFrame of ``absorption``; the twelve categories of most classes are shown")
-def concept_sharing(splitting: pd.DataFrame, absorption: pd.DataFrame, save: str | None = None) -> Figure:
+def concept_sharing(splitting: pd.DataFrame, absorption: pd.DataFrame) -> Figure:
     """How many latents share a concept, by family; and how many classes the best latent of each category finds, skips, or leaves to others."""
-    fig, (left, right) = style.figure(height=4.3, ncols=2, width_ratios=[1, 1.25])
+    fig, (left, right) = figure(height=4.3, ncols=2, width_ratios=[1, 1.25])
     latents = pd.cut(splitting["n_latents"], [*_COUNTS, np.inf], labels=list(_COUNTS.values()))
     shares = pd.crosstab(splitting["kind"], latents, normalize="index", dropna=False).loc[splitting["kind"].unique()]
     shares.index = [f"{kind} ({(splitting['kind'] == kind).sum()})" for kind in shares.index]
@@ -154,11 +154,11 @@ def concept_sharing(splitting: pd.DataFrame, absorption: pd.DataFrame, save: str
         ax.invert_yaxis()
         ax.grid(False, axis="y")
         ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=columns, title=title, handlelength=1.2, columnspacing=1.0)
-    return style.save(fig, save)
+    return fig
 
 
 @drawn(table="DataFrame of ``Likeness.table``", chance="float; expected score once the images are shuffled")
-def monosemanticity(table: pd.DataFrame, chance: float, save: str | None = None) -> Figure:
+def monosemanticity(table: pd.DataFrame, chance: float) -> Figure:
     """Monosemanticity scores of all latents beside those of random directions and of single dimensions; and against how rare a feature is."""
     table = table.dropna(subset="score")
     medians = table.groupby("dictionary", sort=False)["score"].median()
@@ -176,30 +176,30 @@ def monosemanticity(table: pd.DataFrame, chance: float, save: str | None = None)
     left.set(xlabel="monosemanticity score", ylabel="share of features")
     left.get_legend().set_title("median (dotted: images shuffled)")
     right.set(xscale="log", xlabel="images where the feature is active")
-    return style.save(fig, save)
+    return fig
 
 
 @drawn(rows="DataFrame of ``by_layer``")
-def by_layer(rows: pd.DataFrame, save: str | None = None) -> Figure:
+def by_layer(rows: pd.DataFrame) -> Figure:
     """Statistics of living latents by layer (dot: median; bars: middle half, and from the 10th to the 90th percentile), and object AP."""
     fig, axes = panels([*_STATISTICS.values(), "object AP"], 2.8, size=9.5, sharey=False)
     thin = {False: look("blue"), True: look("red")}
     thick = {main: {**how, "marker": "", "elinewidth": 6, "alpha": 0.5} for main, how in thin.items()}
     for ax, name in zip(axes, _STATISTICS, strict=False):
         for looks, low, high in ((thick, 25, 75), (thin, 10, 90)):
-            ends = (f"{name}_q{low}", f"{name}_q{high}")
-            intervals(ax, rows, "layer", f"{name}_q50", "main", looks, ends=ends, upright=True, spread=0)
+            between = (f"{name}_q{low}", f"{name}_q{high}")
+            intervals(ax, rows, "layer", f"{name}_q50", "main", looks, between=between, upright=True, spread=0)
     intervals(axes[-1], rows, "layer", "object_ap", "main", thin, upright=True, spread=0)
     axes[-1].set_ylim(bottom=0)
     fig.supxlabel("layer (block whose output is read); red: the layer of this notebook; object AP with its 95 % interval", fontsize=9)
-    return style.save(fig, save)
+    return fig
 
 
 @drawn(
     rows="DataFrame of ``nearest_variants``",
     baselines="DataFrame of ``ComparisonReport.table()``, optional; its rows of objects that are no SAE are shown, best first",
 )
-def variants(rows: pd.DataFrame, baselines: pd.DataFrame | None = None, save: str | None = None) -> Figure:
+def variants(rows: pd.DataFrame, baselines: pd.DataFrame | None = None) -> Figure:
     """How well the best latent finds objects: variants of the SAE, and below a line the dictionaries of the comparison."""
     kinds = ["PatchSAE" if name.startswith("PatchSAE") else "alone" if name.endswith("alone") else "variant" for name in rows["dictionary"]]
     names = [f"{row.dictionary}  (L0 {row.l0:.0f})" for row in rows.itertuples()]
@@ -210,9 +210,9 @@ def variants(rows: pd.DataFrame, baselines: pd.DataFrame | None = None, save: st
         shown, order = pd.concat([shown, others.assign(look="other")]), order | {"": ""} | {name: name for name in others["dictionary"]}
     colors = {"PatchSAE": "red", "variant": "blue", "alone": "green", "other": "gray"}
     looks = {kind: look(color, elinewidth=2) for kind, color in colors.items()}
-    fig, ax = style.figure(width=0.85, height=0.24 * len(order) + 1.0)
+    fig, ax = figure(width=0.85, height=0.24 * len(order) + 1.0)
     ax.set(xlim=(0, min(1.0, 1.15 * shown["high"].max())), xlabel="object AP of the best feature (95 % interval)")
     intervals(ax, shown, "dictionary", "ap", "look", looks, order=order, spread=0, text="{:.2f}")
     if "" in order:
         ax.axhline(len(names), color="#4D4D4D", lw=0.8)
-    return style.save(fig, save)
+    return fig

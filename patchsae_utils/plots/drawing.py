@@ -1,4 +1,4 @@
-"""The few shapes that most figures have: dots or bars with intervals, curves with bands, panels, rows of masked pictures."""
+"""The few shapes that most figures have: dots or bars with intervals, curves with bands, heat maps, panels, rows of masked pictures."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .style import COLORS, CYCLE, HEAT, MARKERS, figure, image_axes
 
 PERCENT = PercentFormatter(1, decimals=0)
 HALO = [withStroke(linewidth=2.5, foreground="white")]
-DARKNESS = 0.75
+DARKNESS = 0.6
 """How much a picture is darkened where a latent is silent."""
 
 
 def pretty(name: Any) -> str:
-    """How a class or a task is written in a figure."""
-    return str(name).removeprefix("openmoji/").replace("_", " ")
+    """How a class or a task is written in a figure: "animals, gray" for ``openmoji/animals:gray``."""
+    return str(name).removeprefix("openmoji/").replace("_", " ").replace(":", ", ")
 
 
 def clip(words: Any, n: int) -> str:
@@ -63,13 +63,20 @@ def legend(fig: Figure, axes: Any, ncols: int = 4, **options: Any) -> None:
     fig.legend(entries.values(), entries.keys(), **{"loc": "outside lower center", "ncols": ncols, "columnspacing": 1.4, **options})
 
 
-def _ends(table: pd.DataFrame, value: str) -> tuple[str, str]:
+def ends(table: pd.DataFrame, value: str) -> tuple[str, str]:
+    """The columns of a value's interval."""
     return (f"{value}_low", f"{value}_high") if f"{value}_low" in table else ("low", "high")
+
+
+def errors(table: pd.DataFrame, value: str, low: str = "", high: str = "") -> np.ndarray:
+    """[2, n] lengths of error bars."""
+    low, high = (low, high) if low else ends(table, value)
+    return np.stack([table[value] - table[low], table[high] - table[value]]).clip(0)
 
 
 def intervals(
     ax: Axes, table: pd.DataFrame, place: str, value: str, hue: str, looks: Mapping[Any, Mapping] | None = None, *,
-    order: Any = None, ends: tuple[str, str] | None = None, scale: float = 1, upright: bool = False, bars: bool = False, spread: float = 0.6,
+    order: Any = None, between: tuple[str, str] | None = None, scale: float = 1, upright: bool = False, bars: bool = False, spread: float = 0.6,
     text: str = "",
 ) -> None:  # fmt: skip
     """Dots or bars with given ends: a position for each ``place``, beside each other for each ``hue``.
@@ -78,30 +85,24 @@ def intervals(
     """
     order = order if isinstance(order, Mapping) else {each: pretty(each) for each in (table[place].unique() if order is None else order)}
     kinds = [kind for kind in (looks or table[hue].unique()) if (table[hue] == kind).any()]
-    low, high = ends or _ends(table, value)
+    low, high = between or ends(table, value)
     step, n = (0.8 if bars else spread) / len(kinds), len(order)
     for i, kind in enumerate(kinds):
         rows = scale * table[table[hue] == kind].set_index(place)[list({value, low, high})].reindex(list(order))
-        at, middle = np.arange(n) + (i - (len(kinds) - 1) / 2) * step, rows[value]
-        how: dict[str, Any] = {
-            "color": CYCLE[i % len(CYCLE)],
-            "marker": MARKERS[i % len(MARKERS)],
-            "label": kind,
-            "ls": "none",
-            "elinewidth": 1.2,
-        }
-        how |= {} if looks is None else dict(looks[kind])
+        at, middle, length = np.arange(n) + (i - (len(kinds) - 1) / 2) * step, rows[value], errors(rows, value, low, high)
+        how: dict[str, Any] = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)], "label": kind}
+        how |= {"ls": "none", "elinewidth": 1.2, **(looks or {}).get(kind, {})}
         if bars:
             (ax.bar if upright else ax.barh)(at, middle, 0.9 * step, color=how["color"], label=how["label"])
             how = {"fmt": "none", "ecolor": "#4D4D4D", "elinewidth": 1.2}
-        error = np.stack([middle - rows[low], rows[high] - middle]).clip(0)
-        ax.errorbar(*((at, middle, error) if upright else (middle, at, None, error)), **how)
+        ax.errorbar(*((at, middle, length) if upright else (middle, at, None, length)), **how)
         for x, number, left, right in zip(at, middle, rows[low], rows[high], strict=True) if text else ():
             back = not upright and right > 0.85 * ax.get_xlim()[1]
             ha, offset = ("center", (0, 2)) if upright else ("right", (-5, 0)) if back else ("left", (5, 0))
-            spot = (x, right) if upright else (left if back else right, x)
+            spot = (x, right) if upright else (left if back else max(right, 0) if bars else right, x)
             words = {"ha": ha, "va": "bottom" if upright else "center", "fontsize": 8, "path_effects": HALO}
-            ax.annotate(text.format(number), spot, offset, textcoords="offset points", **words)
+            if np.isfinite(number):
+                ax.annotate(text.format(number), spot, offset, textcoords="offset points", **words)
     for i in range(0, n, 2) if len(kinds) > 1 and not bars and spread else ():
         (ax.axvspan if upright else ax.axhspan)(i - 0.5, i + 0.5, color="#F5F5F5", zorder=0, lw=0)
     axis, limits = ("x", (-0.5, n - 0.5)) if upright else ("y", (n - 0.5, -0.5))
@@ -110,9 +111,30 @@ def intervals(
     ax.grid(False, axis=axis)
 
 
+def interval_panels(
+    table: pd.DataFrame, panel: str | Mapping, place: str, value: str, hue: str, looks: Mapping[Any, Mapping] | None = None, *, height: float,
+    ncols: int = 4, columns: int = 0, xlabel: str = "", ylabel: str = "", size: float = 11, xlim: Any = None, zero: bool = False,
+    subplots: Mapping[str, Any] | None = None, **options: Any,
+) -> tuple[Figure, Any]:  # fmt: skip
+    """:func:`intervals` in a panel for each value of the column ``panel`` (or {column: {value: title}}), and one legend (``ncols=0``: none)."""
+    column, titles = (
+        next(iter(panel.items())) if isinstance(panel, Mapping) else (panel, {each: pretty(each) for each in table[panel].unique()})
+    )
+    fig, axes = panels([*titles.values()], height, columns, xlabel, ylabel, size, **(subplots or {}))
+    for ax, which in zip(axes, titles, strict=True):
+        if xlim is not None:
+            ax.set_xlim(xlim)
+        intervals(ax, table[table[column] == which], place, value, hue, looks, **options)
+        if zero:
+            (ax.axhline if options.get("upright") else ax.axvline)(0, color=COLORS["black"], lw=0.8)
+    if ncols:
+        legend(fig, axes, ncols)
+    return fig, axes
+
+
 def band(ax: Axes, rows: pd.DataFrame, x: Any, y: str, color: str, *, scale: float = 1, **line: Any) -> None:
     """A curve and the band between its given ends. ``x`` is a column, or the positions."""
-    x, (low, high) = rows[x] if isinstance(x, str) else x, _ends(rows, y)
+    x, (low, high) = rows[x] if isinstance(x, str) else x, ends(rows, y)
     ax.fill_between(x, scale * rows[low], scale * rows[high], color=color, alpha=0.15, lw=0)
     ax.plot(x, scale * rows[y], color=color, **{"marker": "o", "ms": 4, **line})
 
@@ -131,8 +153,7 @@ def colorbar(fig: Figure, axes: Any, label: str, **options: Any) -> None:
 
 def paired_bars(ax: Axes, names: Sequence[Any], values: Mapping[str, Any], colors: Sequence[str]) -> None:
     """Two bars for each name, the first on top."""
-    table = pd.DataFrame(dict(values), index=[clip(name, 18) for name in names])
-    table.plot.barh(ax=ax, color=list(colors), width=0.76, legend=False)
+    pd.DataFrame(dict(values), index=[clip(name, 18) for name in names]).plot.barh(ax=ax, color=list(colors), width=0.76, legend=False)
     ax.invert_yaxis()
     ax.set_ylabel("")
     ax.grid(False, axis="y")
@@ -166,6 +187,22 @@ def outline(ax: Axes, mask: np.ndarray, shape: tuple[int, int], color: str, tint
         ax.contour(*place, pixels, [0.5], colors=[line], linewidths=width)
 
 
+def image_rows(rows: Mapping[str, Sequence], titles: Sequence[str] = (), extra: float = 0.3, scaled: bool = False) -> tuple[Figure, Any]:
+    """Rows of as many pictures, each named on the left; titles over the columns. ``scaled``: rows of numbers get a colour bar."""
+    n = max(map(len, rows.values()))
+    fig, axes = figure(height=(8.4 if scaled else 9.0) / n * len(rows) + extra, nrows=len(rows), ncols=n, squeeze=False)
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        top = max(float(np.asarray(each).max()) for each in pictures)
+        for ax, picture in zip(line, pictures, strict=True):
+            shown = image_axes(ax).imshow(np.asarray(picture), vmin=0, vmax=top)
+        line[0].set_ylabel(name, fontsize=9)
+        if scaled and np.ndim(np.asarray(pictures[0])) == 2:
+            fig.colorbar(shown, ax=line, shrink=0.85, aspect=12, pad=0.01).outline.set_visible(False)
+    for ax, title in zip(axes[0], titles, strict=False):
+        ax.set_title(title, fontsize=8.5, loc="center", fontweight="normal")
+    return fig, axes
+
+
 def strips(cells: Sequence[tuple[str, Sequence[tuple]]], k: int, columns: int, height: float, fig: Any = None, size: float = 9) -> Any:
     """Cells of up to k pictures in a row under a title. A picture is (array, mask or None, mask's top, caption); one without colours is a heat map."""
     rows = -(-len(cells) // columns)
@@ -175,9 +212,7 @@ def strips(cells: Sequence[tuple[str, Sequence[tuple]]], k: int, columns: int, h
     groups = fig.subfigures(rows, columns, wspace=0.03, hspace=0.02, squeeze=False)
     for group, (title, pictures) in zip(groups.flat, cells, strict=False):
         group.suptitle(title, x=0.01, ha="left", fontsize=size)
-        axes = group.subplots(1, k, squeeze=False)[0]
-        for ax in axes:
-            image_axes(ax)
+        axes = [image_axes(ax) for ax in group.subplots(1, k, squeeze=False)[0]]
         for ax, (picture, mask, top, caption) in zip(axes, pictures, strict=False):
             picture = np.asarray(picture)
             if mask is not None:

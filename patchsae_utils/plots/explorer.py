@@ -15,10 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator
 
-from . import style
-from .drawing import before_after, clip, intervals, legend, look, paired_bars, plain_log
+from .drawing import before_after, clip, interval_panels, look, paired_bars, plain_log
 from .heat import blend
-from .style import COLORS, HEAT, drawn, image_axes
+from .style import COLORS, HEAT, drawn, figure, image_axes
 
 _PLACES = {"all": "all tokens", "cls": "CLS", "patches": "all patches"}
 _ANSWERS = {
@@ -27,11 +26,11 @@ _ANSWERS = {
 }  # fmt: skip
 
 
-@drawn(card="LatentCard", summary="LatentSummary", shown="how :func:`blend` shows heat maps")
-def latent_explorer(card: Any, summary: Any, *, credit: bool, save: str | None, **shown: Any) -> Figure:
+@drawn(credit=True)
+def latent_explorer(card: Any, summary: Any, **shown: Any) -> Figure:
     """A latent: its place among all latents of the summary, its classes, its reference images."""
-    fig, axes = style.figure(1.0, 3.9)
-    axes.remove()
+    fig, ax = figure(1.0, 3.9)
+    ax.remove()
     left, right = fig.subfigures(1, 2, width_ratios=[3, 6.4])
     place, classes = left.subplots(2, 1, height_ratios=[1.2, 1])
     left.suptitle(f"Latent {card.latent}\n{clip(card.name or '', 30)}", x=0.02, ha="left", fontsize=11, weight="bold")
@@ -54,9 +53,7 @@ def latent_explorer(card: Any, summary: Any, *, credit: bool, save: str | None, 
 
     n, scale = len(card.images), float(card.heats.max(initial=0)) or 1.0
     columns = max(1, min(5, n))
-    axes = right.subplots(-(-max(1, n) // columns), columns, squeeze=False).ravel()
-    for ax in axes:
-        image_axes(ax)
+    axes = [image_axes(ax) for ax in right.subplots(-(-max(1, n) // columns), columns, squeeze=False).ravel()]
     for ax, picture, heat, label, value in zip(axes, card.pictures, card.heats, card.labels, card.values, strict=False):
         ax.imshow(blend(picture, heat, scale, **shown))
         ax.set_title(clip(label, 16), fontsize=9, weight="normal", pad=3)
@@ -66,13 +63,13 @@ def latent_explorer(card: Any, summary: Any, *, credit: bool, save: str | None, 
         _colorbar(axes[columns - 1], [1.06, 0.05, 0.06, 0.9], scale, shown["mode"])
     else:
         _note(axes[0], "no image of the data set activates this latent")
-    return style.save(fig, save, credit)
+    return fig
 
 
-@drawn(card="PatchCard", shown="how :func:`blend` shows heat maps")
-def patch_explorer(card: Any, *, credit: bool, save: str | None, **shown: Any) -> Figure:
+@drawn(credit=True)
+def patch_explorer(card: Any, **shown: Any) -> Figure:
     """An image with its chosen patches, the chosen latent over it, the latents of the patches and of the whole image."""
-    fig, (plain, heat, here, whole) = style.figure(1.0, 2.9, ncols=4, width_ratios=[1.35, 1.35, 1, 1])
+    fig, (plain, heat, here, whole) = figure(1.0, 2.9, ncols=4, width_ratios=[1.35, 1.35, 1, 1])
     scale = float(card.heat.max()) or 1.0
     _picture(plain, card.picture, card.grid, card.patches)
     plain.set_title(f"Image {card.image}\n{clip(card.label, 24)}", fontsize=10)
@@ -94,60 +91,52 @@ def patch_explorer(card: Any, *, credit: bool, save: str | None, **shown: Any) -
         ax.set(xlim=(0, 1.28), ylim=(8, -0.5))
         if not latents:
             _note(ax, "no patch chosen" if card.patch < 0 else "no latent active")
-    return style.save(fig, save, credit)
+    return fig
 
 
-@drawn(card="AdaptationCard", shown="how :func:`blend` shows heat maps")
-def adaptation_view(card: Any, *, credit: bool, save: str | None, **shown: Any) -> Figure:
+@drawn(credit=True)
+def adaptation_view(card: Any, **shown: Any) -> Figure:
     """One image read by CLIP and by an adapted CLIP: both masks of a latent, latents and probabilities of both."""
     models, colors = ("CLIP", card.adapter), (COLORS["blue"], COLORS["orange"])
-    fig, (*pictures, latents, odds) = style.figure(1.0, 3.4, ncols=4, width_ratios=[1.15, 1.15, 1.35, 1.1])
+    fig, (*pictures, latents, odds) = figure(1.0, 3.4, ncols=4, width_ratios=[1, 1, 1.8, 1.1])
     place = card.listed.index(card.latent) if card.latent >= 0 else -1
-    for i, ax in enumerate(pictures):
+    chosen = "no latent chosen" if place < 0 else f"latent {card.latent} · {card.names.get(card.latent, 'unnamed')}"
+    for i, (ax, words) in enumerate(zip(pictures, (f"{card.label} (image {card.image})", chosen), strict=True)):
         picture = card.picture
         if place >= 0:
             picture = blend(card.picture, card.heats[place, i], float(card.heats[place].max()) or 1.0, **shown)
         image_axes(ax).imshow(picture)
         ax.set_title(models[i])
-    chosen = "no latent chosen" if place < 0 else f"latent {card.latent} · {card.names.get(card.latent, 'unnamed')}"
-    for ax, words in zip(pictures, (f"{card.label} (image {card.image})", chosen), strict=True):
         ax.set_xlabel(words, fontsize=8)
     image_axes(latents).set_title("Latents")
-    _list_twins(latents, card, colors)
+    heads = {"common": "in both", "base": f"at least halved by {card.adapter}", "adapted": f"at least doubled by {card.adapter}"}
+    row = 0  # latents that change are often weak ones: each group of bars has its own scale
+    for group, members in card.groups.items():
+        latents.text(0, row + 0.3, heads[group] + ("" if members else ": none"), fontsize=8, weight="bold", va="center")
+        most = max((card.values[card.listed.index(latent)].max() for latent in members), default=1.0)
+        for latent in members:
+            row += 1
+            weight = "bold" if latent == card.latent else "normal"
+            latents.text(0.02, row + 0.3, f"{latent}  {clip(card.names.get(latent, ''), 26)}", fontsize=8, va="center", weight=weight)
+            for i, value in enumerate(card.values[card.listed.index(latent)]):
+                latents.barh(row + 0.12 + 0.36 * i, 0.28 * value / most, left=0.77, color=colors[i], height=0.32)
+        row += 1
+    latents.set(xlim=(0, 1.05), ylim=(row, -0.3))
     words, *sides = zip(*card.bars, strict=True)
     paired_bars(odds, [clip(word, 14) for word in words], dict(zip(models, 100 * np.array(sides), strict=True)), colors)
     odds.set(xlim=(0, 100), xlabel="% probability", title="Classes")
-    return style.save(fig, save, credit)
+    return fig
 
 
-def _list_twins(ax: Axes, card: Any, colors: Sequence[str]) -> None:
-    """Latents of both models and of one alone, with a bar for each model; latents that change are often weak ones: each group has its own scale."""
-    heads = {"common": "in both", "base": f"at least halved by {card.adapter}", "adapted": f"at least doubled by {card.adapter}"}
-    row = 0.0
-    for group, latents in card.groups.items():
-        ax.text(0, row + 0.3, heads[group] + ("" if latents else ": none"), fontsize=8, weight="bold", va="center")
-        most = max((card.values[card.listed.index(latent)].max() for latent in latents), default=1.0)
-        for latent in latents:
-            row += 1
-            weight = "bold" if latent == card.latent else "normal"
-            ax.text(0.02, row + 0.3, f"{latent}  {clip(card.names.get(latent, ''), 14)}", fontsize=7.5, va="center", weight=weight)
-            for i, value in enumerate(card.values[card.listed.index(latent)]):
-                ax.barh(row + 0.12 + 0.36 * i, 0.34 * value / most, left=0.71, color=colors[i], height=0.32)
-        row += 1.4
-    ax.set(xlim=(0, 1.05), ylim=(row, -0.3))
-
-
-@drawn(card="mapping; ``SteeringPanel.card``", shown="how :func:`blend` shows heat maps")
-def steering_panel(card: Mapping[str, Any], *, credit: bool, save: str | None, **shown: Any) -> Figure:
+@drawn(credit=True)
+def steering_panel(card: Mapping[str, Any], **shown: Any) -> Figure:
     """The steering panel, still: the picture with the selected patches, the sliders, the probabilities before and after."""
-    fig, (picture, sliders, odds) = style.figure(height=2.9, ncols=3, width_ratios=[1, 1.15, 1.45])
-    image, heat = card["picture"], card["heat"]
-    if card["latent"] >= 0:
-        image = blend(image, heat, float(heat.max()) or 1.0, **shown)
+    fig, (picture, sliders, odds) = figure(height=2.9, ncols=3, width_ratios=[1, 1.15, 1.45])
+    image = card["picture"] if card["latent"] < 0 else blend(card["picture"], card["heat"], float(card["heat"].max()) or 1.0, **shown)
     _picture(picture, image, card["grid"], card["patches"])
     picture.set_title(f"Image {card['image']} · {clip(card['label'], 14)}", fontsize=10)
     where = _PLACES.get(card["where"], f"{len(card['patches'])} selected patches")
-    style.image_axes(sliders).set_title(f"Edits on {where}", fontsize=10)
+    image_axes(sliders).set_title(f"Edits on {where}", fontsize=10)
     for i, slider in enumerate(card["sliders"]):
         low, top, neutral = (0, 4, 1) if slider["op"] == "scale" else (-slider["limit"], 4 * slider["limit"], 0)
         at, start = (np.clip((x - low) / (top - low), 0, 1) for x in (slider["value"], neutral))
@@ -161,20 +150,19 @@ def steering_panel(card: Mapping[str, Any], *, credit: bool, save: str | None, *
     sliders.set(xlim=(-0.04, 1.04), ylim=(max(len(card["sliders"]), 3) - 0.3, -0.4))
     before_after(odds, *zip(*card["bars"], strict=True))
     odds.set_xlabel("zero-shot probability")
-    return style.save(fig, save, credit)
+    return fig
 
 
 @drawn(frame="DataFrame of ``point``")
-def pointing(frame: pd.DataFrame, save: str | None = None) -> Figure:
-    """How often a patch's latent finds the same thing in another image, with 95 % intervals, beside two controls."""
+def pointing(frame: pd.DataFrame) -> Figure:
+    """How often a patch's latent finds the same thing in another image, with 95 % intervals; black: any patch of another image."""
     kinds = {kind: f"same {kind}" for kind in frame["kind"].unique()}
-    fig, ax = style.figure(0.8, 1.2 + 0.55 * len(kinds))
-    intervals(ax, frame, "kind", "hits", "answer", _ANSWERS, order=kinds, scale=100)
+    words = {"xlabel": "% of asked patches, unseen images; black: any patch", "xlim": (-1, 101), "order": kinds, "scale": 100}
+    size = {"height": 1.2 + 0.55 * len(kinds), "subplots": {"width": 0.8}}
+    fig, (ax,) = interval_panels(frame.assign(all=0), {"all": {0: ""}}, "kind", "hits", "answer", _ANSWERS, **words, **size)
     chance = 100 * frame.groupby("kind", sort=False)["chance"].mean()
-    ax.plot(chance, range(len(kinds)), ls="none", marker="|", ms=22, mew=2, color=COLORS["black"], label="any patch")
-    ax.set(xlabel="% of asked patches, unseen images", xlim=(-1, 101))
-    legend(fig, ax, markerscale=0.7)
-    return style.save(fig, save)
+    ax.plot(chance, range(len(kinds)), ls="none", marker="|", ms=22, mew=2, color=COLORS["black"])
+    return fig
 
 
 def _picture(ax: Axes, picture: np.ndarray, grid: tuple[int, int], patches: Sequence[int]) -> None:

@@ -10,57 +10,55 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from . import style
 from .drawing import DARKNESS, strips
 from .heat import blend
-from .style import COLORS, drawn
+from .style import COLORS, drawn, figure, image_axes
 
 _SHARED = ("blue", "orange", "green", "purple", "sky", "red", "yellow", "black")
 _LEVELS = {"patch": "activation", "image": "active tokens", "class": "active tokens per image", "data set": "active tokens per image"}
 
 
-@drawn(references="sequence of References", titles="sequence of str; one a latent")
-def reference_images(references: Sequence, titles: Sequence[str], save: str | None = None, credit: bool = True) -> Figure:
+@drawn(credit=True, references="sequence of References", titles="sequence of str; one a latent")
+def reference_images(references: Sequence, titles: Sequence[str]) -> Figure:
     """Latents' strongest images, darkened where the latent is silent."""
     cells = [(title, _shots(each)) for title, each in zip(titles, references, strict=True)]
-    fig = strips(cells, max(len(each.images) for each in references), 2, 1.15)
-    return style.save(fig, save, credit=credit)
+    return strips(cells, max(len(each.images) for each in references), 2, 1.15)
 
 
 def _shots(references: Any) -> list[tuple]:
     return [(image, mask, references.masks.max(), "") for image, mask in zip(references.images, references.masks, strict=True)]
 
 
-@drawn(examples="sequence of ConceptExample")
-def concept_masks(examples: Sequence, save: str | None = None) -> Figure:
+@drawn(credit=True, examples="sequence of ConceptExample")
+def concept_masks(examples: Sequence) -> Figure:
     """Concepts in scenes: the picture, where the concept is, and where its best latent is active."""
     cells = []
     for each in examples:
         shots = [(each.image, None, 1, "scene"), (each.image, each.truth, 1, "ground truth"), (each.activation, None, 1, "latent")]
         cells.append((f"{each.concept}: latent {each.latent}, AP {each.ap:.2f}", shots))
-    return style.save(strips(cells, 3, 2, 1.9), save, credit=True)
+    return strips(cells, 3, 2, 1.9)
 
 
-@drawn(found="Levels", names="mapping of int to str; what to call the latents")
-def levels(found: Any, names: Mapping[int, str], save: str | None = None, credit: bool = True) -> Figure:
+@drawn(credit=True, found="Levels", names="mapping of int to str; what to call the latents")
+def levels(found: Any, names: Mapping[int, str]) -> Figure:
     """One image from patch to data set: its top latents at each level; a latent that several levels share keeps its colour."""
     count = found.table.groupby("latent", sort=False)["level"].nunique()
     colors = {latent: COLORS[name] for latent, name in zip(count.index[count > 1], _SHARED, strict=False)}
     titles = {"patch": f"patch {tuple(found.patch)}", "class": f"class: {found.class_name}"}
-    fig, axes = style.figure(height=5.4, nrows=2, ncols=4, height_ratios=[1, 1.4])
+    fig, axes = figure(height=5.4, nrows=2, ncols=4, height_ratios=[1, 1.4])
     image = found.image.numpy()
     for (level, unit), (top, bottom) in zip(_LEVELS.items(), axes.T, strict=True):
         rows = found.table[found.table["level"] == level]
-        style.image_axes(top).set_title(titles.get(level, level))
+        image_axes(top).set_title(titles.get(level, level))
         first = int(rows["latent"].iloc[0]) if len(rows) else -1
+        mask = next(iter(found.masks.values())) if first < 0 else found.masks[first]
         if level == "patch" or first < 0:
             top.imshow(image)
-            (row, column), grid = found.patch, next(iter(found.masks.values())).shape
-            height, width = image.shape[0] / grid[0], image.shape[1] / grid[1]
-            top.add_patch(Rectangle((column * width, row * height), width, height, fill=False, edgecolor=COLORS["red"], lw=2))
+            high, wide = (side / n for side, n in zip(image.shape, mask.shape, strict=False))
+            corner = (found.patch[1] * wide, found.patch[0] * high)
+            top.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor=COLORS["red"], lw=2))
         else:
-            mask = found.masks[first].numpy()
-            top.imshow(blend(image, mask, float(mask.max()) or 1.0, 0.0, DARKNESS))
+            top.imshow(blend(image, mask.numpy(), float(mask.max()) or 1.0, 0.0, DARKNESS))
             top.set_xlabel(f"where {first} is active" if mask.max() > 0 else f"{first} is silent here", fontsize=8)
         bottom.barh(range(len(rows)), rows["value"], height=0.36, color=[colors.get(latent, "#C4C4C4") for latent in rows["latent"]])
         for y, latent in enumerate(rows["latent"]):
@@ -68,11 +66,11 @@ def levels(found: Any, names: Mapping[int, str], save: str | None = None, credit
             bottom.text(0.02, y - 0.2, words, transform=bottom.get_yaxis_transform(), fontsize=8, va="bottom")
         bottom.set(yticks=[], xlabel=unit, ylim=(len(rows) - 0.5, -0.8))
         bottom.grid(False, axis="y")
-    return style.save(fig, save, credit=credit)
+    return fig
 
 
-@drawn(found="CrossDomain")
-def cross_domain(found: Any, save: str | None = None) -> Figure:
+@drawn(credit=True, found="CrossDomain")
+def cross_domain(found: Any) -> Figure:
     """Latents by row, data sets by column: reference images, dark where the latent is silent; empty places where it never is active.
 
     Brightness is relative to the latent's strongest patch in that data set; the titles say in what share of its images it is active.
@@ -84,14 +82,14 @@ def cross_domain(found: Any, save: str | None = None) -> Figure:
             same = f"same class {numbers['same_class']:.0%}" if "same_class" in numbers and shots else " "
             words = f"{domain}, {numbers['frequency']:.1%} of images\n" + (f"latent {latent}" if domain == domains[0] else same)
             cells.append((words, shots))
-    return style.save(strips(cells, 3, len(domains), 1.35, size=8), save, credit=True)
+    return strips(cells, 3, len(domains), 1.35, size=8)
 
 
-@drawn(found="TextAndImage", examples="sequence of TextExample")
-def text_and_image(found: Any, examples: Sequence, save: str | None = None) -> Figure:
+@drawn(credit=True, found="TextAndImage", examples="sequence of TextExample")
+def text_and_image(found: Any, examples: Sequence) -> Figure:
     """Do latents of things answer to the things' names? The share that does, against names dealt at random; and some latents in pictures."""
-    fig = style.figure(height=max(2.9, 1.6 * -(-len(examples) // 2) + 0.2))[0]
-    fig.clear()
+    fig, ax = figure(height=max(2.9, 1.6 * -(-len(examples) // 2) + 0.2))
+    ax.remove()
     left, right = fig.subfigures(1, 2, width_ratios=[1, 1.5])
     ax = left.subplots()
     sns.histplot(x=found.shuffled, bins=24, color="#C4C4C4", alpha=1, lw=0, label="names dealt at random", ax=ax)
@@ -101,9 +99,6 @@ def text_and_image(found: Any, examples: Sequence, save: str | None = None) -> F
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.legend(loc="upper left", fontsize=8)
-    cells = []
-    for each in examples:
-        shots = zip(each.images, each.masks, [each.masks.max()] * 3, each.titles, strict=True)
-        cells.append((f"latent {each.latent}", list(shots)))
-    strips(cells, 3, 2, 0, right, size=8)
-    return style.save(fig, save, credit=True)
+    shots = [zip(each.images, each.masks, [each.masks.max()] * 3, each.titles, strict=True) for each in examples]
+    strips([(f"latent {each.latent}", list(three)) for each, three in zip(examples, shots, strict=True)], 3, 2, 0, right, size=8)
+    return fig

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -18,9 +19,7 @@ COLORS = {
 }  # fmt: skip
 CYCLE = [COLORS[name] for name in ("blue", "orange", "green", "red", "purple", "sky", "gray")]
 MARKERS = "osD^vPX"
-HEAT = "magma"
-DIVERGING = "RdBu_r"
-Figures = TypeVar("Figures", bound=Callable)
+HEAT, DIVERGING = "magma", "RdBu_r"
 PAGE_WIDTH = 9.0  # inches: 900 pixels in a notebook
 
 # Load the backend now: a notebook's turns matplotlib's interactive mode on when it is first used. Used first inside an rc_context, that would be
@@ -53,16 +52,31 @@ def figure(width: float = 1.0, height: float = 3.2, **subplots: Any) -> tuple[Fi
         return plt.subplots(figsize=(PAGE_WIDTH * width, height), **subplots)
 
 
-def drawn(**sources: str) -> Callable[[Figures], Figures]:
-    """Decorates a figure function: the house style while it draws; the parameters of its docstring, with ``save`` and ``credit`` said once."""
+def drawn(credit: bool | None = None, **said: str) -> Callable[[Callable[..., Figure]], Callable[..., Figure]]:
+    """Decorates a figure function: the house style, a parameter ``save``, and a docstring with all parameters, those of ``said`` in words.
 
-    def decorate(function: Figures) -> Figures:
-        said = {**sources, "save": "str, optional; name of a file under ``figures/``, without ending"}
-        if "credit" in inspect.signature(function).parameters:
-            said["credit"] = "bool; whether it shows OpenMoji artwork"
-        if "Parameters" not in function.__doc__:
-            function.__doc__ += "\n\nParameters\n----------\n" + "\n".join(f"{name} : {text}" for name, text in said.items())
-        return mpl.rc_context(STYLE)(function)
+    Where OpenMoji artwork may be shown, ``credit`` is the default of a parameter of this name.
+    """
+
+    def decorate(function: Callable[..., Figure]) -> Callable[..., Figure]:
+        own = {"save": None} if credit is None else {"save": None, "credit": credit}
+        words = {
+            "save": "str, optional; name of a file under ``figures/``, without ending",
+            "credit": "bool; shows OpenMoji artwork",
+        } | said
+        parameters = [*inspect.signature(function).parameters.values()]
+        parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default) for name, default in own.items()]
+
+        @functools.wraps(function)
+        def draw(*args: Any, **options: Any) -> Figure:
+            kept = {name: options.pop(name, default) for name, default in own.items()}
+            with mpl.rc_context(STYLE):
+                return save(function(*args, **options), kept["save"], kept.get("credit", False))
+
+        lines = [f"{p.name} : {words.get(p.name, p.annotation)}" for p in parameters]
+        draw.__doc__ = "\n".join([function.__doc__ or "", "", "Parameters", "----------", *lines])
+        draw.__signature__ = inspect.Signature(sorted(parameters, key=lambda p: p.kind))  # type: ignore[attr-defined]
+        return draw
 
     return decorate
 
@@ -91,9 +105,8 @@ def save(fig: Figure, name: str | None, credit: bool = False) -> Figure:
     if name is not None:
         folder = figures_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}.png"
         temporary = folder / f".{name}.tmp.png"
         with mpl.rc_context(STYLE):
             fig.savefig(temporary, bbox_inches="tight", metadata={"Software": None})
-        temporary.replace(path)
+        temporary.replace(folder / f"{name}.png")
     return fig
