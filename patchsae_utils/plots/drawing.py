@@ -97,7 +97,7 @@ def intervals(
             how = {"fmt": "none", "ecolor": "#4D4D4D", "elinewidth": 1.2}
         ax.errorbar(*((at, middle, length) if upright else (middle, at, None, length)), **how)
         for x, number, left, right in zip(at, middle, rows[low], rows[high], strict=True) if text else ():
-            back = not upright and right > 0.85 * ax.get_xlim()[1]
+            back = not (upright or bars) and right > 0.85 * ax.get_xlim()[1]
             ha, offset = ("center", (0, 2)) if upright else ("right", (-5, 0)) if back else ("left", (5, 0))
             spot = (x, right) if upright else (left if back else max(right, 0) if bars else right, x)
             words = {"ha": ha, "va": "bottom" if upright else "center", "fontsize": 8, "path_effects": HALO}
