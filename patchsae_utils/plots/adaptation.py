@@ -168,7 +168,8 @@ def dictionary_cross(cross: pd.DataFrame) -> Figure:
         cross, {"measure": titles}, "activations", "value", "sae", _DICTIONARIES, height=2.5, order=places, text="{:.1f}", xlim=(0, 50)
     )
     for ax, measure in zip(axes, titles, strict=True):
-        ax.set_xlim(min(0.0, 1.1 * cross.loc[cross["measure"] == measure, "low"].min()), 110 if measure == "explained_variance" else None)
+        low, high = cross.loc[cross["measure"] == measure, "low"].min(), cross.loc[cross["measure"] == measure, "high"].max()
+        ax.set_xlim(min(0.0, 1.1 * low), 1.3 * max(high, 0.0) + 0.3 * max(-low, 0.0))
     return fig
 
 
