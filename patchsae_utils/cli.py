@@ -80,10 +80,10 @@ def _parser() -> argparse.ArgumentParser:
                 "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting; may be repeated"
             )
         if run is _convert:
-            from .sae.formats import FORMATS
+            from .sae.formats import ALIASES, FORMATS
 
             command.add_argument("out", help="folder, or a .pt file for patchsae and saev")
-            command.add_argument("--format", default="saelens", choices=FORMATS, help="default: saelens, which is also ours")
+            command.add_argument("--format", default="saelens", choices=[*FORMATS, *ALIASES], help="default: saelens, which is also ours")
         if run is _sweep:
             command.add_argument("--ks", default="1,2,5,10,20,50,100", help="numbers of latents, with commas (default: %(default)s)")
             command.add_argument("--choose", default="predicted,random", help="which latents, with commas (default: %(default)s)")
@@ -196,7 +196,7 @@ def _info(options: argparse.Namespace) -> dict[str, Any]:
     SAEs of any format, activation stores, and everything with a manifest. Reads descriptions, and checks what it can."""
     from .activations.folders import Folder, is_url
     from .activations.store import FORMAT, ActivationStore, read_manifest
-    from .sae.files import find, load_sae
+    from .sae.files import read
 
     path = Path(options.path)
     if is_url(options.path):
@@ -213,17 +213,18 @@ def _info(options: argparse.Namespace) -> dict[str, Any]:
         store = ActivationStore.open(folder)
         store.verify()
         return {"what": "activation store", **store.describe().to_dict(), "files": "all whole, by their checksums"}
-    sae = load_sae(options.path)
-    hub = options.path.startswith("hf:")
+    sae, form, understood, ignored = read(options.path)
     norms = sae.W_dec.detach().norm(dim=1)
     facts = {
         "what": "sparse autoencoder",
-        "format": (sae.metadata.get("converted_from") if hub else find(path)[0]) or "saelens",
+        "format": form,
         **{name: getattr(sae, name) for name in ("activation", "k", "d_in", "d_sae")},
         "decoder_norms": [round(float(norms.min()), 4), round(float(norms.max()), 4)],
         "normalised_input": sae.normalizes,
         "fingerprint": sae.fingerprint,
         "reads": {key: value for key, value in sae.metadata.items() if key != "converted_from"},
+        "understood": {key: value for key, value in understood.items() if key != "metadata"},
+        "ignored": ", ".join(ignored) or None,
     }
     return {name: value for name, value in facts.items() if value is not None}
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import json
 import os
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -16,11 +18,12 @@ from torch import Tensor
 
 from ..run.artifacts import read_json, shortened
 from ..run.pickles import Record, is_torch_archive, read_torch
-from .formats import FORMATS, Weights, shapes, write
+from .formats import FORMATS, write
+from .formats.weights import Weights, check_settings, shapes
 from .model import SparseAutoencoder
 
 CONFIG, WEIGHTS = FORMATS["saelens"].config, FORMATS["saelens"].weights
-_HUB_FILES = ("*.json", "*.safetensors", "*.pt")  # what an SAE may consist of
+_HUB_FILES = ("*.json", "*.yaml", "*.yml", "*.safetensors", "*.pt")  # what an SAE may consist of
 
 
 def save_sae(sae: SparseAutoencoder, directory: str | Path, format: str = "saelens", unit_norm: bool = True) -> Path:
@@ -35,8 +38,8 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, format: str = "saele
     sae : SparseAutoencoder
     directory : str or Path
         Made when missing. PatchSAE's and saev's forms are single files: a path that ends in ``.pt``, or ``sae.pt`` in this folder.
-    format : {"saelens", "patchsae", "prisma", "saev", "sparsify", "dictionary_learning"}
-        The others leave the rows as they are, and can't say every variant.
+    format : {"saelens", "patchsae", "prisma", "saev", "sparsify", "dictionary_learning", "visaebench"}
+        The others leave the rows as they are, and can't say every variant. ``overcomplete`` is another name of the last.
     unit_norm : bool
         False writes the rows as they are in SAELens's form too, so that the latents keep their sizes.
 
@@ -55,14 +58,15 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, format: str = "saele
 
 
 def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
-    """Open an SAE of this package, SAELens, PatchSAE, ViT-Prisma, saev, sparsify or dictionary_learning; it detects the format.
+    """Open an SAE of this package, SAELens, PatchSAE, ViT-Prisma, saev, sparsify, dictionary_learning or VISAEBench; it detects the format.
 
     Other programs' SAEs come out in our equations, with the same latents. Nothing is ever unpickled.
 
     Parameters
     ----------
     path : str or Path
-        A folder, a file, or ``hf:<owner>/<repository>[/<folder>][@<revision>]`` for one on the Hugging Face hub.
+        A folder, a file, or ``hf:<owner>/<repository>[/<folder or file>][@<revision>]`` for one on the Hugging Face hub, of which nothing but that
+        folder's own files is downloaded.
     device : str or torch.device
 
     Returns
@@ -75,31 +79,61 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAuto
     FileNotFoundError
         If nothing is there, or files are missing in the folder.
     ValueError
-        If it is of another format or architecture, damaged, or holds code.
+        If it is of another format or architecture, damaged, or holds code; or a setting, named in the message, changes its equation to one that
+        this package can't compute.
     """
+    return read(path).sae.to(device)
+
+
+class Opened(NamedTuple):
+    """An SAE, and what its files were taken for."""
+
+    sae: SparseAutoencoder
+    form: str
+    understood: dict[str, Any]
+    """Settings that the equation, or what the SAE reads, depends on, as the program completes them."""
+    ignored: list[str]
+    """Names of settings that say nothing about either."""
+
+
+def read(path: str | Path) -> Opened:
+    """As :func:`load_sae`, with an account of what was understood."""
     path = _fetch(str(path)) if str(path).startswith("hf:") else Path(path)
-    return SparseAutoencoder.from_weights(_read(path), path).to(device).eval()
+    form, file = find(path)
+    this = FORMATS[form]
+    settings, state = _open(form, file)
+    settings = this.defaults(settings)
+    config = _config_of(form, file)
+    rules = this.reads.split(), this.allowed, this.harmless, this.documented
+    understood, ignored = check_settings(settings, config, *rules)
+    weights: Weights = this.read(settings, state, file)
+    if form != "saelens":
+        weights = weights._replace(metadata={**weights.metadata, "converted_from": form})
+        understood = {name: value for name, value in understood.items() if name != "patchsae" and value is not None}
+    return Opened(SparseAutoencoder.from_weights(weights, path).eval(), form, understood, ignored)
 
 
 # -- which form it has ------------------------------------------------------------------------------------------------------------------------
 
 _KNOWN_FORMS = (
     "PatchSAE's .pt, ViT-Prisma's weights.pt with config.json, saev's sae.pt, sparsify's cfg.json with sae.safetensors, "
-    "dictionary_learning's ae.pt with config.json"
+    "dictionary_learning's ae.pt with config.json, VISAEBench's sae.pt or model.safetensors with config.json or config.yaml"
 )
+_PAIRS = {form: (each.config, each.weights) for form, each in FORMATS.items() if each.config and form != "visaebench"}
+_VISAEBENCH = ("sae.pt", "model.safetensors", "model.pt"), ("config.json", "config.yaml", "config.yml")
 
 
 def find(path: Path) -> tuple[str, Path]:
     """The form of an SAE on disk, and its weights' file; refuses what is none."""
-    pairs = {form: (each.config, each.weights) for form, each in FORMATS.items() if each.config}
     if path.is_dir():
-        for form, names in pairs.items():
+        for form, names in _PAIRS.items():
             if all((path / name).is_file() for name in names):
                 return form, path / names[1]
-        if (path / "sae.pt").is_file():
-            return find(path / "sae.pt")
+        for name in _VISAEBENCH[0]:
+            if (path / name).is_file() and (name == "sae.pt" or _beside(path / name) is not None):
+                return find(path / name)
         found = ", ".join(sorted(file.name for file in path.iterdir())[:12]) or "nothing"
-        missing = [name for name in pairs["saelens"] if not (path / name).is_file()]
+        missing = [name for name in _PAIRS["saelens"] if not (path / name).is_file()]
         raise FileNotFoundError(
             f"{path} holds no {' and no '.join(missing)}, so it is no SAE folder of ours or of SAELens v6 (found: {found}). "
             f"Other forms that are read: {_KNOWN_FORMS}."
@@ -109,44 +143,45 @@ def find(path: Path) -> tuple[str, Path]:
             f"No SAE at {path}: expected a folder with cfg.json and sae_weights.safetensors, as SparseAutoencoder.save or train_sae writes it, "
             f"or one of: {_KNOWN_FORMS}."
         )
-    for form, names in pairs.items():
+    for form, names in _PAIRS.items():
         if path.name in names and all((path.parent / name).is_file() for name in names):
             return form, path.parent / names[1]
+    if path.name in _VISAEBENCH[1]:
+        return find(next((path.parent / name for name in _VISAEBENCH[0] if (path.parent / name).is_file()), path.parent))
     with open(path, "rb") as file:
         if file.read(1) == b"{":
             return "saev", path
+    config = _beside(path)
+    if path.suffix == ".safetensors" and config is not None:
+        return "visaebench", path
     if not is_torch_archive(path):
         raise ValueError(
             f"{path} is no SAE of a form that is read. If it is a pickle, it could run code when opened: write its weights anew with "
             f"torch.save (1.6 or later), or fill a SparseAutoencoder and save that. Forms that are read: {_KNOWN_FORMS}."
         )
-    config = path.parent / "config.json"
-    if config.is_file() and "activation_fn_str" in _object(config):
+    if config is not None and "activation_fn_str" in _object(config):
         return "prisma", path
     content = read_torch(path)
     settings = _settings_within(content)
+    if settings is None and config is not None and isinstance(content, dict) and any(str(name).startswith("encoder.") for name in content):
+        return "visaebench", path
     if settings is None:
         raise ValueError(
             f"{path} holds {_in_words(content)}, and nothing that says how to use it: the activation, the place of b_dec. Put the file config.json "
-            f"(ViT-Prisma, dictionary_learning) beside it that was written with it. Forms that are read: {_KNOWN_FORMS}."
+            f"(ViT-Prisma, dictionary_learning, VISAEBench) beside it that was written with it. Forms that are read: {_KNOWN_FORMS}."
         )
     return "prisma" if "activation_fn_str" in settings else "patchsae", path  # early ViT-Prisma's, which has more settings
 
 
-def _read(path: Path) -> Weights:
-    """What an SAE on disk holds; settings of which another value would change the latents are refused."""
-    form, file = find(path)
-    this = FORMATS[form]
-    settings, state = _open(form, file)
-    settings = {**this.defaults, **settings}
-    for name, valid in this.only.items():
-        if settings.get(name, valid[0]) not in valid:
-            raise ValueError(
-                f"{file.parent / this.config if this.config else file} says {name}={settings[name]!r}; only {valid[0]!r} is read. "
-                "Such an SAE would give wrong latents here."
-            )
-    weights = this.read(settings, state, file)
-    return weights if form == "saelens" else weights._replace(metadata={**weights.metadata, "converted_from": form})
+def _beside(file: Path) -> Path | None:
+    """The settings in the same folder, where they are a file of their own."""
+    return next((file.parent / name for name in _VISAEBENCH[1] if (file.parent / name).is_file()), None)
+
+
+def _config_of(form: str, file: Path) -> Path:
+    """The file that the settings come from, for messages."""
+    config = _beside(file) if form == "visaebench" else file.parent / (FORMATS[form].config or file.name)
+    return config if config is not None and config.is_file() else file
 
 
 def _open(form: str, file: Path) -> tuple[dict[str, Any], Any]:
@@ -155,23 +190,23 @@ def _open(form: str, file: Path) -> tuple[dict[str, Any], Any]:
         try:
             with open(file, "rb") as opened:
                 header = json.loads(opened.readline(1 << 20))
-            header["cfg"].get("activation")
+            if "d_vit" not in header or "schema" in header:  # before schemas, the header was the settings
+                header["cfg"].get("activation")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{file} begins with no header of saev ({type(error).__name__}): a line of JSON with 'schema' and 'cfg'."
             ) from error
         return header, read_torch(file)
-    config = FORMATS[form].config
+    config = _config_of(form, file)
+    beside = {} if config == file else _object(config)
     if file.suffix == ".safetensors":
-        settings = _object(file.parent / config)
         try:
-            return settings, load_file(file)
+            return beside, load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged: no valid safetensors file ({error}). Train or copy it again.") from error
-    beside = None if config is None or not (file.parent / config).is_file() else _object(file.parent / config)
     content = read_torch(file)
     within = _settings_within(content)
-    return (beside or {}, content) if within is None else (within, content["state_dict"])
+    return (beside, content) if within is None else (within, content["state_dict"])
 
 
 def _settings_within(content: Any) -> dict[str, Any] | None:
@@ -191,38 +226,72 @@ def _in_words(content: Any) -> str:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    value = read_json(path)
+    value = read_json(path) if path.suffix == ".json" else _yaml(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}.")
     return value
+
+
+def _yaml(path: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML ({shortened(error)}).") from error
 
 
 # -- the hub --------------------------------------------------------------------------------------------------------------------------
 
 
 def _fetch(spec: str) -> Path:
-    """The local folder of an SAE on the hub, downloaded or from the hub's cache: ``hf:<owner>/<repository>[/<folder>][@<revision>]``."""
+    """The local copy of an SAE on the hub, downloaded or from the hub's cache: ``hf:<owner>/<repository>[/<folder or file>][@<revision>]``."""
     name, _, revision = spec.removeprefix("hf:").partition("@")
     owner, _, rest = name.strip("/").partition("/")
-    repository, _, folder = rest.partition("/")
-    if not owner or not repository or ".." in Path(folder).parts:
+    repository, _, inside = rest.partition("/")
+    if not owner or not repository or ".." in Path(inside).parts:
         raise ValueError(
             f"An SAE on the hub is named hf:<owner>/<repository>, hf:<owner>/<repository>/<folder> or ...@<revision>, got {spec!r}."
         )
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
-    patterns = [f"{folder}/{pattern}" if folder else pattern for pattern in _HUB_FILES]
-    options: dict[str, Any] = {"revision": revision or None, "endpoint": os.environ.get("HF_ENDPOINT") or None}
+    endpoint, where = os.environ.get("HF_ENDPOINT") or None, {"revision": revision or None}
+    options: dict[str, Any] = {**where, "endpoint": endpoint}
     try:
-        found = Path(snapshot_download(f"{owner}/{repository}", allow_patterns=patterns, **options))
-    except Exception as error:  # the client's errors come from several libraries
+        try:
+            files = HfApi(endpoint=endpoint).list_repo_files(f"{owner}/{repository}", **where)
+        except Exception as error:  # the client's errors come from several libraries; without a network, its cache may have it
+            try:
+                found = Path(snapshot_download(f"{owner}/{repository}", local_files_only=True, **options))
+            except Exception:
+                raise error from None
+            files = [file.relative_to(found).as_posix() for file in found.rglob("*") if file.is_file()]
+        files = [file for file in files if any(fnmatch.fnmatch(file, pattern) for pattern in _HUB_FILES)]
+        folder = PurePosixPath(inside).parent if inside in files else PurePosixPath(inside)
+        wanted = [
+            file for file in files if PurePosixPath(file).parent == folder and (inside not in files or file == inside or _is_settings(file))
+        ]
+        if wanted:
+            found = Path(snapshot_download(f"{owner}/{repository}", allow_patterns=[glob.escape(file) for file in wanted], **options))
+    except Exception as error:
         raise FileNotFoundError(
             f"{spec} could not be fetched ({type(error).__name__}: {shortened(error)}). Check the name and the network; a private "
             "repository needs HF_TOKEN. Without a network, copy the files and give their folder."
         ) from error
-    if not (found / folder).is_dir():
-        raise FileNotFoundError(f"hf:{owner}/{repository} has no folder {folder!r} with files {', '.join(_HUB_FILES)}.")
-    return found / folder
+    if all(_is_settings(file) for file in wanted):  # say where there are weights
+        holding = sorted({str(PurePosixPath(file).parent) for file in files if not _is_settings(file)} - {"."})
+        what = (
+            f"has no folder {inside!r} with files {', '.join(_HUB_FILES)}"
+            if not wanted
+            else f"holds no SAE in its folder {inside or '/'!r}"
+        )
+        hint = f" Folders that hold weights: {', '.join(holding[:20])}{', ...' if len(holding) > 20 else ''}." if holding else ""
+        raise FileNotFoundError(f"hf:{owner}/{repository} {what if inside or wanted else 'holds no SAE in its root'}.{hint}")
+    return found / inside
+
+
+def _is_settings(file: str) -> bool:
+    return not file.endswith((".safetensors", ".pt"))
 
 
 def push_sae(

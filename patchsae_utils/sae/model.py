@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import sparse as sparse_kernels
-from .formats import STATISTICS, Weights, preprocessing_fingerprint, shapes, unit_rows, write
+from .formats import write
+from .formats.sources import SOURCE, check_source, described
+from .formats.weights import STATISTICS, Weights, shapes, unit_rows
 from .sparse import SparseLatents
 from .variants import VARIANTS, centre_product, jump_relu, keep_batch_topk, keep_topk, nested_groups, smallest_positive
 
@@ -28,7 +29,6 @@ _BANDWIDTH = 0.03
 _THRESHOLD_RATE = 0.01  # of the running mean of the smallest activation a batch keeps
 _MISFIT = 2.0  # activations whose spread differs by more than this factor, or whose mean lies a whole spread away, don't fit
 _UNIT = 1e-5  # how far from 1 a float32 row's norm may be
-_SOURCE = ("model_name", "layer", "weights_hash", "tokens", "preprocessing")  # what metadata says of where activations come from
 
 
 class SaeOutput(NamedTuple):
@@ -331,7 +331,7 @@ class SparseAutoencoder(nn.Module):
         if expected / _MISFIT <= norm <= expected * _MISFIT and shift <= expected:
             return
         raise ValueError(
-            f"The SAE was trained on activations {expected:.3g} away from their mean (root mean square){_described(self.metadata)}; "
+            f"The SAE was trained on activations {expected:.3g} away from their mean (root mean square){described(self.metadata)}; "
             f"{source} are {norm:.3g} away from that mean, and their own mean {shift:.3g}. "
             f"Give residual activations of the model, layer and token types it was trained on, not scaled or centred, or train an SAE on these."
         )
@@ -341,11 +341,11 @@ class SparseAutoencoder(nn.Module):
     def check_width(self, x: Tensor) -> None:
         """Refuse activations of another width than D."""
         if x.shape[-1] != self.d_in:
-            self._check_source(x.shape[-1], "the given tensor", {})
+            check_source(self.d_in, self.metadata, x.shape[-1], "the given tensor", {})
 
     def check_store(self, store: Any) -> None:
         """Refuse a store or stream of activations of another width, model, layer, kind of tokens or preprocessing than those of training."""
-        self._check_source(store.d_in, "this store", {name: getattr(store.metadata, name, None) for name in _SOURCE})
+        check_source(self.d_in, self.metadata, store.d_in, "this store", {name: getattr(store.metadata, name, None) for name in SOURCE})
 
     def check_model(self, clip: Any, layer: int) -> None:
         """Refuse a residual stream of another width, layer, model, weights or preprocessing than that of training, as far as both sides know them.
@@ -356,36 +356,12 @@ class SparseAutoencoder(nn.Module):
         same_base = trained_on and trained_on.partition("+")[0] == base.weights_hash
         given = {
             "model_name": base.name,
+            "pretrained": base.pretrained,
             "layer": clip.layer_index(layer),
             "weights_hash": trained_on if same_base or not trained_on else base.weights_hash,
             "preprocessing": repr(base.preprocess),
         }
-        self._check_source(clip.width, f"the residual stream of {clip.name!r}", given)
-
-    def _check_source(self, d_in: int, source: str, given: Mapping[str, Any]) -> None:
-        """The one comparison of what was trained on with what is given, as far as both sides know it.
-
-        Hashes decide on the model where they are known: equal weights may have two names. CLS and patch tokens don't fit each other; either
-        fits ``all``.
-        """
-        own = self.metadata
-        both: dict[str, tuple[Any, ...]] = {name: (own.get(name), given.get(name)) for name in _SOURCE}
-        known = {name: pair for name, pair in both.items() if all(value is not None and value != "" for value in pair)}
-        hashes = known.pop("weights_hash", None)
-        names = known.pop("model_name", ("", ""))
-        same_name = len({str(name).removesuffix("-quickgelu") for name in names}) == 1  # open_clip has two names for OpenAI's "ViT-B-16"
-        if "preprocessing" in known:
-            known["preprocessing"] = tuple(preprocessing_fingerprint(value) for value in known["preprocessing"])
-        wrong = {name for name, pair in known.items() if pair[0] != pair[1] and not (name == "tokens" and "all" in pair)}
-        if not (hashes[0] == hashes[1] if hashes else same_name):
-            wrong.add("weights_hash" if same_name else "model_name")
-        if d_in == self.d_in and not wrong:
-            return
-        where = "over" if own.get("layer") is None else f"with layer={own['layer']}"
-        raise ValueError(
-            f"The SAE reads {self.d_in}-dimensional activations{_described(own, wrong)}; {source} holds {d_in}-dimensional ones"
-            f"{_described(given, wrong)}. Extract again {where} from the model the SAE was trained on, or load the SAE that was trained on these."
-        )
+        check_source(self.d_in, self.metadata, clip.width, f"the residual stream of {clip.name!r}", given)
 
     # -- files --------------------------------------------------------------------------------------------------------------
 
@@ -439,12 +415,3 @@ class SparseAutoencoder(nn.Module):
                 raise ValueError(f"{path}: {name} holds NaN or infinite values. Train or copy it again.")
         sae.load_state_dict(tensors, strict=False)  # the input's statistics are set already
         return sae
-
-
-def _described(known: Mapping[str, Any], more: set[str] | frozenset[str] = frozenset()) -> str:
-    """The words " of 'model', layer 3, weights 1a2b", or as many of them as are known."""
-    words = "" if known.get("model_name") is None else f" of {known['model_name']!r}"
-    words += "" if known.get("layer") is None else f", layer {known['layer']}"
-    extra = {"weights_hash": "weights", "tokens": "tokens", "preprocessing": "preprocessing"}
-    shown = {word: re.sub(r" at 0x[0-9a-f]+", "", str(known[name])) for name, word in extra.items() if name in more}
-    return words + "".join(f", {word} {' '.join(text.split())}" for word, text in shown.items())

@@ -1,0 +1,436 @@
+"""Seven programs' settings and tensors turned into our equations, and back: a reader and a writer each, for the table in :mod:`.formats`.
+
+A reader takes the settings as today's version of the program completes them (``*_defaults`` beside it), tensors by the program's names, and the
+file to name in errors. Sources: the programs' own loaders, of all versions: github.com/dynamical-inference/patchsae, Prisma-Multimodal/ViT-Prisma,
+OSU-NLP-Group/saev, EleutherAI/sparsify, saprmarks/dictionary_learning, decoderesearch/SAELens, vraj130/visaebench, KempnerInstitute/overcomplete.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import __version__
+from ...run.artifacts import file_sha256
+from ..variants import VARIANTS
+from .sources import place, preprocessing_fingerprint
+from .weights import STATISTICS, Weights, as_json, centred, named, plain, renamed, shapes, unit_rows
+
+_SAELENS_VERSION = "6.18.0"  # the form of the folder; older versions convert it and lose the metadata
+
+_FOUR = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+_THRESHOLD = _FOUR | {"threshold": "threshold"}
+_GATED = {name: name for name in ("W_enc", "W_dec", "b_dec", "b_mag", "r_mag")} | {"b_gate": "b_enc"}
+_LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
+
+
+def has_unit_rows(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the decoder's rows have norm 1, as far as float32 can say it."""
+    return bool(((tensors["W_dec"].double().norm(dim=1) - 1).abs() <= 1e-5).all())
+
+
+def just_below(threshold: Tensor, sign: int = 1) -> Tensor:
+    """From programs that keep what is at least the threshold to ours, which keeps what exceeds it; -1: back."""
+    return torch.nextafter(threshold, threshold.new_tensor(-sign * torch.inf))
+
+
+def _own(settings: Mapping[str, Any], else_: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Our metadata where we wrote the file, else what the program says."""
+    return settings["patchsae"] if isinstance(settings.get("patchsae"), dict) else else_
+
+
+def _k(settings: Any, name: str = "k") -> dict[str, Any]:
+    return {"k": settings.get(name) if isinstance(settings, Mapping) else None}
+
+
+# -- SAELens v6, and our own ----------------------------------------------------------------------------------------------------
+
+_SAELENS_ARCHITECTURES = {variant.architecture: name for name, variant in reversed(VARIANTS.items()) if name != "batchtopk"}
+_SAELENS_ARCHITECTURES["jumprelu"] = "jumprelu"
+
+
+def _saelens_names(architecture: str) -> dict[str, str]:
+    return {"gated": _GATED, "jumprelu": _THRESHOLD}.get(architecture, _FOUR)
+
+
+def saelens_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """As SAELens completes the settings of its versions before 6, which wrote no ``metadata.sae_lens_version``."""
+    metadata = settings.get("metadata") or {}
+    version = str(settings.get("sae_lens_version") or (metadata.get("sae_lens_version") if isinstance(metadata, dict) else None) or "0")
+    if version.partition(".")[0].isdigit() and int(version.partition(".")[0]) >= 6:
+        return settings
+    old = {"hook_point": "hook_name", "hook_point_layer": "hook_layer", "hook_point_head_index": "hook_head_index"}
+    settings = {old.get(name, name): value for name, value in settings.items()}
+    normalize, kwargs = settings.get("normalize_activations"), settings.get("activation_fn_kwargs")
+    if normalize is None or isinstance(normalize, bool):
+        settings["normalize_activations"] = "expected_average_only_in" if normalize else "none"
+    if "hook_z" in str(settings.get("hook_name")):
+        settings.setdefault("reshape_activations", "hook_z")
+    function = settings.pop("activation_fn", None)
+    function = settings.get("activation_fn_str") or function or "relu"
+    settings["activation_fn_str"] = function
+    settings["architecture"] = settings.get("architecture") or "standard"
+    if function == "topk" and settings["architecture"] == "standard":
+        settings |= {"architecture": "topk", "activation_fn_str": "relu", "k": settings.get("k") or _k(kwargs)["k"]}
+    if not isinstance(settings.get("metadata"), dict | str | list):
+        names = ("model_name", "hook_name", "hook_layer", "hook_head_index", "dataset_path", "context_size", "neuronpedia_id")
+        settings["metadata"] = plain(settings, *names)
+    return settings
+
+
+def read_saelens(settings: dict[str, Any], state: Mapping[str, Any], file: Path) -> Weights:
+    config = file.parent / "cfg.json"
+    if missing := [name for name in ("d_in", "d_sae") if name not in settings]:
+        raise ValueError(f"{config} is no SAE config of SAELens: it lacks the entries {', '.join(['architecture', *missing])}.")
+    architecture = str(settings.get("architecture"))
+    if architecture not in _SAELENS_ARCHITECTURES:
+        raise ValueError(
+            f"{config} names the architecture {architecture!r}. Valid: standard, topk, jumprelu, gated. Others have another equation "
+            "(transcoders, AbsTopK, matching pursuit, ...), or are states of training: SAELens saves those for use with save_inference_model."
+        )
+    metadata = settings.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{config}: metadata must be an object, got a {type(metadata).__name__}.")
+    metadata = dict(metadata)
+    checksum = metadata.pop("weights_sha256", None)
+    rewritten = "sae_lens_training_version" in metadata  # by SAELens, which hands our checksum on whatever it changed
+    if checksum is not None and not rewritten and checksum != file_sha256(file):
+        raise ValueError(
+            f"{file} is damaged, or belongs to another {config.name}: its SHA-256 is not the one written there. Train or copy it again."
+        )
+    names, state = _saelens_names(architecture), dict(state)
+    factor = state.pop("scaling_factor", None)  # written for a while, whatever its use
+    if factor is not None and not torch.allclose(factor.float(), torch.ones(())):
+        raise ValueError(
+            f"{file} holds a scaling_factor other than 1, which scales latents before they are decoded; such an SAE is not read."
+        )
+    if set(state) != set(names) or tuple(state["W_enc"].shape) != (settings["d_in"], settings["d_sae"]):
+        raise ValueError(
+            f"{file} holds {shapes(state)}; its {config.name} asks for {', '.join(names)} of an SAE {settings['d_in']!r} -> {settings['d_sae']!r}. "
+            "The two files don't belong together."
+        )
+    own = metadata.pop("patchsae", {})
+    if not isinstance(own, dict):
+        raise ValueError(f"{config} can't be read: the entry 'patchsae' of its metadata must be an object, got {own!r}.")
+    activation = own.get("activation", _SAELENS_ARCHITECTURES[architecture])
+    if activation not in VARIANTS or VARIANTS[activation].architecture != architecture:
+        raise ValueError(f"{config} can't be read: activation {activation!r} is not saved as architecture {architecture!r}.")
+    tensors = renamed(state, names, file)
+    if VARIANTS[activation].threshold == "one":
+        if not (tensors["threshold"] == tensors["threshold"].flatten()[0]).all():
+            raise ValueError(
+                f"{file} holds thresholds that differ between latents; {activation!r}, which its {config.name} names, has one for all. "
+                "The two files don't belong together."
+            )
+        tensors["threshold"] = tensors["threshold"].flatten()[0]
+    if not settings.get("apply_b_dec_to_input", True):
+        tensors = centred(tensors)
+    if settings.get("rescale_acts_by_decoder_norm", False):  # latents are what they are times their rows' norms
+        tensors = unit_rows(tensors)
+    hook = re.fullmatch(r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_post)", str(metadata.get("hook_name")))
+    if hook and metadata.get("hook_head_index") is None:
+        metadata = place(None, int(hook[1]), hook[2]) | metadata
+    options = {name: own[name] for name in ("k", "groups", "bandwidth") if name in own} | (_k(settings) if architecture == "topk" else {})
+    return Weights(tensors, activation, options, metadata, {name: own[name] for name in STATISTICS if name in own})
+
+
+def write_saelens(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    variant, tensors = VARIANTS[weights.activation], dict(weights.tensors)
+    d_in, d_sae = tensors["W_enc"].shape
+    if variant.threshold == "one":
+        tensors["threshold"] = tensors["threshold"].expand(d_sae)
+    metadata = {"model_name": None, **weights.metadata, "sae_lens_version": _SAELENS_VERSION, "patchsae_version": __version__}
+    metadata.pop("sae_lens_training_version", None)
+    if isinstance(metadata.get("preprocessing"), str):
+        metadata["preprocessing_fingerprint"] = preprocessing_fingerprint(metadata["preprocessing"])
+    if metadata.get("layer") is not None:
+        metadata.setdefault("hook_name", f"visual.transformer.resblocks.{metadata['layer']}")
+    own = {"activation": weights.activation, **weights.options} if variant.architecture == "jumprelu" else {}
+    if own := {**own, **weights.statistics}:
+        metadata["patchsae"] = own
+    config = {
+        "architecture": variant.architecture, "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
+        "normalize_activations": "none", "reshape_activations": "none", "metadata": metadata,
+    }  # fmt: skip
+    if variant.architecture == "topk":
+        config |= {"k": weights.options["k"], "rescale_acts_by_decoder_norm": False}
+    return config, named(tensors, _saelens_names(variant.architecture))
+
+
+# -- PatchSAE -------------------------------------------------------------------------------------------------------------------
+
+
+def read_patchsae(settings: dict[str, Any], state: Mapping[str, Any], file: Path) -> Weights:
+    model = place(settings.get("model_name"), settings.get("block_layer"))
+    if isinstance(settings.get("class_token"), bool):
+        model["tokens"] = "cls" if settings["class_token"] else "all"
+    model |= plain(settings, "dataset_path", "l1_coefficient", "lr", "seed", "image_width")
+    return Weights(renamed(state, _FOUR, file), metadata=_own(settings, model))
+
+
+def write_patchsae(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    d_in, d_sae = weights.tensors["W_enc"].shape
+    settings = {
+        "d_in": d_in, "d_sae": d_sae, "expansion_factor": d_sae // d_in, "model_name": weights.metadata.get("model_name"), "module_name": "resid",
+        "block_layer": weights.metadata.get("layer"), "class_token": weights.metadata.get("tokens") == "cls", "gated_sae": False,
+        "dtype": torch.float32, "device": "cpu", "patchsae": as_json(weights.metadata),
+    }  # fmt: skip
+    return settings, named(weights.tensors, _FOUR)
+
+
+# -- ViT-Prisma ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_prisma(settings: dict[str, Any], state: Mapping[str, Any], file: Path) -> Weights:
+    architecture, activation = settings.get("architecture", "standard"), settings.get("activation_fn_str")
+    if (architecture, activation) not in (("standard", "relu"), ("standard", "topk"), ("gated", "relu")):
+        why = " TopK of a gated SAE keeps the largest magnitudes, which our equations can't say." if architecture == "gated" else ""
+        raise ValueError(f"{file} holds architecture {architecture!r} with {activation!r}. Valid: standard or gated, relu or topk.{why}")
+    kind = settings.get("layer_subtype", "")  # its default has changed between versions
+    kind = kind if settings.get("hook_point_head_index") is None else f"{kind}.{settings['hook_point_head_index']}"
+    metadata = place(settings.get("model_name"), settings.get("hook_point_layer"), str(kind)) | plain(settings, "l1_coefficient", "seed")
+    said = [settings.get(name) for name in ("cls_token_only", "use_patches_only")]
+    if any(isinstance(value, bool) for value in said):
+        metadata["tokens"] = "cls" if said[0] else "patches" if said[1] else "all"
+    if architecture == "gated":
+        return Weights(renamed(state, _GATED, file, unused=["b_enc"]), "gated", metadata=metadata)
+    options = _k(settings.get("activation_fn_kwargs")) if activation == "topk" else {}
+    return Weights(renamed(state, _FOUR, file), activation, options, metadata)
+
+
+def write_prisma(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    gated, (d_in, d_sae) = weights.activation == "gated", weights.tensors["W_enc"].shape
+    known = weights.metadata
+    settings = {
+        "architecture": "gated" if gated else "standard", "d_in": d_in, "expansion_factor": d_sae // d_in,
+        "activation_fn_str": "topk" if weights.activation == "topk" else "relu", "activation_fn_kwargs": dict(weights.options),
+        "normalize_activations": "none", "is_transcoder": False, "model_name": known.get("model_name"),
+        "hook_point_layer": known.get("layer"), "layer_subtype": "hook_resid_post", "cls_token_only": known.get("tokens") == "cls",
+        "use_patches_only": known.get("tokens") == "patches",
+    }  # fmt: skip
+    return settings, named(weights.tensors, _GATED if gated else _FOUR)
+
+
+# -- saev: its encoder doesn't subtract b_dec ---------------------------------------------------------------------------------------------
+
+_SAEV = {"Relu": "relu", "TopK": "topk", "BatchTopK": "batchtopk"}
+
+
+def saev_defaults(header: dict[str, Any]) -> dict[str, Any]:
+    """A header of any schema in one form: what the cfg says, and ``activation`` and ``top_k`` from where its version wrote them."""
+    schema, cfg = header.get("schema"), header.get("cfg")
+    if "schema" not in header:
+        return {**header, "activation": "Relu"}
+    cfg = dict(cfg) if isinstance(cfg, dict) else {}
+    kind = cfg.pop("activation", None)
+    if schema == 1 and header.get("cls") in _SAEV:
+        kind = {"cls": header["cls"], "params": {"top_k": cfg.pop("top_k", 32)}}
+    kind = kind if isinstance(kind, dict) else {}
+    params = kind["params"] if isinstance(kind.get("params"), dict) else {}
+    known = {"schema": schema, "activation": kind.get("cls"), "top_k": params.get("top_k", 32), "patchsae": header.get("patchsae")}
+    return cfg | {name: value for name, value in params.items() if name not in ("sparsity", "aux", "kind")} | known
+
+
+def read_saev(settings: dict[str, Any], state: Mapping[str, Any], file: Path) -> Weights:
+    kind = settings["activation"]
+    if kind not in _SAEV:
+        raise ValueError(f"{file} holds an SAE of activation {kind!r}. Valid: {', '.join(_SAEV)}.")
+    threshold = isinstance(state, dict) and "activation.threshold" in state
+    if kind == "BatchTopK" and not threshold:
+        kind = "TopK"  # before it had a threshold, saev took each token's largest
+    tensors = renamed(state, _FOUR | ({"activation.threshold": "threshold"} if kind == "BatchTopK" else {}), file)
+    if "threshold" in tensors:
+        tensors["threshold"] = tensors["threshold"].reshape(()).clamp_min(0)
+    return Weights(centred(tensors), _SAEV[kind], {} if kind == "Relu" else _k(settings, "top_k"), _own(settings, {}))
+
+
+def write_saev(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    d_in, d_sae = weights.tensors["W_enc"].shape
+    kind = {"relu": "Relu", "topk": "TopK"}.get(weights.activation, "BatchTopK")
+    params = {"top_k": weights.options["k"]} if "k" in weights.options else {}
+    cfg = {"d_model": d_in, "d_sae": d_sae, "activation": {"cls": kind, "params": params}}
+    names = _FOUR | ({"activation.threshold": "threshold"} if kind == "BatchTopK" else {})
+    header = {"schema": 5, "cfg": cfg, "commit": "unknown", "lib": "patchsae_utils", "patchsae": as_json(weights.metadata)}
+    return header, named(centred(weights.tensors, -1), names)
+
+
+# -- sparsify -----------------------------------------------------------------------------------------------------------------------
+
+_SPARSIFY = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+
+
+def read_sparsify(settings: dict[str, Any], state: Mapping[str, Any], file: Path) -> Weights:
+    return Weights(renamed(state, _SPARSIFY, file), "topk", _k(settings), _own(settings, {}))
+
+
+def write_sparsify(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    d_in, d_sae = weights.tensors["W_enc"].shape
+    config = {
+        "activation": "topk", "expansion_factor": d_sae // d_in, "normalize_decoder": True, "num_latents": d_sae, "k": weights.options["k"],
+        "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": d_in, "patchsae": as_json(weights.metadata),
+    }  # fmt: skip
+    return config, named(weights.tensors, _SPARSIFY)
+
+
+# -- dictionary_learning: a class for each variant ----------------------------------------------------------------------------------------
+
+
+class _Class(NamedTuple):
+    """One of its classes: our activation, its names of the weights, whether it subtracts b_dec, and tensors that its equation doesn't use."""
+
+    activation: str
+    names: Mapping[str, str]
+    centred: bool = True
+    unused: tuple[str, ...] = ()
+
+
+_MAGNITUDES = {"gate_bias": "b_enc", "decoder_bias": "b_dec", "mag_bias": "b_mag", "r_mag": "r_mag"}
+_CLASSES = {  # to write, the first of an activation
+    "AutoEncoder": _Class("relu", _LINEAR | {"bias": "b_dec"}),
+    "AutoEncoderNew": _Class("relu", _LINEAR | {"decoder.bias": "b_dec"}, centred=False),
+    "GatedAutoEncoder": _Class("gated", {"encoder.weight": "W_enc", "decoder.weight": "W_dec"} | _MAGNITUDES),
+    "JumpReluAutoEncoder": _Class("jumprelu", _THRESHOLD, centred=False),
+    "AutoEncoderTopK": _Class("topk", _LINEAR | {"b_dec": "b_dec"}, unused=("k", "threshold")),
+    "BatchTopKSAE": _Class("batchtopk", _LINEAR | {"b_dec": "b_dec", "threshold": "threshold"}, unused=("k",)),
+    "MatryoshkaBatchTopKSAE": _Class("matryoshka", _THRESHOLD, unused=("k", "group_sizes")),
+}
+
+
+def _norms_count(kind: str, trainer: Mapping[str, Any]) -> bool:
+    """Whether latents are times their decoder rows' norms: ``AutoEncoder`` as it is loaded since January 2025, others before.
+
+    ``JumpReluTrainer`` says its bandwidth, and the gated trainers the start of a decay, since the versions in which norms no longer count.
+    """
+    jump = trainer.get("trainer_class") == "TrainerJumpRelu" or (
+        trainer.get("trainer_class") == "JumpReluTrainer" and "submodule_name" in trainer and "bandwidth" not in trainer
+    )
+    gated = "trainer_class" in trainer and "warmup_steps" in trainer and "decay_start" not in trainer
+    return {"AutoEncoder": True, "JumpReluAutoEncoder": jump, "GatedAutoEncoder": gated}.get(kind, False)
+
+
+def dictionary_learning_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """The trainer's settings, which hold what matters, beside ours."""
+    trainer = settings.get("trainer")
+    return {"patchsae": settings.get("patchsae")} | (trainer if isinstance(trainer, dict) else {})
+
+
+def read_dictionary_learning(trainer: dict[str, Any], state: Mapping[str, Any], file: Path) -> Weights:
+    kind = str(trainer.get("dict_class"))
+    if kind not in _CLASSES:
+        raise ValueError(f"{file.parent / 'config.json'} says trainer.dict_class={kind!r}. Valid: {', '.join(_CLASSES)}.")
+    activation, names, subtracts, unused = _CLASSES[kind]
+    tensors, options = renamed(state, names, file, unused), {}
+    if "k" in unused:
+        options = _k(trainer) if state.get("k") is None else {"k": int(state["k"])}  # before December 2024 it stood in the config alone
+        if trainer.get("k") not in (None, options["k"]):
+            raise ValueError(
+                f"{file} keeps k={options['k']} latents, its config.json k={trainer['k']!r}. The two files don't belong together."
+            )
+    if "group_sizes" in unused:
+        groups = renamed(state, {"group_sizes": "groups"}, file, unused=state)["groups"]
+        options["groups"] = tuple(groups.long().cumsum(0).tolist())
+    if not subtracts:
+        tensors = centred(tensors)
+    if _norms_count(kind, trainer) and not has_unit_rows(tensors):
+        tensors = unit_rows(tensors)
+    if "threshold" in tensors:
+        tensors["threshold"] = tensors["threshold"].float().clamp_min(0)  # -1: not learned yet
+    model = place(trainer.get("lm_name"), trainer.get("layer")) | plain(trainer, "lr", "seed", "steps")
+    return Weights(tensors, activation, options, _own(trainer, model))
+
+
+def write_dictionary_learning(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    kind = next(kind for kind, each in _CLASSES.items() if each.activation == weights.activation)
+    if kind == "AutoEncoder" and not has_unit_rows(weights.tensors):
+        kind = "AutoEncoderNew"  # as it is; the other's loader would scale latents by the norms
+    _, names, subtracts, unused = _CLASSES[kind]
+    state = named(weights.tensors if subtracts else centred(weights.tensors, -1), names)
+    k, (d_in, d_sae) = weights.options.get("k"), weights.tensors["W_enc"].shape
+    trainer = {
+        "dict_class": kind, "activation_dim": d_in, "dict_size": d_sae, "layer": weights.metadata.get("layer"),
+        "lm_name": weights.metadata.get("model_name"),
+    } | ({"k": k} if k else {})  # fmt: skip
+    if k:
+        state = {"threshold": torch.tensor(-1.0)} | state | {"k": torch.tensor(k, dtype=torch.int32)}
+    if groups := weights.options.get("groups"):
+        state["group_sizes"] = torch.tensor([end - start for start, end in zip((0, *groups), groups, strict=False)])
+    return {"trainer": trainer, "patchsae": as_json(weights.metadata)}, state
+
+
+# -- VISAEBench, and overcomplete's own tensors -------------------------------------------------------------------------------------------
+
+_OVERCOMPLETE = "encoder.final_block.0."
+
+
+def visaebench_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    kind = next((settings[name] for name in ("activation", "sae_type", "architecture") if settings.get(name)), "topk")
+    kind = str(kind).lower().replace("_", "").replace("-", "")
+    rest = {name: value for name, value in settings.items() if name not in ("sae_type", "architecture")}
+    return rest | {"activation": kind, "k": settings.get("k", settings.get("top_k"))}
+
+
+def _decoder_rows(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
+    """overcomplete's dictionary [S, D]: rows as they are, or RA-SAE's exp(m) (W C + Relax), W row-stochastic and Relax no longer than delta."""
+    if "dictionary._weights" in state:
+        rows = state["dictionary._weights"].double()
+    else:
+        mixture, shift = state["dictionary.W"].double().relu(), state["dictionary.Relax"].double()
+        if settings.get("delta") is not None:
+            shift = shift * (float(settings["delta"]) / shift.norm(dim=1, keepdim=True)).clamp(max=1).nan_to_num(1.0)
+        rows = mixture / (mixture.sum(1, keepdim=True) + 1e-8) @ state["dictionary.C"].double() + shift
+    return (rows * state.get("dictionary.multiplier", torch.zeros(())).double().exp()).float()
+
+
+def read_visaebench(settings: dict[str, Any], state: Mapping[str, Any], file: Path) -> Weights:
+    kind, state = settings["activation"], dict(state) if isinstance(state, dict) else {}
+    if kind not in ("topk", "batchtopk", "jumprelu"):
+        raise ValueError(f"{file} holds an SAE of activation {kind!r}. Valid: topk, batchtopk, jumprelu.")
+    encoder = _OVERCOMPLETE if _OVERCOMPLETE + "weight" in state else "encoder."
+    names = {encoder + "weight": "W_enc", encoder + "bias": "b_enc"}
+    parts = ("dictionary._weights",) if "dictionary._weights" in state else ("dictionary.W", "dictionary.C", "dictionary.Relax")
+    if any(name.startswith("dictionary.") for name in state):
+        names |= dict.fromkeys(parts, "W_dec")
+        if encoder == "encoder.":
+            state.setdefault("encoder.bias", torch.zeros(len(state.get(parts[0], ()))))  # its linear encoders may have none
+    else:
+        names["decoder.weight"] = "W_dec"
+    thresholds = next((name for name in ("jump_thresholds", "thresholds") if name in state), None)
+    extra = ("decoder.bias", "dictionary.multiplier", "_running_threshold", "bandwidth", "jump_thresholds", "thresholds")
+    tensors = renamed(state, names, file, unused=extra, transposed=[encoder + "weight"])
+    if "decoder.weight" not in names:
+        tensors["W_dec"] = _decoder_rows(state, settings)
+    d_sae, d_in = tensors["b_enc"].shape[0], tensors["W_dec"].shape[-1]
+    tensors["b_dec"] = state.get("decoder.bias", torch.zeros(d_in))
+    options: dict[str, Any] = {}
+    if kind == "topk":
+        options = _k(settings)
+    elif kind == "batchtopk":
+        threshold = settings["threshold"] if settings.get("threshold") is not None else state.get("_running_threshold", 0.0)
+        tensors["threshold"] = just_below(torch.as_tensor(threshold).float().reshape(())).clamp_min(0)
+        if settings["k"] is None:  # then it is known by its threshold alone
+            kind, tensors["threshold"] = "jumprelu", tensors["threshold"].expand(d_sae)
+        else:
+            options = _k(settings)
+    else:
+        values = torch.full((d_sae,), 0.01) if thresholds is None else state[thresholds].float()
+        logarithms = thresholds == "thresholds" and encoder == _OVERCOMPLETE and bool((values < 0).any())  # as overcomplete trains them
+        tensors["threshold"] = values.exp() if logarithms else values.clamp_min(0)
+    name = next((settings[name] for name in ("model_name", "backbone_name", "backbone") if settings.get(name)), None)
+    return Weights(centred(tensors), kind, options, _own(settings, place(name, settings.get("layer"))))
+
+
+def write_visaebench(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensors, (d_in, d_sae) = centred(weights.tensors, -1), weights.tensors["W_enc"].shape
+    settings = {"activation": weights.activation, "input_dim": d_in, "hidden_dim": d_sae} | {
+        name: value for name, value in weights.options.items() if name == "k"
+    }
+    if weights.activation == "batchtopk":
+        settings["threshold"] = float(just_below(tensors["threshold"], -1))
+    state = named(tensors, {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}) | {"decoder.weight": tensors["W_dec"].contiguous()}
+    state |= {"decoder.bias": tensors["b_dec"]} | ({"jump_thresholds": tensors["threshold"]} if weights.activation == "jumprelu" else {})
+    return settings | {"patchsae": as_json(weights.metadata)}, state

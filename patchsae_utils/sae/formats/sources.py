@@ -1,0 +1,132 @@
+"""What an SAE reads: what programs call their models and layers, and the one comparison of activations with those of training."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+SOURCE = "model_name pretrained layer weights_hash tokens preprocessing".split()
+"""What metadata says of where activations come from."""
+
+
+@cache
+def _hub_names() -> dict[str, tuple[str, str]]:
+    """Hugging Face's names of the models whose weights open_clip knows -> its architecture and tag; quick GELU where both are there."""
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained
+
+    pairs = sorted(list_pretrained(), key=lambda pair: pair[0].endswith("-quickgelu"))
+    names = {str(get_pretrained_cfg(*pair).get("hf_hub", "")).strip("/").lower(): pair for pair in pairs}
+    return {name: (str(model), str(tag)) for name, (model, tag) in names.items() if name}
+
+
+def open_clip_name(name: str) -> tuple[str, str] | None:
+    """(architecture, tag) in open_clip of a model's name on Hugging Face, such as ``openai/clip-vit-base-patch16``; None if it has none."""
+    name = name.removeprefix("open-clip:").removeprefix("hf-hub:").strip("/").lower()
+    if openai := re.fullmatch(r"(?:openai/)?clip-vit-(base|large)-patch(\d+)(?:-(\d+))?", name):
+        size, patch, pixels = openai.groups()
+        name = f"timm/vit_{size}_patch{patch}_clip_{pixels or 224}.openai"
+    return _hub_names().get(name)
+
+
+def tags_of(architecture: str) -> set[str]:
+    """open_clip's tags of weights of an architecture, with either GELU."""
+    from open_clip.pretrained import list_pretrained_tags_by_model
+
+    plain_name = architecture.removesuffix("-quickgelu")
+    return {*list_pretrained_tags_by_model(plain_name), *list_pretrained_tags_by_model(plain_name + "-quickgelu")}
+
+
+def is_local_name(name: str) -> bool:
+    """Whether it is a name by which :func:`~patchsae_utils.load_clip` opens a model."""
+    from open_clip import list_models
+
+    return name == "openmoji" or name.startswith("timm:") or name in list_models()
+
+
+def place(name: Any, layer: Any = None, kind: str = "hook_resid_post", **more: Any) -> dict[str, Any]:
+    """Model and layer as our metadata says them; another place than a block's output, or a single head's, has a ``hook_name`` and no layer."""
+    layer = layer if isinstance(layer, int) and not isinstance(layer, bool) else None
+    known: dict[str, Any] = {"model_name": name if isinstance(name, str) else None}
+    if isinstance(name, str) and (translated := open_clip_name(name)):
+        from open_clip import get_model_config
+
+        known["model_name"], known["pretrained"] = translated
+        depth = (get_model_config(translated[0]) or {}).get("vision_cfg", {}).get("layers")
+        if layer is not None and isinstance(depth, int):
+            layer %= depth
+    if kind == "hook_resid_pre" and layer is not None:
+        layer, kind = layer - 1, "hook_resid_post"
+    if kind == "hook_resid_post":
+        known["layer"] = layer if layer is not None and layer >= 0 else None
+    elif kind:
+        known["hook_name"] = f"blocks.{layer}.{kind}"
+    return {key: value for key, value in (known | more).items() if value is not None}
+
+
+def preprocessing_fingerprint(preprocessing: str) -> str:
+    """First 8 hex digits of the SHA-256 of a preprocessing's description, without what differs between two processes."""
+    return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", preprocessing).encode()).hexdigest()[:8]
+
+
+# -- the comparison ---------------------------------------------------------------------------------------------------------
+
+
+def check_source(reads: int, own: Mapping[str, Any], d_in: int, source: str, given: Mapping[str, Any]) -> None:
+    """Refuse activations that an SAE, which ``reads`` so many dimensions and has metadata ``own``, was not trained on; the one comparison there is.
+
+    Hashes decide on the model where they are known: equal weights may have two names. Else names do, translated to open_clip's; a name that
+    nobody here knows can't be compared, and a warning says so. CLS and patch tokens don't fit each other; either fits ``all``.
+    """
+    both: dict[str, tuple[Any, ...]] = {name: (own.get(name), given.get(name)) for name in SOURCE}
+    known = {name: pair for name, pair in both.items() if all(value is not None and value != "" for value in pair)}
+    hashes, tags = known.pop("weights_hash", None), known.pop("pretrained", None)
+    names = tuple(map(str, known.pop("model_name", ("", ""))))
+    foreign = "converted_from" in own or ("sae_lens_version" in own and "patchsae_version" not in own)
+    (name, tag), (other, _) = _architecture(names[0], foreign), _architecture(names[1], False)
+    comparable, same_name = name is not None and other is not None, name == other or names[0] == names[1]
+    if "preprocessing" in known:
+        known["preprocessing"] = tuple(preprocessing_fingerprint(value) for value in known["preprocessing"])
+    wrong = {name for name, pair in known.items() if pair[0] != pair[1] and not (name == "tokens" and "all" in pair)}
+    if hashes:
+        wrong |= set() if hashes[0] == hashes[1] else {"weights_hash" if same_name else "model_name"}
+    elif not same_name and comparable:
+        wrong.add("model_name")
+    elif not same_name:
+        warnings.warn(
+            f"The SAE was trained on {names[0]!r}, which can't be compared with {names[1]!r}: be sure that it is the same model.",
+            stacklevel=4,
+        )
+    elif same_name and comparable and name:
+        tags = (tag or own.get("pretrained"), given.get("pretrained"))
+        if tags[0] != tags[1] and {*tags} <= tags_of(name):
+            wrong.add("pretrained")
+    if d_in == reads and not wrong:
+        return
+    where = "over" if own.get("layer") is None else f"with layer={own['layer']}"
+    raise ValueError(
+        f"The SAE reads {reads}-dimensional activations{described(own, wrong)}; {source} holds {d_in}-dimensional ones"
+        f"{described(given, wrong)}. Extract again {where} from the model the SAE was trained on, or load the SAE that was trained on these."
+    )
+
+
+def _architecture(name: str, foreign: bool) -> tuple[str | None, str | None]:
+    """Architecture and tag in open_clip of a model's name; the name itself where it is of ours; None where nobody here knows it.
+
+    open_clip has two names for OpenAI's "ViT-B-16". Names with a slash are Hugging Face's, or folders.
+    """
+    translated, tag = open_clip_name(name) or (name, None)
+    known = tag is not None or is_local_name(name) or not ("/" in name or foreign)
+    return (translated.removesuffix("-quickgelu") if known else None), tag
+
+
+def described(known: Mapping[str, Any], more: set[str] | frozenset[str] = frozenset()) -> str:
+    """The words " of 'model', layer 3, weights 1a2b", or as many of them as are known."""
+    words = "" if known.get("model_name") is None else f" of {known['model_name']!r}"
+    words += "" if known.get("layer") is None else f", layer {known['layer']}"
+    extra = {"pretrained": "pretrained", "weights_hash": "weights", "tokens": "tokens", "preprocessing": "preprocessing"}
+    shown = {word: re.sub(r" at 0x[0-9a-f]+", "", str(known.get(name))) for name, word in extra.items() if name in more}
+    return words + "".join(f", {word} {' '.join(text.split())}" for word, text in shown.items())
