@@ -233,11 +233,11 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _yaml(path: Path) -> Any:
-    import yaml
+    from huggingface_hub import RepoCard  # its reader of the YAML before a text
 
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return RepoCard(f"---\n{path.read_text(encoding='utf-8')}\n---\n").data.to_dict()
+    except Exception as error:  # PyYAML's are many
         raise ValueError(f"{path} is not valid YAML ({shortened(error)}).") from error
 
 

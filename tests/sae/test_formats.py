@@ -213,7 +213,6 @@ def test_dictionary_learning(tmp_path):
 @pytest.mark.parametrize("unit", [True, False])
 def test_dictionary_learning_multiplies_some_latents_by_their_rows_norms(tmp_path, unit):
     w = some_weights(unit)
-    norms = w["W_dec"].norm(dim=1)
     pre, threshold = X @ w["W_enc"] + w["b_enc"], torch.linspace(0.1, 2, S)
     f = torch.where(pre > threshold, pre, 0)
     assert_latents(dictionary(tmp_path, "JumpReluAutoEncoder", w | {"threshold": threshold}), f, f @ w["W_dec"] + w["b_dec"])

@@ -324,7 +324,8 @@ def read_dictionary_learning(trainer: dict[str, Any], state: Mapping[str, Any], 
     if kind not in _CLASSES:
         raise ValueError(f"{file.parent / 'config.json'} says trainer.dict_class={kind!r}. Valid: {', '.join(_CLASSES)}.")
     activation, names, subtracts, unused = _CLASSES[kind]
-    tensors, options = renamed(state, names, file, unused), {}
+    tensors = renamed(state, names, file, unused)
+    options: dict[str, Any] = {}
     if "k" in unused:
         options = _k(trainer) if state.get("k") is None else {"k": int(state["k"])}  # before December 2024 it stood in the config alone
         if trainer.get("k") not in (None, options["k"]):
