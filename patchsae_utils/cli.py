@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import load_profile, parse_settings
+from .config import Profile, load_profile, parse_settings
 from .run.artifacts import plain, read_checked_json, write_table
 
 _EPILOG = """\
 Every command reads a profile (a name, or your own .toml file; default: $PATCHSAE_PROFILE, else openmoji) and writes into
 runs/<profile>. What is there already, and was made with the same settings, is opened and not made again.
 
+  python -m patchsae_utils doctor imagefolder                    what is there, what is missing, how long each stage takes here
   python -m patchsae_utils extract --profile imagenet            activations of the training images
   python -m patchsae_utils train --set training.n_tokens=200000 --set name=quick
   python -m patchsae_utils summarize --json                      one JSON object on standard output
@@ -28,7 +29,7 @@ runs/<profile>. What is there already, and was made with the same settings, is o
   python -m patchsae_utils info runs/openmoji/sae                any SAE, store or artifact, of ours or of another program
   python -m patchsae_utils convert hf:owner/sae my_sae --format saelens
 
-Exit status: 0 done; 1 an error, which standard error explains; 2 unknown command or option; 130 interrupted.
+Exit status: 0 done; 1 an error, which standard error explains (or doctor found something missing); 2 unknown command or option; 130 interrupted.
 """
 _LONG = 12  # entries of a list that ``info`` shows
 
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     if int(os.environ.get("RANK", 0)) == 0:  # of several processes, one speaks
         print(json.dumps(result, default=plain) if options.json else _text(result))
-    return 0
+    return 1 if result.get("missing") else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     # Shown in the help and in errors; main hands them on.
     commands.add_parser("notebooks", help="run the notebooks in order (the same as python -m patchsae_utils.reproduce)", add_help=False)
-    for run in (_extract, _train, _summarize, _sweep, _adapt, _info, _convert):
+    for run in (_doctor, _extract, _train, _summarize, _sweep, _adapt, _info, _convert):
         name, first, rest = run.__name__[1:], *run.__doc__.split("\n", 1)
         text = "\n".join([first, *(line.removeprefix("    ") for line in rest.splitlines())])
         command = commands.add_parser(name, help=first, description=text, formatter_class=layout)
@@ -75,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         if run in (_info, _convert):
             command.add_argument("path", help="a folder, a file, or hf:<owner>/<repository>")
         else:
-            command.add_argument("--profile", help="name or .toml file of the settings (default: $PATCHSAE_PROFILE, else openmoji)")
+            name, more = ("profile", {"nargs": "?"}) if run is _doctor else ("--profile", {})
+            command.add_argument(name, help="name or .toml file of the settings (default: $PATCHSAE_PROFILE, else openmoji)", **more)
             command.add_argument(
                 "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting; may be repeated"
             )
@@ -93,18 +95,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _profile(options: argparse.Namespace) -> Profile:
+    return load_profile(options.profile, parse_settings(";".join(options.set)))
+
+
 def _world(options: argparse.Namespace, needs_text: bool = False):
     """The stages, the profile, its CLIP and layer."""
     from . import stages
 
-    changes: dict[str, Any] = {}
-    for item in options.set:
-        changes |= parse_settings(item)
-    profile = load_profile(options.profile, changes)
+    profile = _profile(options)
     clip, layer = stages.load_world(profile)
     if needs_text and not clip.has_text:
         raise ValueError(f"{options.command} needs a text tower, and {clip.name!r} has none. extract, train and summarize work without.")
     return stages, profile, clip, layer
+
+
+def _doctor(options: argparse.Namespace) -> dict[str, Any]:
+    """say what a profile finds on this machine, what is missing, and how long each stage takes
+
+    Processors, GPU, memory and disk; model, weights and data; which stages are made. Then 32 images go through extraction, a few steps of training
+    and statistics, in a folder that is gone afterwards, and each stage's time is estimated from that (training gets faster while latents grow
+    sparse). Broken pictures are looked for by the stages themselves. Exit status 1 if something is missing."""
+    from .doctor import examine
+
+    return examine(_profile(options))
 
 
 def _extract(options: argparse.Namespace) -> dict[str, Any]:
@@ -248,6 +262,8 @@ def _text(result: Any, indent: str = "") -> str:
             import pandas as pd
 
             lines.append(f"{indent}{name}:\n{pd.DataFrame(value).to_string(index=False)}")
+        elif isinstance(value, list):
+            lines.append(f"{indent}{name}: " + ("".join(f"\n{indent}  - {item}" for item in value) or "nothing"))
         elif isinstance(value, dict):
             lines.append(f"{indent}{name}:\n{_text(value, indent + '  ')}")
         else:

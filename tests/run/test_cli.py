@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from tiny import TINY_TEXT, TINY_VISION, picture_folder
 from tiny_saes import trained
 
+from patchsae_utils import doctor
 from patchsae_utils.activations import extraction
 from patchsae_utils.cli import _text, main
 from patchsae_utils.sae.files import load_sae, save_sae
@@ -59,7 +61,8 @@ def run(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
 
     def call(*words, profile=True):
-        status = main([words[0], *(["--profile", "mine.toml"] if profile else []), *words[1:], "--json"])
+        chosen = ["mine.toml"] if words[0] == "doctor" else ["--profile", "mine.toml"]
+        status = main([words[0], *(chosen if profile else []), *words[1:], "--json"])
         out, err = capsys.readouterr()
         return status, json.loads(out), err
 
@@ -90,6 +93,52 @@ def test_all_stages_by_commands(run, world):
     status, found, _ = run("info", "runs/mine/sae", profile=False)
     assert status == 0 and found["reads"]["layer"] == 1 and found["reads"]["metrics"]["l0"] > 0
     assert found["reads"]["dataset"].endswith("pictures") and len(found["reads"]["weights_hash"]) == 16
+
+
+def test_the_doctor_says_what_is_there_and_how_long_it_takes_and_leaves_nothing(run, world):
+    status, found, _ = run("doctor", "--set", "name=ill")
+    assert status == 0 and found["missing"] == [] and "block 1 of 3, 4 x 4 patches" in found["model"]
+    assert [(row["data"], row["images"], row["classes"]) for row in found["data"]] == [
+        ("train", 168, 4),
+        ("statistics", 168, 4),
+        ("evaluation", 20, 4),
+    ]
+    takes = {row["stage"]: (row["is"], row["takes"]) for row in found["stages"]}
+    assert set(takes) == {
+        "activations",
+        "SAE",
+        "statistics of the latents",
+        f"adapter of {world / 'pictures'}",
+        f"fine-tuned model of {world / 'pictures'}",
+    }
+    assert all(
+        takes[stage][1].startswith("about ") and takes[stage][0] == "not made"
+        for stage in ("activations", "SAE", "statistics of the latents")
+    )
+    assert not (world / "runs" / "ill").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("data.train=/nowhere/at/all", "data.train: There is no folder '/nowhere/at/all'"),
+        ("model.name=ViT-B-16", "model: 'ViT-B-16' needs weights"),
+        ("sae.path=/no/sae", "sae.path: No SAE at /no/sae"),
+        ("sae.expansion_factor=4000000000", "memory: training 128,000,000,000 latents takes"),
+        ("data.train=elsewhere; data.n_train_images=3", "data.train: "),
+    ],
+)
+def test_the_doctor_says_what_is_missing(run, monkeypatch, change, said):
+    monkeypatch.setattr(doctor, "_trial", lambda *_: {})
+    status, found, _ = run("doctor", "--set", change)
+    assert status == 1 and len(found["missing"]) == 1 and found["missing"][0].startswith(said)
+
+
+def test_the_doctor_warns_of_a_store_that_the_disk_does_not_hold(run, monkeypatch):
+    monkeypatch.setattr(doctor, "_trial", lambda *_: {})
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e5))
+    status, found, _ = run("doctor", "--set", "name=ill")
+    assert status == 1 and "activations of 168 images take 0 GB, 0 are free: set data.n_train_images lower" in found["missing"][0]
 
 
 @pytest.mark.parametrize("form", ["patchsae", "prisma", "saev", "dictionary_learning"])
@@ -159,7 +208,7 @@ def test_the_module_is_a_command_that_teaches(capsys, monkeypatch):
         runpy.run_module("patchsae_utils", run_name="__main__")
     shown = capsys.readouterr().out
     assert end.value.code == 0 and "Exit status" in shown and "--profile imagenet" in shown
-    for command in ("extract", "train", "summarize", "sweep", "adapt", "info", "convert", "notebooks"):
+    for command in ("doctor", "extract", "train", "summarize", "sweep", "adapt", "info", "convert", "notebooks"):
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
         assert command in shown and end.value.code == 0 and len(capsys.readouterr().out.splitlines()) > 8
