@@ -240,15 +240,6 @@ def compare_models(
     dataset : data set
         Labelled pictures that neither the SAE nor the adapter has seen.
     progress : bool
-
-    Returns
-    -------
-    Remapping
-
-    Raises
-    ------
-    ValueError
-        If the models have different shapes, the SAE was trained on another model or layer, or there are no pictures.
     """
     check_same_tower(base, adapted)
     for model in (base, adapted):
@@ -328,11 +319,6 @@ def masked_predictions(
     DataFrame
         model ("CLIP", "CLIP, adapted head", "adapted") and the columns of :func:`patchsae_utils.sweep_masks`, with rows for each class;
         ``choose`` is "oracle" (the class's latents), "random", or "none" (unmasked).
-
-    Raises
-    ------
-    ValueError
-        If the models have different shapes, or as :func:`patchsae_utils.sweep_masks`.
     """
     check_same_tower(base, adapted)
     summary = summarize_latents(base, sae, train, layer, progress=progress)

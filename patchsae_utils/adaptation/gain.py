@@ -11,8 +11,8 @@ may change each step, and nothing else, so its gain in accuracy has exactly four
 
 From these the three words of the question:
 
-- **new concepts** come from *outside the dictionary*: exactly zero where the image tower can't change, and an upper bound, for the dictionary misses a
-  part of any change (:meth:`GainSplit.change`);
+- **new concepts** come from *outside the dictionary*: exactly zero where the image tower can't change. It is no bound on what is new: an overcomplete
+  dictionary writes new directions on old latents too, and misses a part of any change (:meth:`GainSplit.change`); :mod:`.novelty` asks latent by latent;
 - **remapping** from *later blocks* and *text head*: the concepts at the hook are as they were, their mapping to classes is new. *Existing latents*
   stand between the two, known concepts that answer more or less than before, and are reported apart as **retuning**;
 - **reuse** is how much of the evidence for a class rests on the same latents as before; see :mod:`.links`.
@@ -176,16 +176,6 @@ def explain_gain(
     dataset : data set
         Labelled pictures that neither the SAE nor the adapters have seen.
     progress : bool
-
-    Returns
-    -------
-    dict of str to GainAnalysis
-        ``split``, a :class:`GainSplit`, and ``links``, a :class:`.ClassLinks`.
-
-    Raises
-    ------
-    ValueError
-        If the models have different shapes, the SAE was trained on another model or layer, or there are no pictures.
     """
     if len(dataset) == 0:
         raise ValueError(f"The data set {dataset.spec!r} is empty: there is nothing to explain.")

@@ -27,7 +27,6 @@ from ..sae.trainer import train_sae
 
 BASE, OTHER_SEED, ADAPTED = "CLIP", "CLIP, other seed", "adapted"
 DICTIONARIES = (BASE, OTHER_SEED, ADAPTED)
-"""Names of the three SAEs: trained on CLIP, again with the next seed, and on the adapted model."""
 MEASURES = {"explained_variance": "explained_variance", "l0": "l0", "zero_shot_top1": "accuracy", "zero_shot_change": "change"}
 """Metric of :func:`patchsae_utils.evaluate_sae` -> column of :meth:`Dictionaries.cross`."""
 _N_ALIVE = 40_000  # tokens on which a latent must fire once to be matched

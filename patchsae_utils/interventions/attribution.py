@@ -52,15 +52,6 @@ def attribute_latents(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, lay
         The *train* split: its labels are read, and masks ranked by the outcome are to be judged on other images.
     head : Tensor [C, d_embed], optional
         By default from the data set's class names and templates.
-
-    Returns
-    -------
-    Attribution
-
-    Raises
-    ------
-    ValueError
-        For an SAE of another model or layer.
     """
     sae.check_model(clip, layer)
     head = dataset_head(clip, dataset) if head is None else head
@@ -126,11 +117,6 @@ def attribution_check(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, hea
     dict
         ``estimate`` and ``exact`` [N]: what the logit of the predicted class loses, by gradient times activation and by running the
         tail without the latent.
-
-    Raises
-    ------
-    ValueError
-        For an SAE of another model or layer.
     """
     sae.check_model(clip, layer)
     rng, parts = np.random.default_rng(0), []

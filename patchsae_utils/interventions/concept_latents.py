@@ -88,15 +88,6 @@ def rank_concepts(
         ``activity``: mean activation on the concept's patches, times its share among the concepts of its kind (``latents.class_scores``).
         ``attribution``: gradient times activation of the concept's score, less the log of the summed exponentials of the others'
         of its kind (:mod:`patchsae_utils.interventions.attribution`), averaged over scenes that show it; all tokens count.
-
-    Returns
-    -------
-    ConceptLatents
-
-    Raises
-    ------
-    ValueError
-        If the data set has no ground truth, a kind or ranking is unknown, or the SAE is of another model or layer.
     """
     check_truth(dataset)
     sae.check_model(clip, layer)

@@ -37,23 +37,12 @@ MODES = ("on", "off")
 @out_of_memory("a sweep over masks", "batch_size lower (sweep_masks(..., batch_size=8))")
 @torch.no_grad()
 def sweep_masks(
-    clip: ClipModel,
-    sae: SparseAutoencoder,
-    dataset: Any,
-    ks: Sequence[int] = (1, 2, 5, 10, 20, 50, 100),
-    choose: str | Sequence[str] = ("oracle", "predicted", "random"),
-    keep_error: bool | Sequence[bool] = False,
-    layer: int = -2,
-    *,
-    class_counts: LatentSummary | Tensor | None = None,
-    attribution: Attribution | Tensor | None = None,
-    rank_by: str | Sequence[str] = "count",
-    where: str | Sequence[str] = "all",
-    head: Tensor | None = None,
-    n_random: int = 3,
-    groups: str | Sequence[str] | None = None,
-    batch_size: int = 32,
-) -> pd.DataFrame:
+    clip: ClipModel, sae: SparseAutoencoder, dataset: Any, ks: Sequence[int] = (1, 2, 5, 10, 20, 50, 100),
+    choose: str | Sequence[str] = ("oracle", "predicted", "random"), keep_error: bool | Sequence[bool] = False, layer: int = -2, *,
+    class_counts: LatentSummary | Tensor | None = None, attribution: Attribution | Tensor | None = None,
+    rank_by: str | Sequence[str] = "count", where: str | Sequence[str] = "all", head: Tensor | None = None, n_random: int = 3,
+    groups: str | Sequence[str] | None = None, batch_size: int = 32,
+) -> pd.DataFrame:  # fmt: skip
     """Zero-shot accuracy with only the top k latents left on, or with them turned off.
 
     The network up to ``layer`` runs once an image; each mask runs its tail alone. Extra prompt tokens of an adapted model are never
@@ -75,9 +64,8 @@ def sweep_masks(
         - ``wrong``: of a random class other than the predicted one.
         - ``dataset``: of all classes together.
         - ``random``: latents that are not dead on the train split, drawn ``n_random`` times; their outcomes are averaged.
-        - ``matched``: for each of the k ``predicted`` latents another one, not among them, that is about as active in this very image and
-          was active in about as many images of the train split. Where an image has too few others, the rows of that k are NaN, and a
-          warning says so.
+        - ``matched``: for each of the k ``predicted`` latents another one, about as active in this very image and in about as many images of
+          the train split. Where an image has too few others, the rows of that k are NaN, and a warning says so.
     keep_error : bool or two bools
         Add z - z_hat back, so that the unmasked latents' part of the residual stream stays exact.
     class_counts : LatentSummary or Tensor [C, S], optional
@@ -104,14 +92,6 @@ def sweep_masks(
         change_low, change_high (of the accuracy against raw, paired image by image), logit, logit_low, logit_high (of the true class), n
         (images). Intervals are over images, and all rows share the resamples. The first three rows of a group (choose "none") have the
         modes "raw", "reconstructed" (no mask, error dropped) and "error_kept" (no mask, error kept).
-
-    Raises
-    ------
-    ValueError
-        For an unknown choice, ranking or place, a k outside 0..S, class counts or groups of another length than the classes, an SAE of another
-        model or layer, or an empty data set.
-    MemoryError
-        If a batch doesn't fit the memory; says what to set.
 
     Source: Lim et al., ICLR 2025, section 4.1 and Fig. 5 (choices ``oracle``, ``dataset``, ``random``; ranked by count).
     """

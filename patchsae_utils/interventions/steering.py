@@ -127,15 +127,6 @@ def steer(
     head : Tensor [C, d_embed], optional
         For logits and probabilities.
 
-    Returns
-    -------
-    Steered
-
-    Raises
-    ------
-    ValueError
-        If a latent or patch doesn't exist, or the SAE is of another model or layer.
-
     Examples
     --------
     Latent 7 off; 3 doubled on two patches; 5 set to 4 at CLS:
