@@ -18,12 +18,11 @@ import pandas as pd
 from patchsae_utils import stages
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.clip.model import ClipModel
-from patchsae_utils.concepts.comparison import Competitor, compare_dictionaries
+from patchsae_utils.concepts.comparison import compare, sae_competitor
 from patchsae_utils.concepts.detection import ConceptPatches, concept_patches
 from patchsae_utils.config import Profile, load_profile
 from patchsae_utils.latents.matching import matched_cosine
 from patchsae_utils.latents.reading import summarize_latents
-from patchsae_utils.sae.dictionary import sae_dictionary
 from patchsae_utils.sae.quality import evaluate_sae
 from patchsae_utils.sae.trainer import train_sae, training_log
 from patchsae_utils.tables import QUANTILES, STATISTICS
@@ -165,7 +164,7 @@ class Ablations:
             self._patches = (layer, patches)
         if self._patches[1] is None:
             return {}
-        found = compare_dictionaries([Competitor(sae_dictionary(sae), "sae")], *self._patches[1], min_patches=1)
+        found = compare([sae_competitor(sae)], *self._patches[1], min_patches=1)
         table = found.table().set_index("kind").drop(index="all")
         ends = {"ap": "ap", "ap_low": "low", "ap_high": "high"}
         return {f"{kind}_{name}": float(values[column]) for kind, values in table.iterrows() for name, column in ends.items()}

@@ -76,11 +76,10 @@ def ica_dictionary(x: Tensor) -> Dictionary:
     return projections("ICA", np.concatenate([fit.components_, -fit.components_]), fit.mean_)
 
 
-def kmeans_dictionary(x: Tensor, n: int, *, cosine: bool = False) -> Dictionary:
-    """Directions from the mean to the centroids of k-means: n features, not negative.
+def kmeans_directions(x: Tensor, n: int, *, cosine: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Unit directions [n, D] from the mean of the tokens to the centroids of k-means, and that mean.
 
-    With ``cosine`` tokens are centred and scaled to unit norm before, so that centroids are directions (spherical k-means, nearly) and
-    features cosines; without it, features are lengths along the direction.
+    With ``cosine`` tokens are centred and scaled to unit norm before, so that centroids are directions (spherical k-means, nearly).
     """
     if len(x) < n:
         raise ValueError(f"k-means needs a token for each of the {n} centroids, got {len(x)}. Sample more patches.")
@@ -89,8 +88,12 @@ def kmeans_dictionary(x: Tensor, n: int, *, cosine: bool = False) -> Dictionary:
     if cosine:
         z = z / z.norm(dim=1, keepdim=True).clamp_min(1e-12)
     fit = MiniBatchKMeans(n, init="random", n_init=1, batch_size=8192, max_iter=10, random_state=0).fit(z.numpy())
-    directions = fit.cluster_centers_ / np.maximum(np.linalg.norm(fit.cluster_centers_, axis=1, keepdims=True), 1e-12)
-    return projections("k-means, cosine" if cosine else "k-means", directions, mean.numpy(), cosine=cosine, relu=True)
+    return fit.cluster_centers_ / np.maximum(np.linalg.norm(fit.cluster_centers_, axis=1, keepdims=True), 1e-12), mean.numpy()
+
+
+def kmeans_dictionary(x: Tensor, n: int) -> Dictionary:
+    """Lengths of centred tokens along the directions of k-means, 0 where they are negative: n features."""
+    return projections("k-means", *kmeans_directions(x, n), relu=True)
 
 
 def nmf_dictionary(x: Tensor) -> Dictionary:

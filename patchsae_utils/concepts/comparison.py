@@ -1,114 +1,248 @@
-"""The SAE against everything else: one table of how well the best feature of each dictionary finds each ground-truth concept."""
+"""The SAE against everything else, fairly: how well the best feature of each dictionary finds each concept, read in the same ways."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data import dataset_fingerprint
 from ..run.artifacts import fingerprint, is_current
-from ..sae.dictionary import NEEDS_NO_THRESHOLD, Dictionary, dimensions, random_sae, sae_dictionary
+from ..sae.dictionary import Dictionary, dimensions, random_sae, sae_dictionary
 from ..sae.model import SparseAutoencoder
-from .baselines import ica_dictionary, kmeans_dictionary, nmf_dictionary, pca_dictionary, random_weights_sae, sample_patches
-from .detection import (
-    ConceptPatches,
-    best_features,
-    candidates,
-    common_concepts,
-    concept_correlations,
-    concept_patches,
-    different_scenes,
-    image_weights,
-    read_patches,
-)  # fmt: skip
+from . import baselines, detection
+from .baselines import projections
+from .detection import Activations, ConceptPatches
 from .probes import fit_probes
 from .report import FORMAT_VERSION, ComparisonReport
 
-_MATERIALIZE = 2**27  # activations of a whole set are computed once where they are fewer
+PROBES = (2, 5)  # features of a sparse probe; of 1 it is the best feature itself
+_STEP = 8192  # tokens whose reconstruction is measured at a time
+
+Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Tokens [N, D] -> what a dictionary writes for them [N, D], and how many features it uses for each [N]."""
 
 
 class Competitor(NamedTuple):
     """One dictionary in the comparison."""
 
-    dictionary: Dictionary
+    name: str
+    readouts: Mapping[str, Dictionary]
+    """Its features read in one way or several: "activations" (sparse), "pre-activations", "cosine" (of centred tokens and the directions that
+    are written); "dense", where there is one way alone; "nearest" and "4 nearest" of k-means. The first is its own way."""
     role: str = "baseline"
-    """"sae", "baseline", or "ceiling" (supervised: feature k belongs to concept k)."""
+    """"sae", "control" (an SAE trained with a part frozen), "baseline", or "ceiling" (supervised: feature k belongs to concept k)."""
+    reconstruct: Mapping[str, Reconstruct] | None = None
+    """For each way of reading, where the dictionary writes tokens: gives its L0 and its explained variance."""
     patches: tuple[ConceptPatches, ConceptPatches] | None = None
     """Of its own, when it reads another model: of the same scenes, in the same order."""
 
 
-def compare_dictionaries(
+def sae_competitor(
+    sae: SparseAutoencoder, name: str = "SAE", role: str = "sae", *, centre: Tensor | None = None,
+    patches: tuple[ConceptPatches, ConceptPatches] | None = None,
+) -> Competitor:  # fmt: skip
+    """An SAE as a competitor, read in three ways; in its own alone, without the mean of its tokens.
+
+    Parameters
+    ----------
+    sae : SparseAutoencoder
+    name, role : str
+        How the table calls it, and "sae", "control" or "baseline".
+    centre : Tensor [D], optional
+        Mean of the training tokens.
+    patches : two ConceptPatches, optional
+        Of its own model, where that is another one than the others'.
+    """
+
+    def before(x: Tensor, columns: np.ndarray | None) -> Tensor:
+        return sae.pre_activations(x.to(sae.W_enc.device), None if columns is None else torch.as_tensor(columns).to(sae.W_enc.device))
+
+    def written(x: Tensor) -> tuple[Tensor, Tensor]:
+        out = sae.eval()(x.to(sae.W_enc.device))
+        return out.reconstruction.cpu(), (out.latents != 0).sum(1).cpu()
+
+    readouts = {"activations": sae_dictionary(sae, name)}
+    if centre is not None:
+        directions = torch.nn.functional.normalize(sae.W_dec.detach().float(), dim=1).cpu().numpy()
+        cosine = projections(name, directions, centre.numpy(), cosine=True)
+        readouts |= {"pre-activations": Dictionary(name, sae.d_sae, before), "cosine": cosine}
+    return Competitor(name, readouts, role, dict.fromkeys(readouts, written), patches)
+
+
+def kmeans_competitor(x: Tensor, n: int) -> Competitor:
+    """Centroids of centred unit-norm tokens, read densely, and with only the four nearest or the nearest kept."""
+    directions, mean = (torch.from_numpy(part).float() for part in baselines.kmeans_directions(x, n, cosine=True))
+    dense = projections("k-means, cosine", directions.numpy(), mean.numpy(), cosine=True, relu=True)
+
+    def nearest(k: int, x: Tensor, columns: np.ndarray | None) -> Tensor:
+        h = dense.encode(x, None)
+        best = h.topk(k, dim=1)
+        h = torch.zeros_like(h).scatter_(1, best.indices, best.values)
+        return h if columns is None else h[:, torch.as_tensor(columns)]
+
+    def written(k: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The least-squares sum of the nearest centroids, for a token whose norm is known."""
+        centred = x - mean
+        near = directions[dense.encode(x, None).topk(k, dim=1).indices]
+        gram = near @ near.transpose(1, 2) + 1e-6 * torch.eye(k)
+        sizes = torch.linalg.solve(gram, (near @ centred[:, :, None]))
+        return mean + (near.transpose(1, 2) @ sizes)[:, :, 0], torch.full((len(x),), k)
+
+    ks = {"4 nearest": min(4, n), "nearest": 1}
+    readouts = {way: Dictionary(dense.name, n, partial(nearest, k)) for way, k in ks.items()}
+    return Competitor(dense.name, {"dense": dense, **readouts}, reconstruct={way: partial(written, k) for way, k in ks.items()})
+
+
+def plain_competitor(dictionary: Dictionary, role: str = "baseline") -> Competitor:
+    """A dictionary that is read in one way."""
+    return Competitor(dictionary.name, {"dense": dictionary}, role)
+
+
+@torch.no_grad()
+def compare(
     competitors: Sequence[Competitor], choose: ConceptPatches, report: ConceptPatches, *, min_patches: int = 20
 ) -> ComparisonReport:
-    """Every dictionary takes the same steps: for each concept its best feature on ``choose``, average precision on ``report``.
+    """Every dictionary takes the same steps: for each concept its best feature on some scenes, and average precision on others.
 
-    Concepts on fewer than ``min_patches`` patches of either set are left out, for all dictionaries alike.
+    Sparse probes, of two and of five features, are read of each dictionary's own activations: features are added by least squares among
+    the eight that correlate most with the concept, chosen and weighted on ``choose`` (Gurnee et al., 2023, choose and fit likewise).
+
+    Parameters
+    ----------
+    competitors : sequence of Competitor
+        Of :func:`sae_competitor`, :func:`kmeans_competitor` or :func:`plain_competitor`.
+    choose, report : ConceptPatches
+        Of scenes that differ.
+    min_patches : int
+        Concepts on fewer patches of either set are left out, for all dictionaries alike.
+
+    Returns
+    -------
+    ComparisonReport
+        ``.frame`` holds every dictionary, its L0 and explained variance, and every way of reading, by kind of concept.
     """
-    names = [c.dictionary.name for c in competitors]
+    names = [c.name for c in competitors]
     if len(set(names)) < len(names):
-        raise ValueError(f"Dictionaries need names that differ, got {', '.join(names)}. Rename: dictionary._replace(name=...).")
-    concepts, weights = common_concepts(choose, report, min_patches), image_weights(report.n_images)
+        raise ValueError(f"Dictionaries need names that differ, got {', '.join(names)}.")
+    concepts, weights = detection.common_concepts(choose, report, min_patches), detection.image_weights(report.n_images)
     frames, replicates = [], []
-    for dictionary, role, own in tqdm(competitors, desc="dictionaries"):
+    for name, readouts, role, reconstruct, own in tqdm(competitors, desc="dictionaries"):
         sets = own or (choose, report)
         for mine, given in zip(sets, (choose, report), strict=True):
             if mine is not given and (mine.masks.shape != given.masks.shape or (mine.masks != given.masks).nnz):
-                raise ValueError(f"The patches of {dictionary.name!r} are of other scenes than the others'. Read the same data sets.")
-        if dictionary.n * max(len(s.tokens) for s in sets) <= _MATERIALIZE:
-            with torch.no_grad():
-                sets = [s._replace(tokens=dictionary.encode(s.tokens, None)) for s in sets]
-            dictionary = dictionary._replace(encode=lambda h, columns: h if columns is None else h[:, torch.as_tensor(columns)])
-        tried = concepts[:, None] if role == "ceiling" else candidates(concept_correlations(sets[0], dictionary)[0][0][concepts])
-        frame, resampled = best_features(dictionary, role, sets[0], sets[1], concepts, tried, weights)
-        frames.append(frame)
-        replicates.append(resampled)
+                raise ValueError(f"The patches of {name!r} are of other scenes than the others'. Read the same data sets.")
+        qualities = {written: quality(written, sets[1].tokens) for written in {*(reconstruct or {}).values()}}
+        for i, (way, dictionary) in enumerate(readouts.items()):
+            features = [Activations(dictionary, each) for each in sets]
+            l0, explained = qualities.get((reconstruct or {}).get(way), (np.nan, np.nan))
+            same = {"l0": l0, "explained_variance": explained}
+            tried = (
+                concepts[:, None]
+                if role == "ceiling"
+                else detection.candidates(detection.concept_correlations(features[0])[0][0][concepts])
+            )
+            frame, resampled = detection.best_features(name, role, *features, concepts, tried, weights)
+            found = [(way, frame, resampled)]
+            if i == 0 and role != "ceiling" and len(competitors) > 1:
+                found += [
+                    (f"probe of {k}", frame.assign(ap=ap), draws) for k, ap, draws in sparse_probes(*features, concepts, tried, weights)
+                ]
+            frames += [frame.assign(readout=label, **same) for label, frame, _ in found]
+            replicates += [resampled for *_, resampled in found]
     return ComparisonReport(pd.concat(frames, ignore_index=True), np.concatenate(replicates))
+
+
+def quality(reconstruct: Reconstruct, tokens: Tensor) -> tuple[float, float]:
+    """L0 and explained variance of tokens [N, D]: 1 - ||x - x'||^2 / ||x - mean||^2, summed over tokens."""
+    mean, error, total, active = tokens.double().mean(0), 0.0, 0.0, 0.0
+    for x in tokens.split(_STEP):
+        written, n = reconstruct(x)
+        error += float((x - written).double().square().sum())
+        total += float((x - mean).square().sum())
+        active += float(n.sum())
+    return active / len(tokens), 1 - error / total
+
+
+def sparse_probes(choose: Activations, report: Activations, concepts: np.ndarray, tried: np.ndarray, weights: np.ndarray):
+    """For each size of ``PROBES``: the AP [K'] on ``report`` of probes of so many features, and in every resample [K', R]."""
+    rows, sizes = choose.patches.rows(), [min(k, tried.shape[1]) for k in PROBES]
+    chosen: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in PROBES]
+    for concept, some in zip(concepts, tried, strict=True):
+        x = choose.columns(some)
+        mean = x.mean(1, dtype=np.float64)
+        gram = np.asarray(x @ x.T, np.float64) / x.shape[1] - np.outer(mean, mean)
+        gram += 1e-6 * max(np.trace(gram) / len(gram), np.finfo(float).tiny) * np.eye(len(gram))
+        share = len(rows[concept]) / x.shape[1]
+        cross = x[:, rows[concept]].sum(1, dtype=np.float64) / x.shape[1] - mean * share
+        picked: list[int] = []
+        while len(picked) < max(sizes):
+            gains = {}
+            for i in set(range(len(some))) - set(picked):
+                at = [*picked, i]
+                gains[i] = cross[at] @ np.linalg.solve(gram[np.ix_(at, at)], cross[at])
+            picked.append(max(gains, key=gains.__getitem__))
+            for found, k in zip(chosen, sizes, strict=True):
+                if len(picked) == k:
+                    found.append((some[picked], np.linalg.solve(gram[np.ix_(picked, picked)], cross[picked])))
+    every = np.arange(len(concepts))
+    for k, probes in zip(PROBES, chosen, strict=True):
+        scores = _Probes(report, probes)
+        yield k, detection.precisions(scores, every, concepts), detection.precisions(scores, every, concepts, weights)
+
+
+class _Probes(Activations):
+    """Weighted sums of some features as features."""
+
+    def __init__(self, features: Activations, probes: Sequence[tuple[np.ndarray, np.ndarray]]):
+        self.features, self.probes, self.patches, self.n = features, probes, features.patches, len(probes)
+
+    def columns(self, features: np.ndarray) -> np.ndarray:
+        parts = [self.probes[i] for i in features]
+        return np.stack([(size.astype(np.float32) @ self.features.columns(some)) for some, size in parts])
 
 
 def measure_dictionaries(
     clip, sae: SparseAutoencoder, store, training, choose, report, layer: int, *, random_weights, random_scenes, out: str | Path,
-    patches: Sequence[ConceptPatches] | None = None,
+    patches: Sequence[ConceptPatches] | None = None, controls: Mapping[str, SparseAutoencoder] | None = None,
 ) -> ComparisonReport:  # fmt: skip
     """An SAE, every baseline and the probe, from training scenes to the table, which is kept in ``out``.
 
     ``store`` is of ``training``; ``random_weights`` is the recipe of an SAE on a CLIP of random weights, trained on ``random_scenes``;
-    ``patches`` are of ``choose`` and ``report``, when they were read before.
+    ``patches`` are of ``choose`` and ``report``, when they were read before; ``controls`` are SAEs of which a part was frozen in training.
     """
-    out = Path(out)
+    out, controls = Path(out), controls or {}
     key = fingerprint(
         stage="comparison", version=FORMAT_VERSION, clip=clip.fingerprint, sae=sae.fingerprint, store=store.fingerprint,
-        data=different_scenes(training, choose, report), layer=clip.layer_index(layer), random_weights=random_weights,
-        random_scenes=dataset_fingerprint(random_scenes),
+        data=detection.different_scenes(training, choose, report), layer=clip.layer_index(layer), random_weights=random_weights,
+        random_scenes=dataset_fingerprint(random_scenes), controls={name: each.fingerprint for name, each in controls.items()},
     )  # fmt: skip
     if is_current(out / "report", key):
         return ComparisonReport.load(out / "report")
     sae.check_model(clip, layer)
-    patches = read_patches(clip, (choose, report), layer, patches)
-    x = sample_patches(store)
-    n = min(sae.d_sae, len(x) // 4)  # as many centroids as latents, where there are tokens enough
-    by_chance = random_sae(sae, 0, None if sae.activation in NEEDS_NO_THRESHOLD else x)
-    untrained, trained = random_weights_sae(clip, random_scenes, layer, sae, random_weights, out / "random_weights")
-    result = compare_dictionaries(
+    patches = detection.read_patches(clip, (choose, report), layer, patches)
+    x = baselines.sample_patches(store)
+    n, centre = min(sae.d_sae, len(x) // 4), x.mean(0)  # as many centroids as latents, where there are tokens enough
+    untrained, trained = baselines.random_weights_sae(clip, random_scenes, layer, sae, random_weights, out / "random_weights")
+    theirs = (detection.concept_patches(untrained, choose, layer), detection.concept_patches(untrained, report, layer))
+    result = compare(
         [
-            Competitor(sae_dictionary(sae), "sae"),
-            Competitor(dimensions(sae.d_in)),
-            Competitor(pca_dictionary(x)),
-            Competitor(ica_dictionary(x)),
-            Competitor(nmf_dictionary(x)),
-            Competitor(kmeans_dictionary(x, n)),
-            Competitor(kmeans_dictionary(x, n, cosine=True)),
-            Competitor(sae_dictionary(by_chance, "random SAE")),
-            Competitor(
-                sae_dictionary(trained, "SAE on random weights"),
-                patches=(concept_patches(untrained, choose, layer), concept_patches(untrained, report, layer)),
-            ),
-            Competitor(fit_probes(store, training, patches[0], out / "probes"), "ceiling"),
+            sae_competitor(sae, centre=centre),
+            *(sae_competitor(control, name, "control", centre=centre) for name, control in controls.items()),
+            plain_competitor(dimensions(sae.d_in)),
+            *(plain_competitor(make(x)) for make in (baselines.pca_dictionary, baselines.ica_dictionary, baselines.nmf_dictionary)),
+            plain_competitor(baselines.kmeans_dictionary(x, n)),
+            kmeans_competitor(x, n),
+            sae_competitor(random_sae(sae, 0, x), "random SAE", "baseline", centre=centre),
+            sae_competitor(trained, "SAE on random weights", "baseline", centre=theirs[0].tokens.mean(0), patches=theirs),
+            plain_competitor(fit_probes(store, training, patches[0], out / "probes"), "ceiling"),
         ],
         *patches,
     )

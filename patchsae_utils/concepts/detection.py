@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 from scipy import sparse
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..data import batches, dataset_fingerprint, openmoji
 from ..data.sources import has_truth
@@ -26,7 +25,10 @@ N_CANDIDATES = 8  # features a concept, of highest correlation with its mask, wh
 MIN_IMAGES = 2  # concepts in fewer images of either set are left out
 N_LEVELS = 128  # thresholds of an average precision under weights
 N_PEERS = 300  # latents whose correlations by chance a latent is compared with
+DENSE = 0.1  # share of activations that are not 0, above which they are kept dense
 _BLOCK = 128  # features at a time: float32 [_BLOCK, N]
+_ROWS = 32  # images at a time: float32 [_ROWS x patches, n]
+_KEPT = 2**27  # dense activations are kept where they are fewer
 
 # -- patches with ground truth ------------------------------------------------------------------------------------------------
 
@@ -137,7 +139,7 @@ def average_precision(
     """Average precision of scores [N] for some rows [n], ties sharing one threshold, as in scikit-learn.
 
     With weights [R, n_images], how often each image counts: [R], exact where the positives have at most ``N_LEVELS`` distinct scores, else
-    at their quantiles. NaN where no positive counts. ``ascending``: the scores, sorted, where they are at hand.
+    at their quantiles. NaN where no positive counts. ``ascending``: the scores, sorted.
     """
     thresholds, mine = np.unique(scores[positive], return_counts=True)
     if not len(thresholds):
@@ -161,49 +163,91 @@ def average_precision(
         return -(np.diff(hits, axis=0, append=0) * precision).sum(0) / hits[0]
 
 
-def columns_of(dictionary: Dictionary, tokens: Tensor, features: np.ndarray) -> np.ndarray:
-    """Activations of some features, one row each: [m, N]."""
-    return dictionary.encode(tokens, features).T.contiguous().cpu().numpy()
+class Activations:
+    """Features of some patches, [N, n]. Sparse ones are read once and kept, and so are few dense ones; many dense ones are read when asked for."""
+
+    @torch.no_grad()
+    def __init__(self, dictionary: Dictionary, patches: ConceptPatches):
+        self.dictionary, self.patches, self.n = dictionary, patches, dictionary.n
+        self.kept: sparse.csc_matrix | np.ndarray | None = None
+        step, parts = _ROWS * len(patches.tokens) // patches.n_images, []
+        for some in patches.tokens.split(step):
+            h = dictionary.encode(some, None).cpu().numpy()
+            if not parts and np.count_nonzero(h) > DENSE * h.size:
+                if dictionary.n * len(patches.tokens) <= _KEPT:
+                    self.kept = np.ascontiguousarray(dictionary.encode(patches.tokens, None).cpu().numpy().T)
+                return
+            parts.append(sparse.csr_matrix(h))
+        self.kept = sparse.vstack(parts, "csc")
+
+    def columns(self, features: np.ndarray) -> np.ndarray:
+        """Some features, one row each: [m, N]."""
+        if self.kept is None:
+            return self.dictionary.encode(self.patches.tokens, features).T.contiguous().cpu().numpy()
+        return self.kept[:, features].toarray().T if sparse.issparse(self.kept) else self.kept[features]
+
+    def active(self, feature: int) -> tuple[np.ndarray, np.ndarray]:
+        """Patches where a feature is not 0, ascending, and its values there."""
+        if sparse.issparse(self.kept):
+            some = slice(*self.kept.indptr[feature : feature + 2])
+            return self.kept.indices[some], self.kept.data[some]
+        scores = self.columns(np.array([feature]))[0]
+        return (rows := np.flatnonzero(scores)), scores[rows]
+
+    def chunks(self) -> Iterator[tuple[slice, np.ndarray | sparse.csc_matrix]]:
+        """All features of some whole images at a time."""
+        if sparse.issparse(self.kept):
+            yield slice(0, self.kept.shape[0]), self.kept
+            return
+        step = _ROWS * len(self.patches.tokens) // self.patches.n_images
+        for start in range(0, len(self.patches.tokens), step):
+            rows = slice(start, start + step)
+            if self.kept is None:
+                yield rows, self.dictionary.encode(self.patches.tokens[rows], None).cpu().numpy()
+            else:
+                yield rows, np.ascontiguousarray(self.kept[:, rows].T)
 
 
 @torch.no_grad()
-def precisions(
-    dictionary: Dictionary, patches: ConceptPatches, features: np.ndarray, concepts: np.ndarray, weights: np.ndarray | None = None
-) -> np.ndarray:
+def precisions(features: Activations, some: np.ndarray, concepts: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """Average precision of pairs of feature and concept, [m]; with weights [R, n_images] in every resample, [m, R]. On all cores."""
-    rows, (some, which) = patches.rows(), np.unique(features, return_inverse=True)
+    patches, (each, which) = features.patches, np.unique(some, return_inverse=True)
+    rows = patches.rows()
 
     def of_one(scores: np.ndarray, mine: np.ndarray) -> list:
         ascending = np.sort(scores) if weights is None else None  # once for all its concepts
         return [average_precision(scores, rows[concepts[i]], patches.images, weights, ascending=ascending) for i in mine]
 
-    found = np.zeros(len(features) if weights is None else (len(features), len(weights)), np.float64 if weights is None else np.float32)
+    found = np.zeros(len(some) if weights is None else (len(some), len(weights)), np.float64 if weights is None else np.float32)
     with ThreadPoolExecutor() as pool:  # numpy lets go of the interpreter while it sorts and multiplies
-        for start in range(0, len(some), _BLOCK):
-            mine = [np.flatnonzero(which == i) for i in range(start, min(start + _BLOCK, len(some)))]
-            values = pool.map(of_one, columns_of(dictionary, patches.tokens, some[start : start + _BLOCK]), mine)
-            for i, value in zip(mine, values, strict=True):
+        for start in range(0, len(each), _BLOCK):
+            mine = [np.flatnonzero(which == i) for i in range(start, min(start + _BLOCK, len(each)))]
+            for i, value in zip(mine, pool.map(of_one, features.columns(each[start : start + _BLOCK]), mine), strict=True):
                 found[i] = value
     return found
 
 
 @torch.no_grad()
-def concept_correlations(patches: ConceptPatches, dictionary: Dictionary, *more: sparse.csr_matrix) -> tuple[list[np.ndarray], np.ndarray]:
+def concept_correlations(features: Activations, *more: sparse.csr_matrix) -> tuple[list[np.ndarray], np.ndarray]:
     """Pearson correlations [K, S] of features with the patches' masks and with each of some others; 0 where either side is constant.
 
     And in how many images each feature is active, effectively, [S]: the squared sum over images of its activation, over the sum of squares.
     """
-    (n, n_concepts), per_image = patches.masks.shape, len(patches.masks.indptr[:-1]) // patches.n_images
-    masks, step = [patches.masks, *more], 32 * per_image
-    a, a2, images2 = np.zeros((3, dictionary.n))
-    am = [np.zeros((n_concepts, dictionary.n)) for _ in masks]
-    for start in range(0, n, step):
-        h = dictionary.encode(patches.tokens[start : start + step], None).cpu().numpy()
-        a += h.sum(0, dtype=np.float64)
-        a2 += np.einsum("ns,ns->s", h, h)
-        images2 += (h.reshape(-1, per_image, dictionary.n).sum(1) ** 2).sum(0)
+    patches, S = features.patches, features.n
+    n, n_concepts = patches.masks.shape
+    masks, per_image = [patches.masks, *more], n // patches.n_images
+    a, a2, images2 = np.zeros((3, S))
+    am = [np.zeros((n_concepts, S)) for _ in masks]
+    for rows, h in features.chunks():
+        n_rows = h.shape[0]
+        in_image = sparse.csr_matrix((np.ones(n_rows, np.float32), (np.arange(n_rows) // per_image, np.arange(n_rows))))
+        a += np.asarray(h.sum(0, dtype=np.float64)).ravel()
+        a2 += np.asarray(h.multiply(h).sum(0, dtype=np.float64)).ravel() if sparse.issparse(h) else np.einsum("ns,ns->s", h, h)
+        by_image = in_image @ h
+        images2 += np.asarray(by_image.multiply(by_image).sum(0)).ravel() if sparse.issparse(by_image) else (by_image**2).sum(0)
         for total, mask in zip(am, masks, strict=True):
-            total += mask[start : start + step].T @ h
+            product = mask[rows].T @ h
+            total += product.toarray() if sparse.issparse(product) else product
     m = np.asarray(patches.masks.sum(0), np.float64).ravel() / n
     scale = np.outer(np.sqrt(m * (1 - m)), np.sqrt(np.maximum(a2 / n - (a / n) ** 2, 0)))
     found = [np.divide(total / n - np.outer(m, a / n), scale, out=np.zeros_like(scale), where=scale > 1e-12) for total in am]
@@ -225,26 +269,20 @@ def image_weights(n_images: int) -> np.ndarray:
 
 
 def best_features(
-    dictionary: Dictionary,
-    role: str,
-    choose: ConceptPatches,
-    report: ConceptPatches,
-    concepts: np.ndarray,
-    tried: np.ndarray,
-    weights: np.ndarray,
+    name: str, role: str, choose: Activations, report: Activations, concepts: np.ndarray, tried: np.ndarray, weights: np.ndarray
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """The best of the features tried [K', n] for each concept on ``choose``; its AP on ``report``, and there in every resample [K', R].
 
     Features ascend in each row: of equal ones the lower is taken.
     """
-    ap = precisions(dictionary, choose, tried.ravel(), np.repeat(concepts, tried.shape[1])).reshape(tried.shape)
+    ap = precisions(choose, tried.ravel(), np.repeat(concepts, tried.shape[1])).reshape(tried.shape)
     best = np.take_along_axis(tried, ap.argmax(1)[:, None], 1)[:, 0]
-    frame = report.concepts(concepts)
-    frame = pd.DataFrame({"dictionary": dictionary.name, "role": role}, frame.index).join(frame[["concept", "kind", "name"]]).assign(
-        latent=best, ap_choose=ap.max(1), ap=precisions(dictionary, report, best, concepts), chance=frame["n_patches"] / len(report.tokens),
-        n_patches=frame["n_patches"], n_images=frame["n_images"],
+    frame = report.patches.concepts(concepts)
+    frame = pd.DataFrame({"dictionary": name, "role": role}, frame.index).join(frame[["concept", "kind", "name"]]).assign(
+        latent=best, ap_choose=ap.max(1), ap=precisions(report, best, concepts), chance=frame["n_patches"] / len(report.patches.tokens),
+        n_patches=frame["n_patches"], n_images=frame["n_images"], readout="activations", l0=np.nan, explained_variance=np.nan,
     )  # fmt: skip
-    return frame, precisions(dictionary, report, best, concepts, weights)
+    return frame, precisions(report, best, concepts, weights)
 
 
 def measure_concepts(
@@ -274,14 +312,11 @@ def detect_concepts(dictionary: Dictionary, choose: ConceptPatches, report: Conc
     per_image = len(choose.tokens) // choose.n_images
     order = np.random.default_rng(0).permutation(choose.n_images)
     shuffled = choose.masks[(order[:, None] * per_image + np.arange(per_image)).ravel()]
-    with tqdm(total=3, desc="concepts", leave=False) as bar:
-        (correlation, null), spread = concept_correlations(choose, dictionary, shuffled)
-        bar.update()
-        (held_out,), _ = concept_correlations(report, dictionary)
-        bar.update()
-        frame, replicates = best_features(
-            dictionary, "sae", choose, report, common, candidates(correlation[common]), image_weights(report.n_images)
-        )
+    chosen, reported = Activations(dictionary, choose), Activations(dictionary, report)
+    (correlation, null), spread = concept_correlations(chosen, shuffled)
+    (held_out,), _ = concept_correlations(reported)
+    weights = image_weights(report.n_images)
+    frame, replicates = best_features(dictionary.name, "sae", chosen, reported, common, candidates(correlation[common]), weights)
     names = np.array(report.names)[common]
     return ConceptReport(frame, replicates, answers(correlation[common], held_out[common], null[common], spread, names))
 

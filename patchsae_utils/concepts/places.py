@@ -22,10 +22,9 @@ from ..latents.pictures import seen_image
 from ..latents.reading import latent_masks
 from ..run.intervals import interval
 from ..sae.dictionary import Dictionary
-from .detection import ConceptPatches, columns_of, common_concepts, precisions
+from .detection import Activations, ConceptPatches, common_concepts, precisions
 from .report import ConceptReport
 
-_BLOCK = 128  # features at a time: float32 [N, _BLOCK]
 SHARE, MIN_SHARED_AP = 0.5, 0.1  # of the best latent's AP, and at least: such latents share a concept
 SKIPPED, MIN_RECALL, MIN_SPECIAL_AP = 0.25, 0.1, 0.3  # of absorption
 
@@ -42,29 +41,27 @@ class ConceptMatrix(NamedTuple):
     concept (IoU 0)."""
 
 
-@torch.no_grad()
-def concept_matrix(patches: ConceptPatches, dictionary: Dictionary) -> ConceptMatrix:
+def concept_matrix(features: Activations) -> ConceptMatrix:
     """Average precision and best IoU of all features for all concepts.
 
     Features are sparse and not negative: active patches are sorted once, and only (active patch, concept it shows) pairs are looked at; the
     patches where a feature is silent share the last place.
     """
-    shown = np.asarray(patches.masks.sum(0), np.float64).ravel()
-    found = np.zeros((3, dictionary.n, len(shown)), np.float32)
-    for start in range(0, dictionary.n, _BLOCK):
-        features = np.arange(start, min(start + _BLOCK, dictionary.n))
-        for feature, scores in zip(features, columns_of(dictionary, patches.tokens, features), strict=True):
-            if len(scores) and scores.min() < 0:
-                raise ValueError(f"Feature {feature} of {dictionary.name!r} has negative activations; concept_matrix needs a ReLU.")
-            found[:, feature] = _one_feature(scores, patches.masks, shown)
+    masks = features.patches.masks
+    n, shown = masks.shape[0], np.asarray(masks.sum(0), np.float64).ravel()
+    found = np.zeros((3, features.n, len(shown)), np.float32)
+    for feature in range(features.n):
+        active, values = features.active(feature)
+        if len(values) and values.min() < 0:
+            raise ValueError(f"Feature {feature} of {features.dictionary.name!r} has negative activations; concept_matrix needs a ReLU.")
+        found[:, feature] = _one_feature(active, values, n, masks, shown)
     return ConceptMatrix(*found)
 
 
-def _one_feature(scores: np.ndarray, masks: sparse.csr_matrix, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """AP, best IoU and its threshold [K] of one feature."""
-    active, n = np.flatnonzero(scores), len(scores)
-    values = np.sort(scores[active])
-    at_least = len(values) - np.searchsorted(values, scores[active], "left")  # active patches at least as high: the last of its ties
+def _one_feature(active: np.ndarray, scores: np.ndarray, n: int, masks: sparse.csr_matrix, shown: np.ndarray) -> tuple[np.ndarray, ...]:
+    """AP, best IoU and its threshold [K] of one feature, from the patches where it is active and its scores there."""
+    values = np.sort(scores)
+    at_least = len(values) - np.searchsorted(values, scores, "left")  # active patches at least as high: the last of its ties
     order = np.argsort(at_least, kind="stable")
     rows = masks[active[order]]
     rank = np.repeat(at_least[order], np.diff(rows.indptr)).astype(np.int64)
@@ -98,9 +95,8 @@ class Localization(NamedTuple):
     """"iou" and "pointing": what each reported image adds to numerator and denominator, two arrays [rows, n_images]."""
     matrix: ConceptMatrix
     """On the choosing scenes; all latents, the concepts of the rows in their order."""
-    dictionary: Dictionary
-    report: ConceptPatches
-    """The reported scenes."""
+    features: Activations
+    """On the reported scenes."""
 
     def table(self) -> pd.DataFrame:
         """Means by kind of concept and over all of them ("all"): kind, n_concepts, ap, iou, pointing, pointing_chance.
@@ -146,14 +142,17 @@ class Localization(NamedTuple):
         stays silent because the special one speaks (Chanin et al., 2024). Where that median is below 0.1 no latent stands for the
         category: its classes are neither *found* nor skipped.
         """
-        concepts, positives = self.concepts.set_index("concept"), dict(zip(self.report.names, self.report.rows(), strict=True))
+        concepts, positives = (
+            self.concepts.set_index("concept"),
+            dict(zip(self.features.patches.names, self.features.patches.rows(), strict=True)),
+        )
         parts = []
         for category, classes in openmoji.class_table().groupby("category")["name"]:
             some = [name for name in classes if f"object:{name}" in concepts.index]
             if f"category:{category}" not in concepts.index or len(some) < 2:
                 continue
             latent, threshold = concepts.loc[f"category:{category}", ["iou_latent", "threshold"]]
-            marked = columns_of(self.dictionary, self.report.tokens, np.array([int(latent)]))[0] >= threshold
+            marked = self.features.columns(np.array([int(latent)]))[0] >= threshold
             special = concepts.loc[[f"object:{name}" for name in some], ["n_patches", "latent", "ap_choose"]].reset_index()
             recall = special["concept"].map(lambda concept, marked=marked: marked[positives[concept]].mean())
             general, skips = recall.median() >= MIN_RECALL, recall < SKIPPED * recall.median()
@@ -176,9 +175,9 @@ class Localization(NamedTuple):
         """
         latents, order = linear_sum_assignment(self.matrix.ap, maximize=True)
         rows = self.concepts.iloc[order]
-        columns = np.array([self.report.names.index(concept) for concept in rows["concept"]])
+        columns = np.array([self.features.patches.names.index(concept) for concept in rows["concept"]])
         matched = rows[["concept", "kind"]].assign(
-            latent=latents, ap_choose=self.matrix.ap[latents, order], ap=precisions(self.dictionary, self.report, latents, columns),
+            latent=latents, ap_choose=self.matrix.ap[latents, order], ap=precisions(self.features, latents, columns),
             best_latent=rows["latent"], best_ap=rows["ap"],
         )  # fmt: skip
         return matched.sort_index().reset_index(drop=True)
@@ -212,21 +211,22 @@ def localize(dictionary: Dictionary, choose: ConceptPatches, report: ConceptPatc
         If no concept is left, or an activation is negative.
     """
     columns = common_concepts(choose, report)
-    found = ConceptMatrix(*(part[:, columns] for part in concept_matrix(choose, dictionary)))
+    found = ConceptMatrix(*(part[:, columns] for part in concept_matrix(Activations(dictionary, choose))))
+    features = Activations(dictionary, report)
     at = np.arange(len(columns))
     best, widest = found.ap.argmax(0), found.iou.argmax(0)
     frame = report.concepts(columns).assign(
-        latent=best, ap_choose=found.ap[best, at], ap=precisions(dictionary, report, best, columns), iou_latent=widest,
+        latent=best, ap_choose=found.ap[best, at], ap=precisions(features, best, columns), iou_latent=widest,
         threshold=found.threshold[widest, at], iou_choose=found.iou[widest, at],
     )  # fmt: skip
     positives = report.rows()
-    by_ap, by_iou = (columns_of(dictionary, report.tokens, some) for some in (best, widest))
+    by_ap, by_iou = (features.columns(some) for some in (best, widest))
     both, either = zip(*(_overlap(by_iou[i] >= frame["threshold"][i], positives[k], report) for i, k in enumerate(columns)), strict=True)
     hits, shown, chance = zip(*(_pointing(by_ap[i], positives[k], report) for i, k in enumerate(columns)), strict=True)
     sums = {"iou": (np.array(both), np.array(either)), "pointing": (np.array(hits), np.array(shown))}
     values = {metric: top.sum(1) / bottom.sum(1) for metric, (top, bottom) in sums.items()}
     frame = frame.assign(**values, pointing_chance=chance)
-    return Localization(frame, sums, found, dictionary, report)
+    return Localization(frame, sums, found, features)
 
 
 def _overlap(marked: np.ndarray, positive: np.ndarray, patches: ConceptPatches) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..data.dataset import dataset_fingerprint
 from ..run.artifacts import atomic_folder, fingerprint, is_current, read_folder_manifest, write_folder_manifest
 from ..sae.dictionary import Dictionary
-from .detection import ConceptPatches, concept_masks, precisions
+from .detection import Activations, ConceptPatches, concept_masks, precisions
 
 RIDGE = (1e-4, 1e-2, 1.0)  # strengths, in units of the mean variance of a dimension
 EPOCHS, BATCH, LR = 2, 8192, 0.02  # of the logistic regression
@@ -68,7 +68,7 @@ def train_probes(tokens: Tensor, masks: sparse.csr_matrix, choose: ConceptPatche
     candidates = [np.linalg.solve(covariance + strength * scale * np.eye(len(covariance)), cross).T for strength in RIDGE]
     candidates = torch.from_numpy(np.stack([*candidates, *logistic_probes(tokens, masks, mean, covariance)])).float()
     every = np.arange(masks.shape[1])
-    ap = [precisions(probe_dictionary(W, torch.zeros(len(W))), choose, every, every) for W in candidates]
+    ap = [precisions(Activations(probe_dictionary(W, torch.zeros(len(W))), choose), every, every) for W in candidates]
     best = np.where(np.isnan(ap[0]), len(ap) - 1, np.nan_to_num(ap).argmax(0))
     weights = candidates[best, every].contiguous()
     return weights, -(weights @ mean)

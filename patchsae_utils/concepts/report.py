@@ -12,7 +12,9 @@ import pandas as pd
 from ..run.artifacts import atomic_folder, read_folder_manifest, write_folder_manifest
 from ..run.intervals import Interval, drawn_interval
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+OWN = ("activations", "dense")
+"""How a dictionary is read where nothing else is said: an SAE by its activations, others by all they give."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,28 +22,39 @@ class ComparisonReport:
     """How well each dictionary's best feature finds each concept, on scenes that it was not chosen on.
 
     Intervals are of the reported images, 95 %, centred on the value: the average precision of a concept that few images show is lower in
-    the mean of its resamples.
+    the mean of its resamples. The feature is not chosen again in each: what is resampled is the report, not the choice.
     """
 
     detection: pd.DataFrame
-    """One row a dictionary and concept: dictionary, role ("sae", "baseline" or "ceiling"), concept, kind, name, latent (chosen on other
-    scenes), ap_choose, ap, chance (share of patches that show it), n_patches, n_images."""
+    """One row a dictionary, way of reading and concept: dictionary, role ("sae", "control", "baseline" or "ceiling"), concept, kind, name, latent
+    (chosen on other scenes), ap_choose, ap, chance (share of patches that show it), n_patches, n_images, readout, l0, explained_variance."""
     replicates: np.ndarray
     """[rows, R] average precision in R resamples of the reported images, the same for every row; NaN where no image shows the concept."""
 
-    def table(self) -> pd.DataFrame:
-        """Mean average precision: dictionary, role, kind ("all" last), n_concepts, ap, low, high, chance."""
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The fair table, by kind of concept ("all" last): dictionary, role, readout, l0, explained_variance, kind, n_concepts, ap, low, high, chance.
+
+        ``readout``: "activations", "pre-activations" and "cosine" of SAEs; "dense", "nearest" and "4 nearest" of k-means; "dense" of others;
+        "probe of 2" and "probe of 5" (features) of all. L0 and explained variance are NaN where a dictionary writes no tokens.
+        """
         rows = []
-        for (name, role), mine in self.detection.groupby(["dictionary", "role"], sort=False):
+        for (name, role, readout), mine in self.detection.groupby(["dictionary", "role", "readout"], sort=False):
+            same = [name, role, readout, *mine[["l0", "explained_variance"]].iloc[0]]
             for kind, group in [*mine.groupby("kind", sort=False), ("all", mine)]:
                 ap = self._interval(group["ap"].mean(), _mean(self.replicates[group.index]))
-                rows.append([name, role, kind, len(group), ap.value, ap.low, ap.high, group["chance"].mean()])
-        return pd.DataFrame(rows, columns=["dictionary", "role", "kind", "n_concepts", "ap", "low", "high", "chance"])
+                rows.append([*same, kind, len(group), ap.value, ap.low, ap.high, group["chance"].mean()])
+        columns = ["dictionary", "role", "readout", "l0", "explained_variance", "kind", "n_concepts", "ap", "low", "high", "chance"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def table(self) -> pd.DataFrame:
+        """Mean average precision, each dictionary read in its own way: the rows of :attr:`frame` that say so."""
+        return self.frame.query("readout in @OWN").reset_index(drop=True)
 
     def coverage(self, thresholds: Sequence[float]) -> pd.DataFrame:
         """Share of concepts found with an AP above each threshold: dictionary, role, threshold, n_concepts, share, low, high."""
         rows = []
-        for (name, role), group in self.detection.groupby(["dictionary", "role"], sort=False):
+        for (name, role), group in self._own.groupby(["dictionary", "role"], sort=False):
             draws, ap = self.replicates[group.index], group["ap"].to_numpy()
             for threshold in thresholds:
                 share = self._interval((ap > threshold).mean(), _mean(np.where(np.isnan(draws), np.nan, draws > threshold)))
@@ -49,20 +62,17 @@ class ComparisonReport:
         return pd.DataFrame(rows, columns=["dictionary", "role", "threshold", "n_concepts", "share", "low", "high"])
 
     def ratio(self, kind: str = "all", to: str = "best baseline") -> tuple[Interval, str]:
-        """Mean AP of the SAE over that of another dictionary, on the same resamples, and the other's name.
+        """Mean AP of the SAE over that of another dictionary, each read in its own way, on the same resamples, and the other's name.
 
         ``to`` is a name, "best baseline" or "ceiling". Which baseline is best is decided once, on the reported images themselves: that
         favours it.
         """
-        mine = self.detection if kind == "all" else self.detection[self.detection["kind"] == kind]
+        mine = self._own if kind == "all" else self._own[self._own["kind"] == kind]
         if mine.empty:
             raise ValueError(f"No concepts of kind {kind!r}. Valid: all, {', '.join(self.detection['kind'].unique())}.")
         means = mine.groupby(["role", "dictionary"], sort=False)["ap"].mean()
         if to in ("best baseline", "ceiling"):
-            role = to.split()[-1]
-            if role not in means.index:
-                raise ValueError(f"The report holds no dictionary of role {role!r}.")
-            to = means[role].idxmax()
+            to = means[to.split()[-1]].idxmax()
         if to not in means.index.get_level_values(1):
             raise ValueError(f"No dictionary {to!r} in the report. Valid: {', '.join(means.index.get_level_values(1))}.")
         ours, theirs = (mine[mine["dictionary"] == name] for name in (means["sae"].index[0], to))
@@ -70,9 +80,17 @@ class ComparisonReport:
         return self._interval(ours["ap"].mean() / theirs["ap"].mean(), draws), to
 
     def headline(self) -> dict[str, float | str]:
-        """The numbers to quote, for all concepts and for objects: ``ap_ratio_to_best_baseline`` and the rest, as plain values."""
-        means = self.detection.groupby(["role", "dictionary"], sort=False)["ap"].mean()
-        found: dict[str, float | str] = {"n_concepts": int(self.detection["concept"].nunique()), "mean_ap_sae": float(means["sae"].iloc[0])}
+        """The numbers to quote, for all concepts and for objects: ``ap_sparse``, ``ap_cosine``, ``l0`` and the rest, as plain values."""
+        means = self._own.groupby(["role", "dictionary"], sort=False)["ap"].mean()
+        every = self.frame.query("kind == 'all'").set_index(["dictionary", "readout"])
+        sae, found = (
+            means["sae"].index[0],
+            {"n_concepts": int(self.detection["concept"].nunique()), "mean_ap_sae": float(means["sae"].iloc[0])},
+        )
+        quoted = {"sparse": (sae, "activations"), "pre_activations": (sae, "pre-activations"), "cosine": (sae, "cosine")}
+        quoted |= {"kmeans_cosine": ("k-means, cosine", "dense"), "kmeans_nearest": ("k-means, cosine", "nearest")}
+        found |= {f"ap_{name}": float(every.loc[row, "ap"]) for name, row in quoted.items() if row in every.index}
+        found |= {name: float(every.loc[sae, name].iloc[0]) for name in ("l0", "explained_variance")}
         for role, to, key in (("baseline", "best baseline", "best_baseline"), ("ceiling", "ceiling", "probe")):
             for kind in ("all", "object"):
                 if role not in means.index or (kind == "object" and "object" not in set(self.detection["kind"])):
@@ -85,7 +103,7 @@ class ComparisonReport:
         return found
 
     def sentence(self) -> str:
-        """The comparison over all concepts in words."""
+        """The comparison over all concepts in words, read alike, and where the SAE loses."""
         table = self.table().query("kind == 'all'").sort_values("ap", ascending=False)
         say = {row.dictionary: str(Interval(row.ap, row.low, row.high)) for row in table.itertuples()}
         sae = table.loc[table["role"] == "sae", "dictionary"].iloc[0]
@@ -93,8 +111,27 @@ class ComparisonReport:
         others = "; ".join(f"{other} {ap}" for other, ap in say.items() if other != sae)
         return (
             f"Over {table['n_concepts'].iloc[0]} concepts the best latent reaches an AP of {say[sae]} on average. The others: {others}. "
-            f"That is {best} times the best unsupervised baseline ({name}) and {ceiling.value:.0%} of the supervised probe."
+            f"That is {best} times the best unsupervised baseline ({name}) and {ceiling.value:.0%} of the supervised probe. "
+            + self._alike(sae)
         )
+
+    def _alike(self, sae: str) -> str:
+        """Read in the same way: the SAE beside the others, and the kinds of concept where one of them is better."""
+        frame, losses = self.frame, []
+        ours = frame[frame["dictionary"] == sae]
+        text = f"It uses {ours['l0'].iloc[0]:.0f} latents a token and explains {ours['explained_variance'].iloc[0]:.0%} of the variance. "
+        comparable = frame[(frame["role"] != "ceiling") & frame["readout"].isin(ours["readout"])]
+        for way, rows in comparable.groupby("readout", sort=False):
+            means = (f"{row.dictionary} {Interval(row.ap, row.low, row.high)}" for row in rows[rows["kind"] == "all"].itertuples())
+            text += f"{way.capitalize()}: {', '.join(means)}. "
+            high = rows[rows["dictionary"] == sae].set_index("kind")["high"]
+            better = rows[(rows["kind"] != "all") & (rows["low"] > rows["kind"].map(high))]
+            losses += [f"{other} by {way} ({', '.join(kinds)})" for other, kinds in better.groupby("dictionary", sort=False)["kind"]]
+        return text + (f"It loses, with intervals apart, to {'; '.join(losses)}." if losses else "It loses nowhere with intervals apart.")
+
+    @property
+    def _own(self) -> pd.DataFrame:
+        return self.detection.query("readout in @OWN")
 
     def save(self, folder: str | Path, key: str = "") -> None:
         """Write the tables, the replicates and a manifest with the fingerprint of the inputs, atomically."""
@@ -114,7 +151,8 @@ class ComparisonReport:
         version = read_folder_manifest(folder).get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(f"{folder} has format version {version}, expected {FORMAT_VERSION}. Delete the folder and measure again.")
-        tables = {path.stem: pd.read_csv(path, keep_default_na=False) for path in folder.glob("*.csv")}
+        numbers = {"l0": [""], "explained_variance": [""]}
+        tables = {path.stem: pd.read_csv(path, keep_default_na=False, na_values=numbers) for path in folder.glob("*.csv")}
         return cls(**tables, replicates=np.load(folder / "replicates.npy", allow_pickle=False))
 
     def _interval(self, value: float, draws: np.ndarray) -> Interval:

@@ -1,12 +1,11 @@
 """Latents: one pass over a data set, and what it says of every latent.
 
-Statistics (`summary`, `measures`), what else reads the same pass (`passes`, `likeness`), latents of a class (`classes`), pictures (`pictures`), other domains
-and written words (`domains`), other seeds (`matching`). May import: sae, activations, clip, data, run.
+Statistics (`summary`, `measures`), what else reads the same pass (`passes`, `likeness`), latents of a class (`classes`), pictures
+(`pictures`), other domains and written words (`domains`), other seeds (`matching`). May import: sae, activations, clip, data, run.
 """
 
 from .classes import class_scores, top_latents
 from .domains import cross_domain_references, text_and_image_latents, word_scenes
-from .likeness import Likeness, LikenessObserver
 from .matching import stability
 from .measures import contrasting_latents, shuffled_label_entropy
 from .pictures import activation_levels, level_overlap, reference_images, seen_image
@@ -15,8 +14,6 @@ from .summary import LatentSummary
 
 __all__ = [
     "LatentSummary",
-    "Likeness",
-    "LikenessObserver",
     "activation_levels",
     "class_scores",
     "contrasting_latents",

@@ -11,7 +11,7 @@ RANKS = ("count", "specific", "share")
 
 
 def class_scores(counts: LatentSummary | Tensor, rank: str = "share") -> Tensor:
-    """How high each latent stands for each class. Classes count as equally frequent.
+    """How high each latent stands for each class, [C, S]; positive where it may be called the class's own. Classes count as equally frequent.
 
     Parameters
     ----------
@@ -19,19 +19,9 @@ def class_scores(counts: LatentSummary | Tensor, rank: str = "share") -> Tensor:
         Of the train split; or active tokens for each image of a class.
     rank : {"share", "specific", "count"}
         "share" multiplies the activation on the class by the class's share of all activation: a latent that answers to every class scores low
-        however active it is, and so does one that is faint or rare on its own class. "specific" is the class's count less the mean over classes,
+        however active it is, and so does one that is faint or rare on its own class. Of a summary its unit is activation: the mean of tokens
+        above tau, summed over an image of the class, times a share in [0, 1]. "specific" is the class's count less the mean over classes,
         "count" the count itself (a_c of Lim et al., ICLR 2025, section 3, for each image).
-
-    Returns
-    -------
-    Tensor [C, S]
-        Positive where a latent may be called the class's own. Of a summary "share" is in units of activation: the mean activation of tokens
-        above tau, summed over an image of the class, times a share in [0, 1].
-
-    Raises
-    ------
-    ValueError
-        For an unknown rank.
     """
     if rank not in RANKS:
         raise ValueError(f"Unknown rank {rank!r}. Valid: {', '.join(RANKS)}.")
@@ -49,26 +39,15 @@ def class_scores(counts: LatentSummary | Tensor, rank: str = "share") -> Tensor:
 
 
 def top_latents(scores: Tensor, k: int = 10) -> list[list[int]]:
-    """The k latents of highest score, best first, for each row.
+    """The latents of highest score for each row, best first; equal scores keep the latents' order.
 
     Parameters
     ----------
     scores : Tensor [C, S]
-        See :func:`class_scores`.
+        See :func:`class_scores`. Only positive ones count: a latent that is silent on a class is none of its own.
     k : int
-
-    Returns
-    -------
-    list of C lists
-        Shorter where fewer scores are positive: a latent that is silent on a class is none of its own. Equal scores keep the latents' order.
-
-    Raises
-    ------
-    ValueError
-        If k is not positive.
+        At most so many latents.
     """
-    if k < 1:
-        raise ValueError(f"k must be 1 or more, got {k}.")
     best = scores.sort(dim=1, descending=True, stable=True)
     positive = (best.values[:, :k] > 0).sum(1).tolist()
     return [order[:n].tolist() for order, n in zip(best.indices, positive, strict=True)]

@@ -21,11 +21,9 @@ from .measures import merge_keys, pack_top, unpack_top
 from .passes import read_latents, read_streams
 from .pictures import N_REFERENCES, References, references, seen_with_masks
 
-ALPHA = 0.05
-"""Level of a single latent's test of whether it reads."""
+ALPHA = 0.05  # level of a single latent's test of whether it reads
 N_SHUFFLES = 1000
-N_EXAMPLES = 4
-"""Latents that are shown on their thing, its name and another name."""
+N_EXAMPLES = 4  # latents that are shown on their thing, its name and another name
 
 
 # -- other domains and data sets --------------------------------------------------------------------------------------------
@@ -44,7 +42,7 @@ class CrossDomain(NamedTuple):
 
 @torch.no_grad()
 def cross_domain_references(
-    clip, sae, datasets: Mapping[str, Any], latents: Sequence[int], layer: int, *, pictured: Sequence[int] = (), progress: bool = True
+    clip, sae, datasets: Mapping[str, Any], latents: Sequence[int], layer: int, *, pictured: Sequence[int] = ()
 ) -> CrossDomain:
     """The same latents' five strongest images in other domains or data sets. Only these latents are computed.
 
@@ -58,17 +56,6 @@ def cross_domain_references(
     layer : int
     pictured : sequence of int
         Those of the latents that are in ``references``, whose images are drawn and read once more; the table holds all.
-    progress : bool
-
-    Returns
-    -------
-    CrossDomain
-
-    Raises
-    ------
-    ValueError
-        If the SAE does not fit the model and layer, there are no data sets, one is empty, a latent is outside range(S), or one that is pictured
-        is not among the latents.
     """
     sae.check_model(clip, layer)
     latents, sizes = [int(s) for s in latents], {name: len(data) for name, data in datasets.items()}
@@ -76,14 +63,12 @@ def cross_domain_references(
         raise ValueError(f"Give at least one data set, and none that is empty; got {sizes}.")
     if wrong := [s for s in latents if not 0 <= s < sae.d_sae]:
         raise ValueError(f"Latents must lie in range({sae.d_sae}), got {wrong}.")
-    if unknown := {int(s) for s in pictured} - set(latents):
-        raise ValueError(f"Latent {min(unknown)} is to be pictured but not among the latents. Add it.")
     same_classes = len({tuple(data.class_names) for data in datasets.values()}) == 1
     found: dict[int, dict[str, References]] = {int(latent): {} for latent in pictured}
     records, base = [], None
     for name, data in datasets.items():
         means = torch.empty(len(data), len(latents))
-        for _, places, stream in read_streams(clip, data, layer, progress=name if progress else None):
+        for _, _, places, stream in read_streams(clip, data, layer, progress=name):
             means[places] = select_latents(sae, stream.tokens[:, : clip.n_tokens], latents).mean(1).cpu()
         kept = torch.zeros(len(latents), N_REFERENCES, dtype=torch.long)
         merge_keys(kept, pack_top(means.T, torch.arange(len(data)).expand(len(latents), -1)))
@@ -97,11 +82,9 @@ def cross_domain_references(
                 found[latent][name] = references(clip, sae, data, latent, images[column], values[column], layer)
             active = means[:, column] > 0
             record = {
-                "latent": latent,
-                "domain": name,
-                "frequency": float(active.float().mean()),
+                "latent": latent, "domain": name, "frequency": float(active.float().mean()),
                 "mean_activation": float(means[active, column].mean()) if active.any() else 0.0,
-            }
+            }  # fmt: skip
             if same_classes:
                 first = base[2][base[1][column][base[1][column] >= 0]].unique()
                 own = labels[images[column][images[column] >= 0]]
@@ -151,11 +134,6 @@ def word_scenes(class_names: Sequence[str], n_per_word: int = 4, size: tuple[int
         Pictures of each word, at other places and in other shades.
     size : (width, height)
         In pixels.
-
-    Raises
-    ------
-    ValueError
-        From a picture whose word doesn't fit.
     """
     labels = [c for c in range(len(class_names)) for _ in range(n_per_word)]
     names = list(class_names)
@@ -192,7 +170,7 @@ class TextAndImage(NamedTuple):
 
 
 @torch.no_grad()
-def text_and_image_latents(clip, sae, objects, words, layer: int, *, progress: bool = True) -> TextAndImage:
+def text_and_image_latents(clip, sae, objects, words, layer: int) -> TextAndImage:
     """Latents that answer to text in an image and to the thing itself (the paper's Fig. 13), with a control.
 
     A latent's class is chosen on pictures alone: where its mean activation is largest. On pictures of written words it is then asked
@@ -204,15 +182,10 @@ def text_and_image_latents(clip, sae, objects, words, layer: int, *, progress: b
     clip : ClipModel
     sae : SparseAutoencoder
     objects
-        Data set of things: at least two classes with images.
+        Data set of things.
     words
-        Data set of written words with the same class names: see :func:`word_scenes`.
+        Data set of written words with the same class names: ``word_scenes(objects.class_names)``.
     layer : int
-    progress : bool
-
-    Returns
-    -------
-    TextAndImage
 
     Raises
     ------
@@ -221,11 +194,8 @@ def text_and_image_latents(clip, sae, objects, words, layer: int, *, progress: b
     """
     sae.check_model(clip, layer)
     if list(words.class_names) != list(objects.class_names):
-        raise ValueError(
-            "The words must have the class names of the objects, in the same order: word_scenes(objects.class_names) makes them."
-        )
-    thing, n_things = _activation_by_class(clip, sae, objects, layer, "objects" if progress else None)
-    word, n_words = _activation_by_class(clip, sae, words, layer, "words" if progress else None)
+        raise ValueError("The words must have the objects' class names, in the same order: word_scenes(objects.class_names) makes them.")
+    (thing, n_things), (word, n_words) = (_activation_by_class(clip, sae, data, layer) for data in (objects, words))
     present = np.flatnonzero((n_things > 0) & (n_words > 0))
     if len(present) < 2:
         raise ValueError(f"Needs at least two classes with pictures and with written words, got {len(present)}.")
@@ -247,9 +217,8 @@ def text_and_image_latents(clip, sae, objects, words, layer: int, *, progress: b
         places = [(objects, row.label), (words, row.label), (words, another)]
         pictures = [data[int((torch.as_tensor(data.labels) == label).nonzero()[0])].image for data, label in places]
         name, other = objects.class_names[row.label], objects.class_names[another]
-        examples.append(
-            TextExample(row.latent, (name, f"“{name}”", f"“{other}”"), *seen_with_masks(clip, sae, pictures, row.latent, layer))
-        )
+        shown = seen_with_masks(clip, sae, pictures, row.latent, layer)
+        examples.append(TextExample(row.latent, (name, f"“{name}”", f"“{other}”"), *shown))
     return TextAndImage(table, share, shuffled, float((1 + (shuffled >= share).sum()) / (1 + N_SHUFFLES)), examples)
 
 
@@ -260,10 +229,10 @@ def _excess(values: np.ndarray, own: np.ndarray) -> np.ndarray:
     return np.divide(at - others, spread, out=np.zeros(len(own)), where=spread > 1e-12)
 
 
-def _activation_by_class(clip, sae, data, layer: int, progress: str | None) -> tuple[np.ndarray, np.ndarray]:
+def _activation_by_class(clip, sae, data, layer: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean over images of the mean over patches, float64 [C, S], and the images of each class. CLS reads no place, so it stays out."""
     sums = torch.zeros(len(data.class_names), sae.W_enc.shape[1], dtype=torch.float64, device=sae.W_enc.device)
-    for labels, _, h in read_latents(clip, sae, data, layer, progress=progress):
+    for labels, _, h in read_latents(clip, sae, data, layer, progress="objects and words"):
         sums.index_add_(0, labels.to(sums.device), h[:, 1:].mean(1).double())
     n = torch.bincount(torch.as_tensor(data.labels), minlength=len(sums))
     return (sums.cpu() / n.clamp_min(1)[:, None]).numpy(), n.numpy()

@@ -3,6 +3,8 @@
 The score is the mean cosine of all pairs of image embeddings, each pair weighted by the product of the latent's activations:
 MS = (||sum_i a_i e_i||^2 - sum_i a_i^2) / ((sum_i a_i)^2 - sum_i a_i^2) for unit embeddings e_i. Source: Pach et al., "Sparse autoencoders
 learn monosemantic features in vision-language models", 2025; written out this way it needs one product A^T E instead of all pairs.
+
+A latent is read off CLIP, so CLIP's own embedding is no independent judge: pixels and, where it is known, what a scene shows judge as well.
 """
 
 from __future__ import annotations
@@ -19,97 +21,116 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..clip.model import Residual
+from ..data import openmoji
+from ..data.sources import has_truth
 from ..run.artifacts import atomic_folder, fingerprint, is_current, write_folder_manifest
+from ..run.intervals import mean_interval
 from ..sae.dictionary import dimensions, random_sae
 from .passes import Observer, latent_chunks
 from .reading import pass_inputs
 from .summary import open_manifest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+PIXELS = 8  # rows and columns to which an image is averaged
+_COLUMNS = {"clip": "score", "pixels": "pixels", "objects": "objects"}  # of the table, for each embedding
 
 
 class RunningScores:
-    """The score's sums over images, for n features and embeddings of d numbers: n d numbers of float64, whatever the number of images."""
+    """The score's sums over images, for n features and embeddings of some widths: float64 [n, widths], whatever the number of images."""
 
-    def __init__(self, n: int, d: int):
+    def __init__(self, n: int, widths: Mapping[str, int]):
         columns = {name: torch.zeros(n, dtype=torch.float64) for name in ("total", "squares", "count")}
-        self.sums = {**columns, "directions": torch.zeros(n, d, dtype=torch.float64)}
+        self.widths = widths
+        self.sums = {**columns, **{name: torch.zeros(n, d, dtype=torch.float64) for name, d in widths.items()}}
 
-    def add(self, activations: Tensor, embeddings: Tensor) -> None:
-        """Add images: activations [B, n], not negative, and unit vectors [B, d]."""
+    def add(self, activations: Tensor, embeddings: Mapping[str, Tensor]) -> None:
+        """Add images: activations [B, n], not negative, and unit vectors [B, width]."""
         a = activations.cpu().double()
         for name, value in (("total", a), ("squares", a.square()), ("count", a > 0)):
             self.sums[name] += value.sum(0)
-        self.sums["directions"] += a.T @ embeddings.to(a)
+        for name, e in embeddings.items():
+            self.sums[name] += a.T @ e.to(a)
 
-    def finish(self) -> Tensor:
-        """Scores [n] in [-1, 1]; NaN for features that are active in fewer than two images, which make no pair."""
+    def finish(self) -> dict[str, Tensor]:
+        """Scores [n] in [-1, 1] for each embedding; NaN for features that are active in fewer than two images, which make no pair."""
         total, squares = self.sums["total"].square(), self.sums["squares"]
         pairs = total - squares
         defined = (self.sums["count"] >= 2) & (pairs > 1e-12 * total)  # rounding must not decide a score
-        above = self.sums["directions"].square().sum(1) - squares
-        return torch.where(defined, above / torch.where(defined, pairs, 1.0), torch.nan).clamp(-1, 1)
+        above = {name: self.sums[name].square().sum(1) - squares for name in self.widths}
+        return {name: torch.where(defined, each / torch.where(defined, pairs, 1.0), torch.nan).clamp(-1, 1) for name, each in above.items()}
 
 
 class Likeness(NamedTuple):
     """How alike the images are that latents answer to, beside controls; and the embeddings in which that was measured."""
 
     table: pd.DataFrame
-    """One row a feature: dictionary ("SAE", "random directions", "single dimensions"), latent, score (NaN where it is active in fewer than
-    two images), n_images (where it is active). All features are read around the SAE's centre ``b_dec``; an image's activation is the mean
-    over its tokens. The random directions are as sparse as the SAE."""
-    embeddings: Tensor
-    """[N, d_embed] unit image features of the data set, in its order."""
+    """One row a feature: dictionary ("SAE", "random directions", "single dimensions"), latent, score by CLIP's own embedding (NaN where it is
+    active in fewer than two images), by ``pixels`` and, where the data set knows them, ``objects``; n_images (where it is active). All features
+    are read around the SAE's centre ``b_dec``; an image's activation is the mean over its tokens. The random directions are as sparse as the SAE."""
+    vectors: dict[str, Tensor]
+    """Unit vectors [N, width] of the data set's images, in its order: ``clip`` (image features), ``pixels`` (8 x 8 means, as CLIP reads them)
+    and ``objects`` (the area of each class)."""
+
+    @property
+    def embeddings(self) -> Tensor:
+        """[N, d_embed] unit image features of CLIP."""
+        return self.vectors["clip"]
 
     @property
     def chance(self) -> float:
         """Mean cosine of two different images: the expected score of any feature once the images are shuffled."""
-        e, n = self.embeddings.double(), len(self.embeddings)
-        return float((e.sum(0).square().sum() - e.square().sum()) / (n * (n - 1))) if n > 1 else float("nan")
+        return self.null("clip")
+
+    def null(self, judge: str) -> float:
+        """:attr:`chance` by any of the embeddings."""
+        e = self.vectors[judge].double()
+        return float((e.sum(0).square().sum() - e.square().sum()) / (len(e) * (len(e) - 1))) if len(e) > 1 else float("nan")
+
+    def above_chance(self) -> pd.DataFrame:
+        """Mean score minus its null, by each judge: judge, dictionary, n (features that have a score), null, excess, low, high (95 %, over features)."""
+        rows = []
+        for judge in self.vectors:
+            for name, scores in self.table.dropna(subset="score").groupby("dictionary", sort=False)[_COLUMNS[judge]]:
+                null, found = self.null(judge), mean_interval(scores, "latents")
+                rows.append([judge, name, len(scores), null, *(end - null for end in found[:3])])
+        return pd.DataFrame(rows, columns=["judge", "dictionary", "n", "null", "excess", "low", "high"])
+
+    def sentence(self) -> str:
+        """Scores minus their null in words, judge by judge."""
+        words = {"clip": "CLIP's own embedding", "objects": "the objects shown", "pixels": "pixels"}
+        judged = [
+            f"by {words[judge]} (null {rows['null'].iloc[0]:.2f}) "
+            + ", ".join(f"{row.dictionary} {row.excess:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in rows.itertuples())
+            for judge, rows in self.above_chance().groupby("judge", sort=False)
+        ]
+        return f"Monosemanticity above chance: {'; '.join(judged)}."
 
     def save(self, folder: str | Path, fp: str = "") -> None:
         """Write monosemanticity.csv, embeddings.safetensors and manifest.json, atomically."""
         with atomic_folder(folder) as temporary:
             self.table.to_csv(temporary / "monosemanticity.csv", index=False)
-            save_file({"embeddings": self.embeddings.contiguous()}, temporary / "embeddings.safetensors")
+            save_file({name: e.contiguous() for name, e in self.vectors.items()}, temporary / "embeddings.safetensors")
             write_folder_manifest(temporary, {"format_version": FORMAT_VERSION, "fingerprint": fp, "complete": True})
 
     @classmethod
     def load(cls, folder: str | Path) -> Likeness:
-        """Read what :meth:`save` wrote.
-
-        Raises
-        ------
-        FileNotFoundError
-            If a file is missing.
-        ValueError
-            If one is damaged, or another format version wrote them.
-        """
+        """Read what :meth:`save` wrote; FileNotFoundError where nothing is, ValueError for another format version or damage."""
         folder = Path(folder)
         open_manifest(folder, FORMAT_VERSION, f"summarize_latents(..., observers=[LikenessObserver(..., out={str(folder)!r})])")
-        return cls(pd.read_csv(folder / "monosemanticity.csv"), load_file(folder / "embeddings.safetensors")["embeddings"])
+        vectors = load_file(folder / "embeddings.safetensors")
+        return cls(pd.read_csv(folder / "monosemanticity.csv"), {name: vectors[name] for name in _COLUMNS if name in vectors})
 
 
 class LikenessObserver(Observer):
-    """Makes a :class:`Likeness` while :func:`summarize_latents` reads a data set.
-
-    Parameters
-    ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
-    dataset
-    layer : int
-        All as in the call of :func:`summarize_latents`.
-    out : path
-        Folder for the likeness. When it already holds the one of the same inputs, nothing is made.
-    """
+    """Makes a :class:`Likeness` in ``out`` while :func:`summarize_latents` reads a data set; all arguments are those of that call."""
 
     def __init__(self, clip, sae, dataset, layer: int, out: str | Path):
-        self.clip, self.sae, self.layer, self.out = clip, sae, layer, out
+        self.clip, self.sae, self.dataset, self.layer, self.out = clip, sae, dataset, layer, out
         self.key = fingerprint(**pass_inputs(clip, sae, dataset, layer), stage="likeness", version=FORMAT_VERSION)
-        self.embeddings = torch.full((len(dataset), clip.d_embed), torch.nan)
+        widths = {"clip": clip.d_embed, "pixels": 3 * PIXELS**2} | ({"objects": len(openmoji.class_table())} if has_truth(dataset) else {})
+        self.vectors = {name: torch.full((len(dataset), d), torch.nan) for name, d in widths.items()}
         sizes = {"SAE": sae.d_sae, "random directions": sae.d_sae, "single dimensions": 2 * sae.d_in}
-        self.scores = {name: RunningScores(n, clip.d_embed) for name, n in sizes.items()}
+        self.scores = {name: RunningScores(n, widths) for name, n in sizes.items()}
 
     def is_complete(self) -> bool:
         """Whether ``out`` holds the likeness of these inputs."""
@@ -120,39 +141,50 @@ class LikenessObserver(Observer):
         some = tokens.flatten(0, 1)[:: -(-tokens.shape[0] * tokens.shape[1] // 2048)]
         self.control = random_sae(self.sae, 0, some)
 
-    def read(self, stream: Residual, places: Tensor) -> None:
+    def read(self, images: Tensor, stream: Residual, places: Tensor) -> None:
         """Embed a batch, and read the controls."""
-        self.embeddings[places.cpu()] = e = F.normalize(self.clip.finish(stream, self.layer).float(), dim=-1).cpu()
+        e = {"clip": self.clip.finish(stream, self.layer).float(), "pixels": F.adaptive_avg_pool2d(images.float(), PIXELS).flatten(1)}
+        if "objects" in self.vectors:
+            e["objects"] = torch.stack([_area(self.dataset.truth(i), self.vectors["objects"].shape[1]) for i in places.tolist()])
+        e = {name: F.normalize(vectors, dim=-1).cpu() for name, vectors in e.items()}
+        for name, vectors in e.items():
+            self.vectors[name][places.cpu()] = vectors
         tokens = stream.tokens[:, : self.clip.n_tokens].to(self.sae.W_enc.device)
         for rows, h in latent_chunks(self.control, tokens):
-            self.scores["random directions"].add(h.mean(1), e[rows])
+            self.scores["random directions"].add(h.mean(1), {name: vectors[rows] for name, vectors in e.items()})
         both_signs = dimensions(self.sae.d_in).encode((tokens - self.sae.b_dec).flatten(0, 1), None)
         self.scores["single dimensions"].add(both_signs.relu_().unflatten(0, tokens.shape[:2]).mean(1), e)
 
     def add(self, h: Tensor, labels: Tensor, places: Tensor) -> None:
         """Count latents of images that were read."""
-        self.scores["SAE"].add(h.mean(1), self.embeddings[places.cpu()])
+        self.scores["SAE"].add(h.mean(1), {name: vectors[places.cpu()] for name, vectors in self.vectors.items()})
 
     def state(self) -> dict[str, Tensor]:
         """All that was collected."""
         sums = {f"{name}/{key}": value for name, scores in self.scores.items() for key, value in scores.sums.items()}
-        return {**sums, "embeddings": self.embeddings}
+        return {**sums, **self.vectors}
 
     def absorb(self, state: Mapping[str, Tensor]) -> None:
         """Add what another has collected on other images."""
         for name, value in state.items():
-            if name == "embeddings":
-                self.embeddings = torch.where(value.isnan(), self.embeddings, value)
+            if name in self.vectors:
+                self.vectors[name] = torch.where(value.isnan(), self.vectors[name], value)
             else:
                 dictionary, key = name.split("/")
                 self.scores[dictionary].sums[key] += value
 
     def finish(self) -> None:
         """Write what was collected; ValueError if an image was not read."""
-        if n := int(self.embeddings.isnan().any(1).sum()):
-            raise ValueError(f"{n} of {len(self.embeddings)} images were not read; the score needs all of them.")
+        if n := int(self.vectors["clip"].isnan().any(1).sum()):
+            raise ValueError(f"{n} of {len(self.dataset)} images were not read; the score needs all of them.")
         parts = []
         for name, scores in self.scores.items():
-            score, n_images = scores.finish().numpy(), scores.sums["count"].long().numpy()
-            parts.append(pd.DataFrame({"dictionary": name, "latent": np.arange(len(score)), "score": score, "n_images": n_images}))
-        Likeness(pd.concat(parts, ignore_index=True), self.embeddings).save(self.out, self.key)
+            found = {_COLUMNS[judge]: values.numpy() for judge, values in scores.finish().items()}
+            n_images = scores.sums["count"].long().numpy()
+            parts.append(pd.DataFrame({"dictionary": name, "latent": np.arange(len(n_images)), **found, "n_images": n_images}))
+        Likeness(pd.concat(parts, ignore_index=True), self.vectors).save(self.out, self.key)
+
+
+def _area(truth: openmoji.SceneTruth, n_classes: int) -> Tensor:
+    """[n_classes] patches that the objects of each class cover."""
+    return torch.zeros(n_classes).index_add_(0, torch.from_numpy(truth.class_ids), torch.from_numpy(truth.object_share).sum((1, 2)))

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ..run.intervals import Interval, mean_interval
 
-MAX_LATENTS = 12_288
-"""Largest dictionary that is matched one to one: the assignment takes cubic time and a [S, S] matrix."""
+MAX_LATENTS = 12_288  # that are matched one to one: the assignment takes cubic time and a [S, S] matrix
 
 
 class MatchedCosine(NamedTuple):
@@ -35,7 +34,6 @@ class MatchedCosine(NamedTuple):
 
     @property
     def random_mean(self) -> float:
-        """What matching alone reaches."""
         return float(self.random.mean())
 
 
@@ -50,10 +48,7 @@ def matched_cosine(sae_a, sae_b, alive_a: Tensor | None = None, alive_b: Tensor 
         raise ValueError(f"The SAEs read different widths, {sae_a.d_in} and {sae_b.d_in}: their directions can't be compared.")
     kept = [_kept(sae, alive) for sae, alive in ((sae_a, alive_a), (sae_b, alive_b))]
     if min(map(len, kept)) == 0 or min(map(len, kept)) > MAX_LATENTS:
-        raise ValueError(
-            f"Matches 1 to {MAX_LATENTS:,} latents, got {len(kept[0]):,} and {len(kept[1]):,}. Choose some with alive_a and alive_b, "
-            f"e.g. those that are not faint."
-        )
+        raise ValueError(f"Matches 1 to {MAX_LATENTS:,} latents, got {len(kept[0]):,} and {len(kept[1]):,}. Choose some as alive.")
     rows = [F.normalize(sae.W_dec.detach().double().cpu()[which], dim=1) for sae, which in zip((sae_a, sae_b), kept, strict=True)]
     centre = rows[1].mean(0)
     left, scale, _ = torch.linalg.svd((rows[1] - centre).T, full_matrices=False)
@@ -71,7 +66,7 @@ def stability(saes: Mapping[Any, Any], alive: Mapping[Any, Tensor] | None = None
     saes : mapping of name to SparseAutoencoder
         At least two, e.g. by seed.
     alive : mapping of name to bool Tensor [S], optional
-        Latents to match, e.g. ``~summary.dead``: dead ones stay near their random start. Default: all.
+        Latents to match, at most 12,288, e.g. ``~summary.dead``: dead ones stay near their random start. Default: all.
     threshold : float
         Cosine above which a pair counts as the same latent.
 
@@ -80,14 +75,7 @@ def stability(saes: Mapping[Any, Any], alive: Mapping[Any, Tensor] | None = None
     DataFrame
         One row for each pair: a, b, n (pairs of latents), cosine, low, high (mean and its 95 % interval over latents), random (mean of the
         baseline: random directions of the second's mean and covariance), found, found_random (shares above the threshold).
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than two, their widths differ, or one has no living latents or more than 12,288.
     """
-    if len(saes) < 2:
-        raise ValueError(f"Stability needs at least two SAEs, got {len(saes)}.")
     rows = []
     for a, b in itertools.combinations(saes, 2):
         found = matched_cosine(saes[a], saes[b], *((alive[a], alive[b]) if alive else (None, None)))
@@ -98,11 +86,7 @@ def stability(saes: Mapping[Any, Any], alive: Mapping[Any, Tensor] | None = None
 
 
 def _kept(sae, alive: Tensor | None) -> Tensor:
-    n = sae.W_dec.shape[0]
-    alive = torch.ones(n, dtype=torch.bool) if alive is None else torch.as_tensor(alive)
-    if alive.dtype != torch.bool or tuple(alive.shape) != (n,):
-        raise ValueError(f"alive must be bool [{n}], got {alive.dtype} {list(alive.shape)}.")
-    return alive.cpu().nonzero().flatten()
+    return (torch.ones(len(sae.W_dec), dtype=torch.bool) if alive is None else alive.cpu()).nonzero().flatten()
 
 
 def _assign(a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -58,22 +58,15 @@ def merge_keys(kept: Tensor, new: Tensor) -> None:
 
 
 def shuffled_label_entropy(top_values: Tensor, top_images: Tensor, labels: Tensor, n_classes: int) -> Tensor:
-    """Label entropy under shuffled labels: what the same reference images would give if the latent knew nothing of classes.
+    """Label entropy under shuffled labels, [S] nats: what the same reference images would give if the latent knew nothing of classes.
 
     Parameters
     ----------
-    top_values : Tensor [S, k]
-        ``LatentSummary.top_values``.
-    top_images : LongTensor [S, k]
-        Places in the data set; padding is -1.
+    top_values, top_images : Tensor [S, k]
+        Of a ``LatentSummary``.
     labels : LongTensor [n_images]
         Of the whole data set.
     n_classes : int
-
-    Returns
-    -------
-    Tensor [S]
-        In nats; dead latents get NaN.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     return label_entropy(top_values, labels[order][top_images.clamp_min(0)], n_classes)
@@ -92,7 +85,7 @@ def contrasting_latents(frame: pd.DataFrame) -> dict[int, str]:
     dict
         Latent -> what it stands for: "one class" (lowest label entropy, then most frequent), "related classes" (label indices closest
         together among latents of more than median entropy), "everywhere" (most frequent, then strongest), "seldom, mixed" (least
-        frequent among the tenth of highest entropy). Fewer where the same latent would be taken twice and none is left.
+        frequent among the tenth of highest entropy). Fewer where none is left.
     """
     full = frame[~frame["faint"]]
     full = full[full["n_reference"] == full["n_reference"].max()]

@@ -52,8 +52,8 @@ class Observer:
     def prepare(self, tokens: Tensor) -> None:
         """Before all else: the residual stream [B, 1+P, D] of the data set's first batch, in every process and every attempt the same."""
 
-    def read(self, stream: Residual, places: Tensor) -> None:
-        """A batch's residual stream and its places in the data set [B], before its latents come."""
+    def read(self, images: Tensor, stream: Residual, places: Tensor) -> None:
+        """A batch as CLIP reads it, its residual stream and its places in the data set [B], before its latents come."""
 
     def add(self, h: Tensor, labels: Tensor, places: Tensor) -> None:
         """Some images of the batch: latents [b, 1+P, S], classes and places [b]."""
@@ -74,24 +74,27 @@ class Observer:
 
 def read_streams(
     clip, dataset, layer: int, batch_size: int = 64, indices: Sequence[int] | None = None, progress: str | None = None
-) -> Iterator[tuple[Tensor, Tensor, Residual]]:
-    """Labels [B] (-1 without classes), places in the data set [B] and residual stream, batch by batch; one that doesn't fit the memory comes in parts, with a warning."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Residual]]:
+    """Images, labels [B] (-1 without classes), places in the data set [B] and residual stream, batch by batch.
+
+    A batch that doesn't fit the memory comes in parts, with a warning.
+    """
     fitting, n_classes = HalvedBatches(clip.device), len(dataset.class_names)
     for batch in batches(dataset, clip.preprocess, batch_size, indices=indices, progress=progress):
         if n_classes and (batch.labels.min() < 0 or batch.labels.max() >= n_classes):
             raise ValueError(
-                f"Labels must lie in range({n_classes}), the number of class names; got {int(batch.labels.min())} to {int(batch.labels.max())}."
+                f"Labels must lie in range({n_classes}), as there are class names; got {int(batch.labels.min())} to {int(batch.labels.max())}."
             )
-        for rows, stream in fitting.run(len(batch.labels), partial(_run_to, clip, layer, batch.images)):
+        for rows, stream in fitting.run(len(batch.labels), lambda rows, images=batch.images: clip.run_to(images[rows], layer)):
             _check_finite(stream.tokens, batch.indices[rows], clip, layer)
-            yield batch.labels[rows], batch.indices[rows], stream
+            yield batch.images[rows], batch.labels[rows], batch.indices[rows], stream
 
 
 def read_latents(
     clip, sae, dataset, layer: int, batch_size: int = 64, progress: str | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Labels [b], places [b] and latents [b, 1+P, S] at CLS and the patches, a few images at a time."""
-    for labels, places, stream in read_streams(clip, dataset, layer, batch_size, progress=progress):
+    for _, labels, places, stream in read_streams(clip, dataset, layer, batch_size, progress=progress):
         for rows, h in latent_chunks(sae, stream.tokens[:, : clip.n_tokens]):
             yield labels[rows], places[rows], h
 
@@ -103,10 +106,6 @@ def latent_chunks(sae, residual: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, len(residual), step):
         rows = slice(start, min(start + step, len(residual)))
         yield rows, sae.encode(residual[rows].to(sae.W_enc.device))
-
-
-def _run_to(clip, layer: int, images: Tensor, rows: slice) -> Residual:
-    return clip.run_to(images[rows], layer)
 
 
 def _check_finite(tokens: Tensor, places: Tensor, clip, layer: int) -> None:
@@ -129,7 +128,6 @@ def one_pass(
     dataset,
     layer: int,
     observers: Mapping[str, Observer],
-    *,
     batch_size: int,
     unfinished: Path | None,
     key: str,
@@ -152,20 +150,20 @@ def one_pass(
         saved = SavedCounts(unfinished, key, observers, len(dataset), processes.index)
         if unfinished is not None:
             if processes.main:
-                stack.callback(_remove_if_empty, unfinished)  # of a pass that failed before anything was saved
+                stack.callback(_remove_if_empty, unfinished)  # left by a pass that failed before anything was saved
             processes.on_main(lambda: stack.enter_context(folder_lock(unfinished)))
         if processes.number > 1 or saved.files():  # whoever begins elsewhere reads the first batch for this alone
-            prepare(next(read(range(min(batch_size, len(dataset)))))[2])
+            prepare(next(read(range(min(batch_size, len(dataset)))))[3])
         rows = (~processes.on_main(saved.resume)).nonzero().flatten().tolist()
         whole = processes.share(-(-len(rows) // batch_size))  # batches, so that they are cut as one process cuts them
         own = rows[whole.start * batch_size : whole.stop * batch_size]
 
         def count() -> None:
-            for labels, places, stream in read(own, progress if processes.main else None) if own else ():
+            for images, labels, places, stream in read(own, progress if processes.main else None) if own else ():
                 prepare(stream)
                 saved.save_if_time()
                 for observer in observers.values():
-                    observer.read(stream, places)
+                    observer.read(images, stream, places)
                 for some, h in latent_chunks(sae, stream.tokens[:, : clip.n_tokens]):
                     for observer in observers.values():
                         observer.add(h, labels[some].to(h.device), places[some].to(h.device))

@@ -15,6 +15,9 @@ from .classes import class_scores, top_latents
 from .reading import latent_masks
 from .summary import LatentSummary
 
+N_REFERENCES = 5  # images that show a latent; fewer where fewer were active
+N_LATENTS = 8  # of each level
+
 
 def seen_image(clip, image) -> Tensor:
     """The picture that CLIP saw, crop and scale included: uint8 [H, W, 3].
@@ -22,13 +25,9 @@ def seen_image(clip, image) -> Tensor:
     Parameters
     ----------
     clip : ClipModel
+        Its ``preprocess`` must hold a normalisation, which is undone.
     image : PIL image or Tensor [3, H, W]
         A tensor is taken as already preprocessed.
-
-    Raises
-    ------
-    ValueError
-        If ``clip.preprocess`` has no normalisation that could be undone.
     """
     normalised = image if isinstance(image, Tensor) else clip.preprocess(image)
     steps = [s for s in getattr(clip.preprocess, "transforms", []) if hasattr(s, "mean") and hasattr(s, "std")]
@@ -37,12 +36,6 @@ def seen_image(clip, image) -> Tensor:
     mean, std = (torch.as_tensor(value, dtype=torch.float32).view(3, 1, 1) for value in (steps[-1].mean, steps[-1].std))
     pixels = normalised.cpu().float() * std + mean
     return (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-
-
-N_REFERENCES = 5
-"""Images that show a latent; fewer where fewer were active."""
-N_LATENTS = 8
-"""Latents of each level."""
 
 
 class References(NamedTuple):
@@ -59,7 +52,7 @@ class References(NamedTuple):
 
 
 def reference_images(clip, sae, dataset, summary: LatentSummary, latents: Sequence[int], layer: int) -> list[References]:
-    """The five strongest images of some latents, with masks.
+    """The five strongest images of some latents, with masks; fewer where fewer were active.
 
     Parameters
     ----------
@@ -70,21 +63,9 @@ def reference_images(clip, sae, dataset, summary: LatentSummary, latents: Sequen
     summary : LatentSummary
     latents : sequence of int
     layer : int
-
-    Returns
-    -------
-    list of References
-        One for each latent; fewer images where fewer were active.
-
-    Raises
-    ------
-    ValueError
-        If the summary was made from a data set of another length.
     """
     if summary.n_images != len(dataset):
-        raise ValueError(
-            f"The summary read {summary.n_images} images, this data set has {len(dataset)}: give the data set that was summarised."
-        )
+        raise ValueError(f"The summary read {summary.n_images} images, this data set has {len(dataset)}: give the one that was summarised.")
     images, values = summary.top_images[:, :N_REFERENCES], summary.top_values[:, :N_REFERENCES]
     return [references(clip, sae, dataset, latent, images[latent], values[latent], layer) for latent in map(int, latents)]
 
@@ -138,12 +119,6 @@ def activation_levels(clip, sae, dataset, index: int, layer: int, summary: Laten
         Of the image.
     layer : int
     summary : LatentSummary
-        Gives the class counts and the data-set counts.
-
-    Raises
-    ------
-    ValueError
-        If the SAE does not fit the model and layer.
     """
     sae.check_model(clip, layer)
     example = dataset[index]
@@ -154,14 +129,10 @@ def activation_levels(clip, sae, dataset, index: int, layer: int, summary: Laten
     per_class = summary.class_counts[example.label] / summary.class_images[example.label].clamp_min(1)
     per_dataset = (summary.dataset_counts / summary.n_images).float()
     row, column = divmod(int(grid[(per_class - per_dataset).argmax()].argmax()), clip.grid[1])
-    levels = {
-        "patch": grid[:, row, column],
-        "image": (h[TOKENS[summary.tokens]] > summary.tau).sum(0).float(),
-        "class": per_class,
-        "data set": per_dataset,
-    }
+    image = (h[TOKENS[summary.tokens]] > summary.tau).sum(0).float()
+    levels = {"patch": grid[:, row, column], "image": image, "class": per_class, "data set": per_dataset}
     records = [
-        {"level": level, "rank": rank, "latent": latent, "value": float(activation[latent])}
+        (level, rank, latent, float(activation[latent]))
         for level, activation in levels.items()
         for rank, latent in enumerate(top_latents(activation[None], N_LATENTS)[0])
     ]
@@ -191,9 +162,8 @@ def level_overlap(summary: LatentSummary, k: int = 10) -> pd.DataFrame:
     n_living = max(int((~summary.dead).sum()), 1)
     return pd.DataFrame(
         {
-            "class_index": present.numpy(),
-            "dataset": [float(len(top & overall)) for top in tops],
+            "class_index": present.numpy(), "dataset": [float(len(top & overall)) for top in tops],
             "other": (shared.sum(1) - shared.diagonal()) / max(len(tops) - 1, 1),
             "chance": [len(top) * len(overall) / n_living for top in tops],
         }
-    )
+    )  # fmt: skip

@@ -26,26 +26,15 @@ from .summary import FORMAT_VERSION, LatentSummary, RunningSummary
 
 @torch.no_grad()
 def summarize_latents(
-    clip,
-    sae,
-    dataset,
-    layer: int,
-    *,
-    k: int = 10,
-    tau: float = 0.2,
-    tokens: str = "all",
-    batch_size: int = 64,
-    out: str | Path | None = None,
-    observers: Sequence[Observer] = (),
-    progress: bool = True,
-) -> LatentSummary:
+    clip, sae, dataset, layer: int, *, k: int = 10, tau: float = 0.2, tokens: str = "all", batch_size: int = 64,
+    out: str | Path | None = None, observers: Sequence[Observer] = (), progress: bool = True,
+) -> LatentSummary:  # fmt: skip
     """Read a data set once and count what every latent does.
 
     Under several processes (``accelerate launch``, ``torchrun``) all must call this; each reads its share, and the result is that of one process
     (:mod:`.passes`). With ``out``, what was counted is saved every five minutes, and a killed run goes on from there.
 
-    Memory: the models, one forward pass of CLIP, a block of 24 MiB (at least one image's [1+P, S] activations, a few times over),
-    and the statistics themselves; never a [batch, 1+P, S] tensor (``python -m benchmarks.summary`` measures it).
+    Memory: the models, one forward pass of CLIP, a block of 24 MiB, and the statistics themselves (``python -m benchmarks.summary`` measures it).
 
     Parameters
     ----------
@@ -65,22 +54,15 @@ def summarize_latents(
     batch_size : int
         Images in one forward pass of CLIP; latents are computed in smaller chunks.
     out : path, optional
-        Folder to keep the summary in; when it already holds the one of the same inputs, that is returned.
+        Folder for the summary; when it already holds the one of the same inputs, that is returned.
     observers : sequence of Observer, optional
         What else reads the same pass, e.g. a :class:`patchsae_utils.latents.LikenessObserver`. Those that are complete are left out.
     progress : bool
-        Whether to show a bar.
-
-    Returns
-    -------
-    LatentSummary
 
     Raises
     ------
     ValueError
-        If the SAE does not fit the model and layer, a label has no class name, an image's residual stream holds NaN or infinity, or an argument is out of range.
-    MemoryError
-        If not even one image fits the memory.
+        If the SAE does not fit the model and layer, a label has no class name, or an image's residual stream holds NaN or infinity.
     """
     sae.check_model(clip, layer)
     if tokens not in TOKENS:
@@ -105,10 +87,7 @@ def summarize_latents(
     if reading:
         unfinished = None if out is None else (whole := Path(out).resolve()).with_name(f".{whole.name}-unfinished")
         keys = fingerprint(summary=None if kept else key, observers=[each.key for each in reading.values()])
-        bar = "latents" if progress else None
-        with one_pass(
-            clip, sae, dataset, layer, reading, batch_size=batch_size, unfinished=unfinished, key=keys, progress=bar
-        ) as processes:
+        with one_pass(clip, sae, dataset, layer, reading, batch_size, unfinished, keys, "latents" if progress else None) as processes:
             for observer in reading.values():
                 if observer is not running:
                     processes.on_main(observer.finish)
@@ -126,28 +105,18 @@ def pass_inputs(clip, sae, dataset, layer: int) -> dict[str, object]:
 
 @torch.no_grad()
 def latent_masks(clip, sae, images, latents: Sequence[int] | Tensor, layer: int) -> Tensor:
-    """Where latents are active: their activations on the grid of patches.
+    """Where latents are active: their activations on the grid of patches, [B, n, rows, columns].
 
     Parameters
     ----------
     clip : ClipModel
     sae : SparseAutoencoder
     images : Tensor [B, 3, H, W], or one or several of path, PIL image, array [H, W, 3]
-        A tensor as ``clip.preprocess`` makes it. The grid covers what that leaves, which may be a crop of the picture: see
-        :func:`patchsae_utils.latents.seen_image`.
+        A tensor as ``clip.preprocess`` makes it. The grid covers what that leaves, which may be a crop (:func:`patchsae_utils.latents.seen_image`).
     latents : sequence of int, length n
     layer : int
         Block whose output the SAE reads.
 
-    Returns
-    -------
-    Tensor [B, n, rows, columns]
-        CLS and prompt tokens left out.
-
-    Raises
-    ------
-    ValueError
-        If a latent is outside range(S), the SAE does not fit the model and layer, or a picture can't be read.
     """
     sae.check_model(clip, layer)
     if not isinstance(images, Tensor):

@@ -69,12 +69,10 @@ class LatentSummary:
 
     @property
     def n_images(self) -> int:
-        """Images that were read."""
         return int(self.class_images.sum())
 
     @property
     def n_latents(self) -> int:
-        """S."""
         return len(self.frequency)
 
     @property
@@ -97,8 +95,8 @@ class LatentSummary:
     def save(self, folder: str | Path, fp: str = "") -> None:
         """Write ``latents.safetensors`` and ``manifest.json`` into a folder, atomically.
 
-        The [C, S] tables are mostly 0 when there are many classes and latents. Where that saves space they are written as
-        ``<name>.places`` (int64 [n], ``class * S + latent``) and ``<name>.values`` (float32 [n]).
+        Where it saves space the [C, S] tables, mostly 0, are written as ``<name>.places`` (int64 [n], ``class * S + latent``) and
+        ``<name>.values`` (float32 [n]).
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
@@ -116,15 +114,7 @@ class LatentSummary:
 
     @classmethod
     def load(cls, folder: str | Path) -> LatentSummary:
-        """Read what :meth:`save` wrote.
-
-        Raises
-        ------
-        FileNotFoundError
-            If the folder holds no summary.
-        ValueError
-            If it was written by another format version or is damaged.
-        """
+        """Read what :meth:`save` wrote; FileNotFoundError where nothing is, ValueError for another format version or damage."""
         folder = Path(folder)
         manifest = open_manifest(folder, FORMAT_VERSION, f"summarize_latents(..., out={str(folder)!r})")
         with damage_named(folder / "manifest.json"):
@@ -143,9 +133,7 @@ def open_manifest(folder: Path, version: int, made_by: str) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} holds nothing (manifest.json is missing). Make it: {made_by}.")
     manifest = read_folder_manifest(folder)
     if (found := manifest.get("format_version")) != version:
-        raise ValueError(
-            f"{folder} has format version {found}; this package reads {version}. Delete the folder and make it again: {made_by}."
-        )
+        raise ValueError(f"{folder} has format version {found}, expected {version}. Delete the folder and make it again: {made_by}.")
     return manifest
 
 
@@ -201,10 +189,10 @@ class RunningSummary(Observer):
         image, latent = (patches.amax(1) > unpack_top(kept[:, -1])[0]).nonzero(as_tuple=True)
         if not len(image):
             return
-        at = places[image, None] * self.n_patches + torch.arange(self.n_patches, device=patches.device)
+        peak, at = patches[image, :, latent].max(1)  # the first of equal ones
         latents, row = latent.unique(return_inverse=True)
         fresh = torch.zeros(len(latents), len(patches), dtype=torch.long, device=patches.device)
-        fresh[row, image] = pack_top(patches[image, :, latent], at).amax(1)
+        fresh[row, image] = pack_top(peak, places[image] * self.n_patches + at)
         some = kept[latents]
         merge_keys(some, fresh)
         kept[latents] = some
@@ -234,19 +222,11 @@ class RunningSummary(Observer):
             peaks, places = unpack_top(counted["top_patches"])
             of, at = (part.masked_fill(places < 0, -1) for part in (places // self.n_patches, places % self.n_patches))
         return LatentSummary(
-            frequency=(active / counted["class_images"].sum()).float(),
-            mean_activation=(total / active.clamp_min(1)).float(),
+            frequency=(active / counted["class_images"].sum()).float(), mean_activation=(total / active.clamp_min(1)).float(),
             label_entropy=label_entropy(values, top_labels, len(self.class_names)) if self.class_names else unlabelled.clone(),
             label_std=label_std(values, top_labels) if self.class_names else unlabelled,
-            top_images=images,
-            top_values=values,
-            top_labels=top_labels,
+            top_images=images, top_values=values, top_labels=top_labels, dead=active == 0,
             **{name: counted[name] for name in ("class_counts", "class_hits", "class_images")},
-            dead=active == 0,
-            class_names=self.class_names,
-            tau=self.tau,
-            tokens=self.tokens,
-            top_patch_images=of,
-            top_patches=at,
-            top_patch_values=peaks,
-        )
+            class_names=self.class_names, tau=self.tau, tokens=self.tokens,
+            top_patch_images=of, top_patches=at, top_patch_values=peaks,
+        )  # fmt: skip

@@ -11,6 +11,7 @@ from sklearn.metrics import average_precision_score
 
 from patchsae_utils.concepts import detection
 from patchsae_utils.concepts.detection import (
+    Activations,
     ConceptPatches,
     answers,
     average_precision,
@@ -92,7 +93,7 @@ def test_weights_that_hold_no_positive_give_nan():
 def test_correlation_equals_numpys_and_is_zero_for_dead_latents():
     data = planted(0)
     order = np.random.default_rng(0).permutation(len(data.tokens))
-    found, spread = concept_correlations(data, IDENTITY, data.masks[order])
+    found, spread = concept_correlations(Activations(IDENTITY, data), data.masks[order])
     for r, dense in zip(found, (data.masks.toarray(), data.masks.toarray()[order]), strict=True):
         for concept in range(4):
             for feature in range(12):

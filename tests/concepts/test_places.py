@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import average_precision_score, jaccard_score
 
 from patchsae_utils.concepts import places
-from patchsae_utils.concepts.detection import ConceptPatches
+from patchsae_utils.concepts.detection import Activations, ConceptPatches
 from patchsae_utils.concepts.places import concept_matrix, localize
 from patchsae_utils.run.intervals import resamples
 from patchsae_utils.sae.dictionary import Dictionary
@@ -56,7 +56,7 @@ def found(worlds):
 
 def test_matrix_is_scikit_learns_for_every_pair(worlds):
     data = worlds[0]
-    matrix = concept_matrix(data, FEATURES)
+    matrix = concept_matrix(Activations(FEATURES, data))
     truth = data.masks.toarray() > 0
     assert np.isnan(matrix.ap[:, 4]).all() and (matrix.iou[:, 4] == 0).all()
     for s in range(10):

@@ -144,6 +144,16 @@ def test_top_patches_equal_the_slow_reference(tiny_clip, sae, data, all_latents)
         assert n == 0 or np.bincount(images).max() == 1
 
 
+def test_dense_latents_make_no_key_for_every_patch(tiny_clip, sae, data, monkeypatch):
+    """FAULTS D20: a key for each patch of each latent that beats its tenth one made dense latents many times slower."""
+    from patchsae_utils.latents import summary as module
+
+    sizes = []
+    monkeypatch.setattr(module, "pack_top", lambda values, places: sizes.append(values.numel()) or pack_top(values, places))
+    summarize_latents(tiny_clip, sae, data, LAYER, batch_size=12, progress=False)
+    assert max(sizes) <= 12 * 24
+
+
 def test_equal_patches_keep_their_order(tiny_clip, data):
     """A latent that is equally active everywhere: reference patches are the first ones, by image, then row by row."""
     flat = SparseAutoencoder(tiny_clip.width, 2).requires_grad_(False)
@@ -260,7 +270,7 @@ def test_observers_read_the_same_pass_and_those_that_are_complete_none(tiny_clip
         def prepare(self, tokens):
             self.told.append(("prepare", len(tokens)))
 
-        def read(self, stream, places):
+        def read(self, images, stream, places):
             self.told.append(("read", *places.tolist()))
 
         def add(self, h, labels, places):

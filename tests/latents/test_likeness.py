@@ -27,10 +27,10 @@ def by_pairs(a: np.ndarray, e: np.ndarray) -> float:
 
 def scores(a, e, batch=1000) -> np.ndarray:
     a, e = torch.as_tensor(a), torch.as_tensor(e)
-    running = RunningScores(a.shape[1], e.shape[1])
+    running = RunningScores(a.shape[1], {"e": e.shape[1]})
     for some, vectors in zip(a.split(batch), e.split(batch), strict=True):
-        running.add(some, vectors)
-    return running.finish().numpy()
+        running.add(some, {"e": vectors})
+    return running.finish()["e"].numpy()
 
 
 def unit(e):
@@ -63,7 +63,11 @@ def test_the_statistics_pass_scores_latents_and_controls(tiny_clip, tiny_sae, ti
     inputs = torch.stack([tiny_clip.preprocess(example.image) for example in tiny_dataset])
     images = torch.nn.functional.normalize(tiny_clip.encode_image(inputs), dim=1)
     torch.testing.assert_close(found.embeddings, images, rtol=1e-4, atol=1e-5)
-    e = found.embeddings.double().numpy()
+    e = {column: found.vectors[judge].double().numpy() for judge, column in (("clip", "score"), ("pixels", "pixels"), ("objects", "objects"))}
+    areas = [tiny_dataset.truth(i).object_share[0].sum() for i in range(24)]
+    assert [e["objects"][i, tiny_dataset.truth(i).class_ids[0]] > 0 for i in range(24)] == [area > 0 for area in areas]
+    blocks = inputs.view(24, 3, 8, 14, 8, 14).mean((3, 5)).flatten(1)
+    torch.testing.assert_close(found.vectors["pixels"], torch.nn.functional.normalize(blocks, dim=1), rtol=1e-4, atol=1e-5)
     tokens = torch.stack([tiny_clip.residual(tiny_clip.preprocess(example.image)[None], 1)[0] for example in tiny_dataset]).detach()
     control = random_sae(sae, 0, tokens[:7].flatten(0, 1))
     centred = tokens - sae.b_dec
@@ -75,9 +79,15 @@ def test_the_statistics_pass_scores_latents_and_controls(tiny_clip, tiny_sae, ti
         a, rows = h.double().mean(1).numpy(), found.table[found.table["dictionary"] == name].reset_index(drop=True)
         assert rows["latent"].tolist() == list(range(a.shape[1])) and rows["n_images"].tolist() == (a > 0).sum(0).tolist()
         for s in [*range(0, a.shape[1], 9), 3]:
-            assert rows.loc[s, "score"] == pytest.approx(by_pairs(a[:, s], e), abs=1e-5, nan_ok=True), (name, s)
+            for judge, vectors in e.items():
+                assert rows.loc[s, judge] == pytest.approx(by_pairs(a[:, s], vectors), abs=1e-5, nan_ok=True), (name, s)
     assert found.table.query("dictionary == 'SAE'")["score"].isna().to_numpy()[[3, 9]].all()
-    assert found.chance == pytest.approx(by_pairs(np.ones(len(e)), e))  # every pair alike
+    assert found.chance == pytest.approx(by_pairs(np.ones(24), e["score"]))  # every pair alike
+    above = found.above_chance().set_index(["judge", "dictionary"]).loc[("objects", "SAE")]
+    mean = found.table.query("dictionary == 'SAE'")["objects"].mean()
+    assert above["null"] == pytest.approx(by_pairs(np.ones(24), e["objects"])) and above["excess"] == pytest.approx(mean - above["null"])
+    assert above["low"] < above["excess"] < above["high"]
+    assert f"by the objects shown (null {above['null']:.2f}) SAE {above['excess']:+.3f}" in found.sentence()
 
 
 def test_what_was_made_before_is_opened_and_what_is_missing_made_alone(tiny_clip, tiny_sae, tiny_dataset, tmp_path, monkeypatch):
