@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from .probes import fit_probes
 from .report import FORMAT_VERSION, ComparisonReport
 
 PROBES = (2, 5)  # features of a sparse probe; of 1 it is the best feature itself
+FEW_LEVELS = 32  # thresholds of a resampled AP where the table alone needs it: its interval is centred, so that coarse levels don't move it
 _STEP = 8192  # tokens whose reconstruction is measured at a time
 
 Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -149,7 +150,7 @@ def compare(
                 if role == "ceiling"
                 else detection.candidates(detection.concept_correlations(features[0])[0][0][concepts])
             )
-            frame, resampled = detection.best_features(name, role, *features, concepts, tried, weights)
+            frame, resampled = detection.best_features(name, role, *features, concepts, tried, weights, None if i == 0 else FEW_LEVELS)
             found = [(way, frame, resampled)]
             if i == 0 and role != "ceiling" and len(competitors) > 1:
                 found += [
@@ -175,38 +176,45 @@ def sparse_probes(choose: Activations, report: Activations, concepts: np.ndarray
     """For each size of ``PROBES``: the AP [K'] on ``report`` of probes of so many features, and in every resample [K', R]."""
     rows, sizes = choose.patches.rows(), [min(k, tried.shape[1]) for k in PROBES]
     chosen: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in PROBES]
-    for concept, some in zip(concepts, tried, strict=True):
-        x = choose.columns(some)
-        mean = x.mean(1, dtype=np.float64)
-        gram = np.asarray(x @ x.T, np.float64) / x.shape[1] - np.outer(mean, mean)
-        gram += 1e-6 * max(np.trace(gram) / len(gram), np.finfo(float).tiny) * np.eye(len(gram))
-        share = len(rows[concept]) / x.shape[1]
-        cross = x[:, rows[concept]].sum(1, dtype=np.float64) / x.shape[1] - mean * share
-        picked: list[int] = []
-        while len(picked) < max(sizes):
-            gains = {}
-            for i in set(range(len(some))) - set(picked):
-                at = [*picked, i]
-                gains[i] = cross[at] @ np.linalg.solve(gram[np.ix_(at, at)], cross[at])
-            picked.append(max(gains, key=gains.__getitem__))
-            for found, k in zip(chosen, sizes, strict=True):
-                if len(picked) == k:
-                    found.append((some[picked], np.linalg.solve(gram[np.ix_(picked, picked)], cross[picked])))
+    step = max(1, choose.block // tried.shape[1])
+    for start in range(0, len(concepts), step):
+        some, at = np.unique(tried[start : start + step], return_inverse=True)
+        read = choose.columns(some)
+        for concept, mine in zip(concepts[start : start + step], at.reshape(-1, tried.shape[1]), strict=True):
+            for found, (picked, size) in zip(chosen, _added(read[mine], rows[concept], sizes), strict=True):
+                found.append((some[mine[picked]], size))
     every = np.arange(len(concepts))
     for k, probes in zip(PROBES, chosen, strict=True):
         scores = _Probes(report, probes)
-        yield k, detection.precisions(scores, every, concepts), detection.precisions(scores, every, concepts, weights)
+        yield k, detection.precisions(scores, every, concepts), detection.precisions(scores, every, concepts, weights, FEW_LEVELS)
+
+
+def _added(x: np.ndarray, positive: np.ndarray, sizes: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Least squares of a mask on ever more of the features x [n, N]: those picked and their weights, at each of the sizes."""
+    mean, share = x.mean(1, dtype=np.float64), len(positive) / x.shape[1]
+    gram = np.asarray(x @ x.T, np.float64) / x.shape[1] - np.outer(mean, mean)
+    gram += 1e-6 * max(np.trace(gram) / len(gram), np.finfo(float).tiny) * np.eye(len(gram))
+    cross = x[:, positive].sum(1, dtype=np.float64) / x.shape[1] - mean * share
+    picked: list[int] = []
+    while len(picked) < max(sizes):
+        tried = [[*picked, i] for i in range(len(x)) if i not in picked]
+        picked = max(tried, key=lambda at: cross[at] @ np.linalg.solve(gram[np.ix_(at, at)], cross[at]))
+        for _ in range(sizes.count(len(picked))):
+            yield picked, np.linalg.solve(gram[np.ix_(picked, picked)], cross[picked])
 
 
 class _Probes(Activations):
     """Weighted sums of some features as features."""
 
+    block = 24
+
     def __init__(self, features: Activations, probes: Sequence[tuple[np.ndarray, np.ndarray]]):
         self.features, self.probes, self.patches, self.n = features, probes, features.patches, len(probes)
 
     def columns(self, features: np.ndarray) -> np.ndarray:
-        parts = [self.probes[i] for i in features]
-        return np.stack([(size.astype(np.float32) @ self.features.columns(some)) for some, size in parts])
+        some = np.unique(np.concatenate([self.probes[i][0] for i in features]))
+        read = self.features.columns(some)
+        return np.stack([size.astype(np.float32) @ read[np.searchsorted(some, each)] for each, size in (self.probes[i] for i in features)])
 
 
 def measure_dictionaries(

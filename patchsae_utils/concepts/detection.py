@@ -26,7 +26,6 @@ MIN_IMAGES = 2  # concepts in fewer images of either set are left out
 N_LEVELS = 128  # thresholds of an average precision under weights
 N_PEERS = 300  # latents whose correlations by chance a latent is compared with
 DENSE = 0.1  # share of activations that are not 0, above which they are kept dense
-_BLOCK = 128  # features at a time: float32 [_BLOCK, N]
 _ROWS = 32  # images at a time: float32 [_ROWS x patches, n]
 _KEPT = 2**27  # dense activations are kept where they are fewer
 
@@ -134,11 +133,12 @@ def common_concepts(choose: ConceptPatches, report: ConceptPatches, min_patches:
 
 
 def average_precision(
-    scores: np.ndarray, positive: np.ndarray, images: np.ndarray | None = None, weights: np.ndarray | None = None, *, ascending=None
-) -> float | np.ndarray:
+    scores: np.ndarray, positive: np.ndarray, images: np.ndarray | None = None, weights: np.ndarray | None = None, *, ascending=None,
+    n_levels: int = N_LEVELS,
+) -> float | np.ndarray:  # fmt: skip
     """Average precision of scores [N] for some rows [n], ties sharing one threshold, as in scikit-learn.
 
-    With weights [R, n_images], how often each image counts: [R], exact where the positives have at most ``N_LEVELS`` distinct scores, else
+    With weights [R, n_images], how often each image counts: [R], exact where the positives have at most ``n_levels`` distinct scores, else
     at their quantiles. NaN where no positive counts. ``ascending``: the scores, sorted.
     """
     thresholds, mine = np.unique(scores[positive], return_counts=True)
@@ -147,8 +147,8 @@ def average_precision(
     if weights is None:
         every = len(scores) - np.searchsorted(np.sort(scores) if ascending is None else ascending, thresholds, "left")
         return float((mine * mine[::-1].cumsum()[::-1] / every).sum() / mine.sum())
-    if len(thresholds) > N_LEVELS:  # scores that occur, in their own precision: not numpy's quantiles
-        thresholds = thresholds[np.linspace(0, len(thresholds) - 1, N_LEVELS).astype(int)]
+    if len(thresholds) > n_levels:  # scores that occur, in their own precision: not numpy's quantiles
+        thresholds = thresholds[np.linspace(0, len(thresholds) - 1, n_levels).astype(int)]
 
     def reaching(rows: np.ndarray) -> np.ndarray:
         """[levels, R] weight of the rows that reach each threshold."""
@@ -166,6 +166,8 @@ def average_precision(
 class Activations:
     """Features of some patches, [N, n]. Sparse ones are read once and kept, and so are few dense ones; many dense ones are read when asked for."""
 
+    block = 128  # features at a time: float32 [block, N]
+
     @torch.no_grad()
     def __init__(self, dictionary: Dictionary, patches: ConceptPatches):
         self.dictionary, self.patches, self.n = dictionary, patches, dictionary.n
@@ -175,7 +177,7 @@ class Activations:
             h = dictionary.encode(some, None).cpu().numpy()
             if not parts and np.count_nonzero(h) > DENSE * h.size:
                 if dictionary.n * len(patches.tokens) <= _KEPT:
-                    self.kept = np.ascontiguousarray(dictionary.encode(patches.tokens, None).cpu().numpy().T)
+                    self.kept = dictionary.encode(patches.tokens, None).cpu().numpy()
                 return
             parts.append(sparse.csr_matrix(h))
         self.kept = sparse.vstack(parts, "csc")
@@ -184,7 +186,8 @@ class Activations:
         """Some features, one row each: [m, N]."""
         if self.kept is None:
             return self.dictionary.encode(self.patches.tokens, features).T.contiguous().cpu().numpy()
-        return self.kept[:, features].toarray().T if sparse.issparse(self.kept) else self.kept[features]
+        some = self.kept[:, features]
+        return np.ascontiguousarray((some.toarray() if sparse.issparse(some) else some).T)
 
     def active(self, feature: int) -> tuple[np.ndarray, np.ndarray]:
         """Patches where a feature is not 0, ascending, and its values there."""
@@ -202,27 +205,27 @@ class Activations:
         step = _ROWS * len(self.patches.tokens) // self.patches.n_images
         for start in range(0, len(self.patches.tokens), step):
             rows = slice(start, start + step)
-            if self.kept is None:
-                yield rows, self.dictionary.encode(self.patches.tokens[rows], None).cpu().numpy()
-            else:
-                yield rows, np.ascontiguousarray(self.kept[:, rows].T)
+            yield rows, self.dictionary.encode(self.patches.tokens[rows], None).cpu().numpy() if self.kept is None else self.kept[rows]
 
 
 @torch.no_grad()
-def precisions(features: Activations, some: np.ndarray, concepts: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+def precisions(
+    features: Activations, some: np.ndarray, concepts: np.ndarray, weights: np.ndarray | None = None, n_levels: int | None = None
+) -> np.ndarray:
     """Average precision of pairs of feature and concept, [m]; with weights [R, n_images] in every resample, [m, R]. On all cores."""
+    n_levels = n_levels or N_LEVELS
     patches, (each, which) = features.patches, np.unique(some, return_inverse=True)
     rows = patches.rows()
 
     def of_one(scores: np.ndarray, mine: np.ndarray) -> list:
         ascending = np.sort(scores) if weights is None else None  # once for all its concepts
-        return [average_precision(scores, rows[concepts[i]], patches.images, weights, ascending=ascending) for i in mine]
+        return [average_precision(scores, rows[concepts[i]], patches.images, weights, ascending=ascending, n_levels=n_levels) for i in mine]
 
     found = np.zeros(len(some) if weights is None else (len(some), len(weights)), np.float64 if weights is None else np.float32)
     with ThreadPoolExecutor() as pool:  # numpy lets go of the interpreter while it sorts and multiplies
-        for start in range(0, len(each), _BLOCK):
-            mine = [np.flatnonzero(which == i) for i in range(start, min(start + _BLOCK, len(each)))]
-            for i, value in zip(mine, pool.map(of_one, features.columns(each[start : start + _BLOCK]), mine), strict=True):
+        for start in range(0, len(each), features.block):
+            mine = [np.flatnonzero(which == i) for i in range(start, min(start + features.block, len(each)))]
+            for i, value in zip(mine, pool.map(of_one, features.columns(each[start : start + features.block]), mine), strict=True):
                 found[i] = value
     return found
 
@@ -269,8 +272,9 @@ def image_weights(n_images: int) -> np.ndarray:
 
 
 def best_features(
-    name: str, role: str, choose: Activations, report: Activations, concepts: np.ndarray, tried: np.ndarray, weights: np.ndarray
-) -> tuple[pd.DataFrame, np.ndarray]:
+    name: str, role: str, choose: Activations, report: Activations, concepts: np.ndarray, tried: np.ndarray, weights: np.ndarray,
+    n_levels: int | None = None,
+) -> tuple[pd.DataFrame, np.ndarray]:  # fmt: skip
     """The best of the features tried [K', n] for each concept on ``choose``; its AP on ``report``, and there in every resample [K', R].
 
     Features ascend in each row: of equal ones the lower is taken.
@@ -282,7 +286,7 @@ def best_features(
         latent=best, ap_choose=ap.max(1), ap=precisions(report, best, concepts), chance=frame["n_patches"] / len(report.patches.tokens),
         n_patches=frame["n_patches"], n_images=frame["n_images"], readout="activations", l0=np.nan, explained_variance=np.nan,
     )  # fmt: skip
-    return frame, precisions(report, best, concepts, weights)
+    return frame, precisions(report, best, concepts, weights, n_levels)
 
 
 def measure_concepts(
