@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..run.artifacts import MANIFEST, fingerprint
 from ..run.memory import HalvedBatches
 from ..run.processes import Processes
 from .folders import Folder
-from .mixing import TOKENS, choose_tokens
+from .mixing import TOKENS
 from .store import DTYPES, FORMAT, FORMAT_VERSION, INDEX, ActivationStore, OtherVersion, read_manifest, write_manifest
 
 _PART = re.compile(r"manifest-\d+\.json")  # what one of several processes wrote
@@ -60,7 +60,8 @@ def extract_activations(
     dtype : {"bfloat16", "float16"}
         bfloat16 keeps 8 bits of precision at any magnitude; float16 keeps 11 below 65,504.
     batch_size : int
-        Images per forward pass.
+        Images per forward pass, at most: the largest number up to it that divides a shard, so that how the passes are cut, and with that the last
+        bit, is the same wherever a run was interrupted and however many processes share the shards.
     n_per_shard : int
         Images per shard.
     progress : bool
@@ -80,6 +81,7 @@ def extract_activations(
     """
     if batch_size < 1 or n_per_shard < 1:
         raise ValueError(f"batch_size and n_per_shard must be at least 1, got {batch_size} and {n_per_shard}.")
+    batch_size = max(n for n in range(1, min(batch_size, n_per_shard) + 1) if n_per_shard % n == 0)
     inputs = describe_activations(clip, dataset, layer, tokens, dtype)
     manifest = {**inputs, "fingerprint": fingerprint(n_per_shard=n_per_shard, **inputs)}
     shards = plan_shards(len(dataset), n_per_shard)
@@ -97,25 +99,29 @@ def plan_shards(n_images: int, n_per_shard: int) -> dict[str, range]:
     return {f"shard-{i:05d}.safetensors": range(start, min(start + n_per_shard, n_images)) for i, start in enumerate(starts)}
 
 
-def _extract(
-    clip, dataset, manifest, shards: dict[str, range], folder: Folder, processes: Processes, batch_size: int, progress: bool
-) -> None:
+def _extract(clip, dataset, manifest, shards: dict[str, range], folder: Folder, processes: Processes, batch_size: int, progress) -> None:
     """Write what is missing of a store, each process every so-many-th of the missing shards."""
-    n_images = len(dataset)
     known = processes.on_main(lambda: _begin(folder, manifest, shards))
     names = [name for name in shards if name not in known][processes.index :: processes.number]
     own = dict(known) if processes.main else {}
     where = MANIFEST if processes.main else f"manifest-{processes.index}.json"  # each tells what it wrote; the next start reads all
 
+    def residual(images: Tensor, rows: slice) -> Tensor:
+        return clip.residual(images[rows], manifest["layer"])[:, TOKENS[manifest["tokens"]]]
+
     def write_share() -> dict[str, Any]:
-        rows = [row for name in names for row in shards[name]]
-        done = n_images - len(rows) if processes.number == 1 else 0
-        hide = not progress or not rows or not processes.main
-        bar = tqdm(total=done + len(rows), initial=done, desc=f"activations of {dataset.name}", unit="image", disable=hide)
+        wanted = [row for name in names for row in shards[name]]
+        done = len(dataset) - len(wanted) if processes.number == 1 else 0
+        hide = not progress or not wanted or not processes.main
+        bar = tqdm(total=done + len(wanted), initial=done, desc=f"activations of {dataset.name}", unit="image", disable=hide)
+        loaded, fitting = batches(dataset, clip.preprocess, batch_size, indices=wanted), HalvedBatches(clip.device)
         with bar, torch.inference_mode():
-            loaded = (batch.images for batch in batches(dataset, clip.preprocess, batch_size, indices=rows)) if rows else iter(())
-            written = _shards(clip, loaded, manifest, [len(shards[name]) for name in names], batch_size, bar)
-            for name, shard in zip(names, written, strict=True):
+            for name in names:
+                shard = torch.empty(len(shards[name]), *manifest["shape"][1:], dtype=DTYPES[manifest["dtype"]])
+                for part in shard.split(batch_size):
+                    for rows, tokens in fitting.run(len(part), partial(residual, next(loaded).images)):
+                        part[rows] = tokens
+                        bar.update(len(tokens))
                 check_fits(shard, shards[name], manifest, dataset.spec, clip.name)
                 own[name] = _write(folder, name, {"tokens": shard})
                 write_manifest(folder, {**manifest, "complete": False, "files": own}, where)
@@ -126,38 +132,12 @@ def _extract(
     def finish() -> None:
         if INDEX not in files:
             labels = torch.as_tensor(dataset.labels, dtype=torch.int64)
-            files[INDEX] = _write(folder, INDEX, {"labels": labels, "indices": torch.arange(n_images)})
+            files[INDEX] = _write(folder, INDEX, {"labels": labels, "indices": torch.arange(len(dataset))})
         write_manifest(folder, {**manifest, "complete": True, "files": {name: files[name] for name in [*shards, INDEX]}})
         for name in filter(_PART.fullmatch, folder.names()):
             folder.remove(name)
 
     processes.on_main(finish)
-
-
-def _shards(clip, loaded: Iterator[Tensor], manifest: dict[str, Any], sizes: list[int], batch_size: int, bar) -> Iterator[Tensor]:
-    """Tokens [n, T, d] of each shard.
-
-    Batches begin anew with every shard: how the forward passes are cut, and with that the last bit, is the same wherever a run was interrupted
-    and however many processes share the shards.
-    """
-    kept, fitting = choose_tokens("all", manifest["tokens"]), HalvedBatches(clip.device)
-    waiting: Tensor | None = None
-    for size in sizes:
-        shard = torch.empty(size, *manifest["shape"][1:], dtype=DTYPES[manifest["dtype"]])
-        for start in range(0, size, batch_size):
-            part = shard[start : start + batch_size]
-            while waiting is None or len(waiting) < len(part):
-                more = next(loaded)
-                waiting = more if waiting is None or not len(waiting) else torch.cat([waiting, more])
-            images, waiting = waiting[: len(part)], waiting[len(part) :]
-
-            def read(rows: slice, images: Tensor = images) -> Tensor:
-                return clip.residual(images[rows], manifest["layer"])[:, kept]
-
-            for rows, tokens in fitting.run(len(images), read):
-                part[rows] = tokens
-                bar.update(len(tokens))
-        yield shard
 
 
 def describe_activations(clip, dataset, layer: int, tokens: str, dtype: str) -> dict[str, Any]:
@@ -189,7 +169,7 @@ def describe_activations(clip, dataset, layer: int, tokens: str, dtype: str) -> 
             "class_names": list(dataset.class_names),
             "fingerprint": dataset_fingerprint(dataset),
         },
-        "shape": [len(dataset), len(range(clip.n_tokens)[choose_tokens("all", tokens)]), clip.width],
+        "shape": [len(dataset), len(range(clip.n_tokens)[TOKENS[tokens]]), clip.width],
     }
 
 
@@ -197,12 +177,11 @@ def check_fits(tokens: Tensor, places: Any, inputs: dict[str, Any], dataset: str
     """Refuse activations [n, T, d] in a dtype that can't hold them, or that are NaN or infinite already; ``places`` are the images'."""
     bad = (~tokens.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
     if bad:
-        dtype, layer = inputs["dtype"], inputs["layer"]
-        remedy = "Use dtype='bfloat16', or another layer." if dtype == "float16" else "The model itself gives NaN or infinity."
-        shown = ", ".join(str(int(places[i])) for i in bad[:5])
+        remedy = "Use dtype='bfloat16', or another layer." if inputs["dtype"] == "float16" else "The model itself gives NaN or infinity."
         raise ValueError(
-            f"Activations of {dataset!r} after layer {layer} of {model!r} don't fit {dtype}. {remedy} Look at the model's weights and at these "
-            f"images: {len(bad)} of {len(tokens)}, at places {shown}{' and more' if len(bad) > 5 else ''} in the data set."
+            f"Activations of {dataset!r} after layer {inputs['layer']} of {model!r} don't fit {inputs['dtype']}. {remedy} Look at the model's weights "
+            f"and at these images: {len(bad)} of {len(tokens)}, at places {', '.join(str(int(places[i])) for i in bad[:5])}"
+            f"{' and more' if len(bad) > 5 else ''} in the data set."
         )
 
 

@@ -33,12 +33,8 @@ class Folder:
             return
         try:
             self.system, self.root = fsspec.core.url_to_fs(self.name)
-        except ImportError as error:
-            raise ImportError(f"{self.name} needs a package that is not installed: {error}.") from error
         except ValueError as error:
-            raise ValueError(
-                f"{self.name} can't be opened: {error}. Give a folder, or a URL that fsspec knows, such as s3://bucket/folder."
-            ) from error
+            raise ValueError(f"{self.name}: {error}. Give a folder, or a URL that fsspec knows, such as s3://bucket/folder.") from error
 
     def __str__(self) -> str:
         return self.name

@@ -26,7 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..run.artifacts import MANIFEST, file_sha256, read_checked_json, with_checksum
+from ..run.artifacts import MANIFEST, file_sha256, parse_json, with_checksum
 from .folders import Folder
 from .mixing import TokenSource
 
@@ -82,8 +82,6 @@ class ActivationStore(TokenSource):
             If the folder holds no manifest.
         ValueError
             If it is not a store of this format, or unfinished, or fsspec knows no such kind of URL.
-        ImportError
-            If fsspec's package for the URL is missing.
         """
         place = Folder(folder)
         if place.size(MANIFEST) is None:
@@ -176,11 +174,6 @@ class ActivationStore(TokenSource):
         rows = torch.arange(self.n_images) if indices is None else torch.as_tensor(indices, dtype=torch.int64).flatten()
         if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < self.n_images):
             raise ValueError(f"The store holds images 0 to {self.n_images - 1}; got indices from {int(rows.min())} to {int(rows.max())}.")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        return self._image_batches(rows, batch_size)
-
-    def _image_batches(self, rows: Tensor, batch_size: int):
         ends = torch.from_numpy(self._sizes.cumsum())
         for chunk in rows.split(batch_size) if len(rows) else ():
             shards = torch.searchsorted(ends, chunk, right=True)
@@ -230,11 +223,6 @@ class ActivationStore(TokenSource):
         return ValueError(f"{self._place}/{name} is damaged: {why}. Delete this file and call {_AGAIN}: only this file is written anew.")
 
 
-_KEYS = {
-    "format", "format_version", "fingerprint", "complete", "model", "layer", "tokens", "dtype", "preprocessing", "dataset", "shape", "files",
-}  # fmt: skip
-
-
 def write_manifest(folder: Folder, manifest: dict[str, Any], name: str = MANIFEST) -> None:
     """Write a manifest with its checksum."""
     folder.write(name, f"{json.dumps(with_checksum(manifest), indent=2, ensure_ascii=False)}\n".encode())
@@ -243,15 +231,16 @@ def write_manifest(folder: Folder, manifest: dict[str, Any], name: str = MANIFES
 def read_manifest(folder: Folder, name: str = MANIFEST) -> dict[str, Any]:
     """Read a manifest and check that it is one of ours, and whole."""
     path = f"{folder}/{name}"
-    manifest = read_checked_json(path, folder.read(name))
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} is not the manifest of an activation store (format {manifest.get('format')!r}). Choose another folder.")
-    if manifest.get("format_version") != FORMAT_VERSION:
+    found = parse_json(folder.read(name), path)
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError(f"{path} is not the manifest of an activation store. Choose another folder.")
+    if found.get("format_version") != FORMAT_VERSION:
         raise OtherVersion(
-            f"{path} has format version {manifest.get('format_version')!r}; this package reads {FORMAT_VERSION}. "
+            f"{path} has format version {found.get('format_version')!r}; this package reads {FORMAT_VERSION}. "
             "Extract again: extract_activations replaces it."
         )
-    if set(manifest) != _KEYS:
+    manifest = {key: value for key, value in found.items() if key != "checksum"}
+    if with_checksum(manifest) != found:
         raise ValueError(f"{path} is damaged: it is not what was written there. Delete the folder and extract again.")
     return manifest
 

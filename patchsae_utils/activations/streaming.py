@@ -13,7 +13,6 @@ from ..run.artifacts import fingerprint
 from ..run.memory import HalvedBatches
 from .extraction import check_fits, describe_activations
 from .mixing import TokenSource
-from .store import DTYPES
 
 
 class TokenStream(TokenSource):
@@ -33,18 +32,15 @@ class TokenStream(TokenSource):
     dataset : ImageData or OpenMojiData
     layer : int
         Block whose output is read; -2 is the paper's.
-    tokens : {"all", "cls", "patches"}
-    dtype : {"bfloat16", "float16"}
-        Of the buffer. Batches are float32.
     batch_size : int
         Images per forward pass; halved, with a warning, where so many don't fit the memory.
     buffer_bytes : int
-        Of the buffer, on the model's device; it holds at least one forward pass.
+        Of the buffer, in bfloat16 on the model's device; it holds at least one forward pass. Batches are float32.
 
     Raises
     ------
     ValueError
-        For an unknown layer, tokens or dtype (naming the valid ones), or an empty data set.
+        For an unknown layer (naming the valid ones), or an empty data set.
 
     Examples
     --------
@@ -52,20 +48,8 @@ class TokenStream(TokenSource):
     >>> sae = train_sae(SparseAutoencoder(stream.d_in, 16 * stream.d_in), stream, TrainConfig(), "runs/mine/sae")
     """
 
-    def __init__(
-        self,
-        clip,
-        dataset,
-        layer: int = -2,
-        *,
-        tokens: str = "all",
-        dtype: str = "bfloat16",
-        batch_size: int = 64,
-        buffer_bytes: int = 2**31,
-    ):
-        if batch_size < 1 or buffer_bytes < 1:
-            raise ValueError(f"batch_size and buffer_bytes must be at least 1, got {batch_size} and {buffer_bytes}.")
-        self._inputs = describe_activations(clip, dataset, layer, tokens, dtype)
+    def __init__(self, clip, dataset, layer: int = -2, *, batch_size: int = 64, buffer_bytes: int = 2**31):
+        self._inputs = describe_activations(clip, dataset, layer, "all", "bfloat16")
         self.clip, self.dataset = clip, dataset
         super().__init__(self._inputs)
         self.fingerprint: str = fingerprint(stage="stream", batch_size=batch_size, buffer_bytes=buffer_bytes, **self._inputs)
@@ -78,9 +62,6 @@ class TokenStream(TokenSource):
         m = self.metadata
         return f"TokenStream({m.n_images:,} images of {m.dataset!r} x {m.n_tokens} tokens x {m.d_in}, {m.model_name!r} layer {m.layer})"
 
-    def _residual(self, images: Tensor, rows: slice) -> Tensor:
-        return self.clip.residual(images[rows], self.metadata.layer)
-
     @torch.no_grad()
     def _read(self, parts: np.ndarray, places: range) -> Tensor:
         """Tokens [n, T, d] of some images; each process computes every so-many-th and gets the others' from them."""
@@ -88,12 +69,15 @@ class TokenStream(TokenSource):
         number, index = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if launched else (1, 0)
         share = -(-len(parts) // number)  # equal shares: the last images may be computed twice
         own = parts[(np.arange(share) * number + index) % len(parts)]
-        dtype = DTYPES[self.metadata.dtype]
-        buffer = torch.empty(share, len(places), self.d_in, dtype=dtype, device=self.clip.device)
+        buffer = torch.empty(share, len(places), self.d_in, dtype=torch.bfloat16, device=self.clip.device)
         row = 0
+
+        def residual(images: Tensor, rows: slice) -> Tensor:
+            return self.clip.residual(images[rows], self.metadata.layer)
+
         for batch in batches(self.dataset, self.clip.preprocess, self._least_parts, indices=own.tolist()):
-            for _, x in self._fitting.run(len(batch.images), partial(self._residual, batch.images)):
-                buffer[row : row + len(x)] = x[:, places.start : places.stop].to(dtype)
+            for _, x in self._fitting.run(len(batch.images), partial(residual, batch.images)):
+                buffer[row : row + len(x)] = x[:, places.start : places.stop]
                 row += len(x)
         check_fits(buffer, own, self._inputs, self.metadata.dataset, self.metadata.model_name)
         if number == 1:

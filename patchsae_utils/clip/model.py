@@ -74,7 +74,7 @@ class ClipModel:
         self.model = model.to(device).eval().requires_grad_(False)
         self.preprocess, self.name, self.pretrained = preprocess, name, pretrained
         self.device, self.precision = torch.device(device), precision
-        self._tokenizer = tokenizer
+        self._tokenizer: Any = tokenizer
         if precision == "bf16":
             self.put_sequence_first()
 
@@ -264,7 +264,7 @@ class ClipModel:
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
         """Token ids: LongTensor [B, context]."""
-        assert self._both_towers and self._tokenizer
+        assert self._both_towers
         return self._tokenizer([texts] if isinstance(texts, str) else list(texts)).to(self.device)
 
     def encode_text(self, texts: Tensor | str | Sequence[str], normalize: bool = False) -> Tensor:

@@ -108,7 +108,7 @@ def test_a_finished_store_is_opened_without_looking_at_an_image(store, tiny_clip
     assert again.fingerprint == store.fingerprint
 
 
-@pytest.mark.parametrize("n_per_shard", [8, 6])  # batches of 4 end with the shards, or run across them
+@pytest.mark.parametrize("n_per_shard", [8, 6])  # batches of 4 divide a shard, or become smaller
 def test_an_interrupted_extraction_goes_on_behind_the_last_whole_shard(tiny_clip, dataset, store, tmp_path, n_per_shard):
     with pytest.raises(KeyboardInterrupt):
         extract(tiny_clip, Watched(dataset, stop_at=18), tmp_path, n_per_shard=n_per_shard)
@@ -116,7 +116,7 @@ def test_an_interrupted_extraction_goes_on_behind_the_last_whole_shard(tiny_clip
         ActivationStore.open(tmp_path)
     watched = Watched(dataset)
     resumed = extract(tiny_clip, watched, tmp_path, n_per_shard=n_per_shard)
-    assert watched.asked == list(range(2 * n_per_shard, 21))
+    assert watched.asked == list(range(18 // n_per_shard * n_per_shard, 21))
     ours = torch.cat([batch[0] for batch in resumed.images()])
     whole = torch.cat([batch[0] for batch in store.images()])
     torch.testing.assert_close(ours, whole, rtol=2**-7, atol=1e-5)
@@ -212,13 +212,15 @@ def test_unknown_choices_name_the_valid_ones(tiny_clip, dataset, store, tmp_path
         ("Unknown dtype 'int8'. Valid: bfloat16, float16", lambda: extract(tiny_clip, dataset, tmp_path, dtype="int8")),
         ("no layer 3. Valid: 0 to 2, or -3 to -1", lambda: extract_activations(tiny_clip, dataset, 3, tmp_path)),
         ("at least 1", lambda: extract(tiny_clip, dataset, tmp_path, n_per_shard=0)),
-        ("images 0 to 20; got indices from 3 to 21", lambda: store.images([3, 21])),
-        ("batch_size", lambda: store.images(batch_size=0)),
+        ("images 0 to 20; got indices from 3 to 21", lambda: next(store.images([3, 21]))),
         ("start_step >= 0", lambda: store.tokens(8, start_step=-1)),
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    assert not list(tmp_path.iterdir())
+    patches = extract(tiny_clip, dataset, tmp_path / "patches", tokens="patches")
+    with pytest.raises(ValueError, match="no tokens 'cls' here, only 'patches'"):
+        patches.tokens(10, tokens="cls")
+    assert [path.name for path in tmp_path.iterdir()] == ["patches"]
 
 
 def test_a_folder_that_is_no_store_is_refused(tiny_clip, dataset, tmp_path):
