@@ -63,7 +63,9 @@ def test_the_statistics_pass_scores_latents_and_controls(tiny_clip, tiny_sae, ti
     inputs = torch.stack([tiny_clip.preprocess(example.image) for example in tiny_dataset])
     images = torch.nn.functional.normalize(tiny_clip.encode_image(inputs), dim=1)
     torch.testing.assert_close(found.embeddings, images, rtol=1e-4, atol=1e-5)
-    e = {column: found.vectors[judge].double().numpy() for judge, column in (("clip", "score"), ("pixels", "pixels"), ("objects", "objects"))}
+    e = {
+        column: found.vectors[judge].double().numpy() for judge, column in (("clip", "score"), ("pixels", "pixels"), ("objects", "objects"))
+    }
     areas = [tiny_dataset.truth(i).object_share[0].sum() for i in range(24)]
     assert [e["objects"][i, tiny_dataset.truth(i).class_ids[0]] > 0 for i in range(24)] == [area > 0 for area in areas]
     blocks = inputs.view(24, 3, 8, 14, 8, 14).mean((3, 5)).flatten(1)
