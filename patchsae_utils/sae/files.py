@@ -120,6 +120,7 @@ _KNOWN_FORMS = (
     "dictionary_learning's ae.pt with config.json, VISAEBench's sae.pt or model.safetensors with config.json or config.yaml"
 )
 _PAIRS = {form: (each.config, each.weights) for form, each in FORMATS.items() if each.config and form != "visaebench"}
+_NAMES = [name for each in FORMATS.values() for name in (each.config, each.weights) if name]
 _VISAEBENCH = ("sae.pt", "model.safetensors", "model.pt"), ("config.json", "config.yaml", "config.yml")
 
 
@@ -253,40 +254,31 @@ def _fetch(spec: str) -> Path:
         raise ValueError(
             f"An SAE on the hub is named hf:<owner>/<repository>, hf:<owner>/<repository>/<folder> or ...@<revision>, got {spec!r}."
         )
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 
-    endpoint, where = os.environ.get("HF_ENDPOINT") or None, {"revision": revision or None}
-    options: dict[str, Any] = {**where, "endpoint": endpoint}
+    name, revision, endpoint = f"{owner}/{repository}", revision or None, os.environ.get("HF_ENDPOINT") or None
     try:
-        try:
-            files = HfApi(endpoint=endpoint).list_repo_files(f"{owner}/{repository}", **where)
-        except Exception as error:  # the client's errors come from several libraries; without a network, its cache may have it
-            try:
-                found = Path(snapshot_download(f"{owner}/{repository}", local_files_only=True, **options))
-            except Exception:
-                raise error from None
-            files = [file.relative_to(found).as_posix() for file in found.rglob("*") if file.is_file()]
+        files = HfApi(endpoint=endpoint).list_repo_files(name, revision=revision)
         files = [file for file in files if any(fnmatch.fnmatch(file, pattern) for pattern in _HUB_FILES)]
         folder = PurePosixPath(inside).parent if inside in files else PurePosixPath(inside)
-        wanted = [
-            file for file in files if PurePosixPath(file).parent == folder and (inside not in files or file == inside or _is_settings(file))
-        ]
+        near = [file for file in files if PurePosixPath(file).parent == folder]
+        wanted = [file for file in near if inside not in files or file == inside or _is_settings(file)]
         if wanted:
-            found = Path(snapshot_download(f"{owner}/{repository}", allow_patterns=[glob.escape(file) for file in wanted], **options))
-    except Exception as error:
+            patterns = [glob.escape(file) for file in wanted]
+            found = Path(snapshot_download(name, revision=revision, endpoint=endpoint, allow_patterns=patterns))
+    except Exception as error:  # the client's errors come from several libraries; without a network, its cache may have the files
+        at_hand = [try_to_load_from_cache(name, str(PurePosixPath(inside) / part), revision=revision) for part in ("", *_NAMES)]
+        if cached := [Path(path) for path in at_hand if isinstance(path, str)]:
+            return cached[0] if at_hand[0] else cached[0].parent
         raise FileNotFoundError(
             f"{spec} could not be fetched ({type(error).__name__}: {shortened(error)}). Check the name and the network; a private "
             "repository needs HF_TOKEN. Without a network, copy the files and give their folder."
         ) from error
     if all(_is_settings(file) for file in wanted):  # say where there are weights
         holding = sorted({str(PurePosixPath(file).parent) for file in files if not _is_settings(file)} - {"."})
-        what = (
-            f"has no folder {inside!r} with files {', '.join(_HUB_FILES)}"
-            if not wanted
-            else f"holds no SAE in its folder {inside or '/'!r}"
-        )
+        what = "holds no SAE in its root" if not inside else f"has no folder {inside!r} with files {', '.join(_HUB_FILES)}"
         hint = f" Folders that hold weights: {', '.join(holding[:20])}{', ...' if len(holding) > 20 else ''}." if holding else ""
-        raise FileNotFoundError(f"hf:{owner}/{repository} {what if inside or wanted else 'holds no SAE in its root'}.{hint}")
+        raise FileNotFoundError(f"hf:{name} {what}.{hint}")
     return found / inside
 
 

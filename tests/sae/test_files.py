@@ -1,6 +1,8 @@
 """SAE folders: what is written is what is read, and everything else is refused by name."""
 
 import json
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,3 +151,45 @@ def test_damage_is_noticed(folder):
         load_sae(directory)
     with pytest.raises(FileNotFoundError, match="expected a folder with cfg.json and sae_weights.safetensors"):
         load_sae(directory / "nowhere")
+
+
+KNOWN_NAMES = [  # FAULTS B5: as other programs call them; open_clip's architecture and tag
+    ("openai/clip-vit-base-patch16", "ViT-B-16", "openai"),
+    ("openai/clip-vit-base-patch16", "ViT-B-16-quickgelu", "openai"),
+    ("openai/clip-vit-large-patch14-336", "ViT-L-14-336", "openai"),
+    ("open-clip:laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K", "ViT-B-32", "datacomp_xl_s13b_b90k"),
+    ("open-clip:timm/vit_base_patch32_clip_224.openai", "ViT-B-32", "openai"),
+    ("laion/CLIP-ViT-L-14-laion2B-s32B-b82K", "ViT-L-14", "laion2b_s32b_b82k"),
+    ("ViT-B-16", "ViT-B-16", None),
+]
+
+
+def model(name, pretrained=None):
+    return SimpleNamespace(name=name, pretrained=pretrained, width=6, weights_hash="x", preprocess=None, layer_index=lambda layer: layer)
+
+
+@pytest.mark.parametrize(("name", "architecture", "tag"), KNOWN_NAMES)
+def test_models_are_known_by_all_their_names(name, architecture, tag):
+    """FAULTS B5: the right model was refused."""
+    sae = SparseAutoencoder(6, 20, metadata={"model_name": name, "layer": 3, "sae_lens_version": "6.0.0"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for pretrained in {tag, None, "random", "weights.pt"}:
+            sae.check_model(model(architecture, pretrained), 3)
+        for other in (model("ViT-H-14", tag), model("openmoji"), model("timm:vit_small_patch14_dinov2")):
+            with pytest.raises(ValueError, match="The SAE reads 6-dimensional activations of"):
+                sae.check_model(other, 3)
+        if tag and "336" not in name:  # of which there is one alone
+            with pytest.raises(ValueError, match=f"pretrained {tag}; .*pretrained laion400m_e32"):
+                sae.check_model(model(architecture, "laion400m_e32"), 3)
+
+
+@pytest.mark.parametrize("metadata", [{"model_name": "facebook/dinov2-small"}, {"model_name": "dino", "converted_from": "saev"}])
+def test_a_name_that_nobody_knows_cant_be_compared(metadata):
+    """FAULTS B5: a warning, where it was refused."""
+    sae = SparseAutoencoder(6, 20, metadata=metadata | {"layer": 3})
+    for given in ("timm:vit_small_patch14_dinov2", "ViT-B-16"):
+        with pytest.warns(UserWarning, match=f"trained on '{metadata['model_name']}', which can't be compared with '{given}'"):
+            sae.check_model(model(given), 3)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="layer 3; .*layer 4"):
+        sae.check_model(model("ViT-B-16"), 4)

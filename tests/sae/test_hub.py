@@ -32,6 +32,7 @@ class StandIn(BaseHTTPRequestHandler):
             about = {"id": repository, "modelId": repository, "sha": commit, "private": False, "tags": [], "downloads": 0}
             return self.answer(about | {"siblings": [{"rfilename": name} for name in held]})
         data = held.get("/".join(rest[3:]))  # <owner>/<name>/resolve/<revision>/<file>
+        self.server.fetched.add("/".join(rest[3:]))
         if data is None:
             return self.answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
         return self.answer(data, 200, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}, body)
@@ -77,7 +78,7 @@ class StandIn(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
-    server.files, server.n_commits = {}, 0
+    server.files, server.n_commits, server.fetched = {}, 0, set()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_TOKEN", "hf_nobody")
@@ -114,6 +115,26 @@ def test_other_programs_sae_is_loaded_from_the_hub(hub, tmp_path):
     path = save_sae(sae, tmp_path / "sae.pt", format="patchsae")
     hub.files["author/patchsae"] = {"sae.pt": path.read_bytes(), "notes.txt": b"x"}
     torch.testing.assert_close(load_sae("hf:author/patchsae").encode(TOKENS), sae.encode(TOKENS), rtol=0, atol=1e-6)
+
+
+def test_nothing_but_the_named_folder_is_fetched(hub, tmp_path, monkeypatch):
+    """FAULTS B6: `*.pt` also matched what lies in other folders, so the whole repository came, and was then refused."""
+    few = trained({"activation": "topk", "k": 3}).eval()
+    path = save_sae(few, tmp_path / "sae", format="visaebench")
+    files = {file.name: file.read_bytes() for file in path.iterdir()}
+    folders = [f"batchtopk_{size}x_k{k}" for size in (8, 16, 32) for k in (64, 128, 192, 256)]
+    hub.files["bench/clip"] = {f"{folder}/{name}": data for folder in folders for name, data in files.items()}
+    hub.files["bench/clip"] |= {"README.md": b"x", "batchtopk_8x_k64/deeper/sae.pt": b"x", "batchtopk_8x_k64/notes.txt": b"x"}
+    for spec in ("batchtopk_8x_k64", "batchtopk_8x_k64/sae.pt"):
+        torch.testing.assert_close(load_sae(f"hf:bench/clip/{spec}").encode(TOKENS), few.encode(TOKENS), rtol=0, atol=1e-5)
+        assert hub.fetched == {"batchtopk_8x_k64/sae.pt", "batchtopk_8x_k64/config.json"}
+    with pytest.raises(
+        FileNotFoundError, match="hf:bench/clip holds no SAE in its root. Folders that hold weights: .*batchtopk_16x_k128, "
+    ):
+        load_sae("hf:bench/clip")
+    assert len(hub.fetched) == 2
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # what was fetched stays at hand
+    assert load_sae("hf:bench/clip/batchtopk_8x_k64").k == 3
 
 
 def test_what_is_not_there_is_said(hub):

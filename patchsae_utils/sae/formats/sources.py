@@ -83,7 +83,7 @@ def check_source(reads: int, own: Mapping[str, Any], d_in: int, source: str, giv
     """
     both: dict[str, tuple[Any, ...]] = {name: (own.get(name), given.get(name)) for name in SOURCE}
     known = {name: pair for name, pair in both.items() if all(value is not None and value != "" for value in pair)}
-    hashes, tags = known.pop("weights_hash", None), known.pop("pretrained", None)
+    hashes, _ = known.pop("weights_hash", None), known.pop("pretrained", None)
     names = tuple(map(str, known.pop("model_name", ("", ""))))
     foreign = "converted_from" in own or ("sae_lens_version" in own and "patchsae_version" not in own)
     (name, tag), (other, _) = _architecture(names[0], foreign), _architecture(names[1], False)
@@ -104,6 +104,7 @@ def check_source(reads: int, own: Mapping[str, Any], d_in: int, source: str, giv
         tags = (tag or own.get("pretrained"), given.get("pretrained"))
         if tags[0] != tags[1] and {*tags} <= tags_of(name):
             wrong.add("pretrained")
+            own = {**own, "pretrained": tags[0]}
     if d_in == reads and not wrong:
         return
     where = "over" if own.get("layer") is None else f"with layer={own['layer']}"
