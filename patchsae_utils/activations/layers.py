@@ -189,7 +189,7 @@ def _labelled(survey: ResidualSurvey, i: int, token: str) -> tuple[Tensor, Tenso
 
 def _owners(dataset, index: int, label: int, n_places: int) -> Tensor:
     """LongTensor [P]: label of what covers at least half of each patch, -1 where nothing does."""
-    if not hasattr(dataset, "truth"):
+    if not hasattr(dataset, "class_ids"):  # no scenes of the embedded world
         return torch.full((n_places,), label)
     truth = dataset.truth(index)
     to_label = {int(class_id): i for i, class_id in enumerate(dataset.class_ids)}

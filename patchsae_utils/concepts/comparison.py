@@ -250,7 +250,7 @@ def measure_dictionaries(
             kmeans_competitor(x, n),
             sae_competitor(random_sae(sae, 0, x), "random SAE", "baseline", centre=centre),
             sae_competitor(trained, "SAE on random weights", "baseline", centre=theirs[0].tokens.mean(0), patches=theirs),
-            plain_competitor(fit_probes(store, training, patches[0], out / "probes"), "ceiling"),
+            plain_competitor(fit_probes(store, training, patches[0], out / "probes", clip), "ceiling"),
         ],
         *patches,
     )

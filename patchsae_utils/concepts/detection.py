@@ -13,7 +13,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from ..data import batches, dataset_fingerprint, openmoji
+from ..data import batches, dataset_fingerprint, truth
 from ..data.sources import has_truth
 from ..run.artifacts import fingerprint, is_current
 from ..run.intervals import resamples
@@ -69,15 +69,15 @@ class ConceptPatches(NamedTuple):
         )  # fmt: skip
 
 
-def concept_masks(dataset) -> sparse.csr_matrix:
-    """Which concepts every patch of a data set shows: [images x patches, K]."""
+def concept_masks(dataset, clip) -> sparse.csr_matrix:
+    """Which concepts every patch of a model shows in the pictures of a data set: [images x patches, K]."""
     if not has_truth(dataset):
         raise ValueError(
             f"The data set {getattr(dataset, 'spec', dataset)!r} has no ground truth (no method truth(i)). Use one of the embedded "
             f"world, e.g. 'openmoji/scenes'; without ground truth, name latents from labels: label_latents(summary)."
         )
-    n_patches, n_concepts = openmoji.GRID**2, len(openmoji.concept_names())
-    shown = [openmoji.concept_masks(dataset.truth(i)).reshape(n_concepts, n_patches).nonzero() for i in range(len(dataset))]
+    n_patches, n_concepts = clip.grid[0] * clip.grid[1], len(dataset.concept_names)
+    shown = [truth.concept_masks(dataset, i, clip).reshape(n_concepts, n_patches).nonzero() for i in range(len(dataset))]
     columns = np.concatenate([concept for concept, _ in shown])
     rows = np.concatenate([patch + i * n_patches for i, (_, patch) in enumerate(shown)])
     return sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), (len(dataset) * n_patches, n_concepts))
@@ -86,16 +86,12 @@ def concept_masks(dataset) -> sparse.csr_matrix:
 @torch.no_grad()
 def concept_patches(clip, dataset, layer: int, *, progress: bool = True) -> ConceptPatches:
     """Read a data set with ground truth: 4 N D bytes, e.g. 150 MB for 1,000 images of 196 patches at d_in 192."""
-    if tuple(clip.grid) != (openmoji.GRID, openmoji.GRID):
-        raise ValueError(
-            f"The ground truth lies on a {openmoji.GRID} x {openmoji.GRID} grid; {clip.name!r} has {clip.grid[0]} x {clip.grid[1]} patches."
-        )
-    masks = concept_masks(dataset)
+    masks = concept_masks(dataset, clip)
     tokens = torch.cat([
         clip.residual(batch.images, layer)[:, 1 : clip.n_tokens].flatten(0, 1).cpu()
         for batch in batches(dataset, clip.preprocess, 64, progress="patches" if progress else None)
     ])  # fmt: skip
-    return ConceptPatches(tokens, np.repeat(np.arange(len(dataset)), openmoji.GRID**2), masks, openmoji.concept_names())
+    return ConceptPatches(tokens, np.repeat(np.arange(len(dataset)), clip.n_tokens - 1), masks, tuple(dataset.concept_names))
 
 
 def read_patches(clip, datasets: Sequence, layer: int, patches: Sequence[ConceptPatches] | None = None) -> list[ConceptPatches]:

@@ -17,7 +17,7 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..data import openmoji
+from ..data import openmoji, truth
 from ..latents.pictures import seen_image
 from ..latents.reading import latent_masks
 from ..run.intervals import interval
@@ -285,14 +285,14 @@ def concept_examples(clip, sae, dataset, layer: int, report: ConceptReport, conc
     unknown = [c for c in concepts if c not in best.index]
     if unknown:
         raise ValueError(f"The report holds no concept {unknown[0]!r}. It holds {len(best)}, among them {', '.join(best.index[:5])}.")
-    columns = [openmoji.concept_names().index(c) for c in concepts]
-    area = np.array([openmoji.concept_masks(dataset.truth(i))[columns].sum((1, 2)) for i in range(len(dataset))])
+    columns = [dataset.concept_names.index(c) for c in concepts]
+    area = np.array([truth.concept_masks(dataset, i, clip)[columns].sum((1, 2)) for i in range(len(dataset))])
     examples = []
     for concept, column, index, patches in zip(concepts, columns, area.argmax(0).tolist(), area.max(0).tolist(), strict=True):
         if patches == 0:
             raise ValueError(f"No scene of {dataset.spec!r} ({dataset.split}) shows {concept!r}.")
         row, inputs = best.loc[concept], clip.preprocess(dataset[index].image)
-        truth = torch.from_numpy(openmoji.concept_masks(dataset.truth(index))[column])
+        shown = torch.from_numpy(truth.concept_masks(dataset, index, clip)[column])
         activation = latent_masks(clip, sae, inputs[None], [row["latent"]], layer)[0, 0].cpu()
-        examples.append(ConceptExample(concept, int(row["latent"]), float(row["ap"]), seen_image(clip, inputs), truth, activation))
+        examples.append(ConceptExample(concept, int(row["latent"]), float(row["ap"]), seen_image(clip, inputs), shown, activation))
     return examples

@@ -20,7 +20,7 @@ RIDGE = (1e-4, 1e-2, 1.0)  # strengths, in units of the mean variance of a dimen
 EPOCHS, BATCH, LR = 2, 8192, 0.02  # of the logistic regression
 
 
-def fit_probes(store, dataset, choose: ConceptPatches, out: str | Path) -> Dictionary:
+def fit_probes(store, dataset, choose: ConceptPatches, out: str | Path, clip) -> Dictionary:
     """One linear probe a concept, on the patches of a store and its scenes, each the best of several on other scenes; kept in ``out``."""
     if store.metadata.tokens == "cls" or store.n_images != len(dataset):
         raise ValueError(
@@ -36,7 +36,7 @@ def fit_probes(store, dataset, choose: ConceptPatches, out: str | Path) -> Dicti
         read_folder_manifest(out)
         parts = load_file(out / "probes.safetensors")
         return probe_dictionary(parts["weights"], parts["bias"])
-    masks = concept_masks(dataset)
+    masks = concept_masks(dataset, clip)
     first = 1 if store.metadata.tokens == "all" else 0
     tokens = torch.cat([x[:, first:].flatten(0, 1) for x, _, _ in store.images()]).float()
     weights, bias = train_probes(tokens, masks, choose)

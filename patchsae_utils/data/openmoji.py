@@ -77,6 +77,10 @@ class SceneTruth(NamedTuple):
     """[14, 14] pixels of black outline."""
     background: int
     """Index into ``BACKGROUND_KINDS``."""
+    concepts: np.ndarray
+    """[m] what is shown: places in :func:`concept_names`."""
+    masks: np.ndarray
+    """[m, 112, 112] the pixels that show it; those of outlines, which are thin, count twice."""
 
     @property
     def background_share(self) -> np.ndarray:
@@ -105,6 +109,7 @@ class OpenMojiData(Dataset):
         For anything unknown, naming the valid ones.
     """
 
+    has_labels = True
     workers: int | None = None
     """Processes that :func:`batches` draws scenes with, where it is not told otherwise; None: as many as suit the machine."""
 
@@ -150,6 +155,11 @@ class OpenMojiData(Dataset):
         main = int(self.class_ids[self.labels[index]])
         return draw_scene(scene_rng(self.seed, self.split, index), main, "main", self.domain)
 
+    @property
+    def concept_names(self) -> tuple[str, ...]:
+        """What :meth:`truth` knows."""
+        return concept_names()
+
     def truth(self, index: int) -> SceneTruth:
         """What every patch of scene ``index`` shows."""
         return scene_truth(self.scene(index))
@@ -189,17 +199,12 @@ def concept_names() -> tuple[str, ...]:
     )
 
 
-def concept_masks(truth: SceneTruth, threshold: float = 0.5) -> np.ndarray:
-    """bool [n_concepts, 14, 14]: which concepts (:func:`concept_names`) fill that share of a patch; of the thin outline half of it is enough."""
-    n_classes, (category, categories) = len(class_table()), _codes("category")
-    share = np.zeros((len(concept_names()), GRID, GRID), np.float32)
-    np.add.at(share, truth.class_ids, truth.object_share)
-    np.add.at(share, n_classes + category[truth.class_ids], truth.object_share)
-    first_color = n_classes + len(categories)
-    share[first_color : first_color + len(COLORS)] = truth.color_share
-    share[first_color + len(COLORS) + truth.background] = truth.background_share
-    share[-1] = 2 * truth.outline_share
-    return share >= threshold
+def concept_masks(truth: SceneTruth) -> np.ndarray:
+    """bool [n_concepts, 14, 14]: which concepts (:func:`concept_names`) fill half of a patch; of the thin outline half of that is enough."""
+    shown = np.zeros((len(concept_names()), GRID, GRID), bool)
+    patches = truth.masks.reshape(-1, GRID, PATCH_SIZE, GRID, PATCH_SIZE)
+    shown[truth.concepts] = patches.mean((2, 4)) >= 0.5
+    return shown
 
 
 def scene_rng(seed: int, split: str, index: int, stream: int = 0) -> np.random.Generator:
@@ -301,12 +306,24 @@ def scene_truth(scene: Scene) -> SceneTruth:
         paint[rows, columns][visible] = mark[visible]
     shows_color = scene.domain in ("color", "night")
     fill = np.where((paint & OUTLINE) | ~np.bool_(shows_color), 0, paint)
+    class_ids = np.array([p.class_id for p in scene.placements], int)
+    first, (category, categories) = len(class_table()), _codes("category")
+    shown: dict[int, np.ndarray] = {}
+    for i, class_id in enumerate(class_ids):
+        for concept in (class_id, first + category[class_id]):
+            shown[concept] = shown.get(concept, False) | (owner == i)
+    first += len(categories)
+    shown |= {first + color - 1: fill == color for color in np.unique(fill[fill > 0]).tolist()}
+    shown[first + len(COLORS) + scene.background] = owner < 0
+    shown[len(concept_names()) - 1] = (paint >> 7) * 2.0
     return SceneTruth(
-        class_ids=np.array([p.class_id for p in scene.placements]),
+        class_ids=class_ids,
         object_share=_shares(owner, np.arange(len(scene.placements))),
         color_share=_shares(fill, np.arange(1, len(COLORS) + 1)),
         outline_share=_shares(paint >> 7, np.array([1]))[0],
         background=scene.background,
+        concepts=np.array(list(shown), int),
+        masks=np.stack(list(shown.values())).astype(np.float32),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import folders, hub_sets, paper_sets
+from . import folders, hub_sets, paper_sets, truth
 from .dataset import ImageData
 from .openmoji import OpenMojiData
 from .splits import check_split, share
@@ -25,7 +25,8 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
         ``stanford_cars``, ``flowers102``, ``food101``, ``fgvc_aircraft``, ``sun397``, ``dtd``, ``eurosat``, ``ucf101``, ``imagenet``; a folder of such
         a name is written ``./dtd``); ``torchvision:<Name>``; ``hf:<repository>[:<configuration>]``; or ``hf-stream:<repository>[:<configuration>]``,
         of which only ``n_images`` are fetched (10,000 if no number is given). Names may end in ``?root=<folder>`` that holds the data set, instead of
-        ``$PATCHSAE_DATA``; those of the hub in ``?image=<column>&label=<column>``.
+        ``$PATCHSAE_DATA``; those of the hub in ``?image=<column>&label=<column>``. Without labels, but with what every pixel shows:
+        ``coco:<images>:<annotations.json>[:<more.json>...]`` and ``masks:<images>:<label images>[:<names.txt>]``.
     split : str
         ``train``, ``val`` or ``test``.
     n_images : int, optional
@@ -48,7 +49,9 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
         For a missing folder; the message says what is expected in it.
     """
     check_split(split)
-    if has_truth(spec):
+    if spec.startswith(("coco:", "masks:")):
+        return truth.read_masked(spec, split, half, n_images, seed)
+    if spec.startswith("openmoji/"):
         task, _, domain = spec.removeprefix("openmoji/").partition(":")
         return OpenMojiData(task, split, domain or "color", half, n_images, seed)
     kind, _, rest = spec.partition(":")
@@ -72,4 +75,4 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
 
 def has_truth(data) -> bool:
     """Whether a data set, or the one that a spec means, knows what every patch shows. Opens nothing."""
-    return data.startswith("openmoji/") if isinstance(data, str) else hasattr(data, "truth")
+    return data.startswith(("openmoji/", "coco:", "masks:")) if isinstance(data, str) else hasattr(data, "truth")

@@ -128,7 +128,7 @@ def _share(weights: np.ndarray, places: np.ndarray, hits: np.ndarray) -> np.ndar
 def _shown(dataset: Any, image: int, grid: tuple[int, int]) -> dict[str, np.ndarray]:
     """What every patch shows, by kind: int [P], -1 where it shows nothing of the kind."""
     label = int(dataset.labels[image])
-    if not hasattr(dataset, "truth"):
+    if not hasattr(dataset, "class_ids"):  # no scenes of the embedded world
         return {"class": np.full(grid[0] * grid[1], label)}
     truth, table = dataset.truth(image), openmoji.class_table()
     objects = _most(truth.object_share, np.asarray(truth.class_ids))

@@ -130,6 +130,6 @@ def same_kind(concepts: Sequence[str]) -> Tensor:
 
 
 def check_truth(dataset: Any) -> None:
-    """Refuse a data set that does not know what its patches show."""
-    if not hasattr(dataset, "truth"):
+    """Refuse a data set that is not of the embedded world, whose captions and scenes are known."""
+    if not hasattr(dataset, "class_ids"):
         raise ValueError(f"{dataset.spec!r} has no ground truth of places; use 'openmoji/all', a task, or 'openmoji/scenes'.")

@@ -18,12 +18,12 @@ from .style import COLORS, CYCLE, HEAT, drawn, figure
 _TOKENS = {"patch": COLORS["blue"], "CLS": COLORS["orange"]}
 
 
-@drawn(credit=True, examples="sequence of (data set, index); data sets without ``.truth`` show their pictures alone")
+@drawn(credit=True, examples="sequence of (data set, index); data sets other than the embedded world's show their pictures alone")
 def embedded_world(examples: Sequence[tuple]) -> Figure:
     """Pictures, and below each what the ground truth says of its patches: whose they are, and which colour or outline they show."""
     pictures = [np.asarray(data[index].image) for data, index in examples]
-    if not all(hasattr(data, "truth") for data, _ in examples):
-        return image_rows({"": pictures}, [data.class_names[data[index].label] for data, index in examples])[0]
+    if not all(hasattr(data, "scene") for data, _ in examples):
+        return image_rows({"": pictures}, [data.class_names[data[index].label] if data.class_names else "" for data, index in examples])[0]
     scenes, truths = zip(*((data.scene(index), data.truth(index)) for data, index in examples), strict=True)
     pale = [(255 - (255 - picture.astype(float)) * 0.35).astype(np.uint8) for picture in pictures]
     rows = {"what CLIP sees": pictures, "object of each patch": pale, "colour, outline": [_painted(truth) for truth in truths]}

@@ -185,15 +185,15 @@ def test_the_probe_takes_the_best_candidate_on_the_choosing_scenes(monkeypatch):
 def test_probes_are_kept_and_need_the_stores_own_scenes(store, training, tiny_clip, tmp_path, monkeypatch):
     choose = concept_patches(tiny_clip, load_dataset("openmoji/tools", "val", n_images=19), LAYER, progress=False)
     logistic(monkeypatch, 1, 512)
-    first = fit_probes(store, training, choose, tmp_path / "probes")
+    first = fit_probes(store, training, choose, tmp_path / "probes", tiny_clip)
     monkeypatch.setattr(probes, "train_probes", lambda *_, **__: pytest.fail("trained again"))
-    again = fit_probes(store, training, choose, tmp_path / "probes")
+    again = fit_probes(store, training, choose, tmp_path / "probes", tiny_clip)
     torch.testing.assert_close(again.encode(choose.tokens[:9], None), first.encode(choose.tokens[:9], None))
     assert first.n == len(choose.names)
     with pytest.raises(ValueError, match="the data set has 19 images"):
-        fit_probes(store, load_dataset("openmoji/tools", "train", n_images=19), choose, tmp_path)
+        fit_probes(store, load_dataset("openmoji/tools", "train", n_images=19), choose, tmp_path, tiny_clip)
     with pytest.raises(ValueError, match="no ground truth"):
-        concept_masks([1, 2])
+        concept_masks([1, 2], tiny_clip)
 
 
 def competitors():
