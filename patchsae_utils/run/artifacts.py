@@ -39,15 +39,10 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file; a damaged one is a ``ValueError`` that names it."""
-    return parse_json(Path(path).read_bytes(), path)
-
-
-def parse_json(content: bytes, path: str | Path) -> Any:
-    """What the bytes of a JSON file hold; damaged ones are a ``ValueError`` that names the file."""
+def read_json(path: str | Path, content: bytes | None = None) -> Any:
+    """Read a JSON file, or its bytes; a damaged one is a ``ValueError`` that names it."""
     try:
-        return json.loads(content.decode("utf-8"))
+        return json.loads((Path(path).read_bytes() if content is None else content).decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}). Delete it and run the stage that writes it again.") from error
 
@@ -108,13 +103,9 @@ def write_table(path: str | Path, table: pd.DataFrame) -> None:
 
 
 def current_commit() -> str:
-    """The commit of the code that runs, with a mark when the package's files differ from it; "unknown" outside a repository."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=repository_root(), capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "patchsae_utils", "experiments")
-    return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("+changes" if changed else "")
+    """The commit of the code that runs, with a mark when files differ from it; "unknown" outside a repository."""
+    command = ["git", "describe", "--always", "--abbrev=10", "--dirty=+changes", "--exclude=*"]
+    return subprocess.run(command, cwd=repository_root(), capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 @contextmanager
@@ -199,7 +190,7 @@ def with_checksum(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_checked_json(path: str | Path, content: bytes | None = None) -> dict[str, Any]:
     """Read what :func:`write_checked_json` wrote (or its bytes), without its checksum; a ``ValueError`` if it is another object than was written."""
-    found = read_json(path) if content is None else parse_json(content, path)
+    found = read_json(path, content)
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(found).__name__}. {_again(path)}")
     if found.pop("checksum", None) not in (None, fingerprint(**found)):
@@ -250,9 +241,7 @@ def shortened(error: Exception, length: int = 240) -> str:
 def is_current(folder: str | Path, fp: str, name: str = "manifest.json") -> bool:
     """Whether a folder holds the finished artifact of these inputs (see :func:`fingerprint`)."""
     path = Path(folder) / name
-    if not path.exists():
-        return False
-    manifest = read_checked_json(path)
+    manifest = read_checked_json(path) if path.exists() else {}
     return manifest.get("fingerprint") == fp and manifest.get("complete", True)
 
 

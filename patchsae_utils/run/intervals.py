@@ -120,18 +120,11 @@ def resamples(n: int, *, seed: int = 0) -> Iterator[np.ndarray]:
     if n * N_RESAMPLES <= _ENTRIES:
         yield _resamples(n, seed)
         return
-    rng, even = np.random.default_rng(seed), np.full(n, 1 / n)
-    for size in _pieces(N_RESAMPLES, n):
-        yield rng.multinomial(n, even, size=size).astype(np.float64)
+    rng, step = np.random.default_rng(seed), max(1, _ENTRIES // n)
+    for start in range(0, N_RESAMPLES, step):
+        yield rng.multinomial(n, np.full(n, 1 / n), size=min(step, N_RESAMPLES - start)).astype(np.float64)
 
 
 @lru_cache(maxsize=8)  # statistics of the same pictures share their resamples
 def _resamples(n: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES).astype(np.float64)
-
-
-def _pieces(n_resamples: int, n: int) -> Iterator[int]:
-    """Sizes that add up to the resamples, each of about ``_ENTRIES`` numbers."""
-    step = max(1, _ENTRIES // n)
-    for start in range(0, n_resamples, step):
-        yield min(step, n_resamples - start)

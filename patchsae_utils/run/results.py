@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def results(profile: Any, notebook: str, **numbers: Any) -> dict[str, Any]:
     path = Path(profile.folder("results")).resolve() / f"{notebook}.json"
     known = read_json(path) if path in _BEGUN and path.exists() else {}
     _BEGUN.add(path)
-    known |= _rounded(as_json(numbers))
+    known |= json.loads(json.dumps(as_json(numbers)), parse_float=lambda digits: round(float(digits), 6))
     write_json(path, known)
     return known
 
@@ -59,11 +60,3 @@ def check_claims(profile: Any, claims: Mapping[str, bool]) -> None:
     failed = [claim for claim, holds in claims.items() if not holds]
     if failed and profile.is_default:
         raise AssertionError("; ".join(failed))
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return round(value, 6) if isinstance(value, float) else value
