@@ -26,7 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..run.artifacts import MANIFEST, file_sha256, parse_json, with_checksum
+from ..run.artifacts import MANIFEST, file_sha256, read_json, with_checksum
 from .folders import Folder
 from .mixing import TokenSource
 
@@ -231,7 +231,7 @@ def write_manifest(folder: Folder, manifest: dict[str, Any], name: str = MANIFES
 def read_manifest(folder: Folder, name: str = MANIFEST) -> dict[str, Any]:
     """Read a manifest and check that it is one of ours, and whole."""
     path = f"{folder}/{name}"
-    found = parse_json(folder.read(name), path)
+    found = read_json(path, folder.read(name))
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(f"{path} is not the manifest of an activation store. Choose another folder.")
     if found.get("format_version") != FORMAT_VERSION:
