@@ -1,7 +1,8 @@
+// The adaptation view.
 
-// -- the adaptation view (joined behind explorer.js) ---------------------------------------------------------------------------
+import { SIZE, bytes, controls, decoding, fill, finderOf, h, imageSteps, legendOf, lookOf, namesOf, paint, resize, select, strongest, three, titled, twinBars, widget } from "./explorer.js";
 
-VIEWS.adaptation = adaptationView;
+export default widget(adaptationView);
 
 function adaptationView(page, root) {
   const names = namesOf(page);
@@ -113,6 +114,6 @@ function adaptationView(page, root) {
   page.on(["shown"], showCard);
   page.on(["latent"], showSelection);
   page.on(["tau", "opacity", "mode", "contour"], draw);
-  showCard();
+  page.run(showCard);
   return () => decoder.close();
 }

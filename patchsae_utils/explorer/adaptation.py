@@ -17,7 +17,7 @@ from ..data import load_dataset
 from ..interventions.tail import dataset_head
 from .cards import Reader, distinctiveness
 from .render import encode_heats, encode_picture
-from .widgets import SelectionError, _View, is_openmoji, script
+from .widgets import SelectionError, _View, is_openmoji, module
 
 GROUPS = ("common", "base", "adapted")
 """The strongest latents of both models; those that adaptation at least halved; those that it at least doubled, in this image."""
@@ -91,7 +91,7 @@ class AdaptationView(_View):
     CHOICES = ("task", "image", "latent")  # the task first: an image is one of its images
     IN_TURN = True
 
-    _esm = script("adaptation.js")
+    _esm = module("adaptation.js")
 
     task = t.Unicode().tag(sync=True)
     tasks = t.List(t.Unicode()).tag(sync=True)

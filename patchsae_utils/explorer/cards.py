@@ -108,6 +108,26 @@ def living(summary: Any, order: str, measures: Mapping[str, np.ndarray] | None =
     return order_of_all[~array(summary.dead)[order_of_all].astype(bool)]
 
 
+def first_sight(summary: Any, names: Mapping[int, Name]) -> int:
+    """A latent worth seeing first: of an object by its name, where there are such; else named; else any. -1 when all are dead.
+
+    Of these, the surest name, then the one whose reference images share their class most. Latents that are active in every fifth image tell little.
+    """
+    frame = summary.to_frame()
+    frame = frame[frame["n_reference"] == frame["n_reference"].max()] if len(frame) else frame
+    for among in (
+        [latent for latent, name in names.items() if name.kind == "object"],
+        list(names),
+        frame["latent"] if len(frame) else [],
+    ):
+        found = frame[frame["latent"].isin(among)]
+        found = found[found["frequency"] < 0.2] if (found["frequency"] < 0.2).any() else found
+        if len(found):
+            score = found["latent"].map(lambda latent: -(names[latent].score or 0) if latent in names else 0)
+            return int(found.assign(score=score).sort_values(["score", "label_entropy"], kind="stable")["latent"].iloc[0])
+    return -1
+
+
 def read_names(names: Any, d_sae: int) -> dict[int, Name]:
     """Names of latents, whatever form they come in."""
     if names is None:

@@ -1,46 +1,63 @@
-// What all explorers share: one anywidget module, no build step. Python sends a card (facts, JPEG bytes, one byte a patch); the page draws it.
-// Each view is a file that is joined behind this one (see script() in widgets.py). Texts are set as text nodes only, never as HTML.
+// What all explorers share. Python sends a card (facts, JPEG bytes, one byte a patch); the page draws it.
+// Each view is a module that imports this one; module() in widgets.py makes one file of the two. Texts are set as text nodes only, never as HTML.
 
-const SIZE = { reference: 160, stage: 448 };
+export const SIZE = { reference: 160, stage: 448 };
 
-// By the widget's kind; each view's file adds its own.
-const VIEWS = {};
-
-export default {
-  render({ model, el }) {
-    const stops = [];
-    const page = {
-      model,
-      get: (name) => model.get(name),
-      // One choice, or several at once: set({ name: value, ... }).
-      set(name, value) {
-        for (const [key, chosen] of Object.entries(typeof name === "string" ? { [name]: value } : name)) model.set(key, chosen);
-        model.save_changes();
-      },
-      // A message that is no state: a wish, or a file.
-      send(content, ...buffers) {
-        model.send?.(content, undefined, buffers);
-      },
-      on(names, call) {
-        for (const name of names) {
-          model.on(`change:${name}`, call);
-          stops.push(() => model.off(`change:${name}`, call));
-        }
-      },
-    };
-    // Jupyter leaves keys alone inside such an element.
-    const root = h("section", { class: `psx psx-${page.get("kind")}`, "data-lm-suppress-shortcuts": "true" });
-    stops.push(VIEWS[page.get("kind")](page, root));
-    el.append(root);
-    return () => {
-      stops.forEach((stop) => stop());
-      root.remove();
-    };
-  },
-};
+// An anywidget module that shows one view: `view(page, root)` fills the root and returns what ends it.
+export function widget(view) {
+  return {
+    render({ model, el }) {
+      const stops = [];
+      const notice = h("p", { class: "psx-notice", role: "alert" });
+      const page = {
+        model,
+        get: (name) => model.get(name),
+        // One choice, or several at once: set({ name: value, ... }).
+        set(name, value) {
+          for (const [key, chosen] of Object.entries(typeof name === "string" ? { [name]: value } : name)) model.set(key, chosen);
+          model.save_changes();
+        },
+        // A message that is no state: a wish, or a file.
+        send(content, ...buffers) {
+          model.send?.(content, undefined, buffers);
+        },
+        on(names, call) {
+          const safe = () => page.run(call);
+          for (const name of names) {
+            model.on(`change:${name}`, safe);
+            stops.push(() => model.off(`change:${name}`, safe));
+          }
+        },
+        // Whatever fails, now or in a promise, is told in the page.
+        async run(call) {
+          try {
+            await call();
+          } catch (error) {
+            console.error(error);
+            page.tell(`This view could not be drawn: ${error.message ?? error}`);
+          }
+        },
+        tell(text) {
+          notice.textContent = text;
+          notice.hidden = !text;
+        },
+      };
+      // Jupyter leaves keys alone inside such an element.
+      const root = h("section", { class: `psx psx-${page.get("kind")}`, "data-lm-suppress-shortcuts": "true" }, notice);
+      page.on(["notice"], () => page.tell(page.get("notice")));
+      page.tell(page.get("notice") ?? "");
+      el.append(root);
+      page.run(() => stops.push(view(page, root)));
+      return () => {
+        stops.forEach((stop) => stop());
+        root.remove();
+      };
+    },
+  };
+}
 
 // A latent's strongest images as buttons; a click chooses the image.
-function referencesOf(page, heading) {
+export function referencesOf(page, heading) {
   const grid = h("div", { class: "psx-refs", role: "group", "aria-label": heading });
   const note = h("p", { class: "psx-soft" });
   const shelf = shelfOf(6 * 10);
@@ -96,7 +113,7 @@ function referencesOf(page, heading) {
 // -- choosing an image, and bars in pairs ---------------------------------------------------------------------------------------
 
 // A field for an image's index, which takes back what is none.
-function imageField(page, choose = (image) => page.set("image", image)) {
+export function imageField(page, choose = (image) => page.set("image", image)) {
   const element = h("input", { type: "number", min: 0, max: page.get("n_images") - 1, step: 1, "aria-label": "Image, by its index" });
   element.addEventListener("change", () => {
     const image = Number(element.value);
@@ -111,7 +128,7 @@ function imageField(page, choose = (image) => page.set("image", image)) {
 }
 
 // The same with buttons for the images beside it.
-function imageSteps(page) {
+export function imageSteps(page) {
   const field = imageField(page);
   const turn = (step) => page.set("image", Math.min(page.get("n_images") - 1, Math.max(0, page.get("image") + step)));
   const back = h("button", { class: "psx-step", type: "button", "aria-label": "Previous image", onclick: () => turn(-1) }, "‹");
@@ -125,7 +142,7 @@ function imageSteps(page) {
 }
 
 // Two bars a name, in the colours of two classes of the style sheet; rows are kept and filled anew.
-function twinBars(list, marks, words) {
+export function twinBars(list, marks, words) {
   const rows = [];
   return (bars) => {
     resize(list, rows, bars.length, () => {
@@ -148,7 +165,7 @@ function twinBars(list, marks, words) {
 
 const INK = [["#1a1a1a", 2], ["#ffffff", 0]]; // white over black shows on any picture
 
-function outline(context, patch, [width, height], columns, thickness, skip = false) {
+export function outline(context, patch, [width, height], columns, thickness, skip = false) {
   if (patch < 0 || skip) return;
   const scale = context.canvas.width / SIZE.stage;
   const box = [(patch % columns) * width, Math.floor(patch / columns) * height, width, height];
@@ -160,7 +177,7 @@ function outline(context, patch, [width, height], columns, thickness, skip = fal
 }
 
 // The edge of a set of patches, given as patch -> whether it is inside.
-function border(context, inside, [rows, columns], thickness = 2, ink = INK) {
+export function border(context, inside, [rows, columns], thickness = 2, ink = INK) {
   const [width, height] = [context.canvas.width / columns, context.canvas.height / rows];
   const scale = Math.max(0.5, context.canvas.width / SIZE.stage);
   context.beginPath();
@@ -181,32 +198,32 @@ function border(context, inside, [rows, columns], thickness = 2, ink = INK) {
   }
 }
 
-function patchAt(event, canvas, [rows, columns]) {
+export function patchAt(event, canvas, [rows, columns]) {
   const box = canvas.getBoundingClientRect();
   const within = (share, n) => Math.min(n - 1, Math.max(0, Math.floor(share * n)));
   return within((event.clientY - box.top) / box.height, rows) * columns + within((event.clientX - box.left) / box.width, columns);
 }
 
-const ARROWS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+export const ARROWS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 
-function stepped(patch, [down, right], [rows, columns]) {
+export function stepped(patch, [down, right], [rows, columns]) {
   const row = Math.min(rows - 1, Math.max(0, Math.floor(patch / columns) + down));
   return row * columns + Math.min(columns - 1, Math.max(0, (patch % columns) + right));
 }
 
-function placeOf(patch, columns) {
+export function placeOf(patch, columns) {
   return `Row ${Math.floor(patch / columns) + 1}, column ${(patch % columns) + 1}`;
 }
 
 // -- names and lists -----------------------------------------------------------------------------------------------------------
 
 // Names come once, as lines "latent<tab>name", the surest first.
-function namesOf(page) {
+export function namesOf(page) {
   const text = new TextDecoder().decode(bytes(page.get("names") ?? new Uint8Array()));
   return new Map(text.split("\n").filter(Boolean).map((line) => [parseInt(line, 10), line.slice(line.indexOf("\t") + 1)]));
 }
 
-function titled(latent, name) {
+export function titled(latent, name) {
   return latent < 0 ? "No latent chosen" : `Latent ${latent}${name ? ` · ${name}` : ""}`;
 }
 
@@ -226,7 +243,7 @@ function found(names, n_latents, asked, most) {
 }
 
 // A box that finds latents by index or name, with a list to choose from.
-function finderOf(page) {
+export function finderOf(page) {
   const names = namesOf(page);
   const id = `psx-${Math.random().toString(36).slice(2)}`;
   const box = h("input", {
@@ -292,7 +309,7 @@ function finderOf(page) {
 }
 
 // Latents as buttons. Rows are kept and filled anew, so that the focus stays where it is.
-function listOf(page, heading) {
+export function listOf(page, heading) {
   const list = h("ol", { "aria-label": `Latents: ${heading.toLowerCase()}` });
   const empty = h("p", { class: "psx-soft" });
   const title = h("h4", {}, heading);
@@ -330,7 +347,7 @@ function listOf(page, heading) {
 
 // -- controls ------------------------------------------------------------------------------------------------------------------
 
-function controls(page) {
+export function controls(page) {
   const opacity = h("input", { type: "range", min: 0, max: 1, step: 0.05 });
   const tau = h("input", { type: "number", min: 0, step: 0.1 });
   const show = () => {
@@ -346,7 +363,7 @@ function controls(page) {
   return [select(page, "mode", "Show", { spotlight: "spotlight", heat: "heat map" }), h("label", {}, "Opacity", opacity), h("label", { title: "Activations up to it are not shown" }, "Threshold τ", tau), h("label", { title: "A line around the patches above the threshold" }, contour, "Contour")];
 }
 
-function select(page, trait, label, options) {
+export function select(page, trait, label, options) {
   const box = h("select", { onchange: () => page.set(trait, box.value) }, ...Object.entries(options).map(([value, text]) => h("option", { value }, text)));
   const show = () => (box.value = page.get(trait));
   page.on([trait], show);
@@ -355,7 +372,7 @@ function select(page, trait, label, options) {
 }
 
 // Colours are linear in the activation, a spotlight's brightness in its square root.
-function legendOf(page) {
+export function legendOf(page) {
   const bar = h("div", { "aria-hidden": "true" });
   const labels = [h("span", {}, "0"), h("span"), h("span")];
   const element = h("div", { class: "psx-legend" }, bar, h("p", {}, ...labels));
@@ -386,12 +403,12 @@ function legendOf(page) {
 
 // -- drawing -------------------------------------------------------------------------------------------------------------------
 
-function lookOf(page, scale) {
+export function lookOf(page, scale) {
   return { scale, grid: page.get("grid"), tau: page.get("tau"), opacity: page.get("opacity"), mode: page.get("mode"), contour: page.get("contour"), palette: bytes(page.get("palette")) };
 }
 
 // A picture and, over it, one byte a patch: activation = scale * (byte / 255)^2. render.py's `overlay` is the same in Python.
-function paint(canvas, size, picture, codes, look) {
+export function paint(canvas, size, picture, codes, look) {
   const ratio = Math.min(2, globalThis.devicePixelRatio || 1);
   const side = Math.round(size * ratio);
   if (canvas.width !== side || canvas.height !== side) canvas.width = canvas.height = side;
@@ -426,12 +443,12 @@ function paint(canvas, size, picture, codes, look) {
   if (look.contour) border(context, (patch) => look.scale * (codes[patch] / 255) ** 2 > look.tau, look.grid);
 }
 
-function strongest(codes, [, columns]) {
+export function strongest(codes, [, columns]) {
   const at = codes.reduce((best, code, i) => (code > codes[best] ? i : best), 0);
   return codes[at] ? `, strongest at row ${Math.floor(at / columns) + 1}, column ${(at % columns) + 1}` : "";
 }
 
-function fit(canvas) {
+export function fit(canvas) {
   const ratio = globalThis.devicePixelRatio || 1;
   const [width, height] = [canvas.clientWidth, canvas.clientHeight];
   canvas.width = Math.round(width * ratio);
@@ -443,7 +460,7 @@ function fit(canvas) {
 // -- small things --------------------------------------------------------------------------------------------------------------
 
 // JPEG bytes to pictures, in colour and in grey; null when a later call has overtaken this one. The last bitmaps are freed when new ones come.
-function decoding() {
+export function decoding() {
   let latest = 0;
   let current = [];
   const decode = async (list) => {
@@ -467,7 +484,7 @@ function shelfOf(limit) {
   const kept = new Map();
   let held = [];
   const free = (index) => {
-    kept.get(index).then(({ color }) => color.close());
+    kept.get(index).then(({ color }) => color.close(), () => {}); // what could not be decoded holds nothing
     kept.delete(index);
   };
   return {
@@ -492,7 +509,7 @@ function bitmapOf(jpeg) {
 }
 
 // A picture, and its grey twin when a heat map first needs it.
-function pictureOf(color) {
+export function pictureOf(color) {
   let gray = null;
   return {
     color,
@@ -514,31 +531,31 @@ function grayOf(bitmap) {
   return canvas;
 }
 
-function bytes(view) {
+export function bytes(view) {
   return view instanceof Uint8Array ? view : new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
 }
 
 // Numbers out of bytes that may begin anywhere.
-function words(view, Kind) {
+export function words(view, Kind) {
   return new Kind(bytes(view).slice().buffer);
 }
 
-function three(value) {
+export function three(value) {
   return String(Number(value.toPrecision(3)));
 }
 
-function short(value) {
+export function short(value) {
   return value >= 100 ? value.toFixed(0) : value.toPrecision(2);
 }
 
-function fill(share) {
+export function fill(share) {
   const bar = h("div", { class: "psx-fill", "aria-hidden": "true" });
   bar.style.setProperty("--share", share);
   return bar;
 }
 
 // Keep as many items as needed, in the page and in the array.
-function resize(parent, items, count, make) {
+export function resize(parent, items, count, make) {
   while (items.length > count) items.pop().element.remove();
   while (items.length < count) {
     const item = make();
@@ -547,7 +564,7 @@ function resize(parent, items, count, make) {
   }
 }
 
-function h(tag, attributes = {}, ...children) {
+export function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);

@@ -1,5 +1,6 @@
+// The gallery: a file of its own, without Python.
 
-// -- the gallery: a file of its own, without Python (joined behind explorer.js by gallery.py) ----------------------------------
+import { SIZE, controls, h, legendOf, lookOf, paint, pictureOf, select, titled } from "./explorer.js";
 
 const unpack = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 
@@ -54,7 +55,7 @@ function galleryOf(data, root) {
     (entries) =>
       entries.forEach(({ target, isIntersecting }) => {
         const card = cards.find((one) => one.element === target);
-        if (isIntersecting) shown.set(target, card), draw(card);
+        if (isIntersecting) shown.set(target, card), draw(card).catch(console.error);
         else shown.delete(target);
       }),
     { rootMargin: "300px" },
@@ -72,7 +73,7 @@ function galleryOf(data, root) {
   }
   box.addEventListener("input", arrange);
   page.on(["sort"], arrange);
-  page.on(["tau", "opacity", "mode", "contour"], () => shown.forEach((card) => draw(card)));
+  page.on(["tau", "opacity", "mode", "contour"], () => shown.forEach((card) => draw(card).catch(console.error)));
   root.append(
     h("section", { class: "psx psx-gallery" }, h("div", { class: "psx-bar psx-top" }, h("label", {}, "Search", box), count, select(page, "sort", "Sort by", Object.fromEntries(has)), ...controls(page), legend.element), list),
   );

@@ -6,7 +6,6 @@ import base64
 import html
 import io
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..run.artifacts import atomic_file
 from .cards import ORDERS, Reader, latent_card, living, read_names
 from .latent_explorer import latent_facts
 from .render import encode_heats
-from .widgets import is_openmoji, measures_of, script
+from .widgets import is_openmoji, measures_of, module, styles
 
 N_IMAGES, SIDE = 6, 112
 """Reference images a latent, and their largest width in pixels."""
@@ -107,11 +106,10 @@ def export_gallery(
     page = _PAGE.format(
         title=html.escape(title),
         note=html.escape(note + (" " + CREDIT if is_openmoji(dataset) else "")),
-        css=script("gallery.css"),
+        css=styles("gallery.css"),
         # As JSON in a script element: "<" is the one character that could end it.
         data=json.dumps(data, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c"),
-        # An inline module exports nothing.
-        js=re.sub(r"^export default", "const widget =", script("gallery.js"), flags=re.M),
+        js=module("gallery.js"),
     )
     with atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

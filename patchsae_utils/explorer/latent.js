@@ -1,6 +1,8 @@
-// -- the latent explorer (joined behind explorer.js) ---------------------------------------------------------------------------
+// The latent explorer.
 
-VIEWS.latent = latentView;
+import { bytes, controls, fill, finderOf, fit, h, legendOf, referencesOf, resize, select, titled, widget } from "./explorer.js";
+
+export default widget(latentView);
 
 const SORTS = {
   frequency: "frequency", mean_activation: "mean activation", label_entropy: "label entropy", monosemanticity: "monosemanticity", score: "score of its name",
@@ -108,7 +110,7 @@ function latentView(page, root) {
   page.on(["latent"], () => {
     showSelection();
     const early = known.get(page.get("latent"));
-    if (early) showCard(early);
+    return early && showCard(early);
   });
   page.on(["ahead"], () => {
     const next = page.get("ahead");
@@ -121,7 +123,7 @@ function latentView(page, root) {
   const watch = new ResizeObserver(() => drawScatter(scatter, bytes(page.get("points")), page.get("latent")));
   watch.observe(scatter);
   readOrder();
-  showCard(page.get("shown"));
+  page.run(() => showCard(page.get("shown")));
   return () => {
     watch.disconnect();
     clearTimeout(idle);
@@ -178,4 +180,3 @@ function nearestPoint(canvas, points, event) {
   }
   return best;
 }
-

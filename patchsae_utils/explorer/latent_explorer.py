@@ -9,9 +9,9 @@ import numpy as np
 import traitlets as t
 from matplotlib.figure import Figure
 
-from .cards import MEASURES, ORDERS, LatentCard, Name, array, latent_card, living
+from .cards import MEASURES, ORDERS, LatentCard, Name, array, first_sight, latent_card, living
 from .render import encode_heats, encode_picture
-from .widgets import SelectionError, _View, is_openmoji, measures_of, script
+from .widgets import SelectionError, _View, is_openmoji, measures_of, module
 
 
 class LatentExplorer(_View):
@@ -48,7 +48,7 @@ class LatentExplorer(_View):
         If SAE, model, summary and data set don't fit together, or a choice does not exist.
     """
 
-    _esm = script("latent.js")
+    _esm = module("latent.js")
 
     sort = t.Enum((*ORDERS, *MEASURES), "frequency").tag(sync=True)
     sorts = t.List(t.Unicode(), help="The orders that there are data for.").tag(sync=True)
@@ -74,9 +74,10 @@ class LatentExplorer(_View):
         self.sorts = [*ORDERS, *self._measures]
         self._check_known(self.sort)
         self._sort()
-        order = np.frombuffer(self.order, np.uint32)
-        if self.latent < 0 and len(order):
-            self.latent = int(order[0])
+        if self.latent < 0:
+            self.latent = first_sight(summary, self._names)
+            if self.image < 0 and self.card is not None and len(self.card.images):
+                self.image = int(self.card.images[0])  # linked views show the latent, too
         self._show()
         self.observe(lambda _: self._sort(), "sort")
         self.observe(lambda _: self._show(), "latent")

@@ -1,6 +1,8 @@
-// -- the patch explorer (joined behind explorer.js) ----------------------------------------------------------------------------
+// The patch explorer.
 
-VIEWS.patch = patchView;
+import { ARROWS, SIZE, border, bytes, controls, decoding, h, imageField, legendOf, listOf, lookOf, namesOf, outline, paint, patchAt, placeOf, referencesOf, resize, select, stepped, three, titled, widget, words } from "./explorer.js";
+
+export default widget(patchView);
 
 const UPLOAD_BYTES = 8 * 2 ** 20; // as in uploads.py
 
@@ -17,7 +19,6 @@ function patchView(page, root) {
   const hint = h("p", { class: "psx-status" }, "Point at a patch to see its latents, click to choose it; Shift and click, or Shift and arrow keys, choose several. Escape takes the choice back.");
   const file = h("input", { type: "file", accept: "image/png,image/jpeg,image/webp,image/gif,image/bmp", "aria-label": "Your own image, from a file" });
   const open = h("button", { class: "psx-step", type: "button", onclick: () => file.click() }, "Your image…");
-  const notice = h("p", { class: "psx-notice", role: "alert" });
   file.hidden = true;
   const live = h("p", { class: "psx-hidden", "aria-live": "polite" });
   const chosen = h("h3");
@@ -35,7 +36,6 @@ function patchView(page, root) {
   root.append(
     h("div", { class: "psx-bar" }, h("label", {}, "Image", number.element), h("div", { class: "psx-shelf" }, back, thumbs, forth), open, file),
     h("div", { class: "psx-bar" }, rank, ...controls(page), legend.element),
-    notice,
     body,
   );
 
@@ -171,16 +171,13 @@ function patchView(page, root) {
   // -- your own image: a file, or one that is dropped on the view --
   async function upload(chosen) {
     if (!chosen) return;
-    if (chosen.size > UPLOAD_BYTES) return tell(`This file has ${(chosen.size / 2 ** 20).toFixed(1)} MB; at most ${UPLOAD_BYTES / 2 ** 20} MB are read.`);
-    tell("");
+    if (chosen.size > UPLOAD_BYTES) return page.tell(`This file has ${(chosen.size / 2 ** 20).toFixed(1)} MB; at most ${UPLOAD_BYTES / 2 ** 20} MB are read.`);
+    page.tell("");
     page.send({ kind: "upload", name: chosen.name }, await chosen.arrayBuffer());
   }
-  function tell(text) {
-    notice.textContent = text;
-    notice.hidden = !text;
-  }
   file.addEventListener("change", () => {
-    upload(file.files[0]);
+    const own = file.files[0];
+    page.run(() => upload(own));
     file.value = ""; // the same file can be chosen again
   });
   const over = (event) => {
@@ -188,7 +185,9 @@ function patchView(page, root) {
     event.preventDefault();
     event.stopPropagation();
     root.classList.toggle("psx-over", event.type !== "drop");
-    if (event.type === "drop") upload(event.dataTransfer.files[0]);
+    if (event.type !== "drop") return;
+    const own = event.dataTransfer.files[0];
+    page.run(() => upload(own));
   };
   root.addEventListener("dragover", over);
   root.addEventListener("drop", over);
@@ -198,19 +197,16 @@ function patchView(page, root) {
   forth.addEventListener("click", () => page.set("page", Math.min(page.get("n_pages") - 1, page.get("page") + 1)));
   page.on(["shown"], showCard);
   page.on(["found"], showReferences);
-  page.on(["notice"], () => tell(page.get("notice")));
   page.on(["tops"], showSelection);
   page.on(["image", "uploaded", "patches", "latent"], showSelection);
   page.on(["thumbs"], showThumbs);
   page.on(["tau", "opacity", "mode", "contour"], draw);
-  tell(page.get("notice"));
   showThumbs();
-  showCard();
-  showReferences();
+  page.run(showCard);
+  page.run(showReferences);
   return () => {
     decoder.close();
     references.close();
     urls.forEach((url) => URL.revokeObjectURL(url));
   };
 }
-

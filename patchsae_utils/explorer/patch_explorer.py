@@ -9,12 +9,11 @@ import numpy as np
 import traitlets as t
 from matplotlib.figure import Figure
 
-from .cards import LatentCard, PatchCard, distinctiveness, latent_card, patch_card, patch_tops
+from .cards import LatentCard, PatchCard, distinctiveness, first_sight, latent_card, patch_card, patch_tops
 from .latent_explorer import reference_message
-from .reader import UPLOAD
 from .render import encode_heats, encode_picture
 from .uploads import UploadError, read_upload
-from .widgets import SelectionError, _View, is_openmoji, script
+from .widgets import SelectionError, _View, is_openmoji, module
 
 
 class PatchExplorer(_View):
@@ -51,12 +50,11 @@ class PatchExplorer(_View):
     PAGE = 12
     """Thumbnails on a page."""
 
-    _esm = script("patch.js")
+    _esm = module("patch.js")
 
     patch = t.Int(-1, help="The chosen patch, counted row by row; -1 for none.").tag(sync=True)
     patches = t.List(t.Int(), help="All chosen patches, sorted.").tag(sync=True)
     uploaded = t.Unicode("", help="Name of the uploaded picture that is shown; empty for none.").tag(sync=True)
-    notice = t.Unicode("", help="Why an upload was not taken.").tag(sync=True)
     tops = t.Dict(help="The strongest latents of every patch.").tag(sync=True)
     found = t.Dict(help="The chosen latent's reference images.").tag(sync=True)
     rank = t.Enum(("activation", "distinctive"), "activation").tag(sync=True)
@@ -68,9 +66,14 @@ class PatchExplorer(_View):
     def __init__(self, clip: Any, sae: Any, summary: Any, dataset: Any, names: Any = None, layer: int = -2, **traits: Any):
         n = len(dataset)
         self._last: tuple[Any, ...] | None = None
+        self._upload = (-1, "")  # the picture of one's own: its index for the reader, its name
         if n == 0:
             raise ValueError(f"{dataset.spec!r} ({dataset.split}) holds no images.")
         super().__init__(clip, sae, summary, dataset, names, layer, kind="patch", n_images=n, n_pages=-(-n // self.PAGE), **traits)
+        if summary is not None and not {"image", "patch", "patches", "latent"} & set(traits):
+            self.latent = first_sight(summary, self._names)  # at its strongest place, as in a LatentExplorer
+            if (seen := self.references) is not None and len(seen.images):
+                self.image, self.patch = int(seen.images[0]), int(seen.heats[0].argmax())
         self.image = max(0, self.image)
         self.patches = self.patches or ([self.patch] if self.patch >= 0 else [])
         self.patch = self.patch if self.patch in self.patches else self.patches[-1] if self.patches else -1
@@ -102,7 +105,7 @@ class PatchExplorer(_View):
 
     @t.validate("uploaded")
     def _check_uploaded(self, proposal: Any) -> str:
-        if proposal["value"] and proposal["value"] != self._reader.upload_name:
+        if proposal["value"] and proposal["value"] != self._upload[1]:
             raise SelectionError(f"No picture {proposal['value']!r} was uploaded: drop it on the view, or call .upload(data, name).")
         return proposal["value"]
 
@@ -131,7 +134,7 @@ class PatchExplorer(_View):
             If it is too large or can't be read; the view then shows what it showed before.
         """
         picture, name = read_upload(data, name)
-        self._reader.upload(picture, name)
+        self._upload = (self._reader.upload(picture, name, self._upload[0]), name)
         self.notice = ""
         again = self.uploaded == name
         self.uploaded = name
@@ -162,14 +165,14 @@ class PatchExplorer(_View):
 
     @property
     def _shown_image(self) -> int:
-        return UPLOAD if self.uploaded else self.image
+        return self._upload[0] if self.uploaded else self.image
 
     @property
     def _weights(self) -> np.ndarray | None:
         return distinctiveness(self._summary) if self.rank == "distinctive" else None
 
     def _show(self) -> None:
-        chosen = (self.image, self.uploaded, self._reader.n_uploads, self.patch, tuple(self.patches), self.latent, self.rank)
+        chosen = (self.image, self.uploaded, self._upload, self.patch, tuple(self.patches), self.latent, self.rank)
         if chosen == self._last:  # several traits change with one click: one card is enough
             return
         self._last = chosen
@@ -201,8 +204,7 @@ class PatchExplorer(_View):
             try:
                 self.upload(buffers[0], str(content.get("name", "")))
             except UploadError as error:
-                self.notice = ""  # the same sentence again is news, too
-                self.notice = str(error)
+                self._tell(error)
 
     def _find_page(self) -> None:
         self.page = self.image // self.PAGE

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -15,12 +16,17 @@ from torch import Tensor
 from ..latents.pictures import seen_image
 from ..sae.dictionary import select_latents
 
-UPLOAD = -2
-"""The index under which an uploaded image is read."""
-
 
 class Reader:
     """Images of a data set, as CLIP and the SAE read them. The last ones stay in memory."""
+
+    _shared: WeakValueDictionary[tuple, Reader] = WeakValueDictionary()
+
+    @classmethod
+    def shared(cls, clip: Any, sae: Any, dataset: Any, layer: int = -2) -> Reader:
+        """The one reader of these parts: views of the same things keep one memory."""
+        key = (id(clip), id(sae), id(dataset), clip.layer_index(layer))  # the reader holds them, so no id is given again while it lives
+        return cls._shared.get(key) or cls._shared.setdefault(key, cls(clip, sae, dataset, layer))
 
     def __init__(self, clip: Any, sae: Any, dataset: Any, layer: int = -2, keep: int = 256):
         sae.check_model(clip, layer)
@@ -29,31 +35,27 @@ class Reader:
         self._images: OrderedDict[int, tuple[np.ndarray, Tensor]] = OrderedDict()
         self._latents: OrderedDict[int, Tensor] = OrderedDict()
         self._heats: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()
-        self._upload: tuple[Image.Image, str] | None = None
-        self.n_uploads = 0
+        self._uploads: dict[int, tuple[Image.Image, str]] = {}
+        self._n_uploads = 0
 
-    def upload(self, picture: Image.Image, name: str) -> None:
-        """Read this picture as the image ``UPLOAD`` from now on."""
-        self._upload = (picture, name)
-        self.n_uploads += 1
-        self._images.pop(UPLOAD, None)
-        self._latents.pop(UPLOAD, None)
-
-    @property
-    def upload_name(self) -> str | None:
-        """Name of the uploaded picture; None without one."""
-        return self._upload and self._upload[1]
+    def upload(self, picture: Image.Image, name: str, instead: int = -1) -> int:
+        """Keep a picture of one's own, ``instead`` of an earlier one; the index under which it is read: -2 or less."""
+        for store in (self._uploads, self._images, self._latents):
+            store.pop(instead, None)  # type: ignore[attr-defined]
+        self._n_uploads += 1
+        self._uploads[-1 - self._n_uploads] = (picture, name)
+        return -1 - self._n_uploads
 
     def label(self, image: int) -> str:
         """The class of an image; the name of an uploaded one."""
-        if image == UPLOAD and self._upload:
-            return self._upload[1]
+        if image in self._uploads:
+            return self._uploads[image][1]
         label = int(self.dataset.labels[int(image)])
         return self.dataset.class_names[label] if label >= 0 else f"image {image}"  # of a data set without labels
 
     def check(self, image: int) -> int:
         """The index, if there is such an image."""
-        if not 0 <= image < len(self.dataset) and not (image == UPLOAD and self._upload):
+        if not 0 <= image < len(self.dataset) and image not in self._uploads:
             raise ValueError(f"There is no image {image}; the data set has images 0 to {len(self.dataset) - 1}.")
         return int(image)
 
@@ -114,8 +116,7 @@ class Reader:
         return self.sae.W_dec.detach().norm(dim=1).float().cpu()
 
     def _preprocessed(self, image: int) -> Tensor:
-        picture = self._upload[0] if self.check(image) == UPLOAD else self.dataset[image].image
-        return self.clip.preprocess(picture)
+        return self.clip.preprocess(self._uploads[image][0] if self.check(image) < 0 else self.dataset[image].image)
 
 
 def _remember(store: OrderedDict, key: Hashable, value: Any, keep: int) -> None:

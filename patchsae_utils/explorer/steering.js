@@ -1,7 +1,8 @@
+// The steering panel.
 
-// -- the steering panel (joined behind explorer.js, whose small things it uses) ------------------------------------------------
+import { ARROWS, SIZE, border, bytes, controls, decoding, h, imageSteps, legendOf, lookOf, outline, paint, patchAt, placeOf, resize, select, short, stepped, titled, twinBars, widget } from "./explorer.js";
 
-VIEWS.steering = steeringView;
+export default widget(steeringView);
 
 function steeringView(page, root) {
   const [rows, columns] = page.get("grid");
@@ -194,6 +195,6 @@ function steeringView(page, root) {
   }
   page.on(["shown"], showCard);
   page.on(["patches", "tau", "opacity", "mode", "contour"], draw);
-  showCard();
+  page.run(showCard);
   return () => decoder.close();
 }

@@ -19,7 +19,7 @@ from ..interventions.attribution import image_attribution
 from ..interventions.steering import Edit, Steered, steer
 from ..interventions.tail import dataset_head
 from .render import encode_heats, encode_picture
-from .widgets import SelectionError, _View, is_openmoji, script
+from .widgets import SelectionError, _View, is_openmoji, module
 
 OPERATIONS = ("scale", "add")
 WHERE = ("all", "cls", "patches", "selected")
@@ -75,7 +75,7 @@ class SteeringPanel(_View):
     CHOICES = ("image", "latents", "latent", "patches", "where", "edits")  # another image takes edits and patches back
     IN_TURN = True
 
-    _esm = script("steering.js")
+    _esm = module("steering.js")
 
     latents = t.List(t.Int(), help="The latents with sliders.").tag(sync=True)
     edits = t.List(t.Dict(), help="One a slider that was moved.").tag(sync=True)

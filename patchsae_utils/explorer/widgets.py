@@ -7,6 +7,7 @@ A heat map costs one byte a patch and is coloured in the page, so that opacity, 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,26 @@ from ..plots.heat import MODES, palette
 from .cards import Name, Reader, read_names
 
 HERE = Path(__file__).parent
+_IMPORT = r"(?m)^import \{([^}]*)\} from \"\./(\w+\.js)\";\n"
 
 
 class SelectionError(t.TraitError, ValueError):
     """A choice that does not exist. The widget keeps its last one."""
 
 
-def script(*files: str) -> str:
-    """What all views share, and files of this folder behind it: one module or one style sheet, without a build step."""
-    return "".join((HERE / file).read_text(encoding="utf-8") for file in (f"explorer{Path(files[0]).suffix}", *files))
+def module(file: str) -> str:
+    """An ES module of this folder with those that it imports, each in a scope of its own: one file, without a build step."""
+    parts, text = [], (HERE / file).read_text(encoding="utf-8")
+    for names, other in re.findall(_IMPORT, text):
+        exported = re.findall(r"^export (?:async )?(?:function|const) (\w+)", (HERE / other).read_text(encoding="utf-8"), re.M)
+        body = re.sub(r"^export ", "", module(other), flags=re.M)
+        parts.append(f"const {{{names}}} = (() => {{\n{body}\nreturn {{ {', '.join(exported)} }};\n}})();\n")
+    return "".join(parts) + re.sub(_IMPORT, "", text)
+
+
+def styles(*files: str) -> str:
+    """The style sheet that all views share, and others behind it."""
+    return "".join((HERE / file).read_text(encoding="utf-8") for file in ("explorer.css", *files))
 
 
 def encode_names(names: Mapping[int, Name]) -> bytes:
@@ -47,7 +59,7 @@ class _View(anywidget.AnyWidget):
     """Set ``CHOICES`` one after the other, since the first changes what the next may be; otherwise they are shown with one message."""
 
     # One sheet for all: with one each, the shared rules of the view that is drawn last would override the others' own.
-    _css = script("latent.css", "patch.css", "steering.css", "adaptation.css")
+    _css = styles("latent.css", "patch.css", "steering.css", "adaptation.css")
 
     kind = t.Unicode().tag(sync=True)
     latent = t.Int(-1, help="The chosen latent; -1 for none.").tag(sync=True)
@@ -62,6 +74,7 @@ class _View(anywidget.AnyWidget):
     names = t.Bytes(help="Names of latents, as encode_names writes them.").tag(sync=True)
     palette = t.Bytes().tag(sync=True)
     shown = t.Dict(help="The card that the page draws.").tag(sync=True)
+    notice = t.Unicode("", help="What went wrong last, for the person at the page.").tag(sync=True)
 
     def __init__(self, clip: Any, sae: Any, summary: Any, dataset: Any, names: Any = None, layer: int = -2, **traits: Any):
         if summary is not None and summary.n_images != len(dataset):
@@ -69,7 +82,7 @@ class _View(anywidget.AnyWidget):
                 f"The summary was made from {summary.n_images} images, but {dataset.spec!r} ({dataset.split}) has {len(dataset)}. "
                 f"Pass the data set that summarize_latents was given, so that its image indices mean the same."
             )
-        self._reader = Reader(clip, sae, dataset, layer)
+        self._reader = Reader.shared(clip, sae, dataset, layer)
         self._names = read_names(names, self._reader.d_sae)
         self._summary = summary
         if summary is not None:
@@ -77,6 +90,20 @@ class _View(anywidget.AnyWidget):
         fixed = {"grid": self._reader.grid, "n_latents": self._reader.d_sae, "has_summary": summary is not None, "palette": palette()}
         super().__init__(**fixed, names=encode_names(self._names), **traits)
         self.on_msg(lambda _, content, buffers: self._receive(content, buffers))
+
+    def set_state(self, sync_data: dict) -> None:
+        """What the page chose. What can't be done is told there, and the page gets the last choice back."""
+        try:
+            super().set_state(sync_data)
+            self.notice = ""
+        except Exception as error:
+            self._tell(error)
+            self.send_state([name for name in sync_data if self.has_trait(name)])
+            raise
+
+    def _tell(self, error: Exception) -> None:
+        self.notice = ""  # the same sentence again is news, too
+        self.notice = str(error)
 
     @property
     def dataset(self) -> Any:

@@ -28,4 +28,4 @@ def latents(tiny_clip, tiny_sae, summary, tiny_dataset, named):
 
 @pytest.fixture
 def patches(tiny_clip, tiny_sae, summary, tiny_dataset, named):
-    return PatchExplorer(tiny_clip, tiny_sae, summary, tiny_dataset, named)
+    return PatchExplorer(tiny_clip, tiny_sae, summary, tiny_dataset, named, image=0)

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from explorer_pages import BAD, check_that_it_fits, pixels
+from explorer_pages import BAD, check_that_it_fits, picture_file, pixels, wire
 
 from patchsae_utils.data import load_dataset
-from patchsae_utils.explorer import AdaptationView, LatentExplorer, PatchExplorer, SteeringPanel, cards, link, point, pointing, render
+from patchsae_utils.explorer import (
+    AdaptationView,
+    LatentExplorer,
+    PatchExplorer,
+    SteeringPanel,
+    cards,
+    link,
+    point,
+    pointing,
+    render,
+    widgets,
+)
 from patchsae_utils.latents.reading import latent_masks
 from patchsae_utils.plots import heat as heat_map
 from patchsae_utils.sae.model import SparseAutoencoder
@@ -133,6 +145,51 @@ def test_linked_explorers_share_their_choices_until_parted(latents, patches):
         link(latents)
 
 
+def test_all_views_open_on_one_named_latent_where_it_is_strongest(tiny_clip, tiny_sae, summary, tiny_dataset, named, show):
+    parts = tiny_clip, tiny_sae, summary, tiny_dataset, named
+    latents, patches, panel = LatentExplorer(*parts), PatchExplorer(*parts), SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, named)
+    assert latents.latent == patches.latent == 7  # the surest name of an object, not the one of a colour
+    assert latents.image == patches.image == int(summary.top_images[7, 0])
+    assert patches.card.heat.flat[patches.patch] == patches.card.heat.max() > 0
+    link(latents, patches, panel)
+    assert (panel.latent, panel.image) == (7, latents.image) and panel.card["heat"].max() > 0
+    page = show(latents)
+    page.wait_for_selector("h3:has-text('Latent 7 · redwood (object)')")
+    assert page.get_attribute(".psx-ref >> nth=0", "aria-pressed") == "true"
+    unnamed = LatentExplorer(*parts[:-1])  # no names: whose reference images share their class most
+    assert summary.label_entropy[unnamed.latent] < summary.label_entropy.nanmedian()
+
+
+def test_views_of_the_same_things_share_what_they_have_read(tiny_clip, tiny_sae, summary, tiny_dataset):
+    views = [PatchExplorer(tiny_clip, tiny_sae, summary, tiny_dataset) for _ in range(2)]
+    assert views[0]._reader is views[1]._reader
+    views[0].upload(picture_file(), "mine.png")
+    assert views[1].uploaded == "" and views[1].image >= 0
+    with pytest.raises(ValueError, match="No picture 'mine.png'"):
+        views[1].uploaded = "mine.png"
+
+
+def test_page_tells_of_every_error(show, latents):
+    page = show(latents)
+    with pytest.raises(ValueError, match="latent 64"):
+        latents.set_state({"latent": 64})
+    page.evaluate("text => window.update({ notice: text })", latents.notice)
+    page.wait_for_selector("[role=alert]:has-text('There is no latent 64')")
+    latents.set_state({"latent": 3})
+    assert latents.notice == ""
+    page.evaluate(
+        "card => window.update({ latent: card.latent, notice: '', shown: card })",
+        {**wire(latents.shown), "images": [{"index": 9999, "jpeg": wire(b"no")}]},
+    )
+    page.wait_for_selector("[role=alert]:has-text('could not be drawn')")
+
+
+def test_modules_are_joined_each_in_its_own_scope():
+    for name in ("latent", "patch", "steering", "adaptation", "gallery"):
+        code = widgets.module(f"{name}.js")
+        assert not re.search(r"^(import|export (?!default))", code, re.M) and code.count("export default") == (name != "gallery")
+
+
 @pytest.mark.parametrize(
     "sae, message", [(SparseAutoencoder(8, 16), "dimensional"), (SparseAutoencoder(32, 64, metadata={"layer": 0}), "layer 0")]
 )
@@ -167,8 +224,9 @@ def test_figures_show_what_is_on_screen(latents, patches):
 
 
 def test_page_slider_and_box_choose_a_latent(show, latents):
-    page = show(latents)
     order = np.frombuffer(latents.order, np.uint32)
+    latents.latent = int(order[0])
+    page = show(latents)
     page.focus("input[aria-label='Latent, in the chosen order']")
     page.keyboard.press("ArrowRight")
     page.wait_for_selector(f"h3:has-text('Latent {order[1]}')")
@@ -262,7 +320,7 @@ def test_page_thumbnails_choose_an_image(show, patches):
 def test_page_fits_narrow_and_dark_outputs(show, tiny_clip, tiny_sae, summary, tiny_dataset, dark):
     parts = tiny_clip, tiny_sae, summary, tiny_dataset
     for view in (
-        LatentExplorer(*parts, names={3: "a wheel", 5: BAD.removesuffix(".png")}, latent=3),
+        LatentExplorer(*parts, names={latent: f"{latent}_" + 3 * BAD.replace(" ", "_") for latent in range(64)}, latent=3),
         PatchExplorer(*parts, patch=100, latent=3),
     ):
         page = show(view, dark=dark)

@@ -191,6 +191,7 @@ def test_page_finds_latents_by_name(show, latents):
 
 def test_page_takes_the_next_step_before_python_answers(show, latents):
     order = np.frombuffer(latents.order, np.uint32)
+    latents.latent = int(order[0])
     page = show(latents)
     for latent in order[[1, 2]].tolist():  # the page asks for one card after the other; a fake model brings the last one only
         latents._receive({"kind": "prefetch", "latents": [latent]}, [])
