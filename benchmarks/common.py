@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -14,40 +15,37 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+
+from patchsae_utils.data import ImageData
+from patchsae_utils.run.artifacts import atomic_file
 
 
 def report(name: str, rows: Sequence[Mapping[str, Any]], ratio: float | None, *, path: str | Path | None = None, **more: Any) -> dict:
-    """Print a benchmark's result as one JSON object, and write it to ``path`` if that is given.
+    """Print a benchmark's result as one JSON object, write it to ``path`` if that is given, and return it.
 
-    Parameters
-    ----------
-    name : str
-        Of the benchmark: ``sae_step``.
-    rows : sequence of mappings
-        One for each thing measured, plain values.
-    ratio : float or None
-        The headline: how many times faster ours is. None where the run compared nothing.
-    path : path, optional
-        Usually ``benchmarks/results/<name>.json``.
-    **more
-        Further entries, such as the targets.
-
-    Returns
-    -------
-    dict
-        What was printed: ``benchmark``, ``hardware``, ``rows``, ``ratio`` and ``more``.
+    ``rows``: one for each thing measured; ``ratio``: the headline, how many times faster ours is (None: nothing was compared); ``more``: further
+    entries, such as the targets.
     """
     result = {"benchmark": name, "hardware": hardware(), "rows": [dict(row) for row in rows], "ratio": ratio, **more}
     text = json.dumps(result, indent=1)
     if path is not None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        with atomic_file(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
     print(text)
     return result
+
+
+def noise(n_images: int, n_classes: int, size: tuple[int, int]) -> ImageData:
+    """Labelled pictures of noise, drawn when asked for, the same each time."""
+
+    def picture(index: int) -> Image.Image:
+        coarse = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        return Image.fromarray(coarse).resize(size[::-1])
+
+    return ImageData("noise", "test", [f"class {c}" for c in range(n_classes)], [i % n_classes for i in range(n_images)], picture)
 
 
 def hardware() -> dict[str, Any]:
@@ -73,6 +71,34 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return arguments
 
 
+def read_options(
+    description: str | None, arguments: Sequence[str] | None, measure: Callable[[str, dict], dict] | None = None, **defaults: Any
+) -> dict[str, Any] | None:
+    """A benchmark's settings: :func:`parser`'s, and one for each default. None where this process was to measure one side, which is done then."""
+    command = parser(description)
+    for name, default in defaults.items():
+        command.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    for name in ("--side", "--settings"):
+        command.add_argument(name, help=argparse.SUPPRESS)
+    settings = vars(command.parse_args(arguments))
+    side, given = settings.pop("side"), settings.pop("settings")
+    if settings["device"] == "cpu":
+        torch.set_num_threads(json.loads(given)["threads"] if side else settings["threads"])
+    if measure is not None and side:
+        print(json.dumps(measure(side, json.loads(given))))
+        return None
+    return settings
+
+
+@torch.no_grad()
+def set_l0(sae: Any, x: torch.Tensor, l0: int) -> None:
+    """As sparse as a trained SAE: b_dec at the mean of tokens x [N, D], one encoder bias for all latents, so that about ``l0`` of them fire a token."""
+    x = x.to(sae.b_dec)
+    sae.b_dec.copy_(x.mean(0))
+    sample = ((x[:: max(1, len(x) // 32)][:32] - sae.b_dec) @ sae.W_enc).flatten()
+    sae.b_enc.fill_(-sample.kthvalue(max(1, round(len(sample) * (1 - l0 / sae.d_sae)))).values)
+
+
 def timed(run: Callable[[], Any], *, repeats: int = 5, warmup: int = 1, device: str = "cpu") -> dict[str, float]:
     """Seconds of ``run()``: ``best`` and ``median`` of some repetitions after a warm-up; waits for the GPU where there is one."""
     cuda = torch.device(device).type == "cuda"
@@ -93,12 +119,6 @@ def peak_memory(device: str = "cpu") -> int:
     """Most bytes this process has held so far: on the GPU by torch's allocator, else resident memory by the operating system's count."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -106,22 +126,9 @@ def peak_memory(device: str = "cpu") -> int:
 def in_subprocess(
     module: str, side: str, settings: Mapping[str, Any], *, python: str | None = None, timeout: float = 3600
 ) -> dict[str, Any]:
-    """Run ``python -m module --side side`` and return the JSON object that it prints last.
+    """The JSON object that ``python -m module --side side --settings JSON`` prints last; ``error`` says why a side can't run or took too long.
 
-    A process of its own, so that one side's peak memory and caches are not the other's. A side that can't run (a peer that is not
-    installed) says so in ``error``.
-
-    Parameters
-    ----------
-    module : str
-        ``benchmarks.sae_step``; it must take ``--side NAME --settings JSON``.
-    side : str
-    settings : mapping
-        Plain values.
-    python : str, optional
-        Another interpreter, with the peers installed.
-    timeout : float
-        Seconds after which the side counts as failed.
+    A process of its own, so that one side's peak memory and caches are not the other's; ``python`` may be another, with the peers installed.
     """
     command = [python or sys.executable, "-m", module, "--side", side, "--settings", json.dumps(dict(settings))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(_root()), os.environ.get("PYTHONPATH")]))}

@@ -9,8 +9,6 @@ a token fire, and the rate is so small that it stays so. Sides: ``ours`` extract
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import sys
 import tempfile
@@ -20,7 +18,7 @@ from types import SimpleNamespace
 
 import torch
 
-from .common import in_subprocess, parser, peak_memory, report
+from .common import in_subprocess, peak_memory, read_options, report, set_l0
 
 SIDES = ("ours", "dense", "extraction")
 TARGETS = {"images per second on one H200": 2500}
@@ -61,8 +59,6 @@ def measure(side: str, settings: dict) -> dict:
 
     logging.disable(logging.WARNING)  # random weights are meant
     device = settings["device"]
-    if device == "cpu":
-        torch.set_num_threads(settings["threads"])
     torch.backends.cuda.matmul.allow_tf32 = True  # the dense side's float32 on a GPU
     clip = load_clip(settings["model"], settings["pretrained"], device=device, precision="bf16")
     images = torch.randn(settings["images"], 3, *clip.image_size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -96,43 +92,26 @@ def measure(side: str, settings: dict) -> dict:
     }
 
 
-@torch.no_grad()
-def set_l0(sae, x: torch.Tensor, l0: int) -> None:
-    """One encoder bias for all latents, so that about ``l0`` of them fire a token; b_dec at the mean."""
-    sae.b_dec.copy_(x.mean(0))
-    sample = ((x[:: max(1, len(x) // 32)][:32] - sae.b_dec) @ sae.W_enc).flatten()
-    sae.b_enc.fill_(-sample.kthvalue(max(1, round(len(sample) * (1 - l0 / sae.d_sae)))).values)
-
-
 def main(arguments: Sequence[str] | None = None) -> dict | None:
-    """Run the benchmark; see the module's docstring."""
-    options_of = parser(__doc__)
-    options_of.add_argument("--model", default="ViT-B-16")
-    options_of.add_argument("--pretrained", default="random")
-    options_of.add_argument("--layer", type=int, default=-2)
-    options_of.add_argument("--images", type=int, default=256 if torch.cuda.is_available() else 8, help="in a batch")
-    options_of.add_argument("--steps", type=int, default=20 if torch.cuda.is_available() else 5, help="timed, after two to warm up")
-    options_of.add_argument("--d-sae", type=int, default=49_152)
-    options_of.add_argument("--l0", type=int, default=150)
-    options_of.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    options_of.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
-    options = options_of.parse_args(arguments)
-    if options.side:
-        print(json.dumps(measure(options.side, options.settings)))
+    """Run the benchmark; see the module's docstring. ``images`` are those of a batch, ``steps`` those timed, after two to warm up."""
+    images, steps = (256, 20) if torch.cuda.is_available() else (8, 5)
+    settings = read_options(
+        __doc__, arguments, measure, model="ViT-B-16", pretrained="random", layer=-2, images=images, steps=steps, d_sae=49_152, l0=150
+    )
+    if settings is None:
         return None
-    names = ("model", "pretrained", "layer", "images", "steps", "d_sae", "l0", "device", "threads")
-    settings = {name: getattr(options, name) for name in names}
     rows = []
     for side in SIDES:
-        row = {"side": side, "images": options.images, "d_sae": options.d_sae} | in_subprocess("benchmarks.end_to_end", side, settings)
+        about = {name: settings[name] for name in ("images", "d_sae")}
+        row = {"side": side} | about | in_subprocess("benchmarks.end_to_end", side, settings)
         if "error" in row:
             raise SystemExit(f"{side} failed: {row['error']}")
         rows.append(row)
         print(f"{side:<10} {row['images_per_second']:.1f} images/s, {row['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
     ours, dense, extraction = rows
     ratio = ours["images_per_second"] / dense["images_per_second"]
-    more = {"model": options.model, "layer": options.layer, "targets": TARGETS, "command": "python -m benchmarks.end_to_end"}
-    return report("end_to_end", rows, ratio, path=options.json, extraction_share=extraction["seconds"] / ours["seconds"], **more)
+    more = {"model": settings["model"], "layer": settings["layer"], "targets": TARGETS, "command": "python -m benchmarks.end_to_end"}
+    return report("end_to_end", rows, ratio, path=settings["json"], extraction_share=extraction["seconds"] / ours["seconds"], **more)
 
 
 if __name__ == "__main__":

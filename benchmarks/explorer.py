@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     command.add_argument(
         "--worlds", nargs="+", choices=("openmoji", "large"), default=["openmoji", "large"], help="the memory is that of the first"
     )
-    command.add_argument("--model", default="ViT-B-16", help="of the large world: of open_clip, with random weights; or 'tiny'")
+    command.add_argument("--model", default="ViT-B-16", help="of the large world: of open_clip, with random weights")
     command.add_argument("--d-sae", type=int, default=49_152, help="of the large world")
     command.add_argument("--images", type=int, default=48, help="of the large world")
     command.add_argument("--classes", type=int, default=1000, help="of the large world")

@@ -10,8 +10,6 @@ else the machine does falls on all alike; memory is measured in a process for ea
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import statistics
 import sys
@@ -20,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .common import in_subprocess, parser, peak_memory, report, timed
+from .common import in_subprocess, peak_memory, read_options, report, timed
 
 SIDES = ("ours", "bare", "whole")
 TARGETS = {"seconds of ours over bare": 1.15}
@@ -62,8 +60,6 @@ def prepare(settings: dict, sides: Sequence[str] = SIDES) -> dict[str, Callable[
 @torch.inference_mode()
 def measure_memory(side: str, settings: dict) -> dict:
     """Peak memory of one side, in this process."""
-    if settings["device"] == "cpu":
-        torch.set_num_threads(settings["threads"])
     run = prepare(settings, (side,))[side]
     run()
     return {"peak_memory_gb": peak_memory(settings["device"]) / 1e9}
@@ -85,45 +81,20 @@ def measure_seconds(settings: dict) -> dict[str, list[float]]:
 
 def main(arguments: Sequence[str] | None = None) -> dict | None:
     """Run the benchmark; see the module's docstring."""
-    options_of = parser(__doc__)
-    options_of.add_argument("--model", default="ViT-B-16")
-    options_of.add_argument("--pretrained", default="random")
-    options_of.add_argument("--images", type=int, default=8, help="in a batch")
-    options_of.add_argument("--layer", type=int, default=-2)
-    options_of.add_argument("--no-memory", action="store_true", help="leave out the process for each side")
-    options_of.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    options_of.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
-    options = options_of.parse_args(arguments)
-    if options.side:
-        print(json.dumps(measure_memory(options.side, options.settings)))
+    settings = read_options(__doc__, arguments, measure_memory, model="ViT-B-16", pretrained="random", images=8, layer=-2)
+    if settings is None:
         return None
-    if options.device == "cpu":
-        torch.set_num_threads(options.threads)
-    settings = {name: getattr(options, name) for name in ("model", "pretrained", "images", "layer", "device", "threads", "repeats")}
+    n_images = settings["images"]
     rows = []
     for name, seconds in measure_seconds(settings).items():
         best, median = min(seconds), statistics.median(seconds)
-        row = {
-            "side": name,
-            "images": options.images,
-            "seconds": best,
-            "median_seconds": median,
-            "images_per_second": options.images / best,
-        }
-        rows.append(row if options.no_memory else row | in_subprocess("benchmarks.extraction", name, settings))
+        row = {"side": name, "images": n_images, "seconds": best, "median_seconds": median, "images_per_second": n_images / best}
+        rows.append(row | in_subprocess("benchmarks.extraction", name, settings))
         print(f"{name:<11} {best:.3f} s, {row['images_per_second']:.1f} images/s", file=sys.stderr)
     best, median = ({row["side"]: row[key] for row in rows} for key in ("seconds", "median_seconds"))
-    return report(
-        "extraction",
-        rows,
-        best["whole"] / best["ours"],
-        path=options.json,
-        over_bare={"best": best["ours"] / best["bare"], "median": median["ours"] / median["bare"]},
-        model=options.model,
-        layer=options.layer,
-        targets=TARGETS,
-        command="python -m benchmarks.extraction",
-    )
+    over_bare = {"best": best["ours"] / best["bare"], "median": median["ours"] / median["bare"]}
+    more = {"model": settings["model"], "layer": settings["layer"], "targets": TARGETS, "command": "python -m benchmarks.extraction"}
+    return report("extraction", rows, best["whole"] / best["ours"], path=settings["json"], over_bare=over_bare, **more)
 
 
 if __name__ == "__main__":

@@ -10,45 +10,23 @@ is made once, outside the clock; so is ours.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from patchsae_utils.clip.loading import load_clip
-from patchsae_utils.data import Example, batches
+from patchsae_utils.data import batches
 from patchsae_utils.interventions import sweep_masks
 from patchsae_utils.sae.model import SparseAutoencoder
 
-from .common import report
+from .common import noise, read_options, report, set_l0
 
 KS = (1, 2, 5, 10, 50, 100, 500, 1000, 2000, 10_000)
 """Ten numbers of latents, as in the paper's figure; on and off make twenty masks."""
 LAYER = -2
-
-
-class Noise:
-    """Pictures of noise with labels; drawn when asked for, the same each time."""
-
-    spec, split, name = "noise", "test", "noise"
-
-    def __init__(self, n_images: int, n_classes: int, size: int):
-        self.labels, self.size = torch.arange(n_images) % n_classes, size
-        self.class_names = [f"class {i}" for i in range(n_classes)]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self):
-            raise IndexError(f"There are {len(self)} pictures; there is no index {index}.")
-        coarse = np.random.default_rng(index).integers(0, 255, (8, 8, 3), dtype=np.uint8)
-        return Example(Image.fromarray(coarse).resize((self.size, self.size)), int(self.labels[index]), index)
 
 
 class Setting:
@@ -57,15 +35,13 @@ class Setting:
     @torch.no_grad()
     def __init__(self, model: str, d_sae: int, n_images: int, l0: int, batch_size: int, n_classes: int = 100):
         self.clip, self.batch_size = load_clip(model, pretrained=None if model == "openmoji" else "random"), batch_size
-        self.dataset = Noise(n_images, n_classes, self.clip.image_size[0])
+        self.dataset = noise(n_images, n_classes, self.clip.image_size)
         generator = torch.Generator().manual_seed(0)
         self.head = F.normalize(torch.randn(n_classes, self.clip.d_embed, generator=generator), dim=1).to(self.clip.device)
         self.images = torch.stack([self.clip.preprocess(self.dataset[i].image) for i in range(min(2, n_images))])
         residual = self.clip.residual(self.images, LAYER)
         self.sae = SparseAutoencoder(self.clip.width, d_sae, seed=0).to(self.clip.device).requires_grad_(False)
-        self.sae.b_dec.copy_(residual[0].mean(0))
-        pre = self.sae.pre_activations(residual[0])
-        self.sae.b_enc.fill_(-float(pre.flatten().kthvalue(pre.numel() - min(l0, d_sae // 2) * len(pre)).values))
+        set_l0(self.sae, residual[0], min(l0, d_sae // 2))
         active = self.sae.encode(residual) > 0
         self.l0 = float(active.float().sum(-1).mean())
         # Latents that are active somewhere rank first, as they do when counted, so that the masks change something.
@@ -128,18 +104,12 @@ def _timed(run: Callable[[], Any]) -> tuple[Any, tuple[float, float]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="ViT-B-16")
-    parser.add_argument("--d-sae", type=int, default=49_152)
-    parser.add_argument("--images", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--l0", type=int, default=149)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: all cores")
-    parser.add_argument("--json", metavar="PATH", help="also write the report here")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    rows, ratio, about = compare(Setting(options.model, options.d_sae, options.images, options.l0, options.batch_size))
-    report("mask_sweep", rows, ratio, target=20, path=options.json, **about)
+    """Run the benchmark; see the module's docstring."""
+    options = read_options(__doc__, arguments, model="ViT-B-16", d_sae=49_152, images=4, batch_size=4, l0=149)
+    assert options is not None
+    sizes = [options[name] for name in ("d_sae", "images", "l0", "batch_size")]
+    rows, ratio, about = compare(Setting(options["model"], *sizes))
+    report("mask_sweep", rows, ratio, target=20, path=options["json"], **about)
 
 
 if __name__ == "__main__":

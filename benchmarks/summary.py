@@ -9,65 +9,41 @@ its own SAE (made when missing, before the clock starts). Each side has a proces
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
-from benchmarks.common import in_subprocess, parser, peak_memory, report
+from benchmarks.common import in_subprocess, noise, peak_memory, read_options, report, set_l0
 
 MEMORY_LIMIT = 4e9
 """Bytes: the target at batch 128 and 49,152 latents."""
 SCENES_LIMIT = 180.0
 """Seconds: the target for 5,000 scenes of the default profile on two CPU cores."""
 
-TINY = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 112, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16},
-    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-}
-
 
 def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
-    command = parser(__doc__)
-    command.add_argument("--model", default="ViT-B-16", help="of open_clip, with random weights; or 'tiny'")
-    command.add_argument("--d-sae", type=int, default=49_152)
-    command.add_argument("--batch", type=int, default=128)
-    command.add_argument("--images", type=int, default=128)
-    command.add_argument("--classes", type=int, default=1000)
-    command.add_argument("--small-d-sae", type=int, default=12_288, help="where the textbook way fits")
-    command.add_argument("--small-batch", type=int, default=64)
-    command.add_argument("--small-images", type=int, default=64)
-    command.add_argument("--scenes", type=int, default=5000, help="of the default profile; 0 leaves that row out")
-    command.add_argument("--l0", type=int, default=150, help="latents active on a token")
-    command.add_argument("--side", choices=sorted(SIDES), help="run this side alone, here")
-    command.add_argument("--settings", help="its settings, as JSON")
-    options = command.parse_args(arguments)
-    if options.side:
-        settings = json.loads(options.settings)
-        if settings["device"] == "cpu":
-            torch.set_num_threads(settings["threads"])
-        print(json.dumps(SIDES[options.side](settings)))
+    """Run the benchmark; ``small_...``: where the textbook way fits; ``scenes`` of the default profile, 0 leaves that row out."""
+    options = read_options(
+        __doc__, arguments, lambda side, settings: SIDES[side](settings), model="ViT-B-16", d_sae=49_152, batch=128, images=128, classes=1000,
+        small_d_sae=12_288, small_batch=64, small_images=64, scenes=5000, l0=150,
+    )  # fmt: skip
+    if options is None:
         return None
-    common = {name: getattr(options, name) for name in ("model", "device", "threads", "classes", "l0", "repeats")}
-    large = {**common, "d_sae": options.d_sae, "batch": options.batch, "images": options.images}
-    small = {**common, "d_sae": options.small_d_sae, "batch": options.small_batch, "images": options.small_images}
+    sizes = ("d_sae", "batch", "images")
+    small = options | {name: options[f"small_{name}"] for name in sizes}
     rows = []
-    for side, settings in (("ours", large), ("ours", small), ("textbook", small)):
-        result = in_subprocess("benchmarks.summary", side, settings)
-        rows.append({"side": side, **{name: settings[name] for name in ("d_sae", "batch", "images")}, **result})
-    if options.scenes:
-        rows.append({"side": "scenes", **in_subprocess("benchmarks.summary", "scenes", {**common, "images": options.scenes})})
+    for side, settings in (("ours", options), ("ours", small), ("textbook", small)):
+        rows.append({"side": side, **{name: settings[name] for name in sizes}, **in_subprocess("benchmarks.summary", side, settings)})
+    if options["scenes"]:
+        rows.append({"side": "scenes", **in_subprocess("benchmarks.summary", "scenes", options | {"images": options["scenes"]})})
     ours, textbook = rows[1], rows[2]
     added = [row.get("added_bytes", 0) for row in (textbook, ours)]
     ratio = added[0] / added[1] if min(added) > 0 else None
     return report(
-        "summary", rows, ratio, path=options.json, ratio_of="memory above that of libraries and models, textbook to ours, at the small size", model=options.model,
+        "summary", rows, ratio, path=options["json"], ratio_of="memory above that of libraries and models, textbook to ours, at the small size", model=options["model"],
         memory_limit_bytes=MEMORY_LIMIT, within_limit="peak_bytes" in rows[0] and rows[0]["peak_bytes"] < MEMORY_LIMIT,
-        scenes_limit_seconds=SCENES_LIMIT, scenes_within_limit=options.scenes and rows[-1]["seconds"] * 5000 / options.scenes < SCENES_LIMIT,
+        scenes_limit_seconds=SCENES_LIMIT, scenes_within_limit=options["scenes"] and rows[-1]["seconds"] * 5000 / options["scenes"] < SCENES_LIMIT,
     )  # fmt: skip
 
 
@@ -76,32 +52,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
 
 def world(settings: dict[str, Any]):
     """A CLIP and an SAE of random weights, and a data set of random pictures."""
-    import open_clip
-    from torchvision import transforms
-
     from patchsae_utils.clip.loading import load_clip
-    from patchsae_utils.clip.model import ClipModel
-    from patchsae_utils.data import ImageData
     from patchsae_utils.sae.model import SparseAutoencoder
 
     torch.manual_seed(0)
-    if settings["model"] == "tiny":
-        preprocess = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)])
-        clip = ClipModel(
-            open_clip.CLIP(**TINY), preprocess, open_clip.SimpleTokenizer(context_length=24), "tiny", device=settings["device"]
-        )
-    else:
-        clip = load_clip(settings["model"], "random", device=settings["device"])
+    clip = load_clip(settings["model"], "random", device=settings["device"])
     sae = SparseAutoencoder(clip.width, settings["d_sae"]).requires_grad_(False).to(settings["device"])
-    height, width = clip.image_size
-    rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(16)]
-    labels = [i % settings["classes"] for i in range(settings["images"])]
-    names = [f"class {c}" for c in range(settings["classes"])]
-    data = ImageData("noise", "test", names, labels, lambda i: pictures[i % len(pictures)])
-    with torch.no_grad():  # as sparse as a trained one
-        tokens = clip.residual(clip.preprocess(pictures[0])[None].to(settings["device"]), -2)[0, :8]
-        sae.b_enc.sub_(sae.pre_activations(tokens).flatten().kthvalue(tokens.shape[0] * (settings["d_sae"] - settings["l0"])).values)
+    data = noise(settings["images"], settings["classes"], clip.image_size)
+    set_l0(sae, clip.residual(clip.preprocess(data[0].image)[None], -2)[0], settings["l0"])
     return clip, sae, data
 
 

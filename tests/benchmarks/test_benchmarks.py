@@ -24,12 +24,13 @@ def one_process(monkeypatch):
         settings = json.loads(json.dumps(settings))
         torch.manual_seed(0)  # as every fresh process begins alike
         if module != "benchmarks.sae_step":
-            return end_to_end.measure(side, settings) if module == "benchmarks.end_to_end" else summary.SIDES[side](settings)
+            measure = {"benchmarks.end_to_end": end_to_end.measure, "benchmarks.extraction": extraction.measure_memory}.get(module)
+            return measure(side, settings) if measure else summary.SIDES[side](settings)
         if side in sae_step.PEERS:
             return {"error": f"ModuleNotFoundError: No module named {side!r}"}
         return json.loads(json.dumps(sae_step.measure(side, settings)))
 
-    for benchmark in (sae_step, end_to_end, summary):
+    for benchmark in (sae_step, end_to_end, extraction, summary):
         monkeypatch.setattr(benchmark, "in_subprocess", run)
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
@@ -123,9 +124,9 @@ WEIGHTS = str(EMBEDDED / "open_clip_model.safetensors")
 SMALL = ["--model", "openmoji", "--images", "1", "--repeats", "1", "--threads", "1", "--device", "cpu"]
 
 
-def test_extraction(tmp_path, capfd):
+def test_extraction(one_process, tmp_path, capfd):
     path = tmp_path / "extraction.json"
-    result = extraction.main([*SMALL, "--no-memory", "--json", str(path)])
+    result = extraction.main([*SMALL, "--json", str(path)])
     assert json.loads(path.read_text()) == json.loads(capfd.readouterr().out) == json.loads(json.dumps(result))
     rows = {row["side"]: row for row in result["rows"]}
     assert set(rows) == set(extraction.SIDES)
@@ -151,19 +152,8 @@ def test_end_to_end(one_process, tmp_path, capfd):
 def test_the_summary_benchmark_reports_both_sides(one_process, tmp_path, monkeypatch, capsys):
     clip = load_clip("openmoji")
     monkeypatch.setattr(stages, "trained_sae", lambda profile, model: SparseAutoencoder(clip.width, 64))
-    sizes = {
-        "d-sae": 96,
-        "batch": 4,
-        "images": 8,
-        "small-d-sae": 64,
-        "small-batch": 4,
-        "small-images": 8,
-        "classes": 3,
-        "l0": 9,
-        "scenes": 12,
-    }
-    options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
-    returned = summary.main(["--model", "tiny", "--device", "cpu", "--json", str(tmp_path / "s.json"), *options])
+    sizes = "--d-sae 96 --batch 4 --images 8 --small-d-sae 64 --small-batch 4 --small-images 8 --classes 3 --l0 9 --scenes 12".split()
+    returned = summary.main(["--model", "openmoji", "--device", "cpu", "--json", str(tmp_path / "s.json"), *sizes])
     result = json.loads((tmp_path / "s.json").read_text())
     assert json.loads(capsys.readouterr().out) == result == json.loads(json.dumps(returned)) and result["benchmark"] == "summary"
     assert [(row["side"], row["d_sae"]) for row in result["rows"]] == [("ours", 96), ("ours", 64), ("textbook", 64), ("scenes", 64)]
