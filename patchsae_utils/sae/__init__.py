@@ -2,7 +2,7 @@
 
 The model and its variants (`model`, `variants`), objectives (`losses`), training with active latents alone where few are (`trainer`, `sparse`,
 `sparse_adam`, `triton`), what an SAE is worth and why latents are dead (`quality`), its random control and its latents as a dictionary
-(`dictionary`), files of six programs and the hub (`files`, `formats`). May import: activations, clip, data, run.
+(`dictionary`), files of seven programs and the hub (`files`, `formats`). May import: activations, clip, data, run.
 """
 
 from .dictionary import random_sae, sae_dictionary

@@ -18,6 +18,7 @@ from patchsae_utils import doctor
 from patchsae_utils.activations import extraction
 from patchsae_utils.cli import _text, main
 from patchsae_utils.sae.files import load_sae, save_sae
+from patchsae_utils.sae.formats import FORMATS
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +142,9 @@ def test_the_doctor_warns_of_a_store_that_the_disk_does_not_hold(run, monkeypatc
     assert status == 1 and "activations of 168 images take 0 GB, 0 are free: set data.n_train_images lower" in found["missing"][0]
 
 
-@pytest.mark.parametrize("form", ["patchsae", "prisma", "saev", "dictionary_learning"])
+@pytest.mark.parametrize("form", FORMATS)
 def test_info_and_convert_know_every_format(run, tmp_path, form):
-    sae = trained({})
+    sae = trained({} if "relu" in FORMATS[form].activations else {"activation": "topk", "k": 3})
     path = save_sae(sae, tmp_path / "sae", format=form)
     status, found, _ = run("info", str(path), profile=False)
     assert status == 0 and (found["what"], found["format"], found["d_sae"]) == ("sparse autoencoder", form, 20)
@@ -151,6 +152,23 @@ def test_info_and_convert_know_every_format(run, tmp_path, form):
     assert status == 0 and found["written"] == str(tmp_path / "ours")
     x = torch.randn(20, 6)
     torch.testing.assert_close(load_sae(tmp_path / "ours").encode(x), sae.eval().encode(x), rtol=0, atol=1e-5)
+    for other in FORMATS:
+        status, found, _ = run("convert", str(path), str(tmp_path / other), "--format", other, profile=False)
+        if sae.activation not in FORMATS[other].activations:
+            assert status == 1 and f"can't say activation='{sae.activation}'" in found["error"] and not (tmp_path / other).exists()
+            continue
+        torch.testing.assert_close(load_sae(found["written"]).encode(x), sae.encode(x), rtol=0, atol=1e-5)
+
+
+def test_info_says_what_was_understood_and_what_ignored(run, tmp_path):
+    path = save_sae(trained({}), tmp_path / "sae", format="prisma")
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(settings | {"lr": 0.1, "wandb_project": "x"}))
+    status, found, _ = run("info", str(path), profile=False)
+    assert status == 0 and found["understood"]["normalize_activations"] == "none" and found["ignored"] == "lr, wandb_project"
+    (path / "config.json").write_text(json.dumps(settings | {"normalize_activations": "layer_norm"}))
+    status, found, _ = run("convert", str(path), str(tmp_path / "ours"), profile=False)
+    assert status == 1 and "normalize_activations='layer_norm'" in found["error"]
 
 
 @pytest.mark.parametrize(
