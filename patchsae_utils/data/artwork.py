@@ -119,6 +119,13 @@ def rasterise(svg: str) -> tuple[list[np.ndarray], list[np.ndarray], list[np.nda
     return cut(color, "RGBa", smooth), cut(line, "RGBa", smooth), cut(mark.astype(np.uint8), "L", Image.Resampling.NEAREST)
 
 
+def painted(color: np.ndarray, truth: np.ndarray, old: int, new: int) -> np.ndarray:
+    """A colour sprite [size, size, 4] whose fill of one palette colour is painted in another's first tint."""
+    tint, alpha = np.array([*bytes.fromhex(PALETTE[COLORS[new]][0])]), color[..., 3:] / 255
+    fill = (truth == old + 1)[..., None] & (np.arange(4) < 3)
+    return np.where(fill, np.concatenate([tint * alpha, color[..., 3:]], -1), color).astype(np.uint8)
+
+
 def _paint(svg: str, **options) -> np.ndarray:
     """Rasterise at 288 pixels: uint8 [288, 288, 4], alpha premultiplied."""
     import resvg_py

@@ -52,6 +52,8 @@ class Placement(NamedTuple):
     size: float
     angle: float
     flip: bool
+    paint: tuple[int, int] | None = None
+    """Palette colour that is painted over with another one, if any: indices into ``COLORS``."""
 
 
 class Scene(NamedTuple):
@@ -279,6 +281,8 @@ def render(scene: Scene) -> np.ndarray:
     for placement in scene.placements:
         level = 0 if placement.size > SPRITE_SIZES[1] else 1
         sprite = (sheet.line if scene.domain == "line" else sheet.color)[level][placement.class_id]
+        if placement.paint is not None and scene.domain != "line":
+            sprite = artwork.painted(sprite, sheet.truth[level][placement.class_id], *placement.paint)
         patch, rows, columns = _warp(Image.fromarray(sprite, "RGBa"), placement, Image.Resampling.BILINEAR)
         layer = np.asarray(patch, np.float32)
         region = canvas[rows, columns]
@@ -299,6 +303,9 @@ def scene_truth(scene: Scene) -> SceneTruth:
     for i, placement in enumerate(scene.placements):
         level = 0 if placement.size > SPRITE_SIZES[1] else 1
         sprite = sheet.truth[level][placement.class_id]
+        if placement.paint is not None:
+            old, new = placement.paint
+            sprite = np.where(sprite == old + 1, new + 1, sprite).astype(np.uint8)
         patch, rows, columns = _warp(Image.fromarray(sprite, "L"), placement, Image.Resampling.NEAREST)
         mark = np.asarray(patch)
         visible = mark > 0

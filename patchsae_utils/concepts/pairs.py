@@ -1,0 +1,188 @@
+"""Selectivity by pairs: two scenes that differ in one thing. The latent that is matched to it must move, the right way, and others must not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..data import openmoji
+from ..data.openmoji import BACKGROUND_KINDS, COLORS, IMAGE_SIZE, Scene
+from ..run.intervals import mean_interval
+from ..sae.dictionary import select_latents
+from ..sae.model import SparseAutoencoder
+from .report import ComparisonReport
+
+ATTRIBUTES = {"object": "object", "color": "color", "background": "background", "place": "object"}
+"""What two scenes differ in, and the kind of concept that changes."""
+MIN_PATCHES = 2  # on which a concept appears, and disappears
+_BATCH = 32  # pairs
+
+
+class ScenePair(NamedTuple):
+    """Two scenes that differ in one attribute, and where that shows."""
+
+    before: Scene
+    after: Scene
+    changes: tuple[tuple[str, np.ndarray, np.ndarray], ...]
+    """(concept, patches [14, 14] where it appears, and where it disappears)."""
+    elsewhere: np.ndarray
+    """[K] bool: concepts that none of those patches shows, before or after."""
+
+
+def scene_pairs(dataset, attribute: str, n: int) -> list[ScenePair]:
+    """Pairs from the first scenes of a data set that allow the change.
+
+    The largest object becomes one of another category at its place ("object"), or is painted in another colour ("color"), or is moved
+    ("place"); or what is behind it all is another kind ("background"). Nothing else changes.
+
+    Parameters
+    ----------
+    dataset : OpenMojiData
+    attribute : {"object", "color", "background", "place"}
+    n : int
+        At most so many pairs.
+    """
+    if attribute not in ATTRIBUTES:
+        raise ValueError(f"Unknown attribute {attribute!r}. Valid: {', '.join(ATTRIBUTES)}.")
+    names, found = openmoji.concept_names(), []
+    kinds = np.array([name.partition(":")[0] for name in names])
+    for index in range(len(dataset)):
+        before = dataset.scene(index)
+        if before.domain not in ("color", "night"):  # the others show no colour
+            continue
+        after = _changed(before, attribute, np.random.default_rng([list(ATTRIBUTES).index(attribute), index]))
+        if after is None:
+            continue
+        masks = [openmoji.concept_masks(openmoji.scene_truth(scene)) for scene in (before, after)]
+        gained, lost = masks[1] & ~masks[0], masks[0] & ~masks[1]
+        mine = np.flatnonzero((kinds == ATTRIBUTES[attribute]) & ((gained.sum((1, 2)) >= MIN_PATCHES) | (lost.sum((1, 2)) >= MIN_PATCHES)))
+        where = (gained[mine] | lost[mine]).any(0)
+        changes = tuple((names[c], gained[c], lost[c]) for c in mine)
+        if changes:
+            found.append(ScenePair(before, after, changes, ~(masks[0] | masks[1])[:, where].any(1)))
+        if len(found) == n:
+            break
+    return found
+
+
+def _changed(scene: Scene, attribute: str, rng: np.random.Generator) -> Scene | None:
+    """A scene with one attribute changed; None where that can't be."""
+    largest = max(range(len(scene.placements)), key=lambda i: scene.placements[i].size)
+    placement = scene.placements[largest]
+    if attribute == "background":
+        others = [i for i in range(len(BACKGROUND_KINDS)) if i != scene.background]
+        return scene._replace(background=int(rng.choice(others)))
+    if attribute == "object":
+        categories = openmoji.class_table()["category"].to_numpy()
+        placement = placement._replace(class_id=int(rng.choice(np.flatnonzero(categories != categories[placement.class_id]))))
+    elif attribute == "color":
+        old = COLORS.index(openmoji.main_colors()[placement.class_id])
+        placement = placement._replace(paint=(old, int(rng.choice([i for i in range(len(COLORS)) if i != old]))))
+    else:
+        low, high = placement.size / 2, IMAGE_SIZE - placement.size / 2
+        spots = rng.uniform(low, max(low, high), (20, 2))
+        far = spots[np.abs(spots - (placement.x, placement.y)).max(1) >= 16]
+        if not len(far):
+            return None
+        placement = placement._replace(x=float(far[0][0]), y=float(far[0][1]))
+    placements = list(scene.placements)
+    placements[largest] = placement
+    return scene._replace(placements=tuple(placements))
+
+
+class Selectivity(NamedTuple):
+    """Whether latents answer to what they are matched with, and to nothing else."""
+
+    frame: pd.DataFrame
+    """dictionary, attribute, n_pairs, right (share of changes in which the matched latent moves the right way), right_low, right_high, others (how
+    far others move, in units of their mean activation), selectivity, low, high. ``selectivity``: how often the matched latent moves the
+    right way by more than another latent moves either way, where its own concept is nowhere near. A latent that moves like the others do: 0.25;
+    one that is silent: 0. Intervals are of pairs, 95 %."""
+
+    def sentence(self) -> str:
+        """Selectivity by attribute in words."""
+        parts = [
+            f"{attribute}: "
+            + ", ".join(f"{row.dictionary} {row.selectivity:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in rows.itertuples())
+            for attribute, rows in self.frame.groupby("attribute", sort=False)
+        ]
+        return f"Selectivity by pairs (0.25 by chance): {'; '.join(parts)}."
+
+
+@torch.no_grad()
+def selectivity(
+    clip, saes: Mapping[str, SparseAutoencoder], report: ComparisonReport, dataset, layer: int, *, n_pairs: int = 200
+) -> Selectivity:
+    """Change one thing in a scene and see whether the matched latents move, and the others don't.
+
+    For each concept that appears on some patches and disappears from others, a latent's movement is its mean change where the concept
+    appears, minus that where it disappears, over the latent's mean activation where it is active. The matched latent is the one that the
+    report chose on other scenes. The others are those matched to concepts which none of these patches shows, before or after.
+
+    Parameters
+    ----------
+    clip : ClipModel
+    saes : mapping of str to SparseAutoencoder
+        Dictionaries of the report, by the names they have there: the SAE, and controls.
+    report : ComparisonReport
+        Its choice, of activations.
+    dataset : OpenMojiData
+        Scenes on which nothing was chosen.
+    layer : int
+    n_pairs : int
+        At most, of each attribute.
+    """
+    chosen = report.detection.query("readout == 'activations'")
+    matched = {name: chosen[chosen["dictionary"] == name].set_index("concept")["latent"] for name in saes}
+    if unknown := [name for name, latents in matched.items() if latents.empty]:
+        raise ValueError(f"The report holds no dictionary {unknown[0]!r}. Valid: {', '.join(chosen['dictionary'].unique())}.")
+    rows = []
+    for attribute in ATTRIBUTES:
+        pairs = scene_pairs(dataset, attribute, n_pairs)
+        tokens = torch.cat(
+            [_tokens(clip, pairs[i : i + _BATCH], layer) for i in tqdm(range(0, len(pairs), _BATCH), desc=f"pairs: {attribute}")]
+        )
+        for name, sae in saes.items():
+            measured = _movements(pairs, tokens, sae, matched[name])
+            of_pair, right, selective, others = (np.array(part) for part in zip(*measured, strict=True))
+            shares = [mean_interval(values, "pairs", groups=of_pair) for values in (right, selective)]
+            rows.append([name, attribute, len(np.unique(of_pair)), *shares[0][:3], others.mean(), *shares[1][:3]])
+    columns = ["dictionary", "attribute", "n_pairs", "right", "right_low", "right_high", "others", "selectivity", "low", "high"]
+    return Selectivity(pd.DataFrame(rows, columns=columns))
+
+
+def _tokens(clip, pairs: Sequence[ScenePair], layer: int) -> Tensor:
+    """[n, 2, P, D] patches of both scenes."""
+    scenes = [scene for pair in pairs for scene in (pair.before, pair.after)]
+    images = torch.stack([clip.preprocess(Image.fromarray(openmoji.render(scene))) for scene in scenes])
+    return clip.residual(images, layer)[:, 1 : clip.n_tokens].cpu().unflatten(0, (-1, 2))
+
+
+def _movements(pairs: Sequence[ScenePair], tokens: Tensor, sae: SparseAutoencoder, matched: pd.Series) -> list[tuple]:
+    """For each change of a pair that a latent is matched to: the pair, whether it moves the right way, how selectively, and the others' movement."""
+    latents, column = np.unique(matched.to_numpy(), return_inverse=True)
+    h = select_latents(sae, tokens, torch.from_numpy(latents)).cpu().numpy()
+    scale = h.sum((0, 1, 2)) / np.maximum((h > 0).sum((0, 1, 2)), 1)
+    change = (h[:, 1] - h[:, 0]) / np.maximum(scale, np.finfo(np.float32).tiny)
+    place, at = {name: i for i, name in enumerate(openmoji.concept_names())}, dict(zip(matched.index, column, strict=True))
+    concept_of = np.array([place[name] for name in matched.index])
+    found = []
+    for i, (_, _, changes, elsewhere) in enumerate(pairs):
+        others = np.unique(column[elsewhere[concept_of]])
+        for concept, gained, lost in changes:
+            if concept not in at:
+                continue
+            moved = sum(sign * change[i][mask.ravel()].mean(0) for sign, mask in ((1, gained), (-1, lost)) if mask.sum() >= MIN_PATCHES)
+            away = np.abs(moved[others[others != at[concept]]])
+            mine = moved[at[concept]]
+            found.append(
+                (i, mine > 0, float((mine > away).mean()) if mine > 0 and len(away) else 0.0, float(away.mean()) if len(away) else 0.0)
+            )
+    return found
