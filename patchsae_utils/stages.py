@@ -18,8 +18,10 @@ from .adaptation.own_dictionary import Dictionaries, train_dictionaries
 from .clip.loading import load_clip
 from .clip.model import ClipModel
 from .concepts import detection
+from .concepts.baselines import sample_patches
 from .concepts.comparison import measure_dictionaries
 from .concepts.detection import ConceptPatches, measure_concepts
+from .concepts.pairs import Selectivity, selectivity
 from .concepts.report import ComparisonReport, ConceptReport
 from .config import Profile, repository_root
 from .data import ImageData, OpenMojiData, load_dataset, without_broken
@@ -28,6 +30,7 @@ from .latents.likeness import Likeness, LikenessObserver
 from .latents.reading import summarize_latents
 from .latents.summary import LatentSummary
 from .run.artifacts import MANIFEST, fingerprint, read_checked_json
+from .sae.dictionary import random_sae
 from .sae.files import load_sae
 from .sae.model import SparseAutoencoder
 from .sae.trainer import train_sae
@@ -152,6 +155,12 @@ def concept_comparison(
         clip, sae, training_store(profile, clip), training, choose, held_out, profile.model.layer, patches=patches,
         random_weights=dataclasses.replace(profile.training, n_tokens=shorter), random_scenes=fewer, out=profile.folder("latents") / "comparison",
     )  # fmt: skip
+
+
+def pair_selectivity(profile: Profile, clip: ClipModel, sae: SparseAutoencoder, compared: ComparisonReport) -> Selectivity:
+    """How the latents of :func:`concept_comparison` answer when one thing in a scene of the embedded world is changed, beside random directions."""
+    control = random_sae(sae, 0, sample_patches(training_store(profile, clip)))
+    return selectivity(clip, {"SAE": sae, "random SAE": control}, compared, concept_scenes(profile, "test"), profile.model.layer)
 
 
 def adapter(profile: Profile, clip: ClipModel, task: str, kind: str | None = None, seed: int | None = None) -> AdaptedClip:

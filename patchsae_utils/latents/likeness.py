@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..clip.model import Residual
-from ..data import openmoji
+from ..data import truth
 from ..data.sources import has_truth
 from ..run.artifacts import atomic_folder, fingerprint, is_current, write_folder_manifest
 from ..run.intervals import mean_interval
@@ -69,7 +69,7 @@ class Likeness(NamedTuple):
     are read around the SAE's centre ``b_dec``; an image's activation is the mean over its tokens. The random directions are as sparse as the SAE."""
     vectors: dict[str, Tensor]
     """Unit vectors [N, width] of the data set's images, in its order: ``clip`` (image features), ``pixels`` (8 x 8 means, as CLIP reads them)
-    and ``objects`` (the area of each class)."""
+    and ``objects`` (patches of each object)."""
 
     @property
     def embeddings(self) -> Tensor:
@@ -127,7 +127,10 @@ class LikenessObserver(Observer):
     def __init__(self, clip, sae, dataset, layer: int, out: str | Path):
         self.clip, self.sae, self.dataset, self.layer, self.out = clip, sae, dataset, layer, out
         self.key = fingerprint(**pass_inputs(clip, sae, dataset, layer), stage="likeness", version=FORMAT_VERSION)
-        widths = {"clip": clip.d_embed, "pixels": 3 * PIXELS**2} | ({"objects": len(openmoji.class_table())} if has_truth(dataset) else {})
+        widths = {"clip": clip.d_embed, "pixels": 3 * PIXELS**2}
+        names = dataset.concept_names if has_truth(dataset) else ()
+        if objects := [c for c, name in enumerate(names) if name.startswith("object:")]:
+            self.objects, widths["objects"] = objects, len(objects)
         self.vectors = {name: torch.full((len(dataset), d), torch.nan) for name, d in widths.items()}
         sizes = {"SAE": sae.d_sae, "random directions": sae.d_sae, "single dimensions": 2 * sae.d_in}
         self.scores = {name: RunningScores(n, widths) for name, n in sizes.items()}
@@ -145,7 +148,8 @@ class LikenessObserver(Observer):
         """Embed a batch, and read the controls."""
         e = {"clip": self.clip.finish(stream, self.layer).float(), "pixels": F.adaptive_avg_pool2d(images.float(), PIXELS).flatten(1)}
         if "objects" in self.vectors:
-            e["objects"] = torch.stack([_area(self.dataset.truth(i), self.vectors["objects"].shape[1]) for i in places.tolist()])
+            shown = [truth.concept_masks(self.dataset, i, self.clip)[self.objects].sum((1, 2)) for i in places.tolist()]
+            e["objects"] = torch.from_numpy(np.stack(shown)).float()
         e = {name: F.normalize(vectors, dim=-1).cpu() for name, vectors in e.items()}
         for name, vectors in e.items():
             self.vectors[name][places.cpu()] = vectors
@@ -183,8 +187,3 @@ class LikenessObserver(Observer):
             n_images = scores.sums["count"].long().numpy()
             parts.append(pd.DataFrame({"dictionary": name, "latent": np.arange(len(n_images)), **found, "n_images": n_images}))
         Likeness(pd.concat(parts, ignore_index=True), self.vectors).save(self.out, self.key)
-
-
-def _area(truth: openmoji.SceneTruth, n_classes: int) -> Tensor:
-    """[n_classes] patches that the objects of each class cover."""
-    return torch.zeros(n_classes).index_add_(0, torch.from_numpy(truth.class_ids), torch.from_numpy(truth.object_share).sum((1, 2)))

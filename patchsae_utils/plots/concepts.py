@@ -44,11 +44,11 @@ def latent_statistics(frame: pd.DataFrame, annotate: Mapping[int, str]) -> Figur
 
 def _looks(table: pd.DataFrame) -> dict[str, dict]:
     """Colour and marker of each dictionary: SAEs are round and blue first, the ceiling is black."""
-    looks, n = {}, {"sae": 0, "baseline": 0, "ceiling": 0}
+    looks, n = {}, {"sae": 0, "control": 0, "baseline": 0, "ceiling": 0}
     for name, role in table.drop_duplicates("dictionary")[["dictionary", "role"]].itertuples(index=False):
         i = n[role]
         looks[name] = {"color": _BASELINES[i % len(_BASELINES)], "marker": "s^vDPX<>"[i % 8], "ms": 5}
-        if role != "baseline":
+        if role in ("sae", "ceiling"):
             looks[name] = look(("blue", "sky", "green", "purple")[i % 4], ms=7, elinewidth=2.4) if role == "sae" else look("black", "|")
         n[role] += 1
     return looks
