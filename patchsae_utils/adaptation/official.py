@@ -82,7 +82,7 @@ def _goes_on(adapted: PromptedClip, found: Sequence[list[int]]) -> bool:
     """Whether prompts go on as the template does: what stands between the context and the class name, and what ends the sentence."""
     start, end = (_ids(adapted, text) for text in adapted.template.split("{}"))
     start = start[adapted.n_ctx :]
-    fits = [row[: len(start)] == start and row[len(row) - len(end) :] == end and len(row) > len(start + end) for row in found]
+    fits = [row[: len(start)] == start and row[len(row) - len(end) :] == end and len(row) > len(start) + len(end) for row in found]
     return bool(fits) and all(fits)
 
 
@@ -90,7 +90,7 @@ def _template(adapted: PromptedClip, found: Sequence[list[int]]) -> str | None:
     """The words around the class names of a file's prompts: those that all share; None where names may share them too."""
     start, end = commonprefix(list(found)), commonprefix([row[::-1] for row in found])[::-1]
     before, behind = [_text(adapted, [i]) for i in start], _text(adapted, end)
-    if not _PROMPT_WORDS.issuperset(before) or behind[:1].isalnum() or min(map(len, found)) <= len(start + end):
+    if not _PROMPT_WORDS.issuperset(before) or behind[:1].isalnum() or min(map(len, found)) <= len(start) + len(end):
         return None
     own = " ".join([*["X"] * adapted.n_ctx, *before, "{}"]) + behind
     theirs, ours = (adapted.tokenize(text.format("x"))[0, 1 + adapted.n_ctx :] for text in (own, adapted.template))
@@ -104,7 +104,8 @@ def _ids(adapted: PromptedClip, text: str) -> list[int]:
 
 
 def _text(adapted: PromptedClip, ids: Sequence[int]) -> str:
-    return adapted._tokenizer.decode(list(ids)).strip()
+    tokenizer: Any = adapted._tokenizer
+    return tokenizer.decode(list(ids)).strip()
 
 
 def filled(adapted: AdaptedClip, tensors: Mapping[str, Tensor], path: Path) -> AdaptedClip:

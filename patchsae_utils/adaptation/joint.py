@@ -1,0 +1,117 @@
+"""A joint dictionary of two models, a crosscoder: one code for the same token in both, and a decoder for each.
+
+With streams x_m of the models m, centred and divided by one scale::
+
+    f = act( sum_m x_m W_enc^m + b_enc ),    x_m is read back as f W_dec^m
+
+- BatchTopK (``k``): of N tokens' positive f the k N largest products f_s n_s stay, n_s being the sum of the norms of latent s's decoder rows over the models;
+  later a latent is active where its product exceeds the running mean of the smallest one that stayed. The loss is the squared error.
+- L1 (``l1_coefficient``): ReLU, and the loss is the squared error plus the coefficient times the sum of f_s n_s.
+
+With a single stream it is an ordinary SAE; that of the difference of two models is made here too.
+
+Sources: Lindsey et al., "Sparse crosscoders for cross-layer features and model diffing", 2024 (L1); Minder et al., "Overcoming sparsity artifacts in
+crosscoders to interpret chat-tuning", 2025 (BatchTopK).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
+
+LR = 1e-3
+BATCH = 2048
+WARMUP, DECAY = 0.05, 0.2  # shares of the steps
+_RATE = 0.02  # of the running mean of the threshold
+
+
+class JointDictionary(nn.Module):
+    """Decoder rows start at the directions of some tokens [n, M, D], encoders as their transposes; see the module."""
+
+    mean: Tensor
+    scale: Tensor
+    threshold: Tensor
+
+    def __init__(self, tokens: Tensor, d_sae: int, *, k: int | None = 32, l1_coefficient: float | None = None, seed: int = 0):
+        super().__init__()
+        if (k is None) == (l1_coefficient is None):
+            raise ValueError(f"A joint dictionary has k or an l1_coefficient; got k={k}, l1_coefficient={l1_coefficient}.")
+        self.k, self.l1_coefficient = k, l1_coefficient
+        self.register_buffer("mean", tokens.mean(0))
+        self.register_buffer("scale", (tokens - self.mean).square().mean().sqrt())
+        self.register_buffer("threshold", tokens.new_zeros(()))
+        drawn = torch.randint(len(tokens), (d_sae,), generator=Generator().manual_seed(seed))
+        rows = nn.functional.normalize(self._scaled(tokens[drawn.to(tokens.device)]).flatten(1), dim=1).view(d_sae, *tokens.shape[1:])
+        self.W_dec = nn.Parameter(rows.transpose(0, 1).contiguous())  # [M, S, D]
+        self.W_enc = nn.Parameter(self.W_dec.detach().transpose(1, 2).contiguous())  # [M, D, S]
+        self.b_enc = nn.Parameter(tokens.new_zeros(d_sae))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.scale
+
+    @property
+    def norms(self) -> Tensor:
+        """[M, S] norms of the decoder rows."""
+        return self.W_dec.norm(dim=2)
+
+    def rows(self, model: int) -> Tensor:
+        """[S, D] decoder rows of one model, in the units of its stream."""
+        return (self.W_dec[model] * self.scale).detach()
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latents [..., S] of tokens [..., M, D], each token's for itself."""
+        f = self._positive(x)
+        return f if self.k is None else f * (f * self.norms.sum(0) > self.threshold)
+
+    def decode(self, f: Tensor) -> Tensor:
+        """[..., M, D] what latents say of each stream, in its units."""
+        return torch.stack([f @ rows for rows in self.W_dec], -2) * self.scale + self.mean
+
+    def loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss on tokens [N, M, D], in units of the scale: a scalar; and the smallest product f_s n_s that stayed (0 for L1)."""
+        f, norms = self._positive(x), self.norms.sum(0)
+        smallest = f.new_zeros(())
+        if self.k is not None:
+            products = (f * norms).detach()
+            best = products[products > 0].topk(min(self.k * len(x), int((products > 0).sum()))).values
+            smallest = best[-1] if len(best) else smallest
+            f = f * (products >= smallest)
+        error = self._scaled(x) - torch.stack([f @ rows for rows in self.W_dec], 1)
+        penalty = 0 if self.l1_coefficient is None else self.l1_coefficient * (f * norms).sum(1).mean()
+        return error.square().sum((1, 2)).mean() + penalty, smallest
+
+    def _positive(self, x: Tensor) -> Tensor:
+        return (self._scaled(x).flatten(-2) @ self.W_enc.flatten(0, 1) + self.b_enc).relu()
+
+
+def train_joint(
+    tokens: Tensor, d_sae: int, *, k: int | None = 32, l1_coefficient: float | None = None, n_tokens: int = 600_000, seed: int = 0,
+    progress: bool = True,
+) -> JointDictionary:  # fmt: skip
+    """A joint dictionary of tokens [n, M, D], trained on ``n_tokens`` draws of them; Adam, the rate rising at first and falling to 0 at the end."""
+    joint = JointDictionary(tokens, d_sae, k=k, l1_coefficient=l1_coefficient, seed=seed)
+    generator, batch = Generator().manual_seed(seed), min(BATCH, len(tokens))
+    steps = max(1, n_tokens // batch)
+    optimizer = torch.optim.Adam(joint.parameters(), lr=LR)
+    schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (WARMUP * steps), (steps - step) / (DECAY * steps)))
+    order = tokens.new_zeros(0, dtype=torch.long)
+    for step in tqdm(range(steps), desc="joint dictionary", disable=not progress, leave=False):
+        if len(order) < batch:
+            order = torch.randperm(len(tokens), generator=generator)
+        chosen, order = order[:batch], order[batch:]
+        loss, smallest = joint.loss(tokens[chosen.to(tokens.device)])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(joint.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        joint.threshold.lerp_(smallest, _RATE if step else 1.0)
+    return joint.requires_grad_(False)
+
+
+def norm_difference(joint: JointDictionary) -> Tensor:
+    """[S] relative difference of two models' decoder norms: 0 for a latent of the first alone, 1 of the second alone, 1/2 where they are equal."""
+    first, second = joint.norms
+    return ((second - first) / torch.maximum(first, second).clamp_min(torch.finfo(first.dtype).tiny) + 1) / 2

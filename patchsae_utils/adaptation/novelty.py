@@ -1,0 +1,219 @@
+"""Which latents are new in an adapted model? Five measures side by side, none of them enough alone, and one verdict.
+
+All speak of the latents f of a joint dictionary (:mod:`.joint`), at the same tokens of both models, on pictures that no dictionary was trained on; d is the
+latent's decoder row in the adapted model. Was it *there before*?
+
+- ``scaling``: Latent Scaling. beta = d . (Y^T f) / (|d|^2 |f|^2) is how much of the latent Y holds; Y is the error that the other latents leave, and then
+  the reconstruction. The score is CLIP's beta on the error over the adapted model's. New where both ratios are small: norms of decoder rows alone miss rare
+  features, whose row in CLIP never shrank ("undertrained"), and take for new what shrank although CLIP holds it (complete shrinkage: its error
+  says so) or what other latents say in CLIP (decoupling: its reconstruction says so).
+- ``matched``: correlation of its activations with those of the latent of CLIP's own dictionary whose decoder row is most like d.
+- ``predicted``: correlation with a ridge regression from CLIP's whole stream at the same token; needs no dictionary of CLIP.
+
+And *did it change*?
+
+- ``norms``: relative difference of the decoder rows' norms, 1/2 where they are equal.
+- ``difference``: correlation with the latent of an SAE on the difference of the streams whose row is most like d.
+
+Sources: Minder et al., 2025, section 3 (Latent Scaling; they ask only for latents whose own row in CLIP is near 0, where the reconstruction with and without
+it is the same: here it is left out of CLIP's); Kondapaneni et al., 2025 (regression).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..clip.model import ClipModel
+from ..data import batches
+from ..interventions.tail import check_same_tower
+from ..run.intervals import Interval, interval
+from ..sae.model import SparseAutoencoder
+from .joint import JointDictionary, norm_difference, train_joint
+
+NEW, BEFORE, UNDECIDED = "new", "as before", "undecided"
+RATIOS = (0.2, 0.5)
+"""Below them, on error and reconstruction, Latent Scaling calls a latent the adapted model's own."""
+RELATED = 0.5
+"""Correlation above which a latent has a partner, or is predicted."""
+NORMS = (0.1, 0.9)
+"""Bounds of the relative norm difference: beyond them it is one model's alone."""
+RIDGE = 1e-3  # of the mean variance of the stream's dimensions
+_PICTURES = 8  # read at once
+
+
+@torch.no_grad()
+def read_streams(base: ClipModel, adapted: ClipModel, dataset: Any, layer: int, *, progress: bool = True) -> Tensor:
+    """The residual streams of two models after a block, at the same tokens: [N, T, 2, D]."""
+    check_same_tower(base, adapted)
+    shown = f"reading {dataset.name} twice" if progress else None
+    parts = [
+        [model.residual(batch.images, layer) for model in (base, adapted)] for batch in batches(dataset, base.preprocess, progress=shown)
+    ]
+    return torch.cat([torch.stack(pair, 2) for pair in parts])
+
+
+def norms(joint: JointDictionary, streams: Tensor) -> pd.DataFrame:
+    """Relative norm difference of each latent; it has no interval over pictures."""
+    score = norm_difference(joint).cpu().double().numpy()
+    nothing = np.full(len(score), np.nan)
+    return _table(Interval(score, nothing, nothing), score > NORMS[1], (score > NORMS[0]) & (score < NORMS[1]))
+
+
+@torch.no_grad()
+def scaling(joint: JointDictionary, streams: Tensor) -> pd.DataFrame:
+    """Latent Scaling: CLIP's beta over the adapted model's on the error; beside it "reconstruction", its interval, and the four betas."""
+    d, own = joint.rows(1), [(joint.rows(1) * joint.rows(model)).sum(1) for model in range(2)]
+    sums = []
+    for x, f in _read(joint, streams):
+        said, square = joint.decode(f), f.square().sum(1)
+        along = lambda y: (f * (y @ d.T)).sum(1)  # noqa: B023, E731
+        errors = [along((x - said)[:, :, model]) + square * own[model] for model in range(2)]
+        rebuilt = [along((said - joint.mean)[:, :, model]) for model in range(2)]
+        sums.append(torch.stack([*errors, rebuilt[0] - square * own[0], rebuilt[1], square]))
+    totals = torch.cat(sums, 1).double().cpu().numpy()  # [5, N, S]
+    ratio = [interval(lambda w, i=i: _over(w @ totals[i], w @ totals[i + 1]), totals.shape[1], "images") for i in (0, 2)]
+    new = np.logical_and.reduce([each.high < bound for each, bound in zip(ratio, RATIOS, strict=True)])
+    before = np.logical_or.reduce([each.low > bound for each, bound in zip(ratio, RATIOS, strict=True)])
+    table = _table(ratio[0], new, before).assign(
+        reconstruction=ratio[1].value, reconstruction_low=ratio[1].low, reconstruction_high=ratio[1].high
+    )
+    betas = _over(totals[:4].sum(1), totals[4].sum(0) * d.double().square().sum(1).cpu().numpy())
+    names = ("error_base", "error_adapted", "reconstruction_base", "reconstruction_adapted")
+    return table.assign(**{f"beta_{name}": beta for name, beta in zip(names, betas, strict=True)})
+
+
+def matched(joint: JointDictionary, streams: Tensor, sae: SparseAutoencoder) -> pd.DataFrame:
+    """Correlation with the latent of CLIP's dictionary, reading CLIP, whose decoder row is most like the latent's; that is ``partner``."""
+    return _with_partner(joint, streams, sae.W_dec.detach(), lambda x: sae.encode(x[:, :, 0]))
+
+
+def difference(joint: JointDictionary, streams: Tensor, changes: JointDictionary) -> pd.DataFrame:
+    """Correlation with the latent of a dictionary of the streams' difference whose row is most like the latent's; "new": the change writes it."""
+    table = _with_partner(joint, streams, changes.rows(0), lambda x: changes.encode((x[:, :, 1] - x[:, :, 0])[:, :, None]))
+    return table.assign(evidence=table["evidence"].map({NEW: BEFORE, BEFORE: NEW, UNDECIDED: UNDECIDED}))
+
+
+@torch.no_grad()
+def predicted(joint: JointDictionary, streams: Tensor, train: Tensor) -> pd.DataFrame:
+    """Correlation with a ridge regression from CLIP's stream at the same token, fitted on the pictures ``train`` [N', T, 2, D]."""
+    centre = train[:, :, 0].mean((0, 1))
+    square, product = train.new_zeros(len(centre), len(centre)), train.new_zeros(len(centre), len(joint.b_enc))
+    for x, f in _read(joint, train):
+        z = (x[:, :, 0] - centre).flatten(0, 1)
+        square += z.T @ z
+        product += z.T @ (f.flatten(0, 1) - f.mean((0, 1)))
+    square.diagonal().add_(RIDGE * square.diagonal().mean())
+    weights = torch.linalg.solve(square.double(), product.double()).to(product)
+    return _related(correlations((f, (x[:, :, 0] - centre) @ weights) for x, f in _read(joint, streams)))
+
+
+def correlations(pairs: Iterator[tuple[Tensor, Tensor]]) -> Interval:
+    """Pearson correlation over tokens of activations f and g, both [B, T, S], latent by latent, resampling pictures; NaN where one is constant."""
+    parts = [
+        torch.stack([f.sum(1), g.sum(1), (f * f).sum(1), (g * g).sum(1), (f * g).sum(1), torch.full_like(f[:, 0], f.shape[1])])
+        for f, g in pairs
+    ]
+    sums = torch.cat(parts, 1).double().cpu().numpy()  # [6, N, S]
+
+    def pearson(weights: np.ndarray) -> np.ndarray:
+        f, g, ff, gg, fg, n = (weights @ each for each in sums)
+        with np.errstate(invalid="ignore"):
+            return _over(fg - f * g / n, np.sqrt((ff - f * f / n).clip(0) * (gg - g * g / n).clip(0)))
+
+    return interval(pearson, sums.shape[1], "images")
+
+
+@torch.no_grad()
+def _with_partner(joint: JointDictionary, streams: Tensor, rows: Tensor, encode: Callable[[Tensor], Tensor]) -> pd.DataFrame:
+    cosine = F.normalize(joint.rows(1), dim=1) @ F.normalize(rows, dim=1).T
+    best = cosine.max(1)
+    table = _related(correlations((f, encode(x)[..., best.indices]) for x, f in _read(joint, streams)))
+    return table.assign(partner=best.indices.cpu().numpy(), cosine=best.values.cpu().numpy())
+
+
+def _read(joint: JointDictionary, streams: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some pictures' streams [B, T, 2, D] and their latents [B, T, S]."""
+    return ((x, joint.encode(x)) for x in streams.split(_PICTURES))
+
+
+def _related(found: Interval) -> pd.DataFrame:
+    """A latent with a partner was there before."""
+    return _table(found, found.high < RELATED, found.low > RELATED)
+
+
+def _table(found: Interval, new: np.ndarray, before: np.ndarray) -> pd.DataFrame:
+    """latent, score, low, high, evidence."""
+    evidence = np.select([new, before], [NEW, BEFORE], UNDECIDED)
+    return pd.DataFrame({"latent": range(len(new)), "score": found.value, "low": found.low, "high": found.high, "evidence": evidence})
+
+
+def _over(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.divide(above, below, out=np.full(np.broadcast_shapes(above.shape, below.shape), np.nan), where=below > 0)
+
+
+def verdicts(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """One verdict a latent from tables by measure: latent, verdict, and each measure's score and evidence.
+
+    "new": most of ``scaling``, ``matched`` and ``predicted`` (of those given) say so, and none of them the contrary; where it is the other way round
+    "changed" if ``difference`` or ``norms`` say that the change writes it, else "as before"; "undecided" where they disagree or don't know.
+    """
+    presence = [tables[name]["evidence"] for name in ("scaling", "matched", "predicted") if name in tables]
+    enough = len(presence) // 2 + 1
+    new, before = (sum((each == word).to_numpy().astype(int) for each in presence) for word in (NEW, BEFORE))
+    moved = np.logical_or.reduce(
+        [(tables[name]["evidence"] == NEW).to_numpy() for name in ("difference", "norms") if name in tables] or [new < 0]
+    )
+    was = (before >= enough) & (new == 0)
+    verdict = np.select([(new >= enough) & (before == 0), was & moved, was], [NEW, "changed", BEFORE], UNDECIDED)
+    scores = {f"{name}{end}": table[column] for name, table in tables.items() for end, column in (("", "score"), ("_evidence", "evidence"))}
+    return pd.DataFrame({"latent": range(len(verdict)), "verdict": verdict, **scores})
+
+
+def new_latents(
+    base: ClipModel, adapted: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: int, *, d_sae: int, k: int = 32,
+    n_tokens: int = 600_000, progress: bool = True,
+) -> tuple[JointDictionary, pd.DataFrame]:  # fmt: skip
+    """Which latents of a joint dictionary are new in an adapted model, changed, or as before: measured five ways.
+
+    Parameters
+    ----------
+    base, adapted, sae, layer
+        The models, and an SAE that was trained on ``base`` and reads this block's output.
+    dataset : data set
+        Every other picture trains the dictionaries, the rest is measured on.
+    d_sae, k : int
+        Latents of the joint dictionary and of that of the difference, and how many of them are active per token.
+    n_tokens : int
+        Tokens that each is trained on.
+    progress : bool
+
+    Returns
+    -------
+    JointDictionary
+    DataFrame
+        As :func:`verdicts`; latents that fire on no measured picture are left out.
+    """
+    sae.check_model(base, layer)
+    sae.check_model(adapted, layer)
+    train, streams = (
+        part.contiguous() for part in (lambda both: (both[::2], both[1::2]))(read_streams(base, adapted, dataset, layer, progress=progress))
+    )
+    tokens = train.flatten(0, 1)
+    joint = train_joint(tokens, d_sae, k=k, n_tokens=n_tokens, progress=progress)
+    changes = train_joint(tokens[:, 1:] - tokens[:, :1], d_sae, k=k, n_tokens=n_tokens, progress=progress)
+    tables = {
+        "norms": norms(joint, streams),
+        "difference": difference(joint, streams, changes),
+        "scaling": scaling(joint, streams),
+        "matched": matched(joint, streams, sae),
+        "predicted": predicted(joint, streams, train),
+    }
+    fired = torch.stack([(f > 0).flatten(0, 1).any(0) for _, f in _read(joint, streams)]).any(0)
+    return joint, verdicts(tables)[fired.cpu().numpy()].reset_index(drop=True)
