@@ -54,16 +54,14 @@ def label_latents(
     """Name latents, with a score, a margin and "unnamed" where nothing stands out.
 
     With a report (*ground truth*), a latent's name is the concept whose mask its activation correlates with most; the score is that
-    correlation on held-out scenes, the margin its lead over the second concept where both were chosen, and p the share of living latents,
-    among those active in about as many images, that reach the score when pictures and masks are shuffled. With ``text``, the name is the
-    word that :func:`score_words` found, and p is corrected for the number of words. With neither (*labels*), it is the class in whose
-    images the latent is active most above the base rate; the score is that lift, the margin its lead over the second class, and p the
-    binomial tail of so many active images, times the number of classes.
+    correlation on held-out scenes, and p the share of living latents, among those active in about as many images, that reach it when
+    pictures and masks are shuffled. With ``text``, the name is the word that :func:`score_words` found. With neither (*labels*), it is the
+    class in whose images the latent is active most above the base rate; the score is that lift, and p the binomial tail of so many active
+    images, times the number of classes.
 
-    Every p holds for one latent. Among thousands some are small by chance: ``q`` is p after the correction of Benjamini and Hochberg (1995)
-    over the living latents, the share of names so certain that would be false. Names from text are judged by q, the other two by p, whose
-    false names a reader can count: ``max_p`` times the latents. A name also needs a correlation of 0.1, a lift of 2, or half a standard
-    deviation for text.
+    Every p holds for one latent; ``q`` is p after the correction of Benjamini and Hochberg (1995) over the living latents, the share of names
+    so certain that would be false. Names from text are judged by q, the other two by p, whose false names a reader can count: ``max_p``
+    times the latents. A name also needs a correlation of 0.1, a lift of 2, or half a standard deviation for text.
 
     Parameters
     ----------
@@ -81,11 +79,6 @@ def label_latents(
         latent, name, kind, score, margin, p, q, runner_up, class_index (-1 where the name is no class), n_images (where it is active),
         frequency; from labels also ``entropy`` of the classes of its reference images (nats; log C for the dead). One row a latent; dead
         latents are unnamed, of kind "dead", with score and margin 0 and p 1.
-
-    Raises
-    ------
-    ValueError
-        If both sources are given, or one is of other latents than the summary.
     """
     if report is not None and text is not None:
         raise ValueError("Names come from ground truth (report) or from text, not from both: call twice, and compare by name_agreement.")
@@ -338,15 +331,9 @@ def name_agreement(sources: Mapping[str, pd.DataFrame], related: Mapping[str, Se
         names are shuffled over those latents), p (share of shuffles that agree at least as often; the observed order counts as one),
         related and related_chance (names equal or related). NaN without a common latent. Equal class names that were told apart by an index
         count as equal.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than two sources.
     """
-    if len(sources) < 2:
-        raise ValueError(f"Agreement needs two sources of names or more, got {len(sources)}.")
-    plain = {source: _plain_names(frame) for source, frame in sources.items()}
+    named = {source: frame[frame["name"] != UNNAMED].set_index("latent")["name"] for source, frame in sources.items()}
+    plain = {source: names.str.replace(r" \(\d+\)$", "", regex=True) for source, names in named.items()}
     rng, n_shuffles = np.random.default_rng(0), 1000
     pairs = {(a, b) for a, some in (related or {}).items() for b in some}
     rows = []
@@ -373,9 +360,3 @@ def related_names() -> dict[str, list[str]]:
     """Names in the embedded world that are no contradiction: an object's category and its main colour."""
     table = openmoji.class_table()
     return {name: [category, color] for name, category, color in zip(table["name"], table["category"], openmoji.main_colors(), strict=True)}
-
-
-def _plain_names(frame: pd.DataFrame) -> pd.Series:
-    """Names by latent, without the index that tells classes apart; the unnamed left out."""
-    named = frame[frame["name"] != UNNAMED].set_index("latent")["name"]
-    return named.str.replace(r" \(\d+\)$", "", regex=True)

@@ -101,24 +101,22 @@ class Selectivity(NamedTuple):
     """Whether latents answer to what they are matched with, and to nothing else."""
 
     frame: pd.DataFrame
-    """dictionary, attribute, n_pairs, right (share of changes in which the matched latent moves the right way), right_low, right_high, others (how
-    far others move, in units of their mean activation), selectivity, low, high. ``selectivity``: how often the matched latent moves the
-    right way by more than another latent moves either way, where its own concept is nowhere near. A latent that moves like the others do: 0.25;
-    one that is silent: 0. Intervals are of pairs, 95 %."""
+    """One row a dictionary, attribute and measure: dictionary, attribute, n_pairs, measure, value, low, high (95 %, over pairs). ``right``: share of
+    changes in which the matched latent moves the right way. ``selectivity``: how often it does so by more than another latent moves
+    either way, where its own concept is nowhere near; 0.25 if all moved alike, 0 for a silent one. ``first``: by more than every other."""
 
     def sentence(self) -> str:
         """Selectivity by attribute in words."""
         parts = [
-            f"{attribute}: "
-            + ", ".join(f"{row.dictionary} {row.selectivity:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in rows.itertuples())
-            for attribute, rows in self.frame.groupby("attribute", sort=False)
+            f"{attribute}: " + ", ".join(f"{row.dictionary} {row.value:.0%} [{row.low:.0%}, {row.high:.0%}]" for row in rows.itertuples())
+            for attribute, rows in self.frame.query("measure == 'first'").groupby("attribute", sort=False)
         ]
-        return f"Selectivity by pairs (0.25 by chance): {'; '.join(parts)}."
+        return f"Changes that move the matched latent, the right way, more than every other: {'; '.join(parts)}."
 
 
 @torch.no_grad()
 def selectivity(
-    clip, saes: Mapping[str, SparseAutoencoder], report: ComparisonReport, dataset, layer: int, *, n_pairs: int = 200
+    clip, saes: Mapping[str, SparseAutoencoder], report: ComparisonReport, dataset, layer: int, *, n_pairs: int = 100
 ) -> Selectivity:
     """Change one thing in a scene and see whether the matched latents move, and the others don't.
 
@@ -150,12 +148,11 @@ def selectivity(
             [_tokens(clip, pairs[i : i + _BATCH], layer) for i in tqdm(range(0, len(pairs), _BATCH), desc=f"pairs: {attribute}")]
         )
         for name, sae in saes.items():
-            measured = _movements(pairs, tokens, sae, matched[name])
-            of_pair, right, selective, others = (np.array(part) for part in zip(*measured, strict=True))
-            shares = [mean_interval(values, "pairs", groups=of_pair) for values in (right, selective)]
-            rows.append([name, attribute, len(np.unique(of_pair)), *shares[0][:3], others.mean(), *shares[1][:3]])
-    columns = ["dictionary", "attribute", "n_pairs", "right", "right_low", "right_high", "others", "selectivity", "low", "high"]
-    return Selectivity(pd.DataFrame(rows, columns=columns))
+            of_pair, *measures = np.array(_movements(pairs, tokens, sae, matched[name])).T
+            for measure, values in zip(("right", "selectivity", "first"), measures, strict=True):
+                found = mean_interval(values, "pairs", groups=of_pair)
+                rows.append([name, attribute, len(np.unique(of_pair)), measure, *found[:3]])
+    return Selectivity(pd.DataFrame(rows, columns=["dictionary", "attribute", "n_pairs", "measure", "value", "low", "high"]))
 
 
 def _tokens(clip, pairs: Sequence[ScenePair], layer: int) -> Tensor:
@@ -166,7 +163,7 @@ def _tokens(clip, pairs: Sequence[ScenePair], layer: int) -> Tensor:
 
 
 def _movements(pairs: Sequence[ScenePair], tokens: Tensor, sae: SparseAutoencoder, matched: pd.Series) -> list[tuple]:
-    """For each change of a pair that a latent is matched to: the pair, whether it moves the right way, how selectively, and the others' movement."""
+    """For each change that a latent is matched to: the pair, and what :class:`Selectivity` measures."""
     latents, column = np.unique(matched.to_numpy(), return_inverse=True)
     h = select_latents(sae, tokens, torch.from_numpy(latents)).cpu().numpy()
     scale = h.sum((0, 1, 2)) / np.maximum((h > 0).sum((0, 1, 2)), 1)
@@ -182,7 +179,5 @@ def _movements(pairs: Sequence[ScenePair], tokens: Tensor, sae: SparseAutoencode
             moved = sum(sign * change[i][mask.ravel()].mean(0) for sign, mask in ((1, gained), (-1, lost)) if mask.sum() >= MIN_PATCHES)
             away = np.abs(moved[others[others != at[concept]]])
             mine = moved[at[concept]]
-            found.append(
-                (i, mine > 0, float((mine > away).mean()) if mine > 0 and len(away) else 0.0, float(away.mean()) if len(away) else 0.0)
-            )
+            found.append((i, mine > 0, mine > 0 and (mine > away).mean(), mine > away.max(initial=0)))
     return found

@@ -1,8 +1,4 @@
-"""Where latents are active, against masks of the ground truth.
-
-Average precision and IoU of every latent for every concept, the pointing game, concepts that several latents share, classes that a
-category's latent skips, and the matching of latents with concepts.
-"""
+"""Where latents are active, against masks of the ground truth: IoU, the pointing game, concepts that latents share or skip, their matching."""
 
 from __future__ import annotations
 
@@ -204,11 +200,6 @@ def localize(dictionary: Dictionary, choose: ConceptPatches, report: ConceptPatc
         Of features that are not negative.
     choose, report : ConceptPatches
         Of scenes that differ.
-
-    Raises
-    ------
-    ValueError
-        If no concept is left, or an activation is negative.
     """
     columns = common_concepts(choose, report)
     found = ConceptMatrix(*(part[:, columns] for part in concept_matrix(Activations(dictionary, choose))))
@@ -269,17 +260,12 @@ def concept_examples(clip, sae, dataset, layer: int, report: ConceptReport, conc
     ----------
     clip : ClipModel
     sae : SparseAutoencoder
-    dataset : OpenMojiData
+    dataset
         The reported scenes.
     layer : int
     report : ConceptReport
     concepts : sequence of str
         As in ``report.detection["concept"]``.
-
-    Raises
-    ------
-    ValueError
-        For a concept that the report doesn't hold, or that no scene shows.
     """
     best = report.detection.set_index("concept")
     unknown = [c for c in concepts if c not in best.index]

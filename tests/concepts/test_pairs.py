@@ -73,24 +73,24 @@ def measured(scenes, monkeypatch, matched, read):
     sae = SparseAutoencoder(len(NAMES), len(NAMES)).requires_grad_(False)
     sae.W_enc.copy_(torch.eye(len(NAMES)))
     frame = pd.DataFrame({"dictionary": "SAE", "readout": "activations", "concept": NAMES, "latent": matched})
-    return selectivity(None, {"SAE": sae}, ComparisonReport(frame, np.zeros((0, 0))), scenes, 0, n_pairs=12)
+    found = selectivity(None, {"SAE": sae}, ComparisonReport(frame, np.zeros((0, 0))), scenes, 0, n_pairs=12)
+    return found, found.frame.pivot(index="attribute", columns="measure", values="value")
 
 
 def test_latents_that_are_the_concepts_are_perfectly_selective(scenes, monkeypatch):
-    found = measured(scenes, monkeypatch, np.arange(len(NAMES)), lambda masks: masks)
-    assert list(found.frame["attribute"]) == list(ATTRIBUTES)
-    assert (found.frame[["right", "selectivity"]] == 1).all().all() and (found.frame["others"] == 0).all()
-    assert "object: SAE 1.00 [1.00, 1.00]" in found.sentence()
+    found, values = measured(scenes, monkeypatch, np.arange(len(NAMES)), lambda masks: masks)
+    assert set(values.index) == set(ATTRIBUTES) and (values == 1).all().all()
+    assert "object: SAE 100% [100%, 100%]" in found.sentence()
 
 
 def test_silent_and_shuffled_latents_are_not_selective_and_random_ones_are_at_chance(scenes, monkeypatch):
-    assert (measured(scenes, monkeypatch, np.arange(len(NAMES)), np.zeros_like).frame["selectivity"] == 0).all()
+    assert (measured(scenes, monkeypatch, np.arange(len(NAMES)), np.zeros_like)[1] == 0).all().all()
     shuffled = np.random.default_rng(0).permutation(len(NAMES))
-    assert (measured(scenes, monkeypatch, shuffled, lambda masks: masks).frame["selectivity"] < 0.3).all()
+    assert (measured(scenes, monkeypatch, shuffled, lambda masks: masks)[1] < 0.3).all().all()
     rng = np.random.default_rng(1)
-    noise = measured(scenes, monkeypatch, np.arange(len(NAMES)), lambda masks: rng.random(masks.shape, np.float32)).frame
-    assert noise["selectivity"].between(0.1, 0.4).all() and noise["right"].between(0.2, 0.8).all()
-    assert noise["selectivity"].mean() == pytest.approx(0.25, abs=0.06)
+    _, noise = measured(scenes, monkeypatch, np.arange(len(NAMES)), lambda masks: rng.random(masks.shape, np.float32))
+    assert noise["right"].between(0.2, 0.8).all() and noise["first"].max() < 0.1
+    assert noise["selectivity"].between(0.1, 0.4).all() and noise["selectivity"].mean() == pytest.approx(0.25, abs=0.06)
     with pytest.raises(ValueError, match="no dictionary 'SAE'"):
         selectivity(
             None,
