@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +43,8 @@ class ConceptPatches(NamedTuple):
     """[N, K] 1 where a patch shows a concept."""
     names: tuple[str, ...]
     """[K] "kind:name"."""
+    families: Mapping[str, Sequence[str]] = {}
+    """A category's name -> those of its objects."""
 
     @property
     def n_images(self) -> int:
@@ -91,7 +93,9 @@ def concept_patches(clip, dataset, layer: int, *, progress: bool = True) -> Conc
         clip.residual(batch.images, layer)[:, 1 : clip.n_tokens].flatten(0, 1).cpu()
         for batch in batches(dataset, clip.preprocess, 64, progress="patches" if progress else None)
     ])  # fmt: skip
-    return ConceptPatches(tokens, np.repeat(np.arange(len(dataset)), clip.n_tokens - 1), masks, tuple(dataset.concept_names))
+    return ConceptPatches(
+        tokens, np.repeat(np.arange(len(dataset)), clip.n_tokens - 1), masks, tuple(dataset.concept_names), getattr(dataset, "families", {})
+    )
 
 
 def read_patches(clip, datasets: Sequence, layer: int, patches: Sequence[ConceptPatches] | None = None) -> list[ConceptPatches]:

@@ -175,13 +175,15 @@ def make_vocabulary(clip, dataset) -> Vocabulary:
     """
     classes = list(unique_names(dataset.class_names))
     words = {"object": classes}
+    if not classes:  # of pictures whose ground truth has names
+        words["object"] = [name.removeprefix("object:") for name in getattr(dataset, "concept_names", ()) if name.startswith("object:")]
     if str(dataset.spec).startswith("openmoji"):
         words["category"] = sorted(openmoji.class_table()["category"].unique())
         words |= {"color": list(openmoji.COLORS), "background": list(openmoji.BACKGROUND_KINDS)}
     else:
         words |= {"color": list(openmoji.COLORS), "texture": list(TEXTURES)}
     embeddings = []
-    for kind, some in words.items():
+    for kind, some in (words := {kind: some for kind, some in words.items() if some}).items():
         if kind == "background":
             spoken, templates = [openmoji.BACKGROUNDS.get(word, word) for word in some], ("something {}.", "a picture {}.", "{}")
         else:

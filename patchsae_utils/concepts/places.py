@@ -13,7 +13,7 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..data import openmoji, truth
+from ..data import truth
 from ..latents.pictures import seen_image
 from ..latents.reading import latent_masks
 from ..run.intervals import interval
@@ -143,20 +143,21 @@ class Localization(NamedTuple):
             dict(zip(self.features.patches.names, self.features.patches.rows(), strict=True)),
         )
         parts = []
-        for category, classes in openmoji.class_table().groupby("category")["name"]:
-            some = [name for name in classes if f"object:{name}" in concepts.index]
-            if f"category:{category}" not in concepts.index or len(some) < 2:
+        for category, objects in self.features.patches.families.items():
+            some = [concept for concept in objects if concept in concepts.index]
+            if category not in concepts.index or len(some) < 2:
                 continue
-            latent, threshold = concepts.loc[f"category:{category}", ["iou_latent", "threshold"]]
+            latent, threshold = concepts.loc[category, ["iou_latent", "threshold"]]
             marked = self.features.columns(np.array([int(latent)]))[0] >= threshold
-            special = concepts.loc[[f"object:{name}" for name in some], ["n_patches", "latent", "ap_choose"]].reset_index()
+            special = concepts.loc[some, ["n_patches", "latent", "ap_choose"]].reset_index()
             recall = special["concept"].map(lambda concept, marked=marked: marked[positives[concept]].mean())
             general, skips = recall.median() >= MIN_RECALL, recall < SKIPPED * recall.median()
             stands = (special["latent"] != latent) & (special["ap_choose"] >= MIN_SPECIAL_AP)
             parts.append(
                 pd.DataFrame(
                     {
-                        "category": category, "latent": int(latent), "object": some, "n_patches": special["n_patches"], "recall": recall,
+                        "category": category.partition(":")[2], "latent": int(latent), "object": [name.partition(":")[2] for name in some],
+                        "n_patches": special["n_patches"], "recall": recall,
                         "median_recall": recall.median(), "found": general & ~skips, "skipped": general & skips,
                         "object_latent": special["latent"], "object_ap": special["ap_choose"], "absorbed": general & skips & stands,
                     }

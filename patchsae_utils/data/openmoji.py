@@ -162,6 +162,11 @@ class OpenMojiData(Dataset):
         """What :meth:`truth` knows."""
         return concept_names()
 
+    @property
+    def families(self) -> dict[str, list[str]]:
+        """Each category's objects, by their concepts' names."""
+        return {f"category:{kind}": [f"object:{name}" for name in rows] for kind, rows in class_table().groupby("category")["name"]}
+
     def truth(self, index: int) -> SceneTruth:
         """What every patch of scene ``index`` shows."""
         return scene_truth(self.scene(index))

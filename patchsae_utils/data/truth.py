@@ -1,7 +1,7 @@
 """Ground truth of pictures: which concepts each patch shows, from masks of the picture's pixels, on any model's grid.
 
-A data set with ground truth has ``concept_names``, each "<kind>:<name>", and ``truth(index)``, which gives :class:`Regions`. Masks take the way
-of the picture through ``clip.preprocess``: scaled, and cropped or padded.
+A data set with ground truth has ``concept_names``, each "<kind>:<name>", and ``truth(index)``, which gives :class:`Regions`; ``families``, if it has
+them, say which of them are a category's. Masks take the way of the picture through ``clip.preprocess``: scaled, and cropped or padded.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,13 +87,13 @@ def seen_pixels(preprocess, size: tuple[int, int]) -> np.ndarray:
 
 
 class MaskedData(ImageData):
-    """Pictures without labels whose pixels' concepts are known: ``annotations`` has ``concept_names``, ``regions(row)`` and ``contents(rows)``."""
+    """Pictures without labels whose pixels' concepts are known: ``annotations`` has their names and families, ``regions(row)``, ``contents(rows)``."""
 
     def __init__(self, spec: str, split: str, listing: Listing, annotations: Any, half: str | None, n_images: int | None, seed: int):
         names, labels, opener, ends = listing
         rows = share(labels, split, ends, seed, names, spec) if ends else None
         super().__init__(spec, split, names, labels, opener, half, n_images, seed, rows)
-        self.annotations, self.concept_names = annotations, annotations.concept_names
+        self.annotations, self.concept_names, self.families = annotations, annotations.concept_names, annotations.families
 
     @property
     def contents(self) -> str | None:
@@ -155,9 +155,10 @@ class _Coco:
     """
 
     def __init__(
-        self, files: Sequence[Path], names: Sequence[str], sizes: list[tuple[int, int]], shapes: list[list[tuple[Sequence[int], Any]]]
+        self, files: Sequence[Path], names: Iterable[str], families: dict[str, list[str]], sizes: list[tuple[int, int]], shapes: list[list]
     ):
-        self.concept_names, self._files, self._sizes, self._shapes = tuple(names), [str(file) for file in files], sizes, shapes
+        self.concept_names, self.families, self._files = tuple(names), families, [str(file) for file in files]
+        self._sizes, self._shapes = sizes, shapes  # of each row: (height, width); (concepts, mask) of each annotation
 
     def contents(self, rows: Sequence[int]) -> str:
         return ImageFiles("/", self._files).contents(range(len(self._files)))
@@ -186,6 +187,7 @@ def _read_coco(base: Path, files: Sequence[Path]) -> tuple[Listing, _Coco]:
     images: dict[int, dict] = {}
     shapes: dict[int, list] = {}
     places: dict[str, int] = {}
+    families: dict[str, list[str]] = {}
     without = 0
     for file in files:
         content = read_json(file)
@@ -198,7 +200,9 @@ def _read_coco(base: Path, files: Sequence[Path]) -> tuple[Listing, _Coco]:
         concepts = {}
         for each in content["categories"]:
             names = [_concept("object" if each.get("isthing", 1) else "stuff", each["name"])]
-            names += [f"category:{above}"] if (above := each.get("supercategory")) and above != each["name"] else []
+            if (above := each.get("supercategory")) and above != each["name"]:
+                families.setdefault(f"category:{above}", []).append(names[0])
+                names.append(f"category:{above}")
             concepts[each["id"]] = [places.setdefault(name, len(places)) for name in names]
         images |= {each["id"]: each for each in content["images"]}
         for each in content["annotations"]:
@@ -215,7 +219,7 @@ def _read_coco(base: Path, files: Sequence[Path]) -> tuple[Listing, _Coco]:
     there = [each for each in images.values() if (base / each["file_name"]).is_file()]
     listing = _listing(base, [each["file_name"] for each in there], f"Images of {files[0]} in {base}", len(images) - len(there))
     sizes = [(each["height"], each["width"]) for each in there]
-    return listing, _Coco(files, list(places), sizes, [shapes.get(each["id"], []) for each in there])
+    return listing, _Coco(files, places, families, sizes, [shapes.get(each["id"], []) for each in there])
 
 
 # -- label images ------------------------------------------------------------------------------------------------------------
@@ -223,6 +227,8 @@ def _read_coco(base: Path, files: Sequence[Path]) -> tuple[Listing, _Coco]:
 
 class _LabelImages:
     """A picture of numbers beside each picture, one a pixel, as ADE20K and Pascal have them."""
+
+    families: dict[str, list[str]] = {}
 
     def __init__(self, files: ImageFiles, names: dict[int, str], void: set[int]):
         self.concept_names, self._files, self._void = tuple(names.values()), files, void

@@ -147,7 +147,9 @@ def concept_sharing(splitting: pd.DataFrame, absorption: pd.DataFrame) -> Figure
     }
     counts = pd.DataFrame({label: rows for label, (_, rows) in fates.items()}).groupby(absorption["category"]).sum()
     counts = counts.loc[absorption["category"].value_counts().sort_values(ascending=False, kind="stable").index[:12]]
-    counts.plot.barh(stacked=True, width=0.7, ax=right, color=[color for color, _ in fates.values()])
+    (counts if len(counts) else counts.reindex(["no categories"])).plot.barh(
+        stacked=True, width=0.7, ax=right, color=[color for color, _ in fates.values()]
+    )
     right.set(xlabel="classes", title="classes of a category, for its best latent")
     for ax, columns, title in ((left, 4, "latents"), (right, 2, None)):
         ax.set_ylabel("")

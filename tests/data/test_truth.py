@@ -12,7 +12,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 from torchvision import transforms
 
-from patchsae_utils.concepts.detection import concept_patches, detect_concepts, precisions
+from patchsae_utils.concepts.detection import Activations, concept_patches, detect_concepts, precisions
 from patchsae_utils.data import ImageData, dataset_fingerprint, load_dataset, openmoji
 from patchsae_utils.data.truth import concept_masks, patch_shares, seen_pixels
 from patchsae_utils.sae.dictionary import sae_dictionary
@@ -90,13 +90,19 @@ def test_exported_scenes_give_the_average_precisions_of_their_own_truth(world, t
         shown = [name for name in patches.names if name in own.names and same.masks[:, own.names.index(name)].sum()]
         pairs = np.arange(16).repeat(len(shown)), np.tile(np.arange(len(shown)), 16)
         mine, theirs = ([each.names.index(name) for name in shown] for each in (patches, same))
-        found = precisions(dictionary, same._replace(masks=patches.masks, names=patches.names), pairs[0], np.array(mine)[pairs[1]])
-        np.testing.assert_allclose(found, precisions(dictionary, same, pairs[0], np.array(theirs)[pairs[1]]), rtol=0, atol=1e-6)
+        (found, expected) = (
+            precisions(Activations(dictionary, each), pairs[0], np.array(columns)[pairs[1]])
+            for each, columns in ((patches, mine), (same, theirs))
+        )
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
         n_compared += len(shown)
     kinds = {name.split(":")[0] for name in patches.names}
     assert n_compared > 60 and kinds == ({"object", "category", "color", "background"} if kind == "coco" else {"object"})
     if kind == "coco":
         report = detect_concepts(dictionary, *(concept_patches(tiny_clip, read[split], -2, progress=False) for split in read))
+        assert set(own.families) >= set(patches.families) and sorted(own.families["category:bird"]) == sorted(
+            patches.families["category:bird"]
+        )
         assert set(report.detection["kind"]) >= {"category", "color"} and report.detection["ap"].between(0, 1).all()
 
 
