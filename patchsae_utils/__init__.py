@@ -48,6 +48,7 @@ _PUBLIC = {
     "LatentExplorer": "explorer",
     "PatchExplorer": "explorer",
     "SteeringPanel": "explorer",
+    "latent_slider": "explorer",
 }
 _MODULES = (
     "activations", "adaptation", "clip", "concepts", "data", "explorer", "interventions", "latents", "plots", "run", "sae", "stages",

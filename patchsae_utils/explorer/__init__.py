@@ -1,6 +1,6 @@
 """Explorers for the notebook: widgets that show a latent, an image and its patches. See :mod:`.widgets`.
 
-The widgets are imported when asked for: drawing (:mod:`.render`, :mod:`.cards`) does not need them.
+The widgets are imported when asked for: :mod:`.cards` does not need them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ _PUBLIC = {
     "PatchExplorer": "patch_explorer",
     "SteeringPanel": "steering",
     "export_gallery": "gallery",
+    "latent_slider": "sliders",
     "link": "widgets",
     "point": "pointing",
+    "slider": "sliders",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -15,8 +15,7 @@ from ..activations.mixing import TOKENS
 from ..adaptation.fit import NAMES
 from ..data import load_dataset
 from ..interventions.tail import dataset_head
-from .cards import Reader, distinctiveness
-from .render import encode_heats, encode_picture
+from .cards import Reader, distinctiveness, encode_heats, encode_picture
 from .widgets import SelectionError, _View, is_openmoji, module
 
 GROUPS = ("common", "base", "adapted")

@@ -1,12 +1,19 @@
-"""What an explorer shows, as plain records: one card a latent, one card an image. The page and the static figure draw the same card."""
+"""What an explorer shows, as plain records: one card a latent, one card an image. The page and the static figure draw the same card.
+
+A heat map travels to the page as one byte a patch, 196 bytes on a 14x14 grid, and is coloured and blended there. The code is the square root of the
+activation, so that steps are fine near zero, where thresholds are: ``value = scale * (byte / 255) ** 2``. :func:`patchsae_utils.plots.heat.blend` does
+in Python what the page does.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..activations.mixing import TOKENS
@@ -255,3 +262,21 @@ def distinctiveness(summary: Any) -> np.ndarray:
     """
     frequency = array(summary.frequency).astype(float)
     return -np.log(np.clip(frequency, 1e-6, 1), where=frequency > 0, out=np.zeros(len(frequency))).astype(np.float32)
+
+
+def encode_picture(picture: np.ndarray, quality: int = 92) -> bytes:
+    """A picture, uint8 [H, W, 3], as JPEG without chroma subsampling: crisp edges, a few kilobytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def encode_heats(heats: np.ndarray) -> tuple[bytes, float]:
+    """Heat maps [n, H, W] as one byte a patch, and the activation that byte 255 stands for: 1 when nothing is active."""
+    heats = np.asarray(heats, np.float32)
+    if heats.ndim != 3:
+        raise ValueError(f"Heat maps have shape [n, rows, columns], got {list(heats.shape)}.")
+    if not np.isfinite(heats).all() or (heats < 0).any():
+        raise ValueError("Heat maps hold activations: finite and not negative. Pass latents after the SAE's nonlinearity.")
+    scale = float(heats.max(initial=0.0)) or 1.0
+    return np.round(255 * np.sqrt(heats / scale)).astype(np.uint8).tobytes(), scale

@@ -407,7 +407,7 @@ export function lookOf(page, scale) {
   return { scale, grid: page.get("grid"), tau: page.get("tau"), opacity: page.get("opacity"), mode: page.get("mode"), contour: page.get("contour"), palette: bytes(page.get("palette")) };
 }
 
-// A picture and, over it, one byte a patch: activation = scale * (byte / 255)^2. render.py's `overlay` is the same in Python.
+// A picture and, over it, one byte a patch: activation = scale * (byte / 255)^2. heat.py's `overlay` is the same in Python.
 export function paint(canvas, size, picture, codes, look) {
   const ratio = Math.min(2, globalThis.devicePixelRatio || 1);
   const side = Math.round(size * ratio);

@@ -15,9 +15,8 @@ from tqdm.auto import tqdm
 
 from ..plots.heat import palette
 from ..run.artifacts import atomic_file
-from .cards import ORDERS, Reader, latent_card, living, read_names
+from .cards import ORDERS, Reader, encode_heats, latent_card, living, read_names
 from .latent_explorer import latent_facts
-from .render import encode_heats
 from .widgets import is_openmoji, measures_of, module, styles
 
 N_IMAGES, SIDE = 6, 112

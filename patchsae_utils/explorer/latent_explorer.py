@@ -9,8 +9,7 @@ import numpy as np
 import traitlets as t
 from matplotlib.figure import Figure
 
-from .cards import MEASURES, ORDERS, LatentCard, Name, array, first_sight, latent_card, living
-from .render import encode_heats, encode_picture
+from .cards import MEASURES, ORDERS, LatentCard, Name, array, encode_heats, encode_picture, first_sight, latent_card, living
 from .widgets import SelectionError, _View, is_openmoji, measures_of, module
 
 

@@ -9,9 +9,8 @@ import numpy as np
 import traitlets as t
 from matplotlib.figure import Figure
 
-from .cards import LatentCard, PatchCard, distinctiveness, first_sight, latent_card, patch_card, patch_tops
+from .cards import LatentCard, PatchCard, distinctiveness, encode_heats, encode_picture, first_sight, latent_card, patch_card, patch_tops
 from .latent_explorer import reference_message
-from .render import encode_heats, encode_picture
 from .uploads import UploadError, read_upload
 from .widgets import SelectionError, _View, is_openmoji, module
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..interventions.attribution import image_attribution
 from ..interventions.steering import Edit, Steered, steer
 from ..interventions.tail import dataset_head
-from .render import encode_heats, encode_picture
+from .cards import encode_heats, encode_picture
 from .widgets import SelectionError, _View, is_openmoji, module
 
 OPERATIONS = ("scale", "add")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 
 import matplotlib.pyplot as plt
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from explorer_pages import BAD, check_that_it_fits, picture_file, pixels, wire
+from PIL import Image
 
 from patchsae_utils.data import load_dataset
 from patchsae_utils.explorer import (
@@ -19,10 +21,11 @@ from patchsae_utils.explorer import (
     PatchExplorer,
     SteeringPanel,
     cards,
+    latent_slider,
     link,
     point,
     pointing,
-    render,
+    slider,
     widgets,
 )
 from patchsae_utils.latents.reading import latent_masks
@@ -37,7 +40,7 @@ def decode_heats(data, scale, grid):
 
 def test_heat_maps_travel_as_one_byte_a_patch_and_come_back_close():
     heats = np.random.default_rng(0).exponential(2, (3, 14, 14)).astype(np.float32)
-    data, scale = render.encode_heats(heats)
+    data, scale = cards.encode_heats(heats)
     assert len(data) == 3 * 196
     assert scale == heats.max()
     back = decode_heats(data, scale, (14, 14))
@@ -182,6 +185,23 @@ def test_page_tells_of_every_error(show, latents):
         {**wire(latents.shown), "images": [{"index": 9999, "jpeg": wire(b"no")}]},
     )
     page.wait_for_selector("[role=alert]:has-text('could not be drawn')")
+
+
+def test_plain_sliders_show_what_a_function_draws(tiny_clip, tiny_sae, summary, tiny_dataset, named):
+    draw = lambda k, drawn: plt.figure(figsize=(k, 1)) if drawn else np.full((4, k, 3), 9, np.uint8)  # noqa: E731
+    box = slider(draw, k=[3, 5], drawn=[("no", 0), ("yes", 1)])
+    size = lambda: Image.open(io.BytesIO(box.children[-1].value)).size  # noqa: E731
+    assert size() == (3, 4)
+    box.children[0].value = 5
+    assert size() == (5, 4)
+    box.children[1].value = 1
+    assert size()[0] > 20 and not plt.get_fignums()
+    latents, picture = latent_slider(tiny_clip, tiny_sae, summary, tiny_dataset, named).children
+    assert (latents.value, latents.label) == (7, "7 redwood (object)")
+    before = np.asarray(Image.open(io.BytesIO(picture.value)))
+    latents.value = 3
+    after = np.asarray(Image.open(io.BytesIO(picture.value)))
+    assert before.shape == after.shape == (150, 900, 3) and (before != after).any()
 
 
 def test_modules_are_joined_each_in_its_own_scope():
