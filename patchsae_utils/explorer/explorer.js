@@ -244,7 +244,8 @@ function found(names, n_latents, asked, most) {
 
 // A box that finds latents by index or name, with a list to choose from.
 export function finderOf(page) {
-  const names = namesOf(page);
+  let names = namesOf(page);
+  page.on(["names"], () => (names = namesOf(page)));
   const id = `psx-${Math.random().toString(36).slice(2)}`;
   const box = h("input", {
     type: "search", role: "combobox", placeholder: names.size ? "name or number" : "number", autocomplete: "off", spellcheck: "false",
@@ -267,7 +268,8 @@ export function finderOf(page) {
     list.children[at]?.scrollIntoView({ block: "nearest" });
   }
   function show() {
-    hits = found(names, page.get("n_latents"), box.value, 50);
+    const starred = Object.entries(page.get("kept") ?? {}).filter(([, words]) => words.star);
+    hits = ["*", "★"].includes(box.value.trim()) ? starred.map(([latent]) => Number(latent)) : found(names, page.get("n_latents"), box.value, 50);
     const asked = box.value.trim() !== "";
     list.replaceChildren(
       ...hits.map((latent, i) => {
@@ -305,7 +307,7 @@ export function finderOf(page) {
     if (list.hidden) show();
     else mark((at + step + hits.length) % hits.length);
   });
-  return { element: h("div", { class: "psx-find" }, h("label", {}, "Find", box), list, said), names };
+  return { element: h("div", { class: "psx-find" }, h("label", {}, "Find", box), list, said), nameOf: (latent) => names.get(latent) ?? "" };
 }
 
 // Latents as buttons. Rows are kept and filled anew, so that the focus stays where it is.

@@ -28,7 +28,7 @@ function latentView(page, root) {
     h(
       "div",
       { class: "psx-side" },
-      h("div", {}, title, facts),
+      h("div", {}, title, keeperOf(page), facts),
       h("div", {}, h("h4", {}, "Among all latents"), scatter, h("div", { class: "psx-axis" }, h("span", {}, "rare"), h("span", {}, "→ frequency, ↑ activation"), h("span", {}, "common"))),
       h("div", {}, h("h4", {}, "Classes, share of its active tokens"), classes),
     ),
@@ -107,6 +107,7 @@ function latentView(page, root) {
     if (latent >= 0) page.set("latent", latent);
   });
   page.on(["order"], readOrder);
+  page.on(["names"], () => (title.textContent = titled(page.get("latent"), finder.nameOf(page.get("latent")))));
   page.on(["latent"], () => {
     showSelection();
     const early = known.get(page.get("latent"));
@@ -129,6 +130,28 @@ function latentView(page, root) {
     clearTimeout(idle);
     references.close();
   };
+}
+
+// One's own words on a latent: Python keeps them in a file.
+function keeperOf(page) {
+  let held = -1; // the latent whose words are being written
+  const send = (latent, words) => latent >= 0 && page.send({ kind: "keep", latent, ...words });
+  const mine = () => page.get("kept")[page.get("latent")] ?? {};
+  const star = h("button", { class: "psx-step", type: "button", "aria-label": "Star this latent", title: "Search for * to find the starred ones", onclick: () => send(page.get("latent"), { star: !mine().star }) });
+  const fields = { name: h("input", { type: "text", placeholder: "your name for it", "aria-label": "Your name for this latent", maxlength: 80 }), note: h("textarea", { rows: 1, placeholder: "note", "aria-label": "Note on this latent", maxlength: 2000 }) };
+  const show = () => {
+    star.textContent = mine().star ? "★" : "☆";
+    star.setAttribute("aria-pressed", Boolean(mine().star));
+    for (const [name, field] of Object.entries(fields)) if (document.activeElement !== field) field.value = mine()[name] ?? "";
+  };
+  for (const [name, field] of Object.entries(fields)) {
+    field.addEventListener("focus", () => (held = page.get("latent")));
+    field.addEventListener("change", () => send(held, { [name]: field.value }));
+    field.addEventListener("blur", show);
+  }
+  page.on(["kept", "latent"], show);
+  show();
+  return h("div", { class: "psx-keep" }, star, fields.name, fields.note);
 }
 
 // A point a latent, from two bytes each (0 0: dead). Mid-grey shows on light and dark pages alike.

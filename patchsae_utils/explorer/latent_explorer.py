@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import traitlets as t
 from matplotlib.figure import Figure
 
-from .cards import MEASURES, ORDERS, LatentCard, Name, array, encode_heats, encode_picture, first_sight, latent_card, living
-from .widgets import SelectionError, _View, is_openmoji, measures_of, module
+from ..run.artifacts import atomic_file
+from .cards import MEASURES, ORDERS, LatentCard, Name, array, encode_heats, encode_picture, first_sight, latent_card, living, read_names
+from .widgets import SelectionError, _View, encode_names, is_openmoji, measures_of, module
+
+NOTES = ("latent", "star", "name", "note")
+"""Columns of the file of one's own words."""
 
 
 class LatentExplorer(_View):
@@ -29,6 +35,8 @@ class LatentExplorer(_View):
     layer : int
     monosemanticity : DataFrame or array [S], optional
         As `ps.stages.latent_likeness(...).table` holds it: latents can then be sorted by it.
+    notes : path, optional
+        CSV of one's own stars, names and notes: read if it is there, written with every change. ``pandas.read_csv`` of it can be given as ``names``.
     **traits
         First choices: ``latent``, ``image``, ``sort``, ``tau``, ``opacity``, ``mode``, ``contour``.
 
@@ -53,6 +61,7 @@ class LatentExplorer(_View):
     sorts = t.List(t.Unicode(), help="The orders that there are data for.").tag(sync=True)
     order = t.Bytes(help="uint32: living latents in the slider's order.").tag(sync=True)
     ahead = t.Dict(help="A card that a next step would show: the page keeps it, and needs no answer then.").tag(sync=True)
+    kept = t.Dict(help="One's own words: latent, as text -> star, name, note.").tag(sync=True)
     points = t.Bytes(help="Two bytes a latent, log frequency and log mean activation, 1 to 255; 0 0 for dead latents.").tag(sync=True)
 
     def __init__(
@@ -65,10 +74,16 @@ class LatentExplorer(_View):
         layer: int = -2,
         *,
         monosemanticity: Any = None,
+        notes: str | Path | None = None,
         **traits: Any,
     ):
         self._measures: dict[str, np.ndarray] | None = None  # known once there are names
         super().__init__(clip, sae, summary, dataset, names, layer, kind="latent", points=scatter_points(summary), **traits)
+        self._notes = None if notes is None else Path(notes)
+        if self._notes is not None and self._notes.exists():
+            table = pd.read_csv(self._notes, dtype={"name": str, "note": str}, keep_default_na=False)
+            self._rename(read_names(table, self._reader.d_sae))
+            self.kept = {str(row.pop("latent")): row for row in table[list(NOTES)].to_dict("records")}
         self._measures = measures_of(self._names, monosemanticity, self._reader.d_sae)
         self.sorts = [*ORDERS, *self._measures]
         self._check_known(self.sort)
@@ -85,6 +100,32 @@ class LatentExplorer(_View):
     def card(self) -> LatentCard | None:
         """What is shown, as arrays; None when no latent is chosen."""
         return None if self.latent < 0 else self._card_of(self.latent)
+
+    def keep(self, latent: int, **words: Any) -> None:
+        """Keep one's own words on a latent, and write them to the file of ``notes``.
+
+        Parameters
+        ----------
+        latent : int
+        **words
+            ``star`` (bool), ``name`` (replaces the latent's name in this view), ``note``.
+        """
+        latent = self._within("latent", latent, self._reader.d_sae)
+        clean = {"star": bool, "name": lambda text: " ".join(str(text).split())[:80], "note": lambda text: str(text).strip()[:2000]}
+        row = {"star": False, "name": "", "note": "", **self.kept.get(str(latent), {})}
+        row |= {name: clean[name](value) for name, value in words.items() if name in clean}
+        self.kept = {**self.kept, str(latent): row}
+        if row["name"]:
+            self._rename({latent: Name(row["name"])})
+        self._show()
+        if self._notes is not None:
+            table = pd.DataFrame([{"latent": int(latent), **row} for latent, row in self.kept.items()], columns=list(NOTES))
+            with atomic_file(self._notes) as temporary:
+                table.sort_values("latent").to_csv(temporary, index=False)
+
+    def _rename(self, names: Mapping[int, Name]) -> None:
+        self._names |= names
+        self.names = encode_names(self._names)
 
     def figure(self, save: str | None = None) -> Figure:
         """A static picture of what is on screen.
@@ -125,6 +166,9 @@ class LatentExplorer(_View):
         self.shown = latent_message(self.card, self._names)
 
     def _receive(self, content: Any, buffers: list) -> None:
+        if isinstance(content, Mapping) and content.get("kind") == "keep" and isinstance(content.get("latent"), int):
+            if 0 <= content["latent"] < self._reader.d_sae:
+                self.keep(**{name: value for name, value in content.items() if name in NOTES})
         # The page is idle: look up what its next step would show.
         if isinstance(content, Mapping) and content.get("kind") == "prefetch" and isinstance(content.get("latents"), list):
             for latent in content["latents"][:4]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -76,7 +77,7 @@ def residual_norms(table: pd.DataFrame, norms: Tensor, layer: int, grid: tuple[i
     left.legend()
     limit = OUTLIER_FACTOR * table.set_index(["token", "layer"]).loc[("patch", layer), "median"]
     middle.axvline(limit, color=COLORS["red"], ls="--", lw=1.2)
-    where = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "center"}
+    where: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "center"}
     middle.annotate("outliers from here ", (limit, 0.5), fontsize=8, **where)
     middle.set(xlabel=f"norm after block {layer}", ylabel="density", title="At the layer that is read")
     middle.legend(loc="upper center")

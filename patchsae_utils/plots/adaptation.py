@@ -48,7 +48,7 @@ def adaptation_accuracy(table: pd.DataFrame) -> Figure:
     table = table.assign(series=table["model"] + ", " + table["form"], half=table["half"].str.replace(" ", "\n"))
     colors = zip(table["model"].unique(), ("gray", "blue", "green", "purple"), strict=False)
     looks = {f"{model}, {form}": look(color, **options) for model, color in colors for form, options in _FORMS.items()}
-    words = {"ylabel": "accuracy (%)", "scale": 100, "upright": True, "spread": 0.7}
+    words: dict[str, Any] = {"ylabel": "accuracy (%)", "scale": 100, "upright": True, "spread": 0.7}
     fig, axes = interval_panels(table, "task", "half", "accuracy", "series", looks, height=3.1, ncols=3, **words)
     axes[0].set_ylim(0, 103)
     return fig
@@ -110,7 +110,13 @@ def tower_head_cross(accuracy: pd.DataFrame) -> Figure:
 @drawn(table=_SEVERAL % "Remapping.gain_split()")
 def gain_split(table: pd.DataFrame) -> Figure:
     """How many points of the gain each tower brings, with 95 % intervals over pictures."""
-    words = {"xlabel": "gain over zero-shot CLIP, base classes (points)", "scale": 100, "bars": True, "zero": True, "text": "{:+z.0f}"}
+    words: dict[str, Any] = {
+        "xlabel": "gain over zero-shot CLIP, base classes (points)",
+        "scale": 100,
+        "bars": True,
+        "zero": True,
+        "text": "{:+z.0f}",
+    }
     words["xlim"] = (min(-1.0, 110 * table["low"].min()), 115 * table["high"].max())
     panel, size = {"all": {0: ""}}, {"height": 1.2 + 0.5 * table["task"].nunique(), "subplots": {"width": 0.85}}
     return interval_panels(table.assign(all=0), panel, "task", "gain", "part", _TOWERS, **words, **size)[0]
@@ -178,7 +184,14 @@ def gain_parts(parts: pd.DataFrame) -> Figure:
     """The parts of each gain in points of accuracy, one panel a task, the adapters beside each other, with 95 % intervals over pictures."""
     parts, reach = parts[parts["part"].isin([*_PARTS])], 100 * max(parts["high"].max(), 0.05)
     looks = {name: look(color) for name, color in zip(parts["adapter"].unique(), ("blue", "orange", "green", "gray"), strict=False)}
-    words = {"xlabel": "points over zero-shot CLIP", "zero": True, "bars": True, "scale": 100, "text": "{:+z.0f}", "order": _PARTS}
+    words: dict[str, Any] = {
+        "xlabel": "points over zero-shot CLIP",
+        "zero": True,
+        "bars": True,
+        "scale": 100,
+        "text": "{:+z.0f}",
+        "order": _PARTS,
+    }
     limits = (min(-2.0, 100 * parts["low"].min()), 1.2 * reach)
     return interval_panels(parts, "task", "part", "gain", "adapter", looks, height=3.6, xlim=limits, **words)[0]
 
@@ -188,7 +201,14 @@ def gain_experiments(experiments: pd.DataFrame) -> Figure:
     """Accuracy with some parts of the adapted model put into CLIP, or taken out of the adapted model; one panel a task."""
     experiments = experiments.assign(whole=experiments["experiment"].isin(["CLIP", "adapted"]))
     looks, order = {True: look("black"), False: look("blue")}, experiments["experiment"].unique()
-    words = {"height": 0.9 + 0.27 * len(order), "ncols": 0, "xlabel": "accuracy (%)", "order": order, "scale": 100, "spread": 0}
+    words: dict[str, Any] = {
+        "height": 0.9 + 0.27 * len(order),
+        "ncols": 0,
+        "xlabel": "accuracy (%)",
+        "order": order,
+        "scale": 100,
+        "spread": 0,
+    }
     fig, axes = interval_panels(experiments, "task", "experiment", "value", "whole", looks, **words)
     for ax, (_, rows) in zip(axes, experiments.groupby("task", sort=False), strict=True):
         ax.axvspan(*sorted(100 * rows["value"].iloc[[0, -1]]), color=COLORS["gray"], alpha=0.15, lw=0)
@@ -237,6 +257,6 @@ def adapter_table(table: pd.DataFrame) -> Figure:
     before = zero.reindex(pd.MultiIndex.from_frame(table[["task", "half"]])).to_numpy()
     table = table.assign(**{name: 100 * (table[name] - before) for name in ("accuracy", "low", "high")})
     looks = {kind: look(color, marker, NAMES.get(kind, kind)) for kind, (color, marker) in _KINDS.items()}
-    words = {"xlabel": "points over zero-shot CLIP", "zero": True, "spread": 0.8, "ncols": 6, "subplots": {"sharex": True}}
+    words: dict[str, Any] = {"xlabel": "points over zero-shot CLIP", "zero": True, "spread": 0.8, "ncols": 6, "subplots": {"sharex": True}}
     panel = {"half": {half: half for half in ("base", "novel", "harmonic mean")}}
     return interval_panels(table, panel, "task", "accuracy", "kind", looks, height=1.3 + 0.48 * table["task"].nunique(), **words)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -96,7 +97,7 @@ def localization(concepts: pd.DataFrame) -> Figure:
     counts, means = concepts["kind"].value_counts(sort=False), concepts.groupby("kind", sort=False)[[*_LOCAL, "pointing_chance"]].mean()
     fig, axes = panels([*_LOCAL.values()], 0.42 * len(counts) + 1.2)
     for ax, metric in zip(axes, _LOCAL, strict=True):
-        dots = {"s": 3, "color": COLORS["blue"], "alpha": 0.4, "jitter": 0.26, "ax": ax}
+        dots: dict[str, Any] = {"s": 3, "color": COLORS["blue"], "alpha": 0.4, "jitter": 0.26, "ax": ax}
         sns.stripplot(concepts, x=metric, y="kind", order=counts.index, **dots)
         for y, mean in enumerate(means[metric]):
             ax.vlines(mean, y - 0.38, y + 0.38, color=COLORS["red"], lw=2.4, zorder=3)
@@ -167,7 +168,7 @@ def monosemanticity(table: pd.DataFrame, chance: float) -> Figure:
     table = table.assign(dictionary=table["dictionary"].map({name: f"{name}: {median:.2f}" for name, median in medians.items()}))
     looks = dict(zip(table["dictionary"].unique(), (COLORS["blue"], COLORS["orange"], COLORS["green"]), strict=False))
     fig, (left, right) = panels(["Scores", "By rarity"], 3.4, sharey=False, width_ratios=[1.15, 1])
-    common = {"hue": "dictionary", "palette": looks}
+    common: dict[str, Any] = {"hue": "dictionary", "palette": looks}
     sns.histplot(
         table, x="score", bins=60, stat="proportion", common_norm=False, element="step", alpha=0.25, hue_order=list(looks), ax=left, **common,
         binrange=(min(chance, table["score"].quantile(0.002)) - 0.01, table["score"].max()),

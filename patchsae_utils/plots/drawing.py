@@ -187,7 +187,7 @@ def outline(ax: Axes, mask: np.ndarray, shape: tuple[int, int], color: str, tint
         ax.contour(*place, pixels, [0.5], colors=[line], linewidths=width)
 
 
-def image_rows(rows: Mapping[str, Sequence], titles: Sequence[str] = (), extra: float = 0.3, scaled: bool = False) -> tuple[Figure, Any]:
+def image_rows(rows: Mapping[str, Any], titles: Sequence[str] = (), extra: float = 0.3, scaled: bool = False) -> tuple[Figure, Any]:
     """Rows of as many pictures, each named on the left; titles over the columns. ``scaled``: rows of numbers get a colour bar."""
     n = max(map(len, rows.values()))
     fig, axes = figure(height=(8.4 if scaled else 9.0) / n * len(rows) + extra, nrows=len(rows), ncols=n, squeeze=False)

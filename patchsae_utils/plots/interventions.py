@@ -171,7 +171,7 @@ def _long(effects: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 def dose_response(table: pd.DataFrame, class_names: Sequence[str]) -> Figure:
     """Change of the class's logit over the dose of its latent, where the class is shown and where another one is."""
     titles = {"show it": ("Scaled in scenes that show the class", 1.0), "show another": ("Added to scenes of another class", 0.0)}
-    words = {"xlabel": "dose (1: as strong as in a scene of the class)", "ylabel": "change of the logit"}
+    words: dict[str, Any] = {"xlabel": "dose (1: as strong as in a scene of the class)", "ylabel": "change of the logit"}
     fig, axes = panels([title for title, _ in titles.values()], 3.5, **words)
     for ax, (scenes, (_, untouched)) in zip(axes, titles.items(), strict=True):
         part = table[table["scenes"] == scenes]

@@ -102,7 +102,7 @@ def firing_rates(rates: Mapping[str, Tensor], n_tokens: int) -> Figure:
     lowest = np.floor(np.log10(1 / n_tokens))
     for (name, rate), color in zip(rates.items(), _SERIES, strict=False):
         rows = pd.DataFrame({"rate": np.log10(rate[rate > 0].double().numpy()), "share": 1 / len(rate)})
-        bars = {"element": "step", "color": COLORS[color], "alpha": 0.5, "label": name}
+        bars: dict[str, Any] = {"element": "step", "color": COLORS[color], "alpha": 0.5, "label": name}
         sns.histplot(rows, x="rate", weights="share", bins=44, binrange=(lowest, 0), ax=ax, **bars)
         ax.bar(lowest - 0.8, float((rate == 0).double().mean()), 0.4, color=COLORS[color], alpha=0.6)
     ticks = np.arange(lowest, 1)

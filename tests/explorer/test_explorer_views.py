@@ -10,6 +10,7 @@ import zlib
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from explorer_pages import BAD, UNLABELLED, check_that_it_fits, picture_file, pixels, wait_for_pixels, wire
@@ -187,6 +188,30 @@ def test_page_finds_latents_by_name(show, latents):
     page.wait_for_selector("h3:has-text('Latent 5')")
     assert latents.latent == 5
     assert page.locator(".psx-find img, h3 img").count() == 0 and page.title() == ""
+
+
+def test_page_keeps_stars_names_and_notes_in_a_file(show, tiny_clip, tiny_sae, summary, tiny_dataset, named, tmp_path):
+    parts, file = (tiny_clip, tiny_sae, summary, tiny_dataset), tmp_path / "notes.csv"
+    page = show(LatentExplorer(*parts, named, latent=3, notes=file))
+    page.click("[aria-label='Star this latent']")
+    page.wait_for_selector("[aria-label='Star this latent'][aria-pressed=true]")
+    page.fill("[aria-label='Your name for this latent']", f"my {BAD}, at last")
+    page.keyboard.press("Tab")
+    page.wait_for_selector("h3:has-text('my <img')")
+    page.fill("[aria-label='Note on this latent']", 'a "quoted"\nnote')
+    page.fill("input[type=search]", "at last")  # the field is left: the note is kept, and the new name is found
+    page.wait_for_selector("[role=option]:has-text('3')")
+    page.fill("input[type=search]", "*")
+    assert page.locator("[role=option]").count() == 1 and page.locator(".psx h3 img, .psx-find img").count() == 0
+    table = pd.read_csv(file, keep_default_na=False)
+    assert table.to_dict("records") == [{"latent": 3, "star": True, "name": f"my {BAD}, at last", "note": 'a "quoted"\nnote'}]
+    again = LatentExplorer(*parts, named, latent=3, notes=file)
+    assert again.kept["3"]["star"] and again.card.name == cards.Name(f"my {BAD}, at last") and again._names[7].name == "redwood"
+    again.keep(7, note="wood")
+    assert list(pd.read_csv(file)["latent"]) == [3, 7]
+    assert LatentExplorer(*parts, pd.read_csv(file), latent=3).card.name.name.startswith("my <img")
+    again._receive({"kind": "keep", "latent": 64, "note": "none"}, [])
+    assert set(again.kept) == {"3", "7"}
 
 
 def test_page_takes_the_next_step_before_python_answers(show, latents):
