@@ -22,6 +22,7 @@ it is the same: here it is left out of CLIP's); Kondapaneni et al., 2025 (regres
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,12 +74,13 @@ def scaling(joint: JointDictionary, streams: Tensor) -> pd.DataFrame:
     sums = []
     for x, f in _read(joint, streams):
         said, square = joint.decode(f), f.square().sum(1)
-        along = lambda y: (f * (y @ d.T)).sum(1)  # noqa: B023, E731
-        errors = [along((x - said)[:, :, model]) + square * own[model] for model in range(2)]
-        rebuilt = [along((said - joint.mean)[:, :, model]) for model in range(2)]
+        errors, rebuilt = (
+            [(f * (y[:, :, model] @ d.T)).sum(1) + square * add[model] for model in range(2)]
+            for y, add in ((x - said, own), (said - joint.mean, (0, 0)))
+        )
         sums.append(torch.stack([*errors, rebuilt[0] - square * own[0], rebuilt[1], square]))
     totals = torch.cat(sums, 1).double().cpu().numpy()  # [5, N, S]
-    ratio = [interval(lambda w, i=i: _over(w @ totals[i], w @ totals[i + 1]), totals.shape[1], "images") for i in (0, 2)]
+    ratio = [interval(partial(_ratio, *totals[i : i + 2]), totals.shape[1], "images") for i in (0, 2)]
     new = np.logical_and.reduce([each.high < bound for each, bound in zip(ratio, RATIOS, strict=True)])
     before = np.logical_or.reduce([each.low > bound for each, bound in zip(ratio, RATIOS, strict=True)])
     table = _table(ratio[0], new, before).assign(
@@ -108,7 +110,7 @@ def predicted(joint: JointDictionary, streams: Tensor, train: Tensor) -> pd.Data
     for x, f in _read(joint, train):
         z = (x[:, :, 0] - centre).flatten(0, 1)
         square += z.T @ z
-        product += z.T @ (f.flatten(0, 1) - f.mean((0, 1)))
+        product += z.T @ f.flatten(0, 1)
     square.diagonal().add_(RIDGE * square.diagonal().mean())
     weights = torch.linalg.solve(square.double(), product.double()).to(product)
     return _related(correlations((f, (x[:, :, 0] - centre) @ weights) for x, f in _read(joint, streams)))
@@ -152,6 +154,10 @@ def _table(found: Interval, new: np.ndarray, before: np.ndarray) -> pd.DataFrame
     """latent, score, low, high, evidence."""
     evidence = np.select([new, before], [NEW, BEFORE], UNDECIDED)
     return pd.DataFrame({"latent": range(len(new)), "score": found.value, "low": found.low, "high": found.high, "evidence": evidence})
+
+
+def _ratio(above: np.ndarray, below: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return _over(weights @ above, weights @ below)
 
 
 def _over(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -202,9 +208,8 @@ def new_latents(
     """
     sae.check_model(base, layer)
     sae.check_model(adapted, layer)
-    train, streams = (
-        part.contiguous() for part in (lambda both: (both[::2], both[1::2]))(read_streams(base, adapted, dataset, layer, progress=progress))
-    )
+    both = read_streams(base, adapted, dataset, layer, progress=progress)
+    train, streams = both[::2].contiguous(), both[1::2].contiguous()
     tokens = train.flatten(0, 1)
     joint = train_joint(tokens, d_sae, k=k, n_tokens=n_tokens, progress=progress)
     changes = train_joint(tokens[:, 1:] - tokens[:, :1], d_sae, k=k, n_tokens=n_tokens, progress=progress)

@@ -2,7 +2,8 @@
 
 Masks of many latents (`masks`), edits of single ones (`steering`), which latents matter (`choosing`, `attribution`), which stand for the embedded
 world's concepts (`concept_latents`), what an edit does to scores (`effects`). All edits go through `tail`, the part of the network behind the hook, and
-all refuse an SAE of another model, layer or weights. May import: concepts, latents, sae, clip, data, run.
+all refuse an SAE of another model, layer or weights. ``clip``, ``sae`` and ``layer`` are everywhere a model, perhaps adapted, and an SAE that reads it
+after this block. May import: concepts, latents, sae, clip, data, run.
 
 Dimension letters: B batch, T tokens (CLS, then patches), P patches, D d_in, S d_sae, C classes, K concepts.
 """

@@ -108,7 +108,6 @@ def attribution_check(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, hea
     Parameters
     ----------
     clip, sae, layer
-        A model and the SAE that reads it after this block.
     dataset : ImageData or OpenMojiData
     head : Tensor [C, d_embed]
 

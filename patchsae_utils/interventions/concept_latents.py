@@ -79,7 +79,6 @@ def rank_concepts(
     Parameters
     ----------
     clip, sae, layer
-        A model and the SAE that reads it after this block.
     dataset : OpenMojiData
         Of the train split.
     kinds : sequence of str

@@ -79,7 +79,6 @@ def concept_specificity(
     Parameters
     ----------
     clip, sae, layer
-        A model and the SAE that reads it after this block.
     dataset : OpenMojiData
         Of the test split.
     latents : mapping of str to sequence of int
@@ -167,7 +166,6 @@ def dose_response(
     Parameters
     ----------
     clip, sae, layer
-        A model and the SAE that reads it after this block.
     dataset : ImageData or OpenMojiData
         Images that the choice of latents has not seen.
     latents : mapping of int to int
@@ -221,7 +219,6 @@ def swap_colors(
     Parameters
     ----------
     clip, sae, layer
-        A model and the SAE that reads it after this block.
     dataset : OpenMojiData
         Of the test split; scenes with one main object (``openmoji/all`` or a task).
     latents : ConceptLatents
@@ -298,7 +295,6 @@ def remove_objects(
     Parameters
     ----------
     clip, sae, layer
-        A model and the SAE that reads it after this block.
     dataset : OpenMojiData
         ``openmoji/scenes``: the ground truth says where each object is.
     latents : sequence of C sequences of int

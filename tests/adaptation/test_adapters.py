@@ -13,7 +13,7 @@ from torch import Tensor
 
 from patchsae_utils.adaptation import fit
 from patchsae_utils.adaptation.fit import ADAPTERS, RECIPES, Recipe, fit_adapter, fresh_adapter, load_adapter, save_adapter
-from patchsae_utils.adaptation.models import FineTuned, LinearHead, LoRA
+from patchsae_utils.adaptation.models import FineTuned, LinearHead
 from patchsae_utils.adaptation.prompts import CoOp, MaPLe
 from patchsae_utils.clip.model import ClipModel
 from patchsae_utils.config import AdapterConfig
@@ -200,26 +200,13 @@ def test_adapters_leave_the_base_alone(tiny_clip, tiny_images, few, kind):
 
 
 def test_impossible_settings_say_what_is_possible(tiny_clip, few):
-    with pytest.raises(ValueError, match="depth must be 1 to 3; got 9"):
-        MaPLe(tiny_clip, depth=9)
-    with pytest.raises(ValueError, match="n_ctx must be 1 or more"):
-        CoOp(tiny_clip, n_ctx=0)
-    with pytest.raises(ValueError, match="Valid: maple, coop, vpt, lora, finetune, linear"):
-        fit_adapter(tiny_clip, "bitfit", None, CONFIG)
-    with pytest.raises(ValueError, match="rank must lie between 1 and the width 32"):
-        LoRA(tiny_clip, rank=33)
-    with pytest.raises(ValueError, match="has no '{}'"):
-        LinearHead(tiny_clip, NAMES, template="a hammer")
-    with pytest.raises(ValueError, match="Valid: fp32, bf16"):
-        fit_adapter(tiny_clip, "coop", few, CONFIG, precision="fp8")
-    with pytest.raises(ValueError, match="class names"):
-        MaPLe(tiny_clip).zero_shot_head([])
-
-
-def test_more_context_than_the_template_has_words_starts_from_placeholders(tiny_clip):
-    adapted = CoOp(tiny_clip, n_ctx=6)
-    assert adapted.template == "X X X X X X {}." and adapted.learned.ctx.shape == (6, 32)
-    assert adapted.zero_shot_head(NAMES).shape == (3, 16)
+    for call, message in (
+        (lambda: MaPLe(tiny_clip, depth=9), "depth must be 1 to 3; got 9"),
+        (lambda: fit_adapter(tiny_clip, "bitfit", None, CONFIG), "Valid: maple, coop, vpt, lora, finetune, linear"),
+        (lambda: LinearHead(tiny_clip, NAMES, template="a hammer"), "has no '{}'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_the_learning_rate_is_constant_for_an_epoch_and_then_a_cosine(tiny_clip, few):
@@ -287,12 +274,6 @@ def test_shuffled_labels_are_the_same_labels_on_other_images(tiny_clip, few, tmp
     assert again.log == wrong.log
 
 
-def test_too_few_images_are_an_error(tiny_clip, few):
-    config = AdapterConfig(tasks=("openmoji/tools",), n_shots=7, depth=2)
-    with pytest.raises(ValueError, match="7 shots"):
-        fit_adapter(tiny_clip, "maple", few, config, progress=False)
-
-
 def test_a_loss_that_is_no_number_stops_a_fit(tiny_clip, few):
     with pytest.raises(ValueError, match=r"The loss of 'coop' on 'openmoji/tools' is nan in epoch \d+: lower lr \(now 1e\+38\)"):
         fit_adapter(tiny_clip, "coop", few, dataclasses.replace(CONFIG, lr=1e38, epochs=3), progress=False)
@@ -306,16 +287,10 @@ def test_a_saved_adapter_comes_back_the_same(tiny_clip, tiny_images, few, tmp_pa
     torch.testing.assert_close(loaded.encode_image(tiny_images), adapted.encode_image(tiny_images), rtol=0, atol=0)
     torch.testing.assert_close(loaded.zero_shot_head(NAMES), adapted.zero_shot_head(NAMES), rtol=0, atol=0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
-
-
-def test_a_current_adapter_is_not_fitted_again(tiny_clip, few, tmp_path):
-    out = tmp_path / "adapter"
-    fit_adapter(tiny_clip, "maple", few, CONFIG, out, progress=False)
-    stamp = (out / "adapter.safetensors").stat().st_mtime_ns
-    fit_adapter(tiny_clip, "maple", few, CONFIG, out, progress=False)
-    assert (out / "adapter.safetensors").stat().st_mtime_ns == stamp
-    fit_adapter(tiny_clip, "maple", few, CONFIG, out, seed=5, progress=False)
-    assert (out / "adapter.safetensors").stat().st_mtime_ns != stamp
+    stamp = (tmp_path / "adapter" / "adapter.safetensors").stat().st_mtime_ns
+    for seed, same in ((None, True), (5, False)):
+        fit_adapter(tiny_clip, kind, few, CONFIG, tmp_path / "adapter", seed=seed, progress=False)
+        assert ((tmp_path / "adapter" / "adapter.safetensors").stat().st_mtime_ns == stamp) == same
 
 
 def test_another_model_is_an_error(tiny_clip, tmp_path):

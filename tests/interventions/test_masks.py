@@ -272,13 +272,10 @@ def test_trap_13_rows_for_each_class_keep_equal_names_apart(tiny_clip, sae, tiny
     ("options", "message"),
     [
         ({"choose": "best"}, "choose=.*Valid: oracle"),
-        ({"where": "corner"}, "where=.*Valid: all, cls, patches"),
         ({"ks": [65]}, "d_sae=64"),
         ({"class_counts": None}, "class_counts=summarize_latents"),
-        ({"rank_by": "attribution"}, "attribution=attribute_latents"),
         ({"class_counts": torch.zeros(3, 64)}, r"\[3, 64\]"),
         ({"groups": ["a", "b"]}, r"each of the .* classes .* got \['a', 'b'\]"),
-        ({"layer": 7}, "no layer 7"),
     ],
 )
 def test_bad_input_to_sweep(options, message, tiny_clip, sae, tiny_dataset, counts, head):
