@@ -106,7 +106,12 @@ def read(path: str | Path) -> Opened:
     config = _config_of(form, file)
     rules = this.reads.split(), this.allowed, this.harmless, this.documented
     understood, ignored = check_settings(settings, config, *rules)
-    weights: Weights = this.read(settings, state, file)
+    try:
+        weights: Weights = this.read(settings, state, file)
+    except ValueError:
+        raise
+    except Exception as error:  # values of other kinds than programs write
+        raise ValueError(f"{config} can't be read: {type(error).__name__}: {shortened(error)}") from error
     if form != "saelens":
         weights = weights._replace(metadata={**weights.metadata, "converted_from": form})
         understood = {name: value for name, value in understood.items() if name != "patchsae" and value is not None}
@@ -134,6 +139,8 @@ def find(path: Path) -> tuple[str, Path]:
             if (path / name).is_file() and (name == "sae.pt" or _beside(path / name) is not None):
                 return find(path / name)
         found = ", ".join(sorted(file.name for file in path.iterdir())[:12]) or "nothing"
+        inside = sorted(each.name for each in path.iterdir() if each.is_dir() and any((each / name).is_file() for name in _NAMES))
+        found += f"; an SAE may lie in its folders {', '.join(inside[:12])}" if inside else ""
         missing = [name for name in _PAIRS["saelens"] if not (path / name).is_file()]
         raise FileNotFoundError(
             f"{path} holds no {' and no '.join(missing)}, so it is no SAE folder of ours or of SAELens v6 (found: {found}). "

@@ -63,8 +63,8 @@ FORMATS = {
             "activation_fn": Allowed(("relu", None), "is another function than relu"),
         },
         "activation_fn_kwargs|hook_.*|dead_feature_threshold|normalize_sae_decoder|mse_loss_normalization|noise_scale|prepend_bos|expansion_factor|"
-        "(decoder|init_encoder)_.*(init|transpose).*|scale_sparsity_.*|.*cached_activations.*|log_activations.*|jumprelu_init_threshold|.*_path|"
-        "exclude_special_tokens|use_ghost_grads|use_sparse_activations|n_.*",
+        "(decoder|init_encoder)_.*(init|transpose).*|scale_sparsity_.*|.*cached_activations.*|log_activations.*|jumprelu_.*|.*_path|lp_norm|begin_sequence_token|feature_probability|"
+        "exclude_special_tokens|use_ghost_grads|use_sparse_activations|n_(?!layers).*",
         programs.saelens_defaults,
     ),
     "patchsae": Format(
@@ -74,7 +74,7 @@ FORMATS = {
             "module_name": Allowed(("resid", None), _OTHER_PLACE),
             "custom_clip_ckpt_path": Allowed((None, ""), "reads the tokens of an adapted CLIP"),
         },
-        "image_.*|label_.*|.*cached_activations.*|n_.*|max_.*|create_.*|b_dec_init_method|feature_.*|dead_.*|log_to_.*|from_pretrained_path|use_ghost_grads|"
+        "image_(key|width|height)|label_.*|.*cached_activations.*|n_(?!layers).*|max_.*|create_.*|b_dec_init_method|feature_.*|dead_.*|log_to_.*|from_pretrained_path|use_ghost_grads|"
         "hook_point.*|unique_id",
     ),
     "prisma": Format(
@@ -83,7 +83,7 @@ FORMATS = {
         "cls_token_only use_patches_only",
         {"normalize_activations": Allowed(("none", None), _SCALES), "is_transcoder": Allowed((False, None), _TRANSCODER)},
         "model_.*|vit_model_cfg|.*cached_activations.*|image_size|transcoder_with_skip_connection|out_hook_.*|layer_out_subtype|d_out|hook_point|"
-        "b_dec_init_method|from_pretrained_path|max_grad_norm|lp_norm|dead_.*|n_.*|min_.*|return_out_only|is_training|_custom_.*|total_.*|use_ghost_grads|"
+        "b_dec_init_method|from_pretrained_path|max_grad_norm|lp_norm|dead_.*|n_(?!layers).*|min_.*|return_out_only|is_training|_custom_.*|total_.*|use_ghost_grads|"
         "context_size",
         lambda settings: {"normalize_activations": "layer_norm", **settings},
     ),
@@ -91,7 +91,7 @@ FORMATS = {
         None, "sae.pt", ("relu", "topk", "batchtopk", "matryoshka"), programs.read_saev, programs.write_saev,
         "activation top_k d_model d_vit d_sae exp_factor patchsae",
         {"schema": Allowed((5, 4, 3, 2, 1), "was written by a version of saev that is not known here")},
-        "normalize_w_dec|reinit_.*|remove_parallel_grads|n_.*|ghost_grads|use_ghost_grads|key",
+        "normalize_w_dec|reinit_.*|remove_parallel_grads|n_reinit_samples|n_prefixes|ghost_grads|use_ghost_grads|key",
         programs.saev_defaults,
     ),
     "sparsify": Format(
@@ -106,7 +106,7 @@ FORMATS = {
     "dictionary_learning": Format(
         "config.json", "ae.pt", tuple(VARIANTS), programs.read_dictionary_learning, programs.write_dictionary_learning,
         "dict_class k layer lm_name activation_dim dict_size patchsae", {},
-        "trainer_class|threshold_.*|group_.*|top_k_aux|p_.*|n_sparsity_updates|target_l0|anneal_.*|initial_.*|.*_penalty",
+        "trainer_class|threshold_(beta|start_step)|group_.*|top_k_aux|p_.*|n_sparsity_updates|target_l0|anneal_.*|initial_.*|.*_penalty",
         programs.dictionary_learning_defaults,
     ),
     "visaebench": Format(
@@ -115,8 +115,9 @@ FORMATS = {
         {
             "encoder_module": Allowed(("linear", None), "puts layers before the encoder's matrix"),
             "hidden_activation": Allowed((None, "relu"), "puts layers before the encoder's matrix"),
+            "normalization": Allowed((None, "none", "identity", "l2", "max_l2", "l1", "max_l1"), "is none of the decoder's rows"),
         },
-        "top_k|dictionary_params|normalization|use_multiplier|kernel|threshold_momentum|input_shape",
+        "top_k|dictionary_params|use_multiplier|kernel|threshold_momentum|input_shape",
         programs.visaebench_defaults, documented=False,
     ),
 }  # fmt: skip

@@ -167,7 +167,7 @@ def write_saelens(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def read_patchsae(settings: dict[str, Any], state: Mapping[str, Any], file: Path) -> Weights:
     model = place(settings.get("model_name"), settings.get("block_layer"))
-    if isinstance(settings.get("class_token"), bool):
+    if "class_token" in settings:
         model["tokens"] = "cls" if settings["class_token"] else "all"
     model |= plain(settings, "dataset_path", "l1_coefficient", "lr", "seed", "image_width")
     return Weights(renamed(state, _FOUR, file), metadata=_own(settings, model))
@@ -232,7 +232,12 @@ def saev_defaults(header: dict[str, Any]) -> dict[str, Any]:
         kind = {"cls": header["cls"], "params": {"top_k": cfg.pop("top_k", 32)}}
     kind = kind if isinstance(kind, dict) else {}
     params = kind["params"] if isinstance(kind.get("params"), dict) else {}
-    known = {"schema": schema, "activation": kind.get("cls"), "top_k": params.get("top_k", 32), "patchsae": header.get("patchsae")}
+    known = {
+        "schema": schema,
+        "activation": kind.get("cls", header.get("cls")),
+        "top_k": params.get("top_k", 32),
+        "patchsae": header.get("patchsae"),
+    }
     return cfg | {name: value for name, value in params.items() if name not in ("sparsity", "aux", "kind")} | known
 
 
@@ -382,7 +387,7 @@ def _decoder_rows(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> T
     else:
         mixture, shift = state["dictionary.W"].double().relu(), state["dictionary.Relax"].double()
         if settings.get("delta") is not None:
-            shift = shift * (float(settings["delta"]) / shift.norm(dim=1, keepdim=True)).clamp(max=1).nan_to_num(1.0)
+            shift = shift * (torch.as_tensor(settings["delta"]) / shift.norm(dim=1, keepdim=True)).clamp(max=1).nan_to_num(1.0)
         rows = mixture / (mixture.sum(1, keepdim=True) + 1e-8) @ state["dictionary.C"].double() + shift
     return (rows * state.get("dictionary.multiplier", torch.zeros(())).double().exp()).float()
 

@@ -90,13 +90,13 @@ _TRAINING = set(
     "adam alpha anneal autocast aux auxk bandwidth batch batches beta beta1 beta2 bf16 bos buffer buffers cache checkpoint checkpoints "
     "coeff coefficient column commit compilation compile context cycles data dataloader dataset dead decay device dir dtype early entity "
     "epochs eval evals exclude files finetuning fraction frequency from ghost grad grads hf id image images init initialization is jumprelu "
-    "key l0 l1 label length lib lm llm log logging loss lp lr metrics min model momentum mse name neuronpedia num optimizer p path penalty "
+    "key l0 l1 label length lib lm llm log logging loss lp lr metrics min model momentum mse name neuronpedia optimizer p path penalty "
     "precision prepend proc project queue reinit repo resample resume revision run runs sampling save schedule scheduler schema seed "
     "seqpos separator shard shards shuffle shuffles size sparsity split start steps store stop streaming submodule target time timestamp "
     "tokenized tokenizer tokens train trainer training trust update updates val validation verbose version wandb warm warmup window workers".split()
 )
 _TOUCHING = re.compile(
-    r"activation|bias|cent(er|re)|clamp|decoder|encoder|gat(e|ing)|mean|norm|post|rescal|reshap|scal|sign|skip|std|thresh|tie|top_?k|transcod|whiten"
+    r"activation|bias|cent(er|re)|clamp|decoder|encoder|gat(e|ing)|layers|\bln_|mean|norm|post|relu|rescal|reshap|scal|sign|skip|std|temperature|thresh|tie|top_?k|transcod|whiten"
 )
 
 
