@@ -82,6 +82,8 @@ def test_notebooks_run_in_order_leave_no_trace_of_the_machine_and_are_skipped_wh
     write(repository, "02_second", SECOND + "\n1 + 1")
     assert reproduce.main([]) == 0
     assert executions(repository) == "121212"
+    key = reproduce.run_key(paths[0], load_profile())
+    assert reproduce.run_key(paths[0], load_profile(overrides={"training.seed": 1})) != key, "settings count as well"
 
 
 def test_failure_names_notebook_cell_and_error_and_leaves_the_notebook_alone(repository, capsys):
@@ -138,15 +140,6 @@ def test_dead_kernel_is_an_error(repository, capsys):
     write(repository, "01_first", "import os", "os._exit(1)")
     assert reproduce.main(["--only", "01"]) == 1
     assert "01_first, cell 3: the kernel died" in capsys.readouterr().err
-
-
-def test_settings_and_code_are_part_of_the_key(repository):
-    path = repository / "notebooks/01_first.ipynb"
-    key = reproduce.run_key(path, load_profile())
-    assert reproduce.run_key(path, load_profile()) == key
-    assert reproduce.run_key(path, load_profile(overrides={"training.seed": 1})) != key
-    write(repository, "01_first", FIRST + "#")
-    assert reproduce.run_key(path, load_profile()) != key
 
 
 @pytest.mark.parametrize(
