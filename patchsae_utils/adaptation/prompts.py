@@ -81,7 +81,7 @@ class PromptedClip(AdaptedClip):
 
     def finish(self, residual: Residual | Tensor, layer: int) -> Tensor:
         """As of the base, on what this model's ``run_to`` gave; an error where image prompts are missing that the next blocks need."""
-        residual = Residual(residual) if isinstance(residual, Tensor) else residual
+        residual = self._here(residual)
         start, expected = self.layer_index(layer) + 1, self.n_ctx if self.visual_prompts() else 0
         given = 0 if residual.extra is None else residual.extra.shape[1]
         # A block with prompts of its own, or the end of the tower, makes those of the blocks before it unnecessary.

@@ -223,9 +223,14 @@ class ClipModel:
 
     def finish(self, residual: Residual | Tensor, layer: int) -> Tensor:
         """Run the blocks after ``layer`` on a residual stream that was read there, edited or not: image features [B, d_embed], not normalised."""
-        x = self._joined(Residual(residual) if isinstance(residual, Tensor) else residual)
+        x = self._joined(self._here(residual))
         with self._arithmetic():
-            return self._features(self._run_blocks(x.to(self.device), self.layer_index(layer) + 1, self.n_layers)).float()
+            return self._features(self._run_blocks(x, self.layer_index(layer) + 1, self.n_layers)).float()
+
+    def _here(self, residual: Residual | Tensor) -> Residual:
+        """The residual stream on the model's device."""
+        parts = (residual,) if isinstance(residual, Tensor) else residual
+        return Residual(*(None if part is None else part.to(self.device) for part in parts))
 
     def _embed(self, images: Tensor) -> Tensor:
         """What enters the first block."""
@@ -293,7 +298,7 @@ class ClipModel:
 
         SigLIP's bias, the same for all classes, is left out.
         """
-        return self.logit_scale * F.normalize(features, dim=-1) @ head.T
+        return self.logit_scale * F.normalize(features, dim=-1) @ head.to(features.device).T
 
 
 def other_tower(name: str, tower: str) -> ValueError:
