@@ -1,22 +1,14 @@
-"""The activation store: a CLIP's residual stream over a data set, on disk.
+"""The activation store: a CLIP's residual stream over a data set, in a folder or behind a URL: a manifest, an index, and shards of some images each.
 
-A store is a folder, here or behind a URL::
-
-    manifest.json            what the activations are, and a checksum of every other file
-    index.safetensors        labels int64 [N], indices int64 [N]
-    shard-00000.safetensors  tokens bfloat16 or float16 [n, T, d], images 0 to n-1
-    shard-00001.safetensors  images n to 2n-1, and so on; the last shard may be shorter
-
-``docs/formats.md`` says what each holds, byte by byte. Every file is written under a temporary name and renamed, and enters the manifest
-afterwards: an interrupted extraction goes on behind the last whole shard.
+``docs/formats.md`` says what each file holds. Every file is written under a temporary name and renamed, and enters the manifest afterwards: an
+interrupted extraction goes on behind the last whole shard.
 """
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +56,7 @@ class ActivationStore(TokenSource):
         self._shards = [name for name in manifest["files"] if name != INDEX]
         self._sizes = np.array([manifest["files"][name]["n_images"] for name in self._shards], np.int64)
         self._verified: set[str] = set()
-        self._mapped: OrderedDict[str, Tensor] = OrderedDict()
+        self._shard = lru_cache(_OPEN_SHARDS)(self._map_shard)
 
     @classmethod
     def open(cls, folder: str | Path) -> ActivationStore:
@@ -183,21 +175,13 @@ class ActivationStore(TokenSource):
                 tokens[mine] = self._shard(i)[chunk[mine] - (ends[i] - self._sizes[i])].float()
             yield tokens, self.labels[chunk], self.indices[chunk]
 
-    def _shard(self, i: int) -> Tensor:
+    def _map_shard(self, i: int) -> Tensor:
         """Tokens [n, T, d] of a shard in their dtype on disk, mapped into memory."""
-        name = self._shards[i]
-        if name not in self._mapped:
-            tokens = self._load(name)["tokens"]
-            expected = (int(self._sizes[i]), self.n_tokens, self.d_in)
-            if tuple(tokens.shape) != expected or tokens.dtype != DTYPES[self.metadata.dtype]:
-                raise self._damaged(
-                    name, f"it holds {tokens.dtype} {list(tokens.shape)}; the manifest says {self.metadata.dtype} {expected}"
-                )
-            self._mapped[name] = tokens
-            while len(self._mapped) > _OPEN_SHARDS:
-                self._mapped.popitem(last=False)
-        self._mapped.move_to_end(name)
-        return self._mapped[name]
+        name, dtype = self._shards[i], DTYPES[self.metadata.dtype]
+        tokens, expected = self._load(name)["tokens"], (int(self._sizes[i]), self.n_tokens, self.d_in)
+        if tuple(tokens.shape) != expected or tokens.dtype != dtype:
+            raise self._damaged(name, f"it holds {tokens.dtype} {list(tokens.shape)}; the manifest says {dtype} {[*expected]}")
+        return tokens
 
     def _load(self, name: str) -> dict[str, Tensor]:
         return safetensors.torch.load_file(self._checked(name))

@@ -223,6 +223,8 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
     state = {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
     if not state:
         raise ValueError(f"{file} holds no weights: wanted is a state dict, alone or as 'state_dict' of a training checkpoint")
+    if any(key.startswith("vision_model.") for key in state):
+        raise ValueError("it is in the form of transformers; wanted is open_clip's: give a tag, or open_clip's own file of these weights")
     wrapped = all(key.startswith("module.") for key in state)  # of DistributedDataParallel
     state = {key.removeprefix("module.") if wrapped else key: value for key, value in state.items()}
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}  # halves can't be resampled

@@ -42,25 +42,6 @@ def test_positions_are_those_of_the_tokens(stream, tiny_clip, tiny_dataset):
     assert distances.max() < 0.02 * truth.abs().max()
 
 
-def test_batches_mix_images_and_follow_from_the_seed(stream):
-    first, again, other = (next(stream.tokens(256, seed=seed, positions=True))[1] for seed in (0, 0, 1))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert len(first.unique()) > 100, "not image by image"
-    epochs = list(stream.tokens(24 * 197, epochs=2, positions=True))
-    assert not torch.equal(epochs[0][1], epochs[1][1]), "another order every epoch"
-
-
-@pytest.mark.parametrize("start", [1, 7, 10, 40])
-def test_step_k_is_the_same_wherever_one_starts(stream, start):
-    whole = stream.tokens(400, epochs=None, seed=2, positions=True)
-    for _ in range(start):
-        next(whole)
-    late = stream.tokens(400, epochs=None, seed=2, positions=True, start_step=start)
-    for _ in range(4):
-        for a, b in zip(next(whole), next(late), strict=True):
-            assert torch.equal(a, b)
-
-
 def test_skipped_buffers_are_not_computed_and_the_buffer_is_bounded(stream, monkeypatch):
     seen, fill = [], TokenStream._read
     monkeypatch.setattr(TokenStream, "_read", lambda self, images, kept: seen.append(len(images)) or fill(self, images, kept))
