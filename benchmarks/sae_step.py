@@ -119,7 +119,7 @@ def ours(x: Tensor, weights: Textbook, l0: int, activation: str = "relu", precis
         getattr(sae, name).data = parameter.data
     if activation == "topk":
         sae.b_enc.data.zero_()  # k decides how many fire
-    sae.input_mean.zero_(), sae.input_scale.fill_(1), sae.input_norm.zero_()
+    sae.input_mean.zero_(), sae.input_norm.zero_()
     sae.to(x.device)
     loss_of, optimizer, deferred = objective(sae), adam(sae), DeferredGradients(sae)
 

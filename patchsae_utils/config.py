@@ -24,11 +24,11 @@ DEFAULT_PROFILE = "openmoji"
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {  # of settings, by name; None passes all
     **dict.fromkeys(
         "n_train_images n_statistics_images n_evaluation_images expansion_factor k bandwidth n_tokens lr batch_tokens log_every "
-        "checkpoint_every n_shots epochs batch_size n_ctx depth".split(),
+        "checkpoint_every target_l0 n_shots epochs batch_size n_ctx depth".split(),
         (lambda value: value > 0, "positive"),
     ),
     **dict.fromkeys(
-        "workers warmup_steps l1_coefficient l1_warmup_steps cls_coefficient dead_after_steps clip_gradient".split(),
+        "workers warmup_steps l1_coefficient l1_warmup_steps cls_coefficient dead_after_tokens clip_gradient".split(),
         (lambda value: value >= 0, "0 or more"),
     ),
     **dict.fromkeys(("max_broken", "lr_end"), (lambda value: 0 <= value <= 1, "a share, between 0 and 1")),
@@ -39,10 +39,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {  # of settings, by name
 }
 _CHOICES = {
     "schedule": ("constant", "linear", "cosine"),
-    "start": ("random", "data"),
+    "start": ("random", "data", "kmeans"),
     "b_dec_start": ("median", "mean", "zero"),
     "tokens": ("all", "patches", "cls"),
-    "normalize": ("none", "mean", "mean_and_norm"),
+    "normalize": ("none", "mean", "mean_and_norm", "token_norm"),
+    "constraint": ("none", "frozen_decoder", "soft_decoder", "frozen_encoder", "archetypal"),
     "precision": ("float32", "bfloat16"),
     "sparse": ("auto", "never", "always"),
     "trackers": ("tensorboard", "wandb"),
@@ -150,20 +151,26 @@ class TrainConfig(_Section):
     """Weight of the latents' sum: what makes them sparse."""
     l1_warmup_steps: int = 0
     """Steps over which that weight rises linearly from 0."""
+    target_l0: float | None = None
+    """Active latents a token at which ``relu``, ``jumprelu`` and ``gated`` should end: that weight is then moved until two thirds of the run, and kept."""
     cls_coefficient: float = 1.0
     """Weight of the CLS token's squared error."""
     start: str = "random"
-    """Fresh weights: ``random`` (the paper's Kaiming-uniform), or ``data`` (every latent starts at a token; see ``start_from_data``)."""
+    """Fresh weights: ``random`` (the paper's Kaiming-uniform), or every latent at a token (``data``) or at a centroid of tokens (``kmeans``)."""
     b_dec_start: str = "median"
     """Where a fresh b_dec of 0 is moved: the first batch's geometric ``median`` (the paper's) or its ``mean``; or left at ``zero``."""
-    dead_after_steps: int = 64
-    """A latent that has not fired for more than so many steps is dead and gets ghost gradients."""
+    dead_after_tokens: int = 1_613_824
+    """A latent that has not fired for more than so many tokens is dead and gets ghost gradients; the paper's is 64 steps of 128 images."""
     ghost: bool = True
     """Whether dead latents get a gradient at all: the ghost term of ``relu``, the auxiliary loss of ``topk`` and its kin."""
     tokens: str = "all"
     """Train on all tokens of the store, its ``patches`` or its ``cls`` tokens alone."""
     normalize: str = "none"
-    """What is done to the SAE's input: ``none`` (the paper's), its ``mean`` taken off, or also its size scaled (``mean_and_norm``)."""
+    """In which units training works: the stream's own (``none``, the paper's), less its ``mean``, also scaled to unit size on average
+    (``mean_and_norm``) or token by token (``token_norm``). The trained SAE reads the stream as it is."""
+    constraint: str = "none"
+    """Controls: the decoder stays at its start (``frozen_decoder``) or near it (``soft_decoder``, a cosine of at least 0.8), or the encoder does
+    (``frozen_encoder``). ``archetypal``: decoder rows are convex combinations of k-means centroids, but for a small rest."""
     log_every: int = 10
     """Steps between two rows of the training log."""
     checkpoint_every: int = 200

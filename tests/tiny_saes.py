@@ -6,6 +6,7 @@ import torch
 
 from patchsae_utils.sae.files import CONFIG
 from patchsae_utils.sae.model import SparseAutoencoder
+from patchsae_utils.sae.starts import Normalization
 
 METADATA = {"model_name": "openmoji", "layer": 4, "tokens": "all", "grid": [14, 14]}
 
@@ -31,9 +32,9 @@ def trained(options, normalize="none"):
         for name, parameter in sae.named_parameters():
             if name != "b_dec":
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        sae.set_normalization(TOKENS, normalize)
         sae.b_dec.add_(0.1 * torch.randn(6, generator=generator))
     sae.normalize_decoder()
+    Normalization.of(TOKENS, normalize).fold(sae)
     sae(TOKENS)
     return sae
 

@@ -14,7 +14,7 @@ from patchsae_utils.config import TrainConfig
 from patchsae_utils.sae.trainer import train_sae
 
 SETTINGS = {
-    "n_tokens": 60 * 63, "batch_tokens": 63, "lr": 3e-3, "warmup_steps": 10, "l1_coefficient": 1e-3, "clip_gradient": 0.5, "dead_after_steps": 4,
+    "n_tokens": 60 * 63, "batch_tokens": 63, "lr": 3e-3, "warmup_steps": 10, "l1_coefficient": 1e-3, "clip_gradient": 0.5, "dead_after_tokens": 4 * 63,
     "log_every": 3, "checkpoint_every": 7, "cls_coefficient": 2.0,
 }  # fmt: skip
 RUNS = {"relu": {}, "sparse": {"sparse": "always"}, "data": {"start": "data", "normalize": "mean"}}

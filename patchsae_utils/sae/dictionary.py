@@ -13,7 +13,6 @@ from .model import SparseAutoencoder
 from .variants import VARIANTS
 
 _CHUNK_BYTES = 256 * 2**20
-_START_RATE = 0.01  # share of tokens on which a latent fires that starts at a token
 _CONTROL_PAIRS = 2**24  # (token, latent) pairs by which a random SAE's threshold is set
 
 NEEDS_NO_THRESHOLD = tuple(name for name, variant in VARIANTS.items() if variant.threshold is None and not variant.gate)
@@ -138,59 +137,3 @@ def select_latents(sae: SparseAutoencoder, x: Tensor, latents: Tensor | Sequence
     step = max(1, _CHUNK_BYTES // (4 * width))
     parts = [sae.encode(part, latents) for part in flat.split(step)] if len(flat) else [flat.new_zeros(0, len(latents))]
     return torch.cat(parts).view(*x.shape[:-1], len(latents))
-
-
-# -- where training starts ------------------------------------------------------------------------------------------------------
-
-
-def geometric_median(x: Tensor) -> Tensor:
-    """The point [D] with the least sum of distances to all tokens [N, D], by Weiszfeld's iteration (1937) in float64."""
-    if x.ndim != 2 or len(x) == 0:
-        raise ValueError(f"geometric_median needs tokens as [N, D] with N > 0, got shape {tuple(x.shape)}.")
-    points = x.double()
-    median = points.mean(0)
-    for _ in range(200):
-        distance = (points - median).norm(dim=1)
-        weight = 1 / distance.clamp_min(1e-12)
-        moved = (weight @ points) / weight.sum()
-        step_size = (moved - median).norm()
-        median = moved
-        if step_size <= 1e-6 * distance.mean():
-            break
-    return median.to(x.dtype)
-
-
-@torch.no_grad()
-def start_bias(sae: SparseAutoencoder, x: Tensor, kind: str = "median") -> None:
-    """Move a ``b_dec`` that is 0 still to the geometric ``median`` of tokens [N, D] (the paper's) or their ``mean``; ``zero``: no move."""
-    if kind != "zero" and not sae.b_dec.any():
-        sae.b_dec.copy_(geometric_median(x) if kind == "median" else x.double().mean(0))
-
-
-@torch.no_grad()
-def start_from_data(sae: SparseAutoencoder, x: Tensor, b_dec_start: str = "median", rate: float = _START_RATE) -> None:
-    """Start every latent at one of the tokens [N, D]: k-means is started from data points for the same reason (Forgy, 1965).
-
-    ``b_dec`` is the middle of the tokens, by ``b_dec_start``; decoder row i points from there to token i; encoder column i is parallel to it,
-    with the bias at which the latent fires on the share ``rate`` of the tokens; one common gain, the least-squares one, fits the sizes. From
-    random weights half of all latents fire on every token, the L1 term silences most before they have found anything to stand for,
-    and what is rare (here: each single object) is left to a few.
-    """
-    x = x.to(sae.W_dec)
-    if len(x) < sae.d_sae:
-        raise ValueError(
-            f"start='data' needs a token for each of the {sae.d_sae} latents; got {len(x)}. Extract more images, or use start='random'."
-        )
-    sae.b_dec.zero_()
-    start_bias(sae, x[:4096], b_dec_start)
-    sae.W_dec.copy_(x[: sae.d_sae] - sae.b_dec)
-    sae.normalize_decoder()
-    centred = x[-4096:] - sae.b_dec
-    projections = centred @ sae.W_dec.T
-    thresholds = projections.kthvalue(max(1, int(len(projections) * (1 - rate))), dim=0).values
-    guess = torch.relu(projections - thresholds) @ sae.W_dec
-    gain = (centred * guess).sum() / guess.square().sum().clamp_min(torch.finfo(guess.dtype).tiny)
-    sae.W_enc.copy_(gain * sae.W_dec.T)
-    sae.b_enc.copy_(-gain * thresholds)
-    if sae.variant.gate:  # magnitudes start as the gate's pre-activations: what training starts from is then the ReLU's
-        sae.b_mag.copy_(sae.b_enc)

@@ -1,10 +1,8 @@
 """The training objectives, as plain functions of tensors.
 
 :func:`patchsae_loss` is the paper's, :func:`variant_loss` the published ones of the other variants; :func:`objective` names an SAE's own.
-Latents may be dense tensors or :class:`~patchsae_utils.sae.sparse.SparseLatents`. An SAE that normalises is judged in the units of its
-normalised input: ``x``, reconstruction, latents and pre-activations below are then (x - mean) / scale, and so on.
-
-Letters: B batch, T tokens, N tokens of any images, D d_in, S d_sae.
+Latents may be dense tensors or :class:`~patchsae_utils.sae.sparse.SparseLatents`. Letters: B batch, T tokens, N tokens of any images, D d_in,
+S d_sae.
 
 Sources: Lim et al., ICLR 2025, section 3.1 and appendix A; ghost gradients: Jermyn and Templeton, "Ghost grads", Transformer Circuits, January
 2024; of the variants: see :mod:`.variants`.
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .model import SaeOutput, SparseAutoencoder
-from .sparse import SparseLatents
+from .sparse import SparseLatents, take_rows
 from .variants import step
 
 _EPSILON = 1e-6
@@ -43,7 +41,7 @@ class SaeLoss(NamedTuple):
 
 
 def objective(sae: SparseAutoencoder) -> Callable[..., SaeLoss]:
-    """The published loss of an SAE's variant.
+    """The published loss of an SAE's variant, with the signature of :func:`patchsae_loss`.
 
     Parameters
     ----------
@@ -52,7 +50,6 @@ def objective(sae: SparseAutoencoder) -> Callable[..., SaeLoss]:
     Returns
     -------
     callable
-        With the signature of :func:`patchsae_loss`.
     """
     return patchsae_loss if sae.variant.loss == "paper" else variant_loss
 
@@ -92,14 +89,13 @@ def patchsae_loss(
         If shapes don't fit, or ``cls_coefficient`` can't be applied because it is not known which tokens are CLS.
     """
     output = sae(x) if output is None else output
-    z, z_hat = _in_units(sae, x), _in_units(sae, output.reconstruction)
-    error = normalized_squared_error(z, z_hat)
+    error = normalized_squared_error(x, output.reconstruction)
     weights = _token_weights(x, cls_coefficient, is_cls)
     mse = (error if weights is None else error * weights).mean()
-    l1 = l1_coefficient * (_l1_norm(output.latents) / sae.input_scale)
+    l1 = l1_coefficient * _l1_norm(output.latents)
     ghost_term = mse.new_zeros(())
     if ghost and dead is not None and bool(dead.any()):
-        ghost_term = _ghost_loss(z, z_hat, *_dead_latents(sae, x, output, dead), error)
+        ghost_term = _ghost_loss(x, output.reconstruction, *_dead_latents(sae, x, output, dead), error)
     return SaeLoss(mse + l1 + ghost_term, mse, l1, ghost_term)
 
 
@@ -117,12 +113,14 @@ def variant_loss(
     - ``l0`` (JumpReLU): squared error + lambda L0, whose gradients reach the thresholds. Rajamanoharan et al., "Jumping ahead", eq. 9 to 12.
     - ``gate``: squared error + lambda ||ReLU(gate)||_1 + ||x - x_hat_frozen(ReLU(gate))||^2, the last in ``ghost``: how the gate learns at all, so
       ``ghost=False`` doesn't leave it out. Rajamanoharan et al., "Gated sparse autoencoders", eq. 8.
+
+    JumpReLU and gated have published no term for the dead; here they get AuxK on top, which is 0 while all live.
     """
     output = sae(x) if output is None else output
-    weights, target = _token_weights(x, cls_coefficient, is_cls), _in_units(sae, x)
+    weights = _token_weights(x, cls_coefficient, is_cls)
 
     def squared(reconstruction: Tensor) -> Tensor:
-        error = (_in_units(sae, reconstruction) - target).square().sum(-1)
+        error = (reconstruction - x).square().sum(-1)
         return (error if weights is None else error * weights.squeeze(-1)).mean()
 
     mse = squared(output.reconstruction)
@@ -134,11 +132,10 @@ def variant_loss(
         sparsity = l1_coefficient * _learning_l0(sae, output)
     elif sae.variant.loss == "gate":
         gate = torch.relu(output.pre_activations)
-        sparsity = l1_coefficient * (_l1_norm(gate) / sae.input_scale)
+        sparsity = l1_coefficient * _l1_norm(gate)
         auxiliary = squared(gate @ sae.W_dec.detach() + sae.b_dec.detach())
-    elif ghost and dead is not None and bool(dead.any()):
-        reconstruction = _in_units(sae, output.reconstruction)
-        auxiliary = AUXK_COEFFICIENT * auxk_loss(target, reconstruction, *_dead_latents(sae, x, output, dead))
+    if ghost and dead is not None and bool(dead.any()):
+        auxiliary = auxiliary + AUXK_COEFFICIENT * auxk_loss(x, output.reconstruction, *_dead_latents(sae, x, output, dead))
     return SaeLoss(mse + sparsity + auxiliary, mse, sparsity, auxiliary)
 
 
@@ -186,18 +183,11 @@ def _ghost_loss(x: Tensor, reconstruction: Tensor, pre_activations: Tensor, rows
 
 
 def _dead_latents(sae: SparseAutoencoder, x: Tensor, output: SaeOutput, dead: Tensor) -> tuple[Tensor, Tensor]:
-    """Pre-activations [..., n] of the dead latents, in the loss's units, read from ``output`` or computed; and their decoder rows [n, D]."""
+    """Pre-activations [..., n] of the dead latents, read from ``output`` or computed; and their decoder rows [n, D]."""
     index = dead.nonzero().squeeze(-1)
     if output.pre_activations is None:
-        pre_activations = sae.pre_activations(x, latents=index)
-    else:
-        pre_activations = output.pre_activations.index_select(-1, index)
-    return pre_activations / sae.input_scale, sae.W_dec.index_select(0, index)
-
-
-def _in_units(sae: SparseAutoencoder, x: Tensor) -> Tensor:
-    """(x - input_mean) / input_scale, of activations or reconstructions [..., D]; to the bit ``x`` where the SAE doesn't normalise."""
-    return (x - sae.input_mean) / sae.input_scale  # without asking whether it does: on a GPU the answer costs more than the sum
+        return sae.pre_activations(x, latents=index), take_rows(sae.W_dec, index)
+    return output.pre_activations.index_select(-1, index), sae.W_dec.index_select(0, index)
 
 
 def _l1_norm(latents: Tensor | SparseLatents) -> Tensor:
@@ -210,9 +200,9 @@ def _l1_norm(latents: Tensor | SparseLatents) -> Tensor:
 def _learning_l0(sae: SparseAutoencoder, output: SaeOutput) -> Tensor:
     """Mean L0 whose gradient reaches the thresholds."""
     if output.near is None:
-        return step(output.pre_activations, sae.threshold, sae.kernel_width).sum(-1).mean()
+        return step(output.pre_activations, sae.threshold, sae.bandwidth).sum(-1).mean()
     near = output.near
-    return step(near.values, sae.threshold[near.indices.long()], sae.kernel_width).sum() / near.n_tokens
+    return step(near.values, sae.threshold[near.indices.long()], sae.bandwidth).sum() / near.n_tokens
 
 
 def _token_weights(x: Tensor, cls_coefficient: float, is_cls: Tensor | None) -> Tensor | None:

@@ -20,11 +20,10 @@ from . import sparse as sparse_kernels
 from .formats import write
 from .formats.sources import SOURCE, check_source, described
 from .formats.weights import STATISTICS, Weights, shapes, unit_rows
-from .sparse import SparseLatents
+from .sparse import SparseLatents, take_rows
 from .variants import VARIANTS, centre_product, jump_relu, keep_batch_topk, keep_topk, nested_groups, smallest_positive
 
 ACTIVATIONS = tuple(VARIANTS)
-NORMALIZATIONS = ("none", "mean", "mean_and_norm")
 _BANDWIDTH = 0.03
 _THRESHOLD_RATE = 0.01  # of the running mean of the smallest activation a batch keeps
 _MISFIT = 2.0  # activations whose spread differs by more than this factor, or whose mean lies a whole spread away, don't fit
@@ -89,9 +88,12 @@ class SparseAutoencoder(nn.Module):
     threshold : Parameter [S] (``jumprelu``), buffer [] (``batchtopk``, ``matryoshka``; 0 until trained), or None
     b_mag, r_mag : Parameter [S]
         Of ``gated`` alone.
+    token_norm : bool
+        Whether each token is centred at ``b_dec`` and brought to length sqrt(D) before it is encoded, and its latents get its own length back.
+        False but for what was trained so and can't be said by weights alone.
     input_mean : buffer [D]
-    input_scale : buffer []
-        0 and 1, unless :meth:`set_normalization` was called.
+    input_norm : buffer []
+        Mean of the tokens that training saw, and the root mean square of their distance to it; 0 where that is not known.
 
     Raises
     ------
@@ -101,7 +103,6 @@ class SparseAutoencoder(nn.Module):
 
     threshold: Tensor
     input_mean: Tensor
-    input_scale: Tensor
     input_norm: Tensor
 
     def __init__(
@@ -127,7 +128,7 @@ class SparseAutoencoder(nn.Module):
         self.bandwidth = (bandwidth or _BANDWIDTH) if "bandwidth" in options else None
         self.metadata: dict[str, Any] = dict(metadata or {})
         self.trained_in: dict[Path, tuple[str, str]] = {}  # folder of a run -> fingerprints of these weights before and after it
-        self._loaded = False
+        self._loaded = self.token_norm = False
         generator = torch.Generator().manual_seed(seed)
         W_enc, W_dec = torch.empty(d_in, d_sae), torch.empty(d_sae, d_in)
         nn.init.kaiming_uniform_(W_enc, generator=generator)
@@ -141,8 +142,7 @@ class SparseAutoencoder(nn.Module):
         else:
             self.register_buffer("threshold", torch.zeros(()) if self.variant.threshold == "one" else None)
         self.register_buffer("input_mean", torch.zeros(d_in))
-        self.register_buffer("input_scale", torch.ones(()))
-        self.register_buffer("input_norm", torch.zeros(()))  # root mean square of ||x - input_mean||; 0: not known
+        self.register_buffer("input_norm", torch.zeros(()))
         self.normalize_decoder()
 
     def extra_repr(self) -> str:
@@ -151,16 +151,20 @@ class SparseAutoencoder(nn.Module):
 
     # -- the equations ------------------------------------------------------------------------------------------------
 
+    def sizes(self, x: Tensor) -> Tensor:
+        """||x - b_dec|| / sqrt(D) of each token, [..., 1]: what ``token_norm`` divides it by."""
+        return (x - self.b_dec).norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / self.d_in**0.5
+
     def pre_activations(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
-        """(x - b_dec) W_enc + b_enc: [..., D] -> [..., S], or [..., n] for the n ``latents`` whose numbers are given."""
+        """(x - b_dec) W_enc + b_enc: [..., D] -> [..., S], or [..., n] for the n ``latents`` given by number; of unit-size tokens if ``token_norm``."""
         self.check_width(x)
-        if latents is not None:
-            W_enc, b_enc = self.W_enc.index_select(1, latents), self.b_enc.index_select(0, latents)
-            return F.linear(x - self.b_dec.detach(), W_enc.T, b_enc - centre_product(self.b_dec, W_enc))
-        # The centre moves into the bias for the backward pass alone (its value there is 0): b_dec's gradient then costs no [N, S] x [S, D] product.
         centre = self.b_dec.detach()
-        bias = self.b_enc - (self.b_dec - centre) @ self.W_enc
-        return F.linear(x - centre, self.W_enc.T, bias)
+        centred = (x - centre) / self.sizes(x) if self.token_norm else x - centre
+        # The centre moves into the bias for the backward pass alone (its value there is 0): b_dec's gradient then costs no [N, S] x [S, D] product.
+        if latents is None:
+            return F.linear(centred, self.W_enc.T, self.b_enc - (self.b_dec - centre) @ self.W_enc)
+        W_enc = take_rows(self.W_enc.T, latents)
+        return F.linear(centred, W_enc, self.b_enc.index_select(0, latents) - centre_product(self.b_dec, W_enc.T))
 
     def activate(self, pre_activations: Tensor, latents: Tensor | None = None) -> Tensor:
         """The activation function, of one token: [..., S] -> [..., S]; ``latents`` says which columns are given, where not all are."""
@@ -173,7 +177,7 @@ class SparseAutoencoder(nn.Module):
                 raise ValueError(f"activation={self.activation!r} compares all latents of a token: activate all of them, then choose.")
             return keep_topk(torch.relu(pre_activations), self.k)
         if self.variant.threshold == "each":
-            return jump_relu(pre_activations, of(self.threshold), self.kernel_width)
+            return jump_relu(pre_activations, of(self.threshold), self.bandwidth)
         if self.variant.gate:
             magnitude = torch.exp(of(self.r_mag)) * (pre_activations - of(self.b_enc)) + of(self.b_mag)
             return torch.where(pre_activations > 0, torch.relu(magnitude), 0)
@@ -185,7 +189,8 @@ class SparseAutoencoder(nn.Module):
         """Residual activations to latents: [..., D] -> [..., S], or [..., n] for the n ``latents`` whose numbers are given."""
         if latents is not None and self.variant.competes == "token":
             return self.encode(x).index_select(-1, latents)
-        return self.activate(self.pre_activations(x, latents), latents)
+        activations = self.activate(self.pre_activations(x, latents), latents)
+        return activations * self.sizes(x) if self.token_norm else activations
 
     def decode(self, latents: Tensor | SparseLatents) -> Tensor:
         """Latents to residual activations: [..., S] -> [..., D]."""
@@ -216,6 +221,7 @@ class SparseAutoencoder(nn.Module):
                 self._follow(latents)
         else:
             latents = self.activate(pre_activations)
+        latents = latents * self.sizes(x) if self.token_norm else latents
         return SaeOutput(self.decode(latents), latents, pre_activations)
 
     def _forward_sparse(self, x: Tensor) -> SaeOutput:
@@ -226,29 +232,27 @@ class SparseAutoencoder(nn.Module):
         elif in_batch:
             select = sparse_kernels.BatchTopK(self.k)
         elif variant.threshold == "each":
-            select = (self.threshold - self.kernel_width / 2).detach()
+            select = (self.threshold - self.bandwidth / 2).detach()
         else:
             select = self.threshold  # None for ``relu``
-        centre = self.b_dec.detach()
+        centred = x - self.b_dec.detach()
+        sizes = self.sizes(x) if self.token_norm else None
         bias = self.b_enc - centre_product(self.b_dec, self.W_enc)
         precision = "bfloat16" if torch.is_autocast_enabled(x.device.type) else "float32"
-        latents = sparse_kernels.encode((x - centre).reshape(-1, self.d_in), self.W_enc, bias, select, precision=precision)
+        flat = (centred if sizes is None else centred / sizes).reshape(-1, self.d_in)
+        latents = sparse_kernels.encode(flat, self.W_enc, bias, select, precision=precision)
         near = None
         if variant.threshold == "each":
             near = latents
-            numbers = near.indices.long()
-            latents = near._replace(values=jump_relu(near.values, self.threshold[numbers], self.kernel_width))
+            latents = near._replace(values=jump_relu(near.values, self.threshold[near.indices], self.bandwidth))
+        if sizes is not None:
+            latents = latents._replace(values=latents.values * sizes.flatten()[latents.tokens()])
         reconstruction = self.decode(latents).reshape(x.shape)
         if in_batch and torch.is_grad_enabled():
             self._follow(latents.values)
         if near is not None:  # those below their threshold were there for its gradient alone
             latents = latents.kept(latents.values > 0)
         return SaeOutput(reconstruction, latents, None, near)
-
-    @property
-    def kernel_width(self) -> Tensor:
-        """Scalar: ``bandwidth`` in units of the residual stream."""
-        return self.bandwidth * self.input_scale
 
     @torch.no_grad()
     def _follow(self, kept: Tensor) -> None:
@@ -283,45 +287,15 @@ class SparseAutoencoder(nn.Module):
         self._loaded = True
         return super().load_state_dict(*args, **options)
 
-    # -- the input's statistics -----------------------------------------------------------------------------------------
-
     @property
     def normalizes(self) -> bool:
-        """Whether a mean or a scale of the input is set."""
-        return bool(self.input_scale != 1) or bool(self.input_mean.any())
+        """Whether training normalised its tokens; the weights say so by themselves, but for ``token_norm``."""
+        return bool(self.input_norm)
 
-    @torch.no_grad()
-    def set_normalization(self, x: Tensor, kind: str = "mean_and_norm") -> None:
-        """Train as if on (x - mean) / scale of these tokens [N, D], with latents, weights and reconstructions still in the stream's own units.
+    # -- where activations come from --------------------------------------------------------------------------------------
 
-        With rows of unit norm that is latents scale * h, b_dec = mean + scale * b_dec', b_enc = scale * b_enc', thresholds likewise: the folded form
-        is kept, so nobody who encodes, edits or exports has to know. What changes is where training starts (``b_dec`` at the mean, if it was 0) and
-        the objective's units: losses divide by the scale. ``mean``: centring alone. ``mean_and_norm``: a centred token's mean square is 1 per dimension.
-        """
-        if kind not in NORMALIZATIONS:
-            raise ValueError(f"Unknown normalization {kind!r}. Valid: {', '.join(NORMALIZATIONS)}.")
-        if kind == "none":
-            return
-        self.check_width(x)
-        tokens = x.reshape(-1, self.d_in).double()
-        mean = tokens.mean(0)
-        norm = (tokens - mean).square().sum(1).mean().sqrt()
-        if len(tokens) < 2 or not norm.isfinite() or not norm > 0:
-            raise ValueError(
-                f"set_normalization needs at least two finite tokens that differ, got {len(tokens)} of spread {norm.item():g}."
-            )
-        before = self.input_scale.clone()
-        self.input_mean.copy_(mean)
-        self.input_norm.copy_(norm)
-        self.input_scale.copy_(norm / self.d_in**0.5 if kind == "mean_and_norm" else torch.ones(()))
-        if self.threshold is not None:
-            self.threshold.mul_(self.input_scale / before)
-        if not self.b_dec.any():
-            self.b_dec.copy_(mean)
-
-    @torch.no_grad()
     def check_statistics(self, x: Tensor, source: str = "these activations") -> None:
-        """Refuse tokens [N, D] that can't be of the kind :meth:`set_normalization` saw: another spread by a factor of 2, or another mean."""
+        """Refuse tokens [N, D] that can't be of the kind that training saw: another spread by a factor of 2, or another mean."""
         self.check_width(x)
         if not self.input_norm:
             return
@@ -336,7 +310,6 @@ class SparseAutoencoder(nn.Module):
             f"Give residual activations of the model, layer and token types it was trained on, not scaled or centred, or train an SAE on these."
         )
 
-    # -- where activations come from --------------------------------------------------------------------------------------
 
     def check_width(self, x: Tensor) -> None:
         """Refuse activations of another width than D."""
@@ -368,10 +341,10 @@ class SparseAutoencoder(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Sixteen hex digits of the SHA-256 of sizes, activation, weights and what else the outputs or the objective depend on."""
-        options = [value for value in (self.groups, self.bandwidth) if value is not None]
+        options = [value for value in (self.groups, self.bandwidth, self.token_norm or None) if value is not None]
         digest = hashlib.sha256(json.dumps([self.d_in, self.d_sae, self.activation, self.k, *options]).encode())
         names = ["W_enc", "b_enc", "W_dec", "b_dec"] + ["b_mag", "r_mag"] * self.variant.gate + ["threshold"] * (self.threshold is not None)
-        for name in names + ["input_mean", "input_scale"] * self.normalizes:
+        for name in names:
             digest.update(getattr(self, name).detach().float().cpu().contiguous().numpy().data)
         return digest.hexdigest()[:16]
 
@@ -390,7 +363,8 @@ class SparseAutoencoder(nn.Module):
     def to_weights(self) -> Weights:
         """This SAE as plain float32 tensors."""
         tensors = {name: value.detach().float().cpu() for name, value in self.state_dict().items() if name not in STATISTICS}
-        statistics = {name: getattr(self, name).tolist() for name in STATISTICS} if self.normalizes or bool(self.input_norm) else {}
+        statistics: dict[str, Any] = {name: getattr(self, name).tolist() for name in STATISTICS} if self.input_norm else {}
+        statistics |= {"token_norm": True} if self.token_norm else {}
         return Weights(tensors, self.activation, {name: getattr(self, name) for name in self.variant.options}, self.metadata, statistics)
 
     @classmethod
@@ -403,9 +377,10 @@ class SparseAutoencoder(nn.Module):
             d_in, d_sae = tensors["W_enc"].shape
             sae = cls(d_in, d_sae, weights.activation, **weights.options, metadata=weights.metadata)
             own = {name: value for name, value in sae.state_dict().items() if name not in STATISTICS}
-            for name, values in weights.statistics.items():
+            sae.token_norm = bool(weights.statistics.get("token_norm", False))
+            for name in set(STATISTICS) & set(weights.statistics):
                 buffer = getattr(sae, name)
-                buffer.copy_(torch.tensor(values, dtype=torch.float32).reshape(buffer.shape))
+                buffer.copy_(torch.tensor(weights.statistics[name], dtype=torch.float32).reshape(buffer.shape))
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} can't be read: {error}") from error
         if shapes(own) != shapes(tensors):

@@ -125,7 +125,7 @@ class DeferredGradients:
         own = {id(getattr(self.sae, name)): name for name in self._parts}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if id(parameter) in own:
+                if id(parameter) in own and parameter.requires_grad:
                     self._stream(optimizer, group, own[id(parameter)], scale)
         if scale is not None:
             for parameter in self.sae.parameters():

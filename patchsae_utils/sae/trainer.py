@@ -30,25 +30,28 @@ from ..config import TrainConfig
 from ..run.artifacts import disk_errors, fingerprint, folder_lock, read_checked_json, write_checked_json, write_json
 from ..run.memory import out_of_memory
 from ..run.processes import Processes
-from .dictionary import start_bias, start_from_data
 from .files import CONFIG, WEIGHTS, load_sae
 from .losses import objective
 from .model import SparseAutoencoder
 from .sparse import worthwhile
 from .sparse_adam import DeferredGradients, l1_weight, learning_rate, n_steps
+from .starts import SOFT_COSINE, Archetypes, Normalization, centroids, start_bias, start_from
 
 Tokens = ActivationStore | TokenStream
 CHECKPOINT, MANIFEST, LOG, SUMMARY = "checkpoint.pt", "manifest.json", "training_log.csv", "summary.json"
 LOG_COLUMNS = ("step", "tokens", "lr", "loss", "mse", "l1", "ghost", "l0", "explained_variance", "dead_fraction", "tokens_per_second")
 _TERMS = ("loss", "mse", "l1", "ghost", "l0", "residual")  # of a batch, summed over its chunks
 _SHOWN = ("loss", "l0", "explained_variance", "dead_fraction", "tokens_per_second")  # in the bar
-_FORMAT = 2
+_FORMAT = 3
 _ORIGIN = ("model_name", "weights_hash", "layer", "tokens", "grid", "preprocessing", "dataset", "split", "seed", "n_images")
 # So many (token, latent) pairs are computed at once, which on a CPU stay in its cache, but so many tokens at least: each chunk adds to all gradients.
 _CHUNK_CPU, _CHUNK_GPU, _CHUNK_TOKENS = 3 << 20, 1 << 28, 512
+_CLUSTERED = 60_000  # tokens that k-means sees, at least
 _CHUNK_DEAD = 1 << 26  # on the sparse path only the dead latents' pre-activations are computed whole, for the term that wakes them
 # sparse="auto": a smaller dictionary's dense step is short, and stays dense. Density is the mean over so many rows of the log.
 _SPARSE_FROM, _DENSITY_ROWS = 8192, 5
+_THRESHOLD_RATE = 10  # of ``jumprelu``'s thresholds, times the others'
+_CONTROL, _CONTROL_SHARE = 0.02, 2 / 3  # the weight of sparsity follows a target L0 by so much a step, for this share of the run
 
 
 def train_sae(
@@ -83,8 +86,8 @@ def train_sae(
     ------
     ValueError
         If the store's activations are not those the SAE reads, or lack the tokens wanted; the folder holds another run, or another process
-        trains into it; ``start="data"`` would overwrite weights that were loaded or trained; loss or weights stop being finite (the
-        checkpoint before stays); or a checkpoint is damaged.
+        trains into it; a start or ``token_norm`` would overwrite weights that were loaded or trained; ``target_l0`` is asked of a variant with
+        ``k``; loss or weights stop being finite (the checkpoint before stays); or a checkpoint is damaged.
     ImportError
         If a tracker's package is missing.
     """
@@ -95,7 +98,7 @@ def train_sae(
     before, after = sae.trained_in.get(out.resolve(), (None, None))
     start = sae.fingerprint
     start = before if resume and start == after else start  # what a run into this folder has made of these weights still names it
-    recipe = {name: value for name, value in dataclasses.asdict(config).items() if name != "trackers"}  # on which no result depends
+    recipe = {name: value for name, value in dataclasses.asdict(config).items() if name != "trackers" and value != getattr(TrainConfig, name)}
     inputs = {"sae": start, "training": recipe, "store": store.fingerprint}
 
     def finished() -> bool:
@@ -112,9 +115,13 @@ def train_sae(
         processes.on_main(lambda: stack.enter_context(folder_lock(out)))
         if processes.on_main(finished):  # by another process, meanwhile
             return opened()
-        if config.start == "data" and not sae.is_fresh and not (resume and (out / CHECKPOINT).exists()):
-            what = "start='data' would overwrite the weights of this SAE, which were loaded, trained or set."
-            raise ValueError(f"{what} Use start='random', which keeps them, or give a fresh SparseAutoencoder.")
+        overwrites = {"start": "random", "constraint": "none", "normalize": config.normalize if config.normalize != "token_norm" else None}
+        wrong = [f"{name}={getattr(config, name)!r}" for name, keeps in overwrites.items() if getattr(config, name) != keeps]
+        if (wrong or sae.token_norm) and not sae.is_fresh and not (resume and (out / CHECKPOINT).exists()):
+            what = f"{' and '.join(wrong) or 'Training'} would overwrite the weights of this SAE, which were loaded, trained or set."
+            raise ValueError(f"{what} Use start='random' on the stream's own units, which keeps them, or give a fresh SparseAutoencoder.")
+        if config.target_l0 is not None and sae.k is not None:
+            raise ValueError(f"target_l0={config.target_l0} has no meaning for activation={sae.activation!r}, whose k={sae.k} sets it.")
         processes.on_main(lambda: _clear(out, MANIFEST, SUMMARY, CONFIG, WEIGHTS, *(() if resume else (CHECKPOINT,))))
         sae.metadata = _origin(store) | ({"tokens": kept} if kept else {}) | sae.metadata
         run = Training(sae.to(device), store, config, out, inputs, processes)
@@ -122,11 +129,12 @@ def train_sae(
             run.restore()
             with out_of_memory(f"training steps of {config.batch_tokens} tokens", "training.batch_tokens or sae.expansion_factor lower"):
                 run.train(progress and processes.main)
-            sae.normalize_decoder()
+            run.fold()
             sae.eval()
-            sae.metadata |= {"n_training_tokens": run.n_steps * config.batch_tokens, "l1_coefficient": config.l1_coefficient}
+            sae.metadata |= {"n_training_tokens": run.n_steps * config.batch_tokens, "l1_coefficient": config.l1_coefficient * run.l1_factor}
             processes.on_main(run.finish)
         finally:
+            run.fold()  # also where it was interrupted: nobody else knows of other units
             if (moved := sae.fingerprint) != start:
                 sae.trained_in[out.resolve()] = (start, moved)
     return sae
@@ -144,7 +152,7 @@ def training_log(out: str | Path) -> pd.DataFrame:
     -------
     DataFrame
         One row every ``log_every`` steps, columns as in ``LOG_COLUMNS``. ``l0`` and ``explained_variance`` (centred) are of the training batch,
-        before the step; ``dead_fraction`` counts latents that have not fired for more than ``dead_after_steps`` steps.
+        before the step; ``dead_fraction`` counts latents that have not fired for more than ``dead_after_tokens`` tokens.
 
     Raises
     ------
@@ -178,9 +186,8 @@ def _refuse_others(out: Path, inputs: dict[str, Any], found: Any) -> None:
     if isinstance(found, dict) and all(isinstance(found.get(name), type(value)) for name, value in inputs.items()):
         differing = [word for name, word in (("sae", "initial weights"), ("store", "activations")) if found[name] != inputs[name]]
         there = found["training"]
-        differing += [
-            f"{name} ({there.get(name)!r} there, {here!r} here)" for name, here in inputs["training"].items() if there.get(name) != here
-        ]
+        pairs = {name: [run.get(name, getattr(TrainConfig, name, None)) for run in (there, inputs["training"])] for name in there | inputs["training"]}
+        differing += [f"{name} ({then!r} there, {here!r} here)" for name, (then, here) in pairs.items() if then != here]
         what = f"another run, which differs in {', '.join(differing)}"
     raise ValueError(f"{out} holds {what}. Choose another folder, or delete this one; resume=False replaces what is there.")
 
@@ -218,20 +225,47 @@ class Training:
         self.sae, self.store, self.config, self.out, self.inputs, self.processes = sae, store, config, out, inputs, processes
         self.device, self.loss = sae.W_enc.device, objective(sae)
         self.n_steps, self.step, self.restored = n_steps(config), 0, False
-        self.silent_for = torch.zeros(sae.d_sae, dtype=torch.long, device=self.device)  # steps since each latent fired
+        self.silent_for = torch.zeros(sae.d_sae, dtype=torch.long, device=self.device)  # tokens since each latent fired
         self.rows: list[dict[str, Any]] = []
         self.seconds, self.n_starts, self.n_sparse = 0.0, 0, 0  # wall time until the last checkpoint, starts, sparse steps
+        self.l1_factor, self.off_target = 1.0, 0.0  # by which a target L0 has moved the weight of sparsity, and how far the last batch was from it
+        self.normalization: Normalization | None = Normalization.of(sae.b_dec[None], "none")
+        self.archetypes, self.anchor = None, None
         may_be_sparse = not sae.variant.gate and (config.sparse == "always" or (config.sparse == "auto" and sae.d_sae >= _SPARSE_FROM))
         self.deferred = DeferredGradients(sae) if may_be_sparse else None
         self.unit_rows = False  # whether the last step has left the decoder's rows at unit norm
-        self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
+        held = {"frozen_decoder": ["W_dec"], "frozen_encoder": ["W_enc"]}.get(config.constraint, [])
+        if config.normalize == "token_norm":  # without biases that a token's size would have to scale, as far as the variant needs none
+            held += ["b_dec"] + ["b_enc"] * (sae.variant.competes == "token")
+        self.held = [getattr(sae, name).requires_grad_(False) for name in held]
+        own = [sae.threshold] if sae.variant.threshold == "each" else []
+        groups = [{"params": [p for p in sae.parameters() if all(p is not other for other in own)]}]
+        self.optimizer = torch.optim.Adam(groups + [{"params": own, "rate": _THRESHOLD_RATE}] * len(own), lr=config.lr, fused=True)
+
+    def _hold(self, archetypes: Archetypes | None, anchor: Tensor | None) -> None:
+        """What keeps the decoder near the data, or near its start."""
+        self.anchor, self.archetypes = anchor, archetypes
+        if archetypes is not None:
+            self.optimizer.add_param_group({"params": list(archetypes.to(self.device).parameters())})
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Put the units of training into the weights, once."""
+        if self.normalization is None:
+            return
+        self.sae.normalize_decoder()
+        self.normalization.fold(self.sae)
+        self.normalization = None
+        for parameter in self.held:
+            parameter.requires_grad_(True)
 
     def save(self) -> None:
         """Everything that the rest of the run depends on, under a temporary name first; the tokens' order follows from seed and step."""
         state = {
             "format": _FORMAT, "inputs": self.inputs, "step": self.step, "sae": self.sae.state_dict(),
             "optimizer": self.optimizer.state_dict(), "silent_for": self.silent_for, "rows": self.rows, "unit_rows": self.unit_rows,
-            "effort": [self.seconds, self.n_starts, self.n_sparse],
+            "effort": [self.seconds, self.n_starts, self.n_sparse], "control": [self.l1_factor, self.off_target], "normalization": list(self.normalization),
+            "archetypes": None if self.archetypes is None else self.archetypes.state_dict(), "anchor": self.anchor,
         }  # fmt: skip
         temporary = self.out / f".{CHECKPOINT}.tmp"  # one name for all: a killed run leaves one file at most
         try:
@@ -258,8 +292,15 @@ class Training:
             raise ValueError(f"{path} can't be read ({type(error).__name__}). Delete it to train from the beginning.") from error
         _refuse_others(self.out, self.inputs, found)
         self.sae.load_state_dict(state["sae"])
+        self.sae.token_norm, self.normalization = False, Normalization(*state["normalization"])
+        archetypes = state["archetypes"] and Archetypes(state["archetypes"]["points"])
+        if archetypes:
+            archetypes.load_state_dict(state["archetypes"])
+        self._hold(archetypes, state["anchor"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.silent_for, self.step, self.rows, self.unit_rows = (state[name] for name in ("silent_for", "step", "rows", "unit_rows"))
+        for name in ("silent_for", "step", "rows", "unit_rows"):
+            setattr(self, name, state[name])
+        self.l1_factor, self.off_target = state["control"]
         self.seconds, self.n_starts, self.n_sparse = state["effort"]
         self.restored = True
 
@@ -303,10 +344,11 @@ class Training:
             stack.callback(bar.close)
             while self.step < self.n_steps:
                 x, positions = next(stream)
+                x = self.normalization.apply(x.to(self.device))
                 tokens += len(x)
                 last = self.step + 1 == self.n_steps
                 logged = self.step % config.log_every == 0 or last
-                sums = self._step(x, positions == 0, logged)
+                sums = self._step(x, positions == 0, logged or config.target_l0 is not None)
                 if logged:
                     row = self._row(x, sums, tokens / (time.perf_counter() - started))
                     if processes.main:
@@ -327,15 +369,28 @@ class Training:
         return self.store.tokens(batch_size, seed=seed, epochs=None, start_step=start_step, positions=True, **options)
 
     def _start(self) -> None:
-        """Before the first step: the input's statistics, and directions from the data; from tokens of another order than the training's."""
+        """Before the first step: units, and directions from the data; from tokens of another order than the training's."""
         config, sae = self.config, self.sae
-        if config.start == "random" and config.normalize == "none":
-            return
-        x, _ = next(self._tokens(max(20_000, 2 * sae.d_sae), config.seed + 1, 0))
-        x = x.to(self.device)
-        sae.set_normalization(x, config.normalize)
-        if config.start == "data":
-            start_from_data(sae, x, config.b_dec_start)
+        if config.start != "random" or config.normalize != "none" or config.constraint == "archetypal":
+            clusters = config.start == "kmeans" or config.constraint == "archetypal"
+            n = max(_CLUSTERED, 4 * sae.d_sae) if clusters else max(20_000, 2 * sae.d_sae)
+            x = next(self._tokens(n, config.seed + 1, 0))[0].to(self.device, sae.W_dec.dtype)
+            self.normalization = Normalization.of(x, config.normalize)
+            if not sae.is_fresh:
+                self.normalization.unfold(sae)
+            x = self.normalization.apply(x)
+            if config.start != "random" and len(x) < sae.d_sae:
+                needs = f"start={config.start!r} needs a token for each of the {sae.d_sae} latents; got {len(x)}."
+                raise ValueError(f"{needs} Extract more images, or use start='random'.")
+            if config.normalize != "token_norm" and (config.start != "random" or clusters):
+                start_bias(sae, x[:4096], config.b_dec_start)
+            points = centroids(x - sae.b_dec, sae.d_sae, config.seed) if clusters else x[: sae.d_sae] - sae.b_dec
+            if config.start != "random":
+                start_from(sae, points, x[-4096:])
+        if config.constraint != "none":
+            sae.normalize_decoder()
+            archetypal = Archetypes(points) if config.constraint == "archetypal" else None
+            self._hold(archetypal, sae.W_dec.detach().clone() if config.constraint == "soft_decoder" else None)
 
     def _is_sparse(self) -> bool:
         """Whether this step computes with active latents alone; follows from the settings and from rows of the log that a checkpoint holds."""
@@ -357,12 +412,17 @@ class Training:
     def _step(self, x: Tensor, is_cls: Tensor, logged: bool) -> dict[str, float] | None:
         """One step of Adam on a batch [N, D]; chunk by chunk, since every term is a mean over tokens."""
         sae, config, processes = self.sae, self.config, self.processes
-        if self.step == 0:
-            start_bias(sae, x.to(self.device), config.b_dec_start)
-        if not self.unit_rows:
+        if self.step == 0 and sae.b_dec.requires_grad:
+            start_bias(sae, x, config.b_dec_start)
+        rows_of = None if self.archetypes is None else self.archetypes()
+        if rows_of is not None:
+            sae.W_dec.data.copy_(rows_of.detach())
+        elif not self.unit_rows:
             sae.normalize_decoder()
-        dead = self.silent_for > config.dead_after_steps
+        dead = self.silent_for > config.dead_after_tokens
         n_dead = int(dead.sum()) if config.ghost else 0
+        if n_dead and sae.variant.loss != "paper":
+            self._forget(dead & (self.silent_for <= config.dead_after_tokens + len(x)))
         dead = dead if n_dead else None
         sparse = self._is_sparse()
         self.n_sparse += sparse
@@ -370,14 +430,14 @@ class Training:
         sums = torch.zeros(len(_TERMS), dtype=torch.float64)
         self.optimizer.zero_grad(set_to_none=True)
         own = processes.share(len(x))
-        tokens, own_is_cls = x[own].to(self.device), is_cls[own].to(self.device)
+        tokens, own_is_cls = x[own], is_cls[own].to(self.device)
         rows = self._chunk(len(tokens), n_dead, sparse)
         with self.deferred if sparse else nullcontext():
             for part, part_is_cls in zip(tokens.split(rows), own_is_cls.split(rows), strict=True):
                 share = len(part) / len(x)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                     output = sae(part, sparse=True) if sparse else sae(part)
-                    weight = l1_weight(self.step, config)
+                    weight = l1_weight(self.step, config) * self.l1_factor * math.exp(self.off_target)
                     loss = self.loss(sae, part, dead, weight, config.cls_coefficient, is_cls=part_is_cls, output=output, ghost=config.ghost)
                 (loss.total * share).backward()
                 with torch.no_grad():
@@ -387,18 +447,35 @@ class Training:
                         n_active = latents.count_nonzero() if isinstance(latents, Tensor) else latents.counts().sum()
                         residual = (part - output.reconstruction).double().square().sum() / share
                         sums += share * torch.stack([*(term.double() for term in loss), (n_active / len(part)).double(), residual]).cpu()
-        self._move(fired, sums, sparse)
-        self.silent_for = torch.where(fired, 0, self.silent_for + 1)
+        self._move(fired, sums, sparse, rows_of)
+        self.silent_for = torch.where(fired, 0, self.silent_for + len(x))
+        if config.target_l0 is not None:
+            self._control(float(sums[_TERMS.index("l0")]))
         return dict(zip(_TERMS, sums.tolist(), strict=True)) if logged else None
 
-    def _move(self, fired: Tensor, sums: Tensor, sparse: bool) -> None:
+    def _forget(self, newly_dead: Tensor) -> None:
+        """Adam's moments of latents that have just died: the auxiliary gradients are small beside what they had, and would move nothing for long."""
+        if bool(newly_dead.any()):
+            for weight in (self.sae.W_enc, self.sae.W_dec, self.sae.b_enc):
+                for name in ("exp_avg", "exp_avg_sq") if weight in self.optimizer.state else ():
+                    moment = self.optimizer.state[weight][name]
+                    (moment.T if weight is self.sae.W_enc else moment)[newly_dead] = 0
+
+    def _control(self, l0: float) -> None:
+        """Move the weight of sparsity after the step's L0, at once and for good; at the end of control it stays what it has become."""
+        controls = self.step < _CONTROL_SHARE * self.n_steps
+        self.off_target = max(-1.0, min(1.0, math.log(max(l0, 1e-3) / self.config.target_l0))) if controls else 0.0
+        self.l1_factor *= math.exp(_CONTROL * self.off_target)
+
+    def _move(self, fired: Tensor, sums: Tensor, sparse: bool, rows_of: Tensor | None) -> None:
         """Gradients of all processes together, projected and clipped, and Adam's step."""
         sae, config = self.sae, self.config
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, config)
-        self.unit_rows = sparse and self.processes.number == 1
+            group["lr"] = learning_rate(self.step, config) * group.get("rate", 1.0)
+        self.unit_rows = sparse and self.processes.number == 1 and rows_of is None
         if self.unit_rows:
             self.deferred.step(self.optimizer, max_norm=config.clip_gradient or None)
+            self._keep_near()
             return
         if sparse:
             self.deferred.materialize()
@@ -406,16 +483,32 @@ class Training:
         sae.remove_parallel_gradient()
         if config.clip_gradient:
             torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip_gradient)
+        if rows_of is not None:
+            self.archetypes.zero_grad()
+            rows_of.backward(sae.W_dec.grad)
+            sae.W_dec.grad = None
         self.optimizer.step()
+        self._keep_near()
+
+    @torch.no_grad()
+    def _keep_near(self) -> None:
+        """Turn rows of a soft-frozen decoder back until their cosine to where they started is that allowed."""
+        if self.anchor is not None:
+            rows = self.sae.W_dec
+            self.sae.normalize_decoder()
+            cosine = (rows * self.anchor).sum(1, keepdim=True)
+            aside = torch.nn.functional.normalize(rows - cosine * self.anchor, dim=1)
+            rows.copy_(torch.where(cosine < SOFT_COSINE, SOFT_COSINE * self.anchor + (1 - SOFT_COSINE**2) ** 0.5 * aside, rows))
 
     def _add_up(self, fired: Tensor, sums: Tensor) -> None:
         """Over all processes: gradients, running thresholds, which latents fired, and the log's terms."""
         if self.processes.number == 1:
             return
         for parameter in self.sae.parameters():
-            if parameter.grad is None:  # a share without tokens
+            if parameter.grad is None and parameter.requires_grad:  # a share without tokens
                 parameter.grad = torch.zeros_like(parameter)
-            self.processes.add_up(parameter.grad)
+            if parameter.requires_grad:
+                self.processes.add_up(parameter.grad)
         if self.sae.variant.competes == "batch":
             self.processes.average(self.sae.threshold)
         counts = torch.cat([fired.double(), sums.to(fired.device)])
@@ -430,7 +523,7 @@ class Training:
         row = {"step": self.step, "tokens": (self.step + 1) * self.config.batch_tokens, "lr": learning_rate(self.step, self.config)}
         row |= {name: sums[name] for name in _TERMS[:-1]}
         row["explained_variance"] = 1 - sums["residual"] / variance if variance else math.nan
-        row["dead_fraction"] = (self.silent_for > self.config.dead_after_steps).double().mean().item()
+        row["dead_fraction"] = (self.silent_for > self.config.dead_after_tokens).double().mean().item()
         row["tokens_per_second"] = round(speed)
         self.rows.append(row)
         return row

@@ -10,6 +10,7 @@ from tiny_saes import perturbed
 
 from patchsae_utils.adaptation.prompts import VisualPrompt
 from patchsae_utils.sae.model import ACTIVATIONS, SparseAutoencoder
+from patchsae_utils.sae.starts import Normalization
 
 
 def test_forward_is_the_papers_equation():
@@ -81,32 +82,11 @@ def test_columns_alone_are_columns_of_all(activation):
             sae.activate(torch.zeros(3, 4), latents=some)
 
 
-def test_normalisation_is_invisible_to_who_encodes_and_decodes():
-    sae, plain = (SparseAutoencoder(6, 20, "jumprelu", seed=1) for _ in range(2))
-    x = 30 + 4 * torch.randn(2000, 6, generator=torch.Generator().manual_seed(0))
-    sae.set_normalization(x)
-    assert sae.normalizes and not plain.normalizes and sae.fingerprint != plain.fingerprint
-    torch.testing.assert_close(sae.b_dec.detach(), x.mean(0))
-    inside = (x - x.mean(0)) / sae.input_scale
-    torch.testing.assert_close(inside.square().mean().item(), 1.0, rtol=1e-4, atol=0)
-    torch.testing.assert_close(sae.encode(x), sae.input_scale * plain.encode(inside), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(sae(x).reconstruction, x.mean(0) + sae.input_scale * plain(inside).reconstruction, rtol=1e-3, atol=1e-3)
-    sae.set_normalization(x, "mean")
-    assert sae.input_scale == 1 and sae.normalizes
-    sae.set_normalization(x, "none")
-    for bad in (x[:1], x[:1].expand(9, 6), x * torch.nan):
-        with pytest.raises(ValueError, match="at least two finite tokens"):
-            sae.set_normalization(bad)
-    with pytest.raises(ValueError, match="Unknown normalization 'layer_norm'. Valid: none, mean, mean_and_norm"):
-        sae.set_normalization(x, "layer_norm")
-
-
-@pytest.mark.parametrize("kind", ["mean", "mean_and_norm"])
-def test_activations_with_other_statistics_are_refused(kind):
+def test_activations_with_other_statistics_are_refused():
     x = 5 + torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
     sae = SparseAutoencoder(6, 20, metadata={"model_name": "openmoji", "layer": 4})
     sae.check_statistics(100 * x)  # nothing known, nothing refused
-    sae.set_normalization(x, kind)
+    Normalization.of(x, "mean_and_norm").fold(sae)
     sae.check_statistics(x[:100])
     sae.check_statistics(x.view(50, 10, 6) * 1.02)
     for other in (x / x.norm(dim=1, keepdim=True), 10 * x, x - x.mean(0), x.mean(0) + 0.01 * (x - x.mean(0)), x * torch.nan):

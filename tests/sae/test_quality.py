@@ -19,6 +19,7 @@ from patchsae_utils.sae.quality import (
     read_tokens,
     readings_by_place,
 )
+from patchsae_utils.sae.starts import Normalization
 
 matplotlib.use("Agg")
 LAYER = -2
@@ -105,9 +106,9 @@ def test_several_saes_share_one_pass_and_give_what_each_gives_alone(tiny_clip, g
 
 def test_activations_unlike_those_of_training_are_refused(tiny_clip, tiny_dataset, residual):
     sae = SparseAutoencoder(32, 64)
-    sae.set_normalization(residual.flatten(0, 1))
+    Normalization.of(residual.flatten(0, 1), "mean").fold(sae)
     measured(tiny_clip, sae, tiny_dataset)
-    sae.set_normalization(10 * residual.flatten(0, 1))
+    Normalization.of(10 * residual.flatten(0, 1), "mean").fold(sae)
     with pytest.raises(ValueError, match="the activations of 'tiny' on 'openmoji/tools' are"):
         measured(tiny_clip, sae, tiny_dataset)
 

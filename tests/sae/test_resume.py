@@ -20,7 +20,7 @@ from patchsae_utils.sae.trainer import train_sae, training_log
 HERE = Path(__file__).parents[1]
 SETTINGS = {
     "n_tokens": 160 * 64, "batch_tokens": 64, "lr": 3e-3, "warmup_steps": 30, "schedule": "cosine", "l1_coefficient": 1e-3, "l1_warmup_steps": 50,
-    "clip_gradient": 1.0, "dead_after_steps": 4, "log_every": 1, "checkpoint_every": 3, "normalize": "mean_and_norm", "seed": 1,
+    "clip_gradient": 1.0, "dead_after_tokens": 4 * 64, "log_every": 1, "checkpoint_every": 3, "normalize": "mean_and_norm", "seed": 1,
 }  # fmt: skip
 
 

@@ -11,10 +11,10 @@ from tiny_training import CONFIG, Store, assert_same, fresh, weights
 
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.sae import trainer as training
-from patchsae_utils.sae.dictionary import geometric_median, start_from_data
 from patchsae_utils.sae.files import load_sae
 from patchsae_utils.sae.losses import patchsae_loss
 from patchsae_utils.sae.model import SparseAutoencoder
+from patchsae_utils.sae.starts import geometric_median
 from patchsae_utils.sae.trainer import LOG_COLUMNS, train_sae, training_log
 
 matplotlib.use("Agg")
@@ -88,12 +88,13 @@ def test_a_folder_of_another_run_is_never_deleted(tmp_path, stop):
         train_sae(fresh(), Store(), CONFIG, tmp_path / "own", progress=False)
 
 
-def test_a_start_from_data_leaves_loaded_and_trained_weights_alone(tmp_path):
+@pytest.mark.parametrize("start", ["data", "kmeans"])
+def test_a_start_from_data_leaves_loaded_and_trained_weights_alone(tmp_path, start):
     """FAULTS D2."""
-    config = dataclasses.replace(CONFIG, start="data")
+    config = dataclasses.replace(CONFIG, start=start)
     trained = train_sae(fresh(), Store(), config, tmp_path / "one", progress=False)
     for sae in (load_sae(tmp_path / "one"), trained):
-        with pytest.raises(ValueError, match="start='data' would overwrite the weights of this SAE"):
+        with pytest.raises(ValueError, match=f"start='{start}' would overwrite the weights of this SAE"):
             train_sae(sae, Store(), config, tmp_path / "two", progress=False)
         assert_same(weights(sae), weights(load_sae(tmp_path / "one"))) and not (tmp_path / "two" / "cfg.json").exists()
     tuned = train_sae(load_sae(tmp_path / "one"), Store(), dataclasses.replace(CONFIG, n_tokens=64), tmp_path / "tuned", progress=False)
@@ -202,11 +203,11 @@ def test_ghost_gradients_wake_the_dead_and_never_make_nan(tmp_path):
     assert silent["with"] <= 6 < 11 <= silent["without"]
 
 
-def test_dead_means_silent_for_more_than_the_given_steps(tmp_path):
+def test_dead_means_silent_for_more_than_the_given_tokens(tmp_path):
     sae = fresh()
     with torch.no_grad():
         sae.b_enc[3] = -1e6
-    train_sae(sae, Store(), dataclasses.replace(CONFIG, n_tokens=8 * 64, log_every=1, dead_after_steps=4), tmp_path, progress=False)
+    train_sae(sae, Store(), dataclasses.replace(CONFIG, n_tokens=8 * 64, log_every=1, dead_after_tokens=4 * 64), tmp_path, progress=False)
     log = training_log(tmp_path)
     assert log["dead_fraction"].gt(0).tolist() == [False] * 4 + [True] * 4  # after step 4 it has been silent for five
     assert log["ghost"].gt(0).tolist() == [False] * 5 + [True] * 3
@@ -222,18 +223,3 @@ def test_a_store_on_disk_trains_and_names_its_source(tmp_path, tiny_clip, tiny_d
         train_sae(
             sae, extract_activations(tiny_clip, tiny_dataset, 0, tmp_path / "other", progress=False), config, tmp_path / "x", progress=False
         )
-
-
-def test_started_from_data_every_latent_fires_on_its_share_of_the_tokens():
-    x = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0)) + 3
-    sae = SparseAutoencoder(16, 64)
-    start_from_data(sae, x, rate=0.05)
-    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
-    directions = torch.nn.functional.normalize(x[:64] - sae.b_dec, dim=1)
-    torch.testing.assert_close(sae.W_dec.detach(), directions)
-    rates = (sae.encode(x) > 0).float().mean(0)
-    assert (rates - 0.05).abs().max() < 0.002
-    scaled = [(x - sae.decode(factor * sae.encode(x))).square().sum() for factor in (0.9, 1.0, 1.1)]
-    assert scaled[1] < scaled[0] and scaled[1] < scaled[2]
-    with pytest.raises(ValueError, match="64 latents; got 10"):
-        start_from_data(sae, x[:10])

@@ -13,8 +13,8 @@ from tiny_training import CONFIG, METADATA, Store, assert_same, fresh, weights
 from patchsae_utils.config import TrainConfig
 from patchsae_utils.run.artifacts import read_json
 from patchsae_utils.sae import trainer as training
-from patchsae_utils.sae.dictionary import geometric_median, start_bias, start_from_data
 from patchsae_utils.sae.files import load_sae
+from patchsae_utils.sae.starts import geometric_median, start_bias
 from patchsae_utils.sae.trainer import LOG_COLUMNS, l1_weight, learning_rate, train_sae, training_log
 
 NEW = dataclasses.replace(CONFIG, n_tokens=12 * 64, log_every=1)
@@ -80,29 +80,18 @@ def test_the_geometric_median_minimises_the_sum_of_distances():
         assert total(median) <= total(median + 1e-2 * direction) and total(median) <= total(median - 1e-2 * direction)
 
 
-def test_b_dec_starts_where_it_is_told():
+def test_b_dec_starts_where_it_is_told(tmp_path):
     """FAULTS D2: also where the latents start from data."""
     x = next(Store().tokens(64, seed=0, epochs=None, start_step=0, positions=True))[0]
     for kind, expected in (("median", geometric_median(x)), ("mean", x.mean(0)), ("zero", torch.zeros(8))):
         sae = fresh()
         start_bias(sae, x, kind)
         torch.testing.assert_close(sae.b_dec.detach(), expected)
-        start_from_data(sae := fresh(), x, kind)
-        torch.testing.assert_close(sae.b_dec.detach(), expected)
-
-
-@pytest.mark.parametrize("kind", ["mean", "mean_and_norm"])
-def test_input_statistics_are_the_datas_and_come_back_from_disk(tmp_path, kind):
-    out = tmp_path / "sae"
-    train_sae(fresh(), Store(), dataclasses.replace(NEW, normalize=kind), out, progress=False)
-    sae = load_sae(out)
-    x = torch.cat([next(Store().tokens(64, seed=5, epochs=None, start_step=i, positions=True))[0] for i in range(100)])
-    torch.testing.assert_close(sae.input_mean, x.mean(0), rtol=0, atol=0.05)
-    rms = (x - x.mean(0)).square().sum(1).mean().sqrt().item() / 8**0.5
-    assert sae.input_scale.item() == pytest.approx(rms if kind == "mean_and_norm" else 1.0, rel=0.05)
-    sae.check_statistics(x)
-    with pytest.raises(ValueError, match="away from"):
-        sae.check_statistics(10 * x)
+    stay = {"n_tokens": 64, "lr": 1e-12, "start": "data"}
+    middles = [train(tmp_path, b_dec_start=kind, **stay)[0].b_dec.detach() for kind in ("median", "mean", "zero")]
+    sample = next(Store().tokens(20_000, seed=1, epochs=None, start_step=0, positions=True))[0][:4096]
+    for middle, expected in zip(middles, (geometric_median(sample), sample.mean(0), geometric_median(x)), strict=True):
+        torch.testing.assert_close(middle, expected)
 
 
 class KindStore(Store):

@@ -136,6 +136,11 @@ def write(weights: Weights, path: Path, form: str) -> Path:
             f"The format {form!r} can't say activation={weights.activation!r}; it knows {', '.join(this.activations)}. "
             f"For this SAE: {', '.join(fitting)}."
         )
+    if weights.statistics.get("token_norm") and form != "saelens":
+        raise ValueError(
+            f"This SAE brings each token to one length before it encodes it, which the format {form!r} can't say; only our own folder can. "
+            "Train it with normalize='mean_and_norm', or as topk, whose weights say it by themselves."
+        )
     settings, tensors = this.write(weights)
     file = path if this.config is None and path.suffix == ".pt" else path / this.weights
     with atomic_file(file) as temporary:

@@ -54,6 +54,9 @@ _SAELENS_ARCHITECTURES = {variant.architecture: name for name, variant in revers
 _SAELENS_ARCHITECTURES["jumprelu"] = "jumprelu"
 
 
+_TOKEN_NORM = "_token_norm"  # makes an architecture one that SAELens refuses: it can't say that step
+
+
 def _saelens_names(architecture: str) -> dict[str, str]:
     return {"gated": _GATED, "jumprelu": _THRESHOLD}.get(architecture, _FOUR)
 
@@ -87,7 +90,8 @@ def read_saelens(settings: dict[str, Any], state: Mapping[str, Any], file: Path)
     config = file.parent / "cfg.json"
     if missing := [name for name in ("d_in", "d_sae") if name not in settings]:
         raise ValueError(f"{config} is no SAE config of SAELens: it lacks the entries {', '.join(['architecture', *missing])}.")
-    architecture = str(settings.get("architecture"))
+    named_so = str(settings.get("architecture"))
+    architecture = named_so.removesuffix(_TOKEN_NORM)
     if architecture not in _SAELENS_ARCHITECTURES:
         raise ValueError(
             f"{config} names the architecture {architecture!r}. Valid: standard, topk, jumprelu, gated. Others have another equation "
@@ -136,7 +140,8 @@ def read_saelens(settings: dict[str, Any], state: Mapping[str, Any], file: Path)
     if hook and metadata.get("hook_head_index") is None:
         metadata = place(None, int(hook[1]), hook[2]) | metadata
     options = {name: own[name] for name in ("k", "groups", "bandwidth") if name in own} | (_k(settings) if architecture == "topk" else {})
-    return Weights(tensors, activation, options, metadata, {name: own[name] for name in STATISTICS if name in own})
+    statistics = {name: own[name] for name in STATISTICS if name in own} | ({"token_norm": True} if architecture != named_so else {})
+    return Weights(tensors, activation, options, metadata, statistics)
 
 
 def write_saelens(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -151,10 +156,12 @@ def write_saelens(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if metadata.get("layer") is not None:
         metadata.setdefault("hook_name", f"visual.transformer.resblocks.{metadata['layer']}")
     own = {"activation": weights.activation, **weights.options} if variant.architecture == "jumprelu" else {}
-    if own := {**own, **weights.statistics}:
+    statistics = dict(weights.statistics)
+    suffix = _TOKEN_NORM if statistics.pop("token_norm", False) else ""
+    if own := {**own, **statistics}:
         metadata["patchsae"] = own
     config = {
-        "architecture": variant.architecture, "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
+        "architecture": variant.architecture + suffix, "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
         "normalize_activations": "none", "reshape_activations": "none", "metadata": metadata,
     }  # fmt: skip
     if variant.architecture == "topk":

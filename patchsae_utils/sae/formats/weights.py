@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-STATISTICS = ("input_mean", "input_scale", "input_norm")
+STATISTICS = ("input_mean", "input_norm")
 _NEUTRAL: tuple[Any, ...] = (None, False, 0, "", "none", [], {}, ())  # values by which a setting says that it does nothing
 
 
@@ -24,7 +24,7 @@ class Weights(NamedTuple):
     """``k``, ``groups``, ``bandwidth``, as far as the variant has them."""
     metadata: Mapping[str, Any] = {}
     statistics: Mapping[str, Any] = {}
-    """Of the input, as far as they are known: ``STATISTICS``."""
+    """Of the input, as far as they are known: ``STATISTICS``; and ``token_norm``, a step of the equation that our own folder alone can say."""
 
 
 # -- tensors ------------------------------------------------------------------------------------------------------------------

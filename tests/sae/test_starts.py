@@ -1,0 +1,188 @@
+"""Units of training, starts and constraints: what is folded is exact, and what starts from data lies in it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from tiny_saes import perturbed
+from tiny_training import CONFIG, Store, assert_same, fresh, weights
+
+from patchsae_utils.run.artifacts import read_json
+from patchsae_utils.sae.files import load_sae, save_sae
+from patchsae_utils.sae.model import ACTIVATIONS, SparseAutoencoder
+from patchsae_utils.sae.starts import ARCHETYPE_RELAXATION, SOFT_COSINE, Archetypes, Normalization, centroids, start_from
+from patchsae_utils.sae.trainer import train_sae, training_log
+from patchsae_utils.sae.variants import keep_topk
+
+K = {name: {"k": 3} for name in ("topk", "batchtopk", "matryoshka")}
+X = 30 + 4 * torch.randn(500, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.5, 2, 500)[:, None]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("kind", ["none", "mean", "mean_and_norm", "token_norm"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_folded_an_sae_reads_raw_tokens_as_it_read_normalised_ones(activation, kind, sparse):
+    """FAULTS D4: normalised once, before training, and folded once, after it; latents differ by the units alone."""
+    plain, sae = (perturbed(activation=activation, **K.get(activation, {})).eval() for _ in range(2))
+    for each in (plain, sae):
+        if each.threshold is not None:
+            each.threshold.data.abs_().add_(0.1)
+        if kind == "token_norm":
+            each.b_dec.data.zero_()
+    normalization = Normalization.of(X, kind)
+    x, unit = normalization.apply(X), {"none": 1.0, "mean": 1.0}.get(kind, normalization.norm.double() / 6**0.5)
+    if kind == "token_norm":
+        unit = (X - normalization.mean).norm(dim=1, keepdim=True) / 6**0.5
+    expected = plain(x)
+    normalization.fold(sae)
+    output = sae(X, sparse=sparse)
+    latents = output.latents.dense() if sparse and activation != "gated" else output.latents
+    torch.testing.assert_close(latents, unit * expected.latents, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sae.encode(X), latents, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(output.reconstruction, normalization.mean + unit * expected.reconstruction, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(sae.decode(latents), output.reconstruction)
+    torch.testing.assert_close(sae.encode(X, torch.tensor([3, 7])), latents[:, [3, 7]], rtol=1e-6, atol=1e-6)
+    assert sae.token_norm == (kind == "token_norm") and sae.normalizes == (kind != "none")
+    if kind != "token_norm":
+        normalization.unfold(sae)
+        torch.testing.assert_close(dict(sae.named_parameters()), dict(plain.named_parameters()), rtol=1e-6, atol=1e-6)
+
+
+def test_topk_without_biases_needs_no_step_for_the_size_of_tokens():
+    """The latents of a scaled token are the scaled latents: the weights alone say it, so every program's file does."""
+    plain, sae = (SparseAutoencoder(6, 20, "topk", k=3, seed=1).double() for _ in range(2))
+    normalization = Normalization.of(X, "token_norm")
+    normalization.fold(sae)
+    assert not sae.token_norm
+    size = (X - normalization.mean).norm(dim=1, keepdim=True) / 6**0.5
+    torch.testing.assert_close(sae.encode(X), size * plain.encode(normalization.apply(X)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mean", "mean_and_norm", "token_norm"])
+def test_normalised_tokens_have_unit_size_and_useless_ones_are_refused(kind):
+    x = Normalization.of(X, kind).apply(X)
+    if kind != "token_norm":
+        torch.testing.assert_close(x.mean(0), torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-5)
+    if kind != "mean":
+        torch.testing.assert_close(x.square().mean().item(), 1.0, rtol=1e-5, atol=0)
+    for bad in (X[:1].float(), X[:1].float().expand(9, 6), X * torch.nan):
+        with pytest.raises(ValueError, match="at least two finite tokens"):
+            Normalization.of(bad, kind)
+
+
+class Moved(Store):
+    """The toy tokens in other units."""
+
+    def tokens(self, *args, **kwargs):
+        for x, positions in super().tokens(*args, **kwargs):
+            yield 64 * (x - 5) + 128, positions
+
+
+@pytest.mark.parametrize("kind", ["mean_and_norm", "token_norm"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_training_knows_no_units(tmp_path, activation, kind):
+    """FAULTS D4: under Adam, biases and thresholds stepped in raw units; now the same data in other units give the same SAE in those units."""
+    config = dataclasses.replace(CONFIG, normalize=kind, start="data", n_tokens=30 * 64, l1_coefficient=1e-2)
+    one, other = (
+        train_sae(fresh(activation=activation, **K.get(activation, {})), store, config, tmp_path / str(i), progress=False)
+        for i, store in enumerate((Store(), Moved()))
+    )
+    x = next(Store().tokens(200, seed=5, epochs=None, start_step=0, positions=True))[0]
+    apart = other.encode(64 * (x - 5) + 128) / 64 - one.encode(x)
+    assert apart.norm() < (0.3 if activation == "gated" else 0.03) * one.encode(x).norm()  # a gate magnifies rounding
+    logs = [training_log(tmp_path / str(i)) for i in (0, 1)]
+    if activation != "gated":
+        np.testing.assert_allclose(logs[0]["loss"], logs[1]["loss"], rtol=1e-3)
+    loaded = load_sae(tmp_path / "1")
+    torch.testing.assert_close(loaded.encode(x), other.encode(x), rtol=1e-4, atol=1e-4)
+    assert loaded.token_norm == (kind == "token_norm" and activation != "topk")
+    if loaded.token_norm:  # no other program's file can say it
+        assert read_json(tmp_path / "1" / "cfg.json")["architecture"].endswith("_token_norm")
+        with pytest.raises(ValueError, match="one length before it encodes it, which the format 'dictionary_learning' can't say"):
+            save_sae(loaded, tmp_path / "export", "dictionary_learning")
+
+
+def test_centroids_lie_among_the_directions():
+    generator = torch.Generator().manual_seed(0)
+    true = torch.nn.functional.normalize(torch.randn(12, 16, generator=generator), dim=1)
+    x = (true[torch.randint(12, (2000,), generator=generator)] + 0.02 * torch.randn(2000, 16, generator=generator)) * torch.rand(2000, 1)
+    found = centroids(x, 40, seed=1)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(40))
+    assert (found @ true.T).max(0).values.min() > 0.98 and (found @ true.T).max(1).values.min() > 0.9
+    assert torch.equal(found, centroids(x, 40, seed=1))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_started_from_directions_a_latent_is_one_of_them(activation):
+    x = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0)) + 3
+    sae = SparseAutoencoder(16, 64, activation, **K.get(activation, {}))
+    sae.b_dec.data.copy_(x.mean(0))
+    start_from(sae, x[:64] - sae.b_dec, x)
+    directions = torch.nn.functional.normalize(x[:64] - sae.b_dec, dim=1)
+    torch.testing.assert_close(sae.W_dec.detach(), directions)
+    torch.testing.assert_close(torch.nn.functional.normalize(sae.W_enc.T, dim=1), directions)  # tied
+    latents = sae(x).latents
+    if sae.k:
+        assert not sae.b_enc.any() and (latents > 0).sum(1).float().mean() == 3
+        latents = keep_topk(torch.relu(sae.pre_activations(x)), 3)  # by which the gain was chosen
+    else:
+        assert ((latents > 0).float().mean(0) - 0.01).abs().max() < 0.002
+    scaled = [(x - sae.decode(factor * latents)).square().sum() for factor in (0.9, 1.0, 1.1)]
+    assert scaled[1] < scaled[0] and scaled[1] < scaled[2]
+
+
+def test_archetypes_are_convex_combinations_and_a_bounded_rest():
+    """Against the published equation; the gradient is autograd's own."""
+    points = centroids(torch.randn(300, 8, generator=torch.Generator().manual_seed(0)), 10).double()
+    archetypes = Archetypes(points)
+    torch.testing.assert_close(archetypes(), points, rtol=0, atol=0.05)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in archetypes.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    A = torch.exp(archetypes.weights.detach())
+    A /= A.sum(1, keepdim=True)
+    rest = archetypes.relaxation.detach().numpy()
+    rest = rest * np.minimum(1, ARCHETYPE_RELAXATION / np.linalg.norm(rest, axis=1, keepdims=True))
+    rows = A.numpy() @ points.numpy() + rest
+    np.testing.assert_allclose(archetypes().detach(), rows / np.linalg.norm(rows, axis=1, keepdims=True), rtol=1e-6)
+
+
+CONSTRAINTS = ["frozen_decoder", "soft_decoder", "frozen_encoder", "archetypal"]
+
+
+@pytest.mark.parametrize("sparse", ["never", "always"])
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_a_constraint_holds_to_the_end_over_an_interruption(tmp_path, constraint, sparse):
+    config = dataclasses.replace(CONFIG, constraint=constraint, sparse=sparse, lr=3e-2)
+    trained = train_sae(fresh(), Store(), config, tmp_path / "whole", progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(fresh(), Store(stop_at=20), config, tmp_path / "cut", progress=False)
+    assert_same(weights(train_sae(fresh(), Store(), config, tmp_path / "cut", progress=False)), weights(trained))
+    start, cosine = fresh(), (trained.W_dec * fresh().W_dec).sum(1)
+    assert training_log(tmp_path / "whole")["explained_variance"].diff().sum() > 0
+    if constraint == "frozen_encoder":
+        assert torch.equal(trained.W_enc, start.W_enc) and not torch.equal(trained.b_enc, start.b_enc) and cosine.min() < 0.8
+    elif constraint != "archetypal":
+        torch.testing.assert_close(cosine.min().item(), {"frozen_decoder": 1.0, "soft_decoder": SOFT_COSINE}[constraint], rtol=1e-5, atol=0)
+    torch.testing.assert_close(trained.W_dec.norm(dim=1), torch.ones(32))
+    assert all(parameter.requires_grad for parameter in trained.parameters())
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "gated"])
+def test_a_target_l0_is_met_from_any_weight(tmp_path, activation):
+    """FAULTS D5: nobody has to know which lambda suits the width; kept in the last third, and over an interruption."""
+    found = []
+    for start in (1e-4, 1e-1):
+        config = dataclasses.replace(
+            CONFIG, n_tokens=900 * 64, l1_coefficient=start, target_l0=3.0, normalize="mean_and_norm", start="data", checkpoint_every=400
+        )
+        sae = train_sae(fresh(activation=activation), Store(), config, tmp_path / str(start), progress=False)
+        found.append(training_log(tmp_path / str(start))["l0"].iloc[-100:].mean())
+        assert sae.metadata["l1_coefficient"] != start
+    assert found == pytest.approx([3.0, 3.0], rel=0.35)
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(fresh(activation=activation), Store(stop_at=500), config, tmp_path / "cut", progress=False)
+    assert_same(weights(train_sae(fresh(activation=activation), Store(), config, tmp_path / "cut", progress=False)), weights(sae))
+    with pytest.raises(ValueError, match="target_l0=3.0 has no meaning for activation='topk', whose k=3"):
+        train_sae(fresh(activation="topk", k=3), Store(), config, tmp_path / "topk", progress=False)
