@@ -96,6 +96,7 @@ def random_sae(sae: SparseAutoencoder, seed: int = 0, tokens: Tensor | None = No
     control.W_dec.copy_(directions)
     control.W_enc.copy_(directions.T)
     control.b_dec.copy_(sae.b_dec)
+    control.token_norm = sae.token_norm
     control = control.to(sae.W_enc.device).requires_grad_(False).eval()
     if tokens is None:
         return control

@@ -336,7 +336,8 @@ def dead_causes(sae: SparseAutoencoder, train: Iterable[Tensor], test: Iterable[
             pre_activations = sae.pre_activations(x)
             fired += (sae.activate(pre_activations) > 0).sum(0)
             largest = torch.maximum(largest, pre_activations.amax(0))
-            longest = torch.maximum(longest, (x - sae.b_dec).norm(dim=1).amax())
+            lengths = (x - sae.b_dec).norm(dim=1) / (sae.sizes(x).squeeze(1) if sae.token_norm else 1)
+            longest = torch.maximum(longest, lengths.amax())
             seen += len(x)
         if seen == 0:
             raise ValueError(f"dead_causes got no {name} tokens.")
