@@ -166,11 +166,9 @@ class TrainConfig(_Section):
     tokens: str = "all"
     """Train on all tokens of the store, its ``patches`` or its ``cls`` tokens alone."""
     normalize: str = "none"
-    """In which units training works: the stream's own (``none``, the paper's), less its ``mean``, also scaled to unit size on average
-    (``mean_and_norm``) or token by token (``token_norm``). The trained SAE reads the stream as it is."""
+    """Units of training: the stream's own (``none``), less its ``mean``, of unit size on average (``mean_and_norm``) or each (``token_norm``)."""
     constraint: str = "none"
-    """Controls: the decoder stays at its start (``frozen_decoder``) or near it (``soft_decoder``, a cosine of at least 0.8), or the encoder does
-    (``frozen_encoder``). ``archetypal``: decoder rows are convex combinations of k-means centroids, but for a small rest."""
+    """The decoder stays at its start, near it (cosine 0.8), or in the hull of k-means centroids (``archetypal``); or the encoder stays."""
     log_every: int = 10
     """Steps between two rows of the training log."""
     checkpoint_every: int = 200

@@ -310,7 +310,6 @@ class SparseAutoencoder(nn.Module):
             f"Give residual activations of the model, layer and token types it was trained on, not scaled or centred, or train an SAE on these."
         )
 
-
     def check_width(self, x: Tensor) -> None:
         """Refuse activations of another width than D."""
         if x.shape[-1] != self.d_in:

@@ -43,7 +43,9 @@ class Normalization(NamedTuple):
         mean = tokens.mean(0)
         norm = (tokens - mean).square().sum(1).mean().sqrt()
         if len(tokens) < 2 or not norm.isfinite() or not norm > 0:
-            raise ValueError(f"normalize={kind!r} needs at least two finite tokens that differ, got {len(tokens)} of spread {norm.item():g}.")
+            raise ValueError(
+                f"normalize={kind!r} needs at least two finite tokens that differ, got {len(tokens)} of spread {norm.item():g}."
+            )
         return cls(kind, mean.float(), norm.float())
 
     @property

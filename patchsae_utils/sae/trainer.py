@@ -98,7 +98,9 @@ def train_sae(
     before, after = sae.trained_in.get(out.resolve(), (None, None))
     start = sae.fingerprint
     start = before if resume and start == after else start  # what a run into this folder has made of these weights still names it
-    recipe = {name: value for name, value in dataclasses.asdict(config).items() if name != "trackers" and value != getattr(TrainConfig, name)}
+    recipe = {
+        name: value for name, value in dataclasses.asdict(config).items() if name != "trackers" and value != getattr(TrainConfig, name)
+    }
     inputs = {"sae": start, "training": recipe, "store": store.fingerprint}
 
     def finished() -> bool:
@@ -131,7 +133,10 @@ def train_sae(
                 run.train(progress and processes.main)
             run.fold()
             sae.eval()
-            sae.metadata |= {"n_training_tokens": run.n_steps * config.batch_tokens, "l1_coefficient": config.l1_coefficient * run.l1_factor}
+            sae.metadata |= {
+                "n_training_tokens": run.n_steps * config.batch_tokens,
+                "l1_coefficient": config.l1_coefficient * run.l1_factor,
+            }
             processes.on_main(run.finish)
         finally:
             run.fold()  # also where it was interrupted: nobody else knows of other units
@@ -186,7 +191,10 @@ def _refuse_others(out: Path, inputs: dict[str, Any], found: Any) -> None:
     if isinstance(found, dict) and all(isinstance(found.get(name), type(value)) for name, value in inputs.items()):
         differing = [word for name, word in (("sae", "initial weights"), ("store", "activations")) if found[name] != inputs[name]]
         there = found["training"]
-        pairs = {name: [run.get(name, getattr(TrainConfig, name, None)) for run in (there, inputs["training"])] for name in there | inputs["training"]}
+        pairs = {
+            name: [run.get(name, getattr(TrainConfig, name, None)) for run in (there, inputs["training"])]
+            for name in there | inputs["training"]
+        }
         differing += [f"{name} ({then!r} there, {here!r} here)" for name, (then, here) in pairs.items() if then != here]
         what = f"another run, which differs in {', '.join(differing)}"
     raise ValueError(f"{out} holds {what}. Choose another folder, or delete this one; resume=False replaces what is there.")
@@ -228,7 +236,10 @@ class Training:
         self.silent_for = torch.zeros(sae.d_sae, dtype=torch.long, device=self.device)  # tokens since each latent fired
         self.rows: list[dict[str, Any]] = []
         self.seconds, self.n_starts, self.n_sparse = 0.0, 0, 0  # wall time until the last checkpoint, starts, sparse steps
-        self.l1_factor, self.off_target = 1.0, 0.0  # by which a target L0 has moved the weight of sparsity, and how far the last batch was from it
+        self.l1_factor, self.off_target = (
+            1.0,
+            0.0,
+        )  # by which a target L0 has moved the weight of sparsity, and how far the last batch was from it
         self.normalization: Normalization | None = Normalization.of(sae.b_dec[None], "none")
         self.archetypes, self.anchor = None, None
         may_be_sparse = not sae.variant.gate and (config.sparse == "always" or (config.sparse == "auto" and sae.d_sae >= _SPARSE_FROM))
