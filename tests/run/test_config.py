@@ -72,6 +72,14 @@ def test_imagenet_is_the_papers_recipe(image_folders):
     assert profile.data.train == str(image_folders) and profile.data.n_train_images is None
 
 
+@pytest.mark.parametrize("name", ["imagefolder", "dinov2"])
+def test_profiles_of_ones_own_images_need_no_luck(name, image_folders):
+    """FAULTS D5: lambda from random weights began at 3,000 active latents of 6,144; sparsity is set, and latents start at the data."""
+    profile = load_profile(name)
+    assert (profile.sae.activation, profile.sae.k) == ("topk", 32)
+    assert profile.training.start != "random" and profile.training.normalize != "none"
+
+
 @pytest.mark.parametrize("name, variable", [("imagenet", "PATCHSAE_IMAGENET"), ("imagefolder", "PATCHSAE_IMAGES")])
 def test_missing_images_are_an_error_that_says_what_to_provide(name, variable, monkeypatch, tmp_path):
     monkeypatch.delenv(variable, raising=False)
