@@ -78,11 +78,11 @@ class Likeness(NamedTuple):
 
     @property
     def chance(self) -> float:
-        """Mean cosine of two different images: the expected score of any feature once the images are shuffled."""
+        """By CLIP's own embedding: see :meth:`null`."""
         return self.null("clip")
 
     def null(self, judge: str) -> float:
-        """:attr:`chance` by any of the embeddings."""
+        """Mean cosine of two different images: the expected score of any feature once the images are shuffled."""
         e = self.vectors[judge].double()
         return float((e.sum(0).square().sum() - e.square().sum()) / (len(e) * (len(e) - 1))) if len(e) > 1 else float("nan")
 
@@ -136,7 +136,6 @@ class LikenessObserver(Observer):
         self.scores = {name: RunningScores(n, widths) for name, n in sizes.items()}
 
     def is_complete(self) -> bool:
-        """Whether ``out`` holds the likeness of these inputs."""
         return is_current(self.out, self.key)
 
     def prepare(self, tokens: Tensor) -> None:
@@ -160,16 +159,13 @@ class LikenessObserver(Observer):
         self.scores["single dimensions"].add(both_signs.relu_().unflatten(0, tokens.shape[:2]).mean(1), e)
 
     def add(self, h: Tensor, labels: Tensor, places: Tensor) -> None:
-        """Count latents of images that were read."""
         self.scores["SAE"].add(h.mean(1), {name: vectors[places.cpu()] for name, vectors in self.vectors.items()})
 
     def state(self) -> dict[str, Tensor]:
-        """All that was collected."""
         sums = {f"{name}/{key}": value for name, scores in self.scores.items() for key, value in scores.sums.items()}
         return {**sums, **self.vectors}
 
     def absorb(self, state: Mapping[str, Tensor]) -> None:
-        """Add what another has collected on other images."""
         for name, value in state.items():
             if name in self.vectors:
                 self.vectors[name] = torch.where(value.isnan(), self.vectors[name], value)

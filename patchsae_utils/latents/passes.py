@@ -27,10 +27,8 @@ from ..run.artifacts import file_sha256, folder_lock
 from ..run.memory import HalvedBatches
 from ..run.processes import Processes
 
-CHUNK_BYTES = 24 * 2**20
-"""Size of the largest [images, tokens, S] float32 block, small enough for a processor's caches; one image is the smallest chunk."""
-SAVE_SECONDS = 300.0
-"""Between two savings of what was counted."""
+CHUNK_BYTES = 24 * 2**20  # of the largest [images, tokens, S] float32 block, small enough for a processor's caches
+SAVE_SECONDS = 300.0  # between two savings of what was counted
 
 _FILE = re.compile(r"counted-\d+-([0-9a-f]{16})\.safetensors")
 
@@ -39,14 +37,13 @@ class Observer:
     """What counts something while :func:`summarize_latents` reads a data set; a subclass overrides what it needs.
 
     Each image comes once, in one of the processes. What was counted on other images, by another process or before a kill, is absorbed:
-    the order must not matter.
+    the order must not matter. ``key`` names what is made from which inputs (:func:`patchsae_utils.run.artifacts.fingerprint`).
     """
 
     key = ""
-    """Names what is made from which inputs (:func:`patchsae_utils.run.artifacts.fingerprint`)."""
 
     def is_complete(self) -> bool:
-        """Whether what it makes is there already, so that no image need be read."""
+        """Whether what it makes is there already."""
         return False
 
     def prepare(self, tokens: Tensor) -> None:
@@ -182,19 +179,14 @@ def one_pass(
 
 
 class SavedCounts:
-    """What a pass has counted so far, on disk: a file for each process, named by its own hash. Files of another ``key`` are not resumed.
-
-    Without a folder nothing is saved.
-    """
+    """What a pass has counted so far, in a folder if there is one: a file for each process, named by its hash. Those of another ``key`` are left."""
 
     def __init__(self, folder: Path | None, key: str, observers: Mapping[str, Observer], n_images: int, index: int):
         self.folder, self.key, self.observers, self.index = folder, key, observers, index
-        self.done = torch.zeros(n_images, dtype=torch.bool)
-        """[N] images that were counted."""
+        self.done = torch.zeros(n_images, dtype=torch.bool)  # images that were counted
         self._saved, self._own_name = time.monotonic(), ""
 
     def files(self, pattern: str = "counted-*") -> list[Path]:
-        """What an earlier attempt left."""
         return [] if self.folder is None else sorted(self.folder.glob(pattern))
 
     def resume(self) -> Tensor:
@@ -214,7 +206,6 @@ class SavedCounts:
         return self.done.clone()
 
     def save_if_time(self) -> None:
-        """Save, if the last time is long ago."""
         if self.done.any() and time.monotonic() - self._saved >= SAVE_SECONDS:
             self.save()
 

@@ -198,11 +198,9 @@ class RunningSummary(Observer):
         kept[latents] = some
 
     def state(self) -> dict[str, Tensor]:
-        """All that was counted."""
         return {**self.sums, **self.tops}
 
     def absorb(self, state: Mapping[str, Tensor]) -> None:
-        """Add what another has counted on other images: exactly as if this had counted them."""
         for name, value in state.items():
             if name in self.sums:
                 self.sums[name].add_(value.to(self.sums[name].device))
@@ -210,7 +208,6 @@ class RunningSummary(Observer):
                 merge_keys(self.tops[name], value.to(self.tops[name].device))
 
     def finish(self) -> LatentSummary:
-        """The summary of everything that was counted."""
         counted = {name: value.cpu() for name, value in self.state().items()}
         values, images = unpack_top(counted["top"])
         top_labels = self.labels[images.clamp_min(0)].masked_fill(images < 0, -1)

@@ -93,8 +93,6 @@ def test_kmeans_finds_the_directions(cosine):
     assert purity > 0.7
     if cosine:
         assert h.max() <= 1 + 1e-5
-    with pytest.raises(ValueError, match="each of the 601 centroids, got 600"):
-        kmeans_dictionary(x, 601)
 
 
 def test_nmf_reads_both_signs_and_explains_the_data():
@@ -238,8 +236,6 @@ def test_table_ratio_and_headline_are_consistent(compared):
     assert f"{ratio} times the best unsupervised baseline (single dimensions)" in compared.sentence()
     with pytest.raises(ValueError, match="No dictionary 'PCA'"):
         compared.ratio(to="PCA")
-    with pytest.raises(ValueError, match="No concepts of kind 'texture'"):
-        compared.ratio("texture")
 
 
 def test_coverage_falls_with_the_threshold(compared):

@@ -138,18 +138,6 @@ def test_the_vocabulary_of_the_embedded_world_and_of_others(tiny_clip, tiny_data
     torch.testing.assert_close(mine.embeddings[0], mine.embeddings[2])  # the index is not spoken
 
 
-def test_bad_arguments_are_refused(summary, tiny_clip, tiny_dataset):
-    words = make_vocabulary(tiny_clip, tiny_dataset)
-    with pytest.raises(ValueError, match=r"Latents must lie in range\(64\)"):
-        score_words(tiny_clip, tiny_dataset, summary, words, [64], torch.zeros(24, tiny_clip.d_embed))
-    with pytest.raises(ValueError, match="this data set has 10"):
-        score_words(tiny_clip, list(range(10)), summary, words, [0], torch.zeros(24, tiny_clip.d_embed))
-    with pytest.raises(ValueError, match="text scores latent 64"):
-        label_latents(summary, text=pd.DataFrame({"latent": [64]}))
-    with pytest.raises(ValueError, match="not from both"):
-        label_latents(summary, report=object(), text=pd.DataFrame({"latent": [0]}))
-
-
 def table(names):
     return pd.DataFrame({"latent": range(len(names)), "name": names})
 

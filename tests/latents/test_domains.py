@@ -31,10 +31,12 @@ def test_references_in_every_domain_equal_the_slow_reference(tiny_clip, sae, wor
     found = cross_domain_references(tiny_clip, sae, worlds, [0, 3, 5], LAYER, pictured=[0, 3, 5])
     table = found.table.set_index(["latent", "domain"])
     assert not found.table.isna().any().any() and list(found.references) == [0, 3, 5]
-    first = {}
+    first, profiles = {}, []
     for name, data in worlds.items():
         h = encode(tiny_clip, sae, data).double()
         labels = data.labels.numpy()
+        mean = h[:, :, 5].mean(1).numpy()
+        profiles.append([mean[labels == c].mean() if (labels == c).any() else 0 for c in range(len(data.class_names))])
         for latent in (0, 3, 5):
             mean = h[:, :, latent].mean(1).numpy()
             order = [int(i) for i in np.argsort(-mean.astype(np.float32), kind="stable") if mean[i] > 0][:4]
@@ -50,16 +52,7 @@ def test_references_in_every_domain_equal_the_slow_reference(tiny_clip, sae, wor
             assert row["same_class"] == pytest.approx(np.mean(own) if own else 0)
             assert row["chance"] == pytest.approx(np.mean([i in first[latent] for i in labels]))
     assert table.loc[(0, "color"), "correlation"] == pytest.approx(1) and table.loc[(3, "gray"), "correlation"] == 0
-
-
-def test_the_correlation_is_that_of_class_means(tiny_clip, sae, worlds):
-    found = cross_domain_references(tiny_clip, sae, worlds, [5], LAYER).table.set_index("domain")
-    profiles = []
-    for data in worlds.values():
-        mean = encode(tiny_clip, sae, data)[:, :, 5].double().mean(1).numpy()
-        labels = data.labels.numpy()
-        profiles.append([mean[labels == c].mean() if (labels == c).any() else 0 for c in range(len(data.class_names))])
-    assert found.loc["gray", "correlation"] == pytest.approx(np.corrcoef(profiles)[0, 1], abs=1e-4)
+    assert table.loc[(5, "gray"), "correlation"] == pytest.approx(np.corrcoef(profiles)[0, 1], abs=1e-4)
 
 
 def test_other_data_sets_have_references_but_no_shared_classes(tiny_clip, sae, worlds):
@@ -69,8 +62,6 @@ def test_other_data_sets_have_references_but_no_shared_classes(tiny_clip, sae, w
     assert set(found.references[0]) == {"color", "x"} and set(found.table["latent"]) == {0, 5}
     with pytest.raises(ValueError, match=r"range\(24\)"):
         cross_domain_references(tiny_clip, sae, worlds, [24], LAYER)
-    with pytest.raises(ValueError, match="at least one data set"):
-        cross_domain_references(tiny_clip, sae, {}, [0], LAYER)
 
 
 def test_word_scenes_show_dark_ink_on_plain_paper_within_the_picture():
@@ -179,14 +170,8 @@ def test_with_a_real_model_numbers_are_those_of_the_pictures(tiny_clip, sae, wor
     data.class_names = data.class_names[:5]
     words = word_scenes(data.class_names, 2)
     found = text_and_image_latents(tiny_clip, sae, data, words, LAYER)
-    thing, word = encode(tiny_clip, sae, data)[:, 1:].mean(1), encode(tiny_clip, sae, words)[:, 1:].mean(1).view(5, 2, -1).mean(1)
-    for row in found.table.itertuples():
-        assert row.label == int(thing[:, row.latent].argmax())
-        excess = []
-        for values in (thing[:, row.latent].numpy(), word[:, row.latent].numpy()):
-            others = np.delete(values, row.label).mean()
-            excess.append((values[row.label] - others) / values.std() if values.std() > 1e-6 else 0)
-        assert row.score == pytest.approx(max(min(excess), 0), abs=1e-2)
+    thing = encode(tiny_clip, sae, data)[:, 1:].mean(1)
+    assert all(row.label == int(thing[:, row.latent].argmax()) for row in found.table.itertuples())
     assert [example.latent for example in found.examples] == found.table["latent"].head(4).tolist()
     for example, label in zip(found.examples, found.table["label"], strict=False):
         name, quoted, other = example.titles
