@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
@@ -139,27 +140,24 @@ def read_names(names: Any, d_sae: int) -> dict[int, Name]:
     """Names of latents, whatever form they come in."""
     if names is None:
         return {}
-    kinds = scores = None
     if hasattr(names, "columns"):
         if "name" not in names.columns:
             has = ", ".join(map(str, names.columns))
             raise ValueError(f"A table of names needs a column 'name'; this one has {has}. Pass the result of label_latents.")
-        latents = names["latent"] if "latent" in names.columns else names.index
-        kinds, scores = names.get("kind"), names.get("score")
-        words = names["name"]
-    elif isinstance(names, Mapping) or hasattr(names, "items"):
-        latents, words = zip(*names.items(), strict=True) if len(names) else ((), ())
+        table = names if "latent" in names.columns else names.assign(latent=names.index)
     else:
-        latents, words = range(len(names)), names
-    known = {}
-    kinds = [""] * len(words) if kinds is None else kinds
-    scores = [None] * len(words) if scores is None else scores
-    for latent, word, kind, score in zip(latents, words, kinds, scores, strict=True):
-        if not 0 <= int(latent) < d_sae:
-            raise ValueError(f"Names are given for latent {latent}, but the SAE has latents 0 to {d_sae - 1}.")
-        if isinstance(word, str) and word and word != "unnamed":
-            known[int(latent)] = Name(word, str(kind), None if score is None or not np.isfinite(score) else float(score))
-    return known
+        latents, words = (names.keys(), names.values) if hasattr(names, "keys") else (range(len(names)), names)
+        table = pd.DataFrame({"latent": list(latents), "name": list(words() if callable(words) else words)})
+    if ((table["latent"] < 0) | (table["latent"] >= d_sae)).any():
+        raise ValueError(
+            f"Names are given for latents {table['latent'].min()} to {table['latent'].max()}; the SAE has latents 0 to {d_sae - 1}."
+        )
+    rows = table.reindex(columns=["latent", "name", "kind", "score"]).itertuples(index=False)
+    return {
+        int(latent): Name(word, kind if isinstance(kind, str) else "", float(score) if np.isfinite(score) else None)
+        for latent, word, kind, score in rows
+        if isinstance(word, str) and word and word != "unnamed"
+    }
 
 
 def latent_card(
@@ -173,8 +171,6 @@ def latent_card(
     monosemanticity: np.ndarray | None = None,
 ) -> LatentCard:
     """Look a latent up."""
-    if not 0 <= latent < reader.d_sae:
-        raise ValueError(f"There is no latent {latent}; the SAE has latents 0 to {reader.d_sae - 1}.")
     images, values = array(summary.top_images[latent])[:k], array(summary.top_values[latent])[:k]
     real = (images >= 0) & (values > 0)  # the rest is padding
     images, values = images[real].astype(int), values[real].astype(float)
@@ -214,10 +210,6 @@ def patch_card(
     n_patches = reader.grid[0] * reader.grid[1]
     reader.check(image)
     patches = list(dict.fromkeys(map(int, patch))) if isinstance(patch, Sequence) else [] if patch == -1 else [int(patch)]
-    if any(not 0 <= patch < n_patches for patch in patches):
-        raise ValueError(f"There is no patch {patch}; images have patches 0 to {n_patches - 1}, or -1 for none.")
-    if not -1 <= latent < reader.d_sae:
-        raise ValueError(f"There is no latent {latent}; the SAE has latents 0 to {reader.d_sae - 1}, or -1 for none.")
     h = reader.latents(image)
     here = _strongest(h[[1 + patch for patch in patches]].mean(0), weights, n) if patches else []
     whole = _strongest(h[TOKENS[tokens]].mean(0), weights, n)

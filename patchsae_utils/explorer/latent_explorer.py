@@ -111,7 +111,11 @@ class LatentExplorer(_View):
             ``star`` (bool), ``name`` (replaces the latent's name in this view), ``note``.
         """
         latent = self._within("latent", latent, self._reader.d_sae)
-        clean = {"star": bool, "name": lambda text: " ".join(str(text).split())[:80], "note": lambda text: str(text).strip()[:2000]}
+        clean: dict[str, Any] = {
+            "star": bool,
+            "name": lambda text: " ".join(str(text).split())[:80],
+            "note": lambda text: str(text).strip()[:2000],
+        }
         row = {"star": False, "name": "", "note": "", **self.kept.get(str(latent), {})}
         row |= {name: clean[name](value) for name, value in words.items() if name in clean}
         self.kept = {**self.kept, str(latent): row}
