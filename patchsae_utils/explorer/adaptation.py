@@ -52,6 +52,8 @@ class AdaptationCard(NamedTuple):
 class AdaptationView(_View):
     """What adaptation changed in one image: latents that both models show, that only one shows, and what each then says.
 
+    Each choice is a trait with a ``help``: set it in Python or in the page.
+
     Parameters
     ----------
     clip : ClipModel
@@ -71,19 +73,6 @@ class AdaptationView(_View):
         Common latents in the list; at most half as many of either model alone.
     **traits
         First choices: ``task``, ``image``, ``latent``, ``tau``, ``opacity``, ``mode``, ``contour``.
-
-    Attributes
-    ----------
-    task : str
-    image : int
-        In the task's data set; back to 0 when the task changes.
-    latent : int
-        The latent whose masks are shown; -1 for none.
-
-    Raises
-    ------
-    ValueError
-        If there are no adapters, the models don't fit together, or a choice does not exist.
     """
 
     LINKED = ("latent",)  # images of a task mean nothing in another view
@@ -92,7 +81,7 @@ class AdaptationView(_View):
 
     _esm = module("adaptation.js")
 
-    task = t.Unicode().tag(sync=True)
+    task = t.Unicode(help="Whose images and adapted model are shown; another one begins at image 0.").tag(sync=True)
     tasks = t.List(t.Unicode()).tag(sync=True)
     n_images = t.Int().tag(sync=True)
 

@@ -199,17 +199,16 @@ def latent_card(
 def patch_card(
     reader: Reader,
     image: int,
-    patch: int | Sequence[int] = -1,
+    patches: Sequence[int] = (),
     latent: int = -1,
     names: Mapping[int, Name] | None = None,
     weights: np.ndarray | None = None,
     tokens: str = "all",
     n: int = 8,
 ) -> PatchCard:
-    """Look an image up, and one of its patches."""
+    """Look an image up, and its chosen patches, the last one last."""
     n_patches = reader.grid[0] * reader.grid[1]
-    reader.check(image)
-    patches = list(dict.fromkeys(map(int, patch))) if isinstance(patch, Sequence) else [] if patch == -1 else [int(patch)]
+    patches = list(patches)
     h = reader.latents(image)
     here = _strongest(h[[1 + patch for patch in patches]].mean(0), weights, n) if patches else []
     whole = _strongest(h[TOKENS[tokens]].mean(0), weights, n)

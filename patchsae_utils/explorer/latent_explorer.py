@@ -22,6 +22,8 @@ NOTES = ("latent", "star", "name", "note")
 class LatentExplorer(_View):
     """Look through an SAE's latents: statistics, reference images with heat maps, classes.
 
+    Each choice is a trait with a ``help``: set it in Python or in the page.
+
     Parameters
     ----------
     clip : ClipModel
@@ -39,25 +41,11 @@ class LatentExplorer(_View):
         CSV of one's own stars, names and notes: read if it is there, written with every change. ``pandas.read_csv`` of it can be given as ``names``.
     **traits
         First choices: ``latent``, ``image``, ``sort``, ``tau``, ``opacity``, ``mode``, ``contour``.
-
-    Attributes
-    ----------
-    latent, image : int
-        The chosen latent, and the reference image that was clicked; -1 for none.
-    sort : {"frequency", "mean_activation", "label_entropy", "monosemanticity", "score"}
-        Order of the slider, which runs over living latents; the last two where they were given ("score": of its name).
-    tau, opacity, mode, contour
-        Threshold, opacity and kind of the heat maps, "spotlight" or "heat"; whether a line goes around what is above the threshold.
-
-    Raises
-    ------
-    ValueError
-        If SAE, model, summary and data set don't fit together, or a choice does not exist.
     """
 
     _esm = module("latent.js")
 
-    sort = t.Enum((*ORDERS, *MEASURES), "frequency").tag(sync=True)
+    sort = t.Enum((*ORDERS, *MEASURES), "frequency", help="Order of the slider, which runs over living latents.").tag(sync=True)
     sorts = t.List(t.Unicode(), help="The orders that there are data for.").tag(sync=True)
     order = t.Bytes(help="uint32: living latents in the slider's order.").tag(sync=True)
     ahead = t.Dict(help="A card that a next step would show: the page keeps it, and needs no answer then.").tag(sync=True)

@@ -18,32 +18,14 @@ from .widgets import SelectionError, _View, is_openmoji, module
 class PatchExplorer(_View):
     """Point at a patch of an image: its latents, the whole image's latents, and where a chosen latent is.
 
+    Each choice is a trait with a ``help``: set it in Python or in the page.
+
     Parameters
     ----------
     clip, sae, summary, dataset, names, layer
         As for :class:`LatentExplorer`. Without a summary (None), lists are sorted by activation only, and any data set will do.
     **traits
         First choices: ``image``, ``patch``, ``patches``, ``latent``, ``rank``, ``tau``, ``opacity``, ``mode``, ``contour``.
-
-    Attributes
-    ----------
-    image : int
-        The shown image.
-    uploaded : str
-        Name of the uploaded picture that is shown instead; "" for none.
-    patch : int
-        The chosen patch, counted row by row; -1 for none; of several the last one.
-    patches : list of int
-        All chosen patches: the list shows means over them.
-    latent : int
-        The latent whose heat map is shown; -1 for none.
-    rank : {"activation", "distinctive"}
-        How lists are sorted: by activation, or by activation times log(1 / frequency).
-
-    Raises
-    ------
-    ValueError
-        If SAE, model, summary and data set don't fit together, or a choice does not exist.
     """
 
     PAGE = 12
@@ -56,7 +38,7 @@ class PatchExplorer(_View):
     uploaded = t.Unicode("", help="Name of the uploaded picture that is shown; empty for none.").tag(sync=True)
     tops = t.Dict(help="The strongest latents of every patch.").tag(sync=True)
     found = t.Dict(help="The chosen latent's reference images.").tag(sync=True)
-    rank = t.Enum(("activation", "distinctive"), "activation").tag(sync=True)
+    rank = t.Enum(("activation", "distinctive"), "activation", help="distinctive: activation times log(1 / frequency).").tag(sync=True)
     page = t.Int(0, help="Which thumbnails are shown.").tag(sync=True)
     n_pages = t.Int().tag(sync=True)
     n_images = t.Int().tag(sync=True)

@@ -32,6 +32,8 @@ N_CLASSES = 6
 class SteeringPanel(_View):
     """Steer one image by a few latents, and see the class probabilities before and after.
 
+    Each choice is a trait with a ``help``: set it in Python or in the page.
+
     Parameters
     ----------
     clip : ClipModel
@@ -50,26 +52,6 @@ class SteeringPanel(_View):
     n_sliders : int
     **traits
         First choices: ``image``, ``edits``, ``where``, ``patches``, ``latent``, ``tau``, ``opacity``, ``mode``.
-
-    Attributes
-    ----------
-    image : int
-        The shown image.
-    latents : list of int
-        The latents with sliders. Setting it keeps them for all images.
-    edits : list of dict
-        One a slider that was moved: ``{"latent": 3, "op": "scale", "value": 0.0}``, with op "scale" or "add".
-    where : {"all", "cls", "patches", "selected"}
-        The tokens that all edits act on; "selected" are the ``patches``.
-    patches : list of int
-        Selected patches, counted row by row.
-    latent : int
-        The latent whose heat map is shown; -1 for none.
-
-    Raises
-    ------
-    ValueError
-        If SAE, model and data set don't fit together, or a choice does not exist.
     """
 
     CHOICES = ("image", "latents", "latent", "patches", "where", "edits")  # another image takes edits and patches back
@@ -78,7 +60,7 @@ class SteeringPanel(_View):
     _esm = module("steering.js")
 
     latents = t.List(t.Int(), help="The latents with sliders.").tag(sync=True)
-    edits = t.List(t.Dict(), help="One a slider that was moved.").tag(sync=True)
+    edits = t.List(t.Dict(), help='One a slider that was moved: {"latent": 3, "op": "scale" or "add", "value": 0.0}.').tag(sync=True)
     where = t.Enum(WHERE, WHERE[0], help="The tokens that all edits act on.").tag(sync=True)
     patches = t.List(t.Int(), help="Selected patches, counted row by row.").tag(sync=True)
     n_images = t.Int().tag(sync=True)
