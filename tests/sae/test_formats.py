@@ -396,6 +396,9 @@ def test_places_and_tokens_are_kept(tmp_path):
     cls = load_sae(prisma(tmp_path, cls_token_only=True))
     with pytest.raises(ValueError, match="tokens cls; this store holds .*tokens patches"):
         cls.check_store(SimpleNamespace(d_in=D, metadata=SimpleNamespace(tokens="patches")))
+    (tmp_path / "bench").mkdir()
+    bench = load_sae(visaebench(tmp_path / "bench", activation="topk", k=K, backbone="clip_vitb16", layer=11)).metadata
+    assert (bench["model_name"], bench["layer"], bench["tokens"]) == ("ViT-B-16-quickgelu", 11, "patches")
     old = load_sae(saelens(tmp_path, **OLD_SAELENS)).metadata
     assert (old["layer"], old["model_name"], old["hook_name"]) == (7, "gpt2-small", "blocks.8.hook_resid_pre")
 

@@ -378,6 +378,7 @@ def write_dictionary_learning(weights: Weights) -> tuple[dict[str, Any], dict[st
 # -- VISAEBench, and overcomplete's own tensors -------------------------------------------------------------------------------------------
 
 _OVERCOMPLETE = "encoder.final_block.0."
+_BACKBONES = {"clip_vitb16": "openai/clip-vit-base-patch16"}  # of VISAEBench's, open_clip's; it reads patches alone
 
 
 def visaebench_defaults(settings: dict[str, Any]) -> dict[str, Any]:
@@ -434,7 +435,8 @@ def read_visaebench(settings: dict[str, Any], state: Mapping[str, Any], file: Pa
         logarithms = thresholds == "thresholds" and encoder == _OVERCOMPLETE and bool((values < 0).any())  # as overcomplete trains them
         tensors["threshold"] = values.exp() if logarithms else values.clamp_min(0)
     name = next((settings[name] for name in ("model_name", "backbone_name", "backbone") if settings.get(name)), None)
-    return Weights(centred(tensors), kind, options, _own(settings, place(name, settings.get("layer"))))
+    model = place(_BACKBONES.get(str(name), name), settings.get("layer"), tokens="patches" if str(name) in _BACKBONES else None)
+    return Weights(centred(tensors), kind, options, _own(settings, model))
 
 
 def write_visaebench(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
