@@ -21,7 +21,6 @@ from platformdirs import user_cache_dir
 
 from ..run.artifacts import atomic_file
 
-ATTRIBUTION = "Artwork: OpenMoji, CC BY-SA 4.0"
 
 # OpenMoji draws from one fixed palette (openmoji.org/styleguide); tints of a hue share its name here.
 PALETTE = {

@@ -7,6 +7,7 @@ them, say which of them are a category's. Masks take the way of the picture thro
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import re
 import warnings
@@ -148,6 +149,14 @@ def _upright(masks: np.ndarray, picture: str) -> np.ndarray:
 # -- COCO --------------------------------------------------------------------------------------------------------------------
 
 
+def _pycocotools():
+    """What decodes COCO's masks."""
+    try:
+        return importlib.import_module("pycocotools.mask")
+    except ImportError as error:
+        raise ImportError("coco: data sets need the package `pycocotools`: pip install pycocotools.") from error
+
+
 class _Coco:
     """Annotations of COCO's form: a category is a concept, and so is its supercategory.
 
@@ -164,8 +173,7 @@ class _Coco:
         return ImageFiles("/", self._files).contents(range(len(self._files)))
 
     def regions(self, row: int) -> Regions:
-        from pycocotools import mask
-
+        mask = _pycocotools()
         found: dict[int, list] = {}
         for concepts, shape in self._shapes[row]:
             encoded = (
@@ -180,10 +188,7 @@ class _Coco:
 
 
 def _read_coco(base: Path, files: Sequence[Path]) -> tuple[Listing, _Coco]:
-    try:
-        import pycocotools.mask  # noqa: F401  # what decodes masks, needed later
-    except ImportError as error:
-        raise ImportError("coco: data sets need the package `pycocotools`: pip install pycocotools.") from error
+    _pycocotools()  # that it is missing is said before the files are read
     images: dict[int, dict] = {}
     shapes: dict[int, list] = {}
     places: dict[str, int] = {}

@@ -15,6 +15,7 @@ from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.clip.zero_shot import zero_shot_predictions
 from patchsae_utils.concepts.names import label_latents
 from patchsae_utils.data import few_shot, load_dataset, without_broken
+from patchsae_utils.explorer import LatentExplorer, PatchExplorer
 from patchsae_utils.interventions import sweep_masks
 from patchsae_utils.latents import latent_masks
 from patchsae_utils.latents.pictures import activation_levels, reference_images
@@ -88,6 +89,7 @@ def test_pictures_without_classes_are_data_and_what_needs_labels_says_so(tiny_cl
     latent = int(summary.frequency.argmax())
     assert len(reference_images(tiny_clip, tiny_sae, data, summary, [latent], -2)[0].images) == 5
     assert activation_levels(tiny_clip, tiny_sae, data, 0, -2, summary).class_name == ""
+    assert LatentExplorer(tiny_clip, tiny_sae, summary, data).card.classes == [] and PatchExplorer(tiny_clip, tiny_sae, summary, data)
     for call in (
         lambda: few_shot(data, 1), lambda: load_dataset(str(tmp_path / "set"), "train", half="base"), lambda: label_latents(summary),
         lambda: zero_shot_predictions(tiny_clip, data), lambda: sweep_masks(tiny_clip, tiny_sae, data, [1], "random", layer=-2),
