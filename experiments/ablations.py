@@ -21,6 +21,7 @@ from patchsae_utils.clip.model import ClipModel
 from patchsae_utils.concepts.comparison import compare, sae_competitor
 from patchsae_utils.concepts.detection import ConceptPatches, concept_patches
 from patchsae_utils.config import Profile, load_profile
+from patchsae_utils.interventions import one_latent_off, summarize_effects
 from patchsae_utils.latents.matching import matched_cosine
 from patchsae_utils.latents.reading import summarize_latents
 from patchsae_utils.sae.quality import evaluate_sae
@@ -105,7 +106,7 @@ class Ablations:
     def inputs(self, cell: Cell) -> dict[str, Any]:
         profile, layer = self._profile(dict(cell.settings))
         return {
-            "what": "ablations", "format": 4, "clip": self.clip.fingerprint, "data": profile.data.choice(), "sae": profile.sae,
+            "what": "ablations", "format": 5, "clip": self.clip.fingerprint, "data": profile.data.choice(), "sae": profile.sae,
             "training": profile.training, "layer": layer,
         }  # fmt: skip
 
@@ -148,14 +149,18 @@ class Ablations:
         return {name: float(value) for name, value in row.items()}
 
     def _statistics(self, sae, layer: int, tokens: str) -> dict[str, float]:
-        """Quantiles over alive latents of the three numbers of the paper's scatter; of the tokens that the SAE was trained on."""
+        """Quantiles over alive latents of the three numbers of the paper's scatter, and what turning one off changes; of the tokens it was trained on."""
         summary = summarize_latents(self.clip, sae, self.labelled, layer, tokens=tokens, progress=False)
         alive = ~summary.dead
         if not alive.any():
             return {}
+        row = {}
+        if tokens == "all" and self.clip.has_text and list(summary.class_names) == list(self.test.class_names):
+            found = summarize_effects(one_latent_off(self.clip, sae, self.test, summary, layer), ["change", "flip"]).set_index("kind")
+            row = {f"one_latent_{name}{end}": float(found.loc["own", f"{name}{end}"]) for name in ("change", "flip") for end in _ENDS}
         values = (summary.frequency[alive].log10(), summary.mean_activation[alive].log10(), summary.label_entropy[alive])
         found = {name: np.percentile(each.double().cpu().numpy(), QUANTILES) for name, each in zip(STATISTICS, values, strict=True)}
-        return {f"{name}_q{q}": float(value) for name, each in found.items() for q, value in zip(QUANTILES, each, strict=True)}
+        return row | {f"{name}_q{q}": float(value) for name, each in found.items() for q, value in zip(QUANTILES, each, strict=True)}
 
     def _concepts(self, sae, layer: int) -> dict[str, float]:
         if self._patches[0] != layer:

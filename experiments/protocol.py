@@ -84,7 +84,7 @@ class Protocol:
         recipe, adapters = RECIPES.get(cell.kind), self.profile.adapters
         lr = recipe.rate(adapters) if recipe else adapters.lr
         return {
-            "what": "protocol", "format": 3, "clip": self.clip.fingerprint, "sae": self.sae.fingerprint, "layer": self.layer, "cell": cell,
+            "what": "protocol", "format": 4, "clip": self.clip.fingerprint, "sae": self.sae.fingerprint, "layer": self.layer, "cell": cell,
             "settings": dataclasses.replace(adapters, tasks=(cell.task,), kind=cell.kind, seeds=(cell.seed,), lr=lr), "recipe": recipe,
             "tests": {half: dataset_fingerprint(data) for half, data in self._tests(cell).items()},
         }  # fmt: skip

@@ -11,7 +11,7 @@ Dimension letters: B batch, T tokens (CLS, then patches), P patches, D d_in, S d
 from .attribution import attribute_latents, attribution_check
 from .choosing import CHOICES
 from .concept_latents import rank_concepts
-from .effects import clearest_latents, concept_specificity, dose_response, remove_objects, summarize_effects, swap_colors
+from .effects import clearest_latents, concept_specificity, dose_response, one_latent_off, remove_objects, summarize_effects, swap_colors
 from .masks import sweep_masks
 from .steering import Edit, steer
 from .tail import dataset_head
@@ -25,6 +25,7 @@ __all__ = [
     "concept_specificity",
     "dataset_head",
     "dose_response",
+    "one_latent_off",
     "rank_concepts",
     "remove_objects",
     "steer",

@@ -155,6 +155,43 @@ def clearest_latents(summary: LatentSummary, n: int) -> dict[int, int]:
 
 
 @torch.no_grad()
+def one_latent_off(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, summary: LatentSummary, layer: int = -2) -> pd.DataFrame:
+    """Turn each class's own latent off in images of the class: how much does a single latent carry (FAULTS D22)?
+
+    A dictionary whose single latents carry more is one in which a concept is less spread over many.
+
+    Parameters
+    ----------
+    clip, sae, layer
+    dataset : ImageData or OpenMojiData
+        Images that the choice of latents has not seen.
+    summary : LatentSummary
+        Of the train split, with the same classes: a class's latent is the one that is most characteristic of it.
+
+    Returns
+    -------
+    DataFrame
+        Two rows for each image, kind "own" and "control" (another latent, about as active in it): index, class, latent, change (of the
+        probability of its class), flip (whether the predicted class is another one than before).
+    """
+    sae.check_model(clip, layer)
+    if list(summary.class_names) != list(dataset.class_names):
+        raise ValueError(f"The summary must be of the {len(dataset.class_names)} classes of {dataset.spec!r}, from its train split.")
+    best, head, parts = class_scores(summary).max(1), dataset_head(clip, dataset), []
+    chosen = best.indices.masked_fill(best.values <= 0, SILENT)
+    for read in read_batches(clip, dataset, layer, "one latent off"):
+        z, labels = read.residual.tokens, read.labels.cpu()
+        h, before = sae.encode(z), clip.logits(read.features(z), head).cpu()
+        own = chosen[labels][:, None]
+        for kind, latent in (("own", own), ("control", matched_latents(own, h.sum(1), read.indices))):
+            after = clip.logits(read.features(z - contribution(sae.W_dec, h, latent)), head).cpu()
+            flip = (after.argmax(1) != before.argmax(1)).double().masked_fill(after.isnan().any(1), torch.nan)
+            part = {"kind": kind, "index": read.indices, "class": labels, "latent": latent[:, 0], "flip": flip}
+            parts.append(part | {"change": _of(after.softmax(1) - before.softmax(1), labels)})
+    return _table(parts)
+
+
+@torch.no_grad()
 def dose_response(
     clip: ClipModel, sae: SparseAutoencoder, dataset: Any, latents: Mapping[int, int], layer: int = -2, *, head: Tensor, n_images: int = 12
 ) -> pd.DataFrame:

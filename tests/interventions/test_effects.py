@@ -18,6 +18,7 @@ from patchsae_utils.interventions import (
     concept_specificity,
     dose_response,
     effects,
+    one_latent_off,
     rank_concepts,
     remove_objects,
     steer,
@@ -26,6 +27,8 @@ from patchsae_utils.interventions import (
 )
 from patchsae_utils.interventions.concept_latents import ConceptLatents, concept_head, concept_prompts
 from patchsae_utils.interventions.effects import object_patches
+from patchsae_utils.latents.classes import class_scores
+from patchsae_utils.latents.reading import summarize_latents
 
 LAYER = -2
 
@@ -161,6 +164,26 @@ def test_dose_response_is_zero_at_the_untouched_image_and_steers_elsewhere(tiny_
         changes = torch.stack([steered(tiny_clip, sae, tiny_dataset, int(i), [Edit(7, "scale", float(dose))], head) for i in of_class])
         assert row["own"] == pytest.approx(float(changes[:, 4].mean()), abs=1e-4) and row["n"] == len(of_class)
         assert row["others"] == pytest.approx(float((changes.sum(1) - changes[:, 4]).mean()) / (len(head) - 1), abs=1e-4)
+
+
+def test_faults_d22_one_latent_off_is_an_edit_of_steer(tiny_clip, sae, tiny_dataset, head):
+    """FAULTS D22: how little the best latent of a class carries stands beside every dictionary."""
+    summary = summarize_latents(tiny_clip, sae, tiny_dataset, LAYER, progress=False)
+    table = one_latent_off(tiny_clip, sae, tiny_dataset, summary, LAYER)
+    assert len(table) == 2 * len(tiny_dataset) and set(table["kind"]) == {"own", "control"}
+    best = class_scores(summary).argmax(1)
+    head = effects.dataset_head(tiny_clip, tiny_dataset)
+    own = table[(table["kind"] == "own") & (table["index"] < 4)].rename(columns={"index": "image", "class": "label"})
+    for row in own.itertuples():
+        assert row.latent == best[row.label] and row.label == tiny_dataset.labels[row.image]
+        found = steer(tiny_clip, sae, tiny_clip.preprocess(tiny_dataset[row.image].image)[None], [Edit(row.latent)], LAYER, head)
+        change = (found.probabilities - found.probabilities_before)[0, row.label]
+        assert row.change == pytest.approx(float(change), abs=1e-5)
+        assert row.flip == (found.logits.argmax() != found.logits_before.argmax())
+    merged = table.pivot(index="index", columns="kind", values="latent")
+    assert (merged["own"] != merged["control"]).all()
+    with pytest.raises(ValueError, match="must be of the"):
+        one_latent_off(tiny_clip, sae, load_dataset("openmoji/meals", "test", n_images=2), summary, LAYER)
 
 
 @pytest.mark.parametrize("edit_cls", [False, True])

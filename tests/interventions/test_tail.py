@@ -68,6 +68,7 @@ ENTRIES = {
     ),
     "rank_concepts": lambda clip, sae, data, head: interventions.rank_concepts(clip, sae, data),
     "concept_specificity": lambda clip, sae, data, head: interventions.concept_specificity(clip, sae, data, {"color:red": [1]}),
+    "one_latent_off": lambda clip, sae, data, head: interventions.one_latent_off(clip, sae, data, None),
     "dose_response": lambda clip, sae, data, head: interventions.dose_response(clip, sae, data, {0: 1, 1: 2}, head=head),
     "swap_colors": lambda clip, sae, data, head: interventions.swap_colors(clip, sae, data, ConceptLatents((), *[torch.zeros(0, 1)] * 4)),
     "remove_objects": lambda clip, sae, data, head: interventions.remove_objects(clip, sae, data, [[1]]),
