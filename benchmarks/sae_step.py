@@ -25,6 +25,7 @@ from .common import in_subprocess, matmul_peak, parser, peak_memory, report, tim
 
 L1, LR = 8e-5, 1e-7  # a rate so small that L0 stays where it was set
 TARGETS = {"ratio at 8 images": 5.0, "ratio at 32 images": 7.0, "peak memory at 8 images, share of the textbook's": 0.5}
+DEAD = 20  # in the rows of "dead" every such latent never fires, and the step has the ghost term
 PEERS = {"overcomplete": "overcomplete", "sparsify": "eai-sparsify", "sae_lens": "sae-lens"}
 
 
@@ -84,15 +85,27 @@ def adam(module: nn.Module) -> torch.optim.Adam:
     return torch.optim.Adam(module.parameters(), lr=LR, fused=True)
 
 
-def textbook(x: Tensor, weights: Textbook, l0: int) -> Step:
+def ghost(x: Tensor, reconstruction: Tensor, pre: Tensor, rows: Tensor, error: Tensor) -> Tensor:
+    """The paper's term for dead latents, as one would write it."""
+    residual = (x - reconstruction).detach()
+    norm, guess = residual.norm(dim=1, keepdim=True), torch.exp(pre) @ rows
+    squared = (guess * (norm / (1e-6 + 2 * guess.norm(dim=1, keepdim=True))).detach() - residual).square() / norm
+    return ((error / (squared + 1e-6)).detach() * squared).mean()
+
+
+def textbook(x: Tensor, weights: Textbook, l0: int, dead: bool = False) -> Step:
     """Dense, float32."""
+    index = torch.arange(0, weights.W_dec.shape[0], DEAD, device=x.device)
     weights.to(x.device)
     optimizer = adam(weights)
 
     def step():
         reconstruction, latents = weights(x)
-        mse = ((reconstruction - x).square() / x.norm(dim=1, keepdim=True)).mean()
-        loss = mse + L1 * latents.sum(1).mean()
+        error = (reconstruction - x).square() / x.norm(dim=1, keepdim=True)
+        loss = error.mean() + L1 * latents.sum(1).mean()
+        if dead:
+            pre = (x - weights.b_dec.detach()) @ weights.W_enc[:, index] + weights.b_enc[index]
+            loss = loss + ghost(x, reconstruction, pre, weights.W_dec[index], error)
         optimizer.zero_grad(set_to_none=True)
         active = latents.detach().count_nonzero() / len(x)
         del latents
@@ -105,7 +118,7 @@ def textbook(x: Tensor, weights: Textbook, l0: int) -> Step:
     return Step(step, weights)
 
 
-def ours(x: Tensor, weights: Textbook, l0: int, activation: str = "relu", precision: str = "bfloat16") -> Step:
+def ours(x: Tensor, weights: Textbook, l0: int, activation: str = "relu", precision: str = "bfloat16", dead: bool = False) -> Step:
     """Sparse kernels, gradients summed within Adam's pass over the weights."""
     from patchsae_utils.sae.losses import objective
     from patchsae_utils.sae.model import SparseAutoencoder
@@ -122,11 +135,12 @@ def ours(x: Tensor, weights: Textbook, l0: int, activation: str = "relu", precis
     sae.input_mean.zero_(), sae.input_norm.zero_()
     sae.to(x.device)
     loss_of, optimizer, deferred = objective(sae), adam(sae), DeferredGradients(sae)
+    silent = (torch.arange(d_sae, device=x.device) % DEAD == 0) if dead else None
 
     def step():
         with deferred, torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             output = sae(x, sparse=True)
-        loss = loss_of(sae, x, l1_coefficient=L1, output=output).total
+            loss = loss_of(sae, x, silent, l1_coefficient=L1, output=output).total
         loss.backward()
         deferred.step(optimizer)
         return loss.detach(), output.latents.counts().float().mean()
@@ -203,6 +217,8 @@ SIDES: dict[str, Callable[..., Step]] = {
     "textbook": textbook,
     "ours": ours,
     "ours float32": lambda x, weights, l0: ours(x, weights, l0, precision="float32"),
+    "textbook dead": lambda x, weights, l0: textbook(x, weights, l0, dead=True),
+    "ours dead": lambda x, weights, l0: ours(x, weights, l0, dead=True),
     "ours topk": lambda x, weights, l0: ours(x, weights, l0, activation="topk"),
     "overcomplete": overcomplete,
     "sparsify": sparsify,
@@ -215,6 +231,8 @@ def prepare(side: str, settings: dict) -> Callable[[], Step]:
     x = tokens(settings["tokens"], settings["d_in"], settings["device"])
     weights = Textbook(settings["d_in"], settings["d_sae"], x.mean(0))
     set_l0(weights, x, settings["l0"])
+    if "dead" in side:
+        weights.b_enc.data[::DEAD] -= 5  # five times a pre-activation's spread
     return lambda: SIDES[side](x, weights, settings["l0"])
 
 
@@ -300,6 +318,10 @@ def main(arguments: Sequence[str] | None = None) -> dict | None:
             "loss_difference": abs(sparse["first_loss"] / dense["first_loss"] - 1),
         }  # fmt: skip
         pairs.append({"tokens": n} | pair)
+    for pair in pairs:
+        dense, sparse = (run(name, "dead", base | {"tokens": pair["tokens"]}, peaks) for name in ("textbook dead", "ours dead"))
+        rows += [dense, sparse]
+        pair["dead_ratio"] = dense["seconds"] / sparse["seconds"] if "error" not in dense | sparse else None
     if not options.no_peers:
         rows.append(run("ours topk", "peers", base | {"tokens": sizes[0]}, peaks))
         for peer, package in PEERS.items():

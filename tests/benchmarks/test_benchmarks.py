@@ -65,6 +65,8 @@ def test_all_sides_of_the_step_compute_the_same_loss():
     for side, measured in sides.items():
         assert measured["first_loss"] == pytest.approx(sides["textbook"]["first_loss"], rel=1e-5), side
         assert measured["l0"] == pytest.approx(TINY["l0"], rel=0.5), side
+    dead = [sae_step.measure(side, TINY)["first_loss"] for side in ("textbook dead", "ours dead")]
+    assert dead[0] == pytest.approx(dead[1], rel=1e-3) and dead[0] > 1.3 * sides["textbook"]["first_loss"]
     assert sae_step.measure("ours topk", TINY)["l0"] <= TINY["l0"]
 
 
@@ -97,7 +99,8 @@ def test_the_step_benchmark_prints_one_object(one_process, capsys, tmp_path):
     ]
     assert [pair["tokens"] for pair in printed["pairs"]] == [32, 16]
     assert all(pair["loss_difference"] < 1e-4 for pair in printed["pairs"])
-    assert {row["kind"] for row in printed["rows"]} == {"headline", "peers", "d_sae", "tokens", "density"}
+    assert {row["kind"] for row in printed["rows"]} == {"headline", "dead", "peers", "d_sae", "tokens", "density"}
+    assert all(pair["dead_ratio"] > 0 for pair in printed["pairs"])
     peers = {row["side"]: row for row in printed["rows"] if row["kind"] == "peers"}
     assert peers.keys() == {"ours topk", "overcomplete", "sparsify", "sae_lens"}
     assert "No module named" in peers["sae_lens"]["error"] and peers["sae_lens"]["package"] == "sae-lens"
