@@ -21,7 +21,6 @@ from platformdirs import user_cache_dir
 
 from ..run.artifacts import atomic_file
 
-
 # OpenMoji draws from one fixed palette (openmoji.org/styleguide); tints of a hue share its name here.
 PALETTE = {
     "black": ("000000", "3f3f3f"), "white": ("ffffff",), "gray": ("9b9b9a", "d0cfce"), "blue": ("92d3f5", "61b2e4"), "navy": ("1e50a0",),
