@@ -57,6 +57,23 @@ def test_an_sae_that_is_brought_along_is_studied_and_nothing_is_trained(profile,
         stages.trained_sae(dataclasses.replace(own, model=dataclasses.replace(own.model, layer=0)), clip)
 
 
+def test_controls_keep_a_part_at_random_and_train_the_rest(profile):
+    small = {"n_tokens": 2048, "batch_tokens": 512, "warmup_steps": 1, "start": "data"}
+    own = dataclasses.replace(profile, training=dataclasses.replace(profile.training, **small))
+    fresh, found = (
+        SparseAutoencoder(32, 64, "topk", k=4, seed=0),
+        stages.trained_controls(own, random_clip(), SparseAutoencoder(32, 64, "topk", k=4, seed=9)),
+    )
+    decoder, encoder = (
+        {name: torch.allclose(getattr(fresh, part), getattr(sae, part), atol=1e-6) for name, sae in found.items()}
+        for part in ("W_dec", "W_enc")
+    )
+    assert decoder == {"decoder frozen": True, "decoder softly frozen": False, "encoder frozen": False}
+    assert encoder == {"decoder frozen": False, "decoder softly frozen": False, "encoder frozen": True}
+    cosine = torch.nn.functional.cosine_similarity(fresh.W_dec, found["decoder softly frozen"].W_dec, dim=1)
+    assert cosine.min() >= 0.8 - 1e-5 and all(sae.activation == "topk" and sae.k == 4 for sae in found.values())
+
+
 def test_an_sae_from_the_hub_is_named_by_its_id(profile, monkeypatch):
     asked = []
     monkeypatch.setattr(stages, "load_sae", lambda path: asked.append(path) or SparseAutoencoder(32, 64))
