@@ -103,7 +103,7 @@ def _window(pre_activations: Tensor, threshold: Tensor, width: Tensor | float) -
 class _JumpReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, threshold, width):
-        ctx.save_for_backward(z, threshold, torch.as_tensor(width))
+        ctx.save_for_backward(z, threshold, torch.as_tensor(width, dtype=threshold.dtype))
         # A threshold that an optimiser's step has just pushed below 0 must not let negative latents through.
         return torch.where(z > threshold.clamp_min(0), z, 0)
 
@@ -118,7 +118,7 @@ class _JumpReLU(torch.autograd.Function):
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, threshold, width):
-        ctx.save_for_backward(z, threshold, torch.as_tensor(width))
+        ctx.save_for_backward(z, threshold, torch.as_tensor(width, dtype=threshold.dtype))
         return (z > threshold.clamp_min(0)).to(torch.promote_types(z.dtype, torch.float32))
 
     @staticmethod
