@@ -122,7 +122,7 @@ def ours(x: Tensor, weights: Textbook, l0: int, activation: str = "relu", precis
     """Sparse kernels, gradients summed within Adam's pass over the weights."""
     from patchsae_utils.sae.losses import objective
     from patchsae_utils.sae.model import SparseAutoencoder
-    from patchsae_utils.sae.sparse_adam import DeferredGradients
+    from patchsae_utils.sae.sparse.adam import DeferredGradients
 
     d_in, d_sae = weights.W_enc.shape
     with torch.device("meta"):

@@ -76,8 +76,10 @@ def _parser() -> argparse.ArgumentParser:
         if run in (_info, _convert):
             command.add_argument("path", help="a folder, a file, or hf:<owner>/<repository>")
         else:
-            name, more = ("profile", {"nargs": "?"}) if run is _doctor else ("--profile", {})
-            command.add_argument(name, help="name or .toml file of the settings (default: $PATCHSAE_PROFILE, else openmoji)", **more)
+            options: dict[str, Any] = {"help": "name or .toml file of the settings (default: $PATCHSAE_PROFILE, else openmoji)"}
+            command.add_argument(
+                *(["profile"] if run is _doctor else ["--profile"]), **options | ({"nargs": "?"} if run is _doctor else {})
+            )
             command.add_argument(
                 "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting; may be repeated"
             )

@@ -25,7 +25,7 @@ from .concepts.pairs import Selectivity, selectivity
 from .concepts.report import ComparisonReport, ConceptReport
 from .config import Profile, repository_root
 from .data import ImageData, OpenMojiData, load_dataset, without_broken
-from .data.sources import has_truth
+from .data.loader import has_truth
 from .latents.likeness import Likeness, LikenessObserver
 from .latents.reading import summarize_latents
 from .latents.summary import LatentSummary

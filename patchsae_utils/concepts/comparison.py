@@ -142,19 +142,22 @@ def compare(
                 raise ValueError(f"The patches of {name!r} are of other scenes than the others'. Read the same data sets.")
         qualities = {written: quality(written, sets[1].tokens) for written in {*(reconstruct or {}).values()}}
         for i, (way, dictionary) in enumerate(readouts.items()):
-            features = [Activations(dictionary, each) for each in sets]
+            choose_from, report_on = (Activations(dictionary, each) for each in sets)
             l0, explained = qualities.get((reconstruct or {}).get(way), (np.nan, np.nan))
             same = {"l0": l0, "explained_variance": explained}
             tried = (
                 concepts[:, None]
                 if role == "ceiling"
-                else detection.candidates(detection.concept_correlations(features[0])[0][0][concepts])
+                else detection.candidates(detection.concept_correlations(choose_from)[0][0][concepts])
             )
-            frame, resampled = detection.best_features(name, role, *features, concepts, tried, weights, None if i == 0 else FEW_LEVELS)
+            frame, resampled = detection.best_features(
+                name, role, choose_from, report_on, concepts, tried, weights, None if i == 0 else FEW_LEVELS
+            )
             found = [(way, frame, resampled)]
             if i == 0 and role != "ceiling" and len(competitors) > 1:
                 found += [
-                    (f"probe of {k}", frame.assign(ap=ap), draws) for k, ap, draws in sparse_probes(*features, concepts, tried, weights)
+                    (f"probe of {k}", frame.assign(ap=ap), draws)
+                    for k, ap, draws in sparse_probes(choose_from, report_on, concepts, tried, weights)
                 ]
             frames += [frame.assign(readout=label, **same) for label, frame, _ in found]
             replicates += [resampled for *_, resampled in found]

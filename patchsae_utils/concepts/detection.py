@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from scipy import sparse
 from torch import Tensor
 
 from ..data import batches, dataset_fingerprint, truth
-from ..data.sources import has_truth
+from ..data.loader import has_truth
 from ..run.artifacts import fingerprint, is_current
 from ..run.intervals import resamples
 from ..sae.dictionary import Dictionary, sae_dictionary
@@ -171,8 +171,9 @@ class Activations:
     @torch.no_grad()
     def __init__(self, dictionary: Dictionary, patches: ConceptPatches):
         self.dictionary, self.patches, self.n = dictionary, patches, dictionary.n
-        self.kept: sparse.csc_matrix | np.ndarray | None = None
-        step, parts = _ROWS * len(patches.tokens) // patches.n_images, []
+        self.kept: Any = None  # csc_matrix, array or neither
+        parts: list[sparse.csr_matrix] = []
+        step = _ROWS * len(patches.tokens) // patches.n_images
         for some in patches.tokens.split(step):
             h = dictionary.encode(some, None).cpu().numpy()
             if not parts and np.count_nonzero(h) > DENSE * h.size:
@@ -197,7 +198,7 @@ class Activations:
         scores = self.columns(np.array([feature]))[0]
         return (rows := np.flatnonzero(scores)), scores[rows]
 
-    def chunks(self) -> Iterator[tuple[slice, np.ndarray | sparse.csc_matrix]]:
+    def chunks(self) -> Iterator[tuple[slice, Any]]:
         """All features of some whole images at a time."""
         if sparse.issparse(self.kept):
             yield slice(0, self.kept.shape[0]), self.kept

@@ -83,10 +83,8 @@ class ComparisonReport:
         """The numbers to quote, for all concepts and for objects: ``ap_sparse``, ``ap_cosine``, ``l0`` and the rest, as plain values."""
         means = self._own.groupby(["role", "dictionary"], sort=False)["ap"].mean()
         every = self.frame.query("kind == 'all'").set_index(["dictionary", "readout"])
-        sae, found = (
-            means["sae"].index[0],
-            {"n_concepts": int(self.detection["concept"].nunique()), "mean_ap_sae": float(means["sae"].iloc[0])},
-        )
+        sae = means["sae"].index[0]
+        found: dict[str, float | str] = {"n_concepts": int(self.detection["concept"].nunique()), "mean_ap_sae": float(means["sae"].iloc[0])}
         quoted = {"sparse": (sae, "activations"), "pre_activations": (sae, "pre-activations"), "cosine": (sae, "cosine")}
         quoted |= {"kmeans_cosine": ("k-means, cosine", "dense"), "kmeans_nearest": ("k-means, cosine", "nearest")}
         found |= {f"ap_{name}": float(every.loc[row, "ap"]) for name, row in quoted.items() if row in every.index}

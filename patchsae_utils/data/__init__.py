@@ -8,11 +8,10 @@ reads it. One function opens pictures (`pictures`), one place knows splits, labe
 from . import openmoji
 from .broken import TooManyBroken, without_broken
 from .dataset import Example, ImageData, dataset_fingerprint
-from .loader import DeadWorker, batches
+from .loader import DeadWorker, batches, load_dataset
 from .openmoji import OpenMojiData
 from .paper_sets import templates_for
 from .pictures import BrokenImage
-from .sources import load_dataset
 from .splits import few_shot
 
 __all__ = [

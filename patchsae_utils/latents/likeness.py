@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..clip.model import Residual
 from ..data import truth
-from ..data.sources import has_truth
+from ..data.loader import has_truth
 from ..run.artifacts import atomic_folder, fingerprint, is_current, write_folder_manifest
 from ..run.intervals import mean_interval
 from ..sae.dictionary import dimensions, random_sae

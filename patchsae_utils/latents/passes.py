@@ -82,7 +82,7 @@ def read_streams(
             raise ValueError(
                 f"Labels must lie in range({n_classes}), as there are class names; got {int(batch.labels.min())} to {int(batch.labels.max())}."
             )
-        for rows, stream in fitting.run(len(batch.labels), lambda rows, images=batch.images: clip.run_to(images[rows], layer)):
+        for rows, stream in fitting.run(len(batch.labels), partial(lambda images, rows: clip.run_to(images[rows], layer), batch.images)):
             _check_finite(stream.tokens, batch.indices[rows], clip, layer)
             yield batch.images[rows], batch.labels[rows], batch.indices[rows], stream
 

@@ -1,7 +1,7 @@
 """SAE: the autoencoder over residual activations, trained, measured, saved and shared.
 
-The model and its variants (`model`, `variants`), objectives (`losses`), training with active latents alone where few are (`trainer`, `sparse`,
-`sparse_adam`, `triton`), what an SAE is worth and why latents are dead (`quality`), its random control and its latents as a dictionary
+The model and its variants (`model`, `variants`), objectives (`losses`), training (`starts`, `steps`, `trainer`; `sparse`: with active
+latents alone where few are), what an SAE is worth and why latents are dead (`quality`), its random control and its latents as a dictionary
 (`dictionary`), files of seven programs and the hub (`files`, `formats`). May import: activations, clip, data, run.
 """
 

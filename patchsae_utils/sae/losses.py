@@ -1,7 +1,7 @@
 """The training objectives, as plain functions of tensors.
 
 :func:`patchsae_loss` is the paper's, :func:`variant_loss` the published ones of the other variants; :func:`objective` names an SAE's own.
-Latents may be dense tensors or :class:`~patchsae_utils.sae.sparse.SparseLatents`. Letters: B batch, T tokens, N tokens of any images, D d_in,
+Latents may be dense tensors or :class:`~patchsae_utils.sae.sparse.kernels.SparseLatents`. Letters: B batch, T tokens, N tokens of any images, D d_in,
 S d_sae.
 
 Sources: Lim et al., ICLR 2025, section 3.1 and appendix A; ghost gradients: Jermyn and Templeton, "Ghost grads", Transformer Circuits, January
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .model import SaeOutput, SparseAutoencoder
-from .sparse import SparseLatents, take_rows
+from .sparse.kernels import SparseLatents, take_rows
 from .variants import step
 
 _EPSILON = 1e-6

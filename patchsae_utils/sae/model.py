@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import sparse as sparse_kernels
 from .formats import write
 from .formats.sources import SOURCE, check_source, described
 from .formats.weights import STATISTICS, Weights, shapes, unit_rows
-from .sparse import SparseLatents, take_rows
+from .sparse import kernels as sparse_kernels
+from .sparse.kernels import SparseLatents, take_rows
 from .variants import VARIANTS, centre_product, jump_relu, keep_batch_topk, keep_topk, nested_groups, smallest_positive
 
 ACTIVATIONS = tuple(VARIANTS)
@@ -36,7 +36,7 @@ class SaeOutput(NamedTuple):
     reconstruction: Tensor
     """[..., D] x as the latents say it: latents @ W_dec + b_dec."""
     latents: Tensor | SparseLatents
-    """[..., S] activations, not negative, mostly 0; :class:`~patchsae_utils.sae.sparse.SparseLatents` [N, S] on the sparse path."""
+    """[..., S] activations, not negative, mostly 0; :class:`~patchsae_utils.sae.sparse.kernels.SparseLatents` [N, S] on the sparse path."""
     pre_activations: Tensor | None
     """[..., S] before the activation function (``gated``: of the gate). None on the sparse path, which never holds all of them."""
     near: SparseLatents | None = None

@@ -175,6 +175,8 @@ class Archetypes(nn.Module):
     common scale.
     """
 
+    points: Tensor
+
     def __init__(self, points: Tensor):
         super().__init__()
         self.register_buffer("points", points)

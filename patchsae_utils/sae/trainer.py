@@ -1,8 +1,5 @@
 """The trainer: Adam on an SAE's objective over activations, in one process or several, resumable bit for bit.
 
-Per step: the decoder's rows are scaled to unit norm, the loss is taken on a batch of tokens mixed from many images, the gradient
-loses its part along the decoder's rows, Adam moves. Where few latents are active, all of that touches those alone. Recipe: Lim et al., ICLR 2025, appendix A.
-
 A run depends on its settings, its seed and the step alone: no random number is drawn outside the token stream, a function of seed and step. So
 a checkpoint holds weights, Adam's moments, counters of silent latents and what the log knows. The first is written before the first step.
 """
@@ -15,7 +12,7 @@ import os
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +28,17 @@ from ..run.artifacts import disk_errors, fingerprint, folder_lock, read_checked_
 from ..run.memory import out_of_memory
 from ..run.processes import Processes
 from .files import CONFIG, WEIGHTS, load_sae
-from .losses import objective
 from .model import SparseAutoencoder
-from .sparse import worthwhile
-from .sparse_adam import DeferredGradients, l1_weight, learning_rate, n_steps
-from .starts import SOFT_COSINE, Archetypes, Normalization, centroids, start_bias, start_from
+from .sparse.adam import learning_rate
+from .starts import Archetypes, Normalization
+from .steps import TERMS, Steps
 
 Tokens = ActivationStore | TokenStream
 CHECKPOINT, MANIFEST, LOG, SUMMARY = "checkpoint.pt", "manifest.json", "training_log.csv", "summary.json"
 LOG_COLUMNS = ("step", "tokens", "lr", "loss", "mse", "l1", "ghost", "l0", "explained_variance", "dead_fraction", "tokens_per_second")
-_TERMS = ("loss", "mse", "l1", "ghost", "l0", "residual")  # of a batch, summed over its chunks
 _SHOWN = ("loss", "l0", "explained_variance", "dead_fraction", "tokens_per_second")  # in the bar
 _FORMAT = 3
 _ORIGIN = ("model_name", "weights_hash", "layer", "tokens", "grid", "preprocessing", "dataset", "split", "seed", "n_images")
-# So many (token, latent) pairs are computed at once, which on a CPU stay in its cache, but so many tokens at least: each chunk adds to all gradients.
-_CHUNK_CPU, _CHUNK_GPU, _CHUNK_TOKENS = 3 << 20, 1 << 28, 512
-_CLUSTERED = 60_000  # tokens that k-means sees, at least
-_CHUNK_DEAD = 1 << 26  # on the sparse path only the dead latents' pre-activations are computed whole, for the term that wakes them
-# sparse="auto": a smaller dictionary's dense step is short, and stays dense. Density is the mean over so many rows of the log.
-_SPARSE_FROM, _DENSITY_ROWS = 8192, 5
-_THRESHOLD_RATE = 10  # of ``jumprelu``'s thresholds, times the others'
-_CONTROL, _CONTROL_SHARE = 0.02, 2 / 3  # the weight of sparsity follows a target L0 by so much a step, for this share of the run
 
 
 def train_sae(
@@ -226,49 +213,13 @@ def _clear(out: Path, *names: str) -> None:
 # -- the run -----------------------------------------------------------------------------------------------------------------
 
 
-class Training:
-    """One training run: what a checkpoint must hold, and the loop."""
+class Training(Steps):
+    """One training run: the loop, its log and its checkpoints."""
 
     def __init__(self, sae: SparseAutoencoder, store: Tokens, config: TrainConfig, out: Path, inputs: dict[str, Any], processes: Processes):
-        self.sae, self.store, self.config, self.out, self.inputs, self.processes = sae, store, config, out, inputs, processes
-        self.device, self.loss = sae.W_enc.device, objective(sae)
-        self.n_steps, self.step, self.restored = n_steps(config), 0, False
-        self.silent_for = torch.zeros(sae.d_sae, dtype=torch.long, device=self.device)  # tokens since each latent fired
-        self.rows: list[dict[str, Any]] = []
-        self.seconds, self.n_starts, self.n_sparse = 0.0, 0, 0  # wall time until the last checkpoint, starts, sparse steps
-        self.l1_factor, self.off_target = (
-            1.0,
-            0.0,
-        )  # by which a target L0 has moved the weight of sparsity, and how far the last batch was from it
-        self.normalization: Normalization | None = Normalization.of(sae.b_dec[None], "none")
-        self.archetypes, self.anchor = None, None
-        may_be_sparse = not sae.variant.gate and (config.sparse == "always" or (config.sparse == "auto" and sae.d_sae >= _SPARSE_FROM))
-        self.deferred = DeferredGradients(sae) if may_be_sparse else None
-        self.unit_rows = False  # whether the last step has left the decoder's rows at unit norm
-        held = {"frozen_decoder": ["W_dec"], "frozen_encoder": ["W_enc"]}.get(config.constraint, [])
-        if config.normalize == "token_norm":  # without biases that a token's size would have to scale, as far as the variant needs none
-            held += ["b_dec"] + ["b_enc"] * (sae.variant.competes == "token")
-        self.held = [getattr(sae, name).requires_grad_(False) for name in held]
-        own = [sae.threshold] if sae.variant.threshold == "each" else []
-        groups = [{"params": [p for p in sae.parameters() if all(p is not other for other in own)]}]
-        self.optimizer = torch.optim.Adam(groups + [{"params": own, "rate": _THRESHOLD_RATE}] * len(own), lr=config.lr, fused=True)
-
-    def _hold(self, archetypes: Archetypes | None, anchor: Tensor | None) -> None:
-        """What keeps the decoder near the data, or near its start."""
-        self.anchor, self.archetypes = anchor, archetypes
-        if archetypes is not None:
-            self.optimizer.add_param_group({"params": list(archetypes.to(self.device).parameters())})
-
-    @torch.no_grad()
-    def fold(self) -> None:
-        """Put the units of training into the weights, once."""
-        if self.normalization is None:
-            return
-        self.sae.normalize_decoder()
-        self.normalization.fold(self.sae)
-        self.normalization = None
-        for parameter in self.held:
-            parameter.requires_grad_(True)
+        super().__init__(sae, config, processes)
+        self.store, self.out, self.inputs, self.restored = store, out, inputs, False
+        self.seconds, self.n_starts = 0.0, 0  # wall time until the last checkpoint, starts
 
     def save(self) -> None:
         """Everything that the rest of the run depends on, under a temporary name first; the tokens' order follows from seed and step."""
@@ -307,7 +258,7 @@ class Training:
         archetypes = state["archetypes"] and Archetypes(state["archetypes"]["points"])
         if archetypes:
             archetypes.load_state_dict(state["archetypes"])
-        self._hold(archetypes, state["anchor"])
+        self.hold(archetypes, state["anchor"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name in ("silent_for", "step", "rows", "unit_rows"):
             setattr(self, name, state[name])
@@ -339,7 +290,7 @@ class Training:
         self.sae.train()
         processes.everywhere(lambda: None)  # all have looked for a checkpoint
         if not self.restored:
-            self._start()
+            self.begin(lambda n: next(self._tokens(n, config.seed + 1, 0))[0])  # of another order than the training's
             if processes.main:
                 self.save()
         started, before, tokens = time.perf_counter(), self.seconds, 0
@@ -359,7 +310,7 @@ class Training:
                 tokens += len(x)
                 last = self.step + 1 == self.n_steps
                 logged = self.step % config.log_every == 0 or last
-                sums = self._step(x, positions == 0, logged or config.target_l0 is not None)
+                sums = self.move(x, positions == 0, logged or config.target_l0 is not None)
                 if logged:
                     row = self._row(x, sums, tokens / (time.perf_counter() - started))
                     if processes.main:
@@ -379,160 +330,12 @@ class Training:
         options: dict[str, Any] = {"tokens": kept} if (kept := _kept_tokens(self.config, self.store)) else {}
         return self.store.tokens(batch_size, seed=seed, epochs=None, start_step=start_step, positions=True, **options)
 
-    def _start(self) -> None:
-        """Before the first step: units, and directions from the data; from tokens of another order than the training's."""
-        config, sae = self.config, self.sae
-        if config.start != "random" or config.normalize != "none" or config.constraint == "archetypal":
-            clusters = config.start == "kmeans" or config.constraint == "archetypal"
-            n = max(_CLUSTERED, 4 * sae.d_sae) if clusters else max(20_000, 2 * sae.d_sae)
-            x = next(self._tokens(n, config.seed + 1, 0))[0].to(self.device, sae.W_dec.dtype)
-            self.normalization = Normalization.of(x, config.normalize)
-            if not sae.is_fresh:
-                self.normalization.unfold(sae)
-            x = self.normalization.apply(x)
-            if config.start != "random" and len(x) < sae.d_sae:
-                needs = f"start={config.start!r} needs a token for each of the {sae.d_sae} latents; got {len(x)}."
-                raise ValueError(f"{needs} Extract more images, or use start='random'.")
-            if config.normalize != "token_norm" and (config.start != "random" or clusters):
-                start_bias(sae, x[:4096], config.b_dec_start)
-            points = centroids(x - sae.b_dec, sae.d_sae, config.seed) if clusters else x[: sae.d_sae] - sae.b_dec
-            if config.start != "random":
-                start_from(sae, points, x[-4096:])
-        if config.constraint != "none":
-            sae.normalize_decoder()
-            archetypal = Archetypes(points) if config.constraint == "archetypal" else None
-            self._hold(archetypal, sae.W_dec.detach().clone() if config.constraint == "soft_decoder" else None)
-
-    def _is_sparse(self) -> bool:
-        """Whether this step computes with active latents alone; follows from the settings and from rows of the log that a checkpoint holds."""
-        if self.deferred is None:
-            return False
-        if self.config.sparse == "always":
-            return True
-        recent = [row["l0"] / self.sae.d_sae for row in self.rows[-_DENSITY_ROWS:]]
-        return bool(recent) and worthwhile(sum(recent) / len(recent), self.device)
-
-    def _chunk(self, n: int, n_dead: int, sparse: bool) -> int:
-        """Tokens of n that are computed at once."""
-        if self.sae.variant.competes == "batch":
-            return max(1, n)
-        if sparse:
-            return max(1, _CHUNK_DEAD // max(1, n_dead))
-        return max(_CHUNK_TOKENS, (_CHUNK_CPU if self.device.type == "cpu" else _CHUNK_GPU) // self.sae.d_sae)
-
-    def _step(self, x: Tensor, is_cls: Tensor, logged: bool) -> dict[str, float] | None:
-        """One step of Adam on a batch [N, D]; chunk by chunk, since every term is a mean over tokens."""
-        sae, config, processes = self.sae, self.config, self.processes
-        if self.step == 0 and sae.b_dec.requires_grad:
-            start_bias(sae, x, config.b_dec_start)
-        rows_of = None if self.archetypes is None else self.archetypes()
-        if rows_of is not None:
-            sae.W_dec.data.copy_(rows_of.detach())
-        elif not self.unit_rows:
-            sae.normalize_decoder()
-        dead = self.silent_for > config.dead_after_tokens
-        n_dead = int(dead.sum()) if config.ghost else 0
-        if n_dead and sae.variant.loss != "paper":
-            self._forget(dead & (self.silent_for <= config.dead_after_tokens + len(x)))
-        dead = dead if n_dead else None
-        sparse = self._is_sparse()
-        self.n_sparse += sparse
-        fired = torch.zeros_like(self.silent_for, dtype=torch.bool)
-        sums = torch.zeros(len(_TERMS), dtype=torch.float64)
-        self.optimizer.zero_grad(set_to_none=True)
-        own = processes.share(len(x))
-        tokens, own_is_cls = x[own], is_cls[own].to(self.device)
-        rows = self._chunk(len(tokens), n_dead, sparse)
-        with self.deferred if sparse else nullcontext():
-            for part, part_is_cls in zip(tokens.split(rows), own_is_cls.split(rows), strict=True):
-                share = len(part) / len(x)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                    output = sae(part, sparse=True) if sparse else sae(part)
-                    weight = l1_weight(self.step, config) * self.l1_factor * math.exp(self.off_target)
-                    loss = self.loss(sae, part, dead, weight, config.cls_coefficient, is_cls=part_is_cls, output=output, ghost=config.ghost)
-                (loss.total * share).backward()
-                with torch.no_grad():
-                    latents = output.latents
-                    fired |= (latents.amax(0) > 0) if isinstance(latents, Tensor) else latents.fired()
-                    if logged:
-                        n_active = latents.count_nonzero() if isinstance(latents, Tensor) else latents.counts().sum()
-                        residual = (part - output.reconstruction).double().square().sum() / share
-                        sums += share * torch.stack([*(term.double() for term in loss), (n_active / len(part)).double(), residual]).cpu()
-        self._move(fired, sums, sparse, rows_of)
-        self.silent_for = torch.where(fired, 0, self.silent_for + len(x))
-        if config.target_l0 is not None:
-            self._control(float(sums[_TERMS.index("l0")]))
-        return dict(zip(_TERMS, sums.tolist(), strict=True)) if logged else None
-
-    def _forget(self, newly_dead: Tensor) -> None:
-        """Adam's moments of latents that have just died: the auxiliary gradients are small beside what they had, and would move nothing for long."""
-        if bool(newly_dead.any()):
-            for weight in (self.sae.W_enc, self.sae.W_dec, self.sae.b_enc):
-                for name in ("exp_avg", "exp_avg_sq") if weight in self.optimizer.state else ():
-                    moment = self.optimizer.state[weight][name]
-                    (moment.T if weight is self.sae.W_enc else moment)[newly_dead] = 0
-
-    def _control(self, l0: float) -> None:
-        """Move the weight of sparsity after the step's L0, at once and for good; at the end of control it stays what it has become."""
-        controls = self.step < _CONTROL_SHARE * self.n_steps
-        self.off_target = max(-1.0, min(1.0, math.log(max(l0, 1e-3) / self.config.target_l0))) if controls else 0.0
-        self.l1_factor *= math.exp(_CONTROL * self.off_target)
-
-    def _move(self, fired: Tensor, sums: Tensor, sparse: bool, rows_of: Tensor | None) -> None:
-        """Gradients of all processes together, projected and clipped, and Adam's step."""
-        sae, config = self.sae, self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, config) * group.get("rate", 1.0)
-        self.unit_rows = sparse and self.processes.number == 1 and rows_of is None
-        if self.unit_rows:
-            self.deferred.step(self.optimizer, max_norm=config.clip_gradient or None)
-            self._keep_near()
-            return
-        if sparse:
-            self.deferred.materialize()
-        self._add_up(fired, sums)
-        sae.remove_parallel_gradient()
-        if config.clip_gradient:
-            torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip_gradient)
-        if rows_of is not None:
-            self.archetypes.zero_grad()
-            rows_of.backward(sae.W_dec.grad)
-            sae.W_dec.grad = None
-        self.optimizer.step()
-        self._keep_near()
-
-    @torch.no_grad()
-    def _keep_near(self) -> None:
-        """Turn rows of a soft-frozen decoder back until their cosine to where they started is that allowed."""
-        if self.anchor is not None:
-            rows = self.sae.W_dec
-            self.sae.normalize_decoder()
-            cosine = (rows * self.anchor).sum(1, keepdim=True)
-            aside = torch.nn.functional.normalize(rows - cosine * self.anchor, dim=1)
-            rows.copy_(torch.where(cosine < SOFT_COSINE, SOFT_COSINE * self.anchor + (1 - SOFT_COSINE**2) ** 0.5 * aside, rows))
-
-    def _add_up(self, fired: Tensor, sums: Tensor) -> None:
-        """Over all processes: gradients, running thresholds, which latents fired, and the log's terms."""
-        if self.processes.number == 1:
-            return
-        for parameter in self.sae.parameters():
-            if parameter.grad is None and parameter.requires_grad:  # a share without tokens
-                parameter.grad = torch.zeros_like(parameter)
-            if parameter.requires_grad:
-                self.processes.add_up(parameter.grad)
-        if self.sae.variant.competes == "batch":
-            self.processes.average(self.sae.threshold)
-        counts = torch.cat([fired.double(), sums.to(fired.device)])
-        self.processes.add_up(counts)
-        fired.copy_(counts[: len(fired)] > 0)
-        sums.copy_(counts[len(fired) :])
-
     def _row(self, x: Tensor, sums: dict[str, float], speed: float) -> dict[str, Any]:
         """A row of the log; stops the run when the loss is no number."""
         self._check_finite(math.isfinite(sums["loss"]), f"The loss is {sums['loss']} at step {self.step}.")
         variance = (x - x.mean(0)).double().square().sum().item()
         row = {"step": self.step, "tokens": (self.step + 1) * self.config.batch_tokens, "lr": learning_rate(self.step, self.config)}
-        row |= {name: sums[name] for name in _TERMS[:-1]}
+        row |= {name: sums[name] for name in TERMS[:-1]}
         row["explained_variance"] = 1 - sums["residual"] / variance if variance else math.nan
         row["dead_fraction"] = (self.silent_for > self.config.dead_after_tokens).double().mean().item()
         row["tokens_per_second"] = round(speed)

@@ -112,7 +112,7 @@ def test_training_says_which_setting_to_lower_and_keeps_its_checkpoint(tmp_path,
             raise GPU
         return step(self, *args)
 
-    monkeypatch.setattr(training.Training, "_step", full)
+    monkeypatch.setattr(training.Training, "move", full)
     with pytest.raises(
         MemoryError,
         match=r"training steps of \d+ tokens \(CUDA out of memory.*\)\. Set training\.batch_tokens or sae\.expansion_factor lower",

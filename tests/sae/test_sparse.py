@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from patchsae_utils.sae import sparse
 from patchsae_utils.sae.losses import patchsae_loss
 from patchsae_utils.sae.model import SparseAutoencoder
-from patchsae_utils.sae.sparse import BatchTopK, TopK, decode, encode, take_rows
-from patchsae_utils.sae.sparse_adam import DeferredGradients
+from patchsae_utils.sae.sparse import kernels as sparse
+from patchsae_utils.sae.sparse.adam import DeferredGradients
+from patchsae_utils.sae.sparse.kernels import BatchTopK, TopK, decode, encode, take_rows
 
 N, D, S = 13, 8, 40
 
@@ -179,7 +179,7 @@ def adam(sae, **options):
     [("relu", {}, False), ("relu", {}, True), ("topk", {"k": 5}, False), ("batchtopk", {"k": 5}, False), ("jumprelu", {}, False)],
 )
 def test_one_pass_over_the_weights_equals_the_usual_calls(activation, options, ghost, chunks, max_norm, monkeypatch):
-    from patchsae_utils.sae import sparse_adam
+    from patchsae_utils.sae.sparse import adam as sparse_adam
 
     monkeypatch.setattr(sparse_adam, "_BLOCK_CPU", 40)
     monkeypatch.setattr(sparse, "_TOKENS_CPU", 20)  # 48 tokens go in three parts
@@ -229,7 +229,7 @@ def test_taken_rows_stay_rows_while_deferred():
 
 TRITON_CHECK = """
 import torch
-from patchsae_utils.sae import sparse, triton
+from patchsae_utils.sae.sparse import kernels as sparse, triton
 device = "cuda" if torch.cuda.is_available() else "cpu"
 generator = torch.Generator().manual_seed(0)
 for dtype, select in ((torch.float32, None), (torch.float64, sparse.TopK(3))):
@@ -278,7 +278,7 @@ def test_triton_kernels_compile_for_gpus_that_are_not_here(capability):
     from triton.compiler import ASTSource
     from triton.compiler import compile as triton_compile
 
-    from patchsae_utils.sae import triton
+    from patchsae_utils.sae.sparse import triton
 
     pointers = {"rows": "*fp32", "numbers": "*i64", "offsets": "*i64", "weights": "*fp32", "bag_rows": "*fp32", "out": "*fp32"}
     for kernel in (triton._bags_kernel, triton._pairs_kernel):

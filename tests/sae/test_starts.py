@@ -173,16 +173,16 @@ def test_a_constraint_holds_to_the_end_over_an_interruption(tmp_path, constraint
 def test_a_target_l0_is_met_from_any_weight(tmp_path, activation):
     """FAULTS D5: nobody has to know which lambda suits the width; kept in the last third, in which it drifts, and over an interruption."""
     found = []
-    for start in (1e-3, 1e-1):
+    for start in (1e-2, 1e-1):
         config = dataclasses.replace(
-            CONFIG, n_tokens=1500 * 64, l1_coefficient=start, target_l0=3.0, normalize="mean_and_norm", start="data", checkpoint_every=400
+            CONFIG, n_tokens=1500 * 64, l1_coefficient=start, target_l0=1.5, normalize="mean_and_norm", start="data", checkpoint_every=400
         )
         sae = train_sae(fresh(activation=activation), Store(), config, tmp_path / str(start), progress=False)
         found.append(training_log(tmp_path / str(start))["l0"].iloc[-100:].mean())
         assert sae.metadata["l1_coefficient"] != start
-    assert found == pytest.approx([3.0, 3.0], rel=0.35)
+    assert found == pytest.approx([1.5, 1.5], rel=0.15)
     with pytest.raises(KeyboardInterrupt):
         train_sae(fresh(activation=activation), Store(stop_at=500), config, tmp_path / "cut", progress=False)
     assert_same(weights(train_sae(fresh(activation=activation), Store(), config, tmp_path / "cut", progress=False)), weights(sae))
-    with pytest.raises(ValueError, match="target_l0=3.0 has no meaning for activation='topk', whose k=3"):
+    with pytest.raises(ValueError, match="target_l0=1.5 has no meaning for activation='topk', whose k=3"):
         train_sae(fresh(activation="topk", k=3), Store(), config, tmp_path / "topk", progress=False)

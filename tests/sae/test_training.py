@@ -10,6 +10,7 @@ import torch
 from tiny_training import CONFIG, Store, assert_same, fresh, weights
 
 from patchsae_utils.activations.extraction import extract_activations
+from patchsae_utils.sae import steps
 from patchsae_utils.sae import trainer as training
 from patchsae_utils.sae.files import load_sae
 from patchsae_utils.sae.losses import patchsae_loss
@@ -152,8 +153,8 @@ def test_one_step_is_adam_on_the_projected_gradient_of_the_loss(tmp_path, cls_co
 
 
 def test_chunks_do_not_matter(tmp_path, uninterrupted, monkeypatch):
-    monkeypatch.setattr(training, "_CHUNK_TOKENS", 1)
-    monkeypatch.setattr(training, "_CHUNK_CPU", 32 * 10)  # ten tokens at a time
+    monkeypatch.setattr(steps, "_CHUNK_TOKENS", 1)
+    monkeypatch.setattr(steps, "_CHUNK_CPU", 32 * 10)  # ten tokens at a time
     sae = train_sae(fresh(), Store(), CONFIG, tmp_path, progress=False)
     chunked = weights(sae)
     assert not torch.equal(chunked["W_enc"], uninterrupted[0]["W_enc"]), "sums in another order round another way: there were chunks"

@@ -12,10 +12,12 @@ from tiny_training import CONFIG, METADATA, Store, assert_same, fresh, weights
 
 from patchsae_utils.config import TrainConfig
 from patchsae_utils.run.artifacts import read_json
+from patchsae_utils.sae import steps
 from patchsae_utils.sae import trainer as training
 from patchsae_utils.sae.files import load_sae
+from patchsae_utils.sae.sparse.adam import l1_weight, learning_rate
 from patchsae_utils.sae.starts import geometric_median, start_bias
-from patchsae_utils.sae.trainer import LOG_COLUMNS, l1_weight, learning_rate, train_sae, training_log
+from patchsae_utils.sae.trainer import LOG_COLUMNS, train_sae, training_log
 
 NEW = dataclasses.replace(CONFIG, n_tokens=12 * 64, log_every=1)
 
@@ -145,9 +147,9 @@ def test_auto_turns_sparse_when_few_latents_are_active(tmp_path, monkeypatch):
     config = dataclasses.replace(NEW, n_tokens=60 * 64, l1_coefficient=0.05, lr=1e-2, sparse="auto")
     _, log = train(tmp_path, config=config)
     assert read_json(tmp_path / "0" / "summary.json")["sparse_steps"] == 0, "a small dictionary stays dense"
-    monkeypatch.setattr(training, "_SPARSE_FROM", 1)
+    monkeypatch.setattr(steps, "_SPARSE_FROM", 1)
     asked = []
-    monkeypatch.setattr(training, "worthwhile", lambda density, device: asked.append(density) or density < 0.2)
+    monkeypatch.setattr(steps, "worthwhile", lambda density, device: asked.append(density) or density < 0.2)
     _, log = train(tmp_path, config=config)
     density = log["l0"].to_numpy() / 32
     recent = [density[max(0, i - 5) : i].mean() for i in range(1, 60)]  # steps 1 to 59; step 0 knows nothing
@@ -157,8 +159,8 @@ def test_auto_turns_sparse_when_few_latents_are_active(tmp_path, monkeypatch):
 
 
 def test_auto_goes_on_bit_for_bit_over_the_change(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_SPARSE_FROM", 1)
-    monkeypatch.setattr(training, "worthwhile", lambda density, device: density < 0.2)
+    monkeypatch.setattr(steps, "_SPARSE_FROM", 1)
+    monkeypatch.setattr(steps, "worthwhile", lambda density, device: density < 0.2)
     config = dataclasses.replace(NEW, n_tokens=40 * 64, l1_coefficient=0.05, lr=1e-2, sparse="auto", checkpoint_every=5)
     whole, _ = train(tmp_path, config=config)
     out = tmp_path / "cut"

@@ -441,9 +441,8 @@ def read_visaebench(settings: dict[str, Any], state: Mapping[str, Any], file: Pa
 
 def write_visaebench(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors, (d_in, d_sae) = centred(weights.tensors, -1), weights.tensors["W_enc"].shape
-    settings = {"activation": weights.activation, "input_dim": d_in, "hidden_dim": d_sae} | {
-        name: value for name, value in weights.options.items() if name == "k"
-    }
+    k = {"k": weights.options["k"]} if "k" in weights.options else {}
+    settings = {"activation": weights.activation, "input_dim": d_in, "hidden_dim": d_sae} | k
     if weights.activation == "batchtopk":
         settings["threshold"] = float(just_below(tensors["threshold"], -1))
     state = named(tensors, {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}) | {"decoder.weight": tensors["W_dec"].contiguous()}

@@ -2,7 +2,7 @@
 
 Everything else touches active latents alone: values, decode, the gradient of the values and of both weights. The same entries are kept in two
 orders: by token (CSR; decode sums decoder rows per token) and by latent (CSC; a weight's gradient sums tokens per latent, and each weight row
-is read once). Sums of weighted rows are :func:`torch.nn.functional.embedding_bag`; on CUDA :mod:`patchsae_utils.sae.triton` replaces it
+is read once). Sums of weighted rows are :func:`torch.nn.functional.embedding_bag`; on CUDA :mod:`patchsae_utils.sae.sparse.triton` replaces it
 where Triton imports. No tensor of all tokens and all latents is ever made.
 
 A dense bfloat16 product only *finds* the active latents. Their values are computed again from the float32 weights, so that a step in
@@ -147,7 +147,7 @@ def worthwhile(density: float, device: torch.device | str) -> bool:
 
 
 def take_rows(W: Tensor, index: Tensor) -> Tensor:
-    """W[index]: some latents' rows [n, D]; within :class:`~patchsae_utils.sae.sparse_adam.DeferredGradients` the gradient stays these rows."""
+    """W[index]: some latents' rows [n, D]; within :class:`~patchsae_utils.sae.sparse.adam.DeferredGradients` the gradient stays these rows."""
     return _Rows.apply(W, index, _deferred(W))
 
 

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from ..config import TrainConfig
-from . import sparse
-from .model import SparseAutoencoder
-from .sparse import ChosenRows, WeightedRows
+from ...config import TrainConfig
+from ..model import SparseAutoencoder
+from . import kernels
+from .kernels import ChosenRows, WeightedRows
 
 _BLOCK_CPU, _BLOCK_GPU = 1024, 16384  # latents a block
 
 
 class DeferredGradients:
-    """Collects the gradients of ``W_enc`` and ``W_dec`` that :func:`~patchsae_utils.sae.sparse.encode` and ``decode`` would have summed.
+    """Collects the gradients of ``W_enc`` and ``W_dec`` that :func:`~patchsae_utils.sae.sparse.kernels.encode` and ``decode`` would have summed.
 
     Forward passes inside the ``with`` block are recorded; ``backward()`` may be called inside or after it, several times for a batch in
     chunks. The weights' ``.grad`` stays None; biases get theirs as usual. ``W_enc`` is laid out by columns, if it is not yet.
@@ -43,11 +43,11 @@ class DeferredGradients:
         self._parts: dict[str, list[WeightedRows | ChosenRows]] = {"W_enc": [], "W_dec": []}
 
     def __enter__(self) -> DeferredGradients:
-        sparse._COLLECTORS.append(self)
+        kernels._COLLECTORS.append(self)
         return self
 
     def __exit__(self, *_) -> None:
-        sparse._COLLECTORS.remove(self)
+        kernels._COLLECTORS.remove(self)
 
     def recorder(self, W: Tensor):
         """The function that takes the gradient of ``W``, if it is (a transposed view of) one of the SAE's weights."""

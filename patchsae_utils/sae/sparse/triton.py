@@ -1,4 +1,4 @@
-"""Triton kernels of :mod:`patchsae_utils.sae.sparse` for CUDA: sums of weighted rows bag by bag, and products of two rows.
+"""Triton kernels of :mod:`patchsae_utils.sae.sparse.kernels` for CUDA: sums of weighted rows bag by bag, and products of two rows.
 
 Four of the five sparse products are the first. Both read each row in coalesced pieces of D, accumulate in float32 (float64 for float64),
 need no atomics, and so give the same result in every run. ``TRITON_INTERPRET=1`` in the environment runs them on a CPU, for tests.
