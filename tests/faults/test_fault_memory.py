@@ -105,7 +105,7 @@ def test_other_errors_are_not_taken_for_it(tiny_clip, tiny_dataset, tmp_path):
 
 def test_training_says_which_setting_to_lower_and_keeps_its_checkpoint(tmp_path, monkeypatch):
     """FAULTS D7: not sparse='always', which from random weights takes more."""
-    step = training.Training._step
+    step = training.Training.move
 
     def full(self, *args):
         if self.step == 16:
