@@ -101,7 +101,7 @@ class ComparisonReport:
         return found
 
     def sentence(self) -> str:
-        """The comparison over all concepts in words, read alike, and where the SAE loses."""
+        """The comparison over all concepts in words, each dictionary read in its own way."""
         table = self.table().query("kind == 'all'").sort_values("ap", ascending=False)
         say = {row.dictionary: str(Interval(row.ap, row.low, row.high)) for row in table.itertuples()}
         sae = table.loc[table["role"] == "sae", "dictionary"].iloc[0]
@@ -109,19 +109,25 @@ class ComparisonReport:
         others = "; ".join(f"{other} {ap}" for other, ap in say.items() if other != sae)
         return (
             f"Over {table['n_concepts'].iloc[0]} concepts the best latent reaches an AP of {say[sae]} on average. The others: {others}. "
-            f"That is {best} times the best unsupervised baseline ({name}) and {ceiling.value:.0%} of the supervised probe. "
-            + self._alike(sae)
+            f"That is {best} times the best unsupervised baseline ({name}) and {ceiling.value:.0%} of the supervised probe."
         )
 
-    def _alike(self, sae: str) -> str:
-        """Read in the same way: the SAE beside the others, and the kinds of concept where one of them is better."""
+    def readouts(self) -> pd.DataFrame:
+        """Mean average precision over all concepts, as text with its interval: a row a dictionary with its L0 and explained variance, a column a read-out."""
+        frame = self.frame.query("kind == 'all'")
+        frame = frame.assign(said=[str(Interval(*row)) for row in frame[["ap", "low", "high"]].itertuples(index=False)])
+        known = frame.groupby("dictionary", sort=False)[["l0", "explained_variance"]].max().round({"l0": 0, "explained_variance": 2})
+        table = frame.pivot(index="dictionary", columns="readout", values="said").reindex(known.index)[frame["readout"].unique()]
+        return known.join(table).fillna("").rename_axis(None)
+
+    def losses(self) -> str:
+        """In words: on which kinds of concept another dictionary, read in the same way, is better than the SAE."""
         frame, losses = self.frame, []
+        sae = frame.loc[frame["role"] == "sae", "dictionary"].iloc[0]
         ours = frame[frame["dictionary"] == sae]
-        text = f"It uses {ours['l0'].iloc[0]:.0f} latents a token and explains {ours['explained_variance'].iloc[0]:.0%} of the variance. "
+        text = f"The SAE uses {ours['l0'].iloc[0]:.0f} latents per token and explains {ours['explained_variance'].iloc[0]:.0%} of the variance. "
         comparable = frame[(frame["role"] != "ceiling") & frame["readout"].isin(ours["readout"])]
         for way, rows in comparable.groupby("readout", sort=False):
-            means = (f"{row.dictionary} {Interval(row.ap, row.low, row.high)}" for row in rows[rows["kind"] == "all"].itertuples())
-            text += f"{way.capitalize()}: {', '.join(means)}. "
             high = rows[rows["dictionary"] == sae].set_index("kind")["high"]
             better = rows[(rows["kind"] != "all") & (rows["low"] > rows["kind"].map(high))]
             losses += [f"{other} by {way} ({', '.join(kinds)})" for other, kinds in better.groupby("dictionary", sort=False)["kind"]]

@@ -309,7 +309,7 @@ def test_the_sentence_says_where_the_sae_loses(compared):
     swapped = compared.detection.assign(role=compared.detection["dictionary"].map({"noise": "sae", "mine": "baseline"}).fillna("baseline"))
     swapped.loc[swapped["dictionary"] == "linear probe", "role"] = "ceiling"
     swapped.loc[swapped["readout"] == "activations", "readout"] = "dense"
-    found = dataclasses.replace(compared, detection=swapped).sentence()
+    found = dataclasses.replace(compared, detection=swapped).losses()
     assert "It loses, with intervals apart, to mine by dense (object" in found
 
 
