@@ -36,24 +36,7 @@ def find_chromium() -> str | None:
 
 @contextlib.contextmanager
 def chromium(folder: str | Path | None = None, width: int = 1000, height: int = 800) -> Iterator[Any]:
-    """Headless Chromium with a profile of its own.
-
-    Parameters
-    ----------
-    folder : path, optional
-        For its profile; by default one that is removed again.
-    width, height : int
-        Of a page, in CSS pixels.
-
-    Yields
-    ------
-    playwright.sync_api.BrowserContext
-
-    Raises
-    ------
-    FileNotFoundError
-        If no Chromium is installed.
-    """
+    """Playwright's context of a headless Chromium with a profile of its own, in ``folder`` or one that is removed again; sizes in CSS pixels."""
     from playwright.sync_api import sync_playwright
 
     path = find_chromium()
@@ -62,9 +45,8 @@ def chromium(folder: str | Path | None = None, width: int = 1000, height: int = 
     with contextlib.ExitStack() as stack:
         folder = folder or stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         driver = stack.enter_context(sync_playwright())
-        context = driver.chromium.launch_persistent_context(
-            folder, executable_path=path, headless=True, args=list(FLAGS), viewport={"width": width, "height": height}
-        )
+        view = {"width": width, "height": height}
+        context = driver.chromium.launch_persistent_context(folder, executable_path=path, headless=True, args=list(FLAGS), viewport=view)
         stack.callback(context.close)
         yield context
 
@@ -87,9 +69,6 @@ def jupyterlab(notebook: Path, *, paths: Sequence[Path] = ()) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/lab/workspaces/{token[:8]}/tree/{notebook.name}?token={token}&reset"
 
 
-RUN_ALL = "() => { jupyterapp.commands.execute('notebook:run-all-cells'); }"  # returning its promise would wait for ever
-
-
 def run_in_lab(page: Any, address: str, timeout: float = 120) -> None:
     """Open a notebook in JupyterLab and run all of it, once the command is there and its kernel connected and idle: before, it would be lost."""
     page.goto(address)
@@ -99,39 +78,22 @@ def run_in_lab(page: Any, address: str, timeout: float = 120) -> None:
       return kernel?.connectionStatus === 'connected' && kernel.status === 'idle' && jupyterapp.commands.hasCommand('notebook:run-all-cells');
     }"""  # no promise: Playwright would take it for true
     page.wait_for_function(ready, timeout=1000 * timeout)
-    page.evaluate(RUN_ALL)
+    page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells'); }")  # returning its promise would wait for ever
 
 
 @contextlib.contextmanager
 def server(command: Sequence[str], folder: Path, port: int, paths: Sequence[Path] = (), timeout: float = 120) -> Iterator[subprocess.Popen]:
-    """Run ``python -m <command>`` in ``folder`` until the block ends; its kernels end with it.
+    """Run ``python -m <command>`` in ``folder``, with kernels that can also import ``paths``, until the block ends; its kernels end with it.
 
-    Parameters
-    ----------
-    command : sequence of str
-        Module and options.
-    folder : Path
-        Where it runs, and where it writes ``server.log``, its settings and its runtime files.
-    port : int
-        On which it is to answer.
-    paths : sequence of Path
-        What its kernels can import, beside this repository.
-    timeout : float
-        Seconds that it may take to answer.
-
-    Raises
-    ------
-    RuntimeError
-        If it ends or doesn't answer in time, with the end of its log.
+    A ``RuntimeError`` with the end of its log if it ends, or does not answer on ``port`` within ``timeout`` seconds.
     """
     own = {f"JUPYTER_{kind}_DIR": str(folder / f".{kind.lower()}") for kind in ("CONFIG", "RUNTIME")}
     own["PYTHONPATH"] = os.pathsep.join([str(ROOT), *map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])])
     own["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel is this Python, whatever else is registered
     path = folder / "server.log"
     with path.open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=folder, env=os.environ | own, stdout=log, stderr=log, start_new_session=True
-        )
+        program, env = [sys.executable, "-m", *command], os.environ | own
+        process = subprocess.Popen(program, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
     try:
         until = time.monotonic() + timeout
         while not answers(port):

@@ -24,11 +24,7 @@ from patchsae_utils.run.artifacts import atomic_file
 
 
 def report(name: str, rows: Sequence[Mapping[str, Any]], ratio: float | None, *, path: str | Path | None = None, **more: Any) -> dict:
-    """Print a benchmark's result as one JSON object, write it to ``path`` if that is given, and return it.
-
-    ``rows``: one for each thing measured; ``ratio``: the headline, how many times faster ours is (None: nothing was compared); ``more``: further
-    entries, such as the targets.
-    """
+    """Print a benchmark's result as one JSON object, write it to ``path``, and return it; ``ratio``: how many times faster ours is."""
     result = {"benchmark": name, "hardware": hardware(), "rows": [dict(row) for row in rows], "ratio": ratio, **more}
     text = json.dumps(result, indent=1)
     if path is not None:
@@ -50,20 +46,14 @@ def noise(n_images: int, n_classes: int, size: tuple[int, int]) -> ImageData:
 
 def hardware() -> dict[str, Any]:
     """What the numbers were measured on: processor, cores, GPU (or None), torch's version and its threads."""
-    return {
-        "cpu": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-    }
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__}
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """An argument parser with what every benchmark takes: ``--json``, ``--device``, ``--repeats`` and ``--threads``."""
-    arguments = argparse.ArgumentParser(
-        description=(description or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    first, layout = (description or "").partition("\n")[0], argparse.ArgumentDefaultsHelpFormatter
+    arguments = argparse.ArgumentParser(description=first, formatter_class=layout)
     arguments.add_argument("--json", metavar="PATH", help="write the result here, too")
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--repeats", type=int, default=5, help="timed repetitions; the best and the median are reported")
@@ -126,31 +116,25 @@ def peak_memory(device: str = "cpu") -> int:
 def in_subprocess(
     module: str, side: str, settings: Mapping[str, Any], *, python: str | None = None, timeout: float = 3600
 ) -> dict[str, Any]:
-    """The JSON object that ``python -m module --side side --settings JSON`` prints last; ``error`` says why a side can't run or took too long.
-
-    A process of its own, so that one side's peak memory and caches are not the other's; ``python`` may be another, with the peers installed.
-    """
+    """The JSON object that ``python -m module --side side --settings JSON`` prints last, or its ``error``: each side's memory is its own."""
     command = [python or sys.executable, "-m", module, "--side", side, "--settings", json.dumps(dict(settings))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(_root()), os.environ.get("PYTHONPATH")]))}
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))}
     environment |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
     if "threads" in settings:  # as early as this: some libraries read it when they are loaded
         environment |= {"OMP_NUM_THREADS": str(settings["threads"])}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=_root(), check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=root)
     except subprocess.TimeoutExpired:
         return {"error": f"took more than {timeout:.0f} seconds"}
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines:
         return json.loads(lines[-1])
-    reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    return {"error": reason}
+    return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
 
 
 def matmul_peak(device: str = "cpu", dtype: torch.dtype = torch.float32, size: int = 3072, seconds: float = 1.0) -> float:
-    """Floating-point operations per second of the best of several square products of this machine, in ``dtype``.
-
-    On a GPU float32 is measured as the benchmarks run it: with TF32 where the caller has allowed it.
-    """
+    """Floating-point operations per second of the best of several square products, in ``dtype`` (TF32 where the caller has allowed it)."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = a @ b
     best, until = float("inf"), time.perf_counter() + seconds
@@ -159,16 +143,10 @@ def matmul_peak(device: str = "cpu", dtype: torch.dtype = torch.float32, size: i
     return 2 * size**3 / best
 
 
-def _root() -> Path:
-    return Path(__file__).resolve().parent.parent
-
-
 def _processor() -> str:
     """The processor's name, as far as the operating system says it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

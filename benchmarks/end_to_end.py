@@ -83,13 +83,9 @@ def measure(side: str, settings: dict) -> dict:
     steps = sorted(b - a for a, b in zip(source.asked[WARM_UP:], source.asked[WARM_UP + 1 :], strict=False))
     best, median = steps[0], steps[len(steps) // 2]
     return {
-        "seconds": best,
-        "median_seconds": median,
-        "images_per_second": len(images) / best,
-        "tokens_per_second": batch / best,
-        "l0": l0,
+        "seconds": best, "median_seconds": median, "images_per_second": len(images) / best, "tokens_per_second": batch / best, "l0": l0,
         "peak_memory_gb": peak_memory(device) / 1e9,
-    }
+    }  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> dict | None:

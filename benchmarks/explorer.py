@@ -108,9 +108,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     command = parser(__doc__)
     command.set_defaults(repeats=30)
     command.add_argument("--interactions", type=int, default=500, help="for the memory; 0 leaves it out")
-    command.add_argument(
-        "--worlds", nargs="+", choices=("openmoji", "large"), default=["openmoji", "large"], help="the memory is that of the first"
-    )
+    both = ["openmoji", "large"]
+    command.add_argument("--worlds", nargs="+", choices=both, default=both, help="the memory is that of the first")
     command.add_argument("--model", default="ViT-B-16", help="of the large world: of open_clip, with random weights")
     command.add_argument("--d-sae", type=int, default=49_152, help="of the large world")
     command.add_argument("--images", type=int, default=48, help="of the large world")
@@ -118,12 +117,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     command.add_argument("--timeout", type=float, default=900, help="seconds that a world may take to be shown")
     options = command.parse_args(arguments)
     if options.images < options.repeats + 2:
-        command.error(
-            f"--images must be at least {options.repeats + 2}: every repetition shows an image for the first time; got {options.images}"
-        )
-    large = {name: getattr(options, name) for name in ("model", "d_sae", "images", "classes", "device")} | {
-        "l0": min(150, options.d_sae // 4)
-    }
+        least = options.repeats + 2
+        command.error(f"--images must be at least {least}: every repetition shows an image for the first time; got {options.images}")
+    large = {name: getattr(options, name) for name in ("model", "d_sae", "images", "classes", "device")}
+    large["l0"] = min(150, options.d_sae // 4)
     rows, memory = [], None
     for place, world in enumerate(options.worlds):
         settings = large if world == "large" else {}
@@ -198,8 +195,7 @@ class Visitor:
     """Uses the page, one interaction at a time. Each returns the milliseconds from the first event to what it changed."""
 
     def __init__(self, page: Any, patience: float = 60):
-        self.page, self.patience = page, patience
-        self.step = 0
+        self.page, self.patience, self.step = page, patience, 0
         self.sides = {"slider": "ArrowRight", "strength": "ArrowRight", "image": "Next image"}
         self.stage = page.locator(".psx-patch .psx-stage")
         self.box = self.stage.bounding_box()

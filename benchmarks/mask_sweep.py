@@ -67,9 +67,8 @@ class Setting:
                     h = sae.encode(z)
                     error = z - sae.decode(h)
                     if mode in ("on", "off"):
-                        top = torch.zeros(len(z), sae.d_sae, device=z.device).scatter_(1, order[batch.labels, :k].to(z.device), 1.0)[
-                            :, None
-                        ]
+                        chosen = order[batch.labels, :k].to(z.device)
+                        top = torch.zeros(len(z), sae.d_sae, device=z.device).scatter_(1, chosen, 1.0)[:, None]
                         h = h * (top if mode == "on" else 1 - top)
                     z = sae.decode(h) + (0 if mode == "reconstructed" else error)
                 logits = clip.logits(clip.finish(z, LAYER), self.head).gather(1, labels[:, None])[:, 0]

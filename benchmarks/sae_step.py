@@ -30,19 +30,16 @@ PEERS = {"overcomplete": "overcomplete", "sparsify": "eai-sparsify", "sae_lens":
 
 
 class Step(NamedTuple):
-    """One side."""
+    """One side: what takes one step and returns the loss and L0 before it, and what that trains."""
 
     step: Callable[[], tuple[Tensor, Tensor]]
-    """Takes one step, and returns the loss and L0 before it."""
     weights: nn.Module
-    """What it trains."""
 
 
 def tokens(n: int, d_in: int, device: str, seed: int = 0) -> Tensor:
     """Random activations [N, D] around a common mean, as a residual stream has one."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, d_in, generator=generator).add_(torch.randn(d_in, generator=generator))
-    return x.to(device)
+    return torch.randn(n, d_in, generator=generator).add_(torch.randn(d_in, generator=generator)).to(device)
 
 
 class Textbook(nn.Module):
@@ -214,16 +211,12 @@ def sae_lens(x: Tensor, weights: Textbook, l0: int) -> Step:
 
 
 SIDES: dict[str, Callable[..., Step]] = {
-    "textbook": textbook,
-    "ours": ours,
+    "textbook": textbook, "ours": ours, "overcomplete": overcomplete, "sparsify": sparsify, "sae_lens": sae_lens,
     "ours float32": lambda x, weights, l0: ours(x, weights, l0, precision="float32"),
     "textbook dead": lambda x, weights, l0: textbook(x, weights, l0, dead=True),
     "ours dead": lambda x, weights, l0: ours(x, weights, l0, dead=True),
     "ours topk": lambda x, weights, l0: ours(x, weights, l0, activation="topk"),
-    "overcomplete": overcomplete,
-    "sparsify": sparsify,
-    "sae_lens": sae_lens,
-}
+}  # fmt: skip
 
 
 def prepare(side: str, settings: dict) -> Callable[[], Step]:
@@ -255,14 +248,10 @@ def measure(side: str, settings: dict) -> dict:
     seconds = timed(step, repeats=settings["repeats"], warmup=2, device=device)
     peak = peak_memory(device)
     return {
-        "seconds": seconds["best"],
-        "median_seconds": seconds["median"],
-        "tokens_per_second": settings["tokens"] / seconds["best"],
-        "peak_memory_gb": peak / 1e9,
-        "step_memory_gb": (peak - before) / 1e9,  # weights, optimiser and step, without what loading torch takes
-        "first_loss": first[0],
-        "l0": first[1],
-    }
+        "seconds": seconds["best"], "median_seconds": seconds["median"], "tokens_per_second": settings["tokens"] / seconds["best"],
+        "peak_memory_gb": peak / 1e9, "step_memory_gb": (peak - before) / 1e9,  # the latter without what loading torch takes
+        "first_loss": first[0], "l0": first[1],
+    }  # fmt: skip
 
 
 def run(side: str, kind: str, settings: dict, peaks: dict[str, float], python: str | None = None) -> dict:

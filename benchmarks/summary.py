@@ -47,9 +47,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     )  # fmt: skip
 
 
-# -- the world ------------------------------------------------------------------------------------------------------------
-
-
 def world(settings: dict[str, Any]):
     """A CLIP and an SAE of random weights, and a data set of random pictures."""
     from patchsae_utils.clip.loading import load_clip

@@ -3,9 +3,8 @@
 import os
 import sys
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # before torch is loaded: beside a busy program, threads that spin cost five to ten times
+# Before torch is loaded: beside a busy program, threads that spin cost five to ten times.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from .cli import main  # noqa: E402
 

@@ -1,8 +1,4 @@
-"""The stages as commands, for clusters: ``python -m patchsae_utils train --profile imagenet --set training.n_tokens=20000000``.
-
-Each command calls what the notebooks call (:mod:`.stages`), so an artifact made by one is opened by the other, and an interrupted command
-goes on where it stopped when it is given again.
-"""
+"""The stages as commands, for clusters; each calls what the notebooks call (:mod:`.stages`), and opens what they have made."""
 
 from __future__ import annotations
 
@@ -70,19 +66,15 @@ def _parser() -> argparse.ArgumentParser:
         text = "\n".join([first, *(line.removeprefix("    ") for line in rest.splitlines())])
         command = commands.add_parser(name, help=first, description=text, formatter_class=layout)
         command.set_defaults(run=run)
-        command.add_argument(
-            "--json", action="store_true", help="print one JSON object on standard output; progress goes to standard error"
-        )
+        said = "print one JSON object on standard output; progress goes to standard error"
+        command.add_argument("--json", action="store_true", help=said)
         if run in (_info, _convert):
             command.add_argument("path", help="a folder, a file, or hf:<owner>/<repository>")
         else:
-            options: dict[str, Any] = {"help": "name or .toml file of the settings (default: $PATCHSAE_PROFILE, else openmoji)"}
-            command.add_argument(
-                *(["profile"] if run is _doctor else ["--profile"]), **options | ({"nargs": "?"} if run is _doctor else {})
-            )
-            command.add_argument(
-                "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting; may be repeated"
-            )
+            said, optional = "name or .toml file of the settings (default: $PATCHSAE_PROFILE, else openmoji)", {"nargs": "?"}
+            command.add_argument("profile" if run is _doctor else "--profile", help=said, **optional if run is _doctor else {})
+            said = "change a setting; may be repeated"
+            command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=said)
         if run is _convert:
             from .sae.formats import ALIASES, FORMATS
 
@@ -232,16 +224,12 @@ def _info(options: argparse.Namespace) -> dict[str, Any]:
     sae, form, understood, ignored = read(options.path)
     norms = sae.W_dec.detach().norm(dim=1)
     facts = {
-        "what": "sparse autoencoder",
-        "format": form,
-        **{name: getattr(sae, name) for name in ("activation", "k", "d_in", "d_sae")},
-        "decoder_norms": [round(float(norms.min()), 4), round(float(norms.max()), 4)],
-        "normalised_input": sae.normalizes,
-        "fingerprint": sae.fingerprint,
-        "reads": {key: value for key, value in sae.metadata.items() if key != "converted_from"},
+        "what": "sparse autoencoder", "format": form, **{name: getattr(sae, name) for name in ("activation", "k", "d_in", "d_sae")},
+        "decoder_norms": [round(float(norms.min()), 4), round(float(norms.max()), 4)], "normalised_input": sae.normalizes,
+        "fingerprint": sae.fingerprint, "reads": {key: value for key, value in sae.metadata.items() if key != "converted_from"},
         "understood": {key: value for key, value in understood.items() if key != "metadata"},
         "ignored": ", ".join(ignored) or None,
-    }
+    }  # fmt: skip
     return {name: value for name, value in facts.items() if value is not None}
 
 

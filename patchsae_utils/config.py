@@ -1,7 +1,5 @@
-"""Profiles: the settings of one reproduction, read from a small TOML file and checked.
+"""Profiles: the settings of one reproduction, read from a small TOML file (of ``patchsae_utils/profiles``, or one's own) and checked.
 
-A profile names a model, its data and how the SAE and the adapters are trained. The files of the package lie in
-``patchsae_utils/profiles``; one's own is given by its path. Two environment variables reach every notebook without an edit:
 ``PATCHSAE_PROFILE`` chooses the profile, ``PATCHSAE_SET="data.n_train_images=500; training.n_tokens=20000"`` changes settings of it.
 """
 
@@ -298,10 +296,7 @@ def repository_root(start: str | os.PathLike | None = None) -> Path:
 
 
 def figures_folder(profile: Profile | None = None) -> Path:
-    """Where a profile's figures go: ``figures/``, which is committed, for the default one as it is; else ``runs/<profile>/figures``.
-
-    Without ``profile``: the one that ``$PATCHSAE_PROFILE`` and ``$PATCHSAE_SET`` choose.
-    """
+    """Where the figures of a profile (without one: the environment's) go: the committed ``figures/`` for the default one as it is."""
     profile = profile or load_profile()
     return repository_root() / "figures" if profile.is_default else profile.folder("figures")
 

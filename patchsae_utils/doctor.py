@@ -29,14 +29,10 @@ def examine(profile: Profile) -> dict[str, Any]:
     missing: list[str] = []
     found: dict[str, Any] = {"profile": f"{profile.name}, in {profile.root}", **_machine(profile)}
     rows, sets = [], {}
-    for name, split, n in (
-        ("train", "train", "n_train_images"),
-        ("statistics", "train", "n_statistics_images"),
-        ("evaluation", "test", "n_evaluation_images"),
-    ):
-        spec = getattr(profile.data, name)
+    for name, split in (("train", "train"), ("statistics", "train"), ("evaluation", "test")):
+        spec, n_images = getattr(profile.data, name), getattr(profile.data, f"n_{name}_images")
         try:
-            data = sets[name] = load_dataset(spec, split, n_images=getattr(profile.data, n), seed=profile.data.seed)
+            data = sets[name] = load_dataset(spec, split, n_images=n_images, seed=profile.data.seed)
             rows.append({"data": name, "spec": spec, "split": split, "images": len(data), "classes": len(data.class_names) or "no labels"})
         except (ValueError, OSError, ImportError) as error:
             missing.append(f"data.{name}: {error}")
@@ -44,9 +40,8 @@ def examine(profile: Profile) -> dict[str, Any]:
         clip, layer = stages.load_world(profile)
         size = sum(parameter.numel() for parameter in clip.model.parameters())
         words = "" if clip.has_text else ", without a text tower: notebooks 04 and 05 are left out"
-        found["model"] = (
-            f"{clip.name}, {size / 1e6:.0f} million weights; block {layer} of {clip.n_layers}, {clip.grid[0]} x {clip.grid[1]} patches{words}"
-        )
+        places = f"block {layer} of {clip.n_layers}, {clip.grid[0]} x {clip.grid[1]} patches"
+        found["model"] = f"{clip.name}, {size / 1e6:.0f} million weights; {places}{words}"
     except (ValueError, OSError, ImportError) as error:
         missing.append(f"model: {error}")
         return found | {"data": rows, "stages": _stages(profile, {}), "missing": missing}
@@ -93,15 +88,13 @@ def _too_large(profile: Profile, clip: ClipModel, n_images: int) -> list[str]:
     said, d_sae = [], profile.sae.expansion_factor * clip.width
     store, free = 2 * n_images * (1 + clip.grid[0] * clip.grid[1]) * clip.width, _disk(profile)
     if store > free and not (profile.sae.path or stages.is_made(profile.folder("activations") / "train")):
-        said.append(
-            f"disk: activations of {n_images:,} images take {store / 1e9:.0f} GB, {free / 1e9:.0f} are free: set data.n_train_images lower."
-        )
+        sizes = f"take {store / 1e9:.0f} GB, {free / 1e9:.0f} are free"
+        said.append(f"disk: activations of {n_images:,} images {sizes}: set data.n_train_images lower.")
     weights = 4 * 4 * 2 * d_sae * clip.width  # float32: weights, gradients, two moments
     memory = torch.cuda.mem_get_info()[0] if clip.device.type == "cuda" else _memory()
     if memory and weights > memory and not profile.sae.path:
-        said.append(
-            f"memory: training {d_sae:,} latents takes {weights / 1e9:.0f} GB, {memory / 1e9:.0f} are there: set sae.expansion_factor lower."
-        )
+        sizes = f"takes {weights / 1e9:.0f} GB, {memory / 1e9:.0f} are there"
+        said.append(f"memory: training {d_sae:,} latents {sizes}: set sae.expansion_factor lower.")
     return said
 
 

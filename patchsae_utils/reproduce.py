@@ -1,8 +1,6 @@
-"""Run the notebooks in order: ``python -m patchsae_utils.reproduce``, which is what ``make reproduce`` calls.
+"""Run the notebooks in order, in place on the default profile, else into ``runs/<profile>/notebooks``: what ``make reproduce`` calls.
 
-On the default profile the notebooks are executed in place; a run with other settings leaves the committed ones alone and saves its own
-under ``runs/<profile>/notebooks``. A notebook that has run with the same code and settings is skipped; within one, the stages
-skip what they have computed before. So an interrupted run goes on where it stopped.
+A notebook that has run with the same code and settings is skipped, so an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -62,10 +60,7 @@ class _Client(NotebookClient):
 
 
 def run_notebook(source: Path, target: Path, failed: Path) -> str:
-    """Execute a notebook and save it, tidied, as ``target`` (which may be itself) if it ran to its end, else as far as it came as ``failed``.
-
-    Returns why it ended early where the model has no text tower and the rest of the notebook needs one: then that is its end; else "".
-    """
+    """Execute a notebook and save it as ``target``, or as far as it came as ``failed``; why it ended early for want of a text tower, else ""."""
     notebook, why, number = strip_output(nbformat.read(source, as_version=4), keep_output=False, keep_count=False, keep_id=True), "", 0
 
     def begin(cell, cell_index: int) -> None:
@@ -95,10 +90,7 @@ def run_notebook(source: Path, target: Path, failed: Path) -> str:
 
 
 def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Take out what differs between two runs or two machines: widget state, progress bars, timings, versions, paths.
-
-    A widget needs its kernel; in its place stays a line that says what it is.
-    """
+    """Take out what differs between two runs or two machines; in a widget's place stays a line that says what it is."""
     notebook = strip_output(notebook, keep_output=True, keep_count=True, keep_id=True, extra_keys=NOISE.split())
     notebook.metadata["kernelspec"] = nbformat.from_dict({"display_name": "Python 3", "language": "python", "name": "python3"})
     for cell in notebook.cells:
@@ -221,11 +213,8 @@ def _run(options: argparse.Namespace) -> int:
             print("did not end", file=sys.stderr)
             raise
         minutes, seconds = divmod(round(time.monotonic() - start), 60)
-        print(
-            f"{minutes} min {seconds} s" if minutes else f"{seconds} s",
-            *([f"(left out from there: {why})"] if why else []),
-            file=sys.stderr,
-        )
+        taken = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+        print(taken, *([f"(left out from there: {why})"] if why else []), file=sys.stderr)
         left = [profile.folder("results") / f"{source.stem}.json", *sorted(figures_folder(profile).glob(f"{source.stem[:2]}_*.png"))]
         write_json(stamp, {"key": key, "files": [os.path.relpath(path, profile.root) for path in left if path.exists()]})
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, kilobytes elsewhere

@@ -1,7 +1,4 @@
-"""The stages of a profile, in one place: each call opens its artifact under ``runs/<profile>``, and makes it when it is missing or stale.
-
-The notebooks call these, so any of them runs alone in a fresh clone and none computes what another has left.
-"""
+"""The stages of a profile: each call opens its artifact under ``runs/<profile>``, and makes it when it is missing or stale."""
 
 from __future__ import annotations
 
@@ -50,10 +47,7 @@ def load_world(profile: Profile) -> tuple[ClipModel, int]:
 def open_data(
     profile: Profile, spec: str, split: str, n_images: int | None = None, half: str | None = None, progress: bool = True
 ) -> ImageData | OpenMojiData:
-    """A data set as the profile wants it read: with its seed and its worker processes, and without images that can't be read.
-
-    Those are reported in ``runs/<profile>/images`` (see :func:`~patchsae_utils.data.without_broken`, which also says what is raised).
-    """
+    """A data set with the profile's seed and worker processes, without images that can't be read: ``runs/<profile>/images`` reports them."""
     data = load_dataset(spec, split, n_images=n_images, half=half, seed=profile.data.seed)
     report = f"{re.sub(r'[^A-Za-z0-9]+', '-', spec).strip('-')[-60:]}-{split}-{fingerprint(spec=spec)[:6]}.json"
     data = without_broken(data, profile.folder("images") / report, profile.data.max_broken, workers=profile.data.workers, progress=progress)
@@ -110,22 +104,17 @@ def latent_likeness(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) -
 
 
 def concept_scenes(profile: Profile, split: str) -> ImageData | OpenMojiData | None:
-    """Scenes on which latents are chosen for concepts (``val``) and reported (``test``); the SAE has seen neither.
-
-    None, and nothing is opened, where the data set knows no concepts.
-    """
+    """Scenes on which latents are chosen for concepts (``val``) and reported (``test``); None where the data set knows no concepts."""
     return open_data(profile, profile.data.train, split, 1000) if has_truth(profile.data.train) else None
 
 
 def concept_patches(profile: Profile, clip: ClipModel) -> tuple[ConceptPatches, ConceptPatches] | None:
-    """Patches of the choosing and the reported scenes with their concepts, read once for all measurements; None where there is no ground truth.
-
-    Nothing is left under ``runs``: what was measured is kept, and patches take 150 MB a thousand scenes.
-    """
+    """Patches of the choosing and the reported scenes, for all measurements; not kept: 150 MB a thousand scenes. None without concepts."""
     choose, held_out = (concept_scenes(profile, split) for split in ("val", "test"))
     if choose is None or held_out is None:
         return None
-    return detection.concept_patches(clip, choose, profile.model.layer), detection.concept_patches(clip, held_out, profile.model.layer)
+    chosen, reported = (detection.concept_patches(clip, scenes, profile.model.layer) for scenes in (choose, held_out))
+    return chosen, reported
 
 
 def concept_report(
@@ -144,8 +133,7 @@ def concept_comparison(
 ) -> ComparisonReport | None:
     """How well latents find ground-truth concepts beside other dictionaries and a supervised probe; None where the data set knows no concepts.
 
-    ``patches``: :func:`concept_patches`, if at hand. The control on a CLIP of random weights is trained on at most a million tokens, of as
-    many scenes as keep the main run's passes over them.
+    The control on a CLIP of random weights sees at most a million tokens, of as many scenes as keep the main run's passes over them.
     """
     choose, held_out = (concept_scenes(profile, split) for split in ("val", "test"))
     if choose is None or held_out is None:
@@ -161,9 +149,9 @@ def concept_comparison(
 
 
 def trained_controls(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) -> dict[str, SparseAutoencoder]:
-    """SAEs of this size and variant and the profile's recipe, of which a part stays at random, or near it: what the other part finds by itself.
+    """SAEs of this size, variant and recipe, of which a part stays at random, or near it, on at most a million tokens each.
 
-    On at most a million tokens each. Source: the sanity checks of SAEs of 2026, where such controls nearly reach trained ones on several scores.
+    Source: the sanity checks of SAEs of 2026, where such controls nearly reach trained ones on several scores.
     """
     shorter, store = min(profile.training.n_tokens, 1_000_000), training_store(profile, clip)
     options, found = {name: getattr(sae, name) for name in sae.variant.options}, {}
@@ -206,8 +194,8 @@ def adapter_folder(profile: Profile, task: str, what: str) -> Path:
 
 def artifacts(profile: Profile) -> dict[str, tuple[Path, str]]:
     """What the notebooks of a profile leave for each other: what it is -> its folder, and the notebook that makes it."""
-    folder, kept = profile.folder, {}
-    kept["activations"] = (folder("activations") / "train", "01_activation_extraction")
+    folder = profile.folder
+    kept = {"activations": (folder("activations") / "train", "01_activation_extraction")}
     if not profile.sae.path:
         kept["SAE"] = (folder("sae"), "02_sae_training")
     kept["statistics of the latents"] = (folder("latents") / "statistics", "03_concept_labeling")

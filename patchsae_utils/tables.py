@@ -1,7 +1,6 @@
-"""The tables of ``experiments/``, read: SAEs that each differ from the profile's in one thing, and adapters on all tasks.
+"""The tables that ``make ablations`` and ``python -m experiments.protocol`` write, read.
 
-``make ablations`` and ``python -m experiments.protocol`` write them. The counterparts in Lim et al. (ICLR 2025) are Table 2, Fig. 9 (layers) and
-Fig. 8 (CLS alone).
+Their counterparts in Lim et al. (ICLR 2025) are Table 2, Fig. 9 (layers) and Fig. 8 (CLS alone).
 """
 
 from __future__ import annotations
@@ -43,14 +42,8 @@ def load_benchmark(name: str) -> dict[str, Any]:
     return json.loads((repository_root() / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-# -- the ablations ----------------------------------------------------------------------------------------------------
-
-
 def frontier(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of SAEs that read the same tokens at the main layer and size, by variant, from sparse to dense.
-
-    The ReLU's are the runs of the main setting and those that vary lambda.
-    """
+    """Rows of SAEs that read the same tokens at the main layer and size, by variant, from sparse to dense; the ReLU's vary lambda."""
     main = _main(table).iloc[0]
     same = table[(table["layer"] == main["layer"]) & (table["expansion"] == main["expansion"]) & (table["tokens"] == main["tokens"])]
     variants = same[~same["axis"].isin(["ghost", "start", "b_dec", "arithmetic"])]
@@ -58,10 +51,7 @@ def frontier(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_matched_l0(rows: pd.DataFrame, l0: float) -> pd.DataFrame:
-    """What each variant of :func:`frontier` reaches at ``l0`` active latents a token: along its sparsities, linear in the logarithm of L0.
-
-    Index: activation; columns: explained_variance_all, object_ap. NaN where none of a variant's SAEs is as sparse, or as dense.
-    """
+    """What each variant of :func:`frontier` reaches at ``l0`` active latents, linear in log L0; NaN beyond its sparsest and densest SAE."""
     found = {}
     for activation, runs in rows.groupby("activation", sort=False):
         runs = runs.groupby("l0_all")[["explained_variance_all", "object_ap"]].mean()
@@ -71,22 +61,15 @@ def at_matched_l0(rows: pd.DataFrame, l0: float) -> pd.DataFrame:
 
 
 def by_layer(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a layer, ascending: the main setting's SAE (its first seed) and those that differ from it in the layer alone.
-
-    Columns: layer, main (bool), :data:`STATISTICS` at the :data:`QUANTILES`, and object AP with its interval.
-    """
+    """One row a layer, ascending: the main setting's SAE (its first seed) and those that differ from it in the layer alone."""
     rows = pd.concat([_main(table).iloc[:1], table[table["axis"] == "layer"]])
     rows = rows.assign(main=rows["axis"] == "seed").sort_values("layer")
     return rows[["layer", "main", *(f"{name}_q{q}" for name in STATISTICS for q in QUANTILES), *_AP]].reset_index(drop=True)
 
 
 def nearest_variants(table: pd.DataFrame) -> pd.DataFrame:
-    """How well latents of each variant find objects, at the sparsity nearest to the main setting's.
-
-    Columns: dictionary, value (of the row that was taken), l0 (active latents a token), object_ap, object_ap_low, object_ap_high. First the main
-    setting, one row a seed; then the :data:`VARIANTS`, each where the ratio of its L0 and the mean of the main setting's is
-    closest to 1; then the SAEs of the main setting that were trained on CLS or on patches alone.
-    """
+    """Columns dictionary, value, l0 and object_ap with its interval: the main setting, one row a seed; the :data:`VARIANTS`, each where the
+    ratio of its L0 to the main setting's mean is closest to 1; and the SAEs that were trained on CLS or on patches alone."""
     main = _main(table)
     goal = main["l0_all"].mean()
     picked = [(f"PatchSAE, seed {row['value']}", row) for _, row in main.iterrows()]

@@ -1,8 +1,4 @@
-"""Artifacts of a run on disk: written under a temporary name and renamed, described by a manifest, recognised by a fingerprint.
-
-A stage takes a folder and its inputs. When the folder's manifest carries the fingerprint of the same inputs, the stage opens what
-is there instead of computing it again: that is how ``make reproduce`` resumes.
-"""
+"""Artifacts of a run on disk: written under a temporary name and renamed, described by a manifest, recognised by a fingerprint."""
 
 from __future__ import annotations
 
@@ -39,6 +35,10 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _again(path: str | Path) -> str:
+    return f"Delete {Path(path).parent} and run the stage that writes it again."
+
+
 def read_json(path: str | Path, content: bytes | None = None) -> Any:
     """Read a JSON file, or its bytes; a damaged one is a ``ValueError`` that names it."""
     try:
@@ -47,6 +47,7 @@ def read_json(path: str | Path, content: bytes | None = None) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}). Delete it and run the stage that writes it again.") from error
 
 
+MANIFEST = "manifest.json"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_TEXTS = ("No space left", "os error 28", "os error 27", "os error 122", "File too large", "failed writing file", "unexpected pos")
 
@@ -61,12 +62,9 @@ def disk_errors(path: str | Path) -> Iterator[None]:
         if number not in _FULL and not any(text in str(error) for text in _FULL_TEXTS):
             raise
         number = number if number in _FULL else errno.ENOSPC
-        raise OSError(
-            number,
-            f"{os.strerror(number)}, while this file was being written. What was whole before is kept: free some space, or move the folder to "
-            "a larger disk, and run the same again; it goes on from there",
-            str(path),
-        ) from error
+        remedy = "free some space, or move the folder to a larger disk, and run the same again; it goes on from there"
+        text = f"{os.strerror(number)}, while this file was being written. What was whole before is kept: {remedy}"
+        raise OSError(number, text, str(path)) from error
 
 
 @contextmanager
@@ -90,10 +88,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON by :func:`atomic_file`; NaN and infinities, which JSON doesn't know, become null."""
-    value = as_json(value)
-    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
+    text = json.dumps(as_json(value), indent=2, ensure_ascii=False, allow_nan=False)
+    with atomic_file(path) as temporary:
+        temporary.write_text(f"{text}\n", encoding="utf-8")
 
 
 def write_table(path: str | Path, table: pd.DataFrame) -> None:
@@ -119,9 +116,8 @@ def atomic_folder(out: str | Path) -> Iterator[Path]:
     try:
         with disk_errors(out):
             yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                _let_read(path, mode)
+        for path in filter(Path.is_file, temporary.rglob("*")):
+            _let_read(path, mode)
         if out.exists():
             shutil.rmtree(out)
         os.replace(temporary, out)
@@ -146,14 +142,11 @@ _LOCKLESS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # wha
 
 @contextmanager
 def folder_lock(folder: str | Path, wait: bool = False) -> Iterator[None]:
-    """Keep others from writing into a folder while the block runs: a ``ValueError`` if one does, unless told to ``wait`` for its end.
-
-    The lock is the system's, on a file ``.lock``, and ends with the process that holds it. Where a file system has no locks, the file itself
-    is the lock.
-    """
+    """Keep others from writing into a folder while the block runs: a ``ValueError`` if one does, unless told to ``wait`` for its end."""
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     timeout = -1 if wait else 0
+    # The system's lock ends with the process that holds it. Where a file system has none, a file is the lock.
     lock: filelock.BaseFileLock = filelock.FileLock(folder / ".lock", timeout=timeout, thread_local=False)
     try:
         try:
@@ -174,23 +167,15 @@ def folder_lock(folder: str | Path, wait: bool = False) -> Iterator[None]:
         lock.release()
 
 
-MANIFEST = "manifest.json"
-
-
-def write_checked_json(path: str | Path, entries: Mapping[str, Any]) -> None:
-    """Write a JSON object that :func:`read_checked_json` finds whole or damaged: with a checksum of itself."""
-    write_json(path, with_checksum(entries))
-
-
 def with_checksum(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`write_checked_json` writes."""
+    """A JSON object with a checksum of itself, by which :func:`read_checked_json` finds it whole or damaged."""
     entries = as_json(entries)
     return {**entries, "checksum": fingerprint(**entries)}
 
 
-def read_checked_json(path: str | Path, content: bytes | None = None) -> dict[str, Any]:
-    """Read what :func:`write_checked_json` wrote (or its bytes), without its checksum; a ``ValueError`` if it is another object than was written."""
-    found = read_json(path, content)
+def read_checked_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object :func:`with_checksum`, without it; a ``ValueError`` if it is another object than was written."""
+    found = read_json(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(found).__name__}. {_again(path)}")
     if found.pop("checksum", None) not in (None, fingerprint(**found)):
@@ -201,7 +186,7 @@ def read_checked_json(path: str | Path, content: bytes | None = None) -> dict[st
 def write_folder_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
     """Write ``manifest.json`` into a finished folder: the entries, and under ``files`` the SHA-256 of every file that lies there."""
     files = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST}
-    write_checked_json(folder / MANIFEST, {**entries, "files": files})
+    write_json(folder / MANIFEST, with_checksum({**entries, "files": files}))
 
 
 def read_folder_manifest(folder: Path) -> dict[str, Any]:
@@ -228,17 +213,13 @@ def damage_named(path: str | Path) -> Iterator[None]:
         raise ValueError(f"{path} is damaged: it doesn't say what it should ({type(error).__name__}: {error}). {_again(path)}") from error
 
 
-def _again(path: str | Path) -> str:
-    return f"Delete {Path(path).parent} and run the stage that writes it again."
-
-
 def shortened(error: Exception, length: int = 240) -> str:
     """An error's text on one line."""
     text = " ".join(str(error).split()) or "it ends too early"
     return text if len(text) <= length else f"{text[:length]} ..."
 
 
-def is_current(folder: str | Path, fp: str, name: str = "manifest.json") -> bool:
+def is_current(folder: str | Path, fp: str, name: str = MANIFEST) -> bool:
     """Whether a folder holds the finished artifact of these inputs (see :func:`fingerprint`)."""
     path = Path(folder) / name
     manifest = read_checked_json(path) if path.exists() else {}
@@ -254,7 +235,7 @@ def plain(value: Any) -> Any:
     """A data class, table, tensor, array, mapping, path or set as plain values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if hasattr(value, "to_dict") and hasattr(value, "columns"):  # a data frame
+    if isinstance(value, pd.DataFrame):
         return value.reset_index(drop=True).to_dict("records")
     if hasattr(value, "_asdict"):
         return value._asdict()

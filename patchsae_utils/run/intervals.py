@@ -1,10 +1,6 @@
-"""Percentile bootstraps: how far a number would move had other images been drawn.
+"""Percentile bootstraps: how far a number would move had other images been drawn; resampled is what is independent, named by ``unit``.
 
-What is resampled is what is independent, whole images (or scenes, concepts, latents), never single tokens of one image; it is named
-by ``unit``. The interval holds the middle 95 % of the resampled statistics.
-
-Source: Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1979); percentile intervals: Efron and
-Tibshirani, "An introduction to the bootstrap" (1993), chapter 13.
+Source: Efron, Annals of Statistics 7 (1979); Efron and Tibshirani, "An introduction to the bootstrap" (1993), chapter 13.
 """
 
 from __future__ import annotations
@@ -33,32 +29,12 @@ class Interval(NamedTuple):
 
 
 def interval(statistic: Callable[[np.ndarray], np.ndarray], n: int, unit: str, *, seed: int = 0, centred: bool = False) -> Interval:
-    """A statistic of n units with its percentile interval.
+    """A statistic of n units (at least one) with its percentile interval; NaN where the statistic is.
 
-    Parameters
-    ----------
-    statistic : callable
-        Takes weights [R, n], how often each unit counts in each of R resamples, and returns [R, ...]. Weights of one give the value.
-    n : int
-        How many units there are.
-    unit : str
-        What they are: "images", "scenes", "concepts", ...
-    seed : int
-        Statistics with the same n and seed see the same resamples.
-    centred : bool
-        Move the interval so that the resamples' mean lies at the value. Average precision and IoU of concepts that few images show are lower
-        in the mean of their resamples, where fewer images carry the weight; left as they are, percentiles may exclude the value itself.
-        The difference is the bootstrap's estimate of that bias (Efron and Tibshirani, 1993, chapter 10).
-
-    Returns
-    -------
-    Interval
-        Of floats, or of arrays [...]. NaN where the statistic is.
-
-    Raises
-    ------
-    ValueError
-        If there are no units.
+    ``statistic`` takes weights [R, n], how often each unit counts in each of R resamples, and returns [R, ...]; weights of one give the value.
+    Statistics with the same n and seed see the same resamples. ``centred`` moves the interval so that the resamples' mean lies at the value:
+    average precision and IoU of concepts that few images show are lower in resamples, and percentiles may exclude the value itself. The
+    difference is the bootstrap's estimate of that bias (Efron and Tibshirani, 1993, chapter 10).
     """
     if n == 0:
         raise ValueError(f"There is nothing to resample: no {unit}.")
@@ -69,11 +45,11 @@ def interval(statistic: Callable[[np.ndarray], np.ndarray], n: int, unit: str, *
 
 def drawn_interval(value: Any, draws: np.ndarray, unit: str, *, centred: bool = False) -> Interval:
     """The interval of a statistic of which the values [R, ...] in all :func:`resamples` are at hand; see :func:`interval`."""
-    value = np.asarray(value, np.float64)
-    bare = np.isnan(draws).all(0)
-    low, high = np.nanpercentile(np.where(bare, 0.0, draws), [2.5, 97.5], axis=0)
+    value, bare = np.asarray(value, np.float64), np.isnan(draws).all(0)
+    draws = np.where(bare, 0.0, draws)
+    low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)
     if centred:
-        shift = value - np.nanmean(np.where(bare, 0.0, draws), axis=0)
+        shift = value - np.nanmean(draws, axis=0)
         low, high = low + shift, high + shift
     low, high = (np.where(bare, np.nan, end) for end in (low, high))
     if value.ndim == 0:
@@ -82,23 +58,7 @@ def drawn_interval(value: Any, draws: np.ndarray, unit: str, *, centred: bool = 
 
 
 def mean_interval(values: Iterable[float] | np.ndarray | Tensor, unit: str = "images", *, groups: Any = None, seed: int = 0) -> Interval:
-    """Mean over the last axis, with its interval.
-
-    Parameters
-    ----------
-    values : array [..., n]
-        Numbers, or hits and misses.
-    unit : str
-        What each value belongs to, or each group.
-    groups : int array [n], optional
-        Values of one group (tokens of one image) are no independent evidence: whole groups are resampled.
-    seed : int
-
-    Raises
-    ------
-    ValueError
-        If there are no values.
-    """
+    """Mean over the last axis of values [..., n], with its interval; ``groups`` [n], such as images of tokens, are resampled as wholes."""
     values = np.asarray(values if hasattr(values, "__len__") else list(values), np.float64)
     if not values.shape[-1]:
         raise ValueError(f"There is nothing to resample: no {unit}.")

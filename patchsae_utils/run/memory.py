@@ -16,20 +16,14 @@ class HalvedBatches:
     """Runs a model on the largest part of a batch that fits, and remembers its size for the batches to come; ``place``: whose memory."""
 
     def __init__(self, place: object):
-        self.place = place
-        self.limit: int | None = None
+        self.place, self.limit = place, 0  # 0: none is known yet
 
     def run(self, n: int, action: Callable[[slice], Result]) -> Iterator[tuple[slice, Result]]:
-        """Do something to n images, all at once or part by part: yields rows and what ``action(rows)`` returned.
-
-        After an attempt that didn't fit, ``action`` is called again with fewer rows, so it must change nothing outside. A ``MemoryError`` where
-        a single image doesn't fit says what to set.
-        """
+        """Rows of n images and what ``action(rows)`` returned; tried again with fewer where they don't fit, so it must change nothing outside."""
         start, halved = 0, False
         while start < n:
             rows = slice(start, min(n, start + (self.limit or n)))
-            result = _attempt(action, rows)
-            size = rows.stop - rows.start
+            result, size = _attempt(action, rows), rows.stop - rows.start
             if result is None:
                 if size == 1:
                     raise MemoryError(
@@ -39,11 +33,8 @@ class HalvedBatches:
                 self.limit, halved = size // 2, True
                 continue
             if halved:
-                warnings.warn(
-                    f"A batch of {n} images doesn't fit the memory of {self.place}; going on with {self.limit} at a time. "
-                    f"Set batch_size={self.limit} to begin with that.",
-                    stacklevel=2,
-                )
+                text = f"A batch of {n} images doesn't fit the memory of {self.place}; going on with {self.limit} at a time. "
+                warnings.warn(f"{text}Set batch_size={self.limit} to begin with that.", stacklevel=2)
                 halved = False
             yield rows, result[0]
             start = rows.stop

@@ -1,11 +1,8 @@
-"""Files of ``torch.save``, read as data: tensors and plain values come out, and nothing in them can run.
+"""Files of ``torch.save`` (a zip of a pickle and of tensors' raw numbers), read as data: nothing in them can run.
 
-Such a file is a zip archive: ``<name>/data.pkl``, a pickle that says how everything hangs together, and ``<name>/data/<key>``, each tensor's raw
-numbers. ``torch.load(weights_only=True)`` calls only what torch allows; every other class that the pickle names becomes an inert
-:class:`Record`. What torch leaves open is closed before: archives that unpack to more than they have, checksums that don't fit, tensors larger
-than their numbers, and pickles that are short but take for ever.
-
-Sources: ``torch/serialization.py`` and ``torch/_weights_only_unpickler.py``; the instructions of a pickle: ``pickletools`` of Python.
+``torch.load(weights_only=True)`` reads them; classes that torch doesn't allow become inert records. What torch leaves open is refused before:
+archives that unpack to more than they have, checksums that don't fit, tensors larger than their numbers, pickles that take for ever.
+Sources: ``torch/serialization.py``, ``torch/_weights_only_unpickler.py``; Python's ``pickletools``.
 """
 
 from __future__ import annotations
@@ -31,17 +28,7 @@ _ALLOWED = {*_CONTAINERS, "builtins.set", "builtins.bytearray", "builtins.comple
 
 
 class Record:
-    """An object of a class that is not here: what was stored of it, and no more.
-
-    Attributes
-    ----------
-    name : str
-        The class as the file calls it, e.g. ``src.sae_training.config.ViTSAERunnerConfig``.
-    arguments : tuple
-        Of its constructor.
-    state : dict
-        Its attributes.
-    """
+    """What was stored of an object of a class that is not here: the class's name in the file, its constructor's arguments, its attributes."""
 
     name = ""
     arguments: tuple
@@ -71,20 +58,7 @@ class _Refused(Exception):
 def read_torch(path: str | Path) -> Any:
     """What ``torch.save`` wrote: tensors (on the CPU), plain values and containers; objects of other classes as :class:`Record`.
 
-    Other bytes may stand before the archive, as in saev's files. Files from before torch 1.6 are read where they hold nothing but tensors and
-    plain values.
-
-    Parameters
-    ----------
-    path : str or Path
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If it is another file, is damaged, declares more than it holds, is a TorchScript archive, or names things of Python's that no checkpoint
-        needs, such as ``os.system``. Nothing is run either way.
+    Other bytes may stand before the archive, as in saev's files. What can't be read as data, or is damaged, is a ``ValueError``.
     """
     path = Path(path)
     if not path.is_file():
@@ -96,9 +70,8 @@ def read_torch(path: str | Path) -> Any:
     except MemoryError:
         raise
     except Exception as error:
-        reason = (
-            str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
-        )  # before it, torch advises to let it run
+        # Before these words, torch advises to let it run.
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
         raise ValueError(
             f"{path} is no archive of torch.save, or is damaged ({reason.partition(chr(10))[0]}). A plain pickle, or one of another "
             "protocol than torch's own, is not read: it could run code when opened. Copy or download the file again; where it can be trusted, "
@@ -197,10 +170,9 @@ def _check_pickle(file: BinaryIO) -> None:
         elif name.endswith("GET"):
             stack.append(memo[argument])
         else:
+            items: list[Any] = []
             if pickletools.markobject in before:
                 items, stack = stack, marks.pop()
-            else:
-                items = []
             n = len([part for part in before if part not in (pickletools.markobject, pickletools.stackslice)])
             if n > len(stack):
                 raise ValueError("its pickle takes more than it has")

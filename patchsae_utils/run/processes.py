@@ -1,8 +1,6 @@
 """One process or several: what accelerate knows of the machine, in the few words that extraction, statistics and the trainer need.
 
-A script that runs as ``python train.py`` runs on every GPU as ``accelerate launch train.py`` (on two CPUs: ``torchrun --nproc_per_node 2
-train.py``): training gives each process its share of every batch and sums over the processes; extraction and statistics give each its
-share of the images. Precision is the profile's affair, not the launcher's.
+``accelerate launch train.py`` (on CPUs: ``torchrun --nproc_per_node 2 train.py``) gives each process its share of every batch, or of the images.
 """
 
 from __future__ import annotations
@@ -37,11 +35,9 @@ class Processes:
 
         # Apple's GPUs have no float64, in which medians and variances are summed.
         self._accelerator = Accelerator(
-            cpu=torch.backends.mps.is_available(),
-            log_with=list(trackers) or None,
-            project_dir=folder,
+            cpu=torch.backends.mps.is_available(), log_with=list(trackers) or None, project_dir=folder,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
-        )
+        )  # fmt: skip
         self.device, self.main = self._accelerator.device, self._accelerator.is_main_process
         self.number, self.index = self._accelerator.num_processes, self._accelerator.process_index
 
@@ -69,10 +65,7 @@ class Processes:
         return self.everywhere(action if self.main else lambda: None)[0]
 
     def everywhere(self, action: Callable[[], Any]) -> list[Any]:
-        """Run a function in every process, and have all results, by process, in all; or an error in all, once every one has ended.
-
-        In the process where the function failed it is the error itself, in the others a ``ValueError`` with its text.
-        """
+        """Run a function in every process, and have all results in all; or, once all have ended, the error (a ``ValueError`` in others)."""
         if self.number == 1:
             return [action()]
         from accelerate.utils import gather_object

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ..activations.store import ActivationStore
 from ..activations.streaming import TokenStream
 from ..config import TrainConfig
-from ..run.artifacts import disk_errors, fingerprint, folder_lock, read_checked_json, write_checked_json, write_json
+from ..run.artifacts import disk_errors, fingerprint, folder_lock, read_checked_json, with_checksum, write_json
 from ..run.memory import out_of_memory
 from ..run.processes import Processes
 from .files import CONFIG, WEIGHTS, load_sae
@@ -281,7 +281,7 @@ class Training(Steps):
         }  # fmt: skip
         write_json(self.out / SUMMARY, summary)
         manifest = {"format": _FORMAT, "fingerprint": fingerprint(**self.inputs), "complete": True, "inputs": self.inputs, "final": final}
-        write_checked_json(self.out / MANIFEST, manifest)
+        write_json(self.out / MANIFEST, with_checksum(manifest))
         _clear(self.out, CHECKPOINT, f".{CHECKPOINT}.tmp")
 
     def train(self, progress: bool) -> None:
