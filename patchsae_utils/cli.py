@@ -71,8 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         if run in (_info, _convert):
             command.add_argument("path", help="a folder, a file, or hf:<owner>/<repository>")
         else:
-            said, optional = "name or .toml file of the settings (default: $PATCHSAE_PROFILE, else openmoji)", {"nargs": "?"}
-            command.add_argument("profile" if run is _doctor else "--profile", help=said, **optional if run is _doctor else {})
+            said = "name or .toml file of the settings (default: $PATCHSAE_PROFILE, else openmoji)"
+            optional: dict[str, Any] = {"nargs": "?"} if run is _doctor else {}
+            command.add_argument("profile" if run is _doctor else "--profile", help=said, **optional)
             said = "change a setting; may be repeated"
             command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=said)
         if run is _convert:
