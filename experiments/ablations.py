@@ -1,8 +1,7 @@
 """Why this layer, this size, this penalty? A grid of SAEs, each of which differs from the profile's in one thing.
 
-The counterpart of Table 2 of Lim et al. (ICLR 2025), with what their reviewers missed: centred explained variance, dead latents, seeds, and how well the
-latents of each SAE find concepts whose places are known. ``make ablations`` trains and measures the grid (about an hour on two CPU cores;
-it goes on where it was stopped) and writes ``experiments/results/ablations.csv``, one row an SAE.
+The counterpart of Table 2 of Lim et al. (ICLR 2025), with dead latents, seeds, and how well latents find concepts. ``make ablations`` (about an hour on
+two CPU cores; it goes on where it was stopped) writes ``experiments/results/ablations.csv``, one row an SAE.
 """
 
 from __future__ import annotations
@@ -30,25 +29,19 @@ from patchsae_utils.tables import QUANTILES, STATISTICS
 
 from . import grid
 
-N_TOKENS = 1_000_000
-"""Tokens each SAE of the grid is trained on; the main one of the notebooks sees more."""
+N_TOKENS = 1_000_000  # of training, for each SAE
 N_TEST, N_STATISTICS = 720, 1080
-JUMPRELU = (0.3, 10)
-"""Weights of the number of active latents; the input is scaled to unit size, as its authors train."""
-GATED = (0.1, 0.6)
-"""Weights of the gate's L1, on the same scale."""
+JUMPRELU = (0.3, 10)  # weights of the number of active latents; the input is scaled to unit size, as its authors train
+GATED = (0.1, 0.6)  # weights of the gate's L1, on the same scale
 _ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 
 class Cell(NamedTuple):
-    """One SAE of the grid."""
+    """One SAE of the grid: what is varied, its value as a figure shows it, and the changes to the profile, by dotted name."""
 
     axis: str
-    """What is varied: ``layer``, ``expansion``, ``lambda``, ..."""
     value: str
-    """The value it takes here, as a figure shows it."""
     settings: tuple[tuple[str, Any], ...]
-    """Changes to the profile, by dotted name."""
 
     @property
     def name(self) -> str:
@@ -149,7 +142,7 @@ class Ablations:
         return {name: float(value) for name, value in row.items()}
 
     def _statistics(self, sae, layer: int, tokens: str) -> dict[str, float]:
-        """Quantiles over alive latents of the three numbers of the paper's scatter, and what turning one off changes; of the tokens it was trained on."""
+        """Quantiles over alive latents of the paper's scatter, and what turning one off changes; of the tokens it was trained on."""
         summary = summarize_latents(self.clip, sae, self.labelled, layer, tokens=tokens, progress=False)
         alive = ~summary.dead
         if not alive.any():
@@ -178,12 +171,8 @@ class Ablations:
 def main(arguments: list[str] | None = None) -> None:
     """Train and measure the grid of a profile."""
     parser = grid.parser("ablations", __doc__)
-    parser.add_argument(
-        "--axis", action="append", help="measure only cells of this axis; may be given several times; the table holds these alone"
-    )
-    parser.add_argument(
-        "--n-tokens", type=lambda text: int(float(text)), default=N_TOKENS, help="training tokens of every cell (default: 1e6)"
-    )
+    parser.add_argument("--axis", action="append", help="measure only cells of this axis; may be given several times")
+    parser.add_argument("--n-tokens", type=lambda text: int(float(text)), default=N_TOKENS, help="of every cell's training (default: 1e6)")
     options = parser.parse_args(arguments)
     profile = load_profile(options.profile)
     clip, _ = stages.load_world(profile)

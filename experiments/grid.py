@@ -1,46 +1,24 @@
-"""One runner for all grids: a cell is measured once and kept under ``runs``, and the tables are written anew after each, so that nothing is lost."""
+"""One runner for all grids: a cell (hashable, with a ``name``) is measured once and kept, and the tables are written anew after each.
+
+An experiment has a ``profile``, a ``folder`` for its cells, ``inputs(cell)`` (all that decides what it comes out as), ``measure(cell, folder)`` and
+``tables({cell: numbers})``, name -> DataFrame; the numbers, as JSON can hold them, get "seconds" and "commit", that of the code that measured them.
+"""
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 
-from patchsae_utils.config import Profile
 from patchsae_utils.run.artifacts import current_commit, fingerprint, is_current, read_json, write_json, write_table
 from patchsae_utils.tables import table_path
 
 
-class Cell(Protocol):
-    """What is measured in one go; hashable."""
-
-    @property
-    def name(self) -> str:
-        """A folder's name."""
-
-
-class Experiment(Protocol):
-    """What a grid must say of itself."""
-
-    profile: Profile
-    folder: Path
-    """Where its cells are kept."""
-
-    def inputs(self, cell: Cell) -> dict[str, Any]:
-        """All that decides what a cell comes out as: another value, and it is measured again."""
-
-    def measure(self, cell: Cell, folder: Path) -> dict[str, Any]:
-        """One cell's numbers, as JSON can hold them; what it makes on the way lies in the folder."""
-
-    def tables(self, measured: Mapping[Cell, Mapping[str, Any]]) -> dict[str, pd.DataFrame]:
-        """Name -> table of the cells measured so far; each has "seconds" and "commit", that of the code that measured it."""
-
-
-def row(experiment: Experiment, cell: Cell) -> dict[str, Any]:
+def row(experiment: Any, cell: Any) -> dict[str, Any]:
     """Measure a cell, or read what was measured before."""
     folder = experiment.folder / cell.name
     key = fingerprint(stage="experiment", **experiment.inputs(cell))
@@ -53,11 +31,9 @@ def row(experiment: Experiment, cell: Cell) -> dict[str, Any]:
     return found
 
 
-def run(
-    experiment: Experiment, cells: Iterable[Cell], out: Path | None = None
-) -> Iterator[tuple[Cell, dict[str, Any], dict[str, pd.DataFrame]]]:
+def run(experiment: Any, cells: Iterable[Any], out: Path | None = None) -> Iterator[tuple[Any, dict[str, Any], dict[str, pd.DataFrame]]]:
     """Measure cells one after the other into the tables of ``out`` (default: the profile's): each cell, its numbers, the tables so far."""
-    measured: dict[Cell, dict[str, Any]] = {}
+    measured: dict[Any, dict[str, Any]] = {}
     for cell in cells:
         measured[cell] = row(experiment, cell)
         tables = experiment.tables(measured)

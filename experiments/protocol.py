@@ -1,13 +1,7 @@
-"""Base to novel: every adapter on every task, over seeds, in the three forms that the paper mixes up.
+"""Base to novel: every adapter on every task, over seeds: raw, through the reconstruction, and with its error kept.
 
-An adapter sees 16 shots of each *base* class of a task (the first half of its sorted classes) and is judged on test pictures of the base
-classes and of the *novel* ones, which it never saw; the harmonic mean counts both. Every accuracy is given as it is (raw), with the residual stream
-replaced by its reconstruction, and with the error of the reconstruction kept.
-
-Beside it, for the first seed of each adapter, what its gain on base classes is made of (:mod:`patchsae_utils.adaptation.gain`), with a control: MaPLe fitted to
-shuffled labels.
-
-``python -m experiments.protocol`` fits and measures (about four hours on one free CPU core; it goes on where it was stopped) and writes
+16 shots of each *base* class, test pictures of base and *novel* classes, their harmonic mean; beside it what the gain on base classes is made of, and
+MaPLe fitted to shuffled labels. ``python -m experiments.protocol`` (about four hours on one CPU core; it goes on where it was stopped) writes
 ``experiments/results/adaptation.csv`` and ``gain_split.csv``. Protocol: Khattak et al., CVPR 2023, section 4.1; Zhou et al., CVPR 2022.
 """
 
@@ -90,16 +84,15 @@ class Protocol:
         }  # fmt: skip
 
     def measure(self, cell: Cell, folder: Path) -> dict[str, Any]:
-        """``right``: half -> form -> a string of 0 and 1, one a picture; ``n_classes``: half -> number; ``fit_seconds``; ``split``: rows of the second table."""
+        """``right``: half -> form -> a string of 0 and 1, one a picture; ``n_classes``: half -> number; ``split``: rows of the second table."""
         tests, started = self._tests(cell), time.perf_counter()
         model = self._model(cell, folder)
         row: dict[str, Any] = {"fit_seconds": round(time.perf_counter() - started, 1), "right": {}}
         for half, data in tests.items():
             labels, head = torch.as_tensor(data.labels), dataset_head(model, data)
             predicted = [model.logits(features, head).argmax(1).cpu() for features in self._features_of(model, cell.task, half, data)]
-            row["right"][half] = {
-                form: "".join(str(int(hit)) for hit in found == labels) for form, found in zip(FORMS, predicted, strict=True)
-            }
+            hits = zip(FORMS, predicted, strict=True)
+            row["right"][half] = {form: "".join(str(int(hit)) for hit in found == labels) for form, found in hits}
         row["n_classes"] = {half: len(data.class_names) for half, data in tests.items()}
         return row | {"split": self._split(model, tests["base"]) if cell.seed == SEEDS[0] else []}
 
@@ -136,15 +129,14 @@ class Protocol:
             return feature_forms(model, self.sae, data, self.layer, self.progress)
         if self._features[0] != task:
             self._features = (task, {})
-        kept = self._features[1]
-        if half not in kept:
-            kept[half] = feature_forms(self.clip, self.sae, data, self.layer, self.progress)
-        return kept[half]
+        if half not in self._features[1]:
+            self._features[1][half] = feature_forms(self.clip, self.sae, data, self.layer, self.progress)
+        return self._features[1][half]
 
 
 @torch.no_grad()
 def feature_forms(clip: ClipModel, sae: SparseAutoencoder, dataset, layer: int, progress: bool = True) -> Tensor:
-    """Image features as they are, of the reconstructed residual stream, and with the reconstruction's error kept: [3, N, d_embed]."""
+    """Image features of each of :data:`FORMS`: [3, N, d_embed]."""
     tail, parts = None, []
     for batch in batches(dataset, clip.preprocess, 64, progress=f"classifying {dataset.name}" if progress else None):
         residual = clip.run_to(batch.images, layer)
@@ -156,11 +148,10 @@ def feature_forms(clip: ClipModel, sae: SparseAutoencoder, dataset, layer: int, 
 
 
 def tabulate(measured: Mapping[Cell, Mapping[str, Any]], averaged: Sequence[str] | None = None) -> pd.DataFrame:
-    """The table: each task and kind over the seeds measured so far, and the average over tasks (of those in ``averaged``, where it is given).
+    """Each task and kind over the seeds measured so far, and the average over tasks that all kinds have (of ``averaged``, where it is given).
 
-    Columns: task ("average" for the mean over the tasks that all kinds have), kind, form, half ("base", "novel", "harmonic mean"), accuracy (mean over
-    seeds), low, high (over pictures, whose resamples the seeds of a cell and all kinds share), seed_sd (standard deviation over seeds; NaN with one),
-    n_seeds, n_images, n_classes, fit_seconds (mean), commit. The harmonic mean is that of the mean accuracies.
+    Columns: task, kind, form, half ("base", "novel", "harmonic mean" of the mean accuracies), accuracy (mean over seeds), low, high (over pictures),
+    seed_sd (NaN with one seed), n_seeds, n_images, n_classes, fit_seconds (mean), commit.
     """
     records, draws, points = [], {}, {}
     keys = list(dict.fromkeys((cell.task, cell.kind) for cell in measured))
@@ -177,13 +168,11 @@ def tabulate(measured: Mapping[Cell, Mapping[str, Any]], averaged: Sequence[str]
             point = [values.mean() for values in right]
             drawn = [resampled_means(values.mean(0), seed=i) for i, values in enumerate(right)]
             draws[task, kind, form], points[task, kind, form] = [*drawn, hmean(drawn, axis=0)], [*point, hmean(point)]
-            seeds, n_images, n_classes = ([*each, total(each)] for each, total in ((seeds, _hmean), (n_images, sum), (n_classes, sum)))
+            seeds, n_images, n_classes = [*seeds, hmean(seeds, axis=0)], [*n_images, sum(n_images)], [*n_classes, sum(n_classes)]
             for i, (half, numbers) in enumerate(with_harmonic_mean(point, drawn).items()):
                 sd = seeds[i].std(ddof=1) if len(found) > 1 else np.nan
-                records.append(
-                    {"task": task, "kind": kind, "form": form, "half": half, **_numbers(numbers), "seed_sd": sd}
-                    | {"n_images": n_images[i], "n_classes": n_classes[i], **common}
-                )
+                record = {"task": task, "kind": kind, "form": form, "half": half, **_numbers(numbers), "seed_sd": sd}
+                records.append(record | {"n_images": n_images[i], "n_classes": n_classes[i], **common})
     return pd.DataFrame([*records, *_averages(keys, measured, averaged, draws, points)])
 
 
@@ -199,10 +188,6 @@ def _averages(keys, measured, averaged, draws, points) -> Iterator[dict[str, Any
                 low, high = np.quantile(np.mean([draws[task, kind, form][i] for task in tasks], axis=0), [0.025, 0.975])
                 mean = float(np.mean([points[task, kind, form][i] for task in tasks]))
                 yield {"task": AVERAGE, "kind": kind, "form": form, "half": half, **_numbers((mean, low, high)), "n_seeds": seeds}
-
-
-def _hmean(values) -> np.ndarray:
-    return hmean(values, axis=0)
 
 
 def _numbers(numbers) -> dict[str, float]:

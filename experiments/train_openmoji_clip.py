@@ -1,11 +1,7 @@
 """Train the small CLIP of the embedded world: ``python -m experiments.train_openmoji_clip``.
 
-The loss is CLIP's (Radford et al., 2021) on scenes and captions, with patch dropout (FLIP, Li et al., 2023), plus two terms on
-single patch tokens after ``resblocks[-2]``, through linear heads that are thrown away afterwards: what the patch belongs to (an
-object or a kind of background) and which palette colour fills it. Without them a CLIP this small gathers identity in CLS and its
-patches know colour and texture alone; PatchSAE reads patches. The heads know no words: a rare object's *name* still comes from
-captions alone, so the image tower holds concepts that the text tower can hardly name.
-
+CLIP's loss (Radford et al., 2021) with patch dropout (FLIP, Li et al., 2023), plus two terms on single patches after ``resblocks[-2]``, through heads that
+are thrown away: what the patch belongs to and its palette colour, without which the patches of a CLIP this small know colour and texture alone.
 Interrupted, it goes on from ``--out``/state.pt; the weights are written as fp16 safetensors at every evaluation.
 """
 
@@ -178,15 +174,13 @@ class Phase(NamedTuple):
     """A stretch of the training."""
 
     scenes: int
-    """How many, each seen once."""
     batch: int
     patch_dropout: float
     balanced: bool
-    """Whether object and background patches weigh alike in the owner term; else each patch does, and backgrounds, which are easy, drown the objects."""
+    """Whether object and background patches weigh alike in the owner term; else each patch does."""
 
 
-# As the shipped weights were trained. The first phase taught two lessons: many scenes with few patches teach the
-# contrast, but at 75 % dropout too little of an object is left to tell it by, and background patches outnumber object patches three to one.
+# As the shipped weights were trained.
 PHASES = (
     Phase(scenes=128_000, batch=320, patch_dropout=0.75, balanced=False),
     Phase(scenes=120_064, batch=128, patch_dropout=0.5, balanced=True),
@@ -242,11 +236,10 @@ def main() -> None:
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
 
     named = [*model.named_parameters(), *heads.named_parameters()]
-    no_decay = [p for name, p in named if p.ndim < 2 or "embedding" in name or name == "logit_scale"]
-    decay = [p for name, p in named if not (p.ndim < 2 or "embedding" in name or name == "logit_scale")]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": no_decay, "weight_decay": 0.0}], betas=(0.9, 0.98), fused=True
-    )
+    groups = {0.1: [], 0.0: []}  # weight decay -> parameters
+    for name, p in named:
+        groups[0.0 if p.ndim < 2 or "embedding" in name or name == "logit_scale" else 0.1].append(p)
+    optimizer = torch.optim.AdamW([{"params": ps, "weight_decay": w} for w, ps in groups.items()], betas=(0.9, 0.98), fused=True)
 
     args.out.mkdir(parents=True, exist_ok=True)
     state_path, log_path = args.out / "state.pt", args.out / "training_log.csv"
@@ -264,9 +257,7 @@ def main() -> None:
             block.compile()
     clip_loss = ClipLoss()
     model.train()
-    sums: dict = {}
-    started, count = time.time(), 0
-    begin = 0
+    sums, started, count, begin = {}, time.time(), 0, 0
     for phase in PHASES:
         begin, end = begin, begin + round(args.scale * phase.scenes / phase.batch) * phase.batch
         data = PretrainingScenes(args.seed, max(begin, seen), max(end, seen), tokenizer)

@@ -1,8 +1,6 @@
 """CLIP against adapted CLIP, read by one dictionary: are there new concepts, or is it a new mapping of old ones?
 
-The *image tower* may show other latents for the same picture: some that were silent on a class light up, others fade. Or the towers agree on what is in
-the picture, and the *text head* reads it differently. :func:`compare_models` measures both: latents by class-level counts, the gain by crossing {base,
-adapted image tower} x {base, adapted text head}.
+Latents are compared by class-level counts, the gain by crossing {base, adapted image tower} x {base, adapted text head}.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
 from ..clip.model import ClipModel
-from ..data import templates_for
 from ..interventions.masks import sweep_masks
 from ..interventions.tail import check_same_tower, dataset_head, read_batches
 from ..latents.classes import class_scores
@@ -30,7 +27,6 @@ from ..latents.reading import summarize_latents
 from ..run.intervals import mean_interval, resamples
 from ..sae.model import SparseAutoencoder
 from .groups import GROUPS, OVERLAPS, count_groups, latent_groups, overlaps, ranked_latents, top_of_either
-from .models import AdaptedClip
 
 FORMS = ("raw", "reconstructed", "error kept")
 SIDES = ("base", "adapted")
@@ -54,7 +50,7 @@ class Reading(NamedTuple):
     labels: np.ndarray
     """int [N]: each picture's class."""
     predicted: dict[tuple[str, str], np.ndarray]
-    """(head, form) -> int [N]: the class that each picture is taken for. Beside the two models' heads stands "untrained"."""
+    """(head, form) -> int [N]: the class that each picture is taken for."""
     reconstruction: dict[str, float]
     """explained_variance (centred), normalized_mse, l0."""
 
@@ -65,7 +61,7 @@ class Reading(NamedTuple):
 
 
 def turns(labels: Tensor, seen: Tensor) -> Tensor:
-    """0 or 1 for each picture, counted in ``seen`` [2, C]: those of a class go to two halves by turns, so that these are two samples of one thing."""
+    """0 or 1 for each picture, counted in ``seen`` [2, C]: those of a class go to two halves by turns."""
     found = torch.empty_like(labels)
     for i, label in enumerate(labels.tolist()):
         found[i] = int(seen[0, label] > seen[1, label])
@@ -80,7 +76,7 @@ def mean_of_halves(halves: Tensor, images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Remapping:
-    """CLIP and adapted CLIP on one data set (``name``): readings of the two image towers, each with both text heads (which have the same names)."""
+    """CLIP and adapted CLIP on one data set: readings of the two image towers, each with both text heads."""
 
     name: str
     adapter: str
@@ -90,8 +86,7 @@ class Remapping:
 
     def right(self, tower: str, head: str, form: str = "raw") -> np.ndarray:
         """Which pictures one crossing of image tower and text head classifies rightly: bool [N]."""
-        reading = {"base": self.base, "adapted": self.adapted}[tower]
-        return reading.predicted[head, form] == reading.labels
+        return getattr(self, tower).predicted[head, form] == getattr(self, tower).labels
 
     def score(self, tower: str, head: str) -> float:
         """Its accuracy, in [0, 1]."""
@@ -108,34 +103,19 @@ class Remapping:
         base, adapted = self.score("base", "base"), self.score("adapted", "adapted")
         return (adapted - base) / (1 - base) if base < 1 else 0.0
 
-    def gain_split(self, form: str = "raw") -> pd.DataFrame:
-        """How much of the gain each tower brings: part ("image tower", "text head", "both"), gain, low, high.
+    def gain_split(self) -> pd.DataFrame:
+        """How much of the gain each tower brings: part ("image tower", "text head", "both"), gain, low, high; intervals over pictures.
 
-        With A(tower, head), the image tower's part is the mean of its gain under the old and under the new head,
-        [A(a, b) - A(b, b) + A(a, a) - A(b, a)] / 2, and the text head's likewise (the Shapley value of two players). Intervals are over pictures.
-        ``form``: of :data:`FORMS`; "reconstructed" asks what both towers and heads do with what the dictionary says alone.
+        With A(tower, head), the image tower's part is [A(a, b) - A(b, b) + A(a, a) - A(b, a)] / 2 (the Shapley value of two players).
         """
-        bb, ba, ab, aa = (self.right(tower, head, form).astype(float) for tower in SIDES for head in SIDES)
+        bb, ba, ab, aa = (self.right(tower, head).astype(float) for tower in SIDES for head in SIDES)
         rows = [(ab - bb + aa - ba) / 2, (ba - bb + aa - ab) / 2, aa - bb]
         return _with_intervals(pd.DataFrame({"part": ["image tower", "text head", "both"]}), "gain", rows)
 
-    def head_split(self, form: str = "raw") -> pd.DataFrame:
-        """What the text head brings by its template and by learning: part ("template", "learning", "text head"), gain, low, high.
-
-        CLIP's head is a mean over the data set's templates, that of learned prompts has one template (FAULTS D16). Between them stands CLIP's head
-        with the adapter's own texts. Means over the two image towers, so that the sum is the text head's part of :meth:`gain_split`.
-        """
-        base, untrained, adapted = (
-            np.mean([self.right(tower, head, form).astype(float) for tower in SIDES], axis=0) for head in ("base", "untrained", "adapted")
-        )
-        rows = [untrained - base, adapted - untrained, adapted - base]
-        return _with_intervals(pd.DataFrame({"part": ["template", "learning", "text head"]}), "gain", rows)
-
     def confusions(self) -> Confusions:
         """Confusion matrices of CLIP and of the adapted model, each with its own text head."""
-        pairs = zip(SIDES, (self.base, self.adapted), strict=True)
-        classes = range(len(self.class_names))
-        matrices = (confusion_matrix(reading.labels, reading.predicted[side, "raw"], labels=classes) for side, reading in pairs)
+        readings, classes = {side: getattr(self, side) for side in SIDES}, range(len(self.class_names))
+        matrices = (confusion_matrix(each.labels, each.predicted[side, "raw"], labels=classes) for side, each in readings.items())
         return Confusions(self.class_names, *matrices)
 
     def fates(self) -> pd.DataFrame:
@@ -158,19 +138,14 @@ class Remapping:
         return table
 
     def comparisons(self, rank: str = "count") -> pd.DataFrame:
-        """The means of :meth:`groups` over classes, beside three controls: comparison, measure (a group, "jaccard", "rbo"), value, low, high.
+        """The means of :meth:`groups` over classes, beside controls: comparison, measure (a group, "jaccard", "rbo"), value, low, high.
 
-        ``rank``: top latents by their "count" on the class, or by how far it exceeds the mean over classes ("specific"). The controls: CLIP against
-        itself on other pictures (what sampling does), CLIP against the adapted model on another class (what unrelated pictures look like), and as many
-        random active latents instead of the top ones: sorted into groups, one draw for both models; for the overlaps, which one draw would make 1, a
-        draw and an order for each.
+        ``rank``: top latents by their "count" on the class, or by how far it exceeds the mean over classes ("specific"). Of as many random active
+        latents, groups have one draw for both models, overlaps a draw and an order for each.
         """
         base, adapted = self.base.mean_counts, self.adapted.mean_counts
         rng = np.random.default_rng(0)
-        tables = {
-            COMPARISONS[0]: count_groups(base, adapted, rank=rank),
-            COMPARISONS[1]: count_groups(*self.base.counts, rank=rank),
-        }
+        tables = {COMPARISONS[0]: count_groups(base, adapted, rank=rank), COMPARISONS[1]: count_groups(*self.base.counts, rank=rank)}
         if len(base) > 1:
             shift = int(rng.integers(1, len(base)))  # every class meets another one
             tables[COMPARISONS[2]] = count_groups(base, adapted.roll(shift, 0), rank=rank)
@@ -193,11 +168,11 @@ class Remapping:
 
     def reconstruction(self) -> pd.DataFrame:
         """Is the dictionary still valid on adapted activations: tower, explained_variance, normalized_mse, l0."""
-        return pd.DataFrame([{"tower": "base", **self.base.reconstruction}, {"tower": "adapted", **self.adapted.reconstruction}])
+        return pd.DataFrame([{"tower": side, **getattr(self, side).reconstruction} for side in SIDES])
 
 
 class Confusions(NamedTuple):
-    """CLIP's and the adapted model's pictures by true class (row) and predicted class (column), int [C, C]. After Lim et al., ICLR 2025, Fig. 21."""
+    """Pictures by true class (row) and predicted class (column), int [C, C]. After Lim et al., ICLR 2025, Fig. 21."""
 
     class_names: list[str]
     base: np.ndarray
@@ -215,16 +190,11 @@ class Confusions(NamedTuple):
         return np.argsort(-np.nan_to_num(self.change.diagonal()), kind="stable")
 
     def pairs(self) -> pd.DataFrame:
-        """Confusions that changed, those that adaptation resolved most first: class_name, taken_for, pictures (of the class), base, adapted, change."""
+        """Confusions that changed, most resolved first: class_name, taken_for, pictures (of the class), base, adapted, change."""
         rows, columns = np.nonzero((self.base != self.adapted) & ~np.eye(len(self.base), dtype=bool))
         before, after, names = self.base[rows, columns], self.adapted[rows, columns], np.array(self.class_names, dtype=object)
-        table = pd.DataFrame(
-            {
-                "class_name": names[rows], "taken_for": names[columns], "pictures": self.base.sum(1)[rows], "base": before, "adapted": after,
-                "change": after - before,
-            }
-        )  # fmt: skip
-        return table.sort_values("change", kind="stable", ignore_index=True)
+        table = pd.DataFrame({"class_name": names[rows], "taken_for": names[columns], "pictures": self.base.sum(1)[rows], "base": before})
+        return table.assign(adapted=after, change=after - before).sort_values("change", kind="stable", ignore_index=True)
 
 
 @torch.no_grad()
@@ -244,23 +214,9 @@ def compare_models(
     check_same_tower(base, adapted)
     for model in (base, adapted):
         sae.check_model(model, layer)
-    if len(dataset) == 0:
-        raise ValueError(f"The data set {dataset.spec!r} is empty: there is nothing to compare.")
-    # All text heads go with both image towers.
-    heads = {
-        "base": dataset_head(base, dataset),
-        "untrained": untrained_head(base, adapted, dataset),
-        "adapted": dataset_head(adapted, dataset),
-    }
+    heads = {"base": dataset_head(base, dataset), "adapted": dataset_head(adapted, dataset)}  # both go with both image towers
     readings = [_read_tower(model, sae, dataset, layer, heads, progress) for model in (base, adapted)]
     return Remapping(dataset.name, type(adapted).__name__, list(dataset.class_names), *readings)
-
-
-def untrained_head(base: ClipModel, adapted: ClipModel, dataset: Any) -> Tensor:
-    """CLIP's head [C, d_embed] over the texts that the adapted model's head is made of."""
-    if not isinstance(adapted, AdaptedClip):
-        return dataset_head(base, dataset)
-    return adapted.untrained_head(dataset.class_names, templates_for(dataset.spec))
 
 
 def _read_tower(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: int, heads: Mapping[str, Tensor], progress: bool) -> Reading:
@@ -285,15 +241,11 @@ def _read_tower(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: in
             features = read.features(edited)
             for head, matrix in heads.items():
                 predicted[head, form].append(clip.logits(features, matrix).argmax(1).cpu())
-    return Reading(
-        counts=(counts.cpu().view(2, seen.shape[1], -1) / seen.clamp_min(1)[..., None]).float(),
-        class_images=seen,
-        labels=torch.cat(labels).numpy(),
-        predicted={key: torch.cat(parts).numpy() for key, parts in predicted.items()},
-        reconstruction={
-            "explained_variance": 1 - error / (square - total.square().sum().item() / n), "normalized_mse": error / square, "l0": active / n,
-        },
-    )  # fmt: skip
+    counts = (counts.cpu().view(2, seen.shape[1], -1) / seen.clamp_min(1)[..., None]).float()
+    predicted = {key: torch.cat(parts).numpy() for key, parts in predicted.items()}
+    explained = 1 - error / (square - total.square().sum().item() / n)
+    reconstruction = {"explained_variance": explained, "normalized_mse": error / square, "l0": active / n}
+    return Reading(counts, seen, torch.cat(labels).numpy(), predicted, reconstruction)
 
 
 def masked_predictions(
@@ -301,10 +253,8 @@ def masked_predictions(
 ) -> pd.DataFrame:
     """Accuracy of each class with only its k most specific latents, or without them, in CLIP and in an adapted model.
 
-    If adapting is a new mapping of old concepts, the adapted head must read more from *the same few latents of CLIP's dictionary*. So they are
-    chosen once, on CLIP's train split, and are the same for all models; between them stands CLIP's image tower under the adapted head, where
-    nothing but the reading has changed. The mask of a picture is that of its true class, which tells the label: accuracies at one k can be
-    compared with each other and with as many random latents, not with unmasked ones. Source: the heat maps of Lim et al., ICLR 2025, Fig. 6.
+    The latents are chosen once, on CLIP's train split, for all models. A picture's mask is that of its true class, which tells the label, so
+    compare accuracies at one k with each other and with random latents, not with unmasked ones. Source: Lim et al., ICLR 2025, Fig. 6.
 
     Parameters
     ----------
@@ -317,8 +267,7 @@ def masked_predictions(
     Returns
     -------
     DataFrame
-        model ("CLIP", "CLIP, adapted head", "adapted") and the columns of :func:`patchsae_utils.sweep_masks`, with rows for each class;
-        ``choose`` is "oracle" (the class's latents), "random", or "none" (unmasked).
+        model ("CLIP", "CLIP, adapted head", "adapted") and the columns of :func:`patchsae_utils.sweep_masks`, with rows for each class.
     """
     check_same_tower(base, adapted)
     summary = summarize_latents(base, sae, train, layer, progress=progress)
@@ -331,9 +280,6 @@ def masked_predictions(
         )  # fmt: skip
         tables.append(table.assign(model=name))
     return pd.concat(tables, ignore_index=True)
-
-
-# -- several data sets ------------------------------------------------------------------------------------------------
 
 
 def base_to_novel(base: Remapping, novel: Remapping) -> pd.DataFrame:
@@ -364,7 +310,7 @@ def resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
 
 
 def with_harmonic_mean(points: Sequence[float], draws: Sequence[np.ndarray]) -> dict[str, tuple[float, float, float]]:
-    """Of accuracies on base and novel classes and their resamples: half -> value, low, high, with "harmonic mean" as the third."""
+    """Of accuracies on base and novel classes and their resamples: half -> value, low, high; "harmonic mean" is the third half."""
     points, draws = [*points, hmean(points)], [*draws, hmean(draws, axis=0)]
     ends = [np.quantile(sample, [0.025, 0.975]) for sample in draws]
     names = ("base", "novel", "harmonic mean")
@@ -377,8 +323,7 @@ def stack(parts: Mapping[Sequence[str] | str, pd.DataFrame], names: Sequence[str
     Parameters
     ----------
     parts : mapping of str, or of tuple of str, to DataFrame
-    names : str or sequence of str
-        Of the new columns.
+    names : str or sequence of str, of the new columns
     """
     names = [names] if isinstance(names, str) else list(names)
     return pd.concat(parts, names=names).reset_index(names).reset_index(drop=True)

@@ -55,12 +55,7 @@ RECIPES = {
     "finetune": Recipe("adamw", 1e-4, 1e-2),
     "linear": Recipe("adamw", 5e-3, 1e-2),
 }
-"""Kind -> its recipe; the prompts' is MaPLe's, the rates of the others are customary ones. All but CoOp's were held against neighbours on 180 validation
-pictures: accuracy on base classes of openmoji/tools: linear head 95 % (91 % at a quarter and at four times its rate), LoRA 87 % (83 % at a quarter),
-fine-tuning 93 % (90 % at a third); of animals MaPLe 93 % (92 % at ten times its rate); of animals:gray VPT 61 % (49 % at MaPLe's rate)."""
-
-
-# -- fitting ----------------------------------------------------------------------------------------------------------
+"""Kind -> its recipe; the prompts' is MaPLe's, the rates of the others are customary. All but CoOp's beat neighbours on validation pictures."""
 
 
 @out_of_memory("fitting an adapter", "adapters.batch_size lower, or a smaller adapters.depth")
@@ -68,9 +63,7 @@ def fit_adapter(
     clip: ClipModel, kind: str, dataset: Any, config: AdapterConfig, out: str | Path | None = None, *, seed: int | None = None,
     precision: str | None = None, shuffle_labels: bool = False, progress: bool = True,
 ) -> AdaptedClip:  # fmt: skip
-    """Adapt a CLIP to a data set from a few images a class, by the kind's recipe (:data:`RECIPES`).
-
-    A first epoch has a constant rate of 1e-5; a half cosine follows whose period is the whole run, stepped once an epoch. Images are flipped at random.
+    """Adapt a CLIP to a data set from a few images a class, flipped at random, by the kind's recipe (:data:`RECIPES`).
 
     Parameters
     ----------
@@ -88,22 +81,18 @@ def fit_adapter(
     shuffle_labels : bool
         The control that can learn no class: every image has the label of another.
     progress : bool
-        Show a bar.
 
     Returns
     -------
     AdaptedClip
-        Frozen. ``.log`` holds, for each epoch, learning rate, loss and accuracy on the training images.
+        Frozen; ``.log`` holds each epoch's learning rate, loss and accuracy on the training images.
 
     Raises
     ------
     ValueError
         For an unknown kind or precision, an impossible depth, a data set with fewer images than shots, or a model without a text tower.
-    MemoryError
-        If a batch doesn't fit the memory; says what to set.
 
-    Source: the recipe of MaPLe (Khattak et al., CVPR 2023), without random resized crops: a crop of a few-object scene at 112
-    pixels often loses the object.
+    Source: the recipe of MaPLe (Khattak et al., CVPR 2023), without random crops, in which small scenes often lose the object.
     """
     _adapter_class(kind)
     if not clip.has_text:
@@ -147,15 +136,11 @@ def fit_adapter(
                 flip = (torch.rand(len(chosen), generator=generator) < 0.5).long()
                 if features is None:
                     batch = torch.where(flip[:, None, None, None] > 0, images[chosen].flip(-1), images[chosen])
-                    seen = adapted.encode_image(batch.float())
-                else:
-                    seen = features[flip, chosen]
+                seen = adapted.encode_image(batch.float()) if features is None else features[flip, chosen]
                 logits = adapted.logits(seen, head())
                 loss = F.cross_entropy(logits, labels[chosen])
                 if not torch.isfinite(loss):
-                    raise ValueError(
-                        f"The loss of {kind!r} on {dataset.spec!r} is {loss.item()} in epoch {epoch + 1}: lower lr (now {lr})."
-                    )
+                    raise ValueError(f"The loss of {kind!r} on {dataset.spec!r} is {loss} in epoch {epoch + 1}: lower lr (now {lr}).")
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -202,9 +187,7 @@ def _features(adapted: AdaptedClip, images: Tensor) -> Tensor:
     return torch.stack([torch.cat([adapted.encode_image(part.float()) for part in side.split(64)]) for side in (images, images.flip(-1))])
 
 
-def _resume(
-    path: Path | None, fp: str, adapted: AdaptedClip, optimizer: torch.optim.Optimizer, generator: Generator
-) -> list[dict[str, Any]]:
+def _resume(path: Path | None, fp: str, adapted: AdaptedClip, optimizer, generator: Generator) -> list[dict[str, Any]]:
     """Go back to where fitting was stopped, when the file is of these inputs: the log of its epochs."""
     try:
         state = read_torch(path) if path is not None and path.exists() else {}
@@ -233,11 +216,8 @@ def _arithmetic(adapted: AdaptedClip, precision: str) -> Iterator[None]:
             block.attn.batch_first = transformer.batch_first
 
 
-# -- on disk ----------------------------------------------------------------------------------------------------------
-
-
 def save_adapter(adapted: AdaptedClip, out: str | Path, **manifest: Any) -> None:
-    """Write ``adapter.safetensors`` and ``manifest.json`` into a folder, at once; ``manifest``: further entries."""
+    """Write ``adapter.safetensors`` and ``manifest.json``, with further entries, into a folder, at once."""
     with artifacts.atomic_folder(out) as folder:
         save_file({k: v.detach().cpu().contiguous() for k, v in adapted.learned.state_dict().items()}, folder / "adapter.safetensors")
         base = {"name": adapted.base.name, "pretrained": adapted.base.pretrained, "fingerprint": adapted.base.fingerprint}
@@ -248,16 +228,14 @@ def save_adapter(adapted: AdaptedClip, out: str | Path, **manifest: Any) -> None
 def load_adapter(path: str | Path, clip: ClipModel | None = None, *, template: str | None = None) -> AdaptedClip:
     """Read an adapter: a folder of ours, or an official checkpoint of MaPLe or CoOp (``model.pth.tar-5``).
 
-    Context and depth are those that the file holds.
-
     Parameters
     ----------
     path : path
     clip : ClipModel, optional
         The model it adapts. Default, for a folder of ours: the one that its manifest names.
     template : str, optional
-        For an official checkpoint: the prompt whose first words it learned. By default it goes on as the file's own prompts do
-        (``token_suffix``), or as "a photo of a {}." where the file keeps none.
+        For an official checkpoint: the prompt whose first words it learned. By default that of the file (``token_suffix``), or
+        "a photo of a {}." where it keeps none.
 
     Raises
     ------
@@ -272,9 +250,7 @@ def load_adapter(path: str | Path, clip: ClipModel | None = None, *, template: s
             raise ValueError(f"{path} does not say which model it adapts: give clip=, e.g. load_clip('ViT-B-16-quickgelu', 'openai').")
         return read_official(path, clip, template)
     if not (path / "manifest.json").exists():
-        raise FileNotFoundError(
-            f"{path} holds no adapter (manifest.json and adapter.safetensors). Fit one: fit_adapter(clip, kind, dataset, config, out)."
-        )
+        raise FileNotFoundError(f"{path} holds no adapter (manifest.json). Fit one: fit_adapter(clip, kind, dataset, config, out).")
     version = artifacts.read_checked_json(path / "manifest.json").get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version}; this package reads {FORMAT_VERSION}. Fit the adapter again.")
@@ -285,8 +261,7 @@ def load_adapter(path: str | Path, clip: ClipModel | None = None, *, template: s
     clip = clip or load_clip(name, pretrained)
     if clip.fingerprint != fingerprint:
         raise ValueError(
-            f"The adapter in {path} was fitted to {name!r} ({fingerprint}); this model is {clip.name!r} ({clip.fingerprint}). "
-            f"Load that model, or fit the adapter again."
+            f"The adapter in {path} was fitted to {name!r} ({fingerprint}); this is {clip.name!r} ({clip.fingerprint}). Load or fit again."
         )
     with artifacts.damage_named(path / "manifest.json"):
         adapted = filled(_adapter_class(kind)(clip, **options), load_file(path / "adapter.safetensors"), path)

@@ -1,28 +1,8 @@
-"""What a gain in accuracy is made of: reuse, remapping, new concepts, as quantities that can be measured.
+"""What a gain in accuracy is made of. The residual stream is z = decode(h) + e, and adaptation may change four parts:
 
-A model sees a picture in four steps: the image tower up to the hook writes a residual stream z; the dictionary reads z as latents
-h, and leaves an error e (z = decode(h) + e); the later blocks make a feature of z; the text head makes logits of the feature. Adaptation
-may change each step, and nothing else, so its gain in accuracy has exactly four parts:
-
-- ``existing latents``: concepts of CLIP's own dictionary answer differently (decode(h_b) becomes decode(h_a));
-- ``outside the dictionary``: what no latent of CLIP stands for changes (e_b becomes e_a);
-- ``later blocks``: the image tower behind the hook reads the same residual stream differently (weights or prompt tokens);
-- ``text head``: the same image features are read differently.
-
-From these the three words of the question:
-
-- **new concepts** come from *outside the dictionary*: exactly zero where the image tower can't change. It is no bound on what is new: an overcomplete
-  dictionary writes new directions on old latents too, and misses a part of any change (:meth:`GainSplit.change`); :mod:`.novelty` asks latent by latent;
-- **remapping** from *later blocks* and *text head*: the concepts at the hook are as they were, their mapping to classes is new. *Existing latents*
-  stand between the two, known concepts that answer more or less than before, and are reported apart as **retuning**;
-- **reuse** is how much of the evidence for a class rests on the same latents as before; see :mod:`.links`.
-
-It is an experiment, not a correlation: every picture is classified with each of the 16 combinations of old and new parts. A part's share of the gain
-is its *Owen value*: first image tower and text head are crossed, both orders averaged (their Shapley value); then, within the image tower, all
-orders of its three parts are averaged. So the parts sum to the gain, picture by picture.
-
-Sources: Shapley, "A value for n-person games" (1953); Owen, "Values of games with a priori unions" (1977). The question is that of Lim et al.,
-ICLR 2025, section 4.2; the definition is ours.
+CLIP's own latents (h: "retuning"), what is outside its dictionary (e: "new concepts", no bound on what is new: :mod:`.novelty`), the later blocks
+and the text head (both "remapping"). Each of the 16 combinations classifies every picture; a part's share is its *Owen value*, in which the
+tower's three parts are one union, so the parts sum to the gain. Sources: Shapley (1953); Owen, "Values of games with a priori unions" (1977).
 """
 
 from __future__ import annotations
@@ -38,13 +18,13 @@ import torch
 from torch import Generator, Tensor
 
 from ..clip.model import ClipModel
-from ..data import batches
+from ..data import batches, templates_for
 from ..interventions.tail import check_same_tower, dataset_head, network_tail
 from ..latents.passes import latent_chunks
 from ..run.intervals import interval, mean_interval
 from ..sae.model import SparseAutoencoder
-from .compare import untrained_head
 from .links import ClassLinks, LinkSums, Reader
+from .models import AdaptedClip
 
 TOWER_PARTS = ("existing latents", "outside the dictionary", "later blocks")
 PARTS = (*TOWER_PARTS, "text head")
@@ -74,26 +54,20 @@ class GainSplit:
     """CLIP and an adapted model on one data set, with every combination of old and new parts."""
 
     name: str
-    """Name of the data set."""
-    adapter: str
-    """Name of the adapter."""
+    """Of the data set."""
     outcomes: np.ndarray
     """[2 measures, 2, 2, 2, 3, N]: whether picture n is classified rightly, and the log-probability of its class (nats), with each part of
     ``PARTS`` as in CLIP (0) or as in the adapted model (1); the text head may also be CLIP's with the adapter's own texts (2)."""
-    reconstructed: np.ndarray
-    """The same of streams without what is outside the dictionary, in both models."""
     squares: np.ndarray
     """[3, 2, N]: for each of ``CHANGES`` the squared norm of the change outside the dictionary, and of the whole change, summed over tokens."""
 
-    def parts(self, measure: str = "accuracy", reconstructed: bool = False) -> pd.DataFrame:
-        """Each part of the gain ("accuracy" or "log-probability"): part, gain, low, high, share, share_low, share_high; intervals over pictures.
+    def parts(self, measure: str = "accuracy") -> pd.DataFrame:
+        """Each part of the gain in "accuracy" or "log-probability": part, gain, low, high, share, share_low, share_high; over pictures.
 
-        After ``PARTS`` come the sums "image tower", "retuning", "new concepts", "remapping", the text head's "template" and "learning" (FAULTS D16: CLIP's
-        head is a mean over templates, that of learned prompts has one), then "both" and "interaction", of which tower and head got half each. Shares
-        are of the whole gain, and NaN where its interval holds 0. ``reconstructed``: of what both models do with the dictionary's words alone;
-        "remapping" otherwise includes what no latent stands for and both models hold.
+        After ``PARTS`` come the sums "image tower" and ``CONCEPTS``, the text head's "template" and "learning" (FAULTS D16: CLIP's head is a mean
+        over templates, that of learned prompts has one), then "both" and "interaction". Shares are NaN where the gain's interval holds 0.
         """
-        values = (self.reconstructed if reconstructed else self.outcomes)[MEASURES.index(measure)]
+        values = self.outcomes[MEASURES.index(measure)]
         parts = owen_values(values)
         for name, members in {"image tower": TOWER_PARTS, **CONCEPTS}.items():
             parts[name] = np.sum([parts[part] for part in members], axis=0)
@@ -111,18 +85,14 @@ class GainSplit:
         return table.assign(share=share.value, share_low=share.low, share_high=share.high)
 
     def experiments(self) -> pd.DataFrame:
-        """The combinations that a reader would ask for: experiment, value (accuracy), low, high, and the gain over CLIP with its interval."""
+        """Of :data:`EXPERIMENTS`: experiment, value (accuracy), low, high, and the gain over CLIP with its interval."""
         rows = np.stack([self.outcomes[0][parts] for parts in EXPERIMENTS.values()])
         value, gain = mean_interval(rows, "images"), mean_interval(rows - rows[0], "images")
         table = pd.DataFrame({"experiment": list(EXPERIMENTS), "value": value.value, "low": value.low, "high": value.high})
         return table.assign(gain=gain.value, gain_low=gain.low, gain_high=gain.high)
 
     def change(self) -> pd.DataFrame:
-        """How much of a change of the residual stream the dictionary misses: change, outside, low, high.
-
-        ``outside`` is the squared norm of the part outside the dictionary over that of the whole change (the two parts needn't be orthogonal, so
-        it may pass 1). Two yardsticks: from one picture to the next, and in a random direction of the same size at each token.
-        """
+        """How much of each of :data:`CHANGES` of the stream the dictionary misses: change, outside (share of the squared norm), low, high."""
         outside = [share_of(*each)[:3] for each in self.squares]
         return pd.DataFrame(outside, columns=["outside", "low", "high"]).assign(change=CHANGES)[["change", "outside", "low", "high"]]
 
@@ -138,7 +108,7 @@ def share_of(rows: np.ndarray, whole: np.ndarray):
 
 
 def owen_values(values: np.ndarray) -> dict[str, np.ndarray]:
-    """Each part's Owen value [...] from outcomes [2, 2, 2, 2 or 3, ...], each of ``PARTS`` old (0) or new (1); the tower's three parts are one union."""
+    """Each part's Owen value [...] from outcomes [2, 2, 2, 2 or 3, ...] with each of ``PARTS`` old (0) or new (1)."""
     orders = list(permutations(range(len(TOWER_PARTS))))
     found = {name: np.zeros(values.shape[len(PARTS) :]) for name in PARTS}
     for head in (0, 1):
@@ -155,7 +125,7 @@ def owen_values(values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 class GainAnalysis(NamedTuple):
-    """What :func:`explain_gain` found of one adapted model."""
+    """Of one adapted model."""
 
     split: GainSplit
     links: ClassLinks
@@ -177,14 +147,13 @@ def explain_gain(
         Labelled pictures that neither the SAE nor the adapters have seen.
     progress : bool
     """
-    if len(dataset) == 0:
-        raise ValueError(f"The data set {dataset.spec!r} is empty: there is nothing to explain.")
-    for model in (base, *adapted.values()):
+    models = [base, *adapted.values()]
+    for model in models:
         check_same_tower(base, model)
         sae.check_model(model, layer)
-    models = [base, *adapted.values()]
     tails, heads = [None] * len(models), [dataset_head(model, dataset) for model in models]
-    between = [untrained_head(base, model, dataset) for model in models]
+    texts = dataset.class_names, templates_for(dataset.spec)
+    between = [model.untrained_head(*texts) if isinstance(model, AdaptedClip) else heads[0] for model in models]
     sums = {name: LinkSums(list(dataset.class_names), sae) for name in adapted}
     found: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in adapted}
     generator = Generator().manual_seed(0)
@@ -193,22 +162,21 @@ def explain_gain(
         residuals = [model.run_to(batch.images, layer) for model in models]
         tails = [tail or network_tail(model, layer, residual) for tail, model, residual in zip(tails, models, residuals, strict=True)]
         before, *others = (Reader(*parts) for parts in zip(models, heads, tails, residuals, strict=True))
-        z, said = before.residual.tokens, _decoded(sae, before.residual.tokens)
+        z = before.residual.tokens
+        said = _decoded(sae, z)
         noise = torch.randn(z.shape, generator=generator).to(base.device)
         for name, after, untrained in zip(adapted, others, between[1:], strict=True):
-            new_said = _decoded(sae, after.residual.tokens)
-            change, change_said = after.residual.tokens - z, new_said - said
+            new = after.residual.tokens
+            change, change_said = new - z, _decoded(sae, new) - said
             # With the latents' part, and with the part outside.
-            whole = {(0, 0): z, (1, 0): z + change_said, (0, 1): after.residual.tokens - change_said, (1, 1): after.residual.tokens}
-            of_whole = _outcomes(whole, (before, after), untrained, labels)
-            of_said = _outcomes({(0, 0): said, (1, 0): new_said}, (before, after), untrained, labels)
+            streams = {(0, 0): z, (1, 0): z + change_said, (0, 1): new - change_said, (1, 1): new}
             random = noise * (change.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
             random_said = _decoded(sae, z + random) - said if change.any() else random
             pairs = (change, change_said), (z.roll(1, 0) - z, said.roll(1, 0) - said), (random, random_said)
-            found[name].append((of_whole, of_said[:, :, :1].expand_as(of_whole), torch.stack([_squares(*pair) for pair in pairs])))
+            found[name].append((_outcomes(streams, (before, after), untrained, labels), torch.stack([_squares(*pair) for pair in pairs])))
             sums[name].add((before, after), labels)
     arrays = {name: [torch.cat(parts, -1).numpy() for parts in zip(*found[name], strict=True)] for name in adapted}
-    return {name: GainAnalysis(GainSplit(dataset.name, name, *arrays[name]), sums[name].links()) for name in adapted}
+    return {name: GainAnalysis(GainSplit(dataset.name, *arrays[name]), sums[name].links()) for name in adapted}
 
 
 def _decoded(sae: SparseAutoencoder, tokens: Tensor) -> Tensor:
@@ -216,7 +184,7 @@ def _decoded(sae: SparseAutoencoder, tokens: Tensor) -> Tensor:
 
 
 def _outcomes(streams: Mapping[tuple[int, int], Tensor], readers: tuple[Reader, Reader], untrained: Tensor, labels: Tensor) -> Tensor:
-    """Rightness and log-probability of the given streams [B, T, D] with every tail and head, [2, 2, 2, 2, 3, B]; 0 for streams that are not given."""
+    """Rightness and log-probability of streams [B, T, D] with every tail and head, [2, 2, 2, 2, 3, B]."""
     found = torch.zeros(2, 2, 2, 2, 3, len(labels), dtype=torch.float64)
     for tail, reader in enumerate(readers):
         for parts, tokens in streams.items():

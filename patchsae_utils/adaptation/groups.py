@@ -14,10 +14,8 @@ from ..latents.classes import class_scores, top_latents
 GROUPS = ("high", "high-to-low", "low-to-high")
 OVERLAPS = ("jaccard", "rbo")
 TOP_K = 10
-LOW = 0.5
-"""A latent must fall below so much of its count to leave *high*: it halves, or doubles. The paper states no threshold; this one is ours."""
-PERSISTENCE = 0.9
-"""p: the chance that a reader who has seen one more place reads on."""
+LOW = 0.5  # a latent must fall below so much of its count to leave *high*; the paper states no threshold, this one is ours
+PERSISTENCE = 0.9  # p: the chance that a reader who has seen one more place reads on
 
 
 def ranked_latents(counts: Tensor, top_k: int = TOP_K, rank: str = "count") -> list[list[int]]:
@@ -35,12 +33,9 @@ def top_of_either(base: Tensor, adapted: Tensor, top_k: int = TOP_K, rank: str =
 
 
 def latent_groups(base: Tensor, adapted: Tensor, *, top_k: int = TOP_K, rank: str = "count", members: Tensor | None = None) -> pd.DataFrame:
-    """Sort each class's top latents by what adaptation did to them: class, latent, base, adapted, group; classes in order, and within them latents.
+    """Top latents of a class in either model (or ``members``, bool [C, S]) from counts [C, S]: class, latent, base, adapted, group.
 
-    Over the union of both models' top latents of a class (or ``members``, bool [C, S]), from counts [C, S] per picture: *high-to-low* where the
-    adapted model's count fell below ``LOW`` times CLIP's, *low-to-high* where CLIP's lies below ``LOW`` times the adapted one's, else *high*.
-
-    Source: the three regions of Lim et al., ICLR 2025, Table 1 and Figure 7.
+    *high-to-low* where the adapted count is below ``LOW`` times CLIP's, *low-to-high* the reverse, else *high*. Source: Lim et al., Table 1, Fig. 7.
     """
     members = top_of_either(base, adapted, top_k, rank) if members is None else members
     classes, latents = members.nonzero(as_tuple=True)
@@ -50,7 +45,7 @@ def latent_groups(base: Tensor, adapted: Tensor, *, top_k: int = TOP_K, rank: st
 
 
 def count_groups(base: Tensor, adapted: Tensor, *, top_k: int = TOP_K, rank: str = "count", members: Tensor | None = None) -> pd.DataFrame:
-    """:func:`latent_groups` counted, one row a class: class, high, high-to-low, low-to-high; jaccard and rbo of the top latents (NaN: neither has any)."""
+    """:func:`latent_groups` counted, one row a class: class, ``GROUPS``; jaccard and rbo of the top latents (NaN: neither has any)."""
     table = latent_groups(base, adapted, top_k=top_k, rank=rank, members=members)
     counts = pd.crosstab(table["class"], table["group"]).reindex(index=range(len(base)), columns=list(GROUPS), fill_value=0)
     shared = overlaps(ranked_latents(base, top_k, rank), ranked_latents(adapted, top_k, rank))
@@ -67,15 +62,11 @@ def overlaps(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) ->
 
 
 def rank_biased_overlap(first: Sequence[Hashable], second: Sequence[Hashable], p: float = PERSISTENCE) -> float:
-    """Extrapolated rank-biased overlap of two rankings, best first, no item twice; they may differ in length.
+    """Extrapolated rank-biased overlap of two rankings without repeats, best first, of lengths s <= l; 0 if one is empty, NaN if both are.
 
-    With s and l the lengths of the shorter and the longer list, and X_d the number of items that both have among their first d (all s of the shorter
-    one, where d > s)::
+    With X_d the number of items that both have among their first d (of the shorter one at most s)::
 
         RBO = (1-p)/p [ sum_{d=1..l} X_d/d p^d  +  sum_{d=s+1..l} X_s (d-s)/(s d) p^d ]  +  [ (X_l - X_s)/l + X_s/s ] p^l
-
-    It is the infinite sum of the agreements at each depth with weights (1 - p) p^(d - 1), if the agreement beyond the end of a list is what it was at
-    the end: 1 for identical rankings, 0 for disjoint ones or if one is empty, NaN if both are.
 
     Source: Webber, Moffat and Zobel, "A similarity measure for indefinite rankings", ACM TOIS 28(4), 2010, equation 32.
     """

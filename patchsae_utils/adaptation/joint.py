@@ -1,17 +1,7 @@
-"""A joint dictionary of two models, a crosscoder: one code for the same token in both, and a decoder for each.
+"""A joint dictionary of models m, a crosscoder: f = act(sum_m x_m W_enc^m + b_enc), and x_m (centred, scaled) is read back as f W_dec^m.
 
-With streams x_m of the models m, centred and divided by one scale::
-
-    f = act( sum_m x_m W_enc^m + b_enc ),    x_m is read back as f W_dec^m
-
-- BatchTopK (``k``): of N tokens' positive f the k N largest products f_s n_s stay, n_s being the sum of the norms of latent s's decoder rows over the models;
-  later a latent is active where its product exceeds the running mean of the smallest one that stayed. The loss is the squared error.
-- L1 (``l1_coefficient``): ReLU, and the loss is the squared error plus the coefficient times the sum of f_s n_s.
-
-With a single stream it is an ordinary SAE; that of the difference of two models is made here too.
-
-Sources: Lindsey et al., "Sparse crosscoders for cross-layer features and model diffing", 2024 (L1); Minder et al., "Overcoming sparsity artifacts in
-crosscoders to interpret chat-tuning", 2025 (BatchTopK).
+BatchTopK (``k``): the k N largest f_s n_s of N tokens stay, n_s the summed norms of decoder rows; later those above the running mean of the smallest
+that stayed. Sources: Lindsey et al., "Sparse crosscoders", 2024; Minder et al., "Overcoming sparsity artifacts in crosscoders", 2025.
 """
 
 from __future__ import annotations
@@ -28,7 +18,7 @@ _RATE = 0.02  # of the running mean of the threshold
 
 
 class JointDictionary(nn.Module):
-    """Decoder rows start at the directions of some tokens [n, M, D], encoders as their transposes; see the module."""
+    """Decoder rows start at the directions of some tokens [n, M, D], encoders as their transposes."""
 
     mean: Tensor
     scale: Tensor
@@ -70,7 +60,7 @@ class JointDictionary(nn.Module):
         return torch.stack([f @ rows for rows in self.W_dec], -2) * self.scale + self.mean
 
     def loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss on tokens [N, M, D], in units of the scale: a scalar; and the smallest product f_s n_s that stayed (0 for L1)."""
+        """The squared error on tokens [N, M, D], in units of the scale, plus the L1 penalty; the smallest product f_s n_s that stayed."""
         f, norms = self._positive(x), self.norms.sum(0)
         smallest = f.new_zeros(())
         if self.k is not None:

@@ -1,16 +1,7 @@
-"""Which latents a class rests on, before and after adaptation: the remapping matrix.
+"""Which latents a class rests on: a *link* is a latent's activation h times the gradient w of the class's margin along its decoder row.
 
-A *link* from latent s to class c is what the margin of class c owes to the latent, on average over pictures of the class: its activation h
-times its weight w, where w is the gradient of the margin along the latent's decoder row (gradient times activation, as in
-:mod:`patchsae_utils.interventions.attribution`). A link changes because the latent answers differently (dh) or because it is read differently (dw), and
-the change splits exactly::
-
-    h_a w_a - h_b w_b  =  (h_a - h_b) (w_a + w_b) / 2  +  (h_a + h_b) / 2 (w_a - w_b)
-                          by activation                   by reading: a new mapping from the same concept
-
-summed over tokens. The positive links of a class, divided by their sum, are its *evidence*. What two models share of it, the sum over
-latents of the smaller of the two shares, is the *reuse* of the class: 1 where each latent carries as much of the class as before, 0 where
-none that carried it does so still.
+h_a w_a - h_b w_b = (h_a - h_b) (w_a + w_b) / 2 [by activation] + (h_a + h_b) / 2 (w_a - w_b) [by reading], summed over tokens. A class's positive
+links over their sum are its *evidence*; its *reuse* is what two models share of it: the sum of the smaller of the two shares.
 """
 
 from __future__ import annotations
@@ -38,19 +29,18 @@ _IMAGES = 8  # whose latents and weights [T, S] are held at once
 
 @dataclass(frozen=True)
 class ClassLinks:
-    """What each class's margin owes to each latent, in CLIP and in the adapted model; means over pictures of the class."""
+    """What each class's margin owes to each latent [C, S], in CLIP and in the adapted model; means over pictures of the class."""
 
     class_names: list[str]
     halves: Tensor
-    """[2, C, S] CLIP's links, on the pictures of each class at even and at odd turns: how far chance moves them."""
+    """[2, C, S] CLIP's links, on the pictures of each class at even and at odd turns."""
     half_images: Tensor
     """[2, C] how many pictures those are."""
     adapted: Tensor
-    """[C, S] the adapted model's links, on all pictures."""
     by_activation: Tensor
-    """[C, S] the part of adapted minus base that is due to other activations."""
+    """The part of adapted minus base that is due to other activations."""
     by_reading: Tensor
-    """[C, S] the part that is due to other weights; the two parts sum to the change."""
+    """The part that is due to other weights."""
 
     @property
     def base(self) -> Tensor:
@@ -58,9 +48,9 @@ class ClassLinks:
         return mean_of_halves(self.halves, self.half_images)
 
     def reuse(self) -> pd.DataFrame:
-        """How much of a class's evidence rests on the same latents, beside what chance and unrelated classes share: comparison, reuse, low, high.
+        """How much of a class's evidence rests on the same latents, beside controls: comparison, reuse, low, high (over classes).
 
-        Intervals are over classes. "CLIP twice, other pictures" compares samples of half the size, so it understates what chance leaves in common.
+        "CLIP twice, other pictures" compares samples of half the size, so it understates what chance leaves in common.
         """
         pairs = {COMPARISONS[0]: (self.base, self.adapted), COMPARISONS[1]: tuple(self.halves)}
         if len(self.class_names) > 1:
@@ -74,17 +64,14 @@ class ClassLinks:
         return pd.DataFrame(records, columns=["comparison", "reuse", "low", "high"])
 
     def links(self) -> pd.DataFrame:
-        """The strongest links of each class in either model: class, class_name, latent, base, adapted (shares of the class's evidence), link.
-
-        A link has *vanished* when its share fell below half of CLIP's, *appeared* when CLIP's lies below half of the adapted model's, else *stayed*.
-        """
+        """The strongest links of each class in either model: class, class_name, latent, base, adapted (shares of evidence), link (``LINKS``)."""
         table = latent_groups(evidence(self.base), evidence(self.adapted))
         table["link"] = table.pop("group").map(LINKS)
         table.insert(1, "class_name", [self.class_names[i] for i in table["class"]])
         return table
 
     def change(self) -> dict[str, float]:
-        """Share of the links' change (sum of absolute parts) that is due to reading, not to activations: reading, low, high (over classes)."""
+        """Share of the links' change (sum of absolute parts) that is due to reading: reading, low, high (over classes)."""
         reading, activation = (part.abs().sum(1) for part in (self.by_reading, self.by_activation))
         total = reading + activation
         shares = (reading / total)[total > 0]

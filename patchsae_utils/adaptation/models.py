@@ -25,35 +25,31 @@ class AdaptedClip(ClipModel):
     """Its name in ``fit_adapter`` and on disk."""
     OPTIONS: ClassVar[tuple[str, ...]] = ("seed", "template")
     """Attributes that, given to the class, make an adapter of the same shape: saved beside the weights."""
-    learned: Any
-    """What is learned; ``learned.state_dict()`` is what is saved."""
+    learned: Any  # a module, whose state_dict is saved
     log: Sequence[dict[str, Any]] = ()
     """One entry an epoch of fitting: epoch, lr, loss, accuracy on the training images."""
 
     def __init__(self, clip: ClipModel, *, model: nn.Module | None = None, seed: int = 1, template: str = TEMPLATE):
         if not isinstance(clip.visual, VisionTransformer):
-            raise ValueError(
-                f"Adapters change open_clip's own VisionTransformer, such as 'ViT-B-16' has; {clip.name!r} has a tower of timm."
-            )
-        super().__init__(
-            clip.model if model is None else model, clip.preprocess, clip._tokenizer, clip.name, clip.pretrained, clip.device, clip.precision
-        )  # fmt: skip
+            raise ValueError(f"Adapters change open_clip's VisionTransformer, such as 'ViT-B-16' has; {clip.name!r} has a tower of timm.")
+        model = clip.model if model is None else model
+        super().__init__(model, clip.preprocess, clip._tokenizer, clip.name, clip.pretrained, clip.device, clip.precision)
         if "{}" not in template:
             raise ValueError(f"The template {template!r} has no '{{}}' where the class name goes.")
         self.base, self.seed, self.template = clip, seed, template
 
     @property
     def changes_images(self) -> bool:
-        """Whether the image tower differs from the base's; if not, its features are computed once."""
+        """Whether the image tower differs from the base's."""
         return True
 
     def head_to_fit(self, class_names: Sequence[str], templates: Sequence[str]) -> Callable[[], Tensor]:
-        """A function that gives the text head [C, d_embed] in each step of fitting; by default a frozen one, computed once."""
+        """A function that gives the text head [C, d_embed] in each step of fitting; by default a frozen one."""
         head = self.zero_shot_head(class_names, templates)
         return lambda: head
 
     def untrained_head(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """The base's head [C, d_embed] over the texts that this adapter's head is made of: what differs from it was learned."""
+        """The base's head [C, d_embed] over the texts of this adapter's head."""
         return self.base.zero_shot_head(class_names, templates)
 
     @property
@@ -81,17 +77,13 @@ class AdaptedClip(ClipModel):
 
 
 class LoRA(AdaptedClip):
-    """Low-rank changes of the queries' and values' weights in every block of the image tower: W + B A, with A [rank, d] and B [d, rank].
-
-    B starts at 0, so that the adapter starts as CLIP. The text head stays as it is.
+    """Low-rank changes of the queries' and values' weights in every block of the image tower: W + B A, A [rank, d], and B [d, rank] from 0.
 
     Parameters
     ----------
     clip : ClipModel
-    rank, seed : int
-        The seed is of A.
-    template : str
-        The text head's prompt for callers that give none.
+    rank, seed : int, the seed of A
+    template : str, the text head's prompt for callers that give none
 
     Source: Hu et al., ICLR 2022, section 4 (their factor alpha / rank is 1).
     """
@@ -109,9 +101,7 @@ class LoRA(AdaptedClip):
         for block, change in zip(self.blocks, self.learned, strict=True):
             attention = getattr(block, "attn", None)
             if not isinstance(attention, nn.MultiheadAttention) or attention.in_proj_weight is None:
-                raise ValueError(
-                    f"LoRA changes packed attention weights (nn.MultiheadAttention); {clip.name!r} has {type(attention).__name__}."
-                )
+                raise ValueError(f"LoRA changes packed weights (nn.MultiheadAttention); {clip.name!r} has {type(attention).__name__}.")
             parametrize.register_parametrization(attention, "in_proj_weight", change)
 
 
@@ -134,10 +124,8 @@ class FineTuned(AdaptedClip):
     Parameters
     ----------
     clip : ClipModel
-    seed : int
-        Nothing is drawn.
-    template : str
-        The text head's prompt for callers that give none.
+    seed : int, unused: nothing is drawn
+    template : str, the text head's prompt for callers that give none
     """
 
     kind = "finetune"
@@ -148,19 +136,15 @@ class FineTuned(AdaptedClip):
 
 
 class LinearHead(AdaptedClip):
-    """A linear classifier on the frozen, unit image features; it starts from the text head, whose place it takes.
-
-    Classes that it was not fitted to keep their text features, so that on novel classes it is zero-shot CLIP.
+    """A linear classifier on frozen, unit image features, starting from the text head; other classes keep their text features.
 
     Parameters
     ----------
     clip : ClipModel
-    class_names : sequence of str
-        The classes that it has rows for.
+    class_names : sequence of str, the classes that it has rows for
     templates, template : sequence of str, str
         Of the text head that it starts from; ``template`` where there are no ``templates``.
-    seed : int
-        Nothing is drawn.
+    seed : int, unused: nothing is drawn
 
     Source: Radford et al., 2021, section 3.2 (linear probe); started from the text head as in Wortsman et al., CVPR 2022.
     """

@@ -1,22 +1,7 @@
-"""Which latents are new in an adapted model? Five measures side by side, none of them enough alone, and one verdict.
+"""Which latents f of a joint dictionary are new in an adapted model? Five measures on pictures that no dictionary saw, and one verdict.
 
-All speak of the latents f of a joint dictionary (:mod:`.joint`), at the same tokens of both models, on pictures that no dictionary was trained on; d is the
-latent's decoder row in the adapted model. Was it *there before*?
-
-- ``scaling``: Latent Scaling. beta = d . (Y^T f) / (|d|^2 |f|^2) is how much of the latent Y holds; Y is the error that the other latents leave, and then
-  the reconstruction. The score is CLIP's beta on the error over the adapted model's. New where both ratios are small: norms of decoder rows alone miss rare
-  features, whose row in CLIP never shrank ("undertrained"), and take for new what shrank although CLIP holds it (complete shrinkage: its error
-  says so) or what other latents say in CLIP (decoupling: its reconstruction says so).
-- ``matched``: correlation of its activations with those of the latent of CLIP's own dictionary whose decoder row is most like d.
-- ``predicted``: correlation with a ridge regression from CLIP's whole stream at the same token; needs no dictionary of CLIP.
-
-And *did it change*?
-
-- ``norms``: relative difference of the decoder rows' norms, 1/2 where they are equal.
-- ``difference``: correlation with the latent of an SAE on the difference of the streams whose row is most like d.
-
-Sources: Minder et al., 2025, section 3 (Latent Scaling; they ask only for latents whose own row in CLIP is near 0, where the reconstruction with and without
-it is the same: here it is left out of CLIP's); Kondapaneni et al., 2025 (regression).
+Were they there before (``scaling``, ``matched``, ``predicted``), and did they change (``norms``, ``difference``)? d: decoder row in the adapted model.
+Sources: Minder et al., 2025, section 3 (Latent Scaling; here a latent's own row is left out of CLIP's reconstruction); Kondapaneni et al., 2025.
 """
 
 from __future__ import annotations
@@ -39,12 +24,9 @@ from ..sae.model import SparseAutoencoder
 from .joint import JointDictionary, norm_difference, train_joint
 
 NEW, BEFORE, UNDECIDED = "new", "as before", "undecided"
-RATIOS = (0.2, 0.5)
-"""Below them, on error and reconstruction, Latent Scaling calls a latent the adapted model's own."""
-RELATED = 0.5
-"""Correlation above which a latent has a partner, or is predicted."""
-NORMS = (0.1, 0.9)
-"""Bounds of the relative norm difference: beyond them it is one model's alone."""
+RATIOS = (0.2, 0.5)  # below them, on error and reconstruction, Latent Scaling calls a latent the adapted model's own
+RELATED = 0.5  # correlation above which a latent has a partner, or is predicted
+NORMS = (0.1, 0.9)  # bounds of the relative norm difference: beyond them it is one model's alone
 RIDGE = 1e-3  # of the mean variance of the stream's dimensions
 _PICTURES = 8  # read at once
 
@@ -53,11 +35,8 @@ _PICTURES = 8  # read at once
 def read_streams(base: ClipModel, adapted: ClipModel, dataset: Any, layer: int, *, progress: bool = True) -> Tensor:
     """The residual streams of two models after a block, at the same tokens: [N, T, 2, D]."""
     check_same_tower(base, adapted)
-    shown = f"reading {dataset.name} twice" if progress else None
-    parts = [
-        [model.residual(batch.images, layer) for model in (base, adapted)] for batch in batches(dataset, base.preprocess, progress=shown)
-    ]
-    return torch.cat([torch.stack(pair, 2) for pair in parts])
+    pictures = batches(dataset, base.preprocess, progress=f"reading {dataset.name} twice" if progress else None)
+    return torch.cat([torch.stack([model.residual(batch.images, layer) for model in (base, adapted)], 2) for batch in pictures])
 
 
 def norms(joint: JointDictionary, streams: Tensor) -> pd.DataFrame:
@@ -69,7 +48,7 @@ def norms(joint: JointDictionary, streams: Tensor) -> pd.DataFrame:
 
 @torch.no_grad()
 def scaling(joint: JointDictionary, streams: Tensor) -> pd.DataFrame:
-    """Latent Scaling: CLIP's beta over the adapted model's on the error; beside it "reconstruction", its interval, and the four betas."""
+    """Latent Scaling: CLIP's beta = d . (Y^T f) / (|d|^2 |f|^2) over the adapted one's; Y: what other latents leave, or the reconstruction."""
     d, own = joint.rows(1), [(joint.rows(1) * joint.rows(model)).sum(1) for model in range(2)]
     sums = []
     for x, f in _read(joint, streams):
@@ -81,23 +60,22 @@ def scaling(joint: JointDictionary, streams: Tensor) -> pd.DataFrame:
         sums.append(torch.stack([*errors, rebuilt[0] - square * own[0], rebuilt[1], square]))
     totals = torch.cat(sums, 1).double().cpu().numpy()  # [5, N, S]
     ratio = [interval(partial(_ratio, *totals[i : i + 2]), totals.shape[1], "images") for i in (0, 2)]
-    new = np.logical_and.reduce([each.high < bound for each, bound in zip(ratio, RATIOS, strict=True)])
-    before = np.logical_or.reduce([each.low > bound for each, bound in zip(ratio, RATIOS, strict=True)])
-    table = _table(ratio[0], new, before).assign(
-        reconstruction=ratio[1].value, reconstruction_low=ratio[1].low, reconstruction_high=ratio[1].high
-    )
+    new = (ratio[0].high < RATIOS[0]) & (ratio[1].high < RATIOS[1])
+    before = (ratio[0].low > RATIOS[0]) | (ratio[1].low > RATIOS[1])
+    named = zip(("reconstruction", "reconstruction_low", "reconstruction_high"), ratio[1][:3], strict=True)
+    table = _table(ratio[0], new, before).assign(**dict(named))
     betas = _over(totals[:4].sum(1), totals[4].sum(0) * d.double().square().sum(1).cpu().numpy())
     names = ("error_base", "error_adapted", "reconstruction_base", "reconstruction_adapted")
     return table.assign(**{f"beta_{name}": beta for name, beta in zip(names, betas, strict=True)})
 
 
 def matched(joint: JointDictionary, streams: Tensor, sae: SparseAutoencoder) -> pd.DataFrame:
-    """Correlation with the latent of CLIP's dictionary, reading CLIP, whose decoder row is most like the latent's; that is ``partner``."""
+    """Correlation with the latent of CLIP's dictionary, reading CLIP, whose decoder row is most like d: ``partner``."""
     return _with_partner(joint, streams, sae.W_dec.detach(), lambda x: sae.encode(x[:, :, 0]))
 
 
 def difference(joint: JointDictionary, streams: Tensor, changes: JointDictionary) -> pd.DataFrame:
-    """Correlation with the latent of a dictionary of the streams' difference whose row is most like the latent's; "new": the change writes it."""
+    """Correlation with the latent of a dictionary of the streams' difference whose row is most like d; "new": the change writes it."""
     table = _with_partner(joint, streams, changes.rows(0), lambda x: changes.encode((x[:, :, 1] - x[:, :, 0])[:, :, None]))
     return table.assign(evidence=table["evidence"].map({NEW: BEFORE, BEFORE: NEW, UNDECIDED: UNDECIDED}))
 
@@ -117,7 +95,7 @@ def predicted(joint: JointDictionary, streams: Tensor, train: Tensor) -> pd.Data
 
 
 def correlations(pairs: Iterator[tuple[Tensor, Tensor]]) -> Interval:
-    """Pearson correlation over tokens of activations f and g, both [B, T, S], latent by latent, resampling pictures; NaN where one is constant."""
+    """Pearson correlation over tokens of activations f and g [B, T, S], latent by latent, resampling pictures; NaN where one is constant."""
     parts = [
         torch.stack([f.sum(1), g.sum(1), (f * f).sum(1), (g * g).sum(1), (f * g).sum(1), torch.full_like(f[:, 0], f.shape[1])])
         for f, g in pairs
@@ -167,17 +145,14 @@ def _over(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 def verdicts(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """One verdict a latent from tables by measure: latent, verdict, and each measure's score and evidence.
 
-    "new": most of ``scaling``, ``matched`` and ``predicted`` (of those given) say so, and none of them the contrary; where it is the other way round
-    "changed" if ``difference`` or ``norms`` say that the change writes it, else "as before"; "undecided" where they disagree or don't know.
+    "new": two of ``scaling``, ``matched`` and ``predicted`` say so, and none the contrary; the other way round "changed" if ``difference`` or
+    ``norms`` say that the change writes it, else "as before"; "undecided" where they disagree or don't know.
     """
-    presence = [tables[name]["evidence"] for name in ("scaling", "matched", "predicted") if name in tables]
-    enough = len(presence) // 2 + 1
+    presence = [tables[name]["evidence"] for name in ("scaling", "matched", "predicted")]
     new, before = (sum((each == word).to_numpy().astype(int) for each in presence) for word in (NEW, BEFORE))
-    moved = np.logical_or.reduce(
-        [(tables[name]["evidence"] == NEW).to_numpy() for name in ("difference", "norms") if name in tables] or [new < 0]
-    )
-    was = (before >= enough) & (new == 0)
-    verdict = np.select([(new >= enough) & (before == 0), was & moved, was], [NEW, "changed", BEFORE], UNDECIDED)
+    moved = np.logical_or.reduce([(tables[name]["evidence"] == NEW).to_numpy() for name in ("difference", "norms") if name in tables])
+    was = (before >= 2) & (new == 0)
+    verdict = np.select([(new >= 2) & (before == 0), was & moved, was], [NEW, "changed", BEFORE], UNDECIDED)
     scores = {f"{name}{end}": table[column] for name, table in tables.items() for end, column in (("", "score"), ("_evidence", "evidence"))}
     return pd.DataFrame({"latent": range(len(verdict)), "verdict": verdict, **scores})
 
@@ -196,8 +171,7 @@ def new_latents(
         Every other picture trains the dictionaries, the rest is measured on.
     d_sae, k : int
         Latents of the joint dictionary and of that of the difference, and how many of them are active per token.
-    n_tokens : int
-        Tokens that each is trained on.
+    n_tokens : int, on which each is trained
     progress : bool
 
     Returns
@@ -214,11 +188,8 @@ def new_latents(
     joint = train_joint(tokens, d_sae, k=k, n_tokens=n_tokens, progress=progress)
     changes = train_joint(tokens[:, 1:] - tokens[:, :1], d_sae, k=k, n_tokens=n_tokens, progress=progress)
     tables = {
-        "norms": norms(joint, streams),
-        "difference": difference(joint, streams, changes),
-        "scaling": scaling(joint, streams),
-        "matched": matched(joint, streams, sae),
-        "predicted": predicted(joint, streams, train),
-    }
+        "norms": norms(joint, streams), "difference": difference(joint, streams, changes), "scaling": scaling(joint, streams),
+        "matched": matched(joint, streams, sae), "predicted": predicted(joint, streams, train),
+    }  # fmt: skip
     fired = torch.stack([(f > 0).flatten(0, 1).any(0) for _, f in _read(joint, streams)]).any(0)
     return joint, verdicts(tables)[fired.cpu().numpy()].reset_index(drop=True)

@@ -1,8 +1,4 @@
-"""Prompts learned by other programs: checkpoints of the official code of MaPLe and of CoOp.
-
-Both keep how the prompts of their classes go on behind the learned words (``token_suffix``, embeddings). The head must be built on the same sentence:
-FAULTS C7.
-"""
+"""Official checkpoints of MaPLe and CoOp. Their ``token_suffix`` tells on what sentence the head must be built (FAULTS C7)."""
 
 from __future__ import annotations
 
@@ -42,7 +38,7 @@ def read_official(path: Path, clip: ClipModel, template: str | None = None) -> A
         )
     if tensors["ctx"].ndim != 2:
         raise ValueError(
-            f"{path} learned a context for each class (ctx {list(tensors['ctx'].shape)}); one shared by all, [n_ctx, width], is read."
+            f"{path} learned a context for each class ({list(tensors['ctx'].shape)}); one shared by all, [n_ctx, width], is read."
         )
     depth = 1 + sum(bool(re.fullmatch(r"compound_prompts_text\.\d+", key)) for key in tensors)
     cls, n_ctx = MaPLe if "proj.weight" in tensors else CoOp, len(tensors["ctx"])
@@ -65,7 +61,7 @@ def read_official(path: Path, clip: ClipModel, template: str | None = None) -> A
 
 @torch.no_grad()
 def _words(adapted: PromptedClip, suffix: Tensor) -> list[list[int]]:
-    """Token ids of some of a file's prompts behind the learned words, up to the end, from embeddings [C, n, d]; none if they are not this model's."""
+    """Token ids of some prompts behind the learned words, up to the end, from embeddings [C, n, d]; none if they are not this model's."""
     table = text_tower(adapted.model).token_embedding.weight
     some = suffix[:: -(-len(suffix) // _N_READ)].to(table)
     if some.shape[2] != table.shape[1]:
@@ -79,7 +75,7 @@ def _words(adapted: PromptedClip, suffix: Tensor) -> list[list[int]]:
 
 
 def _goes_on(adapted: PromptedClip, found: Sequence[list[int]]) -> bool:
-    """Whether prompts go on as the template does: what stands between the context and the class name, and what ends the sentence."""
+    """Whether prompts go on as the template does, before the class name and behind it."""
     start, end = (_ids(adapted, text) for text in adapted.template.split("{}"))
     start = start[adapted.n_ctx :]
     fits = [row[: len(start)] == start and row[len(row) - len(end) :] == end and len(row) > len(start) + len(end) for row in found]

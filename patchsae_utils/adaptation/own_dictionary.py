@@ -1,8 +1,7 @@
 """A dictionary of the adapted model's own, beside CLIP's: would it have found other concepts?
 
-One SAE is trained on the residual stream of each model: the same pictures, settings, number of tokens and seed, hence the same tokens (by place) as
-starting directions. Each then reads both models (the four combinations of Lim et al., ICLR 2025, Fig. 11). A second SAE of CLIP, of another seed, says
-how much of any difference is the luck of training.
+One SAE is trained on each model, with the same pictures, settings and seed, and a second one of CLIP says what another seed does. Each then reads
+both models: the four combinations of Lim et al., ICLR 2025, Fig. 11.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ class Dictionaries(NamedTuple):
     saes: dict[str, SparseAutoencoder]
     """By the names of :data:`DICTIONARIES`."""
     alive: dict[str, Tensor]
-    """bool [S]: latents that fire on the activations that the SAE was trained on; the most frequent ones, where these are too many to match."""
+    """bool [S]: latents that fire on the SAE's training activations; the most frequent ones, where these are too many to match."""
 
     def cross(self, base: ClipModel, adapted: ClipModel, dataset: Any, layer: int, *, progress: bool = True) -> pd.DataFrame:
-        """Each SAE on each model's activations of pictures that no SAE was trained on: sae, activations ("CLIP" or "adapted"), measure, value, low, high.
+        """Each SAE on each model's activations of new pictures: sae, activations ("CLIP" or "adapted"), measure, value, low, high.
 
         Measures: explained_variance, l0, accuracy of that model through the reconstruction, its change against raw. Intervals are over pictures.
         """

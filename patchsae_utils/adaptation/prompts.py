@@ -1,7 +1,6 @@
 """Learned prompts over any CLIP of ours: MaPLe, CoOp and VPT.
 
-In the text, prompts take the place of the first words' embeddings; in the image they travel behind the patches. ``run_to`` hands the image prompts
-over as ``Residual.extra``, so that no statistic ever sees them.
+In the text they replace the first words' embeddings, in the image they travel behind the patches, handed over as ``Residual.extra``.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from .models import TEMPLATE, AdaptedClip
 
 
 class PromptedClip(AdaptedClip):
-    """A frozen CLIP, whose weights are shared and never change, with learned prompts; subclasses say which.
+    """A frozen CLIP with learned prompts; subclasses say which.
 
     Parameters
     ----------
@@ -29,15 +28,9 @@ class PromptedClip(AdaptedClip):
         Learned context vectors in the text, prompt tokens in the image.
     depth : int, optional
         Blocks, counted from the input, that get prompts of their own. Default: 9 (``CoOp``: 1), or all blocks of a smaller image tower.
-    seed : int
-        Of what is drawn at random.
+    seed : int, of what is drawn at random
     template : str
         Prompt whose first ``n_ctx`` tokens are learned; where fewer stand before the class name, placeholders take their place.
-
-    Raises
-    ------
-    ValueError
-        If depth or n_ctx don't fit the model.
     """
 
     OPTIONS = ("n_ctx", "depth", "seed", "template")
@@ -73,14 +66,14 @@ class PromptedClip(AdaptedClip):
         return bool(self.visual_prompts())
 
     def tail_inputs(self, layer: int) -> tuple[ClipModel, Tensor | None]:
-        """Prompts that enter in the last block are constants that stand behind the base's tokens there."""
+        """Prompts of the last block are constants behind the base's tokens there."""
         prompts = self.visual_prompts()
         if self.layer_index(layer) != self.n_layers - 2 or len(prompts) < self.n_layers:
             return self, None
         return self.base, prompts[-1].detach()
 
     def finish(self, residual: Residual | Tensor, layer: int) -> Tensor:
-        """As of the base, on what this model's ``run_to`` gave; an error where image prompts are missing that the next blocks need."""
+        """As of the base; an error where image prompts are missing that the next blocks need."""
         residual = self._here(residual)
         start, expected = self.layer_index(layer) + 1, self.n_ctx if self.visual_prompts() else 0
         given = 0 if residual.extra is None else residual.extra.shape[1]
@@ -128,11 +121,9 @@ class PromptedClip(AdaptedClip):
         return self.tokenize([self.template.format(name.replace("_", " ")) for name in class_names])
 
     def zero_shot_head(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
-        """Unit rows [C, d_embed] from the learned text prompts; ``templates`` are read by adapters without any, for the base's head."""
+        """Unit rows [C, d_embed] from the learned text prompts, or, without any, the base's head over ``templates``."""
         if not self.text_prompts():
             return super().zero_shot_head(class_names, templates)
-        if not class_names:
-            raise ValueError("A head needs class names; got none.")
         with torch.no_grad():
             return torch.cat([self.head(self.class_tokens(class_names[i : i + 256])) for i in range(0, len(class_names), 256)])
 
@@ -155,11 +146,8 @@ class PromptedClip(AdaptedClip):
 
 
 class MaPLe(PromptedClip):
-    """Multi-modal prompt learning: text prompts, and image prompts that are linear functions of them.
+    """Multi-modal prompt learning: text prompts, and image prompts that are linear functions of them, new in each block up to ``depth``.
 
-    The first ``n_ctx`` word embeddings become vectors; a linear map of them is appended to the patches. For each block up
-    to ``depth``, further vectors and their linear map replace what the block before made of the prompts, in both towers; behind it the
-    prompts propagate. A tower with fewer blocks reads the prompts of the blocks that it has. ViT-B/16: 3,555,072 parameters.
     Source: Khattak et al., CVPR 2023, section 3.
     """
 
@@ -189,7 +177,6 @@ class MaPLe(PromptedClip):
 class CoOp(PromptedClip):
     """Context optimisation: the first ``n_ctx`` word embeddings are learned; the image tower stays as it is.
 
-    The control for every claim about the image tower: whatever this adapter gains, it gains without a new feature.
     Source: Zhou et al., IJCV 2022 (context shared by all classes, class name at the end).
     """
 
@@ -203,7 +190,7 @@ class CoOp(PromptedClip):
 
 
 class VisualPrompt(PromptedClip):
-    """Visual prompt tuning, deep: image tokens learned for each block, behind the patches; the text head, with the whole template, stays as it is.
+    """Visual prompt tuning, deep: image tokens learned for each block, behind the patches; the text head stays as it is.
 
     Source: Jia et al., ECCV 2022 (VPT-deep), with its uniform initial values.
     """

@@ -1,12 +1,8 @@
 """Interventions: change latents, let the network finish, see what it says.
 
-Masks of many latents (`masks`), edits of single ones (`steering`), which latents matter (`choosing`, `attribution`), which stand for the embedded
-world's concepts (`concept_latents`), what an edit does to scores (`effects`). All edits go through `tail`, the part of the network behind the hook, and
-all refuse an SAE of another model, layer or weights. ``clip``, ``sae`` and ``layer`` are everywhere a model, perhaps adapted, and an SAE that reads it
-after this block. May import: concepts, latents, sae, clip, data, run.
-
-Dimension letters: B batch, T tokens (CLS, then patches), P patches, D d_in, S d_sae, C classes, K concepts.
-"""
+All edits go through `tail`, the part of the network behind the hook, and all refuse an SAE of another model, layer or weights. ``clip``,
+``sae`` and ``layer`` are everywhere a model, perhaps adapted, and an SAE that reads it after this block. Letters: B batch, T tokens (CLS, then
+patches), P patches, D d_in, S d_sae, C classes, K concepts. May import: concepts, latents, sae, clip, data, run."""
 
 from .attribution import attribute_latents, attribution_check
 from .choosing import CHOICES
@@ -17,19 +13,6 @@ from .steering import Edit, steer
 from .tail import dataset_head
 
 __all__ = [
-    "CHOICES",
-    "Edit",
-    "attribute_latents",
-    "attribution_check",
-    "clearest_latents",
-    "concept_specificity",
-    "dataset_head",
-    "dose_response",
-    "one_latent_off",
-    "rank_concepts",
-    "remove_objects",
-    "steer",
-    "summarize_effects",
-    "swap_colors",
-    "sweep_masks",
-]
+    "CHOICES", "Edit", "attribute_latents", "attribution_check", "clearest_latents", "concept_specificity", "dataset_head", "dose_response",
+    "one_latent_off", "rank_concepts", "remove_objects", "steer", "summarize_effects", "swap_colors", "sweep_masks",
+]  # fmt: skip

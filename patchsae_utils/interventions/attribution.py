@@ -1,11 +1,7 @@
 """Which latents a class logit depends on: gradient times activation, and the exact effect of turning single latents off.
 
-Counting where a latent is active says what it sees, not what CLIP uses. Its attribution estimates what the logit would lose without it:
-the tail is differentiated once an image, and every latent's share is its activation times its decoder row times that gradient. The
-estimate is first order; :func:`attribution_check` sets the exact numbers beside it for a few latents.
-
-Source: gradient times activation, the first-order estimate of an ablation's effect (Molchanov et al., ICLR 2017, section 2.2; for latents of SAEs Marks et
-al., ICLR 2025, section 3.1).
+A latent's share is its activation times its decoder row times the gradient in its token: to first order what the logit loses without it.
+Source: Molchanov et al., ICLR 2017, section 2.2; for latents of SAEs Marks et al., ICLR 2025, section 3.1.
 """
 
 from __future__ import annotations
@@ -20,16 +16,13 @@ from ..clip.model import ClipModel, Residual
 from ..sae.model import SparseAutoencoder
 from .tail import Active, Tail, dataset_head, network_tail, read_batches
 
-N_CHECKED = 20
-"""Latents of each image whose attribution is checked."""
+N_CHECKED = 20  # latents of each image
 
 
 class Attribution(NamedTuple):
-    """How much each class's margin depends on each latent, on average over images of the class."""
+    """What each class's margin loses, about, when a latent is turned off: mean over images of the class [C, S]; 0 where it has none."""
 
     scores: Tensor
-    """[C, S] mean over the class's images of gradient times activation: about what the margin loses when the latent is turned off; 0 for a
-    class without images."""
     class_names: tuple[str, ...]
 
     def top(self, k: int) -> Tensor:
@@ -41,17 +34,14 @@ class Attribution(NamedTuple):
 def attribute_latents(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: int = -2, *, head: Tensor | None = None) -> Attribution:
     """Attribute each class's margin to latents, over images of the class.
 
-    The margin is the class's logit minus the log of the summed exponentials of the others, so that a latent which raises all classes alike
-    counts for nothing.
+    The margin is the class's logit minus the log of the summed exponentials of the others: what raises all classes alike counts for nothing.
 
     Parameters
     ----------
     clip, sae, layer
-        A model, perhaps adapted (its prompt tokens are no latents and get nothing), and the SAE that reads it after this block.
     dataset : ImageData or OpenMojiData
-        The *train* split: its labels are read, and masks ranked by the outcome are to be judged on other images.
-    head : Tensor [C, d_embed], optional
-        By default from the data set's class names and templates.
+        The *train* split: its labels are read, so masks ranked by the outcome are to be judged on other images.
+    head : Tensor [C, d_embed], by default of the data set's classes
     """
     sae.check_model(clip, layer)
     head = dataset_head(clip, dataset) if head is None else head
@@ -80,7 +70,8 @@ def latent_shares(
     gradient = logit_gradient(clip, tail, residual, head, classes, peers)
     active = Active.of(sae.encode(residual.tokens) if h is None else h.to(clip.device))
     shares = torch.zeros(len(gradient), sae.d_sae, device=clip.device)
-    shares.view(-1).index_add_(0, active.image * sae.d_sae + active.latent, active.project(gradient, sae.W_dec))
+    image = active.token // active.shape[1]
+    shares.view(-1).index_add_(0, image * sae.d_sae + active.latent, active.project(gradient, sae.W_dec))
     return shares
 
 
@@ -103,19 +94,15 @@ def all_others(head: Tensor) -> Tensor:
 
 @torch.no_grad()
 def attribution_check(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, head: Tensor, layer: int = -2) -> dict[str, np.ndarray]:
-    """Estimate and truth side by side: twenty latents of each image, drawn among its active ones, half of them the highest attributed.
+    """What the predicted class's logit loses without a latent, by ``estimate`` and ``exact``, each [N].
+
+    Twenty latents of each image, drawn among its active ones, half of them the highest attributed.
 
     Parameters
     ----------
     clip, sae, layer
     dataset : ImageData or OpenMojiData
     head : Tensor [C, d_embed]
-
-    Returns
-    -------
-    dict
-        ``estimate`` and ``exact`` [N]: what the logit of the predicted class loses, by gradient times activation and by running the
-        tail without the latent.
     """
     sae.check_model(clip, layer)
     rng, parts = np.random.default_rng(0), []

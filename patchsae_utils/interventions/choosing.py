@@ -11,8 +11,7 @@ from torch import Tensor
 
 CHOICES = ("oracle", "predicted", "wrong", "dataset", "random", "matched")
 RANKINGS = ("count", "attribution")
-N_NEAREST = 8
-"""A control is drawn among so many latents that are nearest to the one it stands for."""
+N_NEAREST = 8  # a control is drawn among so many latents that are nearest to the one it stands for
 SILENT, NONE_LEFT = -1, -2
 """In place of a latent: none, or a control of one that is silent in this image; no other active latent is left that could be a control."""
 
@@ -20,9 +19,8 @@ SILENT, NONE_LEFT = -1, -2
 class Choosing:
     """The latents of every choice, for the images of a sweep; labels are read for ``oracle`` alone.
 
-    ``scores`` holds for each ranking how high every latent stands for every class, [C, S]: those with a positive score are ranked, and k = S means all,
-    ranked or not. ``frequency`` [S]: how often latents are active on the train split; random ones are drawn where it is positive, matched ones have
-    about the same.
+    ``scores``: for each ranking [C, S]; latents with a positive score are ranked, and k = S means all, ranked or not. ``frequency`` [S] on the
+    train split: random latents are drawn where it is positive, matched ones have about the same.
     """
 
     def __init__(
@@ -40,10 +38,10 @@ class Choosing:
     def tables(
         self, choice: str, ranking: str, predicted: Tensor, labels: Tensor, indices: Tensor, activation: Tensor | None
     ) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
-        """One table, for ``random`` one for each draw, for ``matched`` one for each k; ``activation`` [B, S] is summed over the image's tokens.
+        """One table, for ``random`` one for each draw, for ``matched`` one for each k; ``activation`` [B, S] is summed over tokens.
 
-        It holds the levels (entries of ks, rising) that the table is about; the level at which each latent comes in, bytes [B or 1, S]
-        (``len(ks)``: at none); which images have too few other latents for a control, bool [B or 1].
+        It holds the levels (places in ks) that it is about; the level at which each latent comes in, bytes [B or 1, S] (``len(ks)``: at none);
+        which images have too few other latents for a control, bool [B or 1].
         """
         every, none = range(len(self.ks)), torch.zeros(1, dtype=torch.bool)
         if choice == "random":
@@ -83,10 +81,7 @@ class Choosing:
 
 
 def matched_latents(own: Tensor, activation: Tensor, indices: Tensor, seed: int = 0, frequency: Tensor | None = None) -> Tensor:
-    """For each of the image's own latents [B, k] another that is about as active in it ([B, S]), and as frequent where that is known: [B, k].
-
-    None stands for two, and none of ``own`` for another; :data:`SILENT` or :data:`NONE_LEFT` where there is none.
-    """
+    """For each of the image's own latents [B, k] another, not of ``own``, about as active ([B, S]), and as frequent where that is known: [B, k]."""
     known = None if frequency is None else frequency.double().cpu().numpy()
     # Latents that no train image activates stand a decade below the rarest that some image does.
     known = None if known is None else np.log10(np.maximum(known, known[known > 0].min(initial=1) / 10))
@@ -101,18 +96,14 @@ def matched_latents(own: Tensor, activation: Tensor, indices: Tensor, seed: int 
         controls[i, places] = torch.from_numpy(np.concatenate([found, np.full(len(places) - len(found), NONE_LEFT)]))
     if (controls == NONE_LEFT).any():
         warnings.warn(
-            f"Controls of {own.shape[1]} latents: in some images too few others are active to stand for those that are; what is measured "
-            f"there is NaN. Ask for fewer latents.",
+            f"Controls of {own.shape[1]} latents: in some images too few others are active; what is measured there is NaN. Ask for fewer latents.",
             stacklevel=2,
         )
     return controls
 
 
 def match_by_weight(targets: np.ndarray, pool: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """For each target in turn a random one of the pool's members that are nearest in weight [S, d], none twice; fewer if the pool ends.
-
-    Distances are Euclidean, after each column is divided by its standard deviation over pool and targets.
-    """
+    """For each target in turn a random one of the pool's nearest members in standardised weight [S, d], none twice; fewer if the pool ends."""
     if not len(targets):
         return np.empty(0, int)
     spread = weights[np.concatenate([targets, pool])].std(0)

@@ -1,8 +1,4 @@
-"""Concepts of the embedded world: what CLIP is asked about them, and which latents stand for them.
-
-The embedded world knows what every patch shows: objects, their categories, colours and backgrounds. A concept's score is that of the texts
-that name it, so nothing is trained for it.
-"""
+"""Concepts of the embedded world: what CLIP is asked about them, in texts that name them, and which latents stand for them."""
 
 from __future__ import annotations
 
@@ -22,16 +18,13 @@ from .attribution import latent_shares
 from .tail import BATCH, read_batches
 
 KINDS = ("object", "category", "color", "background")
-N_LATENTS = 10
-"""Latents of each concept."""
-MIN_PATCHES = 4
-"""A scene shows a concept that fills so many patches by half."""
-MIN_EVIDENCE = 20
-"""Patches that must show a concept before its latents are believed."""
+N_LATENTS = 10  # of each concept
+MIN_PATCHES = 4  # a scene shows a concept that fills so many patches by half
+MIN_EVIDENCE = 20  # patches that must show a concept before its latents are believed
 
 
 def concept_prompts(concept: str) -> list[str]:
-    """What CLIP is asked about ``object:dog``, ``category:bird``, ``color:red``, ``background:sand``; the last two beside each category, as in captions."""
+    """What CLIP is asked about ``object:dog``, ``category:bird``, ``color:red``, ``background:sand``; the last two beside each category."""
     kind, _, name = concept.partition(":")
     if concept not in openmoji.concept_names() or kind not in KINDS:
         raise ValueError(f"Unknown concept {concept!r}. Valid: '<kind>:<name>' with kind {', '.join(KINDS)}; see openmoji.concept_names().")
@@ -51,18 +44,14 @@ def concept_head(clip: ClipModel, concepts: Sequence[str]) -> Tensor:
 
 
 class ConceptLatents(NamedTuple):
-    """The latents that are most characteristic of each concept, best first."""
+    """Each "kind:name" [K] and its most characteristic latents [K, k], best first, with their mean activation on the patches that show it, at
+    CLS in scenes that show it, both [K, k], and the number of these patches [K]."""
 
     concepts: tuple[str, ...]
-    """[K] "kind:name"."""
     latents: Tensor
-    """LongTensor [K, k]"""
     levels: Tensor
-    """[K, k] mean activation on the patches that show the concept."""
     cls_levels: Tensor
-    """[K, k] mean activation at CLS in scenes that show the concept."""
     n_patches: Tensor
-    """[K] patches that show it, in the scenes that were read."""
 
     def mapping(self) -> dict[str, list[int]]:
         """Concept -> its latents, for concepts that enough patches show."""
@@ -79,14 +68,11 @@ def rank_concepts(
     Parameters
     ----------
     clip, sae, layer
-    dataset : OpenMojiData
-        Of the train split.
-    kinds : sequence of str
-        Among ``object``, ``category``, ``color``, ``background``.
+    dataset : OpenMojiData, of the train split
+    kinds : sequence of str, among ``object``, ``category``, ``color``, ``background``
     by : {"activity", "attribution"}
-        ``activity``: mean activation on the concept's patches, times its share among the concepts of its kind (``latents.class_scores``).
-        ``attribution``: gradient times activation of the concept's score, less the log of the summed exponentials of the others'
-        of its kind (:mod:`patchsae_utils.interventions.attribution`), averaged over scenes that show it; all tokens count.
+        Mean activation on the concept's patches, times its share among the concepts of its kind (``latents.class_scores``); or gradient times
+        activation of the margin of the concept's score over the others of its kind, averaged over scenes that show it.
     """
     check_truth(dataset)
     sae.check_model(clip, layer)
@@ -129,6 +115,6 @@ def same_kind(concepts: Sequence[str]) -> Tensor:
 
 
 def check_truth(dataset: Any) -> None:
-    """Refuse a data set that is not of the embedded world, whose captions and scenes are known."""
+    """Refuse a data set that is not of the embedded world."""
     if not hasattr(dataset, "class_ids"):
         raise ValueError(f"{dataset.spec!r} has no ground truth of places; use 'openmoji/all', a task, or 'openmoji/scenes'.")

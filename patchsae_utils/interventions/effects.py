@@ -1,9 +1,7 @@
 """What single latents do to scores: of concepts, over doses, of swapped colours, of removed objects.
 
-Every experiment keeps the reconstruction error, so nothing but the named latents changes, and sets a control beside them: other latents
-that are about as active in the same place. Latents are chosen on the train split, effects are measured on test. The embedded world says
-where each object is, so that an edit can act there alone. An SAE of another model or layer, a data set without ground truth where one is
-needed, latents that don't exist and too few scenes raise a ValueError.
+Every experiment keeps the SAE's error and sets a control beside the latents: others that are about as active in the same place. Latents are
+chosen on the train split, effects are measured on test. Another model's SAE, data without ground truth and too few scenes raise ValueError.
 """
 
 from __future__ import annotations
@@ -27,34 +25,24 @@ from .concept_latents import MIN_PATCHES, ConceptLatents, check_truth, concept_h
 from .tail import BATCH, contribution, dataset_head, read_batches
 
 DOSES = (0, 0.5, 1, 1.5, 2, 3, 4)
-DOSE_BATCH = 36
-"""Images at a time where each receives the pattern of the one in front of it."""
-N_CONTROLS = 3
-"""Draws of as many other latents; their effects are averaged."""
-MIN_OBJECT = 10
-"""Patches that an object fills by half, so that it is worth removing."""
-MAIN_COLOR = 0.6
-"""Share of the coloured pixels on an object's patches that makes a colour its own."""
+DOSE_BATCH = 36  # images at a time where each receives the pattern of the one in front of it
+N_CONTROLS = 3  # draws of as many other latents; their effects are averaged
+MIN_OBJECT = 10  # patches that an object fills by half, so that it is worth removing
+MAIN_COLOR = 0.6  # share of the coloured pixels on an object's patches that makes a colour its own
 
 
 def summarize_effects(frame: pd.DataFrame, columns: Sequence[str], by: Sequence[str] = ("kind",), over: str = "index") -> pd.DataFrame:
-    """Means with 95 % bootstrap intervals of what the experiments list row by row.
+    """Means with 95 % bootstrap intervals of what the experiments list row by row, and n (how many were resampled).
 
     Parameters
     ----------
     frame : DataFrame
     columns : sequence of str
-        What is averaged: ``["own", "others"]``, ``["removed_change", "stays_change"]``, ...
+        What is averaged; the result has each, ``<column>_low`` and ``<column>_high``.
     by : sequence of str
         One row of the result for each combination of these.
     over : str
-        What is resampled, after averaging the rows that share it: images or scenes (``index``), or concepts (``concept``). What has only
-        NaN, for want of a control, is left out.
-
-    Returns
-    -------
-    DataFrame
-        The columns of ``by``; for each of ``columns`` its mean and ``<column>_low``, ``<column>_high``; n (how many were resampled).
+        What is resampled, after averaging the rows that share it: ``index`` (images) or ``concept``; NaN (no control) is left out.
     """
     rows = []
     for key, group in frame.groupby(list(by), sort=False):
@@ -74,23 +62,16 @@ def concept_specificity(
 ) -> pd.DataFrame:
     """Turn each concept's latents off in scenes that show it: does the text that names it fit less, and do the others stay?
 
-    A concept's score is 'logit scale times cosine' with its own prompts, so no classifier is trained for it.
-
     Parameters
     ----------
     clip, sae, layer
-    dataset : OpenMojiData
-        Of the test split.
+    dataset : OpenMojiData, of the test split
     latents : mapping of str to sequence of int
         Concept -> its latents, the same number for each (``rank_concepts(...).mapping()``); turned off together, on all tokens.
-    n_images : int
-        Scenes of each concept, from the front of the data set; fewer where it has fewer.
+    n_images : int, of each concept, from the front; fewer where there are fewer
 
-    Returns
-    -------
-    DataFrame
-        Two rows for each concept and scene, kind "own" and "control" (as many others, each about as active in the scene as the one it stands
-        for): concept, concept_kind, index, own (change of the concept's score), others (mean change of the given others of its kind).
+    Returns two rows for each concept and scene, kind "own" and "control" (as many others): concept, concept_kind, index, own (change of the
+    concept's score: logit scale times cosine), others (mean change of the given others of its kind).
     """
     check_truth(dataset)
     sae.check_model(clip, layer)
@@ -135,14 +116,11 @@ def _scenes_of(dataset: Any, concepts: Sequence[str], n_images: int) -> dict[int
 
 
 def clearest_latents(summary: LatentSummary, n: int) -> dict[int, int]:
-    """The n classes that have the clearest latent of their own, clearest first, and that latent: class -> latent.
-
-    A latent that is the first of several classes goes to the one that scores highest for it.
+    """The n classes with the clearest latent of their own (one that is several classes' goes to the highest score): class -> latent.
 
     Parameters
     ----------
-    summary : LatentSummary
-        Of the train split.
+    summary : LatentSummary, of the train split
     n : int
     """
     best = class_scores(summary).max(1)
@@ -156,23 +134,16 @@ def clearest_latents(summary: LatentSummary, n: int) -> dict[int, int]:
 
 @torch.no_grad()
 def one_latent_off(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, summary: LatentSummary, layer: int = -2) -> pd.DataFrame:
-    """Turn each class's own latent off in images of the class: how much does a single latent carry (FAULTS D22)?
-
-    A dictionary whose single latents carry more is one in which a concept is less spread over many.
+    """Turn the latent most characteristic of each class off in its images: how much does a single latent carry (FAULTS D22)?
 
     Parameters
     ----------
     clip, sae, layer
-    dataset : ImageData or OpenMojiData
-        Images that the choice of latents has not seen.
-    summary : LatentSummary
-        Of the train split, with the same classes: a class's latent is the one that is most characteristic of it.
+    dataset : ImageData or OpenMojiData, not seen by the choice of latents
+    summary : LatentSummary, of the train split and the same classes
 
-    Returns
-    -------
-    DataFrame
-        Two rows for each image, kind "own" and "control" (another latent, about as active in it): index, class, latent, change (of the
-        probability of its class), flip (whether the predicted class is another one than before).
+    Returns two rows for each image, kind "own" and "control": index, class, latent, change (of the probability of its class), flip (whether
+    another class is predicted than before).
     """
     sae.check_model(clip, layer)
     if list(summary.class_names) != list(dataset.class_names):
@@ -195,27 +166,21 @@ def one_latent_off(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, summar
 def dose_response(
     clip: ClipModel, sae: SparseAutoencoder, dataset: Any, latents: Mapping[int, int], layer: int = -2, *, head: Tensor, n_images: int = 12
 ) -> pd.DataFrame:
-    """Scale each class's own latent in images that show the class, and add it to images that show another class.
+    """Scale each class's own latent in images of the class (dose 1: untouched), and add it to images of another (dose 0: untouched).
 
-    Where another class is shown, the pattern (the latent's activation on every token) of an image that shows the class is added, times the
-    dose. So dose 1 is the untouched image in the first case, and dose 0 in the second.
+    What is added is the latent's activation on every token of an image that shows the class, times the dose.
 
     Parameters
     ----------
     clip, sae, layer
-    dataset : ImageData or OpenMojiData
-        Images that the choice of latents has not seen.
+    dataset : ImageData or OpenMojiData, not seen by the choice of latents
     latents : mapping of int to int
         Class -> its latent (:func:`clearest_latents`), of at least two classes.
     head : Tensor [C, d_embed]
-    n_images : int
-        Images of each class; fewer where the data set has fewer.
+    n_images : int, of each class; fewer where the data set has fewer
 
-    Returns
-    -------
-    DataFrame
-        A row for each class, kind of scenes ("show it", "show another") and dose: own, own_low, own_high (change of the class's logit against
-        the untouched image), others, others_low, others_high (mean change of the other logits), n.
+    Returns class, scenes ("show it", "show another"), dose; own, own_low, own_high (change of the class's logit against the untouched image),
+    others, others_low, others_high (mean change of the other logits), n.
     """
     sae.check_model(clip, layer)
     labels = np.asarray(dataset.labels)
@@ -249,31 +214,23 @@ def swap_colors(
 ) -> pd.DataFrame:  # fmt: skip
     """Exchange the latents of two colours on an object's patches: does CLIP then see it in the other colour?
 
-    In a scene whose main object has one dominant colour, the latents of that colour are turned off there, and those of another colour,
-    which is drawn, are set to the level that they usually have where it is seen. The control exchanges as many others: latents that are as
-    active on these patches go, and random ones arrive in the same amounts.
+    The latents of the main object's dominant colour are turned off there, and those of another colour, which is drawn, set to their usual level
+    where it is seen. In the control others that are as active on these patches go, and random ones arrive in the same amounts.
 
     Parameters
     ----------
     clip, sae, layer
-    dataset : OpenMojiData
-        Of the test split; scenes with one main object (``openmoji/all`` or a task).
-    latents : ConceptLatents
-        With kind ``color``, from the train split.
-    doses : sequence of float
-        Factors on the level of what arrives.
+    dataset : OpenMojiData, of the test split
+        Scenes with one main object (``openmoji/all`` or a task).
+    latents : ConceptLatents, with kind ``color``, from the train split
+    doses : sequence of float, factors on the level of what arrives
     edit_cls : bool
-        Exchange them on the class token too. It has gathered the colour from the blocks before; patches alone act through the attention
-        that is left.
-    n_scenes : int
-        From the front of the data set.
+        Exchange them on the class token too, which has gathered the colour from the blocks before.
+    n_scenes : int, from the front of the data set
 
-    Returns
-    -------
-    DataFrame
-        Two rows for each scene and dose, kind "own" and "control": index, source, target (colours), dose, saw_source (before the edit the
-        source's prompts fit best among all colours'), sees_target (1 where after it the target's do), source_change, target_change (of the
-        probabilities among colours), object_change (of the logit of the object's class).
+    Returns two rows for each scene and dose, kind "own" and "control": index, source, target (colours), dose, saw_source (before the edit the
+    source's prompts fit best among all colours'), sees_target (1 where after it the target's do), source_change, target_change (of the
+    probabilities among colours), object_change (of the logit of the object's class).
     """
     check_truth(dataset)
     sae.check_model(clip, layer)
@@ -336,15 +293,10 @@ def remove_objects(
         ``openmoji/scenes``: the ground truth says where each object is.
     latents : sequence of C sequences of int
         Latents of each class of the embedded world (:func:`patchsae_utils.latents.top_latents`).
-    n_scenes : int
-        Scenes, from the front of the data set; both objects of each are removed in turn.
+    n_scenes : int, from the front of the data set; both objects of each are removed in turn
 
-    Returns
-    -------
-    DataFrame
-        Two rows for each scene and object, kind "own" and "control" (as many other latents that are about as active on these patches): index,
-        removed (class), stays (class), removed_before, removed_after, stays_before, stays_after (probabilities among all classes),
-        removed_change, stays_change (of the logits).
+    Returns two rows for each scene and object, kind "own" and "control": index, removed (class), stays (class), removed_before, removed_after,
+    stays_before, stays_after (probabilities among all classes), removed_change, stays_change (of the logits).
     """
     check_truth(dataset)
     sae.check_model(clip, layer)

@@ -1,13 +1,7 @@
 """Masking latents: zero-shot accuracy with only some of them on, or with them off.
 
-Three choices make the outcome believable, and each differs from the official code:
-
-- *Which* latents: rankings come from another split than the one that is evaluated, and only ``choose="oracle"`` looks at the label of the
-  image at hand (the paper's procedure, named for what it is). See `choosing`.
-- *The error term*: an SAE's output differs from its input. Kept (z - z_hat is added back), an edit changes nothing but the chosen latents;
-  dropped, every number also carries the reconstruction's cost. Raw, reconstructed and error-kept accuracies stand in every table.
-- *Sparse edits*: masks are subtractions of the changed latents' decoder rows from the residual stream, and a whole list of ks costs one
-  pass over the active latents. Nothing is multiplied by a mask, so zero latents stay zero and no bias is added.
+Unlike in the official code, rankings come from another split than the evaluated one, the SAE's error can be kept, and masks subtract decoder
+rows from the residual stream, so that a list of ks costs one pass over the active latents and zero latents stay zero.
 """
 
 from __future__ import annotations
@@ -43,45 +37,33 @@ def sweep_masks(
     rank_by: str | Sequence[str] = "count", where: str | Sequence[str] = "all", head: Tensor | None = None, n_random: int = 3,
     groups: str | Sequence[str] | None = None, batch_size: int = 32,
 ) -> pd.DataFrame:  # fmt: skip
-    """Zero-shot accuracy with only the top k latents left on, or with them turned off.
-
-    The network up to ``layer`` runs once an image; each mask runs its tail alone. Extra prompt tokens of an adapted model are never
-    read by the SAE and pass unchanged.
+    """Zero-shot accuracy with only the top k latents left on, or with them turned off; prompt tokens pass unchanged.
 
     Parameters
     ----------
     clip, sae, layer
-        A model, perhaps adapted, and the SAE that reads it after this block.
     dataset : ImageData or OpenMojiData
         What is evaluated: images that neither ``class_counts`` nor ``attribution`` has seen.
     ks : sequence of int
         Numbers of latents, from 0 to S. S means all; otherwise a class's mask holds fewer than k where fewer have a positive score.
     choose : str or sequence of str
-        Which latents are ranked first:
-
-        - ``oracle``: those of the image's *true* class. The paper's mask; it knows the label.
-        - ``predicted``: of the class that the unmasked model predicts.
-        - ``wrong``: of a random class other than the predicted one.
-        - ``dataset``: of all classes together.
-        - ``random``: latents that are not dead on the train split, drawn ``n_random`` times; their outcomes are averaged.
-        - ``matched``: for each of the k ``predicted`` latents another one, about as active in this very image and in about as many images of
-          the train split. Where an image has too few others, the rows of that k are NaN, and a warning says so.
+        Whose latents are ranked first: ``oracle`` (the image's *true* class: the paper's mask, which knows the label), ``predicted`` (the class
+        that the unmasked model predicts), ``wrong`` (a random other class), ``dataset`` (all classes), ``random`` (latents not dead on the
+        train split, outcomes averaged over ``n_random`` draws), ``matched`` (for each of the k ``predicted`` latents another, about as active in
+        this image and as frequent on the train split; where an image has too few, the rows of that k are NaN, and a warning says so).
     keep_error : bool or two bools
-        Add z - z_hat back, so that the unmasked latents' part of the residual stream stays exact.
+        Add the SAE's error z - z_hat back, so that nothing but the masked latents changes.
     class_counts : LatentSummary or Tensor [C, S], optional
-        Activation of every latent on every class, from the *train* split. Needed for all choices but ``random``, where its absence means
-        that dead latents are drawn too.
+        Activation of every latent on every class, from the *train* split; without it ``random`` alone can be chosen, dead latents included.
     attribution : Attribution or Tensor [C, S], optional
         What each class's logit owes to every latent, from the *train* split (:func:`patchsae_utils.interventions.attribute_latents`).
     rank_by : str or sequence of str
         How classes rank their latents: ``count`` (tokens where they are active, the paper's), ``attribution``, or both.
     where : str or sequence of str
         Which tokens are masked: ``all``, ``cls`` or ``patches``; the others keep all their latents.
-    head : Tensor [C, d_embed], optional
-        By default from the data set's class names and templates.
+    head : Tensor [C, d_embed], by default of the data set's classes
     groups : sequence of length C, or "class", optional
-        A name for each class (its task, its tier): the table then also holds every row for the images of each group alone.
-        ``"class"``: for each class; two of the same name stay two.
+        A name for each class (its task, its tier): every row also for the images of each group alone. ``"class"``: of each class.
     n_random, batch_size : int
 
     Returns
@@ -90,8 +72,8 @@ def sweep_masks(
         choose, rank ("none" where no ranking counts), mode ("on": only the k latents are kept; "off": they are set to zero), k, where, error
         ("kept" or "dropped"), group ("all" or a name), class (its index in rows of ``groups="class"``, else -1), accuracy, low, high, change,
         change_low, change_high (of the accuracy against raw, paired image by image), logit, logit_low, logit_high (of the true class), n
-        (images). Intervals are over images, and all rows share the resamples. The first three rows of a group (choose "none") have the
-        modes "raw", "reconstructed" (no mask, error dropped) and "error_kept" (no mask, error kept).
+        (images). Intervals are over images. The first three rows of a group (choose "none") have the modes "raw", "reconstructed" (no mask,
+        error dropped) and "error_kept" (no mask, error kept).
 
     Source: Lim et al., ICLR 2025, section 4.1 and Fig. 5 (choices ``oracle``, ``dataset``, ``random``; ranked by count).
     """
@@ -128,7 +110,7 @@ def sweep_masks(
         for choice, ranking in conditions:
             draws: dict[tuple, list[Tensor]] = defaultdict(list)
             for levels, table, short in choosing.tables(choice, ranking, logits.argmax(1), read.labels, read.indices, activation):
-                entry = table.to(z.device).expand(len(z), -1)[active.image, active.latent]
+                entry = table.to(z.device).expand(len(z), -1)[active.token // z.shape[1], active.latent]
                 chosen = torch.zeros_like(z)
                 for level in levels:
                     chosen += active.decode(sae.W_dec, (entry == level).nonzero()[:, 0])
@@ -155,7 +137,7 @@ def sweep_masks(
 
 
 def _judge(clip: ClipModel, read: Read, tokens: Tensor, head: Tensor) -> Tensor:
-    """[2, B] of an edited residual stream: whether its class is right, and the true class's logit."""
+    """[2, B] of an edited stream: whether its class is right, and the true class's logit."""
     return _values(clip.logits(read.features(tokens), head), read.labels)
 
 
@@ -195,7 +177,7 @@ def _names(value: str | Sequence[str], valid: tuple[str, ...], what: str) -> lis
 
 
 def _rankings(counts, attribution, rank_by, choose, class_names, d_sae: int) -> tuple[dict[str, Tensor], Tensor | None]:
-    """How high each ranking puts every latent for every class, [C, S], and how often latents are active on the train split, [S]."""
+    """Each ranking's scores [C, S], and how often latents are active on the train split, [S]."""
     scores = {}
     for ranking, table, name, attribute, made_by in (
         ("count", counts, "class_counts", "class_counts", "summarize_latents"),
@@ -212,6 +194,6 @@ def _rankings(counts, attribution, rank_by, choose, class_names, d_sae: int) -> 
                 )
             scores[ranking] = values.float()
         elif ranking in rank_by and set(choose) != {"random"}:
-            raise ValueError(f"choose={choose} with rank_by={ranking!r} ranks latents by class: give {make}, or choose='random' alone.")
+            raise ValueError(f"choose={choose} with rank_by={ranking!r} ranks latents by class: give {make}, or 'random' alone.")
     frequency = getattr(counts, "frequency", None)
     return scores, scores["count"].sum(0) if frequency is None and "count" in scores else frequency

@@ -31,12 +31,11 @@ class Edit:
     latent: int
     """Which, from 0 to S - 1."""
     op: str = "scale"
-    """``scale`` (multiply), ``set`` (everywhere to one value) or ``add``; activations never fall below 0."""
+    """``scale`` (multiply), ``set`` (everywhere to one value) or ``add``; activations stay at or above 0."""
     value: float = 0.0
     """Factor, level or amount; by default 0, which turns the latent off."""
     patches: Sequence[int] | Tensor | str | None = None
-    """Where: None for all tokens, ``"cls"``, ``"patches"`` (all of them), a list of patch indices (row by row, from 0), or a bool tensor
-    [P]. CLS is changed only by None and ``"cls"``."""
+    """Where: None for all tokens, ``"cls"``, ``"patches"`` (all of them), a list of patch indices (row by row, from 0), or a bool tensor [P]."""
 
     def __post_init__(self):
         if self.op not in OPERATIONS:
@@ -51,13 +50,11 @@ class Edit:
     def tokens(self, n_tokens: int) -> Tensor:
         """Where it acts: bool [T]."""
         chosen = torch.zeros(n_tokens, dtype=torch.bool)
-        if self.patches is None or isinstance(self.patches, str):
-            if self.patches not in (None, "cls", "patches"):
-                raise ValueError(
-                    f"Unknown place {self.patches!r}. Valid: None (all tokens), 'cls', 'patches', patch indices, a bool tensor."
-                )
+        if self.patches is None or (isinstance(self.patches, str) and self.patches in ("cls", "patches")):
             chosen[TOKENS[self.patches or "all"]] = True
             return chosen
+        if isinstance(self.patches, str):
+            raise ValueError(f"Unknown place {self.patches!r}. Valid: None (all tokens), 'cls', 'patches', indices, a bool tensor.")
         places = torch.as_tensor(self.patches).cpu()
         if places.dtype == torch.bool:
             if places.shape != (n_tokens - 1,):
@@ -73,8 +70,7 @@ class Steered(NamedTuple):
     """What the network says before and after edits of latents."""
 
     features: Tensor
-    """[B, d_embed] image features after the edits, not normalised; ``features_before``: without them."""
-    features_before: Tensor
+    """[B, d_embed] image features after the edits, not normalised."""
     logits: Tensor | None
     """[B, C]; None without a head."""
     logits_before: Tensor | None
@@ -86,13 +82,11 @@ class Steered(NamedTuple):
 
     @property
     def probabilities(self) -> Tensor:
-        """[B, C] softmax of the logits after the edits."""
-        return _checked(self.logits).softmax(1)
+        return _probabilities(self.logits)
 
     @property
     def probabilities_before(self) -> Tensor:
-        """[B, C] without them."""
-        return _checked(self.logits_before).softmax(1)
+        return _probabilities(self.logits_before)
 
     def moved(self, class_names: Sequence[str], image: int = 0, n: int = 5) -> pd.DataFrame:
         """The classes whose probability changed most in one image: columns class, before, after, change."""
@@ -101,37 +95,27 @@ class Steered(NamedTuple):
         return table.iloc[np.argsort(-np.abs(after - before), kind="stable")[:n]].reset_index(drop=True)
 
 
-def _checked(logits: Tensor | None) -> Tensor:
+def _probabilities(logits: Tensor | None) -> Tensor:
     if logits is None:
         raise ValueError("There are no logits: give steer() a zero-shot head (head=clip.zero_shot_head(class_names, templates)).")
-    return logits
+    return logits.softmax(1)
 
 
 @torch.no_grad()
 def steer(
     clip: ClipModel, sae: SparseAutoencoder, images: Tensor | Residual, edits: Sequence[Edit], layer: int = -2, head: Tensor | None = None
 ) -> Steered:
-    """Change single latents and let the network finish.
-
-    The change of the latents is added to the residual stream itself, so that the SAE's error stays what it is, and no edit means no
-    change, to the bit.
+    """Change single latents and let the network finish; the SAE's error stays, and no edit means no change, to the bit.
 
     Parameters
     ----------
     clip, sae, layer
-        A model, perhaps adapted (its prompt tokens pass unchanged), and the SAE that reads it after this block.
     images : Tensor [B, 3, H, W] or Residual
-        Preprocessed images, or their residual stream after ``layer`` (``clip.run_to``), which saves the time when many edits are tried.
+        Preprocessed images, or their residual stream after ``layer`` (``clip.run_to``), which saves time when many edits are tried.
     edits : sequence of Edit
-        Applied in turn; later ones see what earlier ones did.
+        Applied in turn, e.g. ``[Edit(7), Edit(3, "scale", 2.0, [90, 91])]``: 7 off, then 3 doubled on two patches.
     head : Tensor [C, d_embed], optional
         For logits and probabilities.
-
-    Examples
-    --------
-    Latent 7 off; 3 doubled on two patches; 5 set to 4 at CLS:
-
-    >>> edits = [Edit(7), Edit(3, "scale", 2.0, [90, 91]), Edit(5, "set", 4.0, "cls")]
     """
     sae.check_model(clip, layer)
     clip.check_class_token(*(edit.patches for edit in edits))
@@ -149,4 +133,4 @@ def steer(
     features_before = tail(before)
     features = tail(after) if edits else features_before
     logits, logits_before = (None if head is None else clip.logits(value, head) for value in (features, features_before))
-    return Steered(features, features_before, logits, logits_before, after, new, old)
+    return Steered(features, logits, logits_before, after, new, old)

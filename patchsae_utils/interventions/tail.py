@@ -1,4 +1,4 @@
-"""Behind the hook: batches read up to it, the network's tail for many calls, and sums of decoder rows over the few active latents."""
+"""Behind the hook: batches read up to it, the network's tail for many calls, sums of decoder rows over the few active latents."""
 
 from __future__ import annotations
 
@@ -14,35 +14,26 @@ from ..data import batches, templates_for
 from ..data.splits import require_labels
 from .choosing import NONE_LEFT
 
-BATCH = 32
-"""Images at a time, where no caller says otherwise."""
-
-PRODUCT_BYTES = 64 * 2**20
-"""Size of the largest block of gathered decoder rows."""
-
+BATCH = 32  # images at a time, where no caller says otherwise
+PRODUCT_BYTES = 64 * 2**20  # of the largest block of gathered decoder rows
 Tail = Callable[[Residual], Tensor]
 """Residual -> image features [B, d_embed], not normalised."""
 
 
-# -- reading and finishing --------------------------------------------------------------------------------------------
-
-
 class Read(NamedTuple):
-    """A batch of a data set, read up to the hook."""
+    """A batch of a data set, read up to the hook: labels [B] on the model's device, places in the data set [B]."""
 
     labels: Tensor
-    """[B] on the model's device."""
     indices: Tensor
-    """[B] places in the data set."""
     residual: Residual
     tail: Tail
 
     def some(self, images: Tensor | slice) -> Residual:
-        """The residual stream of some of the images."""
+        """The residual streams of some images."""
         return Residual(*(None if part is None else part[images] for part in self.residual))
 
     def features(self, tokens: Tensor, images: Tensor | slice = slice(None)) -> Tensor:
-        """Image features [b, d_embed] of an edited stream [b, T, D], of all images or some; prompt tokens pass unchanged."""
+        """Image features [b, d_embed] of an edited stream [b, T, D] of some images; prompt tokens pass unchanged."""
         return self.tail(self.some(images)._replace(tokens=tokens))
 
 
@@ -58,9 +49,8 @@ def read_batches(clip: ClipModel, dataset: Any, layer: int, progress: str | None
 def network_tail(clip: ClipModel, layer: int, sample: Residual) -> Tail:
     """The rest of the network after ``layer``, for many calls; differentiable.
 
-    One block before the end the image feature reads CLS alone, so that only one query is needed: keys fold into it and values into its
-    output, which costs T * D operations a head instead of T * D * D. Used only where it gives the same features as ``clip.finish``
-    on the first of ``sample``; otherwise (other layers, blocks or poolings) this is ``clip.finish``.
+    One block before the end the image feature reads CLS alone: keys fold into its one query and values into its output, T * D operations a head
+    instead of T * D * D. Used only where it gives the features of ``clip.finish`` on the first of ``sample``; else this is ``clip.finish``.
     """
 
     def whole(residual: Residual) -> Tensor:
@@ -70,15 +60,9 @@ def network_tail(clip: ClipModel, layer: int, sample: Residual) -> Tail:
     visual: Any = base.visual
     block: Any = base.blocks[-1]
     attention = getattr(block, "attn", None)
-    if (
-        base.layer_index(layer) != base.n_layers - 2
-        or clip.precision != "fp32"
-        or getattr(visual, "proj", None) is None
-        or getattr(visual, "attn_pool", None) is not None  # CoCa's pooling reads all tokens
-        or not isinstance(attention, nn.MultiheadAttention)
-        or attention.in_proj_weight is None
-        or attention.in_proj_bias is None
-    ):
+    packed = isinstance(attention, nn.MultiheadAttention) and attention.in_proj_weight is not None and attention.in_proj_bias is not None
+    pooled = getattr(visual, "proj", None) is None or getattr(visual, "attn_pool", None) is not None  # CoCa's pooling reads all tokens
+    if not packed or pooled or base.layer_index(layer) != base.n_layers - 2 or clip.precision != "fp32":
         return whole
     heads, width = attention.num_heads, attention.embed_dim
     W_q, W_k, W_v = attention.in_proj_weight.chunk(3)
@@ -115,20 +99,13 @@ def dataset_head(clip: ClipModel, dataset: Any) -> Tensor:
     return clip.zero_shot_head(dataset.class_names, templates_for(dataset.spec))
 
 
-# -- what latents add to the residual stream --------------------------------------------------------------------------
-
-
 class Active(NamedTuple):
-    """The positive latents of a batch, listed token by token."""
+    """The positive latents of a batch, token by token: places in the flattened [B * T], latents and values, each [N]; shape is (B, T)."""
 
     token: Tensor
-    """[N] place in the flattened [B * T], rising."""
     latent: Tensor
-    """[N]"""
     value: Tensor
-    """[N]"""
     shape: tuple[int, int]
-    """(B, T)"""
 
     @classmethod
     def of(cls, h: Tensor) -> Active:
@@ -136,11 +113,6 @@ class Active(NamedTuple):
         flat = h.flatten(0, 1)
         token, latent = flat.nonzero(as_tuple=True)
         return cls(token, latent, flat[token, latent], (h.shape[0], h.shape[1]))
-
-    @property
-    def image(self) -> Tensor:
-        """[N]"""
-        return self.token // self.shape[1]
 
     def decode(self, rows: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Sum of value times decoder row over some of the entries (their places; None: all): [B, T, D], without b_dec."""
@@ -153,18 +125,12 @@ class Active(NamedTuple):
     def project(self, direction: Tensor, rows: Tensor) -> Tensor:
         """Each entry's contribution along a direction of its token ([B, T, D]): value * (row . direction), [N]."""
         flat, step = direction.flatten(0, 1), max(1, PRODUCT_BYTES // (4 * rows.shape[1]))
-        parts = [
-            (rows[self.latent[i : i + step]] * flat[self.token[i : i + step]]).sum(1) * self.value[i : i + step]
-            for i in range(0, len(self.token), step)
-        ]
-        return torch.cat(parts) if parts else self.value
+        chunks = zip(*(part.split(step) for part in self[:3]), strict=True)
+        return torch.cat([(rows[latent] * flat[token]).sum(1) * value for token, latent, value in chunks])
 
 
 def contribution(rows: Tensor, h: Tensor, latents: Tensor) -> Tensor:
-    """What each image's latents [B, k] add to the residual stream, given activations [B, T, S]: [B, T, D].
-
-    Of controls that are missing, a ``SILENT`` one adds nothing, and one where there is ``NONE_LEFT`` makes the image's sum NaN.
-    """
+    """What each image's latents [B, k] add to the stream, given activations [B, T, S]: [B, T, D]; ``SILENT`` adds 0, ``NONE_LEFT`` NaN."""
     latents = latents.to(h.device)
     values = h.gather(2, latents.clamp_min(0)[:, None].expand(-1, h.shape[1], -1))
     values = torch.where((latents >= 0)[:, None], values, torch.where(latents == NONE_LEFT, torch.nan, 0.0)[:, None])
@@ -174,6 +140,4 @@ def contribution(rows: Tensor, h: Tensor, latents: Tensor) -> Tensor:
 def check_same_tower(base: ClipModel, adapted: ClipModel) -> None:
     """Refuse two models whose image towers differ in shape."""
     if (base.width, base.n_layers, base.grid) != (adapted.width, adapted.n_layers, adapted.grid):
-        raise ValueError(
-            f"Both models must have the same image tower; got {base!r} and {adapted!r}. Give the model that the adapter was fitted to."
-        )
+        raise ValueError(f"Image towers differ: {base!r} and {adapted!r}. Give the model that the adapter was fitted to.")
