@@ -1,7 +1,7 @@
 """Why this layer, this size, this penalty? A grid of SAEs, each of which differs from the profile's in one thing.
 
-The counterpart of Table 2 of Lim et al. (ICLR 2025), with dead latents, seeds, and how well latents find concepts. ``make ablations`` (about an hour on
-two CPU cores; it goes on where it was stopped) writes ``experiments/results/ablations.csv``, one row an SAE.
+The counterpart of Table 2 of Lim et al. (ICLR 2025), with dead latents, seeds, and how well latents find concepts. ``make ablations``
+(about an hour on two CPU cores; it goes on where it was stopped) writes ``experiments/results/ablations.csv``, one row an SAE.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """One runner for all grids: a cell (hashable, with a ``name``) is measured once and kept, and the tables are written anew after each.
 
-An experiment has a ``profile``, a ``folder`` for its cells, ``inputs(cell)`` (all that decides what it comes out as), ``measure(cell, folder)`` and
-``tables({cell: numbers})``, name -> DataFrame; the numbers, as JSON can hold them, get "seconds" and "commit", that of the code that measured them.
+An experiment has a ``profile``, a ``folder`` for its cells, ``inputs(cell)`` (all that decides what it comes out as), ``measure(cell,
+folder)`` and ``tables({cell: numbers})``, name -> DataFrame; the numbers, as JSON can hold them, get "seconds" and "commit", that of the
+code that measured them.
 """
 
 from __future__ import annotations

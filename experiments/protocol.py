@@ -1,8 +1,9 @@
 """Base to novel: every adapter on every task, over seeds: raw, through the reconstruction, and with its error kept.
 
-16 shots of each *base* class, test pictures of base and *novel* classes, their harmonic mean; beside it what the gain on base classes is made of, and
-MaPLe fitted to shuffled labels. ``python -m experiments.protocol`` (about four hours on one CPU core; it goes on where it was stopped) writes
-``experiments/results/adaptation.csv`` and ``gain_split.csv``. Protocol: Khattak et al., CVPR 2023, section 4.1; Zhou et al., CVPR 2022.
+16 shots of each *base* class, test pictures of base and *novel* classes, their harmonic mean; beside it what the gain on base classes is
+made of, and MaPLe fitted to shuffled labels. ``python -m experiments.protocol`` (about four hours on one CPU core; it goes on where it was
+stopped) writes ``experiments/results/adaptation.csv`` and ``gain_split.csv``. Protocol: Khattak et al., CVPR 2023, section 4.1; Zhou et
+al., CVPR 2022.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Protocol:
         }  # fmt: skip
 
     def measure(self, cell: Cell, folder: Path) -> dict[str, Any]:
-        """``right``: half -> form -> a string of 0 and 1, one a picture; ``n_classes``: half -> number; ``split``: rows of the second table."""
+        """``right``: half -> form -> 0s and 1s, one a picture; ``n_classes``: half -> number; ``split``: rows of the second table."""
         tests, started = self._tests(cell), time.perf_counter()
         model = self._model(cell, folder)
         row: dict[str, Any] = {"fit_seconds": round(time.perf_counter() - started, 1), "right": {}}
@@ -113,7 +114,7 @@ class Protocol:
         )  # fmt: skip
 
     def _split(self, model: ClipModel, dataset) -> list[dict[str, Any]]:
-        """The parts of a model's gain, what of its change lies outside the dictionary, and its reuse of evidence: quantity, name, value, low, high."""
+        """Of a model's gain, change outside the dictionary and reuse of evidence: quantity, name, value, low, high."""
         analysis = explain_gain(self.clip, {"model": model}, self.sae, dataset, self.layer, progress=self.progress)["model"]
         tables = [
             analysis.split.parts().rename(columns={"part": "name", "gain": "value"}).assign(quantity="gain"),
@@ -150,8 +151,8 @@ def feature_forms(clip: ClipModel, sae: SparseAutoencoder, dataset, layer: int, 
 def tabulate(measured: Mapping[Cell, Mapping[str, Any]], averaged: Sequence[str] | None = None) -> pd.DataFrame:
     """Each task and kind over the seeds measured so far, and the average over tasks that all kinds have (of ``averaged``, where it is given).
 
-    Columns: task, kind, form, half ("base", "novel", "harmonic mean" of the mean accuracies), accuracy (mean over seeds), low, high (over pictures),
-    seed_sd (NaN with one seed), n_seeds, n_images, n_classes, fit_seconds (mean), commit.
+    Columns: task, kind, form, half ("base", "novel", "harmonic mean" of the mean accuracies), accuracy (mean over seeds), low, high (over
+    pictures), seed_sd (NaN with one seed), n_seeds, n_images, n_classes, fit_seconds (mean), commit.
     """
     records, draws, points = [], {}, {}
     keys = list(dict.fromkeys((cell.task, cell.kind) for cell in measured))

@@ -1,8 +1,8 @@
 """Train the small CLIP of the embedded world: ``python -m experiments.train_openmoji_clip``.
 
-CLIP's loss (Radford et al., 2021) with patch dropout (FLIP, Li et al., 2023), plus two terms on single patches after ``resblocks[-2]``, through heads that
-are thrown away: what the patch belongs to and its palette colour, without which the patches of a CLIP this small know colour and texture alone.
-Interrupted, it goes on from ``--out``/state.pt; the weights are written as fp16 safetensors at every evaluation.
+CLIP's loss (Radford et al., 2021) with patch dropout (FLIP, Li et al., 2023), plus two terms on single patches after ``resblocks[-2]``,
+through heads that are thrown away: what the patch belongs to and its palette colour, without which the patches of a CLIP this small know
+colour and texture alone. Interrupted, it goes on from ``--out``/state.pt; the weights are written as fp16 safetensors at every evaluation.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Adaptation: adapted models, their fitting, and what their gain is made of.
 
-Adapted models (`prompts`, `models`) have the interface of a `ClipModel`; `fit` and `official` make and read them. One dictionary reads CLIP and
-the adapted model (`compare`, `groups`), the gain is taken apart (`gain`, `links`), a dictionary of its own (`own_dictionary`) and a joint one
-(`joint`, `novelty`) say what is new. May import: interventions, concepts, latents, sae, activations, clip, data, run.
+Adapted models (`prompts`, `models`) have the interface of a `ClipModel`; `fit` and `official` make and read them. One dictionary reads CLIP
+and the adapted model (`compare`, `groups`), the gain is taken apart (`gain`, `links`), a dictionary of its own (`own_dictionary`) and a
+joint one (`joint`, `novelty`) say what is new. May import: interventions, concepts, latents, sae, activations, clip, data, run.
 """
 
 from .compare import Remapping, base_to_novel, compare_models, masked_predictions, stack

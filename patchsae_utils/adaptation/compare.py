@@ -99,7 +99,7 @@ class Remapping:
 
     @property
     def delta(self) -> float:
-        """Share of the base model's errors that adaptation removed: (adapted - base) / (1 - base). Source: Lim et al., ICLR 2025, Table 1."""
+        """Share of the base's errors that adaptation removed: (adapted - base) / (1 - base). Source: Lim et al., ICLR 2025, Table 1."""
         base, adapted = self.score("base", "base"), self.score("adapted", "adapted")
         return (adapted - base) / (1 - base) if base < 1 else 0.0
 
@@ -126,7 +126,7 @@ class Remapping:
         return _with_intervals(pd.DataFrame({"fate": FATES}), "share", rows)
 
     def latents(self) -> pd.DataFrame:
-        """The top latents of each class in either model and their group: class, class_name, latent, base, adapted (counts a picture), group."""
+        """Top latents of each class in either model and their group: class, class_name, latent, base, adapted (counts a picture), group."""
         table = latent_groups(self.base.mean_counts, self.adapted.mean_counts)
         table.insert(1, "class_name", [self.class_names[i] for i in table["class"]])
         return table
@@ -140,8 +140,8 @@ class Remapping:
     def comparisons(self, rank: str = "count") -> pd.DataFrame:
         """The means of :meth:`groups` over classes, beside controls: comparison, measure (a group, "jaccard", "rbo"), value, low, high.
 
-        ``rank``: top latents by their "count" on the class, or by how far it exceeds the mean over classes ("specific"). Of as many random active
-        latents, groups have one draw for both models, overlaps a draw and an order for each.
+        ``rank``: top latents by their "count" on the class, or by how far it exceeds the mean over classes ("specific"). Of as many random
+        active latents, groups have one draw for both models, overlaps a draw and an order for each.
         """
         base, adapted = self.base.mean_counts, self.adapted.mean_counts
         rng = np.random.default_rng(0)
@@ -253,8 +253,8 @@ def masked_predictions(
 ) -> pd.DataFrame:
     """Accuracy of each class with only its k most specific latents, or without them, in CLIP and in an adapted model.
 
-    The latents are chosen once, on CLIP's train split, for all models. A picture's mask is that of its true class, which tells the label, so
-    compare accuracies at one k with each other and with random latents, not with unmasked ones. Source: Lim et al., ICLR 2025, Fig. 6.
+    The latents are chosen once, on CLIP's train split, for all models. A picture's mask is that of its true class, which tells the label,
+    so compare accuracies at one k with each other and with random latents, not with unmasked ones. Source: Lim et al., ICLR 2025, Fig. 6.
 
     Parameters
     ----------

@@ -55,7 +55,7 @@ RECIPES = {
     "finetune": Recipe("adamw", 1e-4, 1e-2),
     "linear": Recipe("adamw", 5e-3, 1e-2),
 }
-"""Kind -> its recipe; the prompts' is MaPLe's, the rates of the others are customary. All but CoOp's beat neighbours on validation pictures."""
+"""Kind -> its recipe; the prompts' is MaPLe's, the others' rates are customary. All but CoOp's beat neighbours in validation."""
 
 
 @out_of_memory("fitting an adapter", "adapters.batch_size lower, or a smaller adapters.depth")

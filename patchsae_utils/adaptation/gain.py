@@ -1,8 +1,9 @@
 """What a gain in accuracy is made of. The residual stream is z = decode(h) + e, and adaptation may change four parts:
 
-CLIP's own latents (h: "retuning"), what is outside its dictionary (e: "new concepts", no bound on what is new: :mod:`.novelty`), the later blocks
-and the text head (both "remapping"). Each of the 16 combinations classifies every picture; a part's share is its *Owen value*, in which the
-tower's three parts are one union, so the parts sum to the gain. Sources: Shapley (1953); Owen, "Values of games with a priori unions" (1977).
+CLIP's own latents (h: "retuning"), what is outside its dictionary (e: "new concepts", no bound on what is new: :mod:`.novelty`), the later
+blocks and the text head (both "remapping"). Each of the 16 combinations classifies every picture; a part's share is its *Owen value*, in
+which the tower's three parts are one union, so the parts sum to the gain. Sources: Shapley (1953); Owen, "Values of games with a priori
+unions" (1977).
 """
 
 from __future__ import annotations
@@ -59,13 +60,14 @@ class GainSplit:
     """[2 measures, 2, 2, 2, 3, N]: whether picture n is classified rightly, and the log-probability of its class (nats), with each part of
     ``PARTS`` as in CLIP (0) or as in the adapted model (1); the text head may also be CLIP's with the adapter's own texts (2)."""
     squares: np.ndarray
-    """[3, 2, N]: for each of ``CHANGES`` the squared norm of the change outside the dictionary, and of the whole change, summed over tokens."""
+    """[3, 2, N]: for each of ``CHANGES`` the squared norm outside the dictionary, and that of the whole change, summed over tokens."""
 
     def parts(self, measure: str = "accuracy") -> pd.DataFrame:
         """Each part of the gain in "accuracy" or "log-probability": part, gain, low, high, share, share_low, share_high; over pictures.
 
-        After ``PARTS`` come the sums "image tower" and ``CONCEPTS``, the text head's "template" and "learning" (FAULTS D16: CLIP's head is a mean
-        over templates, that of learned prompts has one), then "both" and "interaction". Shares are NaN where the gain's interval holds 0.
+        After ``PARTS`` come the sums "image tower" and ``CONCEPTS``, the text head's "template" and "learning" (FAULTS D16: CLIP's head is
+        a mean over templates, that of learned prompts has one), then "both" and "interaction". Shares are NaN where the gain's interval
+        holds 0.
         """
         values = self.outcomes[MEASURES.index(measure)]
         parts = owen_values(values)
@@ -92,7 +94,7 @@ class GainSplit:
         return table.assign(gain=gain.value, gain_low=gain.low, gain_high=gain.high)
 
     def change(self) -> pd.DataFrame:
-        """How much of each of :data:`CHANGES` of the stream the dictionary misses: change, outside (share of the squared norm), low, high."""
+        """How much of each of :data:`CHANGES` the dictionary misses: change, outside (share of the squared norm), low, high."""
         outside = [share_of(*each)[:3] for each in self.squares]
         return pd.DataFrame(outside, columns=["outside", "low", "high"]).assign(change=CHANGES)[["change", "outside", "low", "high"]]
 

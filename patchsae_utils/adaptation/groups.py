@@ -35,7 +35,8 @@ def top_of_either(base: Tensor, adapted: Tensor, top_k: int = TOP_K, rank: str =
 def latent_groups(base: Tensor, adapted: Tensor, *, top_k: int = TOP_K, rank: str = "count", members: Tensor | None = None) -> pd.DataFrame:
     """Top latents of a class in either model (or ``members``, bool [C, S]) from counts [C, S]: class, latent, base, adapted, group.
 
-    *high-to-low* where the adapted count is below ``LOW`` times CLIP's, *low-to-high* the reverse, else *high*. Source: Lim et al., Table 1, Fig. 7.
+    *high-to-low* where the adapted count is below ``LOW`` times CLIP's, *low-to-high* the reverse, else *high*. Source: Lim et al., Table
+    1, Fig. 7.
     """
     members = top_of_either(base, adapted, top_k, rank) if members is None else members
     classes, latents = members.nonzero(as_tuple=True)

@@ -1,7 +1,8 @@
 """A joint dictionary of models m, a crosscoder: f = act(sum_m x_m W_enc^m + b_enc), and x_m (centred, scaled) is read back as f W_dec^m.
 
-BatchTopK (``k``): the k N largest f_s n_s of N tokens stay, n_s the summed norms of decoder rows; later those above the running mean of the smallest
-that stayed. Sources: Lindsey et al., "Sparse crosscoders", 2024; Minder et al., "Overcoming sparsity artifacts in crosscoders", 2025.
+BatchTopK (``k``): the k N largest f_s n_s of N tokens stay, n_s the summed norms of decoder rows; later those above the running mean of the
+smallest that stayed. Sources: Lindsey et al., "Sparse crosscoders", 2024; Minder et al., "Overcoming sparsity artifacts in crosscoders",
+2025.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def train_joint(
     tokens: Tensor, d_sae: int, *, k: int | None = 32, l1_coefficient: float | None = None, n_tokens: int = 600_000, seed: int = 0,
     progress: bool = True,
 ) -> JointDictionary:  # fmt: skip
-    """A joint dictionary of tokens [n, M, D], trained on ``n_tokens`` draws of them; Adam, the rate rising at first and falling to 0 at the end."""
+    """A joint dictionary of tokens [n, M, D], trained on ``n_tokens`` draws of them; Adam, the rate rises at first and falls to 0."""
     joint = JointDictionary(tokens, d_sae, k=k, l1_coefficient=l1_coefficient, seed=seed)
     generator, batch = Generator().manual_seed(seed), min(BATCH, len(tokens))
     steps = max(1, n_tokens // batch)
@@ -102,6 +103,6 @@ def train_joint(
 
 
 def norm_difference(joint: JointDictionary) -> Tensor:
-    """[S] relative difference of two models' decoder norms: 0 for a latent of the first alone, 1 of the second alone, 1/2 where they are equal."""
+    """[S] relative difference of two models' decoder norms: 0 for a latent of the first alone, 1 of the second, 1/2: equal."""
     first, second = joint.norms
     return ((second - first) / torch.maximum(first, second).clamp_min(torch.finfo(first.dtype).tiny) + 1) / 2

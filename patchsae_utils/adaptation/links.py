@@ -1,7 +1,7 @@
 """Which latents a class rests on: a *link* is a latent's activation h times the gradient w of the class's margin along its decoder row.
 
-h_a w_a - h_b w_b = (h_a - h_b) (w_a + w_b) / 2 [by activation] + (h_a + h_b) / 2 (w_a - w_b) [by reading], summed over tokens. A class's positive
-links over their sum are its *evidence*; its *reuse* is what two models share of it: the sum of the smaller of the two shares.
+h_a w_a - h_b w_b = (h_a - h_b) (w_a + w_b) / 2 [by activation] + (h_a + h_b) / 2 (w_a - w_b) [by reading], summed over tokens. A class's
+positive links over their sum are its *evidence*; its *reuse* is what two models share of it: the sum of the smaller of the two shares.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ClassLinks:
         return pd.DataFrame(records, columns=["comparison", "reuse", "low", "high"])
 
     def links(self) -> pd.DataFrame:
-        """The strongest links of each class in either model: class, class_name, latent, base, adapted (shares of evidence), link (``LINKS``)."""
+        """Each class's strongest links in either model: class, class_name, latent, base, adapted (shares of evidence), link (``LINKS``)."""
         table = latent_groups(evidence(self.base), evidence(self.adapted))
         table["link"] = table.pop("group").map(LINKS)
         table.insert(1, "class_name", [self.class_names[i] for i in table["class"]])

@@ -1,7 +1,8 @@
 """Which latents f of a joint dictionary are new in an adapted model? Five measures on pictures that no dictionary saw, and one verdict.
 
-Were they there before (``scaling``, ``matched``, ``predicted``), and did they change (``norms``, ``difference``)? d: decoder row in the adapted model.
-Sources: Minder et al., 2025, section 3 (Latent Scaling; here a latent's own row is left out of CLIP's reconstruction); Kondapaneni et al., 2025.
+Were they there before (``scaling``, ``matched``, ``predicted``), and did they change (``norms``, ``difference``)? d: decoder row in the
+adapted model. Sources: Minder et al., 2025, section 3 (Latent Scaling; here a latent's own row is left out of CLIP's reconstruction);
+Kondapaneni et al., 2025.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def norms(joint: JointDictionary, streams: Tensor) -> pd.DataFrame:
 
 @torch.no_grad()
 def scaling(joint: JointDictionary, streams: Tensor) -> pd.DataFrame:
-    """Latent Scaling: CLIP's beta = d . (Y^T f) / (|d|^2 |f|^2) over the adapted one's; Y: what other latents leave, or the reconstruction."""
+    """Latent Scaling: CLIP's beta = d . (Y^T f) / (|d|^2 |f|^2) over the adapted one's; Y: what others leave, or the reconstruction."""
     d, own = joint.rows(1), [(joint.rows(1) * joint.rows(model)).sum(1) for model in range(2)]
     sums = []
     for x, f in _read(joint, streams):
@@ -95,7 +96,7 @@ def predicted(joint: JointDictionary, streams: Tensor, train: Tensor) -> pd.Data
 
 
 def correlations(pairs: Iterator[tuple[Tensor, Tensor]]) -> Interval:
-    """Pearson correlation over tokens of activations f and g [B, T, S], latent by latent, resampling pictures; NaN where one is constant."""
+    """Pearson correlation over tokens of activations f and g [B, T, S], by latent, resampling pictures; NaN where one is constant."""
     parts = [
         torch.stack([f.sum(1), g.sum(1), (f * f).sum(1), (g * g).sum(1), (f * g).sum(1), torch.full_like(f[:, 0], f.shape[1])])
         for f, g in pairs
@@ -145,8 +146,8 @@ def _over(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 def verdicts(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """One verdict a latent from tables by measure: latent, verdict, and each measure's score and evidence.
 
-    "new": two of ``scaling``, ``matched`` and ``predicted`` say so, and none the contrary; the other way round "changed" if ``difference`` or
-    ``norms`` say that the change writes it, else "as before"; "undecided" where they disagree or don't know.
+    "new": two of ``scaling``, ``matched`` and ``predicted`` say so, and none the contrary; the other way round "changed" if ``difference``
+    or ``norms`` say that the change writes it, else "as before"; "undecided" where they disagree or don't know.
     """
     presence = [tables[name]["evidence"] for name in ("scaling", "matched", "predicted")]
     new, before = (sum((each == word).to_numpy().astype(int) for each in presence) for word in (NEW, BEFORE))

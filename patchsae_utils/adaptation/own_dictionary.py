@@ -1,7 +1,7 @@
 """A dictionary of the adapted model's own, beside CLIP's: would it have found other concepts?
 
-One SAE is trained on each model, with the same pictures, settings and seed, and a second one of CLIP says what another seed does. Each then reads
-both models: the four combinations of Lim et al., ICLR 2025, Fig. 11.
+One SAE is trained on each model, with the same pictures, settings and seed, and a second one of CLIP says what another seed does. Each then
+reads both models: the four combinations of Lim et al., ICLR 2025, Fig. 11.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Dictionaries(NamedTuple):
     def cross(self, base: ClipModel, adapted: ClipModel, dataset: Any, layer: int, *, progress: bool = True) -> pd.DataFrame:
         """Each SAE on each model's activations of new pictures: sae, activations ("CLIP" or "adapted"), measure, value, low, high.
 
-        Measures: explained_variance, l0, accuracy of that model through the reconstruction, its change against raw. Intervals are over pictures.
+        Measures: explained_variance, l0, accuracy of that model through the reconstruction, its change against raw. Intervals are over
+        pictures.
         """
         check_same_tower(base, adapted)
         tables = []
@@ -60,7 +61,7 @@ class Dictionaries(NamedTuple):
 def train_dictionaries(
     base: ClipModel, adapted: ClipModel, dataset: Any, layer: int, sae: SaeConfig, training: TrainConfig, out: str | Path, *, progress: bool = True
 ) -> Dictionaries:  # fmt: skip
-    """Train an SAE on each model's residual stream, and one more on CLIP's with the next seed; what is in the folder ``out`` already is opened."""
+    """An SAE of each model's residual stream, and one more of CLIP's with the next seed; what lies in ``out`` already is opened."""
     check_same_tower(base, adapted)
     out = Path(out)
     stores = {

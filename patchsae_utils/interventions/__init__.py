@@ -1,7 +1,8 @@
 """Interventions: change latents, let the network finish, see what it says.
 
 All edits go through `tail`, the part of the network behind the hook, and all refuse an SAE of another model, layer or weights. ``clip``,
-``sae`` and ``layer`` are everywhere a model, perhaps adapted, and an SAE that reads it after this block. Letters: B batch, T tokens (CLS, then
+``sae`` and ``layer`` are everywhere a model, perhaps adapted, and an SAE that reads it after this block. Letters: B batch, T tokens (CLS,
+then
 patches), P patches, D d_in, S d_sae, C classes, K concepts. May import: concepts, latents, sae, clip, data, run."""
 
 from .attribution import attribute_latents, attribution_check

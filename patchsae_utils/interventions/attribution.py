@@ -34,7 +34,8 @@ class Attribution(NamedTuple):
 def attribute_latents(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: int = -2, *, head: Tensor | None = None) -> Attribution:
     """Attribute each class's margin to latents, over images of the class.
 
-    The margin is the class's logit minus the log of the summed exponentials of the others: what raises all classes alike counts for nothing.
+    The margin is the class's logit minus the log of the summed exponentials of the others: what raises all classes alike counts for
+    nothing.
 
     Parameters
     ----------

@@ -19,8 +19,8 @@ SILENT, NONE_LEFT = -1, -2
 class Choosing:
     """The latents of every choice, for the images of a sweep; labels are read for ``oracle`` alone.
 
-    ``scores``: for each ranking [C, S]; latents with a positive score are ranked, and k = S means all, ranked or not. ``frequency`` [S] on the
-    train split: random latents are drawn where it is positive, matched ones have about the same.
+    ``scores``: for each ranking [C, S]; latents with a positive score are ranked, and k = S means all, ranked or not. ``frequency`` [S] on
+    the train split: random latents are drawn where it is positive, matched ones have about the same.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class Choosing:
     ) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
         """One table, for ``random`` one for each draw, for ``matched`` one for each k; ``activation`` [B, S] is summed over tokens.
 
-        It holds the levels (places in ks) that it is about; the level at which each latent comes in, bytes [B or 1, S] (``len(ks)``: at none);
-        which images have too few other latents for a control, bool [B or 1].
+        It holds the levels (places in ks) that it is about; the level at which each latent comes in, bytes [B or 1, S] (``len(ks)``: at
+        none); which images have too few other latents for a control, bool [B or 1].
         """
         every, none = range(len(self.ks)), torch.zeros(1, dtype=torch.bool)
         if choice == "random":
@@ -65,7 +65,7 @@ class Choosing:
             yield [level], table, (others == NONE_LEFT).any(1)
 
     def _ranked(self, ranking: str, label: int | None) -> Tensor:
-        """[max(ks)] a class's latents, or the data set's (None), best first, then ``SILENT``: one without a score is none of the class's."""
+        """[max(ks)] a class's latents, or the data set's (None), best first, then ``SILENT``: those without a score are none of them."""
         if (ranking, label) not in self._known:
             scores = self.scores[ranking].sum(0) if label is None else self.scores[ranking][label]
             best = scores.sort(descending=True, stable=True)
@@ -81,7 +81,7 @@ class Choosing:
 
 
 def matched_latents(own: Tensor, activation: Tensor, indices: Tensor, seed: int = 0, frequency: Tensor | None = None) -> Tensor:
-    """For each of the image's own latents [B, k] another, not of ``own``, about as active ([B, S]), and as frequent where that is known: [B, k]."""
+    """For each of an image's ``own`` latents [B, k] another, about as active ([B, S]) and, where that is known, as frequent: [B, k]."""
     known = None if frequency is None else frequency.double().cpu().numpy()
     # Latents that no train image activates stand a decade below the rarest that some image does.
     known = None if known is None else np.log10(np.maximum(known, known[known > 0].min(initial=1) / 10))
@@ -96,14 +96,14 @@ def matched_latents(own: Tensor, activation: Tensor, indices: Tensor, seed: int 
         controls[i, places] = torch.from_numpy(np.concatenate([found, np.full(len(places) - len(found), NONE_LEFT)]))
     if (controls == NONE_LEFT).any():
         warnings.warn(
-            f"Controls of {own.shape[1]} latents: in some images too few others are active; what is measured there is NaN. Ask for fewer latents.",
+            f"Controls of {own.shape[1]} latents: in some images too few others are active; there the outcome is NaN. Ask for fewer.",
             stacklevel=2,
         )
     return controls
 
 
 def match_by_weight(targets: np.ndarray, pool: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """For each target in turn a random one of the pool's nearest members in standardised weight [S, d], none twice; fewer if the pool ends."""
+    """For each target in turn a random one of the pool's nearest members in standardised weight [S, d], none twice; fewer if it ends."""
     if not len(targets):
         return np.empty(0, int)
     spread = weights[np.concatenate([targets, pool])].std(0)

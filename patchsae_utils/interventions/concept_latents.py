@@ -71,8 +71,8 @@ def rank_concepts(
     dataset : OpenMojiData, of the train split
     kinds : sequence of str, among ``object``, ``category``, ``color``, ``background``
     by : {"activity", "attribution"}
-        Mean activation on the concept's patches, times its share among the concepts of its kind (``latents.class_scores``); or gradient times
-        activation of the margin of the concept's score over the others of its kind, averaged over scenes that show it.
+        Mean activation on the concept's patches, times its share among the concepts of its kind (``latents.class_scores``); or gradient
+        times activation of the margin of the concept's score over the others of its kind, averaged over scenes that show it.
     """
     check_truth(dataset)
     sae.check_model(clip, layer)

@@ -179,8 +179,8 @@ def dose_response(
     head : Tensor [C, d_embed]
     n_images : int, of each class; fewer where the data set has fewer
 
-    Returns class, scenes ("show it", "show another"), dose; own, own_low, own_high (change of the class's logit against the untouched image),
-    others, others_low, others_high (mean change of the other logits), n.
+    Returns class, scenes ("show it", "show another"), dose; own, own_low, own_high (change of the class's logit against the untouched
+    image), others, others_low, others_high (mean change of the other logits), n.
     """
     sae.check_model(clip, layer)
     labels = np.asarray(dataset.labels)
@@ -214,8 +214,8 @@ def swap_colors(
 ) -> pd.DataFrame:  # fmt: skip
     """Exchange the latents of two colours on an object's patches: does CLIP then see it in the other colour?
 
-    The latents of the main object's dominant colour are turned off there, and those of another colour, which is drawn, set to their usual level
-    where it is seen. In the control others that are as active on these patches go, and random ones arrive in the same amounts.
+    The latents of the main object's dominant colour are turned off there, and those of another colour, which is drawn, set to their usual
+    level where it is seen. In the control others that are as active on these patches go, and random ones arrive in the same amounts.
 
     Parameters
     ----------
@@ -228,8 +228,8 @@ def swap_colors(
         Exchange them on the class token too, which has gathered the colour from the blocks before.
     n_scenes : int, from the front of the data set
 
-    Returns two rows for each scene and dose, kind "own" and "control": index, source, target (colours), dose, saw_source (before the edit the
-    source's prompts fit best among all colours'), sees_target (1 where after it the target's do), source_change, target_change (of the
+    Returns two rows for each scene and dose, kind "own" and "control": index, source, target (colours), dose, saw_source (before the edit
+    the source's prompts fit best among all colours'), sees_target (1 where after it the target's do), source_change, target_change (of the
     probabilities among colours), object_change (of the logit of the object's class).
     """
     check_truth(dataset)
@@ -295,8 +295,8 @@ def remove_objects(
         Latents of each class of the embedded world (:func:`patchsae_utils.latents.top_latents`).
     n_scenes : int, from the front of the data set; both objects of each are removed in turn
 
-    Returns two rows for each scene and object, kind "own" and "control": index, removed (class), stays (class), removed_before, removed_after,
-    stays_before, stays_after (probabilities among all classes), removed_change, stays_change (of the logits).
+    Returns two rows for each scene and object, kind "own" and "control": index, removed (class), stays (class), removed_before,
+    removed_after, stays_before, stays_after (probabilities among all classes), removed_change, stays_change (of the logits).
     """
     check_truth(dataset)
     sae.check_model(clip, layer)

@@ -1,7 +1,7 @@
 """Masking latents: zero-shot accuracy with only some of them on, or with them off.
 
-Unlike in the official code, rankings come from another split than the evaluated one, the SAE's error can be kept, and masks subtract decoder
-rows from the residual stream, so that a list of ks costs one pass over the active latents and zero latents stay zero.
+Unlike in the official code, rankings come from another split than the evaluated one, the SAE's error can be kept, and masks subtract
+decoder rows from the residual stream, so that a list of ks costs one pass over the active latents and zero latents stay zero.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ def sweep_masks(
     ks : sequence of int
         Numbers of latents, from 0 to S. S means all; otherwise a class's mask holds fewer than k where fewer have a positive score.
     choose : str or sequence of str
-        Whose latents are ranked first: ``oracle`` (the image's *true* class: the paper's mask, which knows the label), ``predicted`` (the class
-        that the unmasked model predicts), ``wrong`` (a random other class), ``dataset`` (all classes), ``random`` (latents not dead on the
-        train split, outcomes averaged over ``n_random`` draws), ``matched`` (for each of the k ``predicted`` latents another, about as active in
-        this image and as frequent on the train split; where an image has too few, the rows of that k are NaN, and a warning says so).
+        Whose latents are ranked first: ``oracle`` (the image's *true* class: the paper's mask, which knows the label), ``predicted`` (the
+        class that the unmasked model predicts), ``wrong`` (a random other class), ``dataset`` (all classes), ``random`` (latents not dead
+        on the train split, outcomes averaged over ``n_random`` draws), ``matched`` (for each of the k ``predicted`` latents another, about
+        as active in this image and as frequent on the train split; where an image has too few, the rows of that k are NaN, and a warning
+        says so).
     keep_error : bool or two bools
         Add the SAE's error z - z_hat back, so that nothing but the masked latents changes.
     class_counts : LatentSummary or Tensor [C, S], optional
@@ -69,11 +70,11 @@ def sweep_masks(
     Returns
     -------
     DataFrame
-        choose, rank ("none" where no ranking counts), mode ("on": only the k latents are kept; "off": they are set to zero), k, where, error
-        ("kept" or "dropped"), group ("all" or a name), class (its index in rows of ``groups="class"``, else -1), accuracy, low, high, change,
-        change_low, change_high (of the accuracy against raw, paired image by image), logit, logit_low, logit_high (of the true class), n
-        (images). Intervals are over images. The first three rows of a group (choose "none") have the modes "raw", "reconstructed" (no mask,
-        error dropped) and "error_kept" (no mask, error kept).
+        choose, rank ("none" where no ranking counts), mode ("on": only the k latents are kept; "off": they are set to zero), k, where,
+        error ("kept" or "dropped"), group ("all" or a name), class (its index in rows of ``groups="class"``, else -1), accuracy, low, high,
+        change, change_low, change_high (of the accuracy against raw, paired image by image), logit, logit_low, logit_high (of the true
+        class), n (images). Intervals are over images. The first three rows of a group (choose "none") have the modes "raw", "reconstructed"
+        (no mask, error dropped) and "error_kept" (no mask, error kept).
 
     Source: Lim et al., ICLR 2025, section 4.1 and Fig. 5 (choices ``oracle``, ``dataset``, ``random``; ranked by count).
     """

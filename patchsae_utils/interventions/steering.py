@@ -35,7 +35,7 @@ class Edit:
     value: float = 0.0
     """Factor, level or amount; by default 0, which turns the latent off."""
     patches: Sequence[int] | Tensor | str | None = None
-    """Where: None for all tokens, ``"cls"``, ``"patches"`` (all of them), a list of patch indices (row by row, from 0), or a bool tensor [P]."""
+    """Where: None for all tokens, ``"cls"``, ``"patches"`` (all), a list of patch indices (row by row, from 0), or a bool tensor [P]."""
 
     def __post_init__(self):
         if self.op not in OPERATIONS:

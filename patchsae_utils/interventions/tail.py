@@ -49,8 +49,9 @@ def read_batches(clip: ClipModel, dataset: Any, layer: int, progress: str | None
 def network_tail(clip: ClipModel, layer: int, sample: Residual) -> Tail:
     """The rest of the network after ``layer``, for many calls; differentiable.
 
-    One block before the end the image feature reads CLS alone: keys fold into its one query and values into its output, T * D operations a head
-    instead of T * D * D. Used only where it gives the features of ``clip.finish`` on the first of ``sample``; else this is ``clip.finish``.
+    One block before the end the image feature reads CLS alone: keys fold into its one query and values into its output, T * D operations a
+    head instead of T * D * D. Used only where it gives the features of ``clip.finish`` on the first of ``sample``; else this is
+    ``clip.finish``.
     """
 
     def whole(residual: Residual) -> Tensor:
