@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import traitlets as t
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..activations.mixing import TOKENS
@@ -16,37 +15,26 @@ from ..adaptation.fit import NAMES
 from ..data import load_dataset
 from ..interventions.tail import dataset_head
 from .cards import Reader, distinctiveness, encode_heats, encode_picture
-from .widgets import SelectionError, _View, is_openmoji, module
+from .widgets import SelectionError, _View, module
 
-GROUPS = ("common", "base", "adapted")
-"""The strongest latents of both models; those that adaptation at least halved; those that it at least doubled, in this image."""
-N_CLASSES = 6
-"""Classes with bars: the most probable ones of either model."""
+N_CLASSES = 6  # classes with bars: the most probable ones of either model
 
 
 class AdaptationCard(NamedTuple):
     """One image, read by two models. L listed latents, grid H x W."""
 
     task: str
-    adapter: str
-    """What the adapted model is called."""
+    adapter: str  # what the adapted model is called
     image: int
     label: str
-    picture: np.ndarray
-    """What both models saw, uint8 [h, w, 3]."""
-    groups: dict[str, list[int]]
-    """``GROUPS`` -> latents, strongest first."""
-    listed: list[int]
-    """[L] all of these, and the chosen latent."""
-    values: np.ndarray
-    """[L, 2] mean activations over CLS and the patches: CLIP, adapted."""
-    heats: np.ndarray
-    """[L, 2, H, W] activations of the patches."""
-    latent: int
-    """The chosen one; -1 for none."""
+    picture: np.ndarray  # what both models saw, uint8 [h, w, 3]
+    groups: dict[str, list[int]]  # strongest latents of both ("common"); at least halved ("base"), or doubled ("adapted"), by adaptation
+    listed: list[int]  # [L] all of these, and the chosen latent
+    values: np.ndarray  # [L, 2] mean activations over CLS and the patches: CLIP, adapted
+    heats: np.ndarray  # [L, 2, H, W] activations of the patches
+    latent: int  # the chosen one; -1 for none
     names: dict[int, str]
-    bars: list[tuple[str, float, float]]
-    """Class, its probability by CLIP, and by the adapted model."""
+    bars: list[tuple[str, float, float]]  # class, its probability by CLIP, and by the adapted model
 
 
 class AdaptationView(_View):
@@ -65,8 +53,7 @@ class AdaptationView(_View):
         Names of latents, such as ``label_latents`` returns.
     layer : int
     summary : LatentSummary, optional
-        Of ``sae`` on any data set: the strongest latents are then chosen by activation times log(1 / frequency), so that those which are
-        active in all images don't fill the lists. Bars show activations as they are.
+        Of ``sae`` on any data set: the strongest latents are then chosen by activation times log(1 / frequency); bars stay activations.
     datasets : mapping of str to data set, optional
         Task -> images. By default the test images of its base classes, which the adapter was fitted to.
     top : int
@@ -86,18 +73,9 @@ class AdaptationView(_View):
     n_images = t.Int().tag(sync=True)
 
     def __init__(
-        self,
-        clip: Any,
-        adapters: Mapping[str, Any],
-        sae: Any,
-        names: Any = None,
-        layer: int = -2,
-        *,
-        summary: Any = None,
-        datasets: Mapping[str, Any] | None = None,
-        top: int = 6,
-        **traits: Any,
-    ):
+        self, clip: Any, adapters: Mapping[str, Any], sae: Any, names: Any = None, layer: int = -2, *, summary: Any = None,
+        datasets: Mapping[str, Any] | None = None, top: int = 6, **traits: Any,
+    ):  # fmt: skip
         if not adapters:
             raise ValueError("AdaptationView needs an adapted model for each task: {task: stages.adapter(profile, clip, task)}.")
         if not 2 <= top <= 50:
@@ -114,9 +92,8 @@ class AdaptationView(_View):
         task = traits.setdefault("task", next(iter(adapters)))
         self._check_known(task)
         traits.setdefault("image", 0)
-        super().__init__(
-            clip, sae, None, self._data(task), names, layer, kind="adaptation", tasks=list(adapters), **{"mode": "heat", **traits}
-        )
+        traits = {"kind": "adaptation", "tasks": list(adapters), "mode": "heat", **traits}
+        super().__init__(clip, sae, None, self._data(task), names, layer, **traits)
         self._ready = True
         self._show()
         self.observe(self._new_task, "task")
@@ -131,20 +108,10 @@ class AdaptationView(_View):
             raise SelectionError(f"There is no adapted model for {task!r}; valid are {', '.join(map(repr, self._adapters))}.")
         return task
 
-    @t.validate("image")
-    def _check_image(self, proposal: Any) -> int:
-        return max(0, self._within("image", proposal["value"], len(self._data(self.task))))  # there is always an image
-
     @property
     def dataset(self) -> Any:
         """The task's images."""
         return self._data(self.task)
-
-    def figure(self, save: str | None = None) -> Figure:
-        """A static picture of what is on screen; ``save`` names a file in ``figures/``, without ending."""
-        from ..plots.explorer import adaptation_view
-
-        return adaptation_view(self.card, **self._look(), credit=is_openmoji(self.dataset), save=save)
 
     @property
     def card(self) -> AdaptationCard:
@@ -167,19 +134,12 @@ class AdaptationView(_View):
         before, after = self._said[1]
         shown = np.argsort(-np.maximum(before, after), kind="stable")[:N_CLASSES]
         return AdaptationCard(
-            task=self.task,
-            adapter=NAMES.get(getattr(adapted.clip, "kind", ""), type(adapted.clip).__name__),
-            image=self.image,
-            label=base.label(self.image),
-            picture=base.picture(self.image),
-            groups=groups,
-            listed=listed,
-            values=means[:, listed].T.numpy(),
-            heats=torch.stack([one[1:, listed].T.reshape(-1, *self.grid) for one in h], 1).numpy(),
-            latent=self.latent,
+            self.task, NAMES.get(getattr(adapted.clip, "kind", ""), type(adapted.clip).__name__), self.image, base.label(self.image),
+            base.picture(self.image), groups, listed, values=means[:, listed].T.numpy(),
+            heats=torch.stack([one[1:, listed].T.reshape(-1, *self.grid) for one in h], 1).numpy(), latent=self.latent,
             names={i: str(self._names[i]) for i in listed if i in self._names},
             bars=[(self.dataset.class_names[c], float(before[c]), float(after[c])) for c in shown],
-        )
+        )  # fmt: skip
 
     def _probabilities(self, reader: Reader, head: Tensor) -> np.ndarray:
         with torch.inference_mode():
@@ -220,15 +180,9 @@ def adaptation_message(card: AdaptationCard) -> dict[str, Any]:
     """A card as the page wants it; both masks of a latent share a scale, so that they can be compared."""
     coded = [encode_heats(pair) for pair in card.heats]
     place = {latent: i for i, latent in enumerate(card.listed)}
-    return {
-        "task": card.task,
-        "adapter": card.adapter,
-        "image": card.image,
-        "label": card.label,
-        "jpeg": encode_picture(card.picture),
-        "groups": {name: [[i, card.names.get(i, ""), *map(float, card.values[place[i]])] for i in card.groups[name]] for name in GROUPS},
-        "listed": card.listed,
-        "heats": b"".join(codes for codes, _ in coded),
-        "scales": [scale for _, scale in coded],
+    plain = {name: getattr(card, name) for name in ("task", "adapter", "image", "label", "listed")}
+    return plain | {
+        "jpeg": encode_picture(card.picture), "heats": b"".join(codes for codes, _ in coded), "scales": [scale for _, scale in coded],
+        "groups": {name: [[i, card.names.get(i, ""), *map(float, card.values[place[i]])] for i in some] for name, some in card.groups.items()},
         "bars": [list(bar) for bar in card.bars],
-    }
+    }  # fmt: skip

@@ -19,28 +19,16 @@ from .cards import ORDERS, Reader, encode_heats, latent_card, living, read_names
 from .latent_explorer import latent_facts
 from .widgets import is_openmoji, measures_of, module, styles
 
-N_IMAGES, SIDE = 6, 112
-"""Reference images a latent, and their largest width in pixels."""
-CREDIT = "Artwork: OpenMoji, CC BY-SA 4.0."
+N_IMAGES, SIDE = 6, 112  # reference images per latent, and their largest width in pixels
 
 
 def export_gallery(
-    path: str | Path,
-    clip: Any,
-    sae: Any,
-    summary: Any,
-    dataset: Any,
-    names: Any = None,
-    layer: int = -2,
-    *,
-    n: int = 200,
-    order: str = "frequency",
-    title: str = "Latents of a sparse autoencoder",
-) -> Path:
-    """Write the first latents of an order, with their reference images, as one HTML file.
+    path: str | Path, clip: Any, sae: Any, summary: Any, dataset: Any, names: Any = None, layer: int = -2, *, n: int = 200,
+    order: str = "frequency", title: str = "Latents of a sparse autoencoder",
+) -> Path:  # fmt: skip
+    """Write the first latents of an order, with their reference images, as one HTML file that needs no server and makes no request.
 
-    The file holds everything: no server, no library from elsewhere, no request (its content security policy forbids them). The reader
-    can search by name, number or class, sort, and set opacity, threshold and contour of the heat maps.
+    The reader can search by name, number or class, sort, and set opacity, threshold and contour of the heat maps.
 
     Parameters
     ----------
@@ -77,34 +65,21 @@ def export_gallery(
             if image not in pictures:
                 pictures[image] = _jpeg(picture)
         heats, scale = encode_heats(card.heats)
-        score = card.name.score if card.name else None
-        entropy = None if np.isnan(card.label_entropy) else card.label_entropy
-        sorts = {"frequency": card.frequency, "mean_activation": card.mean_activation, "label_entropy": entropy, "score": score}
-        entries.append(
-            {
-                "latent": latent,
-                "name": str(card.name or ""),
-                "facts": latent_facts(card),
-                "classes": [name for name, _ in card.classes],
-                "images": [[int(i), label, f"{v:.3g}"] for i, label, v in zip(card.images, card.labels, card.values, strict=True)],
-                "heats": base64.b64encode(heats).decode(),
-                "scale": scale,
-                "sorts": {name: None if value is None else float(value) for name, value in sorts.items()},
-            }
-        )
+        sorts = {name: getattr(card, name) for name in ORDERS} | {"score": card.name.score if card.name else None}
+        entries.append({
+            "latent": latent, "name": str(card.name or ""), "facts": latent_facts(card), "classes": [name for name, _ in card.classes],
+            "images": [[int(i), label, f"{v:.3g}"] for i, label, v in zip(card.images, card.labels, card.values, strict=True)],
+            "heats": base64.b64encode(heats).decode(), "scale": scale,
+            "sorts": {name: None if value is None or np.isnan(value) else float(value) for name, value in sorts.items()},
+        })  # fmt: skip
     data = {
-        "latents": entries,
-        "pictures": pictures,
-        "grid": list(reader.grid),
-        "palette": base64.b64encode(palette()).decode(),
-        "tau": float(summary.tau),
-        "order": order,
-        "ascending": [name for name, largest_first in ORDERS.items() if not largest_first],
-    }
+        "latents": entries, "pictures": pictures, "grid": list(reader.grid), "palette": base64.b64encode(palette()).decode(),
+        "tau": float(summary.tau), "order": order, "ascending": [name for name, largest_first in ORDERS.items() if not largest_first],
+    }  # fmt: skip
     note = f"{len(entries)} of {int((~summary.dead).sum())} living latents, strongest images of {summary.n_images} first."
     page = _PAGE.format(
         title=html.escape(title),
-        note=html.escape(note + (" " + CREDIT if is_openmoji(dataset) else "")),
+        note=html.escape(note + (" Artwork: OpenMoji, CC BY-SA 4.0." if is_openmoji(dataset) else "")),
         css=styles("gallery.css"),
         # As JSON in a script element: "<" is the one character that could end it.
         data=json.dumps(data, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c"),

@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import traitlets as t
-from matplotlib.figure import Figure
 
 from ..run.artifacts import atomic_file
-from .cards import MEASURES, ORDERS, LatentCard, Name, array, encode_heats, encode_picture, first_sight, latent_card, living, read_names
-from .widgets import SelectionError, _View, encode_names, is_openmoji, measures_of, module
+from .cards import MEASURES, ORDERS, LatentCard, Name, encode_heats, encode_picture, first_sight, latent_card, living, read_names
+from .widgets import SelectionError, _View, encode_names, measures_of, module
 
-NOTES = ("latent", "star", "name", "note")
-"""Columns of the file of one's own words."""
+NOTES = ("latent", "star", "name", "note")  # columns of the file of one's own words
 
 
 class LatentExplorer(_View):
@@ -53,18 +51,9 @@ class LatentExplorer(_View):
     points = t.Bytes(help="Two bytes a latent, log frequency and log mean activation, 1 to 255; 0 0 for dead latents.").tag(sync=True)
 
     def __init__(
-        self,
-        clip: Any,
-        sae: Any,
-        summary: Any,
-        dataset: Any,
-        names: Any = None,
-        layer: int = -2,
-        *,
-        monosemanticity: Any = None,
-        notes: str | Path | None = None,
-        **traits: Any,
-    ):
+        self, clip: Any, sae: Any, summary: Any, dataset: Any, names: Any = None, layer: int = -2, *, monosemanticity: Any = None,
+        notes: str | Path | None = None, **traits: Any,
+    ):  # fmt: skip
         self._measures: dict[str, np.ndarray] | None = None  # known once there are names
         super().__init__(clip, sae, summary, dataset, names, layer, kind="latent", points=scatter_points(summary), **traits)
         self._notes = None if notes is None else Path(notes)
@@ -99,13 +88,8 @@ class LatentExplorer(_View):
             ``star`` (bool), ``name`` (replaces the latent's name in this view), ``note``.
         """
         latent = self._within("latent", latent, self._reader.d_sae)
-        clean: dict[str, Any] = {
-            "star": bool,
-            "name": lambda text: " ".join(str(text).split())[:80],
-            "note": lambda text: str(text).strip()[:2000],
-        }
-        row = {"star": False, "name": "", "note": "", **self.kept.get(str(latent), {})}
-        row |= {name: clean[name](value) for name, value in words.items() if name in clean}
+        row = {"star": False, "name": "", "note": "", **self.kept.get(str(latent), {}), **{w: words[w] for w in NOTES[1:] if w in words}}
+        row = {"star": bool(row["star"]), "name": " ".join(str(row["name"]).split())[:80], "note": str(row["note"]).strip()[:2000]}
         self.kept = {**self.kept, str(latent): row}
         if row["name"]:
             self._rename({latent: Name(row["name"])})
@@ -119,24 +103,8 @@ class LatentExplorer(_View):
         self._names |= names
         self.names = encode_names(self._names)
 
-    def figure(self, save: str | None = None) -> Figure:
-        """A static picture of what is on screen.
-
-        Parameters
-        ----------
-        save : str, optional
-            Name of a file in ``figures/``, without ending.
-
-        Raises
-        ------
-        ValueError
-            If no latent is chosen.
-        """
-        from ..plots.explorer import latent_explorer
-
-        if self.card is None:
-            raise ValueError("No latent is chosen: set .latent first.")
-        return latent_explorer(self.card, self._summary, **self._look(), credit=is_openmoji(self.dataset), save=save)
+    def _look(self) -> dict[str, Any]:
+        return super()._look() | {"summary": self._summary}
 
     @t.validate("sort")
     def _check_sort(self, proposal: Any) -> str:
@@ -158,31 +126,24 @@ class LatentExplorer(_View):
         self.shown = latent_message(self.card, self._names)
 
     def _receive(self, content: Any, buffers: list) -> None:
-        if isinstance(content, Mapping) and content.get("kind") == "keep" and isinstance(content.get("latent"), int):
-            if 0 <= content["latent"] < self._reader.d_sae:
-                self.keep(**{name: value for name, value in content.items() if name in NOTES})
+        real = lambda latent: isinstance(latent, int) and 0 <= latent < self._reader.d_sae  # noqa: E731
+        if isinstance(content, Mapping) and content.get("kind") == "keep" and real(content.get("latent")):
+            self.keep(**{name: value for name, value in content.items() if name in NOTES})
         # The page is idle: look up what its next step would show.
         if isinstance(content, Mapping) and content.get("kind") == "prefetch" and isinstance(content.get("latents"), list):
-            for latent in content["latents"][:4]:
-                if isinstance(latent, int) and 0 <= latent < self._reader.d_sae:
-                    self.ahead = latent_message(self._card_of(latent), self._names)  # one by one: the likeliest is there first
+            for latent in filter(real, content["latents"][:4]):
+                self.ahead = latent_message(self._card_of(latent), self._names)  # one by one: the likeliest is there first
 
 
-# -- cards as messages: what the page gets ----------------------------------------------------------------------------
-
-
-def latent_message(card: LatentCard | None, names: Mapping[int, Name] | None = None) -> dict[str, Any]:
+def latent_message(card: LatentCard | None, names: Mapping[int, Name]) -> dict[str, Any]:
     """A card as the page wants it: texts, JPEG bytes, one byte a patch. ``names`` are for its nearest latents."""
     if card is None:
         return {"latent": -1, "name": "", "facts": [], "classes": [], "neighbors": [], **reference_message(None)}
     return {
-        "latent": card.latent,
-        "name": str(card.name or ""),
-        "facts": latent_facts(card),
-        **reference_message(card),
+        "latent": card.latent, "name": str(card.name or ""), "facts": latent_facts(card), **reference_message(card),
         "classes": [[name, share] for name, share in card.classes],
-        "neighbors": [[latent, str((names or {}).get(latent) or ""), cosine] for latent, cosine in card.neighbors],
-    }
+        "neighbors": [[latent, str(names.get(latent) or ""), cosine] for latent, cosine in card.neighbors],
+    }  # fmt: skip
 
 
 def reference_message(card: LatentCard | None) -> dict[str, Any]:
@@ -191,8 +152,7 @@ def reference_message(card: LatentCard | None) -> dict[str, Any]:
     rows = [] if card is None else zip(card.images, card.labels, card.values, card.pictures, strict=True)
     return {
         "images": [{"index": int(i), "label": label, "value": f"{value:.3g}", "jpeg": encode_picture(p)} for i, label, value, p in rows],
-        "heats": heats,
-        "scale": scale,
+        **{"heats": heats, "scale": scale},
         "note": "Choose a latent." if card is None else "" if len(card.images) else "No image of the data set activates this latent.",
     }
 
@@ -201,26 +161,19 @@ def latent_facts(card: LatentCard) -> list[list[str]]:
     """A latent's statistics as pairs of texts."""
     if card.dead:
         return [["State", "dead: active in no image"]]
-    score = [] if card.name is None or card.name.score is None else [["Score of its name", f"{card.name.score:.2f}"]]
-    return [
-        *score,
-        ["Active in", f"{100 * card.frequency:.3g} % of images"],
-        ["Mean activation", f"{card.mean_activation:.3g}"],
-        *(
-            []
-            if np.isnan(card.label_entropy)
-            else [["Label entropy", f"{card.label_entropy:.2f} nats"], ["Label std", f"{card.label_std:.1f}"]]
-        ),
-        *([] if card.monosemanticity is None else [["Monosemanticity", f"{card.monosemanticity:.2f}"]]),
-    ]
+    facts = [] if card.name is None or card.name.score is None else [["Score of its name", f"{card.name.score:.2f}"]]
+    facts += [["Active in", f"{100 * card.frequency:.3g} % of images"], ["Mean activation", f"{card.mean_activation:.3g}"]]
+    if not np.isnan(card.label_entropy):
+        facts += [["Label entropy", f"{card.label_entropy:.2f} nats"], ["Label std", f"{card.label_std:.1f}"]]
+    return facts + ([] if card.monosemanticity is None else [["Monosemanticity", f"{card.monosemanticity:.2f}"]])
 
 
 def scatter_points(summary: Any) -> bytes:
     """Where latents lie in the scatter of log frequency (x) and log mean activation (y): two bytes each, 1 to 255; 0 0 for the dead."""
-    dead = array(summary.dead).astype(bool)
+    dead = np.asarray(summary.dead)
     points = np.zeros((len(dead), 2), np.uint8)
     for axis, values in enumerate((summary.frequency, summary.mean_activation)):
-        alive = np.log10(np.maximum(array(values)[~dead].astype(float), 1e-9))
+        alive = np.log10(np.maximum(np.asarray(values)[~dead].astype(float), 1e-9))
         if len(alive):
             low, high = alive.min(), alive.max()
             points[~dead, axis] = np.round(1 + 254 * (alive - low) / max(high - low, 1e-9))

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import traitlets as t
-from matplotlib.figure import Figure
 
 from .cards import LatentCard, PatchCard, distinctiveness, encode_heats, encode_picture, first_sight, latent_card, patch_card, patch_tops
 from .latent_explorer import reference_message
 from .uploads import UploadError, read_upload
-from .widgets import SelectionError, _View, is_openmoji, module
+from .widgets import SelectionError, _View, module
 
 
 class PatchExplorer(_View):
@@ -28,8 +27,7 @@ class PatchExplorer(_View):
         First choices: ``image``, ``patch``, ``patches``, ``latent``, ``rank``, ``tau``, ``opacity``, ``mode``, ``contour``.
     """
 
-    PAGE = 12
-    """Thumbnails on a page."""
+    PAGE = 12  # thumbnails on a page
 
     _esm = module("patch.js")
 
@@ -72,17 +70,9 @@ class PatchExplorer(_View):
         self.observe(lambda _: self._turn(), "page")
         self.observe(lambda _: self._find_page(), "image")
 
-    @t.validate("image")
-    def _check_image(self, proposal: Any) -> int:
-        return max(0, self._within("image", proposal["value"], self.n_images))  # there is always an image
-
     @t.validate("patch")
     def _check_patch(self, proposal: Any) -> int:
         return self._within("patch", proposal["value"], self.grid[0] * self.grid[1])
-
-    @t.validate("patches")
-    def _check_patches(self, proposal: Any) -> list[int]:
-        return self._check_places(proposal["value"])
 
     @t.validate("uploaded")
     def _check_uploaded(self, proposal: Any) -> str:
@@ -138,12 +128,6 @@ class PatchExplorer(_View):
             return None
         return latent_card(self._reader, self._summary, self.latent, self._names, k=5)
 
-    def figure(self, save: str | None = None) -> Figure:
-        """A static picture of what is on screen; ``save`` names a file in ``figures/``, without ending."""
-        from ..plots.explorer import patch_explorer
-
-        return patch_explorer(self.card, **self._look(), credit=is_openmoji(self.dataset), save=save)
-
     @property
     def _shown_image(self) -> int:
         return self._upload[0] if self.uploaded else self.image
@@ -167,10 +151,8 @@ class PatchExplorer(_View):
         self.tops = {"latents": latents.tobytes(), "values": values.tobytes(), "n": latents.shape[1]}
 
     def _one_patch(self, change: Any) -> None:
-        if self.patch < 0:
-            self.patches = []
-        elif self.patch not in self.patches:
-            self.patches = [self.patch]
+        if self.patch not in self.patches:
+            self.patches = [self.patch] if self.patch >= 0 else []
 
     def _many_patches(self, change: Any) -> None:
         if self.patch not in self.patches:
@@ -204,21 +186,10 @@ def patch_message(card: PatchCard) -> dict[str, Any]:
     def entries(latents):
         return [{"latent": i, "name": str(card.names.get(i) or ""), "value": value, "text": f"{value:.3g}"} for i, value in latents]
 
-    return {
-        "image": card.image,
-        "label": card.label,
-        "jpeg": encode_picture(card.picture),
-        "patch": card.patch,
-        "latent": card.latent,
-        "name": str(card.names.get(card.latent) or ""),
-        "heat": heat,
-        "scale": scale,
-        "most": f"{card.heat.max():.3g}",
-        "cls": f"{card.cls:.3g}",
-        "patch_latents": entries(card.patch_latents),
-        "image_latents": entries(card.image_latents),
-        "patches": list(card.patches),
+    return {name: getattr(card, name) for name in ("image", "label", "patch", "latent")} | {
+        "jpeg": encode_picture(card.picture), "name": str(card.names.get(card.latent) or ""), "heat": heat, "scale": scale,
+        "most": f"{card.heat.max():.3g}", "cls": f"{card.cls:.3g}", "patches": list(card.patches),
+        "patch_latents": entries(card.patch_latents), "image_latents": entries(card.image_latents),
         "listed": [latent for latent, _ in card.patch_latents + card.image_latents],
-        "listed_heats": b"".join(codes for codes, _ in listed),
-        "listed_scales": [scale for _, scale in listed],
-    }
+        "listed_heats": b"".join(codes for codes, _ in listed), "listed_scales": [scale for _, scale in listed],
+    }  # fmt: skip

@@ -14,30 +14,16 @@ from ..run.intervals import interval
 from ..sae.dictionary import select_latents
 from .cards import Reader, distinctiveness
 
-ANSWERS = ("distinctive", "strongest", "random")
-"""The patch's latent of largest activation times log(1 / frequency); of largest activation; any latent active at the patch."""
-
-N_CLASSES, PER_CLASS = 40, 4
-"""So many images of so many classes are drawn, fewer where there are fewer: every class comes back, so that it can be found."""
-
-LEAST_SHARE = 0.5
-"""Share of a patch's pixels that an object or a colour must fill to be what the patch shows."""
+N_CLASSES, PER_CLASS = 40, 4  # so many images of so many classes are drawn: every class comes back, so that it can be found
+LEAST_SHARE = 0.5  # of a patch's pixels that an object or a colour must fill to be what the patch shows
 
 
-def point(
-    clip: Any,
-    sae: Any,
-    summary: Any,
-    dataset: Any,
-    layer: int = -2,
-) -> pd.DataFrame:
-    """How often a patch's latent finds the same thing elsewhere.
+def point(clip: Any, sae: Any, summary: Any, dataset: Any, layer: int = -2) -> pd.DataFrame:
+    """How often a patch's latent finds the same thing elsewhere: the latent is followed to the patch of *another* image where it is most active.
 
-    A patch is asked for a latent, and the latent is followed to the patch of *another* image where it is most active: does that patch
-    show the same? Where the data set knows its ground truth, two patches of each image are asked: the one that the main object
-    fills most, whether the other patch shows the same object, category and colour; and one of background alone, whether it shows the
-    same background. Elsewhere the patch in the middle is asked, whether the other image is of the same class. Object and class are
-    asked for only where a second image of the class was drawn.
+    Where the data set knows its ground truth, two patches of each image are asked: the one that the main object fills most, for object,
+    category and colour; and one of background alone, for the background. Elsewhere the patch in the middle is asked for the image's class.
+    Object and class are asked for only where a second image of the class was drawn.
 
     Parameters
     ----------
@@ -52,8 +38,9 @@ def point(
     Returns
     -------
     DataFrame
-        Columns ``kind`` ("object", "category", "color", "background"; or "class"), ``answer`` (one of ``ANSWERS``), ``hits`` (share of
-        asked patches), ``low``, ``high``, ``chance`` (that a random patch of another image shows the same), ``n`` (patches asked).
+        Columns ``kind`` ("object", "category", "color", "background"; or "class"), ``answer`` ("distinctive": the latent of largest activation
+        times log(1 / frequency); "strongest": of largest activation; "random": any active one), ``hits`` (share of asked patches), ``low``,
+        ``high``, ``chance`` (that a random patch of another image shows the same), ``n`` (patches asked).
 
     Raises
     ------
@@ -61,9 +48,7 @@ def point(
         If the data set has fewer than two images.
     """
     if len(dataset) < 2:
-        raise ValueError(
-            f"Pointing compares images: {dataset.spec!r} ({dataset.split}) has {len(dataset)}; give a data set of two or more."
-        )
+        raise ValueError(f"Pointing compares images: {dataset.spec!r} ({dataset.split}) has {len(dataset)}; give two or more.")
     rng = np.random.default_rng(0)
     labels = np.asarray(dataset.labels)
     classes = rng.permutation(np.unique(labels))[:N_CLASSES]
@@ -82,12 +67,8 @@ def point(
             here = sae.encode(tokens[place, patch].to(sae.W_enc.device)).detach().float().cpu()
             active = here.nonzero().flatten().numpy()
             if len(active):
-                answers = {
-                    "distinctive": int((here * weights).argmax()),
-                    "strongest": int(here.argmax()),
-                    "random": int(rng.choice(active)),
-                }
-                asked.append((place, patch, about, answers))
+                found = int((here * weights).argmax()), int(here.argmax()), int(rng.choice(active))
+                asked.append((place, patch, about, dict(zip(("distinctive", "strongest", "random"), found, strict=True))))
 
     latents = sorted({latent for *_, answers in asked for latent in answers.values()})
     h = select_latents(sae, tokens, latents).detach().float().cpu().numpy()

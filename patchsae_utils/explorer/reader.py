@@ -53,12 +53,6 @@ class Reader:
         label = int(self.dataset.labels[int(image)])
         return self.dataset.class_names[label] if label >= 0 else f"image {image}"  # of a data set without labels
 
-    def check(self, image: int) -> int:
-        """The index, if there is such an image."""
-        if not 0 <= image < len(self.dataset) and image not in self._uploads:
-            raise ValueError(f"There is no image {image}; the data set has images 0 to {len(self.dataset) - 1}.")
-        return int(image)
-
     def picture(self, image: int) -> np.ndarray:
         """What CLIP saw of an image: uint8 [h, w, 3]. Reads the picture only."""
         if image in self._images:
@@ -67,7 +61,7 @@ class Reader:
 
     def tokens(self, images: Sequence[int] | np.ndarray) -> Tensor:
         """The residual stream of images: CLS, then the patches [B, 1+P, D]."""
-        images = [self.check(i) for i in images]
+        images = [int(i) for i in images]
         missing = [i for i in dict.fromkeys(images) if i not in self._images]
         found = {i: self._images[i] for i in images if i in self._images}
         for start in range(0, len(missing), 32):
@@ -100,14 +94,13 @@ class Reader:
             _remember(self._latents, image, h, 4)
         return self._latents[image]
 
-    def nearest(self, latent: int, n: int = 6, dead: np.ndarray | None = None) -> list[tuple[int, float]]:
+    def nearest(self, latent: int, n: int, dead: np.ndarray) -> list[tuple[int, float]]:
         """The latents whose decoder rows point most nearly where this one's does, with their cosines."""
         with torch.no_grad():
             rows = self.sae.W_dec
             cosine = (rows @ rows[latent]).float().cpu() / (self._norms * self._norms[latent]).clamp_min(1e-12)
         cosine[latent] = -torch.inf
-        if dead is not None:
-            cosine[torch.as_tensor(dead)] = -torch.inf
+        cosine[torch.as_tensor(dead)] = -torch.inf
         top = cosine.topk(min(n, len(cosine) - 1))
         return [(int(i), float(v)) for v, i in zip(*top, strict=True) if v > -torch.inf]
 
@@ -116,7 +109,7 @@ class Reader:
         return self.sae.W_dec.detach().norm(dim=1).float().cpu()
 
     def _preprocessed(self, image: int) -> Tensor:
-        return self.clip.preprocess(self._uploads[image][0] if self.check(image) < 0 else self.dataset[image].image)
+        return self.clip.preprocess(self._uploads[image][0] if image < 0 else self.dataset[int(image)].image)
 
 
 def _remember(store: OrderedDict, key: Hashable, value: Any, keep: int) -> None:

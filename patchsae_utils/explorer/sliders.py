@@ -60,7 +60,7 @@ def latent_slider(clip: Any, sae: Any, summary: Any, dataset: Any, names: Any = 
     reader, known = Reader.shared(clip, sae, dataset, layer), read_names(names, sae.W_enc.shape[1])
 
     def draw(latent: int) -> np.ndarray:
-        card = latent_card(reader, summary, latent, k=6, n_neighbors=0)
+        card = latent_card(reader, summary, latent, known, k=6, n_neighbors=0)
         pairs = zip(card.pictures, card.heats, strict=True)
         return np.hstack([blend(picture, heat, card.heats.max(), 0.0, 0.6, size=150) for picture, heat in pairs])
 

@@ -1,7 +1,6 @@
 """The steering panel: sliders for a few latents of one image, and what the network then says.
 
-A slider is a trait (``panel.edits``): move it in the page or set it in Python; either way one tail of the network runs and the class
-probabilities before and after stand beside each other. The network up to the hook runs once an image.
+The sliders are a trait, ``panel.edits``: with every change one tail of the network runs; the network up to the hook runs once per image.
 """
 
 from __future__ import annotations
@@ -12,21 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 import traitlets as t
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..interventions.attribution import image_attribution
 from ..interventions.steering import Edit, Steered, steer
 from ..interventions.tail import dataset_head
 from .cards import encode_heats, encode_picture
-from .widgets import SelectionError, _View, is_openmoji, module
+from .widgets import SelectionError, _View, module
 
 OPERATIONS = ("scale", "add")
 WHERE = ("all", "cls", "patches", "selected")
-DOSE = 4.0
-"""Largest factor of a slider, and largest amount in units of the latent's maximum in the image."""
-N_CLASSES = 6
-"""Classes with bars: the most probable ones before and after."""
+N_CLASSES = 6  # classes with bars: the most probable ones before and after
 
 
 class SteeringPanel(_View):
@@ -66,18 +61,9 @@ class SteeringPanel(_View):
     n_images = t.Int().tag(sync=True)
 
     def __init__(
-        self,
-        clip: Any,
-        sae: Any,
-        dataset: Any,
-        names: Any = None,
-        layer: int = -2,
-        *,
-        head: Tensor | None = None,
-        latents: Sequence[int] | None = None,
-        n_sliders: int = 5,
-        **traits: Any,
-    ):
+        self, clip: Any, sae: Any, dataset: Any, names: Any = None, layer: int = -2, *, head: Tensor | None = None,
+        latents: Sequence[int] | None = None, n_sliders: int = 5, **traits: Any,
+    ):  # fmt: skip
         if len(dataset) == 0:
             raise ValueError(f"{dataset.spec!r} ({dataset.split}) holds no images.")
         if not 1 <= n_sliders <= 20:
@@ -97,28 +83,17 @@ class SteeringPanel(_View):
         self.observe(self._new_latents, "latents")
         self.observe(lambda _: self._show(), ["edits", "where", "patches", "latent"])
 
-    # -- choices ------------------------------------------------------------------------------------------------------
-
-    @t.validate("image")
-    def _check_image(self, proposal: Any) -> int:
-        return max(0, self._within("image", proposal["value"], len(self.dataset)))  # there is always an image
-
     @t.validate("latents")
     def _check_latents(self, proposal: Any) -> list[int]:
         return self._check(proposal["value"])
-
-    @t.validate("patches")
-    def _check_patches(self, proposal: Any) -> list[int]:
-        return self._check_places(proposal["value"])
 
     @t.validate("edits")
     def _check_edits(self, proposal: Any) -> list[dict[str, Any]]:
         edits: dict[int, dict[str, Any]] = {}
         for edit in proposal["value"]:
             if not isinstance(edit, Mapping) or set(edit) != {"latent", "op", "value"} or edit["op"] not in OPERATIONS:
-                raise SelectionError(
-                    f'An edit is {{"latent": number, "op": {" or ".join(map(repr, OPERATIONS))}, "value": number}}, got {edit!r}.'
-                )
+                known = " or ".join(map(repr, OPERATIONS))
+                raise SelectionError(f'An edit is {{"latent": number, "op": {known}, "value": number}}, got {edit!r}.')
             latent, op, value = self._check([edit["latent"]])[0], edit["op"], edit["value"]
             if not isinstance(value, int | float) or not np.isfinite(value) or (op == "scale" and value < 0):
                 raise SelectionError(f"The value of {op!r} must be a finite number{', 0 or more' if op == 'scale' else ''}; got {value!r}.")
@@ -130,8 +105,6 @@ class SteeringPanel(_View):
             if not isinstance(latent, int | np.integer) or not 0 <= latent < self._reader.d_sae:
                 raise SelectionError(f"There is no latent {latent!r}; valid are 0 to {self._reader.d_sae - 1}.")
         return list(dict.fromkeys(int(latent) for latent in latents))
-
-    # -- for code -----------------------------------------------------------------------------------------------------
 
     def to_edits(self) -> list[Edit]:
         """The sliders' edits, for :func:`~patchsae_utils.interventions.steering.steer`."""
@@ -157,56 +130,29 @@ class SteeringPanel(_View):
             self.edits, self.patches = [], []
             self.where = "all" if self.where == "selected" else self.where
 
-    def figure(self, save: str | None = None) -> Figure:
-        """A static picture of what is on screen; ``save`` names a file in ``figures/``, without ending."""
-        from ..plots.explorer import steering_panel
-
-        return steering_panel(self.card, **self._look(), credit=is_openmoji(self.dataset), save=save)
-
-    # -- what is shown ------------------------------------------------------------------------------------------------
-
     @property
     def card(self) -> dict[str, Any]:
         """What is shown, as plain values: picture, heat, sliders (a dict each), bars (class, before, after), code."""
         _, h = self._reading()
         steered = self.steered
         before, after = steered.probabilities_before[0].cpu().numpy(), steered.probabilities[0].cpu().numpy()
-        half = N_CLASSES // 2
-        top = list(
-            dict.fromkeys([*np.argsort(-before, kind="stable")[:half].tolist(), *np.argsort(-after, kind="stable")[:N_CLASSES].tolist()])
-        )
-        top = sorted(top[:N_CLASSES], key=lambda c: -max(before[c], after[c]))
+        first, then = (np.argsort(-p, kind="stable").tolist() for p in (before, after))
+        top = list(dict.fromkeys(first[: N_CLASSES // 2] + then[:N_CLASSES]))[:N_CLASSES]
+        top = sorted(top, key=lambda c: -max(before[c], after[c]))
         edits = {edit["latent"]: edit for edit in self.edits}
         sliders = []
         for latent in self.latents:
-            edit, name = edits.get(latent), self._names.get(latent)
-            most = float(h[1:, latent].max())
-            sliders.append(
-                {
-                    "latent": latent,
-                    "name": str(name or ""),
-                    "op": "scale" if edit is None else edit["op"],
-                    "value": 1.0 if edit is None else edit["value"],
-                    "edited": edit is not None,
-                    "most": most,
-                    "cls": float(h[0, latent]),
-                    "limit": max(float(h[:, latent].max()), float(h.max()) / 4, 1e-3),
-                }
-            )
+            sliders.append({
+                "latent": latent, "name": str(self._names.get(latent) or ""), "op": "scale", "value": 1.0, **edits.get(latent, {}),
+                "edited": latent in edits, "most": float(h[1:, latent].max()), "cls": float(h[0, latent]),
+                "limit": max(float(h[:, latent].max()), float(h.max()) / 4, 1e-3),
+            })  # fmt: skip
         return {
-            "image": self.image,
-            "label": self._reader.label(self.image),
-            "picture": self._reader.picture(self.image),
-            "grid": self.grid,
-            "latent": self.latent,
-            "name": str(self._names.get(self.latent) or ""),
-            "heat": (h[1:, self.latent] if self.latent >= 0 else torch.zeros(len(h) - 1)).numpy().reshape(self.grid),
-            "where": self.where,
-            "patches": list(self.patches),
-            "sliders": sliders,
-            "bars": [(self.dataset.class_names[c], float(before[c]), float(after[c])) for c in top],
-            "code": self.code,
-        }
+            "image": self.image, "label": self._reader.label(self.image), "picture": self._reader.picture(self.image), "grid": self.grid,
+            "latent": self.latent, "name": str(self._names.get(self.latent) or ""), "where": self.where, "patches": list(self.patches),
+            "heat": (h[1:, self.latent] if self.latent >= 0 else torch.zeros(len(h) - 1)).numpy().reshape(self.grid), "sliders": sliders,
+            "bars": [(self.dataset.class_names[c], float(before[c]), float(after[c])) for c in top], "code": self.code,
+        }  # fmt: skip
 
     def _reading(self) -> tuple[Any, Tensor]:
         """The shown image's residual stream and its latents [1 + P, S]; kept until another image is shown."""

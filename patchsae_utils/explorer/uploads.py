@@ -8,14 +8,10 @@ from PIL import Image
 
 from ..data.pictures import as_rgb
 
-MAX_BYTES = 8 * 2**20
-"""Of the file; a notebook server's messages end at 10 MiB."""
-MAX_PIXELS = 40_000_000
-"""Of the decoded picture, known from the header before anything is decoded."""
-SIDE = 1024
-"""Longer sides are scaled down to this: CLIP sees 112 to 336 pixels."""
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""The decoders that may run; Pillow has forty more."""
+MAX_BYTES = 8 * 2**20  # of the file; a notebook server's messages end at 10 MiB
+MAX_PIXELS = 40_000_000  # of the decoded picture, known from the header before anything is decoded
+SIDE = 1024  # longer sides are scaled down to this: CLIP sees 112 to 336 pixels
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # the decoders that may run; Pillow has forty more
 
 
 class UploadError(ValueError):
@@ -40,8 +36,7 @@ def read_upload(data: bytes | memoryview, name: str = "") -> tuple[Image.Image, 
     except Exception:  # decoders raise whatever they like on broken files
         raise UploadError(f"This file can't be read as a picture; give one of {', '.join(FORMATS)}.") from None
     if width * height > MAX_PIXELS:
-        raise UploadError(
-            f"The picture has {width} x {height} pixels, {width * height / 1e6:.0f} million; at most {MAX_PIXELS // 10**6} million are read."
-        )
+        size = f"{width} x {height} pixels, {width * height / 1e6:.0f} million"
+        raise UploadError(f"The picture has {size}; at most {MAX_PIXELS // 10**6} million are read.")
     picture.thumbnail((SIDE, SIDE))
     return picture, name

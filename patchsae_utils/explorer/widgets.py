@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import anywidget
 import numpy as np
 import traitlets as t
+from matplotlib.figure import Figure
 
+from ..plots import explorer as stills
 from ..plots.heat import MODES, palette
 from .cards import Name, Reader, read_names
 
@@ -51,12 +53,9 @@ def encode_names(names: Mapping[int, Name]) -> bytes:
 class _View(anywidget.AnyWidget):
     """What every explorer has: the choices that can be linked, and how heat maps look."""
 
-    LINKED: tuple[str, ...] = ("latent", "image", "patch", "patches")
-    """Choices that :func:`link` joins, where a view has them."""
-    CHOICES: tuple[str, ...] = LINKED
-    """What ``selection`` holds, where a view has it."""
-    IN_TURN = False
-    """Set ``CHOICES`` one after the other, since the first changes what the next may be; otherwise they are shown with one message."""
+    LINKED: tuple[str, ...] = ("latent", "image", "patch", "patches")  # choices that link joins, where a view has them
+    CHOICES: tuple[str, ...] = LINKED  # what ``selection`` holds, where a view has it
+    IN_TURN = False  # choices are set one after the other, since the first changes what the next may be; otherwise with one message
 
     # One sheet for all: with one each, the shared rules of the view that is drawn last would override the others' own.
     _css = styles("latent.css", "patch.css", "steering.css", "adaptation.css")
@@ -78,10 +77,8 @@ class _View(anywidget.AnyWidget):
 
     def __init__(self, clip: Any, sae: Any, summary: Any, dataset: Any, names: Any = None, layer: int = -2, **traits: Any):
         if summary is not None and summary.n_images != len(dataset):
-            raise ValueError(
-                f"The summary was made from {summary.n_images} images, but {dataset.spec!r} ({dataset.split}) has {len(dataset)}. "
-                f"Pass the data set that summarize_latents was given, so that its image indices mean the same."
-            )
+            what = f"The summary was made from {summary.n_images} images, but {dataset.spec!r} ({dataset.split}) has {len(dataset)}. "
+            raise ValueError(what + "Pass the data set that summarize_latents was given, so that its image indices mean the same.")
         self._reader = Reader.shared(clip, sae, dataset, layer)
         self._names = read_names(names, self._reader.d_sae)
         self._summary = summary
@@ -143,7 +140,15 @@ class _View(anywidget.AnyWidget):
 
     @t.validate("image")
     def _check_image(self, proposal: Any) -> int:
-        return self._within("image", proposal["value"], len(self.dataset))
+        image = self._within("image", proposal["value"], len(self.dataset))
+        return max(0, image) if self.has_trait("n_images") else image  # these views always show one
+
+    @t.validate("patches")
+    def _check_patches(self, proposal: Any) -> list[int]:
+        n, patches = self.grid[0] * self.grid[1], sorted(set(proposal["value"]))
+        if patches and not 0 <= patches[0] <= patches[-1] < n:
+            raise SelectionError(f"Patches are counted from 0 to {n - 1}, got {patches}.")
+        return patches
 
     @t.validate("opacity", "tau")
     def _check_look(self, proposal: Any) -> float:
@@ -158,11 +163,11 @@ class _View(anywidget.AnyWidget):
             raise SelectionError(f"There is no {what} {value}; valid are 0 to {n - 1}, or -1 for none.")
         return value
 
-    def _check_places(self, patches: Iterable[int]) -> list[int]:
-        n, patches = self.grid[0] * self.grid[1], sorted(set(patches))
-        if patches and not 0 <= patches[0] <= patches[-1] < n:
-            raise SelectionError(f"Patches are counted from 0 to {n - 1}, got {patches}.")
-        return patches
+    def figure(self, save: str | None = None) -> Figure:
+        """A static picture of what is on screen; ``save`` names a file in ``figures/``, without ending."""
+        if self.card is None:
+            raise ValueError("No latent is chosen: set .latent first.")
+        return getattr(stills, self.kind)(self.card, **self._look(), credit=is_openmoji(self.dataset), save=save)
 
     def _look(self) -> dict[str, Any]:
         return {"tau": self.tau, "opacity": self.opacity, "mode": self.mode, "contour": self.contour}
@@ -220,12 +225,8 @@ def measures_of(names: Mapping[int, Name], monosemanticity: Any, d_sae: int) -> 
         column = monosemanticity["score"] if hasattr(monosemanticity, "columns") else monosemanticity
         measures["monosemanticity"] = np.asarray(column, float)
         if measures["monosemanticity"].shape != (d_sae,):
-            raise ValueError(
-                f"monosemanticity must hold one score for each of the {d_sae} latents, got shape "
-                f"{list(measures['monosemanticity'].shape)}. Pass the column of ps.stages.latent_likeness(...).table."
-            )
+            wrong = f"monosemanticity must hold one score for each of the {d_sae} latents, got shape {list(np.shape(column))}."
+            raise ValueError(f"{wrong} Pass the column of ps.stages.latent_likeness(...).table.")
     if any(name.score is not None for name in names.values()):
-        measures["score"] = np.full(d_sae, np.nan)
-        for latent, name in names.items():
-            measures["score"][latent] = np.nan if name.score is None else name.score
+        measures["score"] = np.array([names[i].score if i in names else None for i in range(d_sae)], float)
     return measures

@@ -27,7 +27,7 @@ _ANSWERS = {
 
 
 @drawn(credit=True)
-def latent_explorer(card: Any, summary: Any, **shown: Any) -> Figure:
+def latent(card: Any, summary: Any, **shown: Any) -> Figure:
     """A latent: its place among all latents of the summary, its classes, its reference images."""
     fig, ax = figure(1.0, 3.9)
     ax.remove()
@@ -67,7 +67,7 @@ def latent_explorer(card: Any, summary: Any, **shown: Any) -> Figure:
 
 
 @drawn(credit=True)
-def patch_explorer(card: Any, **shown: Any) -> Figure:
+def patch(card: Any, **shown: Any) -> Figure:
     """An image with its chosen patches, the chosen latent over it, the latents of the patches and of the whole image."""
     fig, (plain, heat, here, whole) = figure(1.0, 2.9, ncols=4, width_ratios=[1.35, 1.35, 1, 1])
     scale = float(card.heat.max()) or 1.0
@@ -95,7 +95,7 @@ def patch_explorer(card: Any, **shown: Any) -> Figure:
 
 
 @drawn(credit=True)
-def adaptation_view(card: Any, **shown: Any) -> Figure:
+def adaptation(card: Any, **shown: Any) -> Figure:
     """One image read by CLIP and by an adapted CLIP: both masks of a latent, latents and probabilities of both."""
     models, colors = ("CLIP", card.adapter), (COLORS["blue"], COLORS["orange"])
     fig, (*pictures, latents, odds) = figure(1.0, 3.4, ncols=4, width_ratios=[1, 1, 1.8, 1.1])
@@ -129,7 +129,7 @@ def adaptation_view(card: Any, **shown: Any) -> Figure:
 
 
 @drawn(credit=True)
-def steering_panel(card: Mapping[str, Any], **shown: Any) -> Figure:
+def steering(card: Mapping[str, Any], **shown: Any) -> Figure:
     """The steering panel, still: the picture with the selected patches, the sliders, the probabilities before and after."""
     fig, (picture, sliders, odds) = figure(height=2.9, ncols=3, width_ratios=[1, 1.15, 1.45])
     image = card["picture"] if card["latent"] < 0 else blend(card["picture"], card["heat"], float(card["heat"].max()) or 1.0, **shown)
