@@ -110,16 +110,11 @@ def tower_head_cross(accuracy: pd.DataFrame) -> Figure:
 @drawn(table=_SEVERAL % "Remapping.gain_split()")
 def gain_split(table: pd.DataFrame) -> Figure:
     """How many points of the gain each tower brings, with 95 % intervals over pictures."""
-    words: dict[str, Any] = {
-        "xlabel": "gain over zero-shot CLIP, base classes (points)",
-        "scale": 100,
-        "bars": True,
-        "zero": True,
-        "text": "{:+z.0f}",
-    }
-    words["xlim"] = (min(-1.0, 110 * table["low"].min()), 115 * table["high"].max())
-    panel, size = {"all": {0: ""}}, {"height": 1.2 + 0.5 * table["task"].nunique(), "subplots": {"width": 0.85}}
-    return interval_panels(table.assign(all=0), panel, "task", "gain", "part", _TOWERS, **words, **size)[0]
+    xlim, height = (min(-1.0, 110 * table["low"].min()), 115 * table["high"].max()), 1.2 + 0.5 * table["task"].nunique()
+    return interval_panels(
+        table.assign(all=0), {"all": {0: ""}}, "task", "gain", "part", _TOWERS, xlabel="gain over zero-shot CLIP, base classes (points)",
+        scale=100, bars=True, zero=True, text="{:+z.0f}", xlim=xlim, height=height, subplots={"width": 0.85},
+    )[0]  # fmt: skip
 
 
 @drawn(found="mapping of str to Confusions, by task")
@@ -128,9 +123,7 @@ def confusion_change(found: Mapping[str, Any]) -> Figure:
     fig, axes = panels([*map(pretty, found)], 2.7, 2, "adapted minus CLIP (% of the class's pictures)", sharey=False, sharex=True)
     for ax, each in zip(axes, found.values(), strict=True):
         change = 100 * np.nan_to_num(each.change)
-        top = [
-            (i, j) for i, j in zip(*np.unravel_index(np.argsort(-np.abs(change), axis=None, kind="stable")[:10], change.shape), strict=True)
-        ]
+        top = [divmod(place, len(change)) for place in np.argsort(-np.abs(change), axis=None, kind="stable")[:10]]
         names = [pretty(each.class_names[i]) + (" (right)" if i == j else f" → {pretty(each.class_names[j])}") for i, j in top]
         colors = [COLORS["blue" if i == j else "orange"] for i, j in top]
         ax.barh(range(len(top)), [change[spot] for spot in top], color=colors, height=0.75)
@@ -152,9 +145,8 @@ def prediction_heat(table: pd.DataFrame) -> Figure:
     fig, axes = panels(titles, 0.9 + min(0.155 * len(order), 6), 3, size=9.5)
     for ax, (mode, model) in zip(axes, pairs, strict=True):
         rows = heats[mode, model].loc[order].rename(pretty)  # best read from few latents first
-        heat(
-            ax, rows, xticklabels=[f"{k}\n{mean:.0f} %" for k, mean in rows.mean().items()], yticklabels=True if len(order) < 40 else "auto"
-        )
+        ticks = [f"{k}\n{mean:.0f} %" for k, mean in rows.mean().items()]
+        heat(ax, rows, xticklabels=ticks, yticklabels=True if len(order) < 40 else "auto")
         ax.set(xlabel="", ylabel=_MODES[mode] if model == "CLIP" else "")
         ax.tick_params(labelsize=8)
         ax.tick_params("x", rotation=0)
@@ -184,16 +176,10 @@ def gain_parts(parts: pd.DataFrame) -> Figure:
     """The parts of each gain in points of accuracy, one panel a task, the adapters beside each other, with 95 % intervals over pictures."""
     parts, reach = parts[parts["part"].isin([*_PARTS])], 100 * max(parts["high"].max(), 0.05)
     looks = {name: look(color) for name, color in zip(parts["adapter"].unique(), ("blue", "orange", "green", "gray"), strict=False)}
-    words: dict[str, Any] = {
-        "xlabel": "points over zero-shot CLIP",
-        "zero": True,
-        "bars": True,
-        "scale": 100,
-        "text": "{:+z.0f}",
-        "order": _PARTS,
-    }
-    limits = (min(-2.0, 100 * parts["low"].min()), 1.2 * reach)
-    return interval_panels(parts, "task", "part", "gain", "adapter", looks, height=3.6, xlim=limits, **words)[0]
+    return interval_panels(
+        parts, "task", "part", "gain", "adapter", looks, height=3.6, xlim=(min(-2.0, 100 * parts["low"].min()), 1.2 * reach),
+        xlabel="points over zero-shot CLIP", zero=True, bars=True, scale=100, text="{:+z.0f}", order=_PARTS,
+    )[0]  # fmt: skip
 
 
 @drawn(experiments=_SEVERAL % "GainSplit.experiments()")
@@ -201,30 +187,19 @@ def gain_experiments(experiments: pd.DataFrame) -> Figure:
     """Accuracy with some parts of the adapted model put into CLIP, or taken out of the adapted model; one panel a task."""
     experiments = experiments.assign(whole=experiments["experiment"].isin(["CLIP", "adapted"]))
     looks, order = {True: look("black"), False: look("blue")}, experiments["experiment"].unique()
-    words: dict[str, Any] = {
-        "height": 0.9 + 0.27 * len(order),
-        "ncols": 0,
-        "xlabel": "accuracy (%)",
-        "order": order,
-        "scale": 100,
-        "spread": 0,
-    }
-    fig, axes = interval_panels(experiments, "task", "experiment", "value", "whole", looks, **words)
+    words: dict[str, Any] = {"height": 0.9 + 0.27 * len(order), "ncols": 0, "xlabel": "accuracy (%)", "order": order, "scale": 100}
+    fig, axes = interval_panels(experiments, "task", "experiment", "value", "whole", looks, spread=0, **words)
     for ax, (_, rows) in zip(axes, experiments.groupby("task", sort=False), strict=True):
         ax.axvspan(*sorted(100 * rows["value"].iloc[[0, -1]]), color=COLORS["gray"], alpha=0.15, lw=0)
     return fig
 
 
-@drawn(
-    links="DataFrame of ``ClassLinks.links()`` of one data set; the three strongest of each class are shown, and these latents' other links",
-    names="mapping of int to str, optional; what to call the latents",
-)
+@drawn(links="DataFrame of ``ClassLinks.links()`` of one data set", names="mapping of int to str, optional; what to call the latents")
 def class_links(links: pd.DataFrame, names: Mapping[int, str] | None = None) -> Figure:
-    """The remapping matrix: which latents each class rests on, and which of these links stayed, vanished or appeared.
+    """The remapping matrix: which latents (columns) each class rests on, and which of these links stayed, vanished or appeared.
 
-    One row a class, one column a latent; a disc is a link, its area the share of the class's evidence (in the model that has more of it), its
-    colour what became of it. Latents stand in the order of the classes that rest on them most, so that links of a class to its own latents
-    lie near the diagonal.
+    The three strongest of each class are shown, and these latents' other links. A disc's area is the share of the class's evidence,
+    in the model that has more of it. Latents stand in the order of the classes that rest on them most.
     """
     links = links.assign(size=links[["base", "adapted"]].max(axis=1)).sort_values("size", ascending=False)
     shown = links[links["latent"].isin(links.groupby("class").head(3)["latent"])]

@@ -20,10 +20,7 @@ _LOCAL = {"ap": "average precision", "iou": "intersection over union", "pointing
 _COUNTS = {-0.5: "0", 0.5: "1", 1.5: "2", 2.5: "3-4", 4.5: "5-8", 8.5: "9-16", 16.5: "17-32", 32.5: "33 +"}
 
 
-@drawn(
-    frame="DataFrame of ``LatentSummary.to_frame()``: living latents",
-    annotate="mapping of int to str; latents to point at, and what to call them",
-)
+@drawn(frame="DataFrame of ``LatentSummary.to_frame()``", annotate="mapping of int to str; latents to point at, and their names")
 def latent_statistics(frame: pd.DataFrame, annotate: Mapping[int, str]) -> Figure:
     """How often each latent is active against how strongly, coloured by label entropy."""
     fig, ax = figure(height=4.6)
@@ -118,9 +115,8 @@ def name_agreement(agreement: pd.DataFrame) -> Figure:
     fig, axes = panels([*titles], 0.75 * len(named) + 1.2)
     for ax, (value, chance) in zip(axes, titles.values(), strict=True):
         shares = pd.DataFrame(0.0, [*named], [*named])
-        texts = pd.DataFrame(
-            [[f"{named[a]:,}\nnamed" if a == b else "no common\nlatent" for b in named] for a in named], [*named], [*named]
-        )
+        cells = [[f"{named[a]:,}\nnamed" if a == b else "no common\nlatent" for b in named] for a in named]
+        texts = pd.DataFrame(cells, [*named], [*named])
         for row in agreement.dropna(subset=value).to_dict("records"):
             for a, b in ((row["a"], row["b"]), (row["b"], row["a"])):
                 shares.loc[a, b] = row[value]
@@ -140,17 +136,15 @@ def concept_sharing(splitting: pd.DataFrame, absorption: pd.DataFrame) -> Figure
     shares.index = [f"{kind} ({(splitting['kind'] == kind).sum()})" for kind in shares.index]
     shares.plot.barh(stacked=True, width=0.66, ax=left, color=sns.color_palette("viridis_r", shares.shape[1]))
     left.set(xlim=(0, 1), xlabel="share of concepts", title="latents that share a concept")
-    fates = {
-        "found": (COLORS["blue"], absorption["found"]),
-        "skipped": (COLORS["red"], absorption["skipped"] & ~absorption["absorbed"]),
-        "skipped, and another latent stands for it": (COLORS["orange"], absorption["absorbed"]),
-        "no latent of the category": ("#DDDDDD", ~absorption["found"] & ~absorption["skipped"]),
-    }
-    counts = pd.DataFrame({label: rows for label, (_, rows) in fates.items()}).groupby(absorption["category"]).sum()
+    found, skipped, absorbed = (absorption[name] for name in ("found", "skipped", "absorbed"))
+    fates = pd.DataFrame({
+        "found": found, "skipped": skipped & ~absorbed, "skipped, and another latent stands for it": absorbed,
+        "no latent of the category": ~found & ~skipped,
+    })  # fmt: skip
+    counts = fates.groupby(absorption["category"]).sum()
     counts = counts.loc[absorption["category"].value_counts().sort_values(ascending=False, kind="stable").index[:12]]
-    (counts if len(counts) else counts.reindex(["no categories"])).plot.barh(
-        stacked=True, width=0.7, ax=right, color=[color for color, _ in fates.values()]
-    )
+    counts = counts if len(counts) else counts.reindex(["no categories"])
+    counts.plot.barh(stacked=True, width=0.7, ax=right, color=[COLORS["blue"], COLORS["red"], COLORS["orange"], "#DDDDDD"])
     right.set(xlabel="classes", title="classes of a category, for its best latent")
     for ax, columns, title in ((left, 4, "latents"), (right, 2, None)):
         ax.set_ylabel("")
@@ -198,10 +192,7 @@ def by_layer(rows: pd.DataFrame) -> Figure:
     return fig
 
 
-@drawn(
-    rows="DataFrame of ``nearest_variants``",
-    baselines="DataFrame of ``ComparisonReport.table()``, optional; its rows of objects that are no SAE are shown, best first",
-)
+@drawn(rows="DataFrame of ``nearest_variants``", baselines="DataFrame of ``ComparisonReport.table()``, optional; SAEs are left out")
 def variants(rows: pd.DataFrame, baselines: pd.DataFrame | None = None) -> Figure:
     """How well the best latent finds objects: variants of the SAE, and below a line the dictionaries of the comparison."""
     kinds = ["PatchSAE" if name.startswith("PatchSAE") else "alone" if name.endswith("alone") else "variant" for name in rows["dictionary"]]

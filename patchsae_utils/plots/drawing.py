@@ -18,8 +18,7 @@ from .style import COLORS, CYCLE, HEAT, MARKERS, figure, image_axes
 
 PERCENT = PercentFormatter(1, decimals=0)
 HALO = [withStroke(linewidth=2.5, foreground="white")]
-DARKNESS = 0.6
-"""How much a picture is darkened where a latent is silent."""
+DARKNESS = 0.6  # how much a picture is darkened where a latent is silent
 
 
 def pretty(name: Any) -> str:
@@ -68,9 +67,9 @@ def ends(table: pd.DataFrame, value: str) -> tuple[str, str]:
     return (f"{value}_low", f"{value}_high") if f"{value}_low" in table else ("low", "high")
 
 
-def errors(table: pd.DataFrame, value: str, low: str = "", high: str = "") -> np.ndarray:
+def errors(table: pd.DataFrame, value: str, between: tuple[str, str] | None = None) -> np.ndarray:
     """[2, n] lengths of error bars."""
-    low, high = (low, high) if low else ends(table, value)
+    low, high = between or ends(table, value)
     return np.stack([table[value] - table[low], table[high] - table[value]]).clip(0)
 
 
@@ -89,7 +88,7 @@ def intervals(
     step, n = (0.8 if bars else spread) / len(kinds), len(order)
     for i, kind in enumerate(kinds):
         rows = scale * table[table[hue] == kind].set_index(place)[list({value, low, high})].reindex(list(order))
-        at, middle, length = np.arange(n) + (i - (len(kinds) - 1) / 2) * step, rows[value], errors(rows, value, low, high)
+        at, middle, length = np.arange(n) + (i - (len(kinds) - 1) / 2) * step, rows[value], errors(rows, value, (low, high))
         how: dict[str, Any] = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)], "label": kind}
         how |= {"ls": "none", "elinewidth": 1.2, **(looks or {}).get(kind, {})}
         if bars:
@@ -113,14 +112,12 @@ def intervals(
 
 def interval_panels(
     table: pd.DataFrame, panel: str | Mapping, place: str, value: str, hue: str, looks: Mapping[Any, Mapping] | None = None, *, height: float,
-    ncols: int = 4, columns: int = 0, xlabel: str = "", ylabel: str = "", size: float = 11, xlim: Any = None, zero: bool = False,
-    subplots: Mapping[str, Any] | None = None, **options: Any,
+    ncols: int = 4, columns: int = 0, xlabel: str = "", ylabel: str = "", xlim: Any = None, zero: bool = False, subplots: Any = None, **options: Any,
 ) -> tuple[Figure, Any]:  # fmt: skip
     """:func:`intervals` in a panel for each value of the column ``panel`` (or {column: {value: title}}), and one legend (``ncols=0``: none)."""
-    column, titles = (
-        next(iter(panel.items())) if isinstance(panel, Mapping) else (panel, {each: pretty(each) for each in table[panel].unique()})
-    )
-    fig, axes = panels([*titles.values()], height, columns, xlabel, ylabel, size, **(subplots or {}))
+    panel = panel if isinstance(panel, Mapping) else {panel: {each: pretty(each) for each in table[panel].unique()}}
+    ((column, titles),) = panel.items()
+    fig, axes = panels([*titles.values()], height, columns, xlabel, ylabel, **(subplots or {}))
     for ax, which in zip(axes, titles, strict=True):
         if xlim is not None:
             ax.set_xlim(xlim)
@@ -187,10 +184,10 @@ def outline(ax: Axes, mask: np.ndarray, shape: tuple[int, int], color: str, tint
         ax.contour(*place, pixels, [0.5], colors=[line], linewidths=width)
 
 
-def image_rows(rows: Mapping[str, Any], titles: Sequence[str] = (), extra: float = 0.3, scaled: bool = False) -> tuple[Figure, Any]:
+def image_rows(rows: Mapping[str, Any], titles: Sequence[str] = (), scaled: bool = False) -> tuple[Figure, Any]:
     """Rows of as many pictures, each named on the left; titles over the columns. ``scaled``: rows of numbers get a colour bar."""
     n = max(map(len, rows.values()))
-    fig, axes = figure(height=(8.4 if scaled else 9.0) / n * len(rows) + extra, nrows=len(rows), ncols=n, squeeze=False)
+    fig, axes = figure(height=(8.4 if scaled else 9.0) / n * len(rows) + 0.3, nrows=len(rows), ncols=n, squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
         top = max(float(np.asarray(each).max()) for each in pictures)
         for ax, picture in zip(line, pictures, strict=True):

@@ -157,14 +157,10 @@ def steering(card: Mapping[str, Any], **shown: Any) -> Figure:
 def pointing(frame: pd.DataFrame) -> Figure:
     """How often a patch's latent finds the same thing in another image, with 95 % intervals; black: any patch of another image."""
     kinds = {kind: f"same {kind}" for kind in frame["kind"].unique()}
-    words: dict[str, Any] = {
-        "xlabel": "% of asked patches, unseen images; black: any patch",
-        "xlim": (-1, 101),
-        "order": kinds,
-        "scale": 100,
-    }
-    size: dict[str, Any] = {"height": 1.2 + 0.55 * len(kinds), "subplots": {"width": 0.8}}
-    fig, (ax,) = interval_panels(frame.assign(all=0), {"all": {0: ""}}, "kind", "hits", "answer", _ANSWERS, **words, **size)
+    fig, (ax,) = interval_panels(
+        frame.assign(all=0), {"all": {0: ""}}, "kind", "hits", "answer", _ANSWERS, xlabel="% of asked patches, unseen images; black: any patch",
+        xlim=(-1, 101), order=kinds, scale=100, height=1.2 + 0.55 * len(kinds), subplots={"width": 0.8},
+    )  # fmt: skip
     chance = 100 * frame.groupby("kind", sort=False)["chance"].mean()
     ax.plot(chance, range(len(kinds)), ls="none", marker="|", ms=22, mew=2, color=COLORS["black"])
     return fig

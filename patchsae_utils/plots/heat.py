@@ -1,8 +1,4 @@
-"""The one blend of a picture with a heat map: what the explorers' pages draw, in Python for static figures.
-
-*spotlight* darkens the picture where the latent is silent, less the more it is active: the picture keeps its colours, which matter when
-the latent means one. *heat* lays a colour map over the picture, which fades to grey under it.
-"""
+"""The one blend of a picture with a heat map: what the explorers' pages draw, in Python for static figures."""
 
 from __future__ import annotations
 
@@ -10,8 +6,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw
 
-MODES = ("spotlight", "heat")
-"""How activations are shown: the rest of the picture darkened, or colours laid over it."""
+MODES = ("spotlight", "heat")  # the rest of the picture darkened, or colours laid over a picture that fades to grey
 
 
 def palette() -> bytes:
@@ -34,19 +29,12 @@ def overlay(heat: np.ndarray, scale: float, tau: float, opacity: float, mode: st
 
 
 def blend(
-    picture: np.ndarray,
-    heat: np.ndarray,
-    scale: float,
-    tau: float,
-    opacity: float,
-    mode: str = MODES[0],
-    size: int = 448,
+    picture: np.ndarray, heat: np.ndarray, scale: float, tau: float, opacity: float, mode: str = MODES[0], size: int = 448,
     contour: bool = False,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """A picture, uint8 [H, W, 3], with a heat map [rows, columns] over it, as the page shows it: uint8 [size * H / W, size, 3].
 
-    ``scale`` is the activation at the top of the colour map; activations up to ``tau`` are not shown; ``opacity`` lies in [0, 1]; ``contour`` draws a
-    line, white over black, around the patches above ``tau``. Raises ValueError for an unknown mode.
+    ``scale`` is the activation at the top of the colour map; activations up to ``tau`` are not shown; ``contour``: a line around those above it.
     """
     shape = (size, round(size * picture.shape[0] / picture.shape[1]))
     below = Image.fromarray(picture)

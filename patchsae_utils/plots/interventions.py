@@ -27,18 +27,14 @@ _LINES = {
 }
 _UNMASKED = {"raw": ("no mask, raw", "-"), "reconstructed": ("no mask, reconstructed", (0, (4, 3)))}
 _KINDS = {
-    "object": ("objects", "blue"),
-    "category": ("categories", "green"),
-    "color": ("colours", "red"),
-    "background": ("backgrounds", "purple"),
-}
+    "object": ("objects", "blue"), "category": ("categories", "green"), "color": ("colours", "red"), "background": ("backgrounds", "purple"),
+}  # fmt: skip
 
 
 @drawn(
-    frame="DataFrame of ``sweep_masks``; groups of classes are left out",
-    choose="sequence of str, optional; choices of latents that are shown, all by default",
+    frame="DataFrame of ``sweep_masks``; groups of classes are left out", choose="sequence of str, optional; choices of latents that are shown",
     by='{"where", "rank"}, optional; a line style for each place or ranking, otherwise all tokens and the first ranking alone',
-)
+)  # fmt: skip
 def mask_curves(frame: pd.DataFrame, choose: Sequence[str] | None = None, by: str | None = None) -> Figure:
     """Zero-shot accuracy over k, one column for on and off, one row for the error term kept and dropped, a colour for each choice of latents."""
     frame = frame[(frame["group"] == "all") & ((frame["where"] == "all") if by != "where" else True)]
@@ -104,11 +100,9 @@ def raw_reconstructed_error(frame: pd.DataFrame) -> Figure:
 
 
 @drawn(
-    credit=False,
-    pictures="sequence of uint8 array [h, w, 3]; what CLIP saw",
-    results="sequence of Steered; one a picture, each of a single image (``steer(..., image[None], ...)``) with a head",
-    titles="sequence of str; what was done",
-)
+    credit=False, pictures="sequence of uint8 array [h, w, 3]; what CLIP saw", titles="sequence of str; what was done",
+    results="sequence of Steered; one per picture, each of a single image with a head",
+)  # fmt: skip
 def steered(
     pictures: Sequence[np.ndarray], results: Sequence[Any], class_names: Sequence[str], titles: Sequence[str], *, grid: tuple[int, int]
 ) -> Figure:
@@ -184,9 +178,7 @@ def dose_response(table: pd.DataFrame, class_names: Sequence[str]) -> Figure:
     return fig
 
 
-@drawn(
-    tables="mapping of what was edited to DataFrame of ``summarize_effects(..., ['sees_target', 'object_change'], by=['kind', 'dose'])``"
-)
+@drawn(tables="mapping of what was edited to ``summarize_effects(..., ['sees_target', 'object_change'], by=['kind', 'dose'])``")
 def color_swap(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """How often CLIP sees the other colour after two colours' latents changed places."""
     n = int(next(iter(tables.values()))["n"].iloc[0])
@@ -206,12 +198,9 @@ def color_swap(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 @drawn(
-    credit=True,
-    frame="DataFrame of ``remove_objects``",
+    credit=True, frame="DataFrame of ``remove_objects``", dataset="OpenMojiData; the scenes", scenes="sequence of int; the examples' indices",
     overall='DataFrame of ``summarize_effects(frame, ["removed_change", "stays_change"])``',
-    dataset="OpenMojiData; the scenes",
-    scenes="sequence of int; indices of the examples",
-)
+)  # fmt: skip
 def object_removal(frame: pd.DataFrame, overall: pd.DataFrame, dataset: Any, scenes: Sequence[int]) -> Figure:
     """Scenes of two objects before and after each one's latents are turned off on its own patches; on the right the mean over scenes."""
     fig, ax = figure(height=4.6)

@@ -22,8 +22,7 @@ MARKERS = "osD^vPX"
 HEAT, DIVERGING = "magma", "RdBu_r"
 PAGE_WIDTH = 9.0  # inches: 900 pixels in a notebook
 
-# Load the backend now: a notebook's turns matplotlib's interactive mode on when it is first used. Used first inside an rc_context, that would be
-# undone when the context ends, and the notebook would show its first figure alone.
+# Load the backend now: a notebook's turns interactive mode on when it is first used, which the end of an rc_context would undo.
 plt.switch_backend(mpl.get_backend())
 
 STYLE: dict[str, Any] = {
@@ -53,17 +52,11 @@ def figure(width: float = 1.0, height: float = 3.2, **subplots: Any) -> tuple[Fi
 
 
 def drawn(credit: bool | None = None, **said: str) -> Callable[[Callable[..., Figure]], Callable[..., Figure]]:
-    """Decorates a figure function: the house style, a parameter ``save``, and a docstring with all parameters, those of ``said`` in words.
-
-    Where OpenMoji artwork may be shown, ``credit`` is the default of a parameter of this name.
-    """
+    """Decorates a figure function: the house style, parameters ``save`` and, if given, ``credit``, and a docstring with all, ``said`` in words."""
 
     def decorate(function: Callable[..., Figure]) -> Callable[..., Figure]:
         own = {"save": None} if credit is None else {"save": None, "credit": credit}
-        words = {
-            "save": "str, optional; name of a file under ``figures/``, without ending",
-            "credit": "bool; shows OpenMoji artwork",
-        } | said
+        words = {"save": "str, optional; a file's name under ``figures/``, without ending", "credit": "bool; shows OpenMoji artwork"} | said
         parameters = [*inspect.signature(function).parameters.values()]
         parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default) for name, default in own.items()]
 

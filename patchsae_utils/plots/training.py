@@ -29,8 +29,7 @@ _MEASURES = {
     "object_ap": "Object\nAP", "explained_variance_all": "Explained\nvariance", "l0_all": "L0", "dead_fraction": "Dead\nlatents",
     "zero_shot_change": "Zero-shot\nchange",
 }  # fmt: skip
-_LEAST = 0.6
-"""Explained variance below this is written at the edge, so that the rest can be told apart."""
+_LEAST = 0.6  # explained variance below this is written at the edge, so that the rest can be told apart
 _SIDES = {
     "ours": "ours, ReLU", "ours topk": "ours, TopK", "textbook": "dense float32, ReLU", "sparsify": "eai-sparsify, TopK",
     "overcomplete": "overcomplete, TopK", "sae_lens": "sae-lens, TopK",
@@ -92,10 +91,7 @@ def reconstruction_quality(evaluation: pd.DataFrame) -> Figure:
     return fig
 
 
-@drawn(
-    rates="mapping of str to Tensor [S], shares of tokens on which each latent fires",
-    n_tokens="int; tokens they were counted on: no rate below 1 / n_tokens can be seen",
-)
+@drawn(rates="mapping of str to Tensor [S], shares of tokens on which each latent fires", n_tokens="int; tokens they were counted on")
 def firing_rates(rates: Mapping[str, Tensor], n_tokens: int) -> Figure:
     """How often latents fire: a histogram of the log of each latent's rate, those that never fire apart on the left."""
     fig, ax = figure(0.75, 3.0)

@@ -19,17 +19,8 @@ from patchsae_utils import plots
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
 WORDS = [
-    "bell",
-    "camcorder",
-    "bathroom scale",
-    "guitar",
-    "crossed swords",
-    "fire extinguisher",
-    "harp",
-    "magnet",
-    "film projector",
-    "lawn mower",
-]
+    "bell", "camcorder", "bathroom scale", "guitar", "crossed swords", "fire extinguisher", "harp", "magnet", "film projector", "lawn mower",
+]  # fmt: skip
 
 
 def grid(value: str, width: float = 0.06, top: float = 1.0, **columns) -> pd.DataFrame:
