@@ -88,7 +88,8 @@ class LatentExplorer(_View):
             ``star`` (bool), ``name`` (replaces the latent's name in this view), ``note``.
         """
         latent = self._within("latent", latent, self._reader.d_sae)
-        row = {"star": False, "name": "", "note": "", **self.kept.get(str(latent), {}), **{w: words[w] for w in NOTES[1:] if w in words}}
+        row: dict[str, Any] = {"star": False, "name": "", "note": "", **self.kept.get(str(latent), {})}
+        row |= {name: value for name, value in words.items() if name in row}
         row = {"star": bool(row["star"]), "name": " ".join(str(row["name"]).split())[:80], "note": str(row["note"]).strip()[:2000]}
         self.kept = {**self.kept, str(latent): row}
         if row["name"]:
