@@ -1,8 +1,8 @@
 """SAE: the autoencoder over residual activations, trained, measured, saved and shared.
 
-The model and its variants (`model`, `variants`), objectives (`losses`), training (`starts`, `steps`, `trainer`; `sparse`: with active
-latents alone where few are), what an SAE is worth and why latents are dead (`quality`), its random control and its latents as a dictionary
-(`dictionary`), files of seven programs and the hub (`files`, `formats`). May import: activations, clip, data, run.
+The model and its variants (`model`, `variants`), objectives (`losses`), training (`starts`, `steps`, `trainer`, `sparse`), what an SAE is worth
+(`quality`), its random control and its latents as a dictionary (`dictionary`), files of seven programs and the hub (`files`, `formats`).
+May import: activations, clip, data, run.
 """
 
 from .dictionary import random_sae, sae_dictionary
@@ -13,20 +13,6 @@ from .quality import dead_causes, evaluate_sae, evaluation_table, firing_rates, 
 from .trainer import train_sae, training_log
 
 __all__ = [
-    "SparseAutoencoder",
-    "dead_causes",
-    "evaluate_sae",
-    "evaluation_table",
-    "firing_rates",
-    "load_sae",
-    "objective",
-    "patch_readings",
-    "patchsae_loss",
-    "push_sae",
-    "random_sae",
-    "readings_by_place",
-    "sae_dictionary",
-    "save_sae",
-    "train_sae",
-    "training_log",
-]
+    "SparseAutoencoder", "dead_causes", "evaluate_sae", "evaluation_table", "firing_rates", "load_sae", "objective", "patch_readings",
+    "patchsae_loss", "push_sae", "random_sae", "readings_by_place", "sae_dictionary", "save_sae", "train_sae", "training_log",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Features read off the residual stream: an SAE's latents and what they are compared with; dictionaries at random, and from data to start from."""
+"""Features read off the residual stream: an SAE's latents, and dictionaries they are compared with."""
 
 from __future__ import annotations
 
@@ -10,23 +10,18 @@ import torch
 from torch import Tensor
 
 from .model import SparseAutoencoder
-from .variants import VARIANTS
 
 _CHUNK_BYTES = 256 * 2**20
 _CONTROL_PAIRS = 2**24  # (token, latent) pairs by which a random SAE's threshold is set
 
-NEEDS_NO_THRESHOLD = tuple(name for name, variant in VARIANTS.items() if variant.threshold is None and not variant.gate)
-"""Activations of which :func:`random_sae` makes a control without seeing tokens."""
 
 
 class Dictionary(NamedTuple):
     """Features read off the residual stream: an SAE's latents, or something to compare them with."""
 
     name: str
-    n: int
-    """Number of features."""
-    encode: Callable[[Tensor, np.ndarray | None], Tensor]
-    """(tokens [N, D], features [m] or None for all) -> activations [N, m]."""
+    n: int  # of features
+    encode: Callable[[Tensor, np.ndarray | None], Tensor]  # (tokens [N, D], features [m] or None for all) -> activations [N, m]
 
 
 def sae_dictionary(sae: SparseAutoencoder, name: str = "SAE") -> Dictionary:
@@ -69,9 +64,8 @@ def random_sae(sae: SparseAutoencoder, seed: int = 0, tokens: Tensor | None = No
     seed : int
         Of the directions.
     tokens : Tensor [N, D], optional
-        A few thousand of the residual stream. With them the control has every fair chance: one threshold for all its latents leaves as many
-        active on these tokens as the SAE has (``topk`` is as sparse by itself), and one gain makes its reconstruction the best in least
-        squares. Without them ``relu`` has no encoder bias, so that half of its latents are active: nothing of their ranking is lost.
+        A few thousand of the residual stream, by which one threshold leaves as many latents active as the SAE has (``topk`` is as sparse by
+        itself), and one gain makes the reconstruction the best in least squares. Without them ``relu`` has no encoder bias: half is active.
 
     Returns
     -------
@@ -81,13 +75,11 @@ def random_sae(sae: SparseAutoencoder, seed: int = 0, tokens: Tensor | None = No
     Raises
     ------
     ValueError
-        If the SAE's activation has a threshold or a gate (``batchtopk``, ``matryoshka``, ``jumprelu``, ``gated``), which random directions
-        can't inherit, and there are no tokens to set one by.
+        If the SAE's activation has a threshold or a gate, which random directions can't inherit, and there are no tokens to set one by.
     """
-    if tokens is None and sae.activation not in NEEDS_NO_THRESHOLD:
+    if tokens is None and (sae.variant.threshold or sae.variant.gate):
         raise ValueError(
-            f"A random SAE of activation {sae.activation!r} needs a threshold of its own: give tokens [N, {sae.d_in}] of the residual stream, "
-            f"on which it will be as sparse as the SAE."
+            f"A random SAE of activation {sae.activation!r} needs a threshold of its own: give tokens [N, {sae.d_in}] of the stream."
         )
     options = {name: getattr(sae, name) for name in sae.variant.options}
     control = SparseAutoencoder(sae.d_in, sae.d_sae, sae.activation, **options, seed=seed, metadata=sae.metadata)
@@ -105,7 +97,10 @@ def random_sae(sae: SparseAutoencoder, seed: int = 0, tokens: Tensor | None = No
     most = max(64, _CONTROL_PAIRS // sae.d_sae)
     some = tokens[:: -(-len(tokens) // most)].to(sae.W_enc.device)
     if sae.variant.control != "k":
-        threshold = _threshold(control.pre_activations(some).flatten(), sum(int((sae.encode(part) > 0).sum()) for part in some.split(512)))
+        values, n_active = control.pre_activations(some).flatten(), sum(int((sae.encode(part) > 0).sum()) for part in some.split(512))
+        # what so many of them exceed: between the last that is kept and the first that isn't
+        ranks = {len(values) - n_active + 1, max(1, len(values) - n_active)}
+        threshold = torch.stack([values.kthvalue(rank).values for rank in ranks]).mean() if n_active else values.max().clamp_min(0)
         if sae.variant.control == "bias":
             control.b_enc.fill_(-threshold)  # of ``gated``: the gate's; magnitudes stay the projections themselves
         else:
@@ -119,19 +114,8 @@ def random_sae(sae: SparseAutoencoder, seed: int = 0, tokens: Tensor | None = No
     return control
 
 
-def _threshold(values: Tensor, n_active: int) -> Tensor:
-    """What ``n_active`` of some pre-activations exceed: between the last that is kept and the first that isn't."""
-    if not n_active:
-        return values.max().clamp_min(0)
-    ranks = {len(values) - n_active + 1, max(1, len(values) - n_active)}
-    return torch.stack([values.kthvalue(rank).values for rank in ranks]).mean()
-
-
 def select_latents(sae: SparseAutoencoder, x: Tensor, latents: Tensor | Sequence[int]) -> Tensor:
-    """Activations of some latents: [..., d_in] -> [..., n].
-
-    The other columns of the encoder are not computed, except where an activation compares latents (top-k). Works in chunks.
-    """
+    """Activations of some latents alone, in chunks: [..., d_in] -> [..., n]; top-k must compute all of them."""
     latents = torch.as_tensor(latents, dtype=torch.long, device=sae.W_enc.device)
     flat = x.to(sae.W_enc.device).reshape(-1, x.shape[-1])
     width = sae.d_sae if sae.variant.competes == "token" else max(len(latents), flat.shape[1])

@@ -1,11 +1,7 @@
-"""The training objectives, as plain functions of tensors.
+"""The training objectives: :func:`patchsae_loss` is the paper's, :func:`variant_loss` the other variants', :func:`objective` an SAE's own.
 
-:func:`patchsae_loss` is the paper's, :func:`variant_loss` the published ones of the other variants; :func:`objective` names an SAE's own.
-Latents may be dense tensors or :class:`~patchsae_utils.sae.sparse.kernels.SparseLatents`. Letters: B batch, T tokens, N tokens of any images, D d_in,
-S d_sae.
-
-Sources: Lim et al., ICLR 2025, section 3.1 and appendix A; ghost gradients: Jermyn and Templeton, "Ghost grads", Transformer Circuits, January
-2024; of the variants: see :mod:`.variants`.
+Letters: B batch, T tokens, N tokens of any images, D d_in, S d_sae. Sources: Lim et al., ICLR 2025, section 3.1 and appendix A; ghost gradients:
+Jermyn and Templeton, "Ghost grads", Transformer Circuits, January 2024; of the variants: see :mod:`.variants`.
 """
 
 from __future__ import annotations
@@ -23,8 +19,7 @@ from .variants import step
 
 _EPSILON = 1e-6
 _SILENT = 1e-12  # norm below which the dead say nothing
-AUXK_COEFFICIENT = 1 / 32
-"""alpha of the auxiliary loss. Source: Gao et al., 2024, appendix A.2."""
+AUXK_COEFFICIENT = 1 / 32  # alpha of the auxiliary loss: Gao et al., 2024, appendix A.2
 
 
 class SaeLoss(NamedTuple):
@@ -103,18 +98,13 @@ def variant_loss(
     sae: SparseAutoencoder, x: Tensor, dead: Tensor | None = None, l1_coefficient: float = 0.0, cls_coefficient: float = 1.0, *,
     is_cls: Tensor | None = None, output: SaeOutput | None = None, ghost: bool = True,
 ) -> SaeLoss:  # fmt: skip
-    """The published objectives of the variants after ReLU and L1, by the table's ``loss``.
-
-    In each, the squared error is the published one: ||x - x_hat||^2, summed over dimensions, mean over tokens. That is another scale than the
-    paper's, so a coefficient that suits :func:`patchsae_loss` means nothing here.
+    """The published objectives of the variants after ReLU and L1, by the table's ``loss``, with ||x - x_hat||^2, summed over D, mean over tokens.
 
     - ``auxk`` (TopK, BatchTopK): squared error + AuxK, in ``ghost``. Gao et al., 2024, section 2.3 and appendix A.2. Matryoshka sums the error
-      of every nested dictionary, Bussmann et al., 2025, section 3. ``k`` makes the latents sparse; ``l1_coefficient`` is not used.
+      of every nested dictionary, Bussmann et al., 2025, section 3. ``l1_coefficient`` is not used.
     - ``l0`` (JumpReLU): squared error + lambda L0, whose gradients reach the thresholds. Rajamanoharan et al., "Jumping ahead", eq. 9 to 12.
-    - ``gate``: squared error + lambda ||ReLU(gate)||_1 + ||x - x_hat_frozen(ReLU(gate))||^2, the last in ``ghost``: how the gate learns at all, so
-      ``ghost=False`` doesn't leave it out. Rajamanoharan et al., "Gated sparse autoencoders", eq. 8.
-
-    JumpReLU and gated have published no term for the dead; here they get AuxK on top, which is 0 while all live.
+    - ``gate``: squared error + lambda ||ReLU(gate)||_1 + ||x - x_hat_frozen(ReLU(gate))||^2, the last in ``ghost``, which ``ghost=False``
+      doesn't leave out. Rajamanoharan et al., "Gated sparse autoencoders", eq. 8. It and JumpReLU get AuxK on top for the dead.
     """
     output = sae(x) if output is None else output
     weights = _token_weights(x, cls_coefficient, is_cls)
@@ -147,9 +137,8 @@ def normalized_squared_error(x: Tensor, reconstruction: Tensor) -> Tensor:
 def auxk_loss(x: Tensor, reconstruction: Tensor, pre_activations: Tensor, rows: Tensor) -> Tensor:
     """AuxK: the dead latents with the largest pre-activations predict what the living ones leave over.
 
-    e = x - x_hat, a constant; e_hat = relu(topk(pre[dead])) W_dec[dead]; the term is ||e - e_hat||^2, mean over tokens. Of n dead latents (``rows``
-    [n, D]) as many as the power of two nearest to D / 2. Finite for any finite pre-activations [..., n]: cut where their square would not be.
-    Source: Gao et al., 2024, section 2.4 and appendix A.2.
+    e = x - x_hat, a constant; e_hat = relu(topk(pre[dead])) W_dec[dead]; the term is ||e - e_hat||^2, mean over tokens; of n dead latents (``rows``
+    [n, D]) as many as the power of two nearest to D / 2; pre-activations [..., n]. Source: Gao et al., 2024, section 2.4 and appendix A.2.
     """
     k = min(auxk_size(x.shape[-1]), pre_activations.shape[-1])
     positive = torch.relu(pre_activations).clamp_max(torch.finfo(pre_activations.dtype).max ** 0.25)
@@ -199,9 +188,8 @@ def _l1_norm(latents: Tensor | SparseLatents) -> Tensor:
 
 def _learning_l0(sae: SparseAutoencoder, output: SaeOutput) -> Tensor:
     """Mean L0 whose gradient reaches the thresholds."""
-    if output.near is None:
+    if (near := output.near) is None:
         return step(output.pre_activations, sae.threshold, sae.bandwidth).sum(-1).mean()
-    near = output.near
     return step(near.values, sae.threshold[near.indices.long()], sae.bandwidth).sum() / near.n_tokens
 
 
@@ -211,12 +199,9 @@ def _token_weights(x: Tensor, cls_coefficient: float, is_cls: Tensor | None) -> 
         return None
     if is_cls is None:
         if x.ndim != 3:
-            raise ValueError(
-                f"cls_coefficient={cls_coefficient} needs to know which tokens are CLS: give x as [B, T, D] with CLS as token 0, "
-                f"or pass is_cls for x of shape {tuple(x.shape)}."
-            )
-        is_cls = torch.arange(x.shape[1], device=x.device) == 0  # token 0 of every image, not image 0
-        is_cls = is_cls.expand(x.shape[:2])
+            what = f"cls_coefficient={cls_coefficient} needs to know which tokens are CLS: give x as [B, T, D] with CLS as token 0,"
+            raise ValueError(f"{what} or pass is_cls for x of shape {tuple(x.shape)}.")
+        is_cls = (torch.arange(x.shape[1], device=x.device) == 0).expand(x.shape[:2])  # token 0 of every image, not image 0
     if is_cls.shape != x.shape[:-1]:
         raise ValueError(f"is_cls has shape {tuple(is_cls.shape)}, but x has tokens {tuple(x.shape[:-1])}.")
     return torch.where(is_cls, cls_coefficient, 1.0).to(x.dtype).unsqueeze(-1)

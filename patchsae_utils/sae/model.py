@@ -1,7 +1,6 @@
 """The autoencoder: a wide, sparse dictionary over the residual stream of a vision transformer, one vector per token.
 
-Letters: B batch, T tokens, N tokens of any images, D d_in, S d_sae. Inputs may have any leading dimensions: [N, D] or [B, T, D].
-The variants and their sources are in :mod:`.variants`.
+Letters: B batch, T tokens, N tokens of any images, D d_in, S d_sae. Inputs may have any leading dimensions. Variants: :mod:`.variants`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from .formats.sources import SOURCE, check_source, described
 from .formats.weights import STATISTICS, Weights, shapes, unit_rows
 from .sparse import kernels as sparse_kernels
 from .sparse.kernels import SparseLatents, take_rows
-from .variants import VARIANTS, centre_product, jump_relu, keep_batch_topk, keep_topk, nested_groups, smallest_positive
+from .variants import VARIANTS, centre_product, jump_relu, keep_batch_topk, keep_topk, nested_groups, normalize_rows, smallest_positive
 
 ACTIVATIONS = tuple(VARIANTS)
 _BANDWIDTH = 0.03
@@ -33,28 +32,20 @@ _UNIT = 1e-5  # how far from 1 a float32 row's norm may be
 class SaeOutput(NamedTuple):
     """What one forward pass of the autoencoder gives."""
 
-    reconstruction: Tensor
-    """[..., D] x as the latents say it: latents @ W_dec + b_dec."""
-    latents: Tensor | SparseLatents
-    """[..., S] activations, not negative, mostly 0; :class:`~patchsae_utils.sae.sparse.kernels.SparseLatents` [N, S] on the sparse path."""
-    pre_activations: Tensor | None
-    """[..., S] before the activation function (``gated``: of the gate). None on the sparse path, which never holds all of them."""
-    near: SparseLatents | None = None
-    """Pre-activations above their threshold or within half a bandwidth below it; ``jumprelu`` on the sparse path alone."""
+    reconstruction: Tensor  # [..., D] latents @ W_dec + b_dec
+    latents: Tensor | SparseLatents  # [..., S] activations, not negative, mostly 0
+    pre_activations: Tensor | None  # [..., S] before the activation function (gated: of the gate); None on the sparse path
+    near: SparseLatents | None = None  # sparse jumprelu: pre-activations above their threshold or within half a bandwidth below it
 
 
 class SparseAutoencoder(nn.Module):
     """pre = (x - b_dec) W_enc + b_enc; latents = activation(pre); reconstruction = latents W_dec + b_dec.
 
-    Fresh weights are Kaiming-uniform (the fan is the columns), the decoder's rows at unit norm, both biases 0.
+    Fresh weights are Kaiming-uniform (the fan is the columns), the decoder's rows at unit norm, both biases 0. With z = pre, the activations:
 
-    The activations, with z = pre:
-
-    - ``relu``: max(z, 0), the paper's.
-    - ``topk``: each token's ``k`` largest positive z.
-    - ``batchtopk``: the ``k`` N largest positive z of a batch of N tokens, in :meth:`forward` while the module is in training mode.
-      Meanwhile ``threshold`` follows the running mean of the smallest z that was kept; :meth:`encode`, and :meth:`forward` after
-      ``eval()``, keep what exceeds it, so that a token's latents don't depend on its neighbours.
+    - ``relu``: max(z, 0), the paper's; ``topk``: each token's ``k`` largest positive z.
+    - ``batchtopk``: the ``k`` N largest positive z of a batch of N tokens, in :meth:`forward` while in training mode, where ``threshold``
+      follows the running mean of the smallest that was kept; :meth:`encode`, and all after ``eval()``, keep what exceeds that threshold.
     - ``matryoshka``: as ``batchtopk``; the loss asks each prefix of ``groups`` for a reconstruction of its own.
     - ``jumprelu``: z where it exceeds its latent's learned ``threshold``.
     - ``gated``: max(exp(r_mag) (x - b_dec) W_enc + b_mag, 0) where the gate z is positive.
@@ -71,8 +62,7 @@ class SparseAutoencoder(nn.Module):
     groups : sequence of int, optional
         Sizes of the nested dictionaries of ``matryoshka``, rising, the last d_sae; by default a sixteenth, an eighth, ... and all of it.
     bandwidth : float, optional
-        Width of the kernel through which ``jumprelu`` learns its thresholds, and their start; 0.03 by default: a thousandth of the norm
-        of a token whose dimensions have unit variance at D = 768, as in the source.
+        Width of the kernel through which ``jumprelu`` learns its thresholds, and their start; 0.03 by default, as in the source at D = 768.
     metadata : mapping, optional
         What the SAE reads and where it came from: ``model_name``, ``layer``, ``tokens``, ... Plain JSON values; saved with the weights.
     seed : int
@@ -80,19 +70,14 @@ class SparseAutoencoder(nn.Module):
 
     Attributes
     ----------
-    W_enc : Parameter [D, S]
-    b_enc : Parameter [S]
-        For ``gated``: the gate's, ``b_gate`` in the source and in files.
-    W_dec : Parameter [S, D]
-    b_dec : Parameter [D]
+    W_enc, b_enc, W_dec, b_dec : Parameter [D, S], [S], [S, D], [D]
+        ``b_enc`` of ``gated`` is the gate's, ``b_gate`` in the source and in files.
     threshold : Parameter [S] (``jumprelu``), buffer [] (``batchtopk``, ``matryoshka``; 0 until trained), or None
     b_mag, r_mag : Parameter [S]
         Of ``gated`` alone.
     token_norm : bool
         Whether each token is centred at ``b_dec`` and brought to length sqrt(D) before it is encoded, and its latents get its own length back.
-        False but for what was trained so and can't be said by weights alone.
-    input_mean : buffer [D]
-    input_norm : buffer []
+    input_mean, input_norm : buffer [D], []
         Mean of the tokens that training saw, and the root mean square of their distance to it; 0 where that is not known.
 
     Raises
@@ -198,9 +183,8 @@ class SparseAutoencoder(nn.Module):
             return latents @ self.W_dec + self.b_dec
         return sparse_kernels.decode(latents, self.W_dec, self.b_dec)
 
-    def decode_prefixes(self, latents: Tensor | SparseLatents, groups: Sequence[int] | None = None) -> Tensor:
+    def decode_prefixes(self, latents: Tensor | SparseLatents, groups: Sequence[int]) -> Tensor:
         """What each nested dictionary reconstructs, from the latents before its end: [..., S] -> [G, ..., D]; G = len(groups)."""
-        groups = self.groups if groups is None else groups
         if not isinstance(latents, Tensor):
             return sparse_kernels.decode(latents, self.W_dec, self.b_dec, groups=groups)
         starts = (0, *groups[:-1])
@@ -210,7 +194,7 @@ class SparseAutoencoder(nn.Module):
     def forward(self, x: Tensor, sparse: bool = False) -> SaeOutput:
         """Encode and decode: [..., D] -> :class:`SaeOutput`; ``batchtopk`` and ``matryoshka`` move their threshold in training mode.
 
-        ``sparse`` computes with active latents alone (:mod:`.sparse`): the same function and gradients; ``gated`` has no such path, and ignores it.
+        ``sparse``: by active latents alone (:mod:`.sparse`), the same function and gradients; ``gated`` has no such path, and ignores it.
         """
         if sparse and not self.variant.gate:
             return self._forward_sparse(x)
@@ -266,7 +250,7 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Scale the decoder's rows to unit norm, in place: else L1 is cheated by small latents and large rows. Thresholds below 0 return to 0."""
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(self.W_dec.dtype).tiny))
+        normalize_rows(self.W_dec)
         if self.variant.threshold == "each":
             self.threshold.clamp_min_(0)
 
@@ -320,19 +304,13 @@ class SparseAutoencoder(nn.Module):
         check_source(self.d_in, self.metadata, store.d_in, "this store", {name: getattr(store.metadata, name, None) for name in SOURCE})
 
     def check_model(self, clip: Any, layer: int) -> None:
-        """Refuse a residual stream of another width, layer, model, weights or preprocessing than that of training, as far as both sides know them.
-
-        An adapted model counts as its base, whose blocks it shares, here and in training.
-        """
+        """Refuse a residual stream that training didn't see, as far as both sides know it; an adapted model counts as its base."""
         base, trained_on = getattr(clip, "base", clip), self.metadata.get("weights_hash")
         same_base = trained_on and trained_on.partition("+")[0] == base.weights_hash
         given = {
-            "model_name": base.name,
-            "pretrained": base.pretrained,
-            "layer": clip.layer_index(layer),
+            "model_name": base.name, "pretrained": base.pretrained, "layer": clip.layer_index(layer), "preprocessing": repr(base.preprocess),
             "weights_hash": trained_on if same_base or not trained_on else base.weights_hash,
-            "preprocessing": repr(base.preprocess),
-        }
+        }  # fmt: skip
         check_source(self.d_in, self.metadata, clip.width, f"the residual stream of {clip.name!r}", given)
 
     # -- files --------------------------------------------------------------------------------------------------------------

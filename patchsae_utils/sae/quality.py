@@ -1,4 +1,4 @@
-"""How good an SAE is: what it reconstructs, how sparsely, what CLIP still knows after its residual stream went through it, and why latents are dead.
+"""How good an SAE is: what it reconstructs, how sparsely, what CLIP still knows after its stream went through it, and why latents are dead.
 
 Letters: B batch, T tokens, N tokens of any images, D d_in, S d_sae.
 """
@@ -22,7 +22,6 @@ from .model import SparseAutoencoder
 TOKEN_TYPES = {"cls": slice(0, 1), "patch": slice(1, None), "all": slice(None)}
 RECONSTRUCTION_METRICS = ("mse", "l1", "l0", "explained_variance", "dead_fraction")
 CLASSIFICATION_METRICS = ("contrastive_loss", "zero_shot_top1", "zero_shot_change")
-CAUSES = ("alive", "train_only", "bias", "outcompeted", "starved")
 _ENOUGH_IMAGES = 8  # to know their tokens' mean and spread
 _CHUNK = 3 << 20  # (token, latent) pairs encoded at once
 
@@ -49,25 +48,18 @@ def evaluate_sae(
     -------
     DataFrame, tidy
         Columns ``sae`` (its name; "SAE" if only one is given), ``variant``, ``tokens``, ``metric``, ``value``, ``low``, ``high`` (95 %
-        interval over images; NaN for ``dead_fraction``).
-
-        ``variant`` is what went into the blocks behind ``layer``: ``raw``, the ``reconstruction``, or the reconstruction with its error
-        added back (``error_kept``: it must equal raw, and says that the splice itself is exact). ``tokens``: which tokens are measured,
-        and which were replaced (``none`` for raw).
-
-        With x a token of that type, x_hat its reconstruction, h its latents, and sums over all N of them in the data set:
+        interval over images; NaN for ``dead_fraction``). ``variant`` is what went into the blocks behind ``layer``: ``raw``, the
+        ``reconstruction``, or that with its error added back (``error_kept``: equal to raw if the splice is exact). ``tokens``: which tokens
+        are measured, and were replaced (``none`` for raw). With x a token of that type, x_hat its reconstruction, h its latents, N tokens:
 
         - ``mse`` = 1 / (N D) sum_x sum_d (x_hat_d - x_d)^2 / ||x||, as in the paper's loss, whatever the variant's.
         - ``l1`` = 1 / N sum_x sum_s h_s; ``l0`` = 1 / N sum_x #{s: h_s > 0}.
-        - ``explained_variance`` = 1 - sum_x ||x - x_hat||^2 / sum_x ||x - m||^2, m = 1 / N sum_x x: centred, so that the mean explains
-          nothing, and of each type of token by its own mean.
+        - ``explained_variance`` = 1 - sum_x ||x - x_hat||^2 / sum_x ||x - m||^2, m = 1 / N sum_x x: centred, each type by its own mean.
         - ``dead_fraction`` = 1 / S #{s: h_s = 0 for all x}; :func:`dead_causes` says why.
 
-        And, where the model has a text tower, with an image's logits l over the class prompts (cosine times CLIP's temperature) and its class c:
-
-        - ``contrastive_loss``: mean over images of log sum_j exp(l_j) - l_c, in nats.
-        - ``zero_shot_top1``: share of images with argmax l = c; ``zero_shot_change``: that share minus the raw one, on the same images.
-          Rows with ``tokens == "all"`` have the SAE spliced in at all tokens, CLS and patches.
+        And, where the model has a text tower, with an image's logits l over the class prompts and its class c: ``contrastive_loss``, the mean
+        over images of log sum_j exp(l_j) - l_c, in nats; ``zero_shot_top1``, the share of images with argmax l = c; ``zero_shot_change``, that
+        share minus the raw one.
 
     Raises
     ------
@@ -177,14 +169,10 @@ def evaluation_table(frame: pd.DataFrame) -> pd.DataFrame:
 class TokenReadings(NamedTuple):
     """What an SAE does to each token, without the latents themselves: those would be [B, T, S]."""
 
-    reconstruction: Tensor
-    """[B, T, D]."""
-    l1: Tensor
-    """[B, T] sum of the latents."""
-    l0: Tensor
-    """[B, T] number of active latents."""
-    fired: dict[str, Tensor]
-    """Token type -> bool [S]: fired on one of its tokens."""
+    reconstruction: Tensor  # [B, T, D]
+    l1: Tensor  # [B, T] sum of the latents
+    l0: Tensor  # [B, T] number of active latents
+    fired: dict[str, Tensor]  # token type -> bool [S]: fired on one of its tokens
 
 
 @torch.no_grad()
@@ -298,13 +286,10 @@ def dead_causes(sae: SparseAutoencoder, train: Iterable[Tensor], test: Iterable[
 
     With z = (x - b_dec) w + b the pre-activation of a token x, w the latent's encoder column, b its encoder bias:
 
-    - ``alive``: it fires on a test token.
-    - ``train_only``: on train tokens, but on no test token. Dead on this data; more of it, or other data, may show it.
+    - ``alive``: it fires on a test token; ``train_only``: on train tokens alone.
     - ``bias``: on neither, and none as long as the longest token seen could make it: ||w|| max ||x - b_dec|| + b <= t, by the
       Cauchy-Schwarz inequality, where t is what a z must exceed (its ``threshold``; 0 for ``relu``, ``topk`` and the gate of ``gated``).
-      The bias lies below any projection.
-    - ``outcompeted``: on neither, though z was positive on some token: below its threshold (``jumprelu``, ``batchtopk``, ``matryoshka``),
-      never among the k largest (``topk``), or with a magnitude of 0 (``gated``). It gets no gradient, yet stands for something.
+    - ``outcompeted``: on neither, though z was positive on some token: it gets no gradient, yet stands for something.
     - ``starved``: on neither, z was never positive, yet a token of the right direction would do: the data hold nothing of the kind.
 
     Parameters
@@ -318,8 +303,8 @@ def dead_causes(sae: SparseAutoencoder, train: Iterable[Tensor], test: Iterable[
     Returns
     -------
     DataFrame, one row a latent
-        ``cause``, one of ``CAUSES``; ``train_rate`` and ``test_rate``: share of tokens on which it fires; ``largest``: the largest z seen,
-        minus t; ``bound``: ||w|| max ||x - b_dec|| + b - t. ``frame["cause"].value_counts(normalize=True)`` sums it up.
+        ``cause``; ``train_rate`` and ``test_rate``: share of tokens on which it fires; ``largest``: the largest z seen, minus t; ``bound``:
+        ||w|| max ||x - b_dec|| + b - t.
 
     Raises
     ------
@@ -346,7 +331,6 @@ def dead_causes(sae: SparseAutoencoder, train: Iterable[Tensor], test: Iterable[
     bound = (sae.W_enc.norm(dim=0) * longest + sae.b_enc - needed).cpu().numpy()
     columns = {"train_rate": rates[0], "test_rate": rates[1], "largest": (largest - needed).cpu().numpy(), "bound": bound}
     frame = pd.DataFrame({"cause": "starved", **columns})
-    # from the weakest statement to the strongest
     frame.loc[largest.cpu().numpy() > 0, "cause"] = "outcompeted"
     frame.loc[bound <= 0, "cause"] = "bias"
     frame.loc[frame["train_rate"] > 0, "cause"] = "train_only"
@@ -359,13 +343,9 @@ def _image_sums(x: Tensor, output: TokenReadings, part: slice) -> np.ndarray:
     """What each image adds to the sums of one token type: [B, 6 + D] = tokens, error/norm, L1, L0, ||error||^2, ||x||^2, x."""
     x, reconstruction = x[:, part], output.reconstruction[:, part]
     terms = [
-        torch.full((len(x),), float(x.shape[1]), device=x.device),
-        normalized_squared_error(x, reconstruction).mean(-1).sum(1),
-        output.l1[:, part].sum(1),
-        output.l0[:, part].sum(1),
-        (x - reconstruction).double().square().sum((1, 2)),
-        x.double().square().sum((1, 2)),
-    ]
+        torch.full((len(x),), float(x.shape[1]), device=x.device), normalized_squared_error(x, reconstruction).mean(-1).sum(1),
+        output.l1[:, part].sum(1), output.l0[:, part].sum(1), (x - reconstruction).double().square().sum((1, 2)), x.double().square().sum((1, 2)),
+    ]  # fmt: skip
     return torch.cat([torch.stack([term.double() for term in terms], 1), x.double().sum(1)], 1).cpu().numpy()
 
 

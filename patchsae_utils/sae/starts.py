@@ -1,7 +1,6 @@
 """Where training starts, and in which units: normalised tokens, directions from the data, and what the decoder may become.
 
-The trainer works on normalised tokens, and :meth:`Normalization.fold` puts the units into the weights at its end: an SAE reads the residual stream
-as it is. Letters: N tokens of any images, D d_in, S d_sae.
+Letters: N tokens of any images, D d_in, S d_sae.
 """
 
 from __future__ import annotations
@@ -18,21 +17,16 @@ from .model import SparseAutoencoder
 _DATA_RATE = 0.01  # share of tokens on which a latent fires that starts at a direction of the data
 _PASSES = 10  # of k-means
 _CHUNK = 1 << 25  # (token, centroid) pairs compared at once
-SOFT_COSINE = 0.8
-"""How near a soft-frozen decoder's rows stay to their start. Source: the sanity checks of arXiv 2602.14111."""
-ARCHETYPE_RELAXATION = 0.1
-"""delta: how far an archetypal row may lie from the convex hull, before it is scaled to unit norm. Source: arXiv 2502.12892, section 4."""
+SOFT_COSINE = 0.8  # how near a soft-frozen decoder's rows stay to their start: the sanity checks of arXiv 2602.14111
+ARCHETYPE_RELAXATION = 0.1  # delta: how far an archetypal row may lie from the hull, before unit norm: arXiv 2502.12892, section 4
 
 
 class Normalization(NamedTuple):
     """Units in which an SAE is trained: (x - mean) / scale, by data set or token by token, so that a token's mean square is 1 per dimension."""
 
-    kind: str
-    """``none``, ``mean``, ``mean_and_norm`` or ``token_norm``."""
-    mean: Tensor
-    """[D]."""
-    norm: Tensor
-    """[] root mean square of ||x - mean||."""
+    kind: str  # none, mean, mean_and_norm or token_norm
+    mean: Tensor  # [D]
+    norm: Tensor  # [] root mean square of ||x - mean||
 
     @classmethod
     def of(cls, x: Tensor, kind: str) -> Normalization:
@@ -43,9 +37,8 @@ class Normalization(NamedTuple):
         mean = tokens.mean(0)
         norm = (tokens - mean).square().sum(1).mean().sqrt()
         if len(tokens) < 2 or not norm.isfinite() or not norm > 0:
-            raise ValueError(
-                f"normalize={kind!r} needs at least two finite tokens that differ, got {len(tokens)} of spread {norm.item():g}."
-            )
+            spread = f"got {len(tokens)} of spread {norm.item():g}"
+            raise ValueError(f"normalize={kind!r} needs at least two finite tokens that differ, {spread}.")
         return cls(kind, mean.float(), norm.float())
 
     @property
@@ -64,14 +57,13 @@ class Normalization(NamedTuple):
 
     @torch.no_grad()
     def fold(self, sae: SparseAutoencoder) -> None:
-        """From an SAE of normalised tokens to the one of tokens as they are, in place: latents and reconstructions are the same but for their units.
+        """From an SAE of normalised tokens to one of tokens as they are, in place: latents and reconstructions change their units alone.
 
-        Exact in the weights for what is scaled alike for all tokens; for ``token_norm`` where the latents of a scaled token are the scaled latents:
-        ``topk`` without encoder biases. Else ``sae.token_norm`` says it.
+        For ``token_norm`` the weights say it where latents of a scaled token are the scaled latents; else ``sae.token_norm`` does.
         """
         self._rescale(sae, self.scale)
         sae.b_dec.add_(self.mean)
-        sae.token_norm = self.kind == "token_norm" and not self.folds(sae)
+        sae.token_norm = self.kind == "token_norm" and (sae.variant.competes != "token" or bool(sae.b_enc.any()))
         if self.kind != "none":
             sae.input_mean.copy_(self.mean)
             sae.input_norm.copy_(self.norm)
@@ -82,11 +74,6 @@ class Normalization(NamedTuple):
         sae.b_dec.sub_(self.mean)
         self._rescale(sae, 1 / self.scale)
         sae.token_norm = False
-
-    @staticmethod
-    def folds(sae: SparseAutoencoder) -> bool:
-        """Whether the latents of a scaled token are the scaled latents."""
-        return sae.variant.competes == "token" and not sae.b_enc.any()
 
     @staticmethod
     def _rescale(sae: SparseAutoencoder, factor: Tensor | float) -> None:
@@ -140,8 +127,7 @@ def start_from(sae: SparseAutoencoder, directions: Tensor, x: Tensor) -> None:
     """Start latent i at direction i of [S, D], as seen from ``b_dec``: decoder row and encoder column are parallel to it.
 
     A latent fires on 1 % of the tokens ``x`` [N, D], by its encoder bias (``relu``, ``gated``) or threshold (``jumprelu``); among ``k`` without a
-    bias. One common gain, the least-squares one, fits the sizes. From random weights half of all latents fire on every token, the L1 term
-    silences most before they have found anything to stand for, and what is rare (here: each single object) is left to a few.
+    bias. One common gain, the least-squares one, fits the sizes.
     """
     sae.W_dec.copy_(directions)
     sae.normalize_decoder()
@@ -164,15 +150,14 @@ def start_from(sae: SparseAutoencoder, directions: Tensor, x: Tensor) -> None:
     for each in (sae.W_enc, sae.b_enc, sae.threshold if sae.variant.threshold == "each" else None):
         if each is not None:
             each.mul_(gain)
-    if sae.variant.gate:  # magnitudes start as the gate's pre-activations: what training starts from is then the ReLU's
+    if sae.variant.gate:  # magnitudes start as the gate's pre-activations, as a ReLU's
         sae.b_mag.copy_(sae.b_enc)
 
 
 class Archetypes(nn.Module):
     """Decoder rows that stay near the data: unit(A C + Lambda), A row-stochastic over centroids C [n, D], each row of Lambda at most delta long.
 
-    Row i starts at centroid i. Source: Fel et al., "Archetypal SAE", 2025 (arXiv 2502.12892), section 4; rows at unit norm take the place of its
-    common scale.
+    Row i starts at centroid i. Source: Fel et al., "Archetypal SAE", 2025 (arXiv 2502.12892), section 4, with unit norms for its common scale.
     """
 
     points: Tensor

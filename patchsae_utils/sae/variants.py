@@ -1,10 +1,7 @@
-"""The autoencoder's variants: a table of what each needs and does, and the functions by which pre-activations become latents.
+"""The autoencoder's variants: what each needs and does, and how pre-activations become latents. Letters: N tokens, D d_in, S d_sae.
 
-Nothing here knows an SAE. Letters: N tokens of any images, D d_in, S d_sae.
-
-Sources: relu: Lim et al., "Sparse autoencoders reveal selective remapping of visual concepts during adaptation", ICLR 2025, section 3.1. topk: Gao
-et al., "Scaling and evaluating sparse autoencoders", 2024. batchtopk: Bussmann, Leask and Nanda, "BatchTopK sparse autoencoders", 2024.
-jumprelu: Rajamanoharan et al., "Jumping ahead", 2024. gated: Rajamanoharan et al., "Improving dictionary learning with gated sparse
+Sources: relu: Lim et al., ICLR 2025, section 3.1. topk: Gao et al., "Scaling and evaluating sparse autoencoders", 2024. batchtopk: Bussmann et
+al., 2024. jumprelu: Rajamanoharan et al., "Jumping ahead", 2024. gated: Rajamanoharan et al., "Improving dictionary learning with gated sparse
 autoencoders", 2024. matryoshka: Bussmann et al., "Learning multi-level features with Matryoshka sparse autoencoders", 2025.
 """
 
@@ -20,20 +17,13 @@ from torch import Tensor
 class Variant(NamedTuple):
     """What tells one variant from the others."""
 
-    architecture: str
-    """SAELens's name of what it is once trained: how it is saved."""
-    loss: str
-    """Its published objective, see :func:`~patchsae_utils.sae.losses.objective`: ``paper``, ``auxk``, ``l0`` or ``gate``."""
-    options: tuple[str, ...] = ()
-    """Arguments beside the sizes that it takes; ``k`` is needed, others have defaults."""
-    competes: str | None = None
-    """Among whose latents the largest are chosen: those of a ``token``, or in training of a ``batch``."""
-    threshold: str | None = None
-    """What a pre-activation must exceed: a running mean for all latents (``one``), or a learned value of ``each``."""
-    gate: bool = False
-    """Whether a gate decides on activity, and a second bias on size."""
-    control: str = "threshold"
-    """Where :func:`~patchsae_utils.sae.dictionary.random_sae` sets the sparsity: ``threshold``, encoder ``bias``, or nowhere (``k``)."""
+    architecture: str  # SAELens's name of what it is once trained: how it is saved
+    loss: str  # its published objective, see losses.objective: paper, auxk, l0 or gate
+    options: tuple[str, ...] = ()  # arguments beside the sizes; k is needed, others have defaults
+    competes: str | None = None  # among whose latents the largest are chosen: those of a token, or in training of a batch
+    threshold: str | None = None  # what a pre-activation must exceed: a running mean for all latents (one), or a learned value of each
+    gate: bool = False  # whether a gate decides on activity, and a second bias on size
+    control: str = "threshold"  # where random_sae sets the sparsity: threshold, encoder bias, or nowhere (k)
 
 
 VARIANTS = {
@@ -75,25 +65,9 @@ def smallest_positive(values: Tensor) -> Tensor:
     return torch.where(values > 0, values, torch.inf).amin() if values.numel() else values.new_full((), torch.inf)
 
 
-def jump_relu(pre_activations: Tensor, threshold: Tensor, width: Tensor | float) -> Tensor:
-    """z where it exceeds its threshold t, else 0. Derivative in z: exact; in t: -(t / width) K((z - t) / width), K(u) = 1 for |u| < 1/2.
-
-    Source: Rajamanoharan et al., "Jumping ahead", 2024, eq. 11.
-    """
-    return _JumpReLU.apply(pre_activations, threshold, width)
-
-
-def step(pre_activations: Tensor, threshold: Tensor, width: Tensor | float) -> Tensor:
-    """1 where z exceeds its threshold, else 0: what L0 counts. Derivative in the threshold: -K((z - t) / width) / width; in z: 0.
-
-    Source: Rajamanoharan et al., "Jumping ahead", 2024, eq. 12.
-    """
-    return _Step.apply(pre_activations, threshold, width)
-
-
-def centre_product(b_dec: Tensor, W_enc: Tensor) -> Tensor:
-    """b_dec @ W_enc around b_dec's present value: zeros [S], through which ``b_dec`` [D] gets its gradient; that of ``W_enc`` is 0."""
-    return _CentreProduct.apply(b_dec, W_enc)
+def normalize_rows(rows: Tensor) -> None:
+    """Scale rows [n, D] to unit norm, in place."""
+    rows.div_(rows.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(rows.dtype).tiny))
 
 
 def _window(pre_activations: Tensor, threshold: Tensor, width: Tensor | float) -> Tensor:
@@ -101,6 +75,11 @@ def _window(pre_activations: Tensor, threshold: Tensor, width: Tensor | float) -
 
 
 class _JumpReLU(torch.autograd.Function):
+    """z where it exceeds its threshold t, else 0. Derivative in z: exact; in t: -(t / width) K((z - t) / width), K(u) = 1 for |u| < 1/2.
+
+    Source: Rajamanoharan et al., "Jumping ahead", 2024, eq. 11.
+    """
+
     @staticmethod
     def forward(ctx, z, threshold, width):
         ctx.save_for_backward(z, threshold, torch.as_tensor(width, dtype=threshold.dtype))
@@ -116,6 +95,8 @@ class _JumpReLU(torch.autograd.Function):
 
 
 class _Step(torch.autograd.Function):
+    """1 where z exceeds its threshold, else 0: what L0 counts. Derivative in t: -K((z - t) / width) / width; in z: 0. Source: eq. 12 there."""
+
     @staticmethod
     def forward(ctx, z, threshold, width):
         ctx.save_for_backward(z, threshold, torch.as_tensor(width, dtype=threshold.dtype))
@@ -129,6 +110,8 @@ class _Step(torch.autograd.Function):
 
 
 class _CentreProduct(torch.autograd.Function):
+    """b_dec @ W_enc around b_dec's present value: zeros [S], through which ``b_dec`` [D] gets its gradient; that of ``W_enc`` is 0."""
+
     @staticmethod
     def forward(ctx, b_dec, W_enc):
         ctx.save_for_backward(W_enc)
@@ -138,3 +121,6 @@ class _CentreProduct(torch.autograd.Function):
     def backward(ctx, gradient):
         (W_enc,) = ctx.saved_tensors
         return W_enc @ gradient, None
+
+
+jump_relu, step, centre_product = _JumpReLU.apply, _Step.apply, _CentreProduct.apply

@@ -1,5 +1,4 @@
-"""Training with active latents alone: what differs from the dense step in time and memory, not in its result.
+"""Training with active latents alone: the dense step's result in less time and memory.
 
-Products that touch the active entries (`kernels`), their Triton form for CUDA (`triton`), and an Adam that never makes a dense gradient (`adam`).
-May import: the SAE's model, for `adam` alone.
+Products that touch the active entries (`kernels`), their form for CUDA (`triton`), an Adam without dense gradients (`adam`).
 """

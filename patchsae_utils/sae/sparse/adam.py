@@ -1,11 +1,7 @@
-"""Adam that reads sparse gradients: the two weight gradients are summed, used and forgotten a thousand latents at a time.
+"""Adam that reads sparse gradients: both weight gradients are summed, used and forgotten a thousand latents at a time, and never whole.
 
-A dense gradient of both weights at d_sae 49,152 is 300 MB, written, read, projected, read by Adam, and freed, every step. Here the
-backward pass keeps what it would have been summed from (active entries, a few MB), and one pass over the weights does the rest while a
-block is in cache: sum, remove what is parallel to the decoder's rows, Adam, unit norm. The result is that of the usual four passes. And what
-follows a rule: the rate and the weight of the L1 term, as plain functions of the step, so that a run that goes on needs no state of theirs.
-
-Dimension letters: N tokens, D d_in, S d_sae.
+A backward pass keeps what they are summed from; one pass over the weights sums, projects, moves and normalises a block while it is in cache.
+Beside it what follows a rule: the rate and the weight of the L1 term, as functions of the step. Letters: N tokens, D d_in, S d_sae.
 """
 
 from __future__ import annotations
@@ -19,6 +15,7 @@ from torch.optim.adam import adam
 
 from ...config import TrainConfig
 from ..model import SparseAutoencoder
+from ..variants import normalize_rows
 from . import kernels
 from .kernels import ChosenRows, WeightedRows
 
@@ -29,12 +26,7 @@ class DeferredGradients:
     """Collects the gradients of ``W_enc`` and ``W_dec`` that :func:`~patchsae_utils.sae.sparse.kernels.encode` and ``decode`` would have summed.
 
     Forward passes inside the ``with`` block are recorded; ``backward()`` may be called inside or after it, several times for a batch in
-    chunks. The weights' ``.grad`` stays None; biases get theirs as usual. ``W_enc`` is laid out by columns, if it is not yet.
-
-    >>> with (deferred := DeferredGradients(sae)):
-    ...     output = sae(x, sparse=True)
-    >>> patchsae_loss(sae, x, output=output).total.backward()
-    >>> deferred.step(optimizer)
+    chunks; then :meth:`step`. The weights' ``.grad`` stays None; biases get theirs. ``W_enc`` is laid out by columns, if it is not yet.
     """
 
     def __init__(self, sae: SparseAutoencoder):
@@ -118,7 +110,7 @@ class DeferredGradients:
         """Project the decoder's gradient, clip, move every parameter by Adam, return the decoder's rows to unit norm; then forget.
 
         The same as ``materialize()``, ``sae.remove_parallel_gradient()``, ``clip_grad_norm_``, ``optimizer.step()``, ``zero_grad()`` and
-        ``sae.normalize_decoder()``, with the optimiser's state in the same place. Returns the norm before clipping, if that was asked for.
+        ``sae.normalize_decoder()``, with the optimiser's state in the same place. Returns the norm before clipping, if asked for.
         """
         norm = None if max_norm is None else self.norm()
         scale = None if norm is None else (max_norm / (norm + 1e-6)).clamp_max(1.0)
@@ -198,11 +190,6 @@ def lay_out_columns(sae: SparseAutoencoder) -> None:
 def remove_parallel(gradient: Tensor, rows: Tensor) -> None:
     """Take from a gradient [n, D], in place, its part along each unit row [n, D]."""
     gradient.addcmul_(rows, torch.linalg.vecdot(gradient, rows).unsqueeze(1), value=-1)
-
-
-def normalize_rows(rows: Tensor) -> None:
-    """Scale rows [n, D] to unit norm, in place."""
-    rows.div_(rows.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(rows.dtype).tiny))
 
 
 def _rows_of(sae: SparseAutoencoder, name: str, gradient: bool = False) -> Tensor:

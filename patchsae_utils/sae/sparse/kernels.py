@@ -1,14 +1,7 @@
-"""Sparse kernels: of an L0 of 150 in 49,152 latents, only the encoder's forward product is computed whole.
+"""Sparse kernels: of an L0 of 150 in 49,152 latents, only the encoder's forward product is computed whole, a piece at a time.
 
-Everything else touches active latents alone: values, decode, the gradient of the values and of both weights. The same entries are kept in two
-orders: by token (CSR; decode sums decoder rows per token) and by latent (CSC; a weight's gradient sums tokens per latent, and each weight row
-is read once). Sums of weighted rows are :func:`torch.nn.functional.embedding_bag`; on CUDA :mod:`patchsae_utils.sae.sparse.triton` replaces it
-where Triton imports. No tensor of all tokens and all latents is ever made.
-
-A dense bfloat16 product only *finds* the active latents. Their values are computed again from the float32 weights, so that a step in
-bfloat16 differs from one in float32 by latents whose activation is about 0, and by nothing else.
-
-Letters: N tokens of any images, D d_in, S d_sae.
+It *finds* the active latents, in bfloat16 where asked; their values are computed again from the float32 weights. All else touches active latents
+alone, in two orders: by token (CSR; decode) and by latent (CSC; weight gradients). Letters: N tokens of any images, D d_in, S d_sae.
 """
 
 from __future__ import annotations
@@ -48,14 +41,10 @@ Select = TopK | BatchTopK | Tensor | None
 class SparseLatents(NamedTuple):
     """Latents of N tokens, only those that are not 0; compressed by token (CSR)."""
 
-    values: Tensor
-    """[nnz] activations, differentiable; float32, or the input's dtype if that is wider."""
-    indices: Tensor
-    """[nnz] latent number of each, int64; ascending within a token."""
-    offsets: Tensor
-    """[N + 1] where each token's entries begin, int64."""
+    values: Tensor  # [nnz] activations, differentiable; float32, or the input's dtype if that is wider
+    indices: Tensor  # [nnz] latent number of each, int64; ascending within a token
+    offsets: Tensor  # [N + 1] where each token's entries begin, int64
     d_sae: int
-    """S."""
 
     @property
     def n_tokens(self) -> int:
@@ -68,8 +57,7 @@ class SparseLatents(NamedTuple):
 
     def dense(self) -> Tensor:
         """[N, S] with zeros filled in; differentiable."""
-        empty = self.values.new_zeros(self.n_tokens, self.d_sae)
-        return empty.index_put((self.tokens(), self.indices), self.values)
+        return self.values.new_zeros(self.n_tokens, self.d_sae).index_put((self.tokens(), self.indices), self.values)
 
     def counts(self) -> Tensor:
         """[N] active latents of each token."""
@@ -137,7 +125,7 @@ def _decode(latents: SparseLatents, W_dec: Tensor) -> Tensor:
 
 
 def _n_parts(n_tokens: int, device: torch.device, deferred) -> int:
-    """Parts in which a CPU goes through the tokens, so that the rows it gathers stay in its cache; only where no part has to make a dense gradient."""
+    """Parts in which a CPU goes through the tokens, so that gathered rows stay in cache; one where a part would make a dense gradient."""
     return max(1, -(-n_tokens // _TOKENS_CPU)) if device.type == "cpu" and deferred is not None else 1
 
 
