@@ -121,17 +121,20 @@ class ComparisonReport:
         return known.join(table).fillna("").rename_axis(None)
 
     def losses(self) -> str:
-        """In words: on which kinds of concept another dictionary, read in the same way, is better than the SAE."""
-        frame, losses = self.frame, []
+        """In words: of each read-out, the kinds of concept on which another dictionary, read in the same way, is better than the SAE, and the best of them."""
+        frame, found = self.frame, []
         sae = frame.loc[frame["role"] == "sae", "dictionary"].iloc[0]
         ours = frame[frame["dictionary"] == sae]
         text = f"The SAE uses {ours['l0'].iloc[0]:.0f} latents per token and explains {ours['explained_variance'].iloc[0]:.0%} of the variance. "
-        comparable = frame[(frame["role"] != "ceiling") & frame["readout"].isin(ours["readout"])]
+        comparable = frame[(frame["role"] != "ceiling") & frame["readout"].isin(ours["readout"]) & (frame["kind"] != "all")]
         for way, rows in comparable.groupby("readout", sort=False):
-            high = rows[rows["dictionary"] == sae].set_index("kind")["high"]
-            better = rows[(rows["kind"] != "all") & (rows["low"] > rows["kind"].map(high))]
-            losses += [f"{other} by {way} ({', '.join(kinds)})" for other, kinds in better.groupby("dictionary", sort=False)["kind"]]
-        return text + (f"It loses, with intervals apart, to {'; '.join(losses)}." if losses else "It loses nowhere with intervals apart.")
+            mine = rows[rows["dictionary"] == sae].set_index("kind")
+            better = (
+                rows[rows["low"] > rows["kind"].map(mine["high"])].sort_values("ap", ascending=False).groupby("kind", sort=False).head(1)
+            )
+            said = [f"{row.kind} to {row.dictionary} ({row.ap:.2f} against {mine.loc[row.kind, 'ap']:.2f})" for row in better.itertuples()]
+            found += [f"{way}: {', '.join(said)}"] if said else []
+        return text + (f"It loses, with intervals apart, by {'; by '.join(found)}." if found else "It loses nowhere with intervals apart.")
 
     @property
     def _own(self) -> pd.DataFrame:

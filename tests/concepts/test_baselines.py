@@ -310,7 +310,7 @@ def test_the_sentence_says_where_the_sae_loses(compared):
     swapped.loc[swapped["dictionary"] == "linear probe", "role"] = "ceiling"
     swapped.loc[swapped["readout"] == "activations", "readout"] = "dense"
     found = dataclasses.replace(compared, detection=swapped).losses()
-    assert "It loses, with intervals apart, to mine by dense (object" in found
+    assert "It loses, with intervals apart, by dense: object to " in found and "by probe of 5: object to mine (" in found
 
 
 def test_from_scenes_to_the_table(tiny_clip, tiny_sae, store, training, tmp_path, monkeypatch):
