@@ -78,8 +78,7 @@ def fit_adapter(
         Of shots, initial values, order and flips. Default: the first of ``config.seeds``.
     precision : {"fp32", "bf16"}, optional
         Arithmetic of the image tower while fitting; learned weights are float32 either way. Default: the model's.
-    shuffle_labels : bool
-        The control that can learn no class: every image has the label of another.
+    shuffle_labels : bool, the control: every image has the label of another
     progress : bool
 
     Returns

@@ -143,8 +143,7 @@ def explain_gain(
     ----------
     base, sae, layer
         A model, and an SAE that was trained on it and reads this block's output.
-    adapted : mapping of str to ClipModel
-        By name; they share the base model's pass.
+    adapted : mapping of str to ClipModel, by name
     dataset : data set
         Labelled pictures that neither the SAE nor the adapters have seen.
     progress : bool

@@ -31,7 +31,7 @@ class AdaptedClip(ClipModel):
 
     def __init__(self, clip: ClipModel, *, model: nn.Module | None = None, seed: int = 1, template: str = TEMPLATE):
         if not isinstance(clip.visual, VisionTransformer):
-            raise ValueError(f"Adapters change open_clip's own VisionTransformer, such as 'ViT-B-16' has; {clip.name!r} has a tower of timm.")
+            raise ValueError(f"Adapters change open_clip's own VisionTransformer, as 'ViT-B-16' has; {clip.name!r} has a tower of timm.")
         model = clip.model if model is None else model
         super().__init__(model, clip.preprocess, clip._tokenizer, clip.name, clip.pretrained, clip.device, clip.precision)
         if "{}" not in template:

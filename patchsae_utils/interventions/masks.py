@@ -52,16 +52,14 @@ def sweep_masks(
         on the train split, outcomes averaged over ``n_random`` draws), ``matched`` (for each of the k ``predicted`` latents another, about
         as active in this image and as frequent on the train split; where an image has too few, the rows of that k are NaN, and a warning
         says so).
-    keep_error : bool or two bools
-        Add the SAE's error z - z_hat back, so that nothing but the masked latents changes.
+    keep_error : bool or two bools, whether the SAE's error z - z_hat is added back
     class_counts : LatentSummary or Tensor [C, S], optional
         Activation of every latent on every class, from the *train* split; without it ``random`` alone can be chosen, dead latents included.
     attribution : Attribution or Tensor [C, S], optional
         What each class's logit owes to every latent, from the *train* split (:func:`patchsae_utils.interventions.attribute_latents`).
     rank_by : str or sequence of str
         How classes rank their latents: ``count`` (tokens where they are active, the paper's), ``attribution``, or both.
-    where : str or sequence of str
-        Which tokens are masked: ``all``, ``cls`` or ``patches``; the others keep all their latents.
+    where : str or sequence of str, the masked tokens: ``all``, ``cls`` or ``patches``
     head : Tensor [C, d_embed], by default of the data set's classes
     groups : sequence of length C, or "class", optional
         A name for each class (its task, its tier): every row also for the images of each group alone. ``"class"``: of each class.

@@ -114,8 +114,7 @@ def steer(
         Preprocessed images, or their residual stream after ``layer`` (``clip.run_to``), which saves time when many edits are tried.
     edits : sequence of Edit
         Applied in turn, e.g. ``[Edit(7), Edit(3, "scale", 2.0, [90, 91])]``: 7 off, then 3 doubled on two patches.
-    head : Tensor [C, d_embed], optional
-        For logits and probabilities.
+    head : Tensor [C, d_embed], optional, for logits and probabilities
     """
     sae.check_model(clip, layer)
     clip.check_class_token(*(edit.patches for edit in edits))
