@@ -1,8 +1,8 @@
 """SAE: the autoencoder over residual activations, trained, measured, saved and shared.
 
-The model and its variants (`model`, `variants`), objectives (`losses`), training (`starts`, `steps`, `trainer`, `sparse`), what an SAE is worth
-(`quality`), its random control and its latents as a dictionary (`dictionary`), files of seven programs and the hub (`files`, `formats`).
-May import: activations, clip, data, run.
+The model and its variants (`model`, `variants`), objectives (`losses`), training (`starts`, `steps`, `trainer`, `sparse`), what an SAE is
+worth (`quality`), its random control and its latents as a dictionary (`dictionary`), files of seven programs and the hub (`files`,
+`formats`). May import: activations, clip, data, run.
 """
 
 from .dictionary import random_sae, sae_dictionary

@@ -15,7 +15,6 @@ _CHUNK_BYTES = 256 * 2**20
 _CONTROL_PAIRS = 2**24  # (token, latent) pairs by which a random SAE's threshold is set
 
 
-
 class Dictionary(NamedTuple):
     """Features read off the residual stream: an SAE's latents, or something to compare them with."""
 

@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,9 +29,8 @@ _HUB_FILES = ("*.json", "*.yaml", "*.yml", "*.safetensors", "*.pt")  # what an S
 def save_sae(sae: SparseAutoencoder, directory: str | Path, format: str = "saelens", unit_norm: bool = True) -> Path:
     """Write an SAE as SAELens's folder, which is also ours, or in another program's form; :func:`load_sae` reads all of them.
 
-    The decoder's rows are written at unit norm. Where they are (:func:`~patchsae_utils.train_sae` leaves them so), all weights are written as
-    they are; else each norm goes into its latent's activation, which leaves the reconstruction what it was. Statistics of the input need no
-    folding: the weights belong to the residual stream's own units, so other programs give the same latents without knowing them.
+    The decoder's rows are written at unit norm: where they are not, each norm goes into its latent's activation, which leaves the
+    reconstruction what it was. The weights belong to the residual stream's own units: statistics of the input need no folding.
 
     Parameters
     ----------
@@ -82,30 +81,18 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAuto
         If it is of another format or architecture, damaged, or holds code; or a setting, named in the message, changes its equation to one that
         this package can't compute.
     """
-    return read(path).sae.to(device)
+    return read(path)[0].to(device)
 
 
-class Opened(NamedTuple):
-    """An SAE, and what its files were taken for."""
-
-    sae: SparseAutoencoder
-    form: str
-    understood: dict[str, Any]
-    """Settings that the equation, or what the SAE reads, depends on, as the program completes them."""
-    ignored: list[str]
-    """Names of settings that say nothing about either."""
-
-
-def read(path: str | Path) -> Opened:
-    """As :func:`load_sae`, with an account of what was understood."""
+def read(path: str | Path) -> tuple[SparseAutoencoder, str, dict[str, Any], list[str]]:
+    """As :func:`load_sae`: an SAE, its format, settings that matter as the program completes them, and names of those that don't."""
     path = _fetch(str(path)) if str(path).startswith("hf:") else Path(path)
     form, file = find(path)
     this = FORMATS[form]
     settings, state = _open(form, file)
     settings = this.defaults(settings)
     config = _config_of(form, file)
-    rules = this.reads.split(), this.allowed, this.harmless, this.documented
-    understood, ignored = check_settings(settings, config, *rules)
+    understood, ignored = check_settings(settings, config, this.reads.split(), this.allowed, this.harmless, this.documented)
     try:
         weights: Weights = this.read(settings, state, file)
     except ValueError:
@@ -115,7 +102,7 @@ def read(path: str | Path) -> Opened:
     if form != "saelens":
         weights = weights._replace(metadata={**weights.metadata, "converted_from": form})
         understood = {name: value for name, value in understood.items() if name != "patchsae" and value is not None}
-    return Opened(SparseAutoencoder.from_weights(weights, path).eval(), form, understood, ignored)
+    return SparseAutoencoder.from_weights(weights, path).eval(), form, understood, ignored
 
 
 # -- which form it has ------------------------------------------------------------------------------------------------------------------------
@@ -174,8 +161,12 @@ def find(path: Path) -> tuple[str, Path]:
     if settings is None and config is not None and isinstance(content, dict) and any(str(name).startswith("encoder.") for name in content):
         return "visaebench", path
     if settings is None:
+        entries = content if isinstance(content, dict) else {}
+        tensors = {str(name): value for name, value in entries.items() if isinstance(value, Tensor)}
+        what = f"tensors {shapes(tensors)}" if tensors else f"entries {sorted(map(str, entries))[:12]}"
+        what = what if isinstance(content, dict) else f"a {type(content).__name__}"
         raise ValueError(
-            f"{path} holds {_in_words(content)}, and nothing that says how to use it: the activation, the place of b_dec. Put the file config.json "
+            f"{path} holds {what}, and nothing that says how to use it: the activation, the place of b_dec. Put the file config.json "
             f"(ViT-Prisma, dictionary_learning, VISAEBench) beside it that was written with it. Forms that are read: {_KNOWN_FORMS}."
         )
     return "prisma" if "activation_fn_str" in settings else "patchsae", path  # early ViT-Prisma's, which has more settings
@@ -226,13 +217,6 @@ def _settings_within(content: Any) -> dict[str, Any] | None:
     return settings if isinstance(settings, dict) else None
 
 
-def _in_words(content: Any) -> str:
-    if not isinstance(content, dict):
-        return f"a {type(content).__name__}"
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    return f"tensors {shapes(tensors)}" if tensors else f"entries {sorted(map(str, content))[:12]}"
-
-
 def _object(path: Path) -> dict[str, Any]:
     value = read_json(path) if path.suffix == ".json" else _yaml(path)
     if not isinstance(value, dict):
@@ -258,9 +242,7 @@ def _fetch(spec: str) -> Path:
     owner, _, rest = name.strip("/").partition("/")
     repository, _, inside = rest.partition("/")
     if not owner or not repository or ".." in Path(inside).parts:
-        raise ValueError(
-            f"An SAE on the hub is named hf:<owner>/<repository>, hf:<owner>/<repository>/<folder> or ...@<revision>, got {spec!r}."
-        )
+        raise ValueError(f"An SAE on the hub is named hf:<owner>/<repository>[/<folder>][@<revision>], got {spec!r}.")
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 
     name, revision, endpoint = f"{owner}/{repository}", revision or None, os.environ.get("HF_ENDPOINT") or None
@@ -293,10 +275,7 @@ def _is_settings(file: str) -> bool:
     return not file.endswith((".safetensors", ".pt"))
 
 
-def push_sae(
-    sae: SparseAutoencoder, repository: str, *, metrics: Mapping[str, float] | None = None, licence: str = "mit", folder: str | None = None,
-    private: bool = False,
-) -> str:  # fmt: skip
+def push_sae(sae: SparseAutoencoder, repository: str, *, metrics: Mapping[str, float] | None = None, folder: str | None = None) -> str:
     """Upload an SAE, with a model card, to the hub; ``load_sae("hf:<repository>")`` and SAELens open it from there.
 
     The token is the one of ``hf auth login``, or ``$HF_TOKEN``.
@@ -308,12 +287,8 @@ def push_sae(
         ``<owner>/<name>``; made when missing.
     metrics : mapping, optional
         Name -> number for the card, e.g. of :func:`patchsae_utils.evaluate_sae`; default: those that training left in the metadata.
-    licence : str
-        The hub's short name of it.
     folder : str, optional
         Folder within the repository, for several SAEs in one; the card then stays as the repository has it.
-    private : bool
-        Of a repository that is made.
 
     Returns
     -------
@@ -335,9 +310,9 @@ def push_sae(
     with tempfile.TemporaryDirectory() as temporary:
         sae.save(temporary)
         if folder is None:
-            _model_card(sae, repository, metrics, licence).save(Path(temporary) / "README.md")
+            _model_card(sae, repository, metrics).save(Path(temporary) / "README.md")
         try:
-            address = str(api.create_repo(repository, private=private, exist_ok=True))
+            address = str(api.create_repo(repository, exist_ok=True))
             api.upload_folder(repo_id=repository, folder_path=temporary, path_in_repo=folder, commit_message="Upload a sparse autoencoder")
         except Exception as error:  # the client's errors come from several libraries
             raise ConnectionError(
@@ -378,8 +353,8 @@ The files `cfg.json` and `sae_weights.safetensors` are SAELens's (v6): `sae_lens
 {credit}"""
 
 
-def _model_card(sae: SparseAutoencoder, repository: str, metrics: Mapping[str, float] | None = None, licence: str = "mit"):
-    """What an SAE reads, what it was trained on, how good it is, how to use it; what the metadata doesn't say, the card says is not known."""
+def _model_card(sae: SparseAutoencoder, repository: str, metrics: Mapping[str, float] | None):
+    """What an SAE reads, what it was trained on, how good it is, how to use it."""
     from huggingface_hub import ModelCard, ModelCardData
 
     known = sae.metadata
@@ -404,7 +379,7 @@ def _model_card(sae: SparseAutoencoder, repository: str, metrics: Mapping[str, f
     credit = "\nTrained on scenes of OpenMoji artwork (https://openmoji.org), CC BY-SA 4.0.\n"
     return ModelCard(
         _CARD.format(
-            header=ModelCardData(library_name="saelens", license=licence, tags=tags).to_yaml(), name=repository.partition("/")[2],
+            header=ModelCardData(library_name="saelens", license="mit", tags=tags).to_yaml(), name=repository.partition("/")[2],
             facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
             numbers="\n".join(["| | |", "|---|---|", *numbers]) if numbers else "Not measured.", repository=repository,
             model=known.get("model_name", "..."), pretrained=known.get("pretrained"), layer=known.get("layer", "..."), d_sae=sae.d_sae,

@@ -1,7 +1,7 @@
 """The training objectives: :func:`patchsae_loss` is the paper's, :func:`variant_loss` the other variants', :func:`objective` an SAE's own.
 
-Letters: B batch, T tokens, N tokens of any images, D d_in, S d_sae. Sources: Lim et al., ICLR 2025, section 3.1 and appendix A; ghost gradients:
-Jermyn and Templeton, "Ghost grads", Transformer Circuits, January 2024; of the variants: see :mod:`.variants`.
+Letters: B batch, T tokens, N tokens of any images, D d_in, S d_sae. Sources: Lim et al., ICLR 2025, section 3.1 and appendix A; ghost
+gradients: Jermyn and Templeton, "Ghost grads", Transformer Circuits, January 2024; of the variants: see :mod:`.variants`.
 """
 
 from __future__ import annotations
@@ -98,11 +98,11 @@ def variant_loss(
     sae: SparseAutoencoder, x: Tensor, dead: Tensor | None = None, l1_coefficient: float = 0.0, cls_coefficient: float = 1.0, *,
     is_cls: Tensor | None = None, output: SaeOutput | None = None, ghost: bool = True,
 ) -> SaeLoss:  # fmt: skip
-    """The published objectives of the variants after ReLU and L1, by the table's ``loss``, with ||x - x_hat||^2, summed over D, mean over tokens.
+    """The published objectives of the other variants, by the table's ``loss``; ||x - x_hat||^2 is summed over D, mean over tokens.
 
     - ``auxk`` (TopK, BatchTopK): squared error + AuxK, in ``ghost``. Gao et al., 2024, section 2.3 and appendix A.2. Matryoshka sums the error
       of every nested dictionary, Bussmann et al., 2025, section 3. ``l1_coefficient`` is not used.
-    - ``l0`` (JumpReLU): squared error + lambda L0, whose gradients reach the thresholds. Rajamanoharan et al., "Jumping ahead", eq. 9 to 12.
+    - ``l0`` (JumpReLU): squared error + lambda L0, whose gradients reach the thresholds. "Jumping ahead", eq. 9 to 12.
     - ``gate``: squared error + lambda ||ReLU(gate)||_1 + ||x - x_hat_frozen(ReLU(gate))||^2, the last in ``ghost``, which ``ghost=False``
       doesn't leave out. Rajamanoharan et al., "Gated sparse autoencoders", eq. 8. It and JumpReLU get AuxK on top for the dead.
     """
@@ -137,8 +137,9 @@ def normalized_squared_error(x: Tensor, reconstruction: Tensor) -> Tensor:
 def auxk_loss(x: Tensor, reconstruction: Tensor, pre_activations: Tensor, rows: Tensor) -> Tensor:
     """AuxK: the dead latents with the largest pre-activations predict what the living ones leave over.
 
-    e = x - x_hat, a constant; e_hat = relu(topk(pre[dead])) W_dec[dead]; the term is ||e - e_hat||^2, mean over tokens; of n dead latents (``rows``
-    [n, D]) as many as the power of two nearest to D / 2; pre-activations [..., n]. Source: Gao et al., 2024, section 2.4 and appendix A.2.
+    e = x - x_hat, a constant; e_hat = relu(topk(pre[dead])) W_dec[dead]; the term is ||e - e_hat||^2, mean over tokens; of n dead latents
+    (``rows`` [n, D]) as many as the power of two nearest to D / 2; pre-activations [..., n]. Source: Gao et al., 2024, section 2.4 and
+    appendix A.2.
     """
     k = min(auxk_size(x.shape[-1]), pre_activations.shape[-1])
     positive = torch.relu(pre_activations).clamp_max(torch.finfo(pre_activations.dtype).max ** 0.25)

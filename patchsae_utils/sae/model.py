@@ -41,7 +41,8 @@ class SaeOutput(NamedTuple):
 class SparseAutoencoder(nn.Module):
     """pre = (x - b_dec) W_enc + b_enc; latents = activation(pre); reconstruction = latents W_dec + b_dec.
 
-    Fresh weights are Kaiming-uniform (the fan is the columns), the decoder's rows at unit norm, both biases 0. With z = pre, the activations:
+    Fresh weights are Kaiming-uniform (the fan is the columns), the decoder's rows at unit norm, both biases 0. With z = pre, the
+    activations:
 
     - ``relu``: max(z, 0), the paper's; ``topk``: each token's ``k`` largest positive z.
     - ``batchtopk``: the ``k`` N largest positive z of a batch of N tokens, in :meth:`forward` while in training mode, where ``threshold``
@@ -308,8 +309,8 @@ class SparseAutoencoder(nn.Module):
         base, trained_on = getattr(clip, "base", clip), self.metadata.get("weights_hash")
         same_base = trained_on and trained_on.partition("+")[0] == base.weights_hash
         given = {
-            "model_name": base.name, "pretrained": base.pretrained, "layer": clip.layer_index(layer), "preprocessing": repr(base.preprocess),
-            "weights_hash": trained_on if same_base or not trained_on else base.weights_hash,
+            "model_name": base.name, "pretrained": base.pretrained, "layer": clip.layer_index(layer),
+            "preprocessing": repr(base.preprocess), "weights_hash": trained_on if same_base or not trained_on else base.weights_hash,
         }  # fmt: skip
         check_source(self.d_in, self.metadata, clip.width, f"the residual stream of {clip.name!r}", given)
 

@@ -49,17 +49,18 @@ def evaluate_sae(
     DataFrame, tidy
         Columns ``sae`` (its name; "SAE" if only one is given), ``variant``, ``tokens``, ``metric``, ``value``, ``low``, ``high`` (95 %
         interval over images; NaN for ``dead_fraction``). ``variant`` is what went into the blocks behind ``layer``: ``raw``, the
-        ``reconstruction``, or that with its error added back (``error_kept``: equal to raw if the splice is exact). ``tokens``: which tokens
-        are measured, and were replaced (``none`` for raw). With x a token of that type, x_hat its reconstruction, h its latents, N tokens:
+        ``reconstruction``, or that with its error added back (``error_kept``: equal to raw if the splice is exact). ``tokens``: which
+        tokens are measured, and were replaced (``none`` for raw). With x a token of that type, x_hat its reconstruction, h its latents, N
+        tokens:
 
         - ``mse`` = 1 / (N D) sum_x sum_d (x_hat_d - x_d)^2 / ||x||, as in the paper's loss, whatever the variant's.
         - ``l1`` = 1 / N sum_x sum_s h_s; ``l0`` = 1 / N sum_x #{s: h_s > 0}.
         - ``explained_variance`` = 1 - sum_x ||x - x_hat||^2 / sum_x ||x - m||^2, m = 1 / N sum_x x: centred, each type by its own mean.
         - ``dead_fraction`` = 1 / S #{s: h_s = 0 for all x}; :func:`dead_causes` says why.
 
-        And, where the model has a text tower, with an image's logits l over the class prompts and its class c: ``contrastive_loss``, the mean
-        over images of log sum_j exp(l_j) - l_c, in nats; ``zero_shot_top1``, the share of images with argmax l = c; ``zero_shot_change``, that
-        share minus the raw one.
+        And, where the model has a text tower, with an image's logits l over the class prompts and its class c: ``contrastive_loss``, the
+        mean over images of log sum_j exp(l_j) - l_c, in nats; ``zero_shot_top1``, the share of images with argmax l = c;
+        ``zero_shot_change``, that share minus the raw one.
 
     Raises
     ------
@@ -344,7 +345,8 @@ def _image_sums(x: Tensor, output: TokenReadings, part: slice) -> np.ndarray:
     x, reconstruction = x[:, part], output.reconstruction[:, part]
     terms = [
         torch.full((len(x),), float(x.shape[1]), device=x.device), normalized_squared_error(x, reconstruction).mean(-1).sum(1),
-        output.l1[:, part].sum(1), output.l0[:, part].sum(1), (x - reconstruction).double().square().sum((1, 2)), x.double().square().sum((1, 2)),
+        output.l1[:, part].sum(1), output.l0[:, part].sum(1),
+        (x - reconstruction).double().square().sum((1, 2)), x.double().square().sum((1, 2)),
     ]  # fmt: skip
     return torch.cat([torch.stack([term.double() for term in terms], 1), x.double().sum(1)], 1).cpu().numpy()
 

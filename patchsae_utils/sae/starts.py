@@ -157,7 +157,8 @@ def start_from(sae: SparseAutoencoder, directions: Tensor, x: Tensor) -> None:
 class Archetypes(nn.Module):
     """Decoder rows that stay near the data: unit(A C + Lambda), A row-stochastic over centroids C [n, D], each row of Lambda at most delta long.
 
-    Row i starts at centroid i. Source: Fel et al., "Archetypal SAE", 2025 (arXiv 2502.12892), section 4, with unit norms for its common scale.
+    Row i starts at centroid i. Source: Fel et al., "Archetypal SAE", 2025 (arXiv 2502.12892), section 4, with unit norms for its common
+    scale.
     """
 
     points: Tensor

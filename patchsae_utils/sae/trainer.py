@@ -1,7 +1,7 @@
 """The trainer: Adam on an SAE's objective over activations, in one process or several, resumable bit for bit.
 
-A run depends on its settings, its seed and the step alone: no random number is drawn outside the token stream, a function of seed and step. So
-a checkpoint holds weights, Adam's moments, counters of silent latents and what the log knows. The first is written before the first step.
+A run depends on its settings, its seed and the step alone: the token stream is a function of seed and step. So a checkpoint holds weights,
+Adam's moments, counters of silent latents and what the log knows. The first is written before the first step.
 """
 
 from __future__ import annotations
@@ -85,9 +85,8 @@ def train_sae(
     before, after = sae.trained_in.get(out.resolve(), (None, None))
     start = sae.fingerprint
     start = before if resume and start == after else start  # what a run into this folder has made of these weights still names it
-    recipe = {
-        name: value for name, value in dataclasses.asdict(config).items() if name != "trackers" and value != getattr(TrainConfig, name)
-    }
+    recipe = {name: value for name, value in dataclasses.asdict(config).items() if value != getattr(TrainConfig, name)}
+    recipe.pop("trackers", None)
     inputs = {"sae": start, "training": recipe, "store": store.fingerprint}
 
     def finished() -> bool:
@@ -112,7 +111,9 @@ def train_sae(
         if config.target_l0 is not None and sae.k is not None:
             raise ValueError(f"target_l0={config.target_l0} has no meaning for activation={sae.activation!r}, whose k={sae.k} sets it.")
         processes.on_main(lambda: _clear(out, MANIFEST, SUMMARY, CONFIG, WEIGHTS, *(() if resume else (CHECKPOINT,))))
-        sae.metadata = _origin(store) | ({"tokens": kept} if kept else {}) | sae.metadata
+        values = {name: getattr(store.metadata, name) for name in _ORIGIN}
+        origin = {**values, "grid": list(values["grid"]), "store_fingerprint": store.fingerprint}
+        sae.metadata = origin | ({"tokens": kept} if kept else {}) | sae.metadata
         run = Training(sae.to(device), store, config, out, inputs, processes)
         try:
             run.restore()
@@ -120,10 +121,8 @@ def train_sae(
                 run.train(progress and processes.main)
             run.fold()
             sae.eval()
-            sae.metadata |= {
-                "n_training_tokens": run.n_steps * config.batch_tokens,
-                "l1_coefficient": config.l1_coefficient * run.l1_factor,
-            }
+            weight = config.l1_coefficient * run.l1_factor
+            sae.metadata |= {"n_training_tokens": run.n_steps * config.batch_tokens, "l1_coefficient": weight}
             processes.on_main(run.finish)
         finally:
             run.fold()  # also where it was interrupted: nobody else knows of other units
@@ -143,8 +142,8 @@ def training_log(out: str | Path) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        One row every ``log_every`` steps, columns as in ``LOG_COLUMNS``. ``l0`` and ``explained_variance`` (centred) are of the training batch,
-        before the step; ``dead_fraction`` counts latents that have not fired for more than ``dead_after_tokens`` tokens.
+        One row every ``log_every`` steps, columns as in ``LOG_COLUMNS``, of the training batch before the step; ``explained_variance`` is
+        centred; ``dead_fraction`` counts latents that have not fired for more than ``dead_after_tokens`` tokens.
 
     Raises
     ------
@@ -178,10 +177,8 @@ def _refuse_others(out: Path, inputs: dict[str, Any], found: Any) -> None:
     if isinstance(found, dict) and all(isinstance(found.get(name), type(value)) for name, value in inputs.items()):
         differing = [word for name, word in (("sae", "initial weights"), ("store", "activations")) if found[name] != inputs[name]]
         there = found["training"]
-        pairs = {
-            name: [run.get(name, getattr(TrainConfig, name, None)) for run in (there, inputs["training"])]
-            for name in there | inputs["training"]
-        }
+        runs = (there, inputs["training"])
+        pairs = {name: [run.get(name, getattr(TrainConfig, name, None)) for run in runs] for name in there | inputs["training"]}
         differing += [f"{name} ({then!r} there, {here!r} here)" for name, (then, here) in pairs.items() if then != here]
         what = f"another run, which differs in {', '.join(differing)}"
     raise ValueError(f"{out} holds {what}. Choose another folder, or delete this one; resume=False replaces what is there.")
@@ -196,12 +193,6 @@ def _kept_tokens(config: TrainConfig, store: Tokens) -> str | None:
             f"tokens={config.tokens!r} can't be had from a store of {store.metadata.tokens!r} tokens. Extract with tokens={config.tokens!r} or 'all'."
         )
     return config.tokens
-
-
-def _origin(store: Tokens) -> dict[str, Any]:
-    """What a store says of its activations, as plain JSON values."""
-    values = {name: getattr(store.metadata, name) for name in _ORIGIN}
-    return {**values, "grid": list(values["grid"]), "store_fingerprint": store.fingerprint}
 
 
 def _clear(out: Path, *names: str) -> None:

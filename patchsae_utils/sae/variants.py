@@ -1,8 +1,8 @@
 """The autoencoder's variants: what each needs and does, and how pre-activations become latents. Letters: N tokens, D d_in, S d_sae.
 
-Sources: relu: Lim et al., ICLR 2025, section 3.1. topk: Gao et al., "Scaling and evaluating sparse autoencoders", 2024. batchtopk: Bussmann et
-al., 2024. jumprelu: Rajamanoharan et al., "Jumping ahead", 2024. gated: Rajamanoharan et al., "Improving dictionary learning with gated sparse
-autoencoders", 2024. matryoshka: Bussmann et al., "Learning multi-level features with Matryoshka sparse autoencoders", 2025.
+Sources: relu: Lim et al., ICLR 2025, section 3.1. topk: Gao et al., "Scaling and evaluating sparse autoencoders", 2024. batchtopk: Bussmann
+et al., 2024. jumprelu: Rajamanoharan et al., "Jumping ahead", 2024. gated: Rajamanoharan et al., "Improving dictionary learning with gated
+sparse autoencoders", 2024. matryoshka: Bussmann et al., "Learning multi-level features with Matryoshka sparse autoencoders", 2025.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class _JumpReLU(torch.autograd.Function):
 
 
 class _Step(torch.autograd.Function):
-    """1 where z exceeds its threshold, else 0: what L0 counts. Derivative in t: -K((z - t) / width) / width; in z: 0. Source: eq. 12 there."""
+    """1 where z exceeds its threshold, else 0: what L0 counts. Derivative in t: -K((z - t) / width) / width; in z: 0. Source: eq. 12."""
 
     @staticmethod
     def forward(ctx, z, threshold, width):

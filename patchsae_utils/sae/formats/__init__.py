@@ -1,9 +1,7 @@
-"""SAEs on disk, in the forms of seven programs: one table, read both ways, on plain tensors.
+"""SAEs on disk, in the forms of seven programs: one table, read both ways, on plain tensors; ``docs/formats.md`` has all of it.
 
-Each format names its files, the settings that are read, those of which only some values are, and those that say nothing about the equation;
-everything else is refused by name. ``docs/formats.md`` has all of it in a table. The latents stay what they were, to rounding. ``saelens`` is also
-ours: its folder alone keeps everything, SAELens v6 opens it as it is, and what SAELens has no key for lies under ``metadata.patchsae``. Nothing is
-ever unpickled: see :mod:`patchsae_utils.run.pickles`.
+What is neither read, nor allowed, nor harmless is refused by name. ``saelens`` is also ours: its folder alone keeps everything, and what
+SAELens has no key for lies under ``metadata.patchsae``. Nothing is ever unpickled: see :mod:`patchsae_utils.run.pickles`.
 """
 
 from __future__ import annotations
@@ -26,23 +24,16 @@ from .weights import Allowed, Weights
 class Format(NamedTuple):
     """One program's files."""
 
-    config: str | None
-    """File with the settings; None where they lie with the weights in one file."""
+    config: str | None  # file with the settings; None where they lie with the weights in one file
     weights: str
-    activations: tuple[str, ...]
-    """What it has a word for."""
-    read: Callable[[dict[str, Any], Mapping[str, Any], Path], Weights]
-    """(settings, tensors by the program's names, file to name in errors)."""
+    activations: tuple[str, ...]  # what it has a word for
+    read: Callable[[dict[str, Any], Mapping[str, Any], Path], Weights]  # (settings, tensors by its names, file to name in errors)
     write: Callable[[Weights], tuple[dict[str, Any], dict[str, Tensor]]]
-    reads: str
-    """Settings that the reader uses, and ours."""
+    reads: str  # settings that the reader uses, and ours
     allowed: Mapping[str, Allowed]
-    harmless: str = ""
-    """Pattern of settings that say nothing about the equation, beside those whose words are of training and data."""
-    defaults: Callable[[dict[str, Any]], dict[str, Any]] = dict
-    """The settings as today's version of the program completes and renames them."""
-    documented: bool = True
-    """Whether all settings that the program writes are known; else names that don't touch the equation are passed over."""
+    harmless: str = ""  # pattern of settings that say nothing about the equation, beside those of training and data
+    defaults: Callable[[dict[str, Any]], dict[str, Any]] = dict  # the settings as today's version of the program completes them
+    documented: bool = True  # whether all settings that it writes are known; else names that don't touch the equation are passed over
 
 
 # -- the table ------------------------------------------------------------------------------------------------------------------

@@ -32,21 +32,6 @@ def open_clip_name(name: str) -> tuple[str, str] | None:
     return _hub_names().get(name)
 
 
-def tags_of(architecture: str) -> set[str]:
-    """open_clip's tags of weights of an architecture, with either GELU."""
-    from open_clip.pretrained import list_pretrained_tags_by_model
-
-    plain_name = architecture.removesuffix("-quickgelu")
-    return {*list_pretrained_tags_by_model(plain_name), *list_pretrained_tags_by_model(plain_name + "-quickgelu")}
-
-
-def is_local_name(name: str) -> bool:
-    """Whether it is a name by which :func:`~patchsae_utils.load_clip` opens a model."""
-    from open_clip import list_models
-
-    return name == "openmoji" or name.startswith("timm:") or name in list_models()
-
-
 def place(name: Any, layer: Any = None, kind: str = "hook_resid_post", **more: Any) -> dict[str, Any]:
     """Model and layer as our metadata says them; another place than a block's output, or a single head's, has a ``hook_name`` and no layer."""
     layer = layer if isinstance(layer, int) and not isinstance(layer, bool) else None
@@ -96,13 +81,14 @@ def check_source(reads: int, own: Mapping[str, Any], d_in: int, source: str, giv
     elif not same_name and comparable:
         wrong.add("model_name")
     elif not same_name:
-        warnings.warn(
-            f"The SAE was trained on {names[0]!r}, which can't be compared with {names[1]!r}: be sure that it is the same model.",
-            stacklevel=4,
-        )
+        what = f"The SAE was trained on {names[0]!r}, which can't be compared with {names[1]!r}: be sure that it is the same model."
+        warnings.warn(what, stacklevel=4)
     elif same_name and comparable and name:
         tags = (tag or own.get("pretrained"), given.get("pretrained"))
-        if tags[0] != tags[1] and {*tags} <= tags_of(name):
+        from open_clip.pretrained import list_pretrained_tags_by_model
+
+        tags_there = {*list_pretrained_tags_by_model(name), *list_pretrained_tags_by_model(name + "-quickgelu")}
+        if tags[0] != tags[1] and {*tags} <= tags_there:
             wrong.add("pretrained")
             own = {**own, "pretrained": tags[0]}
     if d_in == reads and not wrong:
@@ -120,7 +106,10 @@ def _architecture(name: str, foreign: bool) -> tuple[str | None, str | None]:
     open_clip has two names for OpenAI's "ViT-B-16". Names with a slash are Hugging Face's, or folders.
     """
     translated, tag = open_clip_name(name) or (name, None)
-    known = tag is not None or is_local_name(name) or not ("/" in name or foreign)
+    from open_clip import list_models
+
+    local = name == "openmoji" or name.startswith("timm:") or name in list_models()  # load_clip opens it
+    known = tag is not None or local or not ("/" in name or foreign)
     return (translated.removesuffix("-quickgelu") if known else None), tag
 
 

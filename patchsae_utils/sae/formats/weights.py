@@ -17,14 +17,11 @@ _NEUTRAL: tuple[Any, ...] = (None, False, 0, "", "none", [], {}, ())  # values b
 class Weights(NamedTuple):
     """An SAE as plain tensors, in our equations and by our names."""
 
-    tensors: dict[str, Tensor]
-    """``W_enc`` [D, S], ``b_enc`` [S], ``W_dec`` [S, D], ``b_dec`` [D], and the variant's own."""
+    tensors: dict[str, Tensor]  # W_enc [D, S], b_enc [S], W_dec [S, D], b_dec [D], and the variant's own
     activation: str = "relu"
-    options: Mapping[str, Any] = {}
-    """``k``, ``groups``, ``bandwidth``, as far as the variant has them."""
+    options: Mapping[str, Any] = {}  # k, groups, bandwidth, as far as the variant has them
     metadata: Mapping[str, Any] = {}
-    statistics: Mapping[str, Any] = {}
-    """Of the input, as far as they are known: ``STATISTICS``; and ``token_norm``, a step of the equation that our own folder alone can say."""
+    statistics: Mapping[str, Any] = {}  # STATISTICS, where known; and token_norm, which our own folder alone can say
 
 
 # -- tensors ------------------------------------------------------------------------------------------------------------------
@@ -67,10 +64,7 @@ def centred(tensors: dict[str, Tensor], sign: int = 1) -> dict[str, Tensor]:
 
 
 def unit_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Decoder rows at unit norm, each norm moved into its latent: the same reconstruction, latents times the norms.
-
-    Rows of zeros say nothing: their latents are silenced, and any direction will do.
-    """
+    """Decoder rows at unit norm, each norm moved into its latent: the same reconstruction. Latents of rows of zeros are silenced."""
     norms = tensors["W_dec"].double().norm(dim=1)
     rows = tensors["W_dec"].double() / norms.where(norms > 0, 1.0)[:, None]
     rows[norms == 0, 0] = 1
@@ -112,8 +106,7 @@ def check_settings(
 ) -> tuple[dict[str, Any], list[str]]:
     """Refuse by name what would change the equation; returns what was understood, and the names of what says nothing about it.
 
-    A setting is read, or has allowed values, or is harmless: ``harmless`` matches its name, or its words are of training and data. Others may
-    only have a value by which they do nothing.
+    A setting is read, or has allowed values, or is harmless by its name or words; others may only have a value by which they do nothing.
     """
     understood, ignored = {}, []
     for name, value in settings.items():

@@ -1,7 +1,7 @@
 """Adam that reads sparse gradients: both weight gradients are summed, used and forgotten a thousand latents at a time, and never whole.
 
-A backward pass keeps what they are summed from; one pass over the weights sums, projects, moves and normalises a block while it is in cache.
-Beside it what follows a rule: the rate and the weight of the L1 term, as functions of the step. Letters: N tokens, D d_in, S d_sae.
+A backward pass keeps what they are summed from; one pass over the weights sums, projects, moves and normalises a block while it is in
+cache. Beside it what follows a rule: the rate and the weight of the L1 term, as functions of the step. Letters: N tokens, D d_in, S d_sae.
 """
 
 from __future__ import annotations
