@@ -1,9 +1,7 @@
 """How fast the explorers answer: from the input event in the page to what it changes on screen, through Voila and a kernel.
 
-``python -m benchmarks.explorer`` serves a notebook with three linked explorers, opens it in Chromium and uses it as a visitor would: keys
-on sliders, clicks on patches. A moment counts from the event's own time stamp until an animation frame finds other pixels, another list or
-other bars. Once for the default profile (its artifacts are made where they are missing), once for a ViT-B/16 of random weights with 49,152
-latents. Then five hundred interactions, with the page's and the kernel's memory at the start, in the middle and at the end.
+Three linked explorers in Chromium are used as a visitor would, from an event's time stamp until an animation frame finds other pixels,
+another list or other bars: of the default profile, and of a ViT-B/16 of random weights with 49,152 latents. Then memory over 500 interactions.
 """
 
 from __future__ import annotations
@@ -110,10 +108,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     command.add_argument("--interactions", type=int, default=500, help="for the memory; 0 leaves it out")
     both = ["openmoji", "large"]
     command.add_argument("--worlds", nargs="+", choices=both, default=both, help="the memory is that of the first")
-    command.add_argument("--model", default="ViT-B-16", help="of the large world: of open_clip, with random weights")
-    command.add_argument("--d-sae", type=int, default=49_152, help="of the large world")
-    command.add_argument("--images", type=int, default=48, help="of the large world")
-    command.add_argument("--classes", type=int, default=1000, help="of the large world")
+    for name, default in {"--model": "ViT-B-16", "--d-sae": 49_152, "--images": 48, "--classes": 1000}.items():
+        command.add_argument(name, type=type(default), default=default, help="of the large world, whose weights are random")
     command.add_argument("--timeout", type=float, default=900, help="seconds that a world may take to be shown")
     options = command.parse_args(arguments)
     if options.images < options.repeats + 2:

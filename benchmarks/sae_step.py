@@ -272,10 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> dict | None:
     """Run the benchmark; see the module's docstring."""
     options_of = parser(__doc__)
     options_of.add_argument("--images", type=int, nargs="+", default=[8, 32], help="of --tokens-per-image each; the first is the headline")
-    options_of.add_argument("--tokens-per-image", type=int, default=197)
-    options_of.add_argument("--d-in", type=int, default=768)
-    options_of.add_argument("--d-sae", type=int, default=49_152)
-    options_of.add_argument("--l0", type=int, default=150)
+    for name, default in {"--tokens-per-image": 197, "--d-in": 768, "--d-sae": 49_152, "--l0": 150}.items():
+        options_of.add_argument(name, type=int, default=default)
     options_of.add_argument("--peers-python", metavar="PATH", help="an interpreter that has the peers installed; default: this one")
     options_of.add_argument("--no-scaling", action="store_true", help="leave out the rows over d_sae, tokens and density")
     options_of.add_argument("--no-peers", action="store_true")

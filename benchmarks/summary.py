@@ -1,10 +1,8 @@
 """Statistics of every latent in one pass: peak memory and images per second.
 
-``python -m benchmarks.summary`` reads random pictures with a ViT-B/16 of random weights and an SAE of 49,152 latents, of which about 150 are
-active on a token (the paper's L0), at batch 128. On the other side stands the textbook way: encode the whole batch, keep every image's
-activations, sort at the end. It is run at a size where it fits, and so are we once more. A last row reads 5,000 scenes of the default profile with
-its own SAE (made when missing, before the clock starts). Each side has a process of its own; on a CPU its
-``peak_bytes`` is that of the whole process, libraries and models included, and ``added_bytes`` what it needed beyond those.
+Random pictures, weights and 49,152 latents, about 150 a token active, at batch 128; the textbook way (the whole batch, every image's
+activations, sorted at the end) at a size where it fits, beside ours; and 5,000 scenes of the default profile with its own SAE. Each side has
+a process of its own: ``peak_bytes`` is that of the whole process, ``added_bytes`` what it needed beyond libraries and models.
 """
 
 from __future__ import annotations

@@ -10,46 +10,16 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public name -> the module that holds it. Loaded when first used, so that `import patchsae_utils` is quick.
-_PUBLIC = {
-    "load_profile": "config",
-    "results": "run.results",
-    "check_claims": "run.results",
-    "load_clip": "clip",
-    "ClipModel": "clip",
-    "load_dataset": "data",
-    "extract_activations": "activations",
-    "ActivationStore": "activations",
-    "SparseAutoencoder": "sae",
-    "load_sae": "sae",
-    "save_sae": "sae",
-    "push_sae": "sae",
-    "patchsae_loss": "sae",
-    "train_sae": "sae",
-    "evaluate_sae": "sae",
-    "summarize_latents": "latents",
-    "LatentSummary": "latents",
-    "latent_masks": "latents",
-    "label_latents": "concepts",
-    "sweep_masks": "interventions",
-    "steer": "interventions",
-    "Edit": "interventions",
-    "MaPLe": "adaptation",
-    "CoOp": "adaptation",
-    "fit_adapter": "adaptation",
-    "load_adapter": "adaptation",
-    "VisualPrompt": "adaptation",
-    "LoRA": "adaptation",
-    "FineTuned": "adaptation",
-    "LinearHead": "adaptation",
-    "explain_gain": "adaptation",
-    "compare_models": "adaptation",
-    "AdaptationView": "explorer",
-    "LatentExplorer": "explorer",
-    "PatchExplorer": "explorer",
-    "SteeringPanel": "explorer",
-    "latent_slider": "explorer",
-}
+# Public names by the module that holds them. Loaded when first used, so that `import patchsae_utils` is quick.
+_NAMES = {
+    "config": "load_profile", "run.results": "results check_claims", "clip": "load_clip ClipModel", "data": "load_dataset",
+    "activations": "extract_activations ActivationStore", "latents": "summarize_latents LatentSummary latent_masks",
+    "sae": "SparseAutoencoder load_sae save_sae push_sae patchsae_loss train_sae evaluate_sae",
+    "concepts": "label_latents", "interventions": "sweep_masks steer Edit",
+    "adaptation": "MaPLe CoOp fit_adapter load_adapter VisualPrompt LoRA FineTuned LinearHead explain_gain compare_models",
+    "explorer": "AdaptationView LatentExplorer PatchExplorer SteeringPanel latent_slider",
+}  # fmt: skip
+_PUBLIC = {name: module for module, names in _NAMES.items() for name in names.split()}
 _MODULES = (
     "activations", "adaptation", "clip", "concepts", "data", "explorer", "interventions", "latents", "plots", "run", "sae", "stages",
     "tables",
