@@ -9,11 +9,5 @@ from .store import ActivationStore
 from .streaming import TokenStream
 
 __all__ = [
-    "ActivationStore",
-    "TokenStream",
-    "extract_activations",
-    "norm_table",
-    "patch_components",
-    "probe_layers",
-    "survey_residuals",
-]
+    "ActivationStore", "TokenStream", "extract_activations", "norm_table", "patch_components", "probe_layers", "survey_residuals",
+]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,25 +27,16 @@ _LEFTOVER = re.compile(r"manifest-\d+\.json|shard-.*\.safetensors|\.(shard-|inde
 
 
 def extract_activations(
-    clip,
-    dataset,
-    layer: int,
-    out: str | Path,
-    *,
-    tokens: str = "all",
-    dtype: str = "bfloat16",
-    batch_size: int = 64,
-    n_per_shard: int = 512,
+    clip, dataset, layer: int, out: str | Path, *, tokens: str = "all", dtype: str = "bfloat16", batch_size: int = 64, n_per_shard: int = 512,
     progress: bool = True,
-) -> ActivationStore:
+) -> ActivationStore:  # fmt: skip
     """Write the residual stream after one block, over a whole data set, into a store.
 
     A finished store of the same inputs is opened at once; of an unfinished one, only what is missing is computed; a store of other inputs
     is replaced. Other files in the folder are left alone.
 
-    Under several processes (``accelerate launch``, ``torchrun``) all must call this: each writes its share of the shards, and the store is, byte
-    for byte, the one that a single process writes. An interrupted run may go on with another number of processes. A batch that doesn't fit the
-    memory is halved, with a warning.
+    Under several processes (``accelerate launch``) all must call this; each writes its share of the shards. The store is, byte for byte, the same
+    however many there are and wherever a run was interrupted. A batch that doesn't fit the memory is halved, with a warning.
 
     Parameters
     ----------
@@ -60,22 +51,16 @@ def extract_activations(
     dtype : {"bfloat16", "float16"}
         bfloat16 keeps 8 bits of precision at any magnitude; float16 keeps 11 below 65,504.
     batch_size : int
-        Images per forward pass, at most: the largest number up to it that divides a shard, so that how the passes are cut, and with that the last
-        bit, is the same wherever a run was interrupted and however many processes share the shards.
+        Images per forward pass, at most: the largest number up to it that divides a shard, so that the last bit doesn't depend on interruptions.
     n_per_shard : int
         Images per shard.
     progress : bool
-        Show a bar.
-
-    Returns
-    -------
-    ActivationStore
 
     Raises
     ------
     ValueError
-        For an unknown layer, tokens or dtype (naming the valid ones); an empty data set; a folder whose manifest is another program's, or
-        that another process writes; activations that the dtype can't hold.
+        For an unknown layer, tokens or dtype (naming the valid ones), an empty data set, a folder that is another program's or in use, or
+        activations that the dtype can't hold.
     MemoryError
         If not even one image fits the memory.
     """
@@ -158,7 +143,7 @@ def describe_activations(clip, dataset, layer: int, tokens: str, dtype: str) -> 
             "weights": clip.weights_hash,
             "fingerprint": clip.fingerprint,
             "grid": list(clip.grid),
-        },
+        },  # fmt: skip
         "layer": clip.layer_index(layer),
         "tokens": tokens,
         "dtype": dtype,
@@ -189,11 +174,10 @@ def _told(folder: Folder, name: str, manifest: dict[str, Any]) -> dict[str, Any]
     """The manifest that lies there, if it is of the same inputs; another program's is refused."""
     if folder.size(name) is None:
         return None
-    try:
+    with suppress(OtherVersion):
         found = read_manifest(folder, name)
-    except OtherVersion:
-        return None
-    return found if found["fingerprint"] == manifest["fingerprint"] else None
+        return found if found["fingerprint"] == manifest["fingerprint"] else None
+    return None
 
 
 def _is_whole(folder: Folder, manifest: dict[str, Any]) -> bool:

@@ -19,11 +19,7 @@ def is_url(place: str | Path) -> bool:
 
 
 class Folder:
-    """A folder here or behind a URL; either way a file is written as a whole or not at all.
-
-    A URL needs fsspec's package for it (``s3fs``, ``gcsfs``, ...) and its credentials as that package takes them. Files behind it are kept in
-    :attr:`cache` when they are first read.
-    """
+    """A folder here or behind a URL, which needs fsspec's package for it (``s3fs``, ...); a file is written as a whole or not at all."""
 
     def __init__(self, place: str | Path):
         self.name = str(place).removeprefix("file://").rstrip("/") or "/"
@@ -52,7 +48,6 @@ class Folder:
             return None
 
     def names(self) -> list[str]:
-        """What lies in the folder, in order."""
         self.system.invalidate_cache()
         try:
             return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in self.system.ls(self.root, detail=False))
@@ -60,7 +55,6 @@ class Folder:
             return []
 
     def read(self, name: str) -> bytes:
-        """A file's bytes."""
         return self.system.cat_file(f"{self.root}/{name}")
 
     def path(self, name: str, *, anew: bool = False) -> Path:
@@ -68,9 +62,8 @@ class Folder:
         if self.local is not None:
             return self.local / name
         with folder_lock(self.cache, wait=True):
-            kept = fsspec.filesystem(
-                "filecache", fs=self.system, cache_storage=str(self.cache), same_names=True, expiry_time=0, skip_instance_cache=True
-            )
+            options = {"cache_storage": str(self.cache), "same_names": True, "expiry_time": 0, "skip_instance_cache": True}
+            kept = fsspec.filesystem("filecache", fs=self.system, **options)
             if anew:
                 with contextlib.suppress(FileNotFoundError):
                     kept.pop_from_cache(f"{self.root}/{name}")

@@ -15,9 +15,7 @@ from torch import Tensor
 from ..data import batches
 from ..run.intervals import mean_interval
 
-OUTLIER_FACTOR = 2.0
-"""A patch is an outlier when its norm exceeds so many times the median patch's of its layer."""
-
+OUTLIER_FACTOR = 2.0  # a patch is an outlier when its norm exceeds so many times the median patch's of its layer
 _N_PATCHES = 16  # of each image that a survey keeps
 _EPOCHS, _BATCH, _LR, _WEIGHT_DECAY = 15, 512, 0.01, 1e-3  # of a probe: AdamW, a rate that falls to 0 by a cosine
 
@@ -26,18 +24,12 @@ class ResidualSurvey(NamedTuple):
     """A sample of the residual stream after every block, on the CPU."""
 
     layers: list[int]
-    norms: Tensor
-    """[L, N, 1+P] Euclidean norm of every token."""
-    cls: Tensor
-    """[L, N, D] CLS tokens."""
-    patches: Tensor
-    """[L, N, K, D] some patches of each image."""
-    places: Tensor
-    """[N, K] which: 0 to P-1, row by row."""
-    patch_labels: Tensor
-    """[N, K] class that covers at least half of the patch, -1 where none does; the image's label where no ground truth is known."""
-    labels: Tensor
-    """[N] label of each image."""
+    norms: Tensor  # [L, N, 1+P] Euclidean norm of every token
+    cls: Tensor  # [L, N, D] CLS tokens
+    patches: Tensor  # [L, N, K, D] some patches of each image
+    places: Tensor  # [N, K] which: 0 to P-1, row by row
+    patch_labels: Tensor  # [N, K] class that covers half of the patch, -1 where none does; the image's label where no ground truth is known
+    labels: Tensor  # [N] label of each image
 
 
 @torch.no_grad()
@@ -50,11 +42,6 @@ def survey_residuals(clip, dataset, *, progress: bool = True) -> ResidualSurvey:
     dataset : ImageData or OpenMojiData
         With ground truth, the patches are drawn among those that an object covers by half or more.
     progress : bool
-        Show a bar.
-
-    Returns
-    -------
-    ResidualSurvey
     """
     n_places, parts = clip.n_tokens - 1, []
     for batch in batches(dataset, clip.preprocess, progress="residual stream" if progress else None):
@@ -90,10 +77,9 @@ def norm_table(survey: ResidualSurvey) -> pd.DataFrame:
 
 
 def patch_components(stream: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The first three principal components of the patch tokens of each layer, as colours over the grid.
+    """The first three principal components of each layer's patch tokens, over all images, as colours over the grid.
 
-    The components are fitted per layer over all patches of all images, so that a colour means the same in each image. Their order and sign
-    are arbitrary; they are matched to the layer before, so that colours change only where the content does.
+    Their order and sign, which are arbitrary, are matched to the layer before, so that colours change only where the content does.
 
     Parameters
     ----------
@@ -161,12 +147,7 @@ def probe_layers(train: ResidualSurvey, test: ResidualSurvey, n_classes: int) ->
     -------
     DataFrame
         ``layer``, ``token`` (CLS or patch), ``accuracy`` with ``low`` and ``high`` (resampled images), ``control`` (the same probe trained on
-        permuted labels), ``n_train`` and ``n_test`` tokens.
-
-    Raises
-    ------
-    ValueError
-        If no token has a label.
+        permuted labels), ``n_train`` and ``n_test`` tokens. A ``ValueError`` if no token has a label.
     """
     generator, rows = torch.Generator().manual_seed(0), []
     for i, layer in enumerate(train.layers):

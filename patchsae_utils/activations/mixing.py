@@ -35,7 +35,6 @@ class StoreMetadata(NamedTuple):
 
     @classmethod
     def of(cls, inputs: dict[str, Any]) -> StoreMetadata:
-        """What a manifest says."""
         model, data = inputs["model"], inputs["dataset"]
         known = {name: inputs[name] for name in ("layer", "tokens", "dtype", "preprocessing")}
         known |= {name: data[name] for name in ("split", "seed", "class_names")}
@@ -57,8 +56,7 @@ def choose_tokens(held: str, wanted: str) -> slice:
 class TokenSource:
     """Tokens of many images, mixed by a buffer that is filled with parts (shards, or single images), permuted and emptied."""
 
-    buffer_bytes = 2**31
-    """At most so many bytes of tokens are held at a time, but at least one part."""
+    buffer_bytes = 2**31  # at most so many bytes of tokens are held at a time, but at least one part
     _least_parts = 1
     _sizes: np.ndarray  # images in each part
 
@@ -71,20 +69,12 @@ class TokenSource:
         raise NotImplementedError
 
     def __len__(self) -> int:
-        """Tokens in all: ``n_images * n_tokens``."""
         return self.n_images * self.n_tokens
 
     def tokens(
-        self,
-        batch_size: int,
-        *,
-        shuffle: bool = True,
-        seed: int = 0,
-        epochs: int | None = 1,
-        start_step: int = 0,
-        positions: bool = False,
+        self, batch_size: int, *, shuffle: bool = True, seed: int = 0, epochs: int | None = 1, start_step: int = 0, positions: bool = False,
         tokens: str = "all",
-    ) -> Iterator[Tensor] | Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[Tensor] | Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
         """Batches of single tokens, mixed from many images."""
         kept = choose_tokens(self.metadata.tokens, tokens)
         if batch_size < 1 or start_step < 0 or (epochs is not None and epochs < 1):

@@ -39,14 +39,6 @@ class ActivationStore(TokenSource):
     place : Folder
     manifest : dict
         What lies there, as :func:`read_manifest` reads it.
-
-    Attributes
-    ----------
-    metadata : StoreMetadata
-    n_images, n_tokens, d_in : int
-        N, T (of an image) and d.
-    folder : Path or str
-        Where it lies; a str is a URL.
     """
 
     def __init__(self, place: Folder, manifest: dict[str, Any]):
@@ -60,27 +52,11 @@ class ActivationStore(TokenSource):
 
     @classmethod
     def open(cls, folder: str | Path) -> ActivationStore:
-        """Open a finished store, in a folder or behind a URL of any kind that fsspec knows.
-
-        Shards behind a URL are fetched when they are first read, and kept on this machine by fsspec.
-
-        Parameters
-        ----------
-        folder : path or str
-
-        Raises
-        ------
-        FileNotFoundError
-            If the folder holds no manifest.
-        ValueError
-            If it is not a store of this format, or unfinished, or fsspec knows no such kind of URL.
-        """
+        """Open a finished store, in a folder or behind a URL, whose shards are fetched when they are first read; an error says what is wrong."""
         place = Folder(folder)
         if place.size(MANIFEST) is None:
-            raise FileNotFoundError(
-                f"{place} holds no activation store ({MANIFEST} is missing). "
-                f"Make one with extract_activations(clip, dataset, layer, {str(place)!r})."
-            )
+            make = f"extract_activations(clip, dataset, layer, {str(place)!r})"
+            raise FileNotFoundError(f"{place} holds no activation store ({MANIFEST} is missing). Make one with {make}.")
         manifest = read_manifest(place)
         if not manifest["complete"]:
             raise ValueError(f"The activation store {place} is unfinished. Call {_AGAIN}: it goes on where it stopped.")
@@ -112,29 +88,20 @@ class ActivationStore(TokenSource):
 
     def describe(self) -> pd.Series:
         """The store in words and numbers, for a notebook."""
-        m = self.metadata
-        n_bytes = sum(entry["bytes"] for entry in self._manifest["files"].values())
-        return pd.Series(
-            {
-                "model": f"{m.model_name} (weights {m.weights_hash})",
-                "layer": f"after block {m.layer + 1} (resblocks[{m.layer}])",
-                "data set": f"{m.dataset}, {m.split}, {m.n_images:,} images",
-                "tokens": f"{m.tokens}: {m.n_tokens} an image, {len(self):,} in all",
-                "width": str(m.d_in),
-                "on disk": f"{len(self._shards)} shards of {m.dtype}, {n_bytes / 1e6:,.0f} MB, format version {FORMAT_VERSION}",
-                "fingerprint": self.fingerprint,
-            },
-            name="activation store",
-        )
+        m, n_bytes = self.metadata, sum(entry["bytes"] for entry in self._manifest["files"].values())
+        facts = {
+            "model": f"{m.model_name} (weights {m.weights_hash})",
+            "layer": f"after block {m.layer + 1} (resblocks[{m.layer}])",
+            "data set": f"{m.dataset}, {m.split}, {m.n_images:,} images",
+            "tokens": f"{m.tokens}: {m.n_tokens} an image, {len(self):,} in all",
+            "width": str(m.d_in),
+            "on disk": f"{len(self._shards)} shards of {m.dtype}, {n_bytes / 1e6:,.0f} MB, format version {FORMAT_VERSION}",
+            "fingerprint": self.fingerprint,
+        }
+        return pd.Series(facts, name="activation store")
 
     def verify(self) -> None:
-        """Check every file against its checksum now.
-
-        Raises
-        ------
-        ValueError, FileNotFoundError
-            Naming the first damaged or missing file, and how to make it again.
-        """
+        """Check every file against its checksum now: an error names the first that is damaged or missing, and how to make it again."""
         self._verified.clear()
         for name in self._manifest["files"]:
             self._checked(name)
@@ -144,25 +111,7 @@ class ActivationStore(TokenSource):
         return torch.cat([self._shard(i)[:, places.start - before : places.stop - before] for i in parts])
 
     def images(self, indices: Sequence[int] | Tensor | None = None, batch_size: int = 64) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Whole images in order.
-
-        Parameters
-        ----------
-        indices : sequence of int, optional
-            Places in the data set, in the order wanted; default: all.
-        batch_size : int
-
-        Yields
-        ------
-        tokens : Tensor [B, T, d], float32
-        labels : LongTensor [B]
-        indices : LongTensor [B]
-
-        Raises
-        ------
-        ValueError
-            If an index is out of range, or a shard is damaged.
-        """
+        """Whole images, all or those of some places in the data set, in that order: float32 tokens [B, T, d], labels [B] and places [B]."""
         rows = torch.arange(self.n_images) if indices is None else torch.as_tensor(indices, dtype=torch.int64).flatten()
         if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < self.n_images):
             raise ValueError(f"The store holds images 0 to {self.n_images - 1}; got indices from {int(rows.min())} to {int(rows.max())}.")
@@ -208,7 +157,6 @@ class ActivationStore(TokenSource):
 
 
 def write_manifest(folder: Folder, manifest: dict[str, Any], name: str = MANIFEST) -> None:
-    """Write a manifest with its checksum."""
     folder.write(name, f"{json.dumps(with_checksum(manifest), indent=2, ensure_ascii=False)}\n".encode())
 
 

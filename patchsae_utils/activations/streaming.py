@@ -18,12 +18,8 @@ from .mixing import TokenSource
 class TokenStream(TokenSource):
     """The residual stream after one block over a data set, computed while it is read; has what training needs of an ``ActivationStore``.
 
-    A buffer is filled with the tokens of as many images as fit, drawn in an order of the epoch's own, permuted, and emptied batch by batch;
-    then the next one is filled. The order follows from seed and step: a run that starts at step k skips whole buffers without running the
-    model, fills the one that holds step k, and gets the batches that it would have got.
-
-    Under several processes (``accelerate launch``) each runs the model on its share of the buffer's images and all exchange what they
-    found: all must read alike, as :func:`~patchsae_utils.train_sae` does.
+    A buffer is filled with the tokens of many images, permuted, and emptied batch by batch. The order follows from seed and step: a run that starts
+    at step k skips whole buffers without running the model. Under several processes all must read alike: each computes its share.
 
     Parameters
     ----------
@@ -33,7 +29,7 @@ class TokenStream(TokenSource):
     layer : int
         Block whose output is read; -2 is the paper's.
     batch_size : int
-        Images per forward pass; halved, with a warning, where so many don't fit the memory.
+        Images per forward pass; halved, with a warning, where they don't fit the memory.
     buffer_bytes : int
         Of the buffer, in bfloat16 on the model's device; it holds at least one forward pass. Batches are float32.
 

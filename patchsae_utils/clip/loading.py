@@ -26,9 +26,7 @@ from ..run.processes import default_device
 from .model import ClipModel, other_tower
 from .timm_models import TimmModel, clip_of
 
-EMBEDDED = Path(__file__).parent / "openmoji_clip"
-"""The small CLIP of the embedded world, in the form that open_clip reads as ``local-dir:<folder>``."""
-
+EMBEDDED = Path(__file__).parent / "openmoji_clip"  # the small CLIP, in the form that open_clip reads as ``local-dir:<folder>``
 _TIMM = "timm:"
 
 
@@ -38,29 +36,22 @@ def load_clip(model: str = "openmoji", pretrained: str | None = None, device: st
     Parameters
     ----------
     model : str
-        ``"openmoji"`` (the small CLIP of the embedded world), a name that open_clip knows, a folder with ``open_clip_config.json`` and weights,
-        or ``timm:<name>`` for a vision transformer of timm without text. ``<name>@<pixels>``: another image size than the weights' own
-        (positions are resampled).
+        ``"openmoji"`` (the embedded world's small CLIP), a name that open_clip knows, a folder with ``open_clip_config.json`` and weights, or
+        ``timm:<name>`` for a vision transformer without text. ``<name>@<pixels>``: another image size (positions are resampled).
     pretrained : str, optional
-        A tag that open_clip knows (``"openai"``), a weight file (``.safetensors``, ``.pt``, ``.bin``; training checkpoints count), or ``"random"``.
-        Default: the weights of the folder, or timm's own; a model of open_clip needs one of the three. A tag whose weights were trained with
-        QuickGELU opens the ``-quickgelu`` model; what a file was trained with it doesn't say.
+        A tag that open_clip knows (``"openai"``; it opens the ``-quickgelu`` model where it needs one), a weight file (``.safetensors``, ``.pt``,
+        ``.bin``), or ``"random"``. Default: the weights of the folder, or timm's own; a model of open_clip needs one of the three.
     device : str, optional
         A GPU when there is one, else the CPU.
     precision : {"fp32", "bf16"}
         Arithmetic of the image tower.
 
-    Returns
-    -------
-    ClipModel
-
     Raises
     ------
     ValueError
-        For an unknown model, tag or precision, naming the valid ones; a model without a vision transformer; a weight file or folder that is
-        damaged, of another model, a TorchScript archive, or asks to run code.
+        For an unknown model, tag or precision, a model without a vision transformer, or weights that are damaged, of another model, or code.
     FileNotFoundError
-        If a weight file or folder is missing, or weights can't be fetched; the message says what to provide and where.
+        If weights are missing or can't be fetched; says what to provide and where.
     ImportError
         If the model needs a package that is not installed.
     """
@@ -164,9 +155,8 @@ def _check_folder(folder: Path, with_weights: bool) -> None:
     if not isinstance(described, dict) or "model_cfg" not in described:
         raise ValueError(f"{config} has no entry 'model_cfg'; see open_clip's push_to_hf_hub for the form.")
     if with_weights and not any(folder.glob("open_clip_*model.*")):
-        raise FileNotFoundError(
-            f"{folder} holds no weights (open_clip_model.safetensors). Train them: python -m experiments.train_openmoji_clip."
-        )
+        train = "python -m experiments.train_openmoji_clip"
+        raise FileNotFoundError(f"{folder} holds no weights (open_clip_model.safetensors). Train them: {train}.")
 
 
 def _published_preprocessing(model: str) -> dict[str, Any]:
@@ -211,9 +201,6 @@ def _load_timm(model: str, name: str, size: int | None, pretrained: str | None) 
     return network, timm.data.create_transform(**data, is_training=False)
 
 
-# -- weight files -----------------------------------------------------------------------------------------------------------------
-
-
 def _state_dict(file: Path) -> dict[str, Tensor]:
     """The weights in a file: safetensors, or torch.save of a state dict or of a training checkpoint, read without running anything."""
     content = load_file(file) if file.suffix == ".safetensors" else read_torch(file)
@@ -238,7 +225,7 @@ def _as_safetensors(file: Path, folder: Path) -> Path:
 
 
 def _fill_timm(network: torch.nn.Module, name: str, file: Path) -> None:
-    """Load a weight file: every weight of the model, and nothing else but a classifier's. By itself timm leaves random what doesn't fit."""
+    """Load every weight of the model, and nothing else but a classifier's; by itself timm leaves random what doesn't fit."""
     state = _state_dict(file)
     adapt = getattr(sys.modules[model_entrypoint(name).__module__], "checkpoint_filter_fn", None)  # e.g. positions for another grid
     state = state if adapt is None else adapt(state, network)

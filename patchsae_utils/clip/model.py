@@ -26,8 +26,7 @@ class Residual(NamedTuple):
     """The residual stream after a block."""
 
     tokens: Tensor
-    """[B, 1+P, d]: CLS, then the patches, row by row. A tower without a class token has the mean of its patches in that place: it is read like
-    CLS, and what is written there is dropped."""
+    """[B, 1+P, d]: CLS (without one the mean of the patches; what is written there is dropped), then the patches, row by row."""
     extra: Tensor | None = None
     """[B, E, d]: tokens that are neither: prompts of an adapted model, registers of a timm model; None where there are none."""
 
@@ -59,15 +58,9 @@ class ClipModel:
     """Whether the tower has a class token; if not, see ``Residual.tokens``."""
 
     def __init__(
-        self,
-        model: open_clip.CLIP,
-        preprocess: Callable,
-        tokenizer: Callable | None,
-        name: str,
-        pretrained: str | None = None,
-        device: str | torch.device = "cpu",
-        precision: str = "fp32",
-    ):
+        self, model: open_clip.CLIP, preprocess: Callable, tokenizer: Callable | None, name: str, pretrained: str | None = None,
+        device: str | torch.device = "cpu", precision: str = "fp32",
+    ):  # fmt: skip
         if precision not in PRECISIONS:
             raise ValueError(f"Unknown precision {precision!r}. Valid: {', '.join(PRECISIONS)}.")
         self._check(model, name)
@@ -85,20 +78,14 @@ class ClipModel:
             raise other_tower(name, type(model.visual).__name__)
 
     def put_sequence_first(self) -> None:
-        """Let attention read [T, B, d], which it computes in anyway: the same numbers, on a CPU in bfloat16 six times as fast.
-
-        Otherwise it transposes its input, and torch multiplies what is not contiguous token by token, each with a copy of the weights in bfloat16.
-        """
+        """Let attention read [T, B, d], which it computes in anyway: the same numbers, on a CPU in bfloat16 six times as fast."""
         attention = [block.attn for block in self.blocks]
         if self._batch_first and all(isinstance(module, torch.nn.MultiheadAttention) for module in attention):
             for module in (self.visual.transformer, *attention):
                 module.batch_first = False
 
-    # -- what it is ---------------------------------------------------------------------------------------------------
-
     @property
     def visual(self) -> VisionTransformer:
-        """The image tower."""
         return self.model.visual
 
     @property
@@ -147,12 +134,9 @@ class ClipModel:
 
     @property
     def _both_towers(self) -> Any:
-        """The model, if it has a text tower."""
         if not self.has_text:
-            raise NoText(
-                f"{self.name!r} has no text tower. Extraction, training, statistics and masks work without; zero-shot accuracy, mask sweeps and "
-                "prompts need a CLIP."
-            )
+            works = "Extraction, training, statistics and masks work without"
+            raise NoText(f"{self.name!r} has no text tower. {works}; zero-shot accuracy, mask sweeps and prompts need a CLIP.")
         return self.model
 
     @property
@@ -183,15 +167,12 @@ class ClipModel:
     def layer_index(self, layer: int) -> int:
         """A block's index, negative ones counted from the end, as a non-negative one."""
         if not -self.n_layers <= layer < self.n_layers:
-            raise ValueError(
-                f"{self.name!r} has no layer {layer}. Valid: 0 to {self.n_layers - 1}, or -{self.n_layers} to -1 (a layer is the block whose output is read)."
-            )
+            valid = f"0 to {self.n_layers - 1}, or -{self.n_layers} to -1"
+            raise ValueError(f"{self.name!r} has no layer {layer}. Valid: {valid} (a layer is the block whose output is read).")
         return layer % self.n_layers
 
     def __repr__(self) -> str:
         return f"ClipModel({self.name!r}, pretrained={self.pretrained!r}, {self.n_layers} layers, width {self.width}, grid {self.grid[0]}x{self.grid[1]})"
-
-    # -- images -------------------------------------------------------------------------------------------------------
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Image features [B, d_embed], not normalised."""
@@ -228,23 +209,19 @@ class ClipModel:
             return self._features(self._run_blocks(x, self.layer_index(layer) + 1, self.n_layers)).float()
 
     def _here(self, residual: Residual | Tensor) -> Residual:
-        """The residual stream on the model's device."""
         parts = (residual,) if isinstance(residual, Tensor) else residual
         return Residual(*(None if part is None else part.to(self.device) for part in parts))
 
     def _embed(self, images: Tensor) -> Tensor:
-        """What enters the first block."""
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.image_size):
-            raise ValueError(
-                f"{self.name!r} reads images [B, 3, {self.image_size[0]}, {self.image_size[1]}], got {list(images.shape)}. Apply clip.preprocess."
-            )
+            wanted = f"[B, 3, {self.image_size[0]}, {self.image_size[1]}]"
+            raise ValueError(f"{self.name!r} reads images {wanted}, got {list(images.shape)}. Apply clip.preprocess.")
         return self._first_tokens(images.to(self.device, non_blocking=True))
 
     def _first_tokens(self, images: Tensor) -> Tensor:
         return self.visual._embeds(images)
 
     def _split(self, x: Tensor) -> Residual:
-        """CLS and patches apart from all other tokens."""
         n = self.n_tokens
         return Residual(x) if x.shape[1] == n else Residual(x[:, :n], x[:, n:])
 
@@ -265,8 +242,6 @@ class ClipModel:
     def _arithmetic(self):
         return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
-    # -- text ---------------------------------------------------------------------------------------------------------
-
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
         """Token ids: LongTensor [B, context]."""
         assert self._both_towers
@@ -285,19 +260,14 @@ class ClipModel:
         Source: Radford et al., 2021, section 3.1.4 (prompt ensembling in embedding space).
         """
         if not class_names or not templates:
-            raise ValueError(
-                f"A zero-shot head needs class names and templates; got {len(class_names)} names and {len(templates)} templates."
-            )
-        for template in templates:
-            if "{}" not in template:
-                raise ValueError(f"The template {template!r} has no '{{}}' where the class name goes.")
+            given = f"{len(class_names)} names and {len(templates)} templates"
+            raise ValueError(f"A zero-shot head needs class names and templates; got {given}.")
+        if wrong := [template for template in templates if "{}" not in template]:
+            raise ValueError(f"The template {wrong[0]!r} has no '{{}}' where the class name goes.")
         return open_clip.build_zero_shot_classifier(self, self.tokenize, [*class_names], [*templates], 64, self.device).T.contiguous()
 
     def logits(self, features: Tensor, head: Tensor) -> Tensor:
-        """Class logits [B, C]: ``logit_scale`` times the cosine of image features [B, d_embed] and head rows [C, d_embed].
-
-        SigLIP's bias, the same for all classes, is left out.
-        """
+        """Class logits [B, C]: ``logit_scale`` times the cosine of image features [B, d_embed] and head rows [C, d_embed] (no bias of SigLIP's)."""
         return self.logit_scale * F.normalize(features, dim=-1) @ head.to(features.device).T
 
 

@@ -1,8 +1,4 @@
-"""Vision transformers of timm: alone (DINOv2 and its kin, which have no text tower), or as image tower of a CLIP (SigLIP, EVA, PE, MobileCLIP).
-
-What a model without text can't do (zero-shot heads, mask sweeps, prompts, names from a vocabulary) raises
-:class:`~patchsae_utils.clip.model.NoText`, which says so.
-"""
+"""Vision transformers of timm: alone (DINOv2 and its kin, which have no text tower), or as image tower of a CLIP (SigLIP, EVA, PE, MobileCLIP)."""
 
 from __future__ import annotations
 
@@ -67,7 +63,6 @@ class TimmModel(ClipModel):
 
     @property
     def trunk(self) -> Any:
-        """timm's model."""
         return _trunk(self.model)
 
     @property
@@ -125,9 +120,8 @@ class TimmModel(ClipModel):
         tokens, extra = residual
         n_extra = self.trunk.num_prefix_tokens - self.has_class_token
         if n_extra and extra is None:
-            raise ValueError(
-                f"{self.name!r} has {n_extra} register tokens: give finish() the Residual of run_to(), with its tokens replaced."
-            )
+            remedy = "give finish() the Residual of run_to(), with its tokens replaced"
+            raise ValueError(f"{self.name!r} has {n_extra} register tokens: {remedy}.")
         cls, patches = tokens.tensor_split([1], dim=1)
         return torch.cat([*([cls] if self.has_class_token else []), *([] if extra is None else [extra]), patches], dim=1)
 

@@ -19,7 +19,7 @@ def zero_shot_predictions(clip, dataset, *, progress: bool = True) -> pd.DataFra
     Parameters
     ----------
     clip : ClipModel
-        With a text tower (``clip.has_text``).
+        With a text tower; ``NoText`` without.
     dataset : ImageData or OpenMojiData
     progress : bool
         Show a bar.
@@ -28,14 +28,8 @@ def zero_shot_predictions(clip, dataset, *, progress: bool = True) -> pd.DataFra
     -------
     DataFrame
         One row per image: ``dataset``, ``index``, ``label``, ``prediction``, ``correct``, ``n_classes``; ``domain``, ``task`` and ``tier``
-        of the image's class; ``correct_in_task`` with ``n_in_task``: the answer among the classes of its task alone. Classes are keyed by
-        label, so equal names stay two classes. Outside the embedded world the data set is its own domain and task, and all classes are of
-        tier "all".
-
-    Raises
-    ------
-    NoText
-        A ``ValueError``, if the model has no text tower.
+        of the image's class; ``correct_in_task`` with ``n_in_task``: the answer among the classes of its task alone. Outside the embedded
+        world the data set is its own domain and task, and all classes are of tier "all".
     """
     require_labels(dataset)
     head = clip.zero_shot_head(dataset.class_names, templates_for(dataset.spec))
@@ -93,10 +87,6 @@ def domains_of(spec: str) -> list[str]:
     ----------
     spec : str
         As of :func:`patchsae_utils.load_dataset`.
-
-    Returns
-    -------
-    list of str
     """
     if not spec.startswith("openmoji/"):
         return [spec]

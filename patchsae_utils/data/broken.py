@@ -1,7 +1,6 @@
 """Broken images, found before a run: all are decoded once, those that can't be are left out and reported, too many stop the run.
 
-That they are found beforehand costs one pass over the files, remembered in the report, and keeps everything after it simple: the data set
-holds the readable images alone, so that stores, statistics, few-shot draws and explorers all mean the same image by the same index.
+So the data set holds readable images alone, and stores, statistics, few-shot draws and explorers mean the same image by the same index.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ class TooManyBroken(ValueError):
 def without_broken(dataset, report: str | Path, max_broken: float = 0.01, *, workers: int | None = None, progress: bool = True):
     """A data set without the images that can't be decoded; the others keep their order, labels and classes.
 
-    Which were decoded, and which are broken, is kept in a report. Subsets and halves of one data set share it, an interrupted check goes on,
-    and images that were broken are looked at again each time, so that repaired ones come back.
+    The report is shared by subsets and halves of one data set, an interrupted check goes on, and broken images are looked at again each time.
 
     Parameters
     ----------
@@ -40,35 +38,27 @@ def without_broken(dataset, report: str | Path, max_broken: float = 0.01, *, wor
     report : path
         A JSON file.
     max_broken : float
-        Largest share of the data set, between 0 and 1; a single image is no reason to stop, however few there are. With 0 nothing is checked: the
-        first broken image that a stage meets stops it.
+        Largest share of the data set, between 0 and 1; a single image never stops a run. With 0 nothing is checked.
     workers : int, optional
         Processes that decode, as for :func:`batches`.
     progress : bool
-        Show a bar.
-
-    Returns
-    -------
-    ImageData or OpenMojiData
-        The same object where nothing is broken.
 
     Raises
     ------
     TooManyBroken
-        If more than that share is broken. Checking ends as soon as that is known.
+        If more than that share is broken; checking ends as soon as that is known.
     """
     if max_broken <= 0 or not hasattr(getattr(dataset, "opener", None), "listing"):
         return dataset
-    report = Path(report)
-    checked, known = _read(dataset, report)
+    checked, known = _read(dataset, report := Path(report))
     if checked[dataset.rows.numpy()].all() and known.keys().isdisjoint(dataset.rows.tolist()):
         return dataset
     with folder_lock(report.parent, wait=True):  # another process checks: it will leave its report
         broken = _check(dataset, report, max_broken, workers, progress)
     if not broken:
         return dataset
-    named = "; ".join(f"{error.where}: {error.reason}" for error in list(broken.values())[:_SHOWN])
-    named += f"; and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
+    more = [f"and {len(broken) - _SHOWN} more"] if len(broken) > _SHOWN else []
+    named = "; ".join([f"{error.where}: {error.reason}" for error in list(broken.values())[:_SHOWN]] + more)
     said = f"{len(broken):,} of {len(dataset):,} images of {dataset.spec} ({dataset.split}) can't be read"
     if len(broken) > max(1, max_broken * len(dataset)):
         raise TooManyBroken(
@@ -90,14 +80,13 @@ def _read(dataset, report: Path) -> tuple[np.ndarray, dict[int, BrokenImage]]:
 
 
 def _write(dataset, report: Path, checked: np.ndarray, broken: dict[int, BrokenImage]) -> None:
-    entries = {
+    write_json(report, {
         "data": dataset.spec, "split": dataset.split, "source": dataset.opener.listing,
         "images": int(checked.size), "images_checked": int(checked.sum()), "images_broken": len(broken),
         "broken": [{"row": int(row), "image": error.where, "reason": error.reason} for row, error in sorted(broken.items())],
         "checked": base64.b64encode(zlib.compress(np.packbits(checked).tobytes())).decode(),  # a bit an image: 1.3 million take 100 letters
         "note": "Broken images are left out of every stage, and looked at again each time. Delete this file to have all images checked again.",
-    }  # fmt: skip
-    write_json(report, entries)
+    })  # fmt: skip
 
 
 def _check(dataset, report: Path, max_broken: float, workers: int | None, progress: bool) -> dict[int, BrokenImage]:
@@ -106,8 +95,8 @@ def _check(dataset, report: Path, max_broken: float, workers: int | None, progre
     checked, before = _read(dataset, report)
     broken = {row: error for row in before if (error := _broken(dataset, [row], 0)[1]) is not None}
     mine, saved, todo = set(rows.tolist()), time.monotonic(), rows[~checked[rows]]
-    bar = tqdm(total=len(todo), desc=f"checking images of {dataset.name}", unit="image", disable=not progress or not len(todo), leave=False)
-    with bar:
+    said = {"desc": f"checking images of {dataset.name}", "unit": "image", "leave": False, "disable": not progress or not len(todo)}
+    with tqdm(total=len(todo), **said) as bar:
         for batch in load(partial(_broken, dataset, todo), len(todo), 64, workers, list):
             checked[[row for row, _ in batch]] = True
             broken |= {row: error for row, error in batch if error is not None}

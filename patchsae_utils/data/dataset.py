@@ -21,30 +21,24 @@ UNKNOWN = "not known: if pictures are exchanged for others under the same spec, 
 
 
 class Example(NamedTuple):
-    """One picture."""
+    """One picture: RGB, its place in ``class_names`` (-1 where there are no classes) and in the data set."""
 
     image: Image.Image
-    """RGB."""
     label: int
-    """Index into ``class_names``; -1 where there are no classes."""
     index: int  # type: ignore[assignment]  # tuples have a method of this name
-    """Its place in the data set."""
 
 
 class Listing(NamedTuple):
-    """What a source gives of a split: names of the classes of all its splits, a label a row, and row -> what :func:`~.pictures.open_picture` opens.
+    """What a source gives of a split."""
 
-    ``ends``: where the shares of the splits end, if the rows are a whole that is to be split within each class.
-    """
-
-    class_names: list[str]
-    labels: Sequence[int]
-    opener: Callable[[int], Any]
-    ends: Sequence[float] | None = None
+    class_names: list[str]  # of all its splits
+    labels: Sequence[int]  # one a row
+    opener: Callable[[int], Any]  # row -> what :func:`~.pictures.open_picture` opens
+    ends: Sequence[float] | None = None  # where the shares of the splits end, if the rows are a whole that is to be split within each class
 
 
 class ImageData(Dataset):
-    """Pictures that are opened when asked for. Without classes it holds all rows; else rows without a label are left out, with a warning.
+    """Pictures that are opened when asked for. Where there are classes, rows without a label are left out, with a warning.
 
     Parameters
     ----------
@@ -70,20 +64,12 @@ class ImageData(Dataset):
     """
 
     workers: int | None = None
-    """Processes that :func:`batches` opens pictures with, where it is not told otherwise; None: as many as suit the machine."""
+    """Processes that :func:`batches` opens pictures with; None: as many as suit the machine."""
 
     def __init__(
-        self,
-        spec: str,
-        split: str,
-        class_names: Sequence[str],
-        labels: Sequence[int] | Tensor,
-        open_image: Callable[[int], Any],
-        half: str | None = None,
-        n_images: int | None = None,
-        seed: int = 0,
-        rows: Sequence[int] | None = None,
-    ):
+        self, spec: str, split: str, class_names: Sequence[str], labels: Sequence[int] | Tensor, open_image: Callable[[int], Any],
+        half: str | None = None, n_images: int | None = None, seed: int = 0, rows: Sequence[int] | None = None,
+    ):  # fmt: skip
         self.spec, self.split, self.half, self.seed = spec, split, half, seed
         self.opener, self.n_listed = open_image, len(labels)
         given = checked_labels(labels, len(class_names), self.where_row)
@@ -102,26 +88,23 @@ class ImageData(Dataset):
                 warnings.warn(f"{n_without:,} of {len(self.rows):,} rows of {spec} ({split}) have no label and are left out.", stacklevel=2)
             self.rows = self.rows[relabel[given[self.rows]] >= 0]
         if n_images is not None and n_images < len(self.rows):
-            order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed))
-            self.rows = self.rows[order[:n_images].sort().values]
+            drawn = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed))[:n_images]
+            self.rows = self.rows[drawn.sort().values]
         self.labels = relabel[given[self.rows]]
 
     @property
     def has_labels(self) -> bool:
-        """Whether there are classes."""
         return bool(self.class_names)
 
     @property
     def name(self) -> str:
-        """What figures call it."""
         return name_of(self.spec)
 
     @property
     def contents(self) -> str | None:
         """Names what lies in the place of the pictures, as far as their opener knows it: 16 hex digits."""
-        if not hasattr(self.opener, "contents") or (known := self.opener.contents(self.rows.tolist())) is None:
-            return None
-        return fingerprint(opener=known, rows=hash_of(self.rows))
+        known = self.opener.contents(self.rows.tolist()) if hasattr(self.opener, "contents") else None
+        return None if known is None else fingerprint(opener=known, rows=hash_of(self.rows))
 
     def where_row(self, row: int) -> str:
         """The file of a row of the listing, or its number in a data set without files."""
@@ -159,11 +142,7 @@ def name_of(spec: str) -> str:
 
 
 def describe_dataset(dataset) -> dict[str, Any]:
-    """What distinguishes a data set from all others, as plain JSON.
-
-    ``contents`` names what lies in the place of the images: of files their names, sizes and times of change, of hub data sets their own
-    fingerprint, of scenes the artwork's version. What can't be known is said there.
-    """
+    """What distinguishes a data set from all others, as plain JSON; ``contents`` names what lies in the place of its images."""
     return {
         **{name: getattr(dataset, name, None) for name in ("spec", "split", "half", "seed")},
         "n_images": len(dataset),
@@ -174,20 +153,14 @@ def describe_dataset(dataset) -> dict[str, Any]:
 
 
 def dataset_fingerprint(dataset) -> str:
-    """Name a data set by its spec, split, labels, class names and, as far as they can be known, the sizes and times of its files.
+    """Name a data set by its spec, split, labels, class names and, as far as they can be known, the sizes and times of its files: 16 hex digits.
 
     Parameters
     ----------
     dataset : ImageData or OpenMojiData
-
-    Returns
-    -------
-    str
-        16 hex digits. What is made of the data set is current as long as they stay.
     """
     return fingerprint(**describe_dataset(dataset))
 
 
 def hash_of(numbers: Tensor) -> str:
-    """Names integers: 16 hex digits."""
     return hashlib.sha256(numbers.to(torch.int64).numpy(force=True).tobytes()).hexdigest()[:16]

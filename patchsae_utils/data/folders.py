@@ -17,10 +17,9 @@ _NO_CLASSES = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volum
 
 
 def read_folder(root: Path, split: str, names: Callable[[Sequence[str]], list[str]] = class_names) -> Listing:
-    """``<root>/<split>/<class>/<image>``, or ``<root>/<class>/<image>``; without classes ``<root>/<split>/<image>``, or ``<root>/<image>``.
+    """``<root>[/<split>]/<class>/<image>``, without classes ``<root>[/<split>]/<image>``, or what a file ``split_zhou_*.json`` says.
 
-    ``names``: folders' names -> names of the classes, which are those of all splits together. A file ``split_zhou_*.json`` in the folder is
-    followed instead.
+    ``names``: folders' names -> names of the classes, which are those of all splits together.
     """
     if not root.is_dir():
         raise FileNotFoundError(
@@ -39,9 +38,7 @@ def read_folder(root: Path, split: str, names: Callable[[Sequence[str]], list[st
         warnings.warn(f"{root / parts[0]} has no class folders; {root / part} is read instead.", stacklevel=3)
     # A folder that holds files and no picture is no class: notes, annotations.
     classes = sorted({name for each in inside.values() for name, found in each.items() if any(found[:2]) or not found.others})
-    base, labels = root / part, []
-    files: list[str] = []
-    left_out: dict[str, int] = {}
+    base, labels, files, left_out = root / part, [], [], {}
     for label, name in enumerate(classes):
         found = inside[part].get(name, Found([], [], 0))
         files += [f"{name}/{picture}" for picture in found.pictures]
@@ -52,14 +49,11 @@ def read_folder(root: Path, split: str, names: Callable[[Sequence[str]], list[st
         files, labels, classes = loose, [UNLABELLED] * len(loose), []
     elif loose:
         left_out["."] = len(loose)
-    others = [name for name, n in left_out.items() if n]
-    said = (
-        f"{sum(left_out.values()):,} images of {base} lie in no class folder or deeper than one ({', '.join(others[:3])})" if others else ""
-    )
+    others, n = [name for name, n in left_out.items() if n], sum(left_out.values())
+    said = f"{n:,} images of {base} lie in no class folder or deeper than one ({', '.join(others[:3])})" if others else ""
     if not files:
-        raise FileNotFoundError(
-            f"{base} holds no images for split {split!r}: expected {base}/<class>/<image> with endings such as .jpg, .png, .webp. {said}"
-        )
+        expected = f"{base}/<class>/<image> with endings such as .jpg, .png, .webp"
+        raise FileNotFoundError(f"{base} holds no images for split {split!r}: expected {expected}. {said}")
     if others:
         warnings.warn(f"{said} and are left out; expected {base}/<class>/<image>, of which there are {len(files):,}.", stacklevel=3)
     return Listing(names(classes), labels, ImageFiles(base, files), SHARES if shared else None)
@@ -95,27 +89,23 @@ def _count(folder: Path) -> int:
 
 
 def read_list(path: Path) -> Listing:
-    """A text file that names a picture a line, by paths relative to the file or absolute ones: pictures without labels."""
+    """A text file with the path of a picture in each line, absolute or relative to the file: pictures without labels."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}; expected a text file with the path of a picture in each line.")
     lines = [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()]
     files = list(dict.fromkeys(filter(None, lines)))
     missing = [name for name in files if not (path.parent / name).is_file()]
-    if missing or not files:
+    if not files:
+        raise FileNotFoundError(f"{path} names no picture.")
+    if missing:
         raise FileNotFoundError(
-            f"{path} names no picture."
-            if not files
-            else f"{path}, line {lines.index(missing[0]) + 1}: there is no file {str(path.parent / missing[0])!r}; {len(missing):,} of {len(files):,} are "
-            "missing. Each line is the path of a picture, relative to the folder of the list."
+            f"{path}, line {lines.index(missing[0]) + 1}: there is no file {str(path.parent / missing[0])!r}; {len(missing):,} of "
+            f"{len(files):,} are missing. Each line is the path of a picture, relative to the folder of the list."
         )
     return Listing([], [UNLABELLED] * len(files), ImageFiles(path.parent, files), SHARES)
 
 
-# -- CoOp's split files ----------------------------------------------------------------------------------------------------
-
-
 def find_split_file(folder: Path) -> Path | None:
-    """The folder's ``split_zhou_*.json``, if it has one."""
     found = sorted(folder.glob("split_zhou_*.json"))
     if len(found) > 1:
         raise ValueError(f"{folder} has {len(found)} files split_zhou_*.json ({', '.join(p.name for p in found)}); keep one.")
@@ -123,16 +113,14 @@ def find_split_file(folder: Path) -> Path | None:
 
 
 def read_split_file(path: Path, split: str) -> Listing:
-    """Which image is in which split, so that everybody measures on the same ones; of two classes of the same name both stay.
+    """CoOp's ``{"train": [[path, label, class name], ...], "val": [...], "test": [...]}``; paths are relative to the folder of images beside it.
 
-    A file holds ``{"train": [[path, label, class name], ...], "val": [...], "test": [...]}``; paths are relative to the folder of images that
-    lies beside it. Source: Zhou et al., "Learning to prompt for vision-language models", IJCV 2022 (github.com/KaiyangZhou/CoOp, DATASETS.md).
+    Source: Zhou et al., "Learning to prompt for vision-language models", IJCV 2022 (github.com/KaiyangZhou/CoOp, DATASETS.md).
     """
     content = read_json(path)
     if not isinstance(content, dict) or not {"train", "val", "test"} <= content.keys():
-        raise ValueError(
-            f"{path} must hold an object with train, val and test, as CoOp's files do. Take it away to have the folder split anew."
-        )
+        wanted = "an object with train, val and test, as CoOp's files do"
+        raise ValueError(f"{path} must hold {wanted}. Take it away to have the folder split anew.")
     names: dict[int, str] = {}
     for part in ("train", "val", "test"):
         for item in content[part]:

@@ -19,10 +19,9 @@ from .paper_sets import data_root
 from .pictures import ImageFiles, Rows
 from .splits import SHARES, UNLABELLED, class_names, find_split, half_of_classes
 
-STREAMED = 10_000
-"""Images of a stream where no number is given."""
+STREAMED = 10_000  # images of a stream where no number is given
+# Names of columns that are taken before others of their kind; as a label a plain number or text is taken under these names alone.
 IMAGES, LABELS = ("image", "img", "picture", "photo"), ("label", "labels", "class", "class_name", "category", "target")
-"""Names of columns that are taken before others of their kind; as a label a plain number or text is taken under these names alone."""
 _SHUFFLED = 1000  # images of a stream that are mixed at a time: shards come in a drawn order too, but classes may lie together in each
 _TENTHS = {"train": range(8), "val": range(8, 9), "test": range(9, 10)}  # of a stream without splits of its own: classes come in any order
 
@@ -41,9 +40,8 @@ def read_hub(given: str, split: str) -> Listing:
         if hasattr(kind, "names"):
             names, labels = class_names(kind.names), [UNLABELLED if each is None else each for each in values]
         else:  # classes are those of all splits
-            names, labels = source.classes(
-                label, {name: values if name == own else source.load(name)[label] for name in source.present}, own
-            )
+            every = {name: values if name == own else source.load(name)[label] for name in source.present}
+            names, labels = source.classes(label, every, own)
         if any(each != UNLABELLED for each in labels):
             break
         warnings.warn(f"{spec}: no row of split {own!r} has a label.", stacklevel=3)
@@ -52,10 +50,7 @@ def read_hub(given: str, split: str) -> Listing:
 
 
 def read_stream(given: str, split: str, n_images: int | None, half: str | None, seed: int) -> Listing:
-    """As many images of a data set as are asked for (of a half of its classes), mixed with ``seed``; the others are not kept.
-
-    They are written to files under :func:`~.paper_sets.data_root` while they arrive, as they are encoded, and read from there ever after.
-    """
+    """As many images as are asked for (of a half of the classes), mixed with ``seed``; they become files under :func:`~.paper_sets.data_root`."""
     spec, n_wanted = f"hf-stream:{given}", STREAMED if n_images is None else n_images
     key = fingerprint(repository=given, split=split, n_images=n_wanted, half=half, seed=seed, shuffled=_SHUFFLED, version=2)
     folder = data_root() / "streams" / f"{re.sub(r'[^A-Za-z0-9]+', '-', given).strip('-')}-{split}-{key}"
@@ -63,10 +58,8 @@ def read_stream(given: str, split: str, n_images: int | None, half: str | None, 
         source = _Source(spec)
         for own, shared in source.splits(split):
             with suppress(_NoLabels), atomic_folder(folder) as temporary:
-                write_json(
-                    temporary / "description.json",
-                    _save(source, own, _TENTHS[split] if shared else range(10), n_wanted, half, seed, temporary),
-                )
+                tenths = _TENTHS[split] if shared else range(10)
+                write_json(temporary / "description.json", _save(source, own, tenths, n_wanted, half, seed, temporary))
                 break
         else:
             raise ValueError(f"{spec} ({split}) gave no images with a label.")
@@ -91,15 +84,13 @@ def _save(source: _Source, own: str, tenths: Sequence[int], n_images: int, half:
         stream = source.load(own, streaming=True)
     image, label = source.columns(stream.features)
     if label is not None and not hasattr(stream.features[label], "names"):
-        warnings.warn(
-            f"{source.spec}: the classes in column {label!r} are not known beforehand; images are read without labels.", stacklevel=5
-        )
+        said = f"{source.spec}: the classes in column {label!r} are not known beforehand; images are read without labels."
+        warnings.warn(said, stacklevel=5)
         label = None
     names = [] if label is None else class_names(stream.features[label].names)
     unwanted = set(range(len(names))) - set(half_of_classes(len(names), half))
     stream = stream.cast_column(image, source.datasets.Image(decode=False)).shuffle(seed=seed, buffer_size=_SHUFFLED)
-    labels: list[int] = []
-    without: list[int] = []
+    labels, without = [], []
     with tqdm(total=n_images, desc=f"streaming {source.spec}", unit="image", leave=False) as bar:
         for i, row in enumerate(stream if n_images else ()):
             found = UNLABELLED if label is None else row[label]
@@ -125,7 +116,6 @@ def _save(source: _Source, own: str, tenths: Sequence[int], n_images: int, half:
 
 
 def _bytes(image: dict[str, Any] | None) -> bytes | None:
-    """A picture's encoded bytes, where there is one."""
     if image is None or image["bytes"] is not None or not image["path"]:
         return None if image is None else image["bytes"]
     with suppress(OSError), fsspec.open(image["path"], "rb") as file:
@@ -139,8 +129,8 @@ class _Source:
     def __init__(self, spec: str):
         given, _, wanted = spec.partition("?")
         self.spec, self.wanted = spec, dict(parse_qsl(wanted))
-        self.kind, self.repository, *rest = given.split(":", 2)
-        self.configuration = rest[0] if rest else ""
+        self.kind, *self._given = given.split(":", 2)
+        self.repository, self.configuration = [*self._given, ""][:2]
         if unknown := self.wanted.keys() - {"image", "label"}:
             raise ValueError(f"{spec}: unknown option {min(unknown)!r}; expected ?image=<column>&label=<column>.")
         try:
@@ -148,7 +138,6 @@ class _Source:
         except ImportError as error:
             raise ImportError(f"{spec} needs the package `datasets`: pip install datasets.") from error
         self.datasets = datasets
-        self._given = (self.repository, *rest)
 
     def splits(self, split: str) -> Iterator[tuple[str, bool]]:
         """What to read for a split, the best first, and whether a share of it is meant."""
@@ -175,8 +164,7 @@ class _Source:
         for role, name in self.wanted.items():
             if name not in features:
                 raise ValueError(f"{self.spec} has no column {name!r} for its {role}; it has {', '.join(features)}.")
-        pictures = _of_kind(features, self.datasets.Image)
-        classes = _of_kind(features, self.datasets.ClassLabel)
+        pictures, classes = _of_kind(features, self.datasets.Image), _of_kind(features, self.datasets.ClassLabel)
         plain = [name for name in LABELS if name in _of_kind(features, getattr(self.datasets, "Value", ()))]
         image = self.wanted.get("image") or next((name for name in (*IMAGES, *pictures) if name in pictures), None)
         label = self.wanted.get("label") or next((name for name in (*LABELS, *classes) if name in classes), None) or next(iter(plain), None)
@@ -184,13 +172,11 @@ class _Source:
             raise ValueError(f"{self.spec} needs a column of images (of datasets.Image); it has {dict(features)}.")
         for role, taken, others in (("image", image, pictures), ("label", label, classes)):
             if len(others) > 1 and role not in self.wanted:
-                warnings.warn(
-                    f"{self.spec} has the {role} columns {', '.join(others)}; {taken!r} is read. Choose by ?{role}=<column>.", stacklevel=4
-                )
+                said = f"{self.spec} has the {role} columns {', '.join(others)}; {taken!r} is read. Choose by ?{role}=<column>."
+                warnings.warn(said, stacklevel=4)
         if label is None:
-            warnings.warn(
-                f"{self.spec} has no label column, as ?label=<column> would name one: images are read without labels.", stacklevel=4
-            )
+            said = f"{self.spec} has no label column, as ?label=<column> would name one: images are read without labels."
+            warnings.warn(said, stacklevel=4)
         return image, label
 
     def classes(self, label: str, values: dict[str, Iterable[Any]], own: str) -> tuple[list[str], list[int]]:
@@ -210,7 +196,6 @@ def _of_kind(features, kind) -> list[str]:
 
 @contextmanager
 def _reaching(spec: str) -> Iterator[None]:
-    """What the hub and the network refuse, in words."""
     try:
         yield
     except OSError as error:  # DatasetNotFoundError and all that requests and huggingface_hub raise

@@ -23,47 +23,39 @@ from .openmoji import OpenMojiData
 from .pictures import BrokenImage
 from .splits import check_split, share
 
-PREFETCH = 2
-"""Batches that each process has ready at most: the bound on memory."""
+PREFETCH = 2  # batches that each process has ready at most: the bound on memory
 
 
 def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: str | None = None, seed: int = 0) -> ImageData | OpenMojiData:
     """Open a data set.
 
-    Where a source has no split ``val``, its ``test`` serves, and where it has no ``test``, its ``val``; where it has neither, its one part is split
-    80/10/10 within each class, of at least three images, drawn with ``seed``. Classes are those of all its splits. A source without labels gives a
-    data set without classes (``has_labels`` is False, labels are -1).
+    A missing ``val`` is the ``test``, and the other way round; where there is neither, the one part is split 80/10/10 within each class, drawn with
+    ``seed``. Classes are those of all splits. Without labels there are no classes (``has_labels`` is False, labels are -1).
 
     Parameters
     ----------
     spec : str
-        ``openmoji/<task>[:<domain>]``; a folder (``<split>/<class>/<image>`` or ``<class>/<image>``; without labels ``<split>/<image>`` or
-        ``<image>``); ``list:<file>``, or a ``.txt`` file, that names a picture a line; one of the paper's eleven (``caltech101``, ``oxford_pets``,
-        ``stanford_cars``, ``flowers102``, ``food101``, ``fgvc_aircraft``, ``sun397``, ``dtd``, ``eurosat``, ``ucf101``, ``imagenet``; a folder of such
-        a name is written ``./dtd``); ``torchvision:<Name>``; ``hf:<repository>[:<configuration>]``; or ``hf-stream:<repository>[:<configuration>]``,
-        of which only ``n_images`` are fetched (10,000 if no number is given). Names may end in ``?root=<folder>`` that holds the data set, instead of
-        ``$PATCHSAE_DATA``; those of the hub in ``?image=<column>&label=<column>``. Without labels, but with what every pixel shows:
+        ``openmoji/<task>[:<domain>]``; a folder (``[<split>/]<class>/<image>``, without labels ``[<split>/]<image>``); ``list:<file>``, or a ``.txt``
+        file, that names a picture a line; one of the paper's eleven (``caltech101``, ``oxford_pets``, ``stanford_cars``, ``flowers102``, ``food101``,
+        ``fgvc_aircraft``, ``sun397``, ``dtd``, ``eurosat``, ``ucf101``, ``imagenet``; a folder of such a name is written ``./dtd``);
+        ``torchvision:<Name>``; ``hf:<repository>[:<configuration>]``; or ``hf-stream:<repository>[:<configuration>]``, of which only ``n_images``
+        (10,000 by default) are fetched. Names may end in ``?root=<folder>``, instead of ``$PATCHSAE_DATA``; those of the hub in
+        ``?image=<column>&label=<column>``. With what every pixel shows instead of labels:
         ``coco:<images>:<annotations.json>[:<more.json>...]`` and ``masks:<images>:<label images>[:<names.txt>]``.
     split : str
         ``train``, ``val`` or ``test``.
     n_images : int, optional
-        Take so many.
     half : {"base", "novel"}, optional
         Only this half of the classes, relabelled from 0.
     seed : int
         Draws the scenes, or the subset.
 
-    Returns
-    -------
-    ImageData or OpenMojiData
-
     Raises
     ------
     ValueError
-        For an unknown spec, task, domain, split, configuration or half (the message names the valid ones); a wrong label; classes of too few
-        images to be split; a half of a data set without labels.
+        For anything unknown (naming the valid ones), a wrong label, classes too small to be split, or a half where there are no labels.
     FileNotFoundError
-        For a missing folder; the message says what is expected in it.
+        For a missing folder; says what is expected in it.
     """
     check_split(split)
     if spec.startswith(("coco:", "masks:")):
@@ -91,11 +83,8 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
 
 
 def has_truth(data) -> bool:
-    """Whether a data set, or the one that a spec means, knows what every patch shows. Opens nothing."""
+    """Whether a data set, or the one that a spec means, knows what every patch shows."""
     return data.startswith(("openmoji/", "coco:", "masks:")) if isinstance(data, str) else hasattr(data, "truth")
-
-
-# -- pictures, batch by batch ---------------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -111,13 +100,9 @@ class DeadWorker(ChildProcessError):
 
 
 def batches(
-    dataset: Sized,
-    preprocess: Callable[[Image.Image], Tensor],
-    batch_size: int = 64,
-    workers: int | None = None,
-    indices: Sequence[int] | None = None,
-    progress: str | None = None,
-) -> Iterator[Batch]:
+    dataset: Sized, preprocess: Callable[[Image.Image], Tensor], batch_size: int = 64, workers: int | None = None,
+    indices: Sequence[int] | None = None, progress: str | None = None,
+) -> Iterator[Batch]:  # fmt: skip
     """Preprocessed pictures in order, a batch at a time; the same ones however many processes open them.
 
     Parameters
@@ -127,8 +112,8 @@ def batches(
         ``clip.preprocess``.
     batch_size : int
     workers : int, optional
-        Processes that open and preprocess pictures; each has two batches ready at most. 0: none, pictures are opened here. None:
-        ``dataset.workers``, which a profile sets (``data.workers``); where that is None too, one a spare processor if a GPU computes, else none.
+        Processes that open and preprocess pictures; with 0 they are opened here. None: ``dataset.workers``, which a profile sets, and where that
+        is None too, one a spare processor if a GPU computes, else none.
     indices : sequence of int, optional
         Only these places, in this order.
     progress : str, optional
@@ -137,14 +122,12 @@ def batches(
     Yields
     ------
     Batch
-        In pinned memory where there is a GPU, which reads from it while the processor goes on.
+        In pinned memory where there is a GPU.
 
     Raises
     ------
-    BrokenImage
-        If a picture can't be read, naming its file.
-    DeadWorker
-        If a process ends before its time; says why that happens, and what to do.
+    BrokenImage, DeadWorker
+        If a picture can't be read (names its file), or a process ends before its time (says why that happens, and what to do).
     """
     places = range(len(dataset)) if indices is None else [int(i) for i in indices]
     workers = getattr(dataset, "workers", None) if workers is None else workers
@@ -158,9 +141,7 @@ def _preprocessed(dataset, preprocess, places: Sequence[int], i: int) -> tuple[T
     return preprocess(example.image), example.label, example.index
 
 
-def load(
-    read: Callable[[int], Any], n: int, batch_size: int, workers: int | None, collate: Callable[[list], Any] = default_collate
-) -> Iterator:
+def load(read: Callable[[int], Any], n: int, batch_size: int, workers: int | None, collate: Callable = default_collate) -> Iterator:
     """``read(0)`` to ``read(n - 1)``, in batches, by torch's DataLoader, with errors for people."""
     n_batches, workers = -(-n // batch_size), automatic_workers() if workers is None else workers
     workers = min(workers, n_batches) if n_batches > 1 else 0  # starting a process takes longer than opening a batch
@@ -205,7 +186,6 @@ class _Items(Dataset):
 
 
 def _collate(collate: Callable[[list], Any], items: list) -> Any:
-    """Items as a batch; the first error, where there is one."""
     return next((item for item in items if isinstance(item, BrokenImage)), None) or collate(items)
 
 
@@ -218,11 +198,7 @@ def _means_dead(error: Exception) -> bool:
 
 @contextmanager
 def _no_signals() -> Iterator[None]:
-    """Take back the signal handler that torch installs with the first DataLoader.
-
-    It would raise the death of a worker in the midst of whatever runs then, a write to disk included. Without it ``next`` finds a dead worker
-    within five seconds, where it can be told to the user.
-    """
+    """Take back torch's signal handler, which would raise the death of a worker in the midst of a write; ``next`` finds it within five seconds."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         yield  # torch installs none
         return

@@ -1,7 +1,7 @@
 """The embedded world: scenes composed of OpenMoji artwork (:mod:`.artwork`), with exact ground truth for every patch.
 
-A scene is one to three objects on a background, 112x112 pixels, so that patches of 8 pixels give the 14x14 grid of the paper. It is a pure
-function of ``(seed, split, index)``: nothing is stored but the rasterised sprites, and every process draws the same bytes.
+A scene is one to three objects on a background, 112x112 pixels: with patches of 8 pixels the 14x14 grid of the paper. It is a pure function of
+``(seed, split, index)``: nothing is stored but the rasterised sprites, and every process draws the same bytes.
 """
 
 from __future__ import annotations
@@ -20,20 +20,15 @@ from torch.utils.data import Dataset
 from . import artwork
 from .artwork import BACKGROUND_KINDS, BACKGROUNDS, COLORS, N_VARIANTS, OUTLINE, PALETTE, SPRITE_SIZES, TEXTURE_SIZE, Sprites, textures
 from .dataset import Example
-from .splits import SPLITS as _SPLITS
-from .splits import check_split, half_of_classes
+from .splits import SPLITS, check_split, half_of_classes
 
 __all__ = ["BACKGROUNDS", "BACKGROUND_KINDS", "COLORS", "PALETTE", "OpenMojiData"]
 
-IMAGE_SIZE = 112
-PATCH_SIZE = 8
+IMAGE_SIZE, PATCH_SIZE = 112, 8
 GRID = IMAGE_SIZE // PATCH_SIZE
-
 DOMAINS = ("color", "line", "gray", "night")
-SPLITS = tuple(_SPLITS)
-LAYOUTS = ("main", "several")
 
-# The mixture of pretraining scenes: the line domain is hardly shown; the others hold two or three objects of similar size.
+# The mixture of pretraining scenes: the line domain is hardly shown; those of layout "several" hold two or three objects of similar size.
 DOMAIN_SHARES = {"color": 0.88, "gray": 0.06, "night": 0.05, "line": 0.01}
 MAIN_SHARE = 0.4
 
@@ -52,8 +47,7 @@ class Placement(NamedTuple):
     size: float
     angle: float
     flip: bool
-    paint: tuple[int, int] | None = None
-    """Palette colour that is painted over with another one, if any: indices into ``COLORS``."""
+    paint: tuple[int, int] | None = None  # palette colour that is painted over with another one, if any: indices into ``COLORS``
 
 
 class Scene(NamedTuple):
@@ -69,20 +63,13 @@ class Scene(NamedTuple):
 class SceneTruth(NamedTuple):
     """What every patch shows: shares of its 64 pixels, in [0, 1]."""
 
-    class_ids: np.ndarray
-    """[n] class of each placed object."""
-    object_share: np.ndarray
-    """[n, 14, 14] visible pixels of each object, outline included."""
-    color_share: np.ndarray
-    """[13, 14, 14] fill of each palette colour; zero in `line` and `gray`, which show none."""
-    outline_share: np.ndarray
-    """[14, 14] pixels of black outline."""
-    background: int
-    """Index into ``BACKGROUND_KINDS``."""
-    concepts: np.ndarray
-    """[m] what is shown: places in :func:`concept_names`."""
-    masks: np.ndarray
-    """[m, 112, 112] the pixels that show it; those of outlines, which are thin, count twice."""
+    class_ids: np.ndarray  # [n] class of each placed object
+    object_share: np.ndarray  # [n, 14, 14] visible pixels of each object, outline included
+    color_share: np.ndarray  # [13, 14, 14] fill of each palette colour; zero in `line` and `gray`, which show none
+    outline_share: np.ndarray  # [14, 14] pixels of black outline
+    background: int  # index into ``BACKGROUND_KINDS``
+    concepts: np.ndarray  # [m] what is shown: places in :func:`concept_names`
+    masks: np.ndarray  # [m, 112, 112] the pixels that show it; those of outlines, which are thin, count twice
 
     @property
     def background_share(self) -> np.ndarray:
@@ -113,7 +100,7 @@ class OpenMojiData(Dataset):
 
     has_labels = True
     workers: int | None = None
-    """Processes that :func:`batches` draws scenes with, where it is not told otherwise; None: as many as suit the machine."""
+    """Processes that :func:`batches` draws scenes with; None: as many as suit the machine."""
 
     def __init__(self, task: str, split: str, domain: str = "color", half: str | None = None, n_images: int | None = None, seed: int = 0):
         table, valid = class_table(), ["all", "scenes", *tasks()]
@@ -124,9 +111,7 @@ class OpenMojiData(Dataset):
             raise ValueError(f"Unknown domain {domain!r}. Valid: {', '.join(DOMAINS)}.")
         half_of_classes(0, half)  # refuses an unknown half
         if task == "scenes" and domain != "color":
-            raise ValueError(
-                f"openmoji/scenes mixes the domains; openmoji/scenes:{domain} does not exist. Use openmoji/all:{domain} or a task."
-            )
+            raise ValueError(f"openmoji/scenes mixes the domains; openmoji/scenes:{domain} does not exist. Use openmoji/all:{domain}.")
         if task == "scenes" and half is not None:
             raise ValueError("openmoji/scenes mixes objects of both halves; halves are for openmoji/all and the tasks.")
         rows = table if task in ("all", "scenes") else table[table["task"] == task]
@@ -136,20 +121,19 @@ class OpenMojiData(Dataset):
         self.name = task if domain == "color" else f"{task} ({domain})"
         self.class_ids, self.class_names = rows.index.to_numpy(), rows["name"].tolist()
         n = 20 * len(rows) if n_images is None else n_images
-        self.labels = torch.arange(n) % len(rows)
-        if task == "scenes":
-            self.labels = torch.tensor([pretraining_main(seed, split, i) for i in range(n)])
+        if task == "scenes":  # the class that :func:`pretraining_scene` draws first
+            self.labels = torch.tensor([int(scene_rng(seed, split, i).integers(len(table))) for i in range(n)])
+        else:
+            self.labels = torch.arange(n) % len(rows)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def contents(self) -> str:
-        """What draws the scenes."""
         return artwork.version()
 
     def scene(self, index: int) -> Scene:
-        """What is in scene ``index``."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.spec!r} ({self.split}) has {len(self)} images; there is no index {index}.")
         if self.task == "scenes":
@@ -159,7 +143,6 @@ class OpenMojiData(Dataset):
 
     @property
     def concept_names(self) -> tuple[str, ...]:
-        """What :meth:`truth` knows."""
         return concept_names()
 
     @property
@@ -168,7 +151,6 @@ class OpenMojiData(Dataset):
         return {f"category:{kind}": [f"object:{name}" for name in rows] for kind, rows in class_table().groupby("category")["name"]}
 
     def truth(self, index: int) -> SceneTruth:
-        """What every patch of scene ``index`` shows."""
         return scene_truth(self.scene(index))
 
     def __getitem__(self, index: int) -> Example:
@@ -178,8 +160,7 @@ class OpenMojiData(Dataset):
 @lru_cache
 def class_table() -> pd.DataFrame:
     """One row a class: codepoint, name, task, half (base or novel), category, caption tier. Sorted by task, then name."""
-    path = resources.files("patchsae_utils.data") / "openmoji_classes.csv"
-    with path.open("rb") as file:
+    with (resources.files("patchsae_utils.data") / "openmoji_classes.csv").open("rb") as file:
         return pd.read_csv(file, dtype=str)
 
 
@@ -216,27 +197,21 @@ def concept_masks(truth: SceneTruth) -> np.ndarray:
 
 def scene_rng(seed: int, split: str, index: int, stream: int = 0) -> np.random.Generator:
     """The scene's own random numbers; ``stream`` 0 draws the scene, 1 its caption."""
-    return np.random.default_rng([seed, SPLITS.index(split), index, stream])
+    return np.random.default_rng([seed, list(SPLITS).index(split), index, stream])
 
 
 def draw_scene(rng: np.random.Generator, main: int, layout: str = "main", domain: str = "color") -> Scene:
-    """Choose the objects, their places and the background.
-
-    ``main`` is the class of the main object, or of one of several. Layout ``main``: one large object, in half of the scenes with one or two small
-    distractors of other tasks; ``several``: two or three objects of similar size.
-    """
+    """Choose objects, places and background. Layout ``main``: one large object, often with small ones of other tasks; ``several``: two or three."""
 
     def place(class_id: int, x: float, y: float, size: float, jitter: float) -> Placement:
         dx, dy = rng.uniform(-jitter, jitter, 2)
         return Placement(int(class_id), x + dx, y + dy, size, rng.uniform(-20, 20), bool(rng.random() < 0.5))
 
-    n_classes = len(class_table())
     placements = []
     if layout == "main":
-        size = rng.uniform(58, 96)
-        jitter = max(0.0, (IMAGE_SIZE - size) / 2)
-        main_placement = place(main, IMAGE_SIZE / 2, IMAGE_SIZE / 2, size, jitter)
-        others = np.flatnonzero(_codes("task")[0] != _codes("task")[0][main])
+        size, tasks_of = rng.uniform(58, 96), _codes("task")[0]
+        main_placement = place(main, IMAGE_SIZE / 2, IMAGE_SIZE / 2, size, (IMAGE_SIZE - size) / 2)
+        others = np.flatnonzero(tasks_of != tasks_of[main])
         for _ in range(rng.integers(1, 3) if rng.random() < 0.5 else 0):
             # Small things go behind the main one and to the edge that it leaves free.
             x = 16 if main_placement.x > IMAGE_SIZE / 2 else IMAGE_SIZE - 16
@@ -244,13 +219,12 @@ def draw_scene(rng: np.random.Generator, main: int, layout: str = "main", domain
         placements.append(main_placement)
     else:
         n_objects = 2 if rng.random() < 0.6 else 3
-        class_ids = [main, *rng.integers(0, n_classes, n_objects - 1)]
+        class_ids = [main, *rng.integers(0, len(class_table()), n_objects - 1)]
         if n_objects == 2:
             spots = [[(30, 56), (82, 56)], [(56, 30), (56, 82)], [(32, 32), (80, 80)], [(32, 80), (80, 32)]][rng.integers(4)]
             low, high, jitter = 42, 60, 6
         else:
-            corners = [(30, 30), (82, 30), (30, 82), (82, 82)]
-            spots = [corners[i] for i in rng.permutation(4)[:3]]
+            spots = [[(30, 30), (82, 30), (30, 82), (82, 82)][i] for i in rng.permutation(4)[:3]]
             low, high, jitter = 38, 52, 5
         order = rng.permutation(n_objects)
         placements = [place(class_ids[i], spots[j][0], spots[j][1], rng.uniform(low, high), jitter) for j, i in enumerate(order)]
@@ -266,31 +240,22 @@ def pretraining_scene(seed: int, split: str, index: int) -> Scene:
     rng = scene_rng(seed, split, index)
     main = int(rng.integers(len(class_table())))
     domain = str(rng.choice(list(DOMAIN_SHARES), p=list(DOMAIN_SHARES.values())))
-    layout = "main" if rng.random() < MAIN_SHARE else "several"
-    return draw_scene(rng, main, layout, domain)
-
-
-def pretraining_main(seed: int, split: str, index: int) -> int:
-    """The class that :func:`pretraining_scene` is drawn around."""
-    return int(scene_rng(seed, split, index).integers(len(class_table())))
+    return draw_scene(rng, main, "main" if rng.random() < MAIN_SHARE else "several", domain)
 
 
 def render(scene: Scene) -> np.ndarray:
     """Draw a scene: uint8 [112, 112, 3]."""
     sheet = sprites()
-    kind = BACKGROUND_KINDS[scene.background]
     variant, top, left = scene.variant
-    if scene.domain == "line":
-        variant = 0  # the lightest
-    canvas = textures()[kind][variant][top : top + IMAGE_SIZE, left : left + IMAGE_SIZE].astype(np.float32)
+    texture = textures()[BACKGROUND_KINDS[scene.background]][0 if scene.domain == "line" else variant]  # 0: the lightest
+    canvas = texture[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE].astype(np.float32)
     for placement in scene.placements:
         level = 0 if placement.size > SPRITE_SIZES[1] else 1
         sprite = (sheet.line if scene.domain == "line" else sheet.color)[level][placement.class_id]
         if placement.paint is not None and scene.domain != "line":
             sprite = artwork.painted(sprite, sheet.truth[level][placement.class_id], *placement.paint)
         patch, rows, columns = _warp(Image.fromarray(sprite, "RGBa"), placement, Image.Resampling.BILINEAR)
-        layer = np.asarray(patch, np.float32)
-        region = canvas[rows, columns]
+        layer, region = np.asarray(patch, np.float32), canvas[rows, columns]
         region *= 1 - layer[..., 3:] / 255
         region += layer[..., :3]
     if scene.domain == "gray":
@@ -312,12 +277,10 @@ def scene_truth(scene: Scene) -> SceneTruth:
             old, new = placement.paint
             sprite = np.where(sprite == old + 1, new + 1, sprite).astype(np.uint8)
         patch, rows, columns = _warp(Image.fromarray(sprite, "L"), placement, Image.Resampling.NEAREST)
-        mark = np.asarray(patch)
-        visible = mark > 0
+        visible = (mark := np.asarray(patch)) > 0
         owner[rows, columns][visible] = i
         paint[rows, columns][visible] = mark[visible]
-    shows_color = scene.domain in ("color", "night")
-    fill = np.where((paint & OUTLINE) | ~np.bool_(shows_color), 0, paint)
+    fill = np.where(paint & OUTLINE, 0, paint) if scene.domain in ("color", "night") else np.zeros_like(paint)
     class_ids = np.array([p.class_id for p in scene.placements], int)
     first, (category, categories) = len(class_table()), _codes("category")
     shown: dict[int, np.ndarray] = {}
@@ -342,13 +305,9 @@ def scene_truth(scene: Scene) -> SceneTruth:
 @lru_cache
 def main_colors() -> tuple[str, ...]:
     """The palette colour that fills most of each class's picture (black only where nothing else is)."""
-    names = []
-    for sprite in sprites().truth[0]:
-        fill = sprite[(sprite > 0) & (sprite < OUTLINE)]
-        count = np.bincount(fill, minlength=len(COLORS) + 1)[1:].astype(float)
-        count[0] *= 0.01
-        names.append(COLORS[int(count.argmax())] if count.any() else "black")
-    return tuple(names)
+    filled = (sprite[(sprite > 0) & (sprite < OUTLINE)] for sprite in sprites().truth[0])
+    counts = np.stack([np.bincount(fill, minlength=len(COLORS) + 1)[1:] for fill in filled]) * np.where(np.arange(len(COLORS)), 1, 0.01)
+    return tuple(COLORS[i] for i in counts.argmax(1))  # where nothing is filled the first: black
 
 
 def _warp(sprite: Image.Image, placement: Placement, resample) -> tuple[Image.Image, slice, slice]:
@@ -358,18 +317,12 @@ def _warp(sprite: Image.Image, placement: Placement, resample) -> tuple[Image.Im
     half = placement.size / 2 * (abs(cos) + abs(sin))
     left, right = max(0, math.floor(placement.x - half)), min(IMAGE_SIZE, math.ceil(placement.x + half))
     top, bottom = max(0, math.floor(placement.y - half)), min(IMAGE_SIZE, math.ceil(placement.y + half))
-    scale = sprite.width / placement.size
-    mirror = -1 if placement.flip else 1
-    a, b = cos * scale * mirror, -sin * scale * mirror
-    c, d = sin * scale, cos * scale
-    dx, dy = left - placement.x, top - placement.y
-    middle = sprite.width / 2
+    scale, mirror = sprite.width / placement.size, -1 if placement.flip else 1
+    a, b, c, d = cos * scale * mirror, -sin * scale * mirror, sin * scale, cos * scale
+    dx, dy, middle = left - placement.x, top - placement.y, sprite.width / 2
     matrix = (a, b, a * dx + b * dy + middle, c, d, c * dx + d * dy + middle)
-    return (
-        sprite.transform((right - left, bottom - top), Image.Transform.AFFINE, matrix, resample),
-        slice(top, bottom),
-        slice(left, right),
-    )
+    warped = sprite.transform((right - left, bottom - top), Image.Transform.AFFINE, matrix, resample)
+    return warped, slice(top, bottom), slice(left, right)
 
 
 def _shares(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ def digest():
     state = hashlib.sha256()
     for index in range(8):
         for domain in openmoji.DOMAINS:
-            drawn = scene(index, domain=domain, layout=openmoji.LAYOUTS[index % 2])
+            drawn = scene(index, domain=domain, layout=("main", "several")[index % 2])
             state.update(openmoji.render(drawn).tobytes())
             state.update(np.packbits(openmoji.concept_masks(openmoji.scene_truth(drawn))).tobytes())
     return state.hexdigest()
@@ -101,7 +101,7 @@ def test_splits_and_seeds_are_disjoint():
 # -- ground truth ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", openmoji.LAYOUTS)
+@pytest.mark.parametrize("layout", ["main", "several"])
 @pytest.mark.parametrize("domain", openmoji.DOMAINS)
 def test_shares_are_shares(domain, layout):
     for index in range(N // 2):
@@ -119,7 +119,7 @@ def test_shares_are_shares(domain, layout):
 
 def test_objects_are_where_the_picture_changes():
     for index in range(N):
-        drawn = scene(index, layout=openmoji.LAYOUTS[index % 2])
+        drawn = scene(index, layout=("main", "several")[index % 2])
         truth = openmoji.scene_truth(drawn)
         changed = to_patches(np.abs(openmoji.render(drawn) - empty(drawn)).max(-1))
         assert (changed[truth.background_share == 1] > 40).mean() < 0.02  # smooth edges alone
