@@ -1,9 +1,7 @@
 """torchvision's sets; and the paper's eleven by name: where they lie, which images are in which split, what CLIP calls their classes, and prompts.
 
-The eleven are found under one folder (``$PATCHSAE_DATA``, or ``caltech101?root=/data``) as CoOp's instructions lay them out or as torchvision does,
-whichever is there. Names and prompts are CoOp's (Zhou et al., IJCV 2022), which MaPLe and PatchSAE follow; with CoOp's ``split_zhou_*.json`` in the
-folder, so are the splits. Without it a set's own splits are taken; where there are none, classes are split 50/20/30 as CoOp does, and a missing val
-is a fifth of train.
+The eleven lie as CoOp's instructions or torchvision put them. Names and prompts are CoOp's (Zhou et al., IJCV 2022); with its ``split_zhou_*.json``
+so are the splits, without it a set's own; where there are none, classes are split 50/20/30 as CoOp does, and a missing val is a fifth of train.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import csv
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +33,7 @@ _EUROSAT = {
 _CALTECH = {"airplanes": "airplane", "Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike"}
 _CALTECH_LEFT_OUT = ("BACKGROUND_Google", "Faces_easy")
 
+# torchvision's names of classes -> CoOp's.
 _RENAMED: dict[str, Callable[[str], str]] = {
     "Caltech101": lambda name: _CALTECH.get(name, name),
     "EuroSAT": lambda name: _EUROSAT.get(name, name),
@@ -42,32 +41,29 @@ _RENAMED: dict[str, Callable[[str], str]] = {
     "StanfordCars": lambda name: " ".join([*name.split()[-1:], *name.split()[:-1]]),  # the year first
     "SUN397": lambda name: " ".join(reversed(name.split("/"))),  # apse/indoor
 }
-"""torchvision's names of classes -> CoOp's."""
 
 
 class PaperSet(NamedTuple):
-    """One of the eleven: torchvision's class, CoOp's prompt, where it lies under the root, where it can be had, torchvision's names of our splits."""
+    """One of the eleven."""
 
-    torchvision: str
-    template: str
-    folders: tuple[str, ...]
-    page: str
-    splits: dict[str, str]
+    torchvision: str  # torchvision's class
+    template: str  # CoOp's prompt
+    folders: tuple[str, ...]  # where it lies under the root
+    page: str  # where it can be had
+    splits: dict[str, str]  # torchvision's names of our splits
 
-
-def _paper_sets() -> Iterator[tuple[str, PaperSet]]:
-    with (resources.files(__package__) / "paper_sets.csv").open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            splits = dict(pair.split("=") for pair in row["splits"].split())
-            yield row["name"], PaperSet(row["torchvision"], row["template"], tuple(row["folders"].split()), row["page"], splits)
+    @classmethod
+    def of(cls, row: dict[str, str]) -> PaperSet:
+        splits = dict(pair.split("=") for pair in row["splits"].split())
+        return cls(row["torchvision"], row["template"], tuple(row["folders"].split()), row["page"], splits)
 
 
-PAPER_SETS = dict(_paper_sets())
-"""By the names that CoOp, MaPLe and PatchSAE give them."""
+with (resources.files(__package__) / "paper_sets.csv").open(encoding="utf-8") as _file:
+    PAPER_SETS = {row["name"]: PaperSet.of(row) for row in csv.DictReader(_file)}  # by the names that CoOp, MaPLe and PatchSAE give them
 
 
 def data_root(given: str = "") -> Path:
-    """Where data sets lie that are called by name: the folder that is given, else ``$PATCHSAE_DATA``, else ``~/.cache/patchsae_utils/data``."""
+    """Where data sets lie that are called by name."""
     return Path(given or os.environ.get("PATCHSAE_DATA") or "~/.cache/patchsae_utils/data").expanduser()
 
 
@@ -119,10 +115,7 @@ def _aircraft(place: Path, split: str) -> Listing:
 
 
 def _imagenet(places: Sequence[Path], split: str, root: Path) -> Listing:
-    """Folders of WordNet ids, also right under the root, as torchvision has them.
-
-    Names: of CoOp's ``classnames.txt`` ("<id> <name>" lines) where it lies in ``imagenet``, else CLIP's.
-    """
+    """Folders of WordNet ids; names are of CoOp's ``classnames.txt`` ("<id> <name>" lines) where it lies in ``imagenet``, else CLIP's."""
     place = next((place for place in [*places, root] if (place / "train").is_dir()), None)
     if place is None:
         raise FileNotFoundError(_missing("imagenet", root, "with train/<wnid>/*.JPEG and val/<wnid>/*.JPEG in it"))
@@ -137,9 +130,6 @@ def _imagenet(places: Sequence[Path], split: str, root: Path) -> Listing:
         return [words[wnid] for wnid in ids]
 
     return read_folder(place, split, named)
-
-
-# -- torchvision -----------------------------------------------------------------------------------------------------------
 
 
 def read_torchvision(name: str, split: str, given_root: str = "") -> Listing:
@@ -208,19 +198,13 @@ def _listing(data: Any, kind: str, root: Path, split: str, ends, renamed: Callab
     return Listing(class_names(renamed(name) if isinstance(name, str) else name for name in names), labels, opener, ends)
 
 
-# -- prompts ---------------------------------------------------------------------------------------------------------------
-
 # Source: CUSTOM_TEMPLATES of CoOp (Zhou et al., IJCV 2022; trainers/zsclip.py), after Radford et al., 2021; for ImageNet OpenAI's 80.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     **{name: (entry.template,) for name, entry in PAPER_SETS.items()},
     "openmoji": openmoji.TEMPLATES,
     "imagenet": tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES),
 }
-_OTHER_NAMES = {
-    alias.lower(): name
-    for name, entry in PAPER_SETS.items()
-    for alias in (entry.torchvision, *(folder.split("/")[0] for folder in entry.folders))
-}
+_OTHER_NAMES = {alias.split("/")[0].lower(): name for name, entry in PAPER_SETS.items() for alias in (entry.torchvision, *entry.folders)}
 
 
 def templates_for(spec: str) -> tuple[str, ...]:
@@ -229,13 +213,7 @@ def templates_for(spec: str) -> tuple[str, ...]:
     Parameters
     ----------
     spec : str
-        As for ``load_dataset``: ``openmoji/animals``, ``oxford_pets``, ``torchvision:DTD``, a folder, ... A folder of the name of one of the paper's
-        data sets, CoOp's or torchvision's, gets its template.
-
-    Returns
-    -------
-    tuple of str
-        Each with one ``{}`` for the class name.
+        As for ``load_dataset``; a folder of the name of one of the paper's data sets, CoOp's or torchvision's, gets its template.
     """
     name = spec.split("/")[0] if spec.startswith("openmoji") else name_of(spec).lower()
     return TEMPLATES.get(_OTHER_NAMES.get(name, name), TEMPLATES["imagenet"])

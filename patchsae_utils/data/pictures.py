@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-GROUND = "white"
-"""Shows through the transparent parts of a picture."""
-_NO_PICTURES = frozenset("BUFR EPS GRIB HDF5 IPTC MPEG PALM PDF WMF".split())
-"""What Pillow has endings for, and can't decode."""
+GROUND = "white"  # shows through the transparent parts of a picture
+_NO_PICTURES = frozenset("BUFR EPS GRIB HDF5 IPTC MPEG PALM PDF WMF".split())  # what Pillow has endings for, and can't decode
 
 
 class BrokenImage(ValueError):
@@ -34,16 +32,12 @@ class BrokenImage(ValueError):
 
 
 def open_picture(source: Any, where: str | None = None, draft: bool = False) -> Image.Image:
-    """A path, bytes, a PIL image, an array, or what a function returns of these, by :func:`as_rgb`; a :class:`BrokenImage` of ``where`` if it can't be read.
-
-    ``draft`` takes a JPEG at an eighth of its size: as good for telling whether the file is whole, and quicker.
-    """
+    """A path, bytes, a PIL image, an array, or what a function returns of these, by :func:`as_rgb`; ``draft``: a JPEG at an eighth of its size."""
     try:
         source = source() if callable(source) else source
         if source is None:
             raise ValueError("there is none")
-        if isinstance(source, bytes):
-            source = io.BytesIO(source)
+        source = io.BytesIO(source) if isinstance(source, bytes) else source
         if isinstance(source, np.ndarray):
             fractions = source.ndim == 3 and source.dtype.kind == "f" and source.min() >= 0 and source.max() <= 1
             source = Image.fromarray((255 * source).round().astype(np.uint8) if fractions else source)
@@ -52,11 +46,9 @@ def open_picture(source: Any, where: str | None = None, draft: bool = False) -> 
                 image.draft(None, (1, 1))
             return as_rgb(image)
     except Exception as error:  # decoders of damaged files raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
-        where, reason = (
-            where or (str(source) if isinstance(source, str | os.PathLike) else "A picture"),
-            (str(error).splitlines() or [type(error).__name__])[0].rstrip("."),
-        )
-        if isinstance(source, str | os.PathLike) and Path(source).exists():
+        is_path, reason = isinstance(source, str | os.PathLike), (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        where = where or (str(source) if is_path else "A picture")
+        if is_path and Path(source).exists():
             where += f" ({Path(source).stat().st_size:,} bytes)"
         raise BrokenImage(where, reason.replace(f" {str(source)!r}", "")) from error
 
@@ -82,9 +74,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     low, high, slack = values.min(), values.max(), 0.05 if fractions else 0  # resampling overshoots
     top = next((top for top in ranges if high <= (1 + slack) * top), None)
     if top is None or low < -slack * top:
-        raise ValueError(
-            f"its values lie between {low:g} and {high:g}; fractions from 0 to 1 are read, and numbers from 0 to 255 or 65,535"
-        )
+        read = "fractions from 0 to 1 are read, and numbers from 0 to 255 or 65,535"
+        raise ValueError(f"its values lie between {low:g} and {high:g}; {read}")
     scaled = (values * (255 / top)).clip(0, 255).round().astype(np.uint8)
     if isinstance(clear, int):
         scaled[values == clear] = 255
@@ -98,11 +89,7 @@ def is_picture(name: str) -> bool:
 
 
 class ImageFiles:
-    """Opener of picture files: row -> path. Names are relative to the root.
-
-    They are kept as one array: 1.3 million strings would take 150 MB, and as much again in every process that opens pictures, which by counting
-    references copies the pages that they lie on.
-    """
+    """Opener of picture files: row -> path. Names are relative to the root, and one array: 1.3 million strings take 150 MB in every process."""
 
     def __init__(self, root: str | os.PathLike, names: Sequence[str]):
         self.root, self._names = str(root), np.array([os.fsencode(name) for name in names], dtype=bytes)
@@ -134,10 +121,7 @@ class ImageFiles:
 
 
 class Rows:
-    """Opener of a data set that has no files of its own to show: row -> its column.
-
-    Called ``name`` in messages; ``known`` names what it holds, where that is known.
-    """
+    """Opener of a data set without files: row -> its column. ``known`` names what it holds, where that is known."""
 
     def __init__(self, name: str, data: Any, column: str | int, known: str | None = None):
         self.name, self.data, self.column, self.known = name, data, column, known

@@ -15,18 +15,13 @@ from open_clip import IMAGENET_CLASSNAMES
 from timm.data import ImageNetInfo
 from torch import Tensor
 
+# What sources call our splits, in small letters or large.
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-"""What sources call our splits, in small letters or large."""
-SHARES = (0.8, 0.9, 1.0)
-"""Where the shares of train, val and test end, of a class that is split here."""
+SHARES = (0.8, 0.9, 1.0)  # where the shares of train, val and test end, of a class that is split here
 UNLABELLED = -1
 
 
-# -- splits ---------------------------------------------------------------------------------------------------------------
-
-
 def check_split(split: str) -> None:
-    """Raise ``ValueError`` for an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"Unknown split {split!r}. Valid: {', '.join(SPLITS)}.")
 
@@ -52,8 +47,7 @@ def share(labels: Sequence[int], split: str, ends: Sequence[float], seed: int, c
     for row, label in enumerate(labels):
         members.setdefault(label, []).append(row)
     kept, part = members.pop(UNLABELLED, []) if class_names else [], list(SPLITS).index(split)
-    few = [(label, len(rows)) for label, rows in sorted(members.items()) if len(rows) < len(ends)]
-    if few:
+    if few := [(label, len(rows)) for label, rows in sorted(members.items()) if len(rows) < len(ends)]:
         shown = [f"{class_names[label]!r} has {n}" if class_names else f"it has {n}" for label, n in few[:3]]
         raise ValueError(
             f"{source} has too few images{' a class' if class_names else ''} to split: {', '.join(shown)}"
@@ -111,22 +105,14 @@ def few_shot(dataset, n_shots: int, seed: int = 0) -> list[int]:
     for label, name in enumerate(dataset.class_names):
         members = (labels == label).nonzero().flatten()
         if len(members) < n_shots:
-            raise ValueError(
-                f"Class {label} ({name!r}) of {dataset.spec!r} has {len(members)} {dataset.split} examples; {n_shots} shots were asked for."
-            )
+            has = f"Class {label} ({name!r}) of {dataset.spec!r} has {len(members)} {dataset.split} examples"
+            raise ValueError(f"{has}; {n_shots} shots were asked for.")
         chosen += members[torch.randperm(len(members), generator=generator)[:n_shots]].tolist()
     return chosen
 
 
-# -- classes ---------------------------------------------------------------------------------------------------------------
-
-
 def class_names(given: Iterable[Any]) -> list[str]:
-    """What a source calls its classes -> what prompts call them, in the same order.
-
-    WordNet ids (n01440764), and ImageNet's own 1,000 names, become CLIP's names for these classes. Of comma-separated synonyms the first is
-    taken, unless two classes would share it; ``_`` becomes a space.
-    """
+    """What prompts call classes: CLIP's names for WordNet ids and ImageNet's own names, else the first of synonyms that no two classes share."""
     names = [", ".join(map(str, name)) if isinstance(name, tuple | list) else str(name) for name in given]
     if names and all(re.fullmatch(r"n\d{8}", name) for name in names):
         return [_wordnet().get(wnid, wnid) for wnid in names]
@@ -139,7 +125,6 @@ def class_names(given: Iterable[Any]) -> list[str]:
 
 @lru_cache
 def _wordnet() -> dict[str, str]:
-    """WordNet ids -> CLIP's names where it has one, else the first of WordNet's."""
     others = ImageNetInfo("imagenet-22k")
     names = {wnid: others.label_name_to_description(wnid).split(",")[0] for wnid in others.label_names()}
     return names | dict(zip(ImageNetInfo().label_names(), IMAGENET_CLASSNAMES, strict=True))
@@ -152,7 +137,6 @@ def checked_labels(labels: Sequence[Any] | Tensor, n_classes: int, where: Callab
     labels, valid = [each.item() if isinstance(each, Tensor | np.generic) else each for each in labels], range(UNLABELLED, n_classes)
     for row, label in enumerate(labels):
         if not isinstance(label, Integral) or label not in valid:
-            raise ValueError(
-                f"{where(row)} has the label {label!r}; expected a whole number in range({n_classes}), or {UNLABELLED} for one without label."
-            )
+            expected = f"a whole number in range({n_classes}), or {UNLABELLED} for one without label"
+            raise ValueError(f"{where(row)} has the label {label!r}; expected {expected}.")
     return torch.tensor(labels, dtype=torch.int64)

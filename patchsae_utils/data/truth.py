@@ -25,10 +25,8 @@ from .dataset import ImageData, Listing
 from .pictures import ImageFiles, is_picture
 from .splits import SHARES, SPLITS, UNLABELLED, class_names, find_split, share
 
-THRESHOLD = 0.5
-"""Share of a patch's pixels from which on it shows a concept."""
-VOID = 255
-"""Value of label images that says nothing, unless it has a name."""
+THRESHOLD = 0.5  # share of a patch's pixels from which on it shows a concept
+VOID = 255  # value of label images that says nothing, unless it has a name
 _NOTHING = {"background", "void", "other", "unlabeled", "unlabelled", "ignore"}
 _GIVEN_KIND = re.compile(r"[a-z]+:\S.*")
 
@@ -36,10 +34,8 @@ _GIVEN_KIND = re.compile(r"[a-z]+:\S.*")
 class Regions(NamedTuple):
     """What a picture shows, and where; what lies in no mask shows none of the concepts."""
 
-    concepts: np.ndarray
-    """[n] places in ``concept_names``; none twice."""
-    masks: np.ndarray
-    """[n, H, W] of the picture's pixels, upright, or of a model's patches: whether, or to which share, they show it."""
+    concepts: np.ndarray  # [n] places in ``concept_names``; none twice
+    masks: np.ndarray  # [n, H, W] of the picture's pixels, upright, or of a model's patches: whether, or to which share, they show it
 
 
 def concept_masks(dataset, index: int, clip) -> np.ndarray:
@@ -84,9 +80,6 @@ def seen_pixels(preprocess, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(places)
 
 
-# -- data sets ---------------------------------------------------------------------------------------------------------------
-
-
 class MaskedData(ImageData):
     """Pictures without labels whose pixels' concepts are known: ``annotations`` has their names and families, ``regions(row)``, ``contents(rows)``."""
 
@@ -98,11 +91,9 @@ class MaskedData(ImageData):
 
     @property
     def contents(self) -> str | None:
-        """Of pictures and annotations."""
         return fingerprint(pictures=super().contents, truth=self.annotations.contents(self.rows.tolist()))
 
     def truth(self, index: int) -> Regions:
-        """What the pixels of a picture show."""
         row = int(self.rows[index])
         concepts, masks = self.annotations.regions(row)
         return Regions(concepts, _upright(masks, self.where_row(row)))
@@ -146,11 +137,7 @@ def _upright(masks: np.ndarray, picture: str) -> np.ndarray:
     return {5: across, 6: across[:, :, ::-1], 7: across[:, ::-1, ::-1], 8: across[:, ::-1]}[orientation]
 
 
-# -- COCO --------------------------------------------------------------------------------------------------------------------
-
-
 def _pycocotools():
-    """What decodes COCO's masks."""
     try:
         return importlib.import_module("pycocotools.mask")
     except ImportError as error:
@@ -158,14 +145,9 @@ def _pycocotools():
 
 
 class _Coco:
-    """Annotations of COCO's form: a category is a concept, and so is its supercategory.
+    """Annotations of COCO's form: categories and supercategories are concepts; masks of one are united, those of different ones may overlap."""
 
-    Masks of one concept are united, crowds included; those of different concepts may overlap.
-    """
-
-    def __init__(
-        self, files: Sequence[Path], names: Iterable[str], families: dict[str, list[str]], sizes: list[tuple[int, int]], shapes: list[list]
-    ):
+    def __init__(self, files: Sequence[Path], names: Iterable[str], families: dict[str, list[str]], sizes: list, shapes: list[list]):
         self.concept_names, self.families, self._files = tuple(names), families, [str(file) for file in files]
         self._sizes, self._shapes = sizes, shapes  # of each row: (height, width); (concepts, mask) of each annotation
 
@@ -176,11 +158,8 @@ class _Coco:
         mask = _pycocotools()
         found: dict[int, list] = {}
         for concepts, shape in self._shapes[row]:
-            encoded = (
-                shape
-                if isinstance(shape, dict) and isinstance(shape["counts"], str | bytes)
-                else mask.frPyObjects(shape, *self._sizes[row])
-            )
+            is_encoded = isinstance(shape, dict) and isinstance(shape["counts"], str | bytes)
+            encoded = shape if is_encoded else mask.frPyObjects(shape, *self._sizes[row])
             for concept in concepts:
                 found.setdefault(concept, []).extend(encoded if isinstance(encoded, list) else [encoded])
         masks = [mask.decode(mask.merge(parts)).astype(bool) for parts in found.values()]
@@ -189,19 +168,14 @@ class _Coco:
 
 def _read_coco(base: Path, files: Sequence[Path]) -> tuple[Listing, _Coco]:
     _pycocotools()  # that it is missing is said before the files are read
-    images: dict[int, dict] = {}
-    shapes: dict[int, list] = {}
-    places: dict[str, int] = {}
-    families: dict[str, list[str]] = {}
-    without = 0
+    images, shapes, places, families, without = {}, {}, {}, {}, 0
     for file in files:
         content = read_json(file)
         if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
             raise ValueError(f"{file} must hold an object with images, annotations and categories, as COCO's files do.")
         if any("segments_info" in each for each in content["annotations"][:1]):
-            raise ValueError(
-                f"{file} is of COCO's panoptic form, whose masks are pictures; give instances_*.json and stuff_*.json, joined by ':'."
-            )
+            remedy = "give instances_*.json and stuff_*.json, joined by ':'"
+            raise ValueError(f"{file} is of COCO's panoptic form, whose masks are pictures; {remedy}.")
         concepts = {}
         for each in content["categories"]:
             names = [_concept("object" if each.get("isthing", 1) else "stuff", each["name"])]
@@ -217,17 +191,14 @@ def _read_coco(base: Path, files: Sequence[Path]) -> tuple[Listing, _Coco]:
                 shapes.setdefault(each["image_id"], []).append((concepts[each["category_id"]], shape))
             else:
                 without += 1
+    if without and not shapes:
+        raise ValueError(f"{files[0]} holds boxes alone; which patches show a concept needs masks (segmentation).")
     if without:
-        if not shapes:
-            raise ValueError(f"{files[0]} holds boxes alone; which patches show a concept needs masks (segmentation).")
         warnings.warn(f"{without:,} annotations of {files[0]} have no mask and are left out.", stacklevel=4)
     there = [each for each in images.values() if (base / each["file_name"]).is_file()]
     listing = _listing(base, [each["file_name"] for each in there], f"Images of {files[0]} in {base}", len(images) - len(there))
     sizes = [(each["height"], each["width"]) for each in there]
     return listing, _Coco(files, places, families, sizes, [shapes.get(each["id"], []) for each in there])
-
-
-# -- label images ------------------------------------------------------------------------------------------------------------
 
 
 class _LabelImages:
@@ -275,10 +246,7 @@ def _pictures(folder: Path) -> list[str]:
 
 
 def _read_names(path: Path) -> dict[int, str]:
-    """Value -> name: "<value> <name>" in each line (of several columns the last, as in ADE20K's), or names alone.
-
-    Those are numbered from 1, or from 0 if the first is "background" or the like.
-    """
+    """Value -> name: "<value> <name>" in each line (of several columns the last), or names alone, from 1, or 0 if the first is "background"."""
     lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     lines = lines[1:] if lines and lines[0].split("\t")[0].lower() in ("idx", "id", "value") else lines
     numbered = [re.fullmatch(r"(\d+)[\s:,]+(.+)", line) for line in lines]
