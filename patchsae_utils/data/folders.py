@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from ..run.artifacts import read_json
 from .dataset import Listing
@@ -30,21 +29,21 @@ def read_folder(root: Path, split: str, names: Callable[[Sequence[str]], list[st
     if (split_file := find_split_file(root)) is not None:
         return read_split_file(split_file, split)
     known = {name for names in SPLITS.values() for name in names}
-    present = [name for name in _look(root).folders if name.lower() in known] or ["."]
+    present = [name for name in _look(root)[1] if name.lower() in known] or ["."]
     parts, shared = find_split(split, present, str(root))
-    inside = {part: {name: _look(root / part / name) for name in _look(root / part).folders} for part in present}
+    inside = {part: {name: _look(root / part / name) for name in _look(root / part)[1]} for part in present}
     part = next((part for part in parts if inside[part]), parts[0])
     if part != parts[0]:
         warnings.warn(f"{root / parts[0]} has no class folders; {root / part} is read instead.", stacklevel=3)
     # A folder that holds files and no picture is no class: notes, annotations.
-    classes = sorted({name for each in inside.values() for name, found in each.items() if any(found[:2]) or not found.others})
+    classes = sorted({name for each in inside.values() for name, found in each.items() if any(found[:2]) or not found[2]})
     base, labels, files, left_out = root / part, [], [], {}
     for label, name in enumerate(classes):
-        found = inside[part].get(name, Found([], [], 0))
-        files += [f"{name}/{picture}" for picture in found.pictures]
-        labels += [label] * len(found.pictures)
-        left_out |= {f"{name}/{folder}": _count(base / name / folder) for folder in found.folders}
-    loose = _look(base).pictures
+        pictures, deeper, _ = inside[part].get(name, ([], [], 0))
+        files += [f"{name}/{picture}" for picture in pictures]
+        labels += [label] * len(pictures)
+        left_out |= {f"{name}/{folder}": len(pictures_below(base / name / folder)) for folder in deeper}
+    loose = _look(base)[0]
     if loose and not files:  # no classes
         files, labels, classes = loose, [UNLABELLED] * len(loose), []
     elif loose:
@@ -59,15 +58,8 @@ def read_folder(root: Path, split: str, names: Callable[[Sequence[str]], list[st
     return Listing(names(classes), labels, ImageFiles(base, files), SHARES if shared else None)
 
 
-class Found(NamedTuple):
-    """What lies in a folder, sorted; nothing hidden, no link that leads back, which would never end."""
-
-    pictures: list[str]
-    folders: list[str]
-    others: int
-
-
-def _look(folder: Path) -> Found:
+def _look(folder: Path) -> tuple[list[str], list[str], int]:
+    """Pictures and folders in a folder, sorted, and how many others; nothing hidden, no link that leads back, which would never end."""
     pictures, folders, others = [], [], 0
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith(".") or entry.name in _NO_CLASSES:
@@ -80,12 +72,13 @@ def _look(folder: Path) -> Found:
             pictures.append(entry.name)
         else:
             others += 1
-    return Found(pictures, folders, others)
+    return pictures, folders, others
 
 
-def _count(folder: Path) -> int:
-    """Pictures in a folder and all that it holds."""
-    return sum(is_picture(name) for _, _, names in os.walk(folder) for name in names)
+def pictures_below(folder: Path) -> list[str]:
+    """Of a folder and all that it holds, relative to it, sorted."""
+    paths = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names if is_picture(name))
+    return sorted(os.path.relpath(path, folder) for path in paths)
 
 
 def read_list(path: Path) -> Listing:

@@ -177,14 +177,8 @@ def tasks() -> list[str]:
 @lru_cache
 def concept_names() -> tuple[str, ...]:
     """Every ground-truth concept, in the order of :func:`concept_masks`: ``object:dog``, ``category:bird``, ``color:red``, ..."""
-    table = class_table()
-    return (
-        *(f"object:{name}" for name in table["name"]),
-        *(f"category:{name}" for name in _codes("category")[1]),
-        *(f"color:{name}" for name in COLORS),
-        *(f"background:{name}" for name in BACKGROUND_KINDS),
-        "outline",
-    )
+    kinds = {"object": class_table()["name"], "category": _codes("category")[1], "color": COLORS, "background": BACKGROUND_KINDS}
+    return (*(f"{kind}:{name}" for kind, names in kinds.items() for name in names), "outline")
 
 
 def concept_masks(truth: SceneTruth) -> np.ndarray:
@@ -227,7 +221,7 @@ def draw_scene(rng: np.random.Generator, main: int, layout: str = "main", domain
             spots = [[(30, 30), (82, 30), (30, 82), (82, 82)][i] for i in rng.permutation(4)[:3]]
             low, high, jitter = 38, 52, 5
         order = rng.permutation(n_objects)
-        placements = [place(class_ids[i], spots[j][0], spots[j][1], rng.uniform(low, high), jitter) for j, i in enumerate(order)]
+        placements = [place(class_ids[i], *spots[j], rng.uniform(low, high), jitter) for j, i in enumerate(order)]
 
     kinds = ["plain", "paper"] if domain == "line" else BACKGROUND_KINDS  # black lines need light paper
     background = BACKGROUND_KINDS.index(kinds[rng.integers(len(kinds))])
@@ -291,15 +285,9 @@ def scene_truth(scene: Scene) -> SceneTruth:
     shown |= {first + color - 1: fill == color for color in np.unique(fill[fill > 0]).tolist()}
     shown[first + len(COLORS) + scene.background] = owner < 0
     shown[len(concept_names()) - 1] = (paint >> 7) * 2.0
-    return SceneTruth(
-        class_ids=class_ids,
-        object_share=_shares(owner, np.arange(len(scene.placements))),
-        color_share=_shares(fill, np.arange(1, len(COLORS) + 1)),
-        outline_share=_shares(paint >> 7, np.array([1]))[0],
-        background=scene.background,
-        concepts=np.array(list(shown), int),
-        masks=np.stack(list(shown.values())).astype(np.float32),
-    )
+    objects, colors = _shares(owner, np.arange(len(class_ids))), _shares(fill, np.arange(1, len(COLORS) + 1))
+    outline, masks = _shares(paint >> 7, np.array([1]))[0], np.stack(list(shown.values())).astype(np.float32)
+    return SceneTruth(class_ids, objects, colors, outline, scene.background, np.array(list(shown), int), masks)
 
 
 @lru_cache

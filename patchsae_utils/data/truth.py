@@ -22,7 +22,8 @@ from torchvision.transforms import InterpolationMode
 
 from ..run.artifacts import fingerprint, read_json
 from .dataset import ImageData, Listing
-from .pictures import ImageFiles, is_picture
+from .folders import pictures_below
+from .pictures import ImageFiles
 from .splits import SHARES, SPLITS, UNLABELLED, class_names, find_split, share
 
 THRESHOLD = 0.5  # share of a patch's pixels from which on it shows a concept
@@ -228,8 +229,8 @@ def _read_label_images(base: Path, labels: Path, split: str, names: Path | None 
     known = {name for own in SPLITS.values() for name in own}
     present = [entry.name for entry in os.scandir(base) if entry.is_dir() and entry.name.lower() in known] or ["."]
     (part, *_), shared = find_split(split, present, str(base))
-    found = {os.path.splitext(name)[0]: name for name in _pictures(labels / part)}
-    pictures = _pictures(base / part)
+    found = {os.path.splitext(name)[0]: name for name in pictures_below(labels / part)}
+    pictures = pictures_below(base / part)
     pairs = [(name, found[stem]) for name in pictures if (stem := os.path.splitext(name)[0]) in found]
     missing = f"Label images of {base / part} in {labels / part}"
     listing = _listing(base / part, [name for name, _ in pairs], missing, len(pictures) - len(pairs), SHARES if shared else None)
@@ -237,12 +238,6 @@ def _read_label_images(base: Path, labels: Path, split: str, names: Path | None 
     void = {0, VOID} - {value for value in named if value}
     concepts = {value: _concept("object", name) for value, name in named.items() if value not in void}
     return listing, _LabelImages(ImageFiles(labels / part, [name for _, name in pairs]), concepts, void)
-
-
-def _pictures(folder: Path) -> list[str]:
-    """Of a folder and all that it holds, relative to it."""
-    paths = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names if is_picture(name))
-    return sorted(os.path.relpath(path, folder) for path in paths)
 
 
 def _read_names(path: Path) -> dict[int, str]:
