@@ -54,7 +54,7 @@ class Dictionaries(NamedTuple):
         return pd.concat(tables, ignore_index=True)[["sae", "activations", "measure", "value", "low", "high"]]
 
     def matches(self, threshold: float = 0.7) -> pd.DataFrame:
-        """How many latents each pair of SAEs has in common: :func:`patchsae_utils.latents.stability` on those that are alive."""
+        """How many latents each pair of SAEs has in common: :func:`stability` of those that are alive."""
         return stability(self.saes, self.alive, threshold=threshold)
 
 

@@ -1,7 +1,4 @@
-"""Dictionaries to compare an SAE's latents with, fitted without labels on patches of the training scenes.
-
-Principal and independent components, non-negative factors and centroids by scikit-learn; an SAE trained on a CLIP with random weights.
-"""
+"""Dictionaries to compare an SAE's latents with, fitted without labels on patches of the training scenes."""
 
 from __future__ import annotations
 
@@ -77,10 +74,7 @@ def ica_dictionary(x: Tensor) -> Dictionary:
 
 
 def kmeans_directions(x: Tensor, n: int, *, cosine: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Unit directions [n, D] from the mean of the tokens to the centroids of k-means, and that mean.
-
-    With ``cosine`` tokens are centred and scaled to unit norm before, so that centroids are directions (spherical k-means, nearly).
-    """
+    """Unit directions [n, D] from the mean of the tokens to the centroids of k-means (with ``cosine`` of unit-norm tokens), and that mean."""
     if len(x) < n:
         raise ValueError(f"k-means needs a token for each of the {n} centroids, got {len(x)}. Sample more patches.")
     mean = x.mean(0)
@@ -97,11 +91,7 @@ def kmeans_dictionary(x: Tensor, n: int) -> Dictionary:
 
 
 def nmf_dictionary(x: Tensor) -> Dictionary:
-    """Non-negative matrix factorisation: D features, not negative.
-
-    The residual stream has both signs and NMF needs none: x - mean is split into its positive parts and the sizes of its negative ones, 2 D
-    dimensions.
-    """
+    """Non-negative matrix factorisation of the two signs of x - mean apart, 2 D dimensions: D features, not negative."""
     mean, n = x.mean(0), x.shape[1]
     fit = MiniBatchNMF(n, init="nndsvda", batch_size=2048, max_iter=10, random_state=0)
     with warnings.catch_warnings():
@@ -121,20 +111,13 @@ def split_signs(x: Tensor) -> Tensor:
     return torch.cat([x.clamp_min(0), (-x).clamp_min(0)], 1)
 
 
-# -- a CLIP that knows nothing ------------------------------------------------------------------------------------------------
-
-
 def random_clip(clip: ClipModel) -> ClipModel:
-    """The same architecture with fresh random weights in the image tower: what patches and architecture give without any training.
-
-    Layers start as torch starts them; all else (class token, positions, projection) as open_clip does: normal, width ** -0.5.
-    """
+    """The same architecture with random weights in the image tower: layers as torch starts them, all else (class token, positions) as open_clip."""
     control = copy.copy(clip)
     control.model = copy.deepcopy(clip.model)
-    modules = list(control.visual.modules())
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        for module in modules:
+        for module in (modules := list(control.visual.modules())):
             if isinstance(module, nn.MultiheadAttention):
                 module._reset_parameters()
             elif hasattr(module, "reset_parameters"):
@@ -150,12 +133,8 @@ def random_clip(clip: ClipModel) -> ClipModel:
 def random_weights_sae(
     clip: ClipModel, dataset, layer: int, sae: SparseAutoencoder, config, out: str | Path
 ) -> tuple[ClipModel, SparseAutoencoder]:
-    """An SAE of the same size and recipe, trained under ``out`` on the residual stream of :func:`random_clip`, which must read its scenes.
-
-    Error and L1 term both have the unit of a norm, so the L1 coefficient fits activations of any scale.
-    """
-    control = random_clip(clip)
-    out = Path(out)
+    """An SAE of the same size and recipe, trained under ``out`` on the residual stream of :func:`random_clip`, which must read its scenes."""
+    control, out = random_clip(clip), Path(out)
     key = fingerprint(
         stage="random-weights SAE", version=1, clip=control.fingerprint, data=dataset_fingerprint(dataset), layer=clip.layer_index(layer),
         training=config, sizes=[sae.d_in, sae.d_sae, sae.activation, sae.k],

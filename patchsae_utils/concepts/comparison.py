@@ -27,8 +27,7 @@ PROBES = (2, 5)  # features of a sparse probe; of 1 it is the best feature itsel
 FEW_LEVELS = 32  # thresholds of a resampled AP where the table alone needs it: its interval is centred, so that coarse levels don't move it
 _STEP = 8192  # tokens whose reconstruction is measured at a time
 
-Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Tokens [N, D] -> what a dictionary writes for them [N, D], and how many features it uses for each [N]."""
+Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]  # tokens [N, D] -> what is written for them [N, D], features used [N]
 
 
 class Competitor(NamedTuple):
@@ -36,12 +35,12 @@ class Competitor(NamedTuple):
 
     name: str
     readouts: Mapping[str, Dictionary]
-    """Its features read in one way or several: "activations" (sparse), "pre-activations", "cosine" (of centred tokens and the directions that
-    are written); "dense", where there is one way alone; "nearest" and "4 nearest" of k-means. The first is its own way."""
+    """Its features by ways of reading: "activations", "pre-activations", "cosine" (of centred tokens and the written directions); "dense", where
+    there is one way alone; "nearest" and "4 nearest" of k-means. The first is its own way."""
     role: str = "baseline"
     """"sae", "control" (an SAE trained with a part frozen), "baseline", or "ceiling" (supervised: feature k belongs to concept k)."""
     reconstruct: Mapping[str, Reconstruct] | None = None
-    """For each way of reading, where the dictionary writes tokens: gives its L0 and its explained variance."""
+    """For ways of reading in which the dictionary writes tokens."""
     patches: tuple[ConceptPatches, ConceptPatches] | None = None
     """Of its own, when it reads another model: of the same scenes, in the same order."""
 
@@ -50,18 +49,7 @@ def sae_competitor(
     sae: SparseAutoencoder, name: str = "SAE", role: str = "sae", *, centre: Tensor | None = None,
     patches: tuple[ConceptPatches, ConceptPatches] | None = None,
 ) -> Competitor:  # fmt: skip
-    """An SAE as a competitor, read in three ways; in its own alone, without the mean of its tokens.
-
-    Parameters
-    ----------
-    sae : SparseAutoencoder
-    name, role : str
-        How the table calls it, and "sae", "control" or "baseline".
-    centre : Tensor [D], optional
-        Mean of the training tokens.
-    patches : two ConceptPatches, optional
-        Of its own model, where that is another one than the others'.
-    """
+    """An SAE as a competitor, read in three ways; in its own alone, without the mean ``centre`` [D] of its training tokens."""
 
     def before(x: Tensor, columns: np.ndarray | None) -> Tensor:
         return sae.pre_activations(x.to(sae.W_enc.device), None if columns is None else torch.as_tensor(columns).to(sae.W_enc.device))
@@ -113,22 +101,8 @@ def compare(
 ) -> ComparisonReport:
     """Every dictionary takes the same steps: for each concept its best feature on some scenes, and average precision on others.
 
-    Sparse probes, of two and of five features, are read of each dictionary's own activations: features are added by least squares among
-    the eight that correlate most with the concept, chosen and weighted on ``choose`` (Gurnee et al., 2023, choose and fit likewise).
-
-    Parameters
-    ----------
-    competitors : sequence of Competitor
-        Of :func:`sae_competitor`, :func:`kmeans_competitor` or :func:`plain_competitor`.
-    choose, report : ConceptPatches
-        Of scenes that differ.
-    min_patches : int
-        Concepts on fewer patches of either set are left out, for all dictionaries alike.
-
-    Returns
-    -------
-    ComparisonReport
-        ``.frame`` holds every dictionary, its L0 and explained variance, and every way of reading, by kind of concept.
+    Sparse probes, of two and of five features, read each dictionary's own activations: features are added by least squares among the eight
+    that correlate most with the concept, chosen and weighted on ``choose`` (as by Gurnee et al., 2023).
     """
     names = [c.name for c in competitors]
     if len(set(names)) < len(names):
@@ -144,28 +118,21 @@ def compare(
         for i, (way, dictionary) in enumerate(readouts.items()):
             choose_from, report_on = (Activations(dictionary, each) for each in sets)
             l0, explained = qualities.get((reconstruct or {}).get(way), (np.nan, np.nan))
-            same = {"l0": l0, "explained_variance": explained}
-            tried = (
-                concepts[:, None]
-                if role == "ceiling"
-                else detection.candidates(detection.concept_correlations(choose_from)[0][0][concepts])
-            )
-            frame, resampled = detection.best_features(
-                name, role, choose_from, report_on, concepts, tried, weights, None if i == 0 else FEW_LEVELS
-            )
+            tried, levels = concepts[:, None], None if i == 0 else FEW_LEVELS
+            if role != "ceiling":
+                tried = detection.candidates(detection.concept_correlations(choose_from)[0][0][concepts])
+            frame, resampled = detection.best_features(name, role, choose_from, report_on, concepts, tried, weights, levels)
             found = [(way, frame, resampled)]
             if i == 0 and role != "ceiling" and len(competitors) > 1:
-                found += [
-                    (f"probe of {k}", frame.assign(ap=ap), draws)
-                    for k, ap, draws in sparse_probes(choose_from, report_on, concepts, tried, weights)
-                ]
-            frames += [frame.assign(readout=label, **same) for label, frame, _ in found]
+                for k, ap, draws in sparse_probes(choose_from, report_on, concepts, tried, weights):
+                    found.append((f"probe of {k}", frame.assign(ap=ap), draws))
+            frames += [frame.assign(readout=label, l0=l0, explained_variance=explained) for label, frame, _ in found]
             replicates += [resampled for *_, resampled in found]
     return ComparisonReport(pd.concat(frames, ignore_index=True), np.concatenate(replicates))
 
 
 def quality(reconstruct: Reconstruct, tokens: Tensor) -> tuple[float, float]:
-    """L0 and explained variance of tokens [N, D]: 1 - ||x - x'||^2 / ||x - mean||^2, summed over tokens; of many, over some 40,000."""
+    """L0 and explained variance of tokens [N, D]: 1 - ||x - x'||^2 / ||x - mean||^2, summed over at most some 40,000."""
     tokens = tokens[:: len(tokens) // 40_000 | 1]  # an odd step: not the same patches of every image
     mean, error, total, active = tokens.double().mean(0), 0.0, 0.0, 0.0
     for x in tokens.split(_STEP):
@@ -227,8 +194,8 @@ def measure_dictionaries(
 ) -> ComparisonReport:  # fmt: skip
     """An SAE, every baseline and the probe, from training scenes to the table, which is kept in ``out``.
 
-    ``store`` is of ``training``; ``random_weights`` is the recipe of an SAE on a CLIP of random weights, trained on ``random_scenes``;
-    ``patches`` are of ``choose`` and ``report``, when they were read before; ``controls`` are SAEs of which a part was frozen in training.
+    ``store`` is of ``training``; ``random_weights`` is the recipe of an SAE on a CLIP of random weights and ``random_scenes``; ``patches`` are of
+    ``choose`` and ``report``, when they were read before; ``controls`` are SAEs of which a part was frozen in training.
     """
     out, controls = Path(out), controls or {}
     key = fingerprint(
@@ -241,7 +208,7 @@ def measure_dictionaries(
     sae.check_model(clip, layer)
     patches = detection.read_patches(clip, (choose, report), layer, patches)
     x = baselines.sample_patches(store)
-    n, centre = min(sae.d_sae, len(x) // 4), x.mean(0)  # as many centroids as latents, where there are tokens enough
+    n, centre = min(sae.d_sae, len(x) // 4), x.mean(0)
     untrained, trained = baselines.random_weights_sae(clip, random_scenes, layer, sae, random_weights, out / "random_weights")
     theirs = (detection.concept_patches(untrained, choose, layer), detection.concept_patches(untrained, report, layer))
     result = compare(

@@ -29,8 +29,6 @@ DENSE = 0.1  # share of activations that are not 0, above which they are kept de
 _ROWS = 32  # images at a time: float32 [_ROWS x patches, n]
 _KEPT = 2**27  # dense activations are kept where they are fewer
 
-# -- patches with ground truth ------------------------------------------------------------------------------------------------
-
 
 class ConceptPatches(NamedTuple):
     """Residual activations of patches, and which concepts each patch shows."""
@@ -63,12 +61,8 @@ class ConceptPatches(NamedTuple):
         """One row a concept: concept, kind, name, n_patches, n_images."""
         parts = pd.Series([self.names[k] for k in columns]).str.partition(":")
         n_patches = np.diff(self.masks.tocsc().indptr).astype(np.int64)
-        return pd.DataFrame(
-            {
-                "concept": parts[0] + parts[1] + parts[2], "kind": parts[0], "name": parts[2].where(parts[2] != "", parts[0]),
-                "n_patches": n_patches[columns], "n_images": self.n_images_with()[columns],
-            }
-        )  # fmt: skip
+        names = {"concept": parts[0] + parts[1] + parts[2], "kind": parts[0], "name": parts[2].where(parts[2] != "", parts[0])}
+        return pd.DataFrame({**names, "n_patches": n_patches[columns], "n_images": self.n_images_with()[columns]})
 
 
 def concept_masks(dataset, clip) -> sparse.csr_matrix:
@@ -87,15 +81,13 @@ def concept_masks(dataset, clip) -> sparse.csr_matrix:
 
 @torch.no_grad()
 def concept_patches(clip, dataset, layer: int, *, progress: bool = True) -> ConceptPatches:
-    """Read a data set with ground truth: 4 N D bytes, e.g. 150 MB for 1,000 images of 196 patches at d_in 192."""
-    masks = concept_masks(dataset, clip)
+    """Read a data set with ground truth: 4 N D bytes."""
+    masks, images = concept_masks(dataset, clip), np.repeat(np.arange(len(dataset)), clip.n_tokens - 1)
     tokens = torch.cat([
         clip.residual(batch.images, layer)[:, 1 : clip.n_tokens].flatten(0, 1).cpu()
         for batch in batches(dataset, clip.preprocess, 64, progress="patches" if progress else None)
     ])  # fmt: skip
-    return ConceptPatches(
-        tokens, np.repeat(np.arange(len(dataset)), clip.n_tokens - 1), masks, tuple(dataset.concept_names), getattr(dataset, "families", {})
-    )
+    return ConceptPatches(tokens, images, masks, tuple(dataset.concept_names), getattr(dataset, "families", {}))
 
 
 def read_patches(clip, datasets: Sequence, layer: int, patches: Sequence[ConceptPatches] | None = None) -> list[ConceptPatches]:
@@ -127,9 +119,6 @@ def common_concepts(choose: ConceptPatches, report: ConceptPatches, min_patches:
             "images). Give more scenes."
         )
     return common
-
-
-# -- how well a feature finds a concept ---------------------------------------------------------------------------------------
 
 
 def average_precision(
@@ -164,7 +153,7 @@ def average_precision(
 
 
 class Activations:
-    """Features of some patches, [N, n]. Sparse ones are read once and kept, and so are few dense ones; many dense ones are read when asked for."""
+    """Features of some patches, [N, n]. Sparse ones, and few dense ones, are read once and kept; many dense ones are read when asked for."""
 
     block = 128  # features at a time: float32 [block, N]
 
@@ -235,7 +224,7 @@ def precisions(
 def concept_correlations(features: Activations, *more: sparse.csr_matrix) -> tuple[list[np.ndarray], np.ndarray]:
     """Pearson correlations [K, S] of features with the patches' masks and with each of some others; 0 where either side is constant.
 
-    And in how many images each feature is active, effectively, [S]: the squared sum over images of its activation, over the sum of squares.
+    And the effective number of images where each feature is active, [S]: the squared sum over images of its activation over the sum of squares.
     """
     patches, S = features.patches, features.n
     n, n_concepts = patches.masks.shape
@@ -256,9 +245,6 @@ def concept_correlations(features: Activations, *more: sparse.csr_matrix) -> tup
     scale = np.outer(np.sqrt(m * (1 - m)), np.sqrt(np.maximum(a2 / n - (a / n) ** 2, 0)))
     found = [np.divide(total / n - np.outer(m, a / n), scale, out=np.zeros_like(scale), where=scale > 1e-12) for total in am]
     return found, np.divide(a**2, images2, out=np.zeros_like(a), where=images2 > 0)
-
-
-# -- the best feature of each concept -----------------------------------------------------------------------------------------
 
 
 def candidates(correlation: np.ndarray) -> np.ndarray:
@@ -293,11 +279,10 @@ def best_features(
 def measure_concepts(
     clip, sae: SparseAutoencoder, choose, report, layer: int, *, out: str | Path, patches: Sequence[ConceptPatches] | None = None
 ) -> ConceptReport:
-    """Find the best latent of each concept on some scenes, report how well it does on others, and say what each latent answers to.
+    """Find the best latent of each concept on ``choose``, report how well it does on ``report``, and say what each latent answers to.
 
-    Candidates of a concept are the latents that correlate most with its mask; among them the one of highest average precision is
-    chosen. Both happen on ``choose`` alone. When ``out`` already holds the report of the same inputs, that is returned. ``patches``: of
-    both sets, when they were read before.
+    It is the one of highest average precision among those that correlate most with the concept's mask. The report is kept in ``out``;
+    ``patches`` are of both sets, when they were read before.
     """
     key = fingerprint(
         stage="concepts", version=FORMAT_VERSION, clip=clip.fingerprint, sae=sae.fingerprint, data=different_scenes(choose, report),
@@ -329,8 +314,7 @@ def detect_concepts(dictionary: Dictionary, choose: ConceptPatches, report: Conc
 def answers(correlation: np.ndarray, held_out: np.ndarray, null: np.ndarray, spread: np.ndarray, names: np.ndarray) -> pd.DataFrame:
     """The concept that each latent correlates with most, the runner-up, and how often shuffled pictures (``null``, all [K', S]) do as well.
 
-    A latent that is active in few images correlates with some concept by chance more than one that is active in many. So each is compared
-    with the best correlations by chance of the ``N_PEERS`` living latents that are active in about as many images (``spread`` [S]).
+    Latents active in few images correlate more by chance: each is compared with the ``N_PEERS`` that are active in about as many (``spread`` [S]).
     """
     latents, order = np.arange(correlation.shape[1]), np.argsort(-correlation, axis=0, kind="stable")
     best, score = correlation[order[0], latents], held_out[order[0], latents]
@@ -341,9 +325,5 @@ def answers(correlation: np.ndarray, held_out: np.ndarray, null: np.ndarray, spr
     first = np.clip(np.arange(len(living)) - n // 2, 0, len(living) - n)
     p = np.ones(len(latents))
     p[living] = (1 + (by_chance[first[:, None] + np.arange(n)] >= score[living, None]).sum(1)) / (1 + n)
-    return pd.DataFrame(
-        {
-            "latent": latents, "concept": names[order[0]], "runner_up": names[order[1]] if len(order) > 1 else "", "score_choose": best,
-            "margin": best - second, "score": score, "p": p,
-        }
-    )  # fmt: skip
+    said = {"latent": latents, "concept": names[order[0]], "runner_up": names[order[1]] if len(order) > 1 else ""}
+    return pd.DataFrame({**said, "score_choose": best, "margin": best - second, "score": score, "p": p})

@@ -6,7 +6,6 @@ Statistics (`summary`, `measures`), what else reads the same pass (`passes`, `li
 
 from .classes import class_scores, top_latents
 from .domains import cross_domain_references, text_and_image_latents, word_scenes
-from .matching import stability
 from .measures import contrasting_latents, shuffled_label_entropy
 from .pictures import activation_levels, level_overlap, reference_images, seen_image
 from .reading import latent_masks, summarize_latents
@@ -23,7 +22,6 @@ __all__ = [
     "reference_images",
     "seen_image",
     "shuffled_label_entropy",
-    "stability",
     "summarize_latents",
     "text_and_image_latents",
     "top_latents",

@@ -1,7 +1,4 @@
-"""The same latents elsewhere: in other domains and data sets, and in written words.
-
-Lim et al., ICLR 2025, show these as examples (their Figs. 4, 10 and 13); here each comes with a number and a control.
-"""
+"""The same latents in other domains and data sets, and in written words (Lim et al., ICLR 2025, Figs. 4, 10 and 13), with controls."""
 
 from __future__ import annotations
 
@@ -26,36 +23,32 @@ N_SHUFFLES = 1000
 N_EXAMPLES = 4  # latents that are shown on their thing, its name and another name
 
 
-# -- other domains and data sets --------------------------------------------------------------------------------------------
-
-
 class CrossDomain(NamedTuple):
     """Some latents' reference images in several data sets."""
 
     references: dict[int, dict[str, References]]
     """Latent -> name of the data set -> its reference images there."""
     table: pd.DataFrame
-    """latent, domain, frequency, mean_activation; where all data sets have the same classes also ``same_class`` (share of the reference
-    images whose class is one of the first data set's references), ``chance`` (share of all images in those classes) and ``correlation``
-    (of the classes' mean activations with the first data set's; 0 where either is constant)."""
+    """latent, domain, frequency, mean_activation; where all have the same classes also ``same_class`` (share of the reference images whose
+    class is one of the first data set's references), ``chance`` (of all images) and ``correlation`` (of the classes' means with the first's)."""
 
 
 @torch.no_grad()
 def cross_domain_references(
     clip, sae, datasets: Mapping[str, Any], latents: Sequence[int], layer: int, *, pictured: Sequence[int] = ()
 ) -> CrossDomain:
-    """The same latents' five strongest images in other domains or data sets. Only these latents are computed.
+    """The same latents' five strongest images in other domains or data sets.
 
     Parameters
     ----------
     clip : ClipModel
     sae : SparseAutoencoder
     datasets : mapping of str to data set
-        What to call it -> e.g. ``load_dataset("openmoji/all:line", "train")``. The first is compared with.
+        By name. The first is compared with.
     latents : sequence of int
     layer : int
     pictured : sequence of int
-        Those of the latents that are in ``references``, whose images are drawn and read once more; the table holds all.
+        Those of the latents whose images are drawn and read once more; the table holds all.
     """
     sae.check_model(clip, layer)
     latents, sizes = [int(s) for s in latents], {name: len(data) for name, data in datasets.items()}
@@ -81,13 +74,10 @@ def cross_domain_references(
             if latent in found:
                 found[latent][name] = references(clip, sae, data, latent, images[column], values[column], layer)
             active = means[:, column] > 0
-            record = {
-                "latent": latent, "domain": name, "frequency": float(active.float().mean()),
-                "mean_activation": float(means[active, column].mean()) if active.any() else 0.0,
-            }  # fmt: skip
+            record = {"latent": latent, "domain": name, "frequency": float(active.float().mean())}
+            record["mean_activation"] = float(means[active, column].mean()) if active.any() else 0.0
             if same_classes:
-                first = base[2][base[1][column][base[1][column] >= 0]].unique()
-                own = labels[images[column][images[column] >= 0]]
+                first, own = (at[which[column][which[column] >= 0]] for which, at in (base[1:], (images, labels)))
                 record |= {
                     "same_class": float(torch.isin(own, first).float().mean()) if len(own) else 0.0,
                     "chance": float(torch.isin(labels, first).float().mean()),
@@ -98,12 +88,10 @@ def cross_domain_references(
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's; 0 where either is constant."""
     a, b = a - a.mean(), b - b.mean()
     scale = np.sqrt((a * a).sum() * (b * b).sum())
     return float(a @ b / scale) if scale > 1e-12 else 0.0
-
-
-# -- written words --------------------------------------------------------------------------------------------------------------
 
 
 def word_scene(word: str, size: tuple[int, int] = (112, 112), seed: int = 0) -> Image.Image:
@@ -133,10 +121,8 @@ def word_scenes(class_names: Sequence[str], n_per_word: int = 4, size: tuple[int
     n_per_word : int
         Pictures of each word, at other places and in other shades.
     size : (width, height)
-        In pixels.
     """
-    labels = [c for c in range(len(class_names)) for _ in range(n_per_word)]
-    names = list(class_names)
+    names, labels = list(class_names), [c for c in range(len(class_names)) for _ in range(n_per_word)]
     return ImageData("words", "test", names, labels, lambda i: word_scene(names[labels[i]], size, i % n_per_word))
 
 
@@ -155,17 +141,16 @@ class TextAndImage(NamedTuple):
     """Which latents answer to a thing and to its written name."""
 
     table: pd.DataFrame
-    """One row for each latent that is active on things: latent, label (the class on whose pictures it is strongest), p (share of all words on
-    which it is at least as active as on that class's name: 1/C at best), score (how far its mean activation on the class exceeds that on the
-    others, in standard deviations over classes, on pictures or on words, whichever is less; 0 where either is not positive). Best score first."""
+    """A row for each latent active on things, best score first: latent, label (class on whose pictures it is strongest), p (share of all words
+    on which it is at least as active as on that class's name), score (how far its mean on the class exceeds that on the others, in standard
+    deviations over classes, on pictures or on words, whichever is less; at least 0)."""
     share: float
     """Of these latents, with p <= alpha."""
     shuffled: np.ndarray
-    """[R] the same share when names are dealt to the words at random, all latents alike."""
+    """[R] that share when names are dealt to the words at random, all latents alike."""
     p: float
     """Share of the shuffles that reach ``share``: (1 + hits) / (1 + R)."""
     examples: list[TextExample]
-    """The four best latents."""
     alpha: float = ALPHA
 
 
@@ -173,18 +158,15 @@ class TextAndImage(NamedTuple):
 def text_and_image_latents(clip, sae, objects, words, layer: int) -> TextAndImage:
     """Latents that answer to text in an image and to the thing itself (the paper's Fig. 13), with a control.
 
-    A latent's class is chosen on pictures alone: where its mean activation is largest. On pictures of written words it is then asked
-    whether the name of that class moves it more than the names of all others do. Under the null names are exchangeable, so the rank of
-    its own is uniform; ties count against it.
+    A latent's class is chosen on pictures alone, by its mean activation. Then: does the name of that class move it more than the names of all
+    others do? Under the null names are exchangeable, so the rank of its own is uniform; ties count against it.
 
     Parameters
     ----------
     clip : ClipModel
     sae : SparseAutoencoder
-    objects
-        Data set of things.
-    words
-        Data set of written words with the same class names: ``word_scenes(objects.class_names)``.
+    objects, words
+        Data sets of things, and of written words with the same class names: ``word_scenes(objects.class_names)``.
     layer : int
 
     Raises
@@ -223,14 +205,14 @@ def text_and_image_latents(clip, sae, objects, words, layer: int) -> TextAndImag
 
 
 def _excess(values: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """How far each column of [C, S] stands out at its own class, in standard deviations over classes; 0 where it is constant."""
+    """How far each column of [C, S] exceeds the others at its own class, in standard deviations over classes; 0 where it is constant."""
     at, spread = values[own, np.arange(len(own))], values.std(0)
     others = (values.sum(0) - at) / (len(values) - 1)
     return np.divide(at - others, spread, out=np.zeros(len(own)), where=spread > 1e-12)
 
 
 def _activation_by_class(clip, sae, data, layer: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over images of the mean over patches, float64 [C, S], and the images of each class. CLS reads no place, so it stays out."""
+    """Mean over images of the mean over patches, without CLS, float64 [C, S], and the images of each class."""
     sums = torch.zeros(len(data.class_names), sae.W_enc.shape[1], dtype=torch.float64, device=sae.W_enc.device)
     for labels, _, h in read_latents(clip, sae, data, layer, progress="objects and words"):
         sums.index_add_(0, labels.to(sums.device), h[:, 1:].mean(1).double())

@@ -1,9 +1,5 @@
 """How alike the images are that a latent answers to: the monosemanticity score, of all latents at once, in linear time.
 
-The score is the mean cosine of all pairs of image embeddings, each pair weighted by the product of the latent's activations:
-MS = (||sum_i a_i e_i||^2 - sum_i a_i^2) / ((sum_i a_i)^2 - sum_i a_i^2) for unit embeddings e_i. Source: Pach et al., "Sparse autoencoders
-learn monosemantic features in vision-language models", 2025; written out this way it needs one product A^T E instead of all pairs.
-
 A latent is read off CLIP, so CLIP's own embedding is no independent judge: pixels and, where it is known, what a scene shows judge as well.
 """
 
@@ -36,12 +32,15 @@ _COLUMNS = {"clip": "score", "pixels": "pixels", "objects": "objects"}  # of the
 
 
 class RunningScores:
-    """The score's sums over images, for n features and embeddings of some widths: float64 [n, widths], whatever the number of images."""
+    """The score's sums over images, for n features and embeddings of some widths: float64.
+
+    MS = (||sum_i a_i e_i||^2 - sum_i a_i^2) / ((sum_i a_i)^2 - sum_i a_i^2), for activations a_i and unit embeddings e_i: their mean cosine over
+    pairs of images, weighted by a_i a_j. Source: Pach et al., "Sparse autoencoders learn monosemantic features in vision-language models", 2025.
+    """
 
     def __init__(self, n: int, widths: Mapping[str, int]):
-        columns = {name: torch.zeros(n, dtype=torch.float64) for name in ("total", "squares", "count")}
-        self.widths = widths
-        self.sums = {**columns, **{name: torch.zeros(n, d, dtype=torch.float64) for name, d in widths.items()}}
+        self.widths, shapes = widths, {**dict.fromkeys(("total", "squares", "count"), (n,)), **{name: (n, d) for name, d in widths.items()}}
+        self.sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
     def add(self, activations: Tensor, embeddings: Mapping[str, Tensor]) -> None:
         """Add images: activations [B, n], not negative, and unit vectors [B, width]."""
@@ -52,7 +51,7 @@ class RunningScores:
             self.sums[name] += a.T @ e.to(a)
 
     def finish(self) -> dict[str, Tensor]:
-        """Scores [n] in [-1, 1] for each embedding; NaN for features that are active in fewer than two images, which make no pair."""
+        """Scores [n] in [-1, 1] for each embedding; NaN for features that are active in fewer than two images."""
         total, squares = self.sums["total"].square(), self.sums["squares"]
         pairs = total - squares
         defined = (self.sums["count"] >= 2) & (pairs > 1e-12 * total)  # rounding must not decide a score
@@ -64,12 +63,10 @@ class Likeness(NamedTuple):
     """How alike the images are that latents answer to, beside controls; and the embeddings in which that was measured."""
 
     table: pd.DataFrame
-    """One row a feature: dictionary ("SAE", "random directions", "single dimensions"), latent, score by CLIP's own embedding (NaN where it is
-    active in fewer than two images), by ``pixels`` and, where the data set knows them, ``objects``; n_images (where it is active). All features
-    are read around the SAE's centre ``b_dec``; an image's activation is the mean over its tokens. The random directions are as sparse as the SAE."""
+    """One row a feature: dictionary ("SAE", "random directions", "single dimensions"), latent, score by CLIP's own embedding, by ``pixels`` and,
+    where they are known, ``objects`` (NaN below two images); n_images (where it is active). All are read around ``b_dec``, as means over tokens."""
     vectors: dict[str, Tensor]
-    """Unit vectors [N, width] of the data set's images, in its order: ``clip`` (image features), ``pixels`` (8 x 8 means, as CLIP reads them)
-    and ``objects`` (patches of each object)."""
+    """Unit vectors [N, width] of the images: ``clip`` (features), ``pixels`` (8 x 8 means), ``objects`` (patches of each object)."""
 
     @property
     def embeddings(self) -> Tensor:
@@ -82,12 +79,12 @@ class Likeness(NamedTuple):
         return self.null("clip")
 
     def null(self, judge: str) -> float:
-        """Mean cosine of two different images: the expected score of any feature once the images are shuffled."""
+        """Mean cosine of two different images: the expected score once the images are shuffled."""
         e = self.vectors[judge].double()
         return float((e.sum(0).square().sum() - e.square().sum()) / (len(e) * (len(e) - 1))) if len(e) > 1 else float("nan")
 
     def above_chance(self) -> pd.DataFrame:
-        """Mean score minus its null, by each judge: judge, dictionary, n (features that have a score), null, excess, low, high (95 %, over features)."""
+        """Mean score minus its null: judge, dictionary, n (features that have a score), null, excess, low, high (95 %, over features)."""
         rows = []
         for judge in self.vectors:
             for name, scores in self.table.dropna(subset="score").groupby("dictionary", sort=False)[_COLUMNS[judge]]:
@@ -162,8 +159,7 @@ class LikenessObserver(Observer):
         self.scores["SAE"].add(h.mean(1), {name: vectors[places.cpu()] for name, vectors in self.vectors.items()})
 
     def state(self) -> dict[str, Tensor]:
-        sums = {f"{name}/{key}": value for name, scores in self.scores.items() for key, value in scores.sums.items()}
-        return {**sums, **self.vectors}
+        return {f"{name}/{key}": sums for name, scores in self.scores.items() for key, sums in scores.sums.items()} | self.vectors
 
     def absorb(self, state: Mapping[str, Tensor]) -> None:
         for name, value in state.items():

@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def label_entropy(top_values: Tensor, top_labels: Tensor, n_classes: int) -> Tensor:
-    """Entropy [S], in nats, of the labels of each latent's reference images [S, k], weighted by activation (0 where there is none).
+    """Entropy [S], in nats, of the labels of each latent's reference images [S, k], weighted by activation; NaN for dead latents.
 
-    Low entropy: the latent answers to few classes. Dead latents get NaN. Source: Lim et al., ICLR 2025, section 3.2.
+    Source: Lim et al., ICLR 2025, section 3.2.
     """
     mass = torch.zeros(len(top_values), n_classes, dtype=top_values.dtype, device=top_values.device)
     mass.scatter_add_(1, top_labels.masked_fill(top_values <= 0, 0), top_values)
@@ -21,8 +21,7 @@ def label_entropy(top_values: Tensor, top_labels: Tensor, n_classes: int) -> Ten
 def label_std(top_values: Tensor, top_labels: Tensor) -> Tensor:
     """Standard deviation [S] of the label indices of each latent's reference images [S, k], each image counted once; NaN for dead latents.
 
-    Where neighbouring labels are related (ImageNet's follow WordNet; ours are sorted by task) a small value says: related classes. Of the
-    population (divided by n), so one reference image gives 0. Source: Lim et al., ICLR 2025, section 3.2.
+    Where neighbouring labels are related a small value says: related classes. Divided by n. Source: Lim et al., ICLR 2025, section 3.2.
     """
     labels, real = top_labels.double(), (top_values > 0).double()
     n = real.sum(1)
@@ -36,9 +35,8 @@ _PLACES = 2**32  # places that a key can name
 def pack_top(values: Tensor, places: Tensor) -> Tensor:
     """One integer for a float32 value and its place in ``range(2**32)``: larger for larger values and, among equal ones, for earlier places.
 
-    The bits of a positive float32, read as an integer, are in the order of the floats; they are the key's upper half, and the place,
-    counted backwards, is its lower half. The k largest keys are thus the top k with ties decided, whatever the batch size or device.
-    What is not positive (or NaN) becomes key 0, which is padding.
+    The bits of a positive float32, which as integers are in the order of the floats, are its upper half, the place, counted backwards, its
+    lower one. What is not positive (or NaN) becomes key 0, which is padding.
     """
     keys = (values.contiguous().view(torch.int32).long() << 32) + (_PLACES - 1 - places)
     return keys.masked_fill(~(values > 0), 0)
@@ -58,7 +56,7 @@ def merge_keys(kept: Tensor, new: Tensor) -> None:
 
 
 def shuffled_label_entropy(top_values: Tensor, top_images: Tensor, labels: Tensor, n_classes: int) -> Tensor:
-    """Label entropy under shuffled labels, [S] nats: what the same reference images would give if the latent knew nothing of classes.
+    """Label entropy under shuffled labels, [S] nats.
 
     Parameters
     ----------
@@ -78,14 +76,13 @@ def contrasting_latents(frame: pd.DataFrame) -> dict[int, str]:
     Parameters
     ----------
     frame : DataFrame
-        ``LatentSummary.to_frame()``. Only latents that are not faint and have as many reference images as any are considered.
+        ``LatentSummary.to_frame()``; latents that are not faint and have as many reference images as any are considered.
 
     Returns
     -------
     dict
-        Latent -> what it stands for: "one class" (lowest label entropy, then most frequent), "related classes" (label indices closest
-        together among latents of more than median entropy), "everywhere" (most frequent, then strongest), "seldom, mixed" (least
-        frequent among the tenth of highest entropy). Fewer where none is left.
+        Latent -> what it stands for: "one class" (lowest label entropy), "related classes" (label indices closest together, of more than median
+        entropy), "everywhere" (most frequent), "seldom, mixed" (least frequent in the tenth of highest entropy). Fewer where none is left.
     """
     full = frame[~frame["faint"]]
     full = full[full["n_reference"] == full["n_reference"].max()]

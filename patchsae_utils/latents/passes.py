@@ -1,8 +1,7 @@
 """One pass over a data set: read once, shared by processes, saved now and then, resumed where it was killed.
 
-Every process reads whole batches, cut as one process cuts them, and what the statistics count can be added exactly (:mod:`.summary`): the result is, bit
-for bit, the same however many processes share the images and however often they were killed. Only :mod:`.likeness` sums float64 products in
-the order in which images come; its scores agree to about 1e-9.
+Every process reads whole batches, cut as one process cuts them, and counts are added exactly (:mod:`.summary`): the result is the same, bit for
+bit. Only :mod:`.likeness` sums float64 products in the order in which images come; its scores agree to about 1e-9.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -36,8 +35,8 @@ _FILE = re.compile(r"counted-\d+-([0-9a-f]{16})\.safetensors")
 class Observer:
     """What counts something while :func:`summarize_latents` reads a data set; a subclass overrides what it needs.
 
-    Each image comes once, in one of the processes. What was counted on other images, by another process or before a kill, is absorbed:
-    the order must not matter. ``key`` names what is made from which inputs (:func:`patchsae_utils.run.artifacts.fingerprint`).
+    Each image comes once, in one of the processes; what was counted by another, or before a kill, is absorbed in any order. ``key`` is the
+    fingerprint of what is made from which inputs.
     """
 
     key = ""
@@ -47,7 +46,7 @@ class Observer:
         return False
 
     def prepare(self, tokens: Tensor) -> None:
-        """Before all else: the residual stream [B, 1+P, D] of the data set's first batch, in every process and every attempt the same."""
+        """Before all else: the residual stream [B, 1+P, D] of the data set's first batch, in every process the same."""
 
     def read(self, images: Tensor, stream: Residual, places: Tensor) -> None:
         """A batch as CLIP reads it, its residual stream and its places in the data set [B], before its latents come."""
@@ -66,16 +65,10 @@ class Observer:
         """After the last image, in the main process: write, or return, what was counted."""
 
 
-# -- reading --------------------------------------------------------------------------------------------------------------
-
-
 def read_streams(
     clip, dataset, layer: int, batch_size: int = 64, indices: Sequence[int] | None = None, progress: str | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Residual]]:
-    """Images, labels [B] (-1 without classes), places in the data set [B] and residual stream, batch by batch.
-
-    A batch that doesn't fit the memory comes in parts, with a warning.
-    """
+    """Images, labels [B] (-1 without classes), places in the data set [B] and residual stream, by batches or parts that fit the memory."""
     fitting, n_classes = HalvedBatches(clip.device), len(dataset.class_names)
     for batch in batches(dataset, clip.preprocess, batch_size, indices=indices, progress=progress):
         if n_classes and (batch.labels.min() < 0 or batch.labels.max() >= n_classes):
@@ -115,9 +108,6 @@ def _check_finite(tokens: Tensor, places: Tensor, clip, layer: int) -> None:
         )
 
 
-# -- counting -------------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def one_pass(
     clip,
@@ -130,10 +120,7 @@ def one_pass(
     key: str,
     progress: str | None,
 ) -> Iterator[Processes]:
-    """Read a data set into observers. In the block they hold what all processes counted; finish them there.
-
-    ``unfinished`` is a folder for what was counted so far, removed at the end of the block; ``key`` names the inputs.
-    """
+    """Read a data set into observers, which hold in the block what all processes counted; ``unfinished``, a folder, is removed after it."""
     processes, read = Processes(), partial(read_streams, clip, dataset, layer, batch_size)
     prepared = False
 
@@ -158,7 +145,8 @@ def one_pass(
         def count() -> None:
             for images, labels, places, stream in read(own, progress if processes.main else None) if own else ():
                 prepare(stream)
-                saved.save_if_time()
+                if saved.done.any() and time.monotonic() - saved.time >= SAVE_SECONDS:
+                    saved.save()
                 for observer in observers.values():
                     observer.read(images, stream, places)
                 for some, h in latent_chunks(sae, stream.tokens[:, : clip.n_tokens]):
@@ -179,12 +167,12 @@ def one_pass(
 
 
 class SavedCounts:
-    """What a pass has counted so far, in a folder if there is one: a file for each process, named by its hash. Those of another ``key`` are left."""
+    """What a pass has counted so far, in a folder if there is one: a file for each process, named by its hash."""
 
     def __init__(self, folder: Path | None, key: str, observers: Mapping[str, Observer], n_images: int, index: int):
         self.folder, self.key, self.observers, self.index = folder, key, observers, index
         self.done = torch.zeros(n_images, dtype=torch.bool)  # images that were counted
-        self._saved, self._own_name = time.monotonic(), ""
+        self.time, self._own_name = time.monotonic(), ""
 
     def files(self, pattern: str = "counted-*") -> list[Path]:
         return [] if self.folder is None else sorted(self.folder.glob(pattern))
@@ -192,22 +180,17 @@ class SavedCounts:
     def resume(self) -> Tensor:
         """In the main process: count what an earlier attempt counted, and make one file of it. Images [N] that need not be read."""
         found = [(path, done) for path in self.files() if (done := self._done_by(path)) is not None]
-        # A process that was killed between writing a file and removing those it replaces leaves images counted twice: the larger file holds them.
+        # Killed between writing a file and removing those it replaces, a process leaves images counted twice: the larger file holds them.
         for path, done in sorted(found, key=lambda pair: -int(pair[1].sum())):
             if not (done & self.done).any():
                 state = load_file(path)
                 for name, observer in self.observers.items():
-                    head = f"{name}/"
-                    observer.absorb({key.removeprefix(head): value for key, value in state.items() if key.startswith(head)})
+                    observer.absorb({key.removeprefix(f"{name}/"): each for key, each in state.items() if key.startswith(f"{name}/")})
                 self.done |= done
         if self.done.any():
             self.save()
         self._remove_all_but_own(self.files())
         return self.done.clone()
-
-    def save_if_time(self) -> None:
-        if self.done.any() and time.monotonic() - self._saved >= SAVE_SECONDS:
-            self.save()
 
     def save(self) -> None:
         """Write all that was counted, as a whole, and remove this process's earlier file."""
@@ -220,7 +203,7 @@ class SavedCounts:
         self._own_name = f"counted-{self.index}-{file_sha256(temporary)[:16]}.safetensors"
         os.replace(temporary, self.folder / self._own_name)
         self._remove_all_but_own(self.files(f"counted-{self.index}-*"))
-        self._saved = time.monotonic()
+        self.time = time.monotonic()
 
     def _remove_all_but_own(self, paths: list[Path]) -> None:
         for path in paths:
@@ -237,5 +220,5 @@ class SavedCounts:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
+    with suppress(OSError):
         folder.rmdir()

@@ -26,8 +26,7 @@ def seen_image(clip, image) -> Tensor:
     ----------
     clip : ClipModel
         Its ``preprocess`` must hold a normalisation, which is undone.
-    image : PIL image or Tensor [3, H, W]
-        A tensor is taken as already preprocessed.
+    image : PIL image, or preprocessed Tensor [3, H, W]
     """
     normalised = image if isinstance(image, Tensor) else clip.preprocess(image)
     steps = [s for s in getattr(clip.preprocess, "transforms", []) if hasattr(s, "mean") and hasattr(s, "std")]
@@ -59,7 +58,7 @@ def reference_images(clip, sae, dataset, summary: LatentSummary, latents: Sequen
     clip : ClipModel
     sae : SparseAutoencoder
     dataset
-        The one that ``summary`` was made from: its indices are looked up here.
+        The one that ``summary`` was made from.
     summary : LatentSummary
     latents : sequence of int
     layer : int
@@ -86,9 +85,6 @@ def seen_with_masks(clip, sae, pictures: Sequence[Any], latent: int, layer: int)
     return torch.stack([seen_image(clip, x) for x in inputs]), masks
 
 
-# -- levels -------------------------------------------------------------------------------------------------------------
-
-
 class Levels(NamedTuple):
     """One image's top latents at the four levels of Lim et al., section 3: patch, image, class, data set."""
 
@@ -107,7 +103,7 @@ class Levels(NamedTuple):
 def activation_levels(clip, sae, dataset, index: int, layer: int, summary: LatentSummary) -> Levels:
     """Follow one image from a patch to the data set: the eight top latents of each level.
 
-    The patch is the one where the strongest latent of the image's class, relative to the data set, is most active.
+    The patch is where the latent that most exceeds the data set on the image's class is most active.
 
     Parameters
     ----------
@@ -115,9 +111,7 @@ def activation_levels(clip, sae, dataset, index: int, layer: int, summary: Laten
     sae : SparseAutoencoder
     dataset
         With the classes of ``summary``.
-    index : int
-        Of the image.
-    layer : int
+    index, layer : int
     summary : LatentSummary
     """
     sae.check_model(clip, layer)
@@ -125,7 +119,6 @@ def activation_levels(clip, sae, dataset, index: int, layer: int, summary: Laten
     inputs = clip.preprocess(example.image)
     h = sae.encode(clip.residual(inputs[None], layer)[0, : clip.n_tokens].to(sae.W_enc.device)).cpu()
     grid = h[1:].T.unflatten(1, clip.grid)
-
     per_class = summary.class_counts[example.label] / summary.class_images[example.label].clamp_min(1)
     per_dataset = (summary.dataset_counts / summary.n_images).float()
     row, column = divmod(int(grid[(per_class - per_dataset).argmax()].argmax()), clip.grid[1])
@@ -142,7 +135,7 @@ def activation_levels(clip, sae, dataset, index: int, layer: int, summary: Laten
 
 
 def level_overlap(summary: LatentSummary, k: int = 10) -> pd.DataFrame:
-    """How many of its k top latents each class shares with other levels. Latents that are silent on a class are none of its top ones.
+    """How many of its k top latents each class shares with other levels.
 
     Parameters
     ----------
@@ -152,18 +145,14 @@ def level_overlap(summary: LatentSummary, k: int = 10) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        One row for each class with images: class_index, dataset (latents shared with the data set's top k), other (mean number shared with the
-        other classes' top k), chance (what as many random living latents would share with the data set's).
+        A row a class with images: class_index, dataset (latents shared with the data set's top k), other (mean number shared with the other
+        classes' top k), chance (what as many random living latents would share with the data set's).
     """
     present = summary.class_images.nonzero().flatten()
     overall = set(top_latents(summary.dataset_counts[None], k)[0])
     tops = [set(latents) for latents in top_latents(class_scores(summary, "count")[present], k)]
     shared = np.array([[len(a & b) for b in tops] for a in tops])
     n_living = max(int((~summary.dead).sum()), 1)
-    return pd.DataFrame(
-        {
-            "class_index": present.numpy(), "dataset": [float(len(top & overall)) for top in tops],
-            "other": (shared.sum(1) - shared.diagonal()) / max(len(tops) - 1, 1),
-            "chance": [len(top) * len(overall) / n_living for top in tops],
-        }
-    )  # fmt: skip
+    dataset, chance = [float(len(top & overall)) for top in tops], [len(top) * len(overall) / n_living for top in tops]
+    other = (shared.sum(1) - shared.diagonal()) / max(len(tops) - 1, 1)
+    return pd.DataFrame({"class_index": present.numpy(), "dataset": dataset, "other": other, "chance": chance})

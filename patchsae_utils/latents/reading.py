@@ -1,7 +1,4 @@
-"""What latents answer to: statistics over a data set, and masks on the patch grid.
-
-Only image tokens count (CLS and the patches; prompt tokens of adapted models never do), classes are keyed by index, and padding is no reference image.
-"""
+"""What latents answer to: statistics over a data set, and masks on the patch grid. Prompt tokens of adapted models never count."""
 
 from __future__ import annotations
 
@@ -31,18 +28,15 @@ def summarize_latents(
 ) -> LatentSummary:  # fmt: skip
     """Read a data set once and count what every latent does.
 
-    Under several processes (``accelerate launch``, ``torchrun``) all must call this; each reads its share, and the result is that of one process
-    (:mod:`.passes`). With ``out``, what was counted is saved every five minutes, and a killed run goes on from there.
-
-    Memory: the models, one forward pass of CLIP, a block of 24 MiB, and the statistics themselves (``python -m benchmarks.summary`` measures it).
+    Under several processes (``accelerate launch``, ``torchrun``) all must call this; each reads its share, and the result is that of one process.
 
     Parameters
     ----------
     clip : ClipModel
-        Or an adapted model; its prompt tokens are not read.
+        Or an adapted model.
     sae : SparseAutoencoder
     dataset
-        As :func:`patchsae_utils.load_dataset` gives it: examples with labels in ``range(len(class_names))``, or without classes.
+        Of :func:`patchsae_utils.load_dataset`: examples with labels in ``range(len(class_names))``, or without classes.
     layer : int
         Block whose output the SAE reads.
     k : int
@@ -50,13 +44,13 @@ def summarize_latents(
     tau : float
         A token counts in a_i where h > tau.
     tokens : {"all", "patches", "cls"}
-        "all" reads CLS and the patches, as the paper's 197.
+        "all": CLS and the patches, as the paper's 197.
     batch_size : int
         Images in one forward pass of CLIP; latents are computed in smaller chunks.
     out : path, optional
-        Folder for the summary; when it already holds the one of the same inputs, that is returned.
+        Folder for the summary, returned when it is there already; counts are saved every five minutes, and a killed run goes on from them.
     observers : sequence of Observer, optional
-        What else reads the same pass, e.g. a :class:`patchsae_utils.latents.LikenessObserver`. Those that are complete are left out.
+        What else reads the same pass, e.g. a :class:`LikenessObserver`. Those that are complete are left out.
     progress : bool
 
     Raises
@@ -76,9 +70,7 @@ def summarize_latents(
         raise ValueError(f"{len(dataset):,} images of {n_patches} patches are more than 2**32 patches: summarise a part of the data set.")
     settings = dict(stage="latents", version=FORMAT_VERSION, k=k, tau=tau, tokens=tokens)
     key = "" if out is None else fingerprint(**pass_inputs(clip, sae, dataset, layer), **settings)
-    kept, complete = Processes().on_main(
-        lambda: (out is not None and is_current(out, key), [observer.is_complete() for observer in observers])
-    )
+    kept, complete = Processes().on_main(lambda: (out is not None and is_current(out, key), [each.is_complete() for each in observers]))
     summary = LatentSummary.load(out) if kept else None
     reading: dict[str, Observer] = {f"observer {i}": each for i, (each, has) in enumerate(zip(observers, complete, strict=True)) if not has}
     running = RunningSummary(dataset, sae.W_enc.shape[1], n_patches, k, tau, tokens, sae.W_enc.device)
@@ -112,11 +104,9 @@ def latent_masks(clip, sae, images, latents: Sequence[int] | Tensor, layer: int)
     clip : ClipModel
     sae : SparseAutoencoder
     images : Tensor [B, 3, H, W], or one or several of path, PIL image, array [H, W, 3]
-        A tensor as ``clip.preprocess`` makes it. The grid covers what that leaves, which may be a crop (:func:`patchsae_utils.latents.seen_image`).
+        A tensor as ``clip.preprocess`` makes it. The grid covers what that leaves, which may be a crop (:func:`seen_image`).
     latents : sequence of int, length n
     layer : int
-        Block whose output the SAE reads.
-
     """
     sae.check_model(clip, layer)
     if not isinstance(images, Tensor):

@@ -26,9 +26,8 @@ _COUNTS = ("class_counts", "class_hits")  # [C, S]: written sparse where that is
 class LatentSummary:
     """What every latent does over a data set.
 
-    Two image-level activations are used. The *mean activation* of an image is the mean of h over its tokens; an image is active where
-    that is positive, and reference images are those where it is largest. The *count* a_i of an image is its number of tokens with
-    h > tau; class counts a_c and data-set counts a_D are its sums (Lim et al., ICLR 2025, section 3).
+    The *mean activation* of an image is the mean of h over its tokens; it is active where that is positive, and reference images are those
+    where it is largest. Its *count* a_i is its number of tokens with h > tau; a_c and a_D are the sums (Lim et al., ICLR 2025, section 3).
     """
 
     frequency: Tensor
@@ -50,22 +49,21 @@ class LatentSummary:
     class_hits: Tensor
     """[C, S] images of the class where the latent is active."""
     class_images: Tensor
-    """[C] images of the class. Without classes these three have one row, of all images."""
+    """[C] images of the class; without classes these three have one row."""
     dead: Tensor
     """[S] bool: active in no image."""
     class_names: tuple[str, ...]
-    """By class index; equal names stay two classes. Empty for pictures without labels: then labels are -1, entropy and spread NaN."""
+    """By class index. Empty for pictures without labels: then labels are -1, entropy and spread NaN."""
     tau: float
     """Threshold of the counts."""
     tokens: str
     """Tokens that were read: a key of ``TOKENS``."""
     top_patch_images: Tensor | None = None
-    """[S, k] data-set indices of the images that hold the strongest patches, strongest first; -1 where there are fewer than k. None where no
-    patches were read (``tokens="cls"``)."""
+    """[S, k] images of the strongest patches, each image once, strongest first; -1 is padding. None with ``tokens="cls"``."""
     top_patches: Tensor | None = None
-    """[S, k] places of those patches, ``row * columns + column`` on the grid; -1 where there are fewer than k."""
+    """[S, k] places of those patches, ``row * columns + column`` on the grid."""
     top_patch_values: Tensor | None = None
-    """[S, k] their activations; 0 where there are fewer than k."""
+    """[S, k] their activations; 0 is padding."""
 
     @property
     def n_images(self) -> int:
@@ -86,18 +84,14 @@ class LatentSummary:
         return ~self.dead & (self.dataset_counts < self.n_images / 100)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each living latent: latent, frequency, mean_activation, label_entropy, label_std, top_class, n_reference, faint; no NaN."""
+        """A row a living latent: latent, frequency, mean_activation, label_entropy, label_std, top_class, n_reference, faint."""
         columns = {name: getattr(self, name) for name in ("frequency", "mean_activation", "label_entropy", "label_std")}
         columns |= {"top_class": self.top_labels[:, 0], "n_reference": (self.top_images >= 0).sum(1), "faint": self.faint}
         frame = pd.DataFrame({"latent": range(self.n_latents), **{name: values.numpy() for name, values in columns.items()}})
         return frame[~self.dead.numpy()].reset_index(drop=True)
 
     def save(self, folder: str | Path, fp: str = "") -> None:
-        """Write ``latents.safetensors`` and ``manifest.json`` into a folder, atomically.
-
-        Where it saves space the [C, S] tables, mostly 0, are written as ``<name>.places`` (int64 [n], ``class * S + latent``) and
-        ``<name>.values`` (float32 [n]).
-        """
+        """Write ``latents.safetensors`` and ``manifest.json``, atomically; [C, S] tables as places and values where that is smaller."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
         plain = {name: value for name, value in fields.items() if name not in tensors}
@@ -128,7 +122,7 @@ class LatentSummary:
 
 
 def open_manifest(folder: Path, version: int, made_by: str) -> dict[str, Any]:
-    """The manifest of what a pass wrote, its files compared with it; FileNotFoundError or ValueError says what is missing, damaged or old."""
+    """The manifest of what a pass wrote; FileNotFoundError or ValueError says what is missing, damaged or old."""
     if not (folder / "manifest.json").exists():
         raise FileNotFoundError(f"{folder} holds nothing (manifest.json is missing). Make it: {made_by}.")
     manifest = read_folder_manifest(folder)
@@ -141,10 +135,9 @@ _COARSE, _FINE = 2.0**20, 2.0**50  # a float32 is a whole number of 2**-20, and 
 
 
 def exact_sums(values: Tensor) -> Tensor:
-    """Column sums of float32 [b, S] that don't depend on the order of their terms: whole numbers of 2**-20 and of 2**-50, float64 [2, S].
+    """Column sums of float32 [b, S] in any order: whole numbers of 2**-20 and of 2**-50, float64 [2, S].
 
-    They are exact, and so are sums of such sums, while there are fewer than 2**24 terms and they sum to less than 2**33; beyond, they are as
-    good as any float64.
+    Exact, and so are sums of them, while there are fewer than 2**24 terms and they sum to less than 2**33.
     """
     values = values.double()
     coarse = (values * _COARSE).round()
@@ -152,10 +145,7 @@ def exact_sums(values: Tensor) -> Tensor:
 
 
 class RunningSummary(Observer):
-    """A :class:`LatentSummary` that grows chunk by chunk; holds 16 bytes a (latent, reference) and 8 a (class, latent).
-
-    All of it is sums of whole numbers and sets of largest keys, so the order in which images come does not matter, bit for bit.
-    """
+    """A :class:`LatentSummary` that grows chunk by chunk: sums of whole numbers and largest keys, the same in any order of the images."""
 
     def __init__(self, dataset, n_latents: int, n_patches: int, k: int, tau: float, tokens: str, device: torch.device):
         self.labels, self.class_names = torch.as_tensor(dataset.labels, dtype=torch.long), tuple(dataset.class_names)
@@ -163,15 +153,13 @@ class RunningSummary(Observer):
         n_classes = max(1, len(self.class_names))
         self.sums = {
             "sum_mean": torch.zeros(2, n_latents, dtype=torch.float64, device=device),
-            "class_counts": torch.zeros(n_classes, n_latents, device=device),
-            "class_hits": torch.zeros(n_classes, n_latents, device=device),
+            **{name: torch.zeros(n_classes, n_latents, device=device) for name in _COUNTS},
             "class_images": torch.zeros(n_classes, dtype=torch.long, device=device),
         }
         kinds = ("top",) if tokens == "cls" else ("top", "top_patches")
         self.tops = {kind: torch.zeros(n_latents, k, dtype=torch.long, device=device) for kind in kinds}
 
     def add(self, h: Tensor, labels: Tensor, places: Tensor) -> None:
-        """Count some images: see :meth:`Observer.add`."""
         h, labels = h[:, TOKENS[self.tokens]], labels.clamp_min(0)
         means = h.mean(1)
         counts = (h > self.tau).to(h.dtype).sum(1)  # faster than summing booleans, and exact
