@@ -9,11 +9,5 @@ from .names import label_latents, make_vocabulary, name_agreement, related_names
 from .places import concept_examples, localize
 
 __all__ = [
-    "concept_examples",
-    "label_latents",
-    "localize",
-    "make_vocabulary",
-    "name_agreement",
-    "related_names",
-    "score_words",
-]
+    "concept_examples", "label_latents", "localize", "make_vocabulary", "name_agreement", "related_names", "score_words",
+]  # fmt: skip

@@ -74,7 +74,7 @@ def ica_dictionary(x: Tensor) -> Dictionary:
 
 
 def kmeans_directions(x: Tensor, n: int, *, cosine: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Unit directions [n, D] from the mean of the tokens to the centroids of k-means (with ``cosine`` of unit-norm tokens), and that mean."""
+    """Unit directions [n, D] from the mean of the tokens to the centroids of k-means (``cosine``: of unit-norm tokens), and that mean."""
     if len(x) < n:
         raise ValueError(f"k-means needs a token for each of the {n} centroids, got {len(x)}. Sample more patches.")
     mean = x.mean(0)
@@ -112,7 +112,7 @@ def split_signs(x: Tensor) -> Tensor:
 
 
 def random_clip(clip: ClipModel) -> ClipModel:
-    """The same architecture with random weights in the image tower: layers as torch starts them, all else (class token, positions) as open_clip."""
+    """The same architecture with random weights in the image tower: layers as torch starts them, all else as open_clip does."""
     control = copy.copy(clip)
     control.model = copy.deepcopy(clip.model)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -133,7 +133,7 @@ def random_clip(clip: ClipModel) -> ClipModel:
 def random_weights_sae(
     clip: ClipModel, dataset, layer: int, sae: SparseAutoencoder, config, out: str | Path
 ) -> tuple[ClipModel, SparseAutoencoder]:
-    """An SAE of the same size and recipe, trained under ``out`` on the residual stream of :func:`random_clip`, which must read its scenes."""
+    """An SAE of the same size and recipe, trained under ``out`` on :func:`random_clip`, which must read its scenes."""
     control, out = random_clip(clip), Path(out)
     key = fingerprint(
         stage="random-weights SAE", version=1, clip=control.fingerprint, data=dataset_fingerprint(dataset), layer=clip.layer_index(layer),

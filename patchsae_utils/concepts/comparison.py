@@ -35,8 +35,8 @@ class Competitor(NamedTuple):
 
     name: str
     readouts: Mapping[str, Dictionary]
-    """Its features by ways of reading: "activations", "pre-activations", "cosine" (of centred tokens and the written directions); "dense", where
-    there is one way alone; "nearest" and "4 nearest" of k-means. The first is its own way."""
+    """Its features by ways of reading: "activations", "pre-activations", "cosine" (of centred tokens and the written directions); "dense",
+    where there is one way alone; "nearest" and "4 nearest" of k-means. The first is its own way."""
     role: str = "baseline"
     """"sae", "control" (an SAE trained with a part frozen), "baseline", or "ceiling" (supervised: feature k belongs to concept k)."""
     reconstruct: Mapping[str, Reconstruct] | None = None
@@ -194,8 +194,8 @@ def measure_dictionaries(
 ) -> ComparisonReport:  # fmt: skip
     """An SAE, every baseline and the probe, from training scenes to the table, which is kept in ``out``.
 
-    ``store`` is of ``training``; ``random_weights`` is the recipe of an SAE on a CLIP of random weights and ``random_scenes``; ``patches`` are of
-    ``choose`` and ``report``, when they were read before; ``controls`` are SAEs of which a part was frozen in training.
+    ``store`` is of ``training``; ``random_weights`` is the recipe of an SAE on a CLIP of random weights and ``random_scenes``; ``patches``
+    are of ``choose`` and ``report``, when they were read before; ``controls`` are SAEs of which a part was frozen in training.
     """
     out, controls = Path(out), controls or {}
     key = fingerprint(

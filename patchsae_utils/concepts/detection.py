@@ -153,7 +153,7 @@ def average_precision(
 
 
 class Activations:
-    """Features of some patches, [N, n]. Sparse ones, and few dense ones, are read once and kept; many dense ones are read when asked for."""
+    """Features of some patches, [N, n]. Sparse ones, and few dense ones, are read once and kept; others when asked for."""
 
     block = 128  # features at a time: float32 [block, N]
 
@@ -224,7 +224,8 @@ def precisions(
 def concept_correlations(features: Activations, *more: sparse.csr_matrix) -> tuple[list[np.ndarray], np.ndarray]:
     """Pearson correlations [K, S] of features with the patches' masks and with each of some others; 0 where either side is constant.
 
-    And the effective number of images where each feature is active, [S]: the squared sum over images of its activation over the sum of squares.
+    And the effective number of images where each feature is active, [S]: the squared sum over images of its activation over the sum of
+    squares.
     """
     patches, S = features.patches, features.n
     n, n_concepts = patches.masks.shape
@@ -314,7 +315,8 @@ def detect_concepts(dictionary: Dictionary, choose: ConceptPatches, report: Conc
 def answers(correlation: np.ndarray, held_out: np.ndarray, null: np.ndarray, spread: np.ndarray, names: np.ndarray) -> pd.DataFrame:
     """The concept that each latent correlates with most, the runner-up, and how often shuffled pictures (``null``, all [K', S]) do as well.
 
-    Latents active in few images correlate more by chance: each is compared with the ``N_PEERS`` that are active in about as many (``spread`` [S]).
+    Latents active in few images correlate more by chance: each is compared with the ``N_PEERS`` that are active in about as many
+    (``spread`` [S]).
     """
     latents, order = np.arange(correlation.shape[1]), np.argsort(-correlation, axis=0, kind="stable")
     best, score = correlation[order[0], latents], held_out[order[0], latents]

@@ -1,10 +1,6 @@
-"""Names for latents, from three sources that know nothing of each other, and how far they agree.
+"""Names for latents, from three sources that know nothing of each other (labels, text, ground truth), and how far they agree.
 
-*Labels*: the class in whose images a latent is active most above the base rate. *Text*: the word whose CLIP text embedding is closest to a
-latent's strongest images and to crops around its strongest patches, compared with random ones. *Ground truth*: the concept whose mask its
-activation correlates with (:mod:`.detection`). Each gives a score, a margin over the runner-up and a p-value; a latent stays "unnamed"
-where no name scores clearly above the others. The decoder's row is never compared with text: it lies in the residual stream, not in CLIP's
-output space.
+The decoder's row is never compared with text: it lies in the residual stream, not in CLIP's output space.
 """
 
 from __future__ import annotations
@@ -45,23 +41,18 @@ def unique_names(class_names: Sequence[str]) -> np.ndarray:
     return np.array([f"{name} ({i})" if count[name] > 1 else name for i, name in enumerate(class_names)], dtype=object)
 
 
-# -- all sources --------------------------------------------------------------------------------------------------------------
-
-
 def label_latents(
     summary: LatentSummary, report: ConceptReport | None = None, *, text: pd.DataFrame | None = None, max_p: float = 0.01
 ) -> pd.DataFrame:
     """Name latents, with a score, a margin and "unnamed" where nothing stands out.
 
-    With a report (*ground truth*), a latent's name is the concept whose mask its activation correlates with most; the score is that
-    correlation on held-out scenes, and p the share of living latents, among those active in about as many images, that reach it when
-    pictures and masks are shuffled. With ``text``, the name is the word that :func:`score_words` found. With neither (*labels*), it is the
-    class in whose images the latent is active most above the base rate; the score is that lift, and p the binomial tail of so many active
-    images, times the number of classes.
+    With a report (*ground truth*), the name is the concept whose mask the latent correlates with most; the score is that correlation on
+    held-out scenes, p the share of latents active in about as many images that reach it when pictures are shuffled. With ``text``, it is
+    the word that :func:`score_words` found. With neither (*labels*), it is the class in whose images the latent is active most above the
+    base rate; the score is that lift, p the binomial tail, times the number of classes.
 
-    Every p holds for one latent; ``q`` is p after the correction of Benjamini and Hochberg (1995) over the living latents, the share of names
-    so certain that would be false. Names from text are judged by q, the other two by p, whose false names a reader can count: ``max_p``
-    times the latents. A name also needs a correlation of 0.1, a lift of 2, or half a standard deviation for text.
+    ``q`` is p after the correction of Benjamini and Hochberg (1995) over the living latents. Names from text are judged by q, the other two
+    by p. A name also needs a correlation of 0.1, a lift of 2, or half a standard deviation for text.
 
     Parameters
     ----------
@@ -69,16 +60,15 @@ def label_latents(
     report : ConceptReport, optional
         Of the same SAE.
     text : DataFrame, optional
-        Of :func:`score_words`, for the same SAE; latents that it leaves out are unnamed.
+        Of :func:`score_words`, for the same SAE.
     max_p : float
         Names less certain than that become "unnamed".
 
     Returns
     -------
     DataFrame
-        latent, name, kind, score, margin, p, q, runner_up, class_index (-1 where the name is no class), n_images (where it is active),
-        frequency; from labels also ``entropy`` of the classes of its reference images (nats; log C for the dead). One row a latent; dead
-        latents are unnamed, of kind "dead", with score and margin 0 and p 1.
+        One row a latent: latent, name, kind ("dead", "unnamed", or of the name), score, margin, p, q, runner_up, class_index (-1 where the
+        name is no class), n_images (where it is active), frequency; from labels also ``entropy`` of its reference images' classes (nats).
     """
     if report is not None and text is not None:
         raise ValueError("Names come from ground truth (report) or from text, not from both: call twice, and compare by name_agreement.")
@@ -130,14 +120,10 @@ def _names_from_labels(summary: LatentSummary) -> pd.DataFrame:
     best = order[0]
     tail = stats.binom.sf(hits[best, columns] - 1, active, base[best]) * len(base)
     second = lift[order[1], columns] if len(order) > 1 else 0.0
-    names = unique_names(summary.class_names)
-    return pd.DataFrame(
-        {
-            "latent": columns, "name": names[best], "kind": "class", "score": lift[best, columns], "margin": lift[best, columns] - second,
-            "p": np.minimum(tail, 1.0), "runner_up": names[order[1]] if len(order) > 1 else "", "class_index": best,
-            "entropy": summary.label_entropy.nan_to_num(float(np.log(len(base)))).numpy(),
-        }
-    )  # fmt: skip
+    names, score = unique_names(summary.class_names), lift[best, columns]
+    said = {"latent": columns, "name": names[best], "kind": "class", "score": score, "margin": score - second, "p": np.minimum(tail, 1.0)}
+    said |= {"runner_up": names[order[1]] if len(order) > 1 else "", "class_index": best}
+    return pd.DataFrame({**said, "entropy": summary.label_entropy.nan_to_num(float(np.log(len(base)))).numpy()})
 
 
 def _names_from_text(text: pd.DataFrame, n_latents: int) -> pd.DataFrame:
@@ -145,9 +131,6 @@ def _names_from_text(text: pd.DataFrame, n_latents: int) -> pd.DataFrame:
     frame = pd.DataFrame({"latent": np.arange(n_latents)}).merge(text, on="latent", how="left")
     empty = {"name": UNNAMED, "kind": UNNAMED, "score": 0.0, "margin": 0.0, "p": 1.0, "runner_up": "", "class_index": -1}
     return frame.fillna(empty).astype({"class_index": int})[["latent", *empty]]
-
-
-# -- words --------------------------------------------------------------------------------------------------------------------
 
 
 class Vocabulary(NamedTuple):
@@ -163,9 +146,7 @@ class Vocabulary(NamedTuple):
 
 
 def make_vocabulary(clip, dataset) -> Vocabulary:
-    """Words to name latents by, with their text embeddings: a data set's class names and the palette's colours.
-
-    In the embedded world also its categories and backgrounds, which are put as its captions say them; elsewhere ``TEXTURES``.
+    """Words to name latents by: class names, colours, and in the embedded world categories and backgrounds, elsewhere textures.
 
     Parameters
     ----------
@@ -198,10 +179,9 @@ def make_vocabulary(clip, dataset) -> Vocabulary:
 def score_words(clip, dataset, summary: LatentSummary, vocabulary: Vocabulary, latents: Sequence[int], embeddings: Tensor) -> pd.DataFrame:
     """Score every word for each latent by what CLIP sees in its strongest images and around its strongest patches.
 
-    A word's similarity to a picture is the cosine of their embeddings, as standard deviations from its mean over all images of the data
-    set (crops: over random crops), so that words which fit every picture gain nothing. Its score is the mean over the latent's images and
-    that over its crops, averaged. p asks how often as many random images and crops give *some* word as high a score: the maximum over
-    words is compared with the maximum over words (Westfall and Young, 1993), so the size of the vocabulary is accounted for.
+    A word's similarity to a picture is the cosine of their embeddings, in standard deviations from its mean over all images (crops: over
+    random crops); its score is the mean over the latent's images and that over its crops, averaged. p: how often as many random images and
+    crops give *some* word as high a score (Westfall and Young, 1993).
 
     Parameters
     ----------
@@ -209,11 +189,10 @@ def score_words(clip, dataset, summary: LatentSummary, vocabulary: Vocabulary, l
     dataset
         The one that ``summary`` was made from.
     summary : LatentSummary
-        Crops need ``top_patches`` (tokens "all" or "patches"); without them images alone count.
+        Without ``top_patches`` images alone count.
     vocabulary : Vocabulary
-        See :func:`make_vocabulary`.
     latents : sequence of int
-    embeddings : Tensor [n_images of the data set, d_embed]
+    embeddings : Tensor [n_images, d_embed]
         Unit vectors of all images: ``Likeness.embeddings``.
 
     Returns
@@ -244,24 +223,16 @@ def score_words(clip, dataset, summary: LatentSummary, vocabulary: Vocabulary, l
     scores = np.mean(parts, 0)
     p = _permutation_p(scores.max(1), nulls, rng)
     order, at = np.argsort(-scores, axis=1, kind="stable")[:, :2], np.arange(len(scores))
-    words, kinds, index = (
-        np.array(part, dtype=object)[order[:, 0]] for part in (vocabulary.words, vocabulary.kinds, vocabulary.class_index)
-    )
-    return pd.DataFrame(
-        {
-            "latent": latents.numpy(), "name": words, "kind": kinds, "score": scores[at, order[:, 0]],
-            "margin": scores[at, order[:, 0]] - scores[at, order[:, 1]], "p": p,
-            "runner_up": np.array(vocabulary.words, dtype=object)[order[:, 1]], "class_index": index.astype(int),
-        }
-    )  # fmt: skip
+    words, kinds, index = (np.array(part, dtype=object) for part in (vocabulary.words, vocabulary.kinds, vocabulary.class_index))
+    first, second = order[:, 0], order[:, 1]
+    said = {"latent": latents.numpy(), "name": words[first], "kind": kinds[first], "score": scores[at, first]}
+    said |= {"margin": scores[at, first] - scores[at, second], "p": p, "runner_up": words[second]}
+    return pd.DataFrame({**said, "class_index": index[first].astype(int)})
 
 
 @torch.no_grad()
 def embed_crops(clip, dataset, places: np.ndarray, margin: int = CROP_MARGIN) -> Tensor:
-    """Unit image features of crops around patches (image, row * columns + column), each enlarged to a whole image: [n, 2] -> [n, d_embed].
-
-    At the border the crop moves inwards. Images are loaded once where equal ones follow each other.
-    """
+    """Unit image features of enlarged crops around patches (image, row * columns + column), within the image: [n, 2] -> [n, d_embed]."""
     rows, columns = clip.grid
     side = 2 * margin + 1
     if margin < 0 or side > min(rows, columns):
@@ -313,9 +284,6 @@ def _permutation_p(observed: np.ndarray, nulls: list[tuple[Tensor, np.ndarray]],
     return p
 
 
-# -- agreement ----------------------------------------------------------------------------------------------------------------
-
-
 def name_agreement(sources: Mapping[str, pd.DataFrame], related: Mapping[str, Sequence[str]] | None = None) -> pd.DataFrame:
     """How often sources of names agree, over the latents that both name.
 
@@ -324,15 +292,13 @@ def name_agreement(sources: Mapping[str, pd.DataFrame], related: Mapping[str, Se
     sources : mapping of str to DataFrame
         Two tables of :func:`label_latents` or more.
     related : mapping of str to sequence of str, optional
-        Names that are no contradiction: what is named "dog" may also be called "animal" (see :func:`related_names`).
+        Names that are no contradiction, as "dog" and "animal" (see :func:`related_names`).
 
     Returns
     -------
     DataFrame
-        One row a pair: a, b, n_a, n_b (latents each names), n_both, agreement, low, high (95 %, Wilson, 1927), chance (when one source's
-        names are shuffled over those latents), p (share of shuffles that agree at least as often; the observed order counts as one),
-        related and related_chance (names equal or related). NaN without a common latent. Equal class names that were told apart by an index
-        count as equal.
+        One row a pair: a, b, n_a, n_b (latents each names), n_both, agreement, low, high (95 %, Wilson, 1927), chance (one source's names
+        shuffled), p (share of shuffles that agree as often), related, related_chance (names equal or related). NaN without a common latent.
     """
     named = {source: frame[frame["name"] != UNNAMED].set_index("latent")["name"] for source, frame in sources.items()}
     plain = {source: names.str.replace(r" \(\d+\)$", "", regex=True) for source, names in named.items()}

@@ -1,4 +1,4 @@
-"""Selectivity by pairs: two scenes that differ in one thing. The latent that is matched to it must move, the right way, and others must not."""
+"""Selectivity by pairs: two scenes differ in one thing; the latent that is matched to it must move, the right way, and others must not."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from ..sae.dictionary import select_latents
 from ..sae.model import SparseAutoencoder
 from .report import ComparisonReport
 
-ATTRIBUTES = {"object": "object", "color": "color", "background": "background", "place": "object"}
-"""What two scenes differ in, and the kind of concept that changes."""
+ATTRIBUTES = {"object": "object", "color": "color", "background": "background", "place": "object"}  # what differs: the kind that changes
 MIN_PATCHES = 2  # on which a concept appears, and disappears
 _BATCH = 32  # pairs
 
@@ -37,17 +36,10 @@ class ScenePair(NamedTuple):
 
 
 def scene_pairs(dataset, attribute: str, n: int) -> list[ScenePair]:
-    """Pairs from the first scenes of a data set that allow the change.
+    """At most n pairs from the first scenes of a data set that allow the change, and nothing else changed.
 
-    The largest object becomes one of another category at its place ("object"), or is painted in another colour ("color"), or is moved
-    ("place"); or what is behind it all is another kind ("background"). Nothing else changes.
-
-    Parameters
-    ----------
-    dataset : OpenMojiData
-    attribute : {"object", "color", "background", "place"}
-    n : int
-        At most so many pairs.
+    The largest object becomes one of another category ("object"), is painted in another colour ("color"), or moved ("place"); or what is
+    behind it all is another kind ("background").
     """
     if attribute not in ATTRIBUTES:
         raise ValueError(f"Unknown attribute {attribute!r}. Valid: {', '.join(ATTRIBUTES)}.")
@@ -101,9 +93,9 @@ class Selectivity(NamedTuple):
     """Whether latents answer to what they are matched with, and to nothing else."""
 
     frame: pd.DataFrame
-    """One row a dictionary, attribute and measure: dictionary, attribute, n_pairs, measure, value, low, high (95 %, over pairs). ``right``: share of
-    changes in which the matched latent moves the right way. ``selectivity``: how often it does so by more than another latent moves
-    either way, where its own concept is nowhere near; 0.25 if all moved alike, 0 for a silent one. ``first``: by more than every other."""
+    """One row each: dictionary, attribute, n_pairs, measure, value, low, high (95 %, over pairs). ``right``: share of changes in which the
+    matched latent moves the right way. ``selectivity``: how often it does so by more than another latent moves either way, whose concept is
+    nowhere near; 0.25 if all moved alike. ``first``: by more than every other."""
 
     def sentence(self) -> str:
         """Selectivity by attribute in words."""
@@ -123,19 +115,6 @@ def selectivity(
     For each concept that appears on some patches and disappears from others, a latent's movement is its mean change where the concept
     appears, minus that where it disappears, over the latent's mean activation where it is active. The matched latent is the one that the
     report chose on other scenes. The others are those matched to concepts which none of these patches shows, before or after.
-
-    Parameters
-    ----------
-    clip : ClipModel
-    saes : mapping of str to SparseAutoencoder
-        Dictionaries of the report, by the names they have there: the SAE, and controls.
-    report : ComparisonReport
-        Its choice, of activations.
-    dataset : OpenMojiData
-        Scenes on which nothing was chosen.
-    layer : int
-    n_pairs : int
-        At most, of each attribute.
     """
     chosen = report.detection.query("readout == 'activations'")
     matched = {name: chosen[chosen["dictionary"] == name].set_index("concept")["latent"] for name in saes}

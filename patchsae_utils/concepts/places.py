@@ -1,4 +1,4 @@
-"""Where latents are active, against masks of the ground truth: IoU, the pointing game, concepts that latents share or skip, their matching."""
+"""Where latents are active, against masks of the ground truth: IoU, the pointing game, sharing, absorption, matching."""
 
 from __future__ import annotations
 
@@ -33,16 +33,11 @@ class ConceptMatrix(NamedTuple):
     iou: np.ndarray
     """[S, K] intersection over union at the best threshold."""
     threshold: np.ndarray
-    """[S, K] that threshold: a patch counts where the activation reaches it. Infinite where no threshold above 0 marks a patch of the
-    concept (IoU 0)."""
+    """[S, K] that threshold, which activations reach; infinite where the IoU is 0."""
 
 
 def concept_matrix(features: Activations) -> ConceptMatrix:
-    """Average precision and best IoU of all features for all concepts.
-
-    Features are sparse and not negative: active patches are sorted once, and only (active patch, concept it shows) pairs are looked at; the
-    patches where a feature is silent share the last place.
-    """
+    """Average precision and best IoU of all features, which are not negative, for all concepts."""
     masks = features.patches.masks
     n, shown = masks.shape[0], np.asarray(masks.sum(0), np.float64).ravel()
     found = np.zeros((3, features.n, len(shown)), np.float32)
@@ -77,16 +72,13 @@ def _one_feature(active: np.ndarray, scores: np.ndarray, n: int, masks: sparse.c
     return ap, iou, threshold
 
 
-# -- one latent a concept -----------------------------------------------------------------------------------------------------
-
-
 class Localization(NamedTuple):
     """Which latent finds which concept, and where."""
 
     concepts: pd.DataFrame
-    """One row a concept: concept, kind, name, n_patches, n_images; latent (of highest AP on the choosing scenes), ap_choose, ap; iou_latent
-    (of highest IoU there), threshold, iou_choose, iou; pointing (share of the images that show the concept where the latent's most
-    active patch lies on it), pointing_chance (a random patch). Everything without ``_choose`` is of the reported scenes."""
+    """One row a concept: concept, kind, name, n_patches, n_images; latent (of highest AP), ap_choose, ap; iou_latent (of highest IoU),
+    threshold, iou_choose, iou; pointing (share of its images where the latent's most active patch lies on it), pointing_chance (a random
+    patch)."""
     by_image: dict[str, tuple[np.ndarray, np.ndarray]]
     """"iou" and "pointing": what each reported image adds to numerator and denominator, two arrays [rows, n_images]."""
     matrix: ConceptMatrix
@@ -95,11 +87,7 @@ class Localization(NamedTuple):
     """On the reported scenes."""
 
     def table(self) -> pd.DataFrame:
-        """Means by kind of concept and over all of them ("all"): kind, n_concepts, ap, iou, pointing, pointing_chance.
-
-        With iou_low, iou_high, pointing_low and pointing_high: 95 % over images, centred on the value, since a ratio of sums over few
-        images is lower in the mean of its resamples.
-        """
+        """Means by kind of concept ("all" last): kind, n_concepts, ap, iou, pointing, pointing_chance; 95 % over images, centred."""
         rows = []
         for kind, group in [*self.concepts.groupby("kind", sort=False), ("all", self.concepts)]:
             row = {"kind": kind, "n_concepts": len(group), "ap": group["ap"].mean()}
@@ -119,11 +107,7 @@ class Localization(NamedTuple):
         )
 
     def splitting(self) -> pd.DataFrame:
-        """How many latents share each concept: concept, kind, best_ap, n_latents.
-
-        A latent shares a concept if that is the concept it finds best and its AP is at least 0.1 and half the best latent's, all on the
-        choosing scenes.
-        """
+        """Latents whose best concept it is, with an AP of at least 0.1 and half the best latent's: concept, kind, best_ap, n_latents."""
         ap = self.matrix.ap
         counts = (ap >= np.maximum(SHARE * ap.max(0), MIN_SHARED_AP)) & (ap.argmax(1)[:, None] == np.arange(ap.shape[1]))
         return self.concepts[["concept", "kind"]].assign(best_ap=ap.max(0), n_latents=counts.sum(0))
@@ -132,18 +116,14 @@ class Localization(NamedTuple):
     def absorption(self) -> pd.DataFrame:
         """Classes that the best latent of their category skips, although it finds the category's others; one row a category and class.
 
-        The latent's ``recall`` on a class is the share of the class's patches, on the reported scenes, where it reaches the threshold of
-        its best IoU for the category. A class is *skipped* where that is less than a quarter of the median over the category's classes, and
-        *absorbed* where moreover another latent stands for the class (AP of at least 0.3 on the choosing scenes): the general latent
-        stays silent because the special one speaks (Chanin et al., 2024). Where that median is below 0.1 no latent stands for the
-        category: its classes are neither *found* nor skipped.
+        ``recall``: share of the class's patches where the latent reaches the threshold of its best IoU for the category. A class is
+        *skipped* where that is less than a quarter of the median over the category's classes, *absorbed* where moreover another latent
+        stands for the class (AP of at least 0.3): Chanin et al., 2024. Where that median is below 0.1 classes are neither *found* nor
+        skipped.
         """
-        concepts, positives = (
-            self.concepts.set_index("concept"),
-            dict(zip(self.features.patches.names, self.features.patches.rows(), strict=True)),
-        )
-        parts = []
-        for category, objects in self.features.patches.families.items():
+        patches, concepts, parts = self.features.patches, self.concepts.set_index("concept"), []
+        positives = dict(zip(patches.names, patches.rows(), strict=True))
+        for category, objects in patches.families.items():
             some = [concept for concept in objects if concept in concepts.index]
             if category not in concepts.index or len(some) < 2:
                 continue
@@ -153,23 +133,14 @@ class Localization(NamedTuple):
             recall = special["concept"].map(lambda concept, marked=marked: marked[positives[concept]].mean())
             general, skips = recall.median() >= MIN_RECALL, recall < SKIPPED * recall.median()
             stands = (special["latent"] != latent) & (special["ap_choose"] >= MIN_SPECIAL_AP)
-            parts.append(
-                pd.DataFrame(
-                    {
-                        "category": category.partition(":")[2], "latent": int(latent), "object": [name.partition(":")[2] for name in some],
-                        "n_patches": special["n_patches"], "recall": recall,
-                        "median_recall": recall.median(), "found": general & ~skips, "skipped": general & skips,
-                        "object_latent": special["latent"], "object_ap": special["ap_choose"], "absorbed": general & skips & stands,
-                    }
-                )
-            )  # fmt: skip
+            found = {"category": category.partition(":")[2], "latent": int(latent), "object": [name.partition(":")[2] for name in some]}
+            found |= {"n_patches": special["n_patches"], "recall": recall, "median_recall": recall.median(), "found": general & ~skips}
+            found |= {"skipped": general & skips, "object_latent": special["latent"], "object_ap": special["ap_choose"]}
+            parts.append(pd.DataFrame({**found, "absorbed": general & skips & stands}))
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["category", "found", "skipped", "absorbed"])
 
     def matching(self) -> pd.DataFrame:
-        """One latent a concept, no latent twice, so that the sum of AP on the choosing scenes is largest (Hungarian method, Kuhn, 1955).
-
-        concept, kind, latent, ap_choose, ap (on the reported scenes), best_latent (when latents may serve several), best_ap (its own).
-        """
+        """One latent a concept, none twice, of largest summed AP (Hungarian method, Kuhn, 1955); best_*: when one may serve several."""
         latents, order = linear_sum_assignment(self.matrix.ap, maximize=True)
         rows = self.concepts.iloc[order]
         columns = np.array([self.features.patches.names.index(concept) for concept in rows["concept"]])
@@ -192,8 +163,8 @@ def _mean_ratio(weights: np.ndarray, top: np.ndarray, bottom: np.ndarray) -> np.
 def localize(dictionary: Dictionary, choose: ConceptPatches, report: ConceptPatches) -> Localization:
     """Choose a latent and a threshold for every concept on some scenes, and report IoU and the pointing game on others.
 
-    The pointing game (Zhang et al., 2018): does the most active patch lie on the concept? Patches that tie for it share the point; an image
-    where the latent is silent is a miss. Concepts on fewer than 20 patches, or in fewer than two images, of either set are left out.
+    The pointing game (Zhang et al., 2018): does the most active patch lie on the concept? Patches that tie share the point, a silent latent
+    misses. Concepts on fewer than 20 patches, or in fewer than two images, of either set are left out.
 
     Parameters
     ----------
@@ -269,8 +240,7 @@ def concept_examples(clip, sae, dataset, layer: int, report: ConceptReport, conc
         As in ``report.detection["concept"]``.
     """
     best = report.detection.set_index("concept")
-    unknown = [c for c in concepts if c not in best.index]
-    if unknown:
+    if unknown := [c for c in concepts if c not in best.index]:
         raise ValueError(f"The report holds no concept {unknown[0]!r}. It holds {len(best)}, among them {', '.join(best.index[:5])}.")
     columns = [dataset.concept_names.index(c) for c in concepts]
     area = np.array([truth.concept_masks(dataset, i, clip)[columns].sum((1, 2)) for i in range(len(dataset))])

@@ -59,8 +59,8 @@ def probe_dictionary(weights: Tensor, bias: Tensor) -> Dictionary:
 def train_probes(tokens: Tensor, masks: sparse.csr_matrix, choose: ConceptPatches) -> tuple[Tensor, Tensor]:
     """Probes of masks [N, K] on tokens [N, D]: weights [K, D], bias [K].
 
-    The candidates: ridge regression on the mask, in closed form, at the strengths ``RIDGE``, and :func:`logistic_probes`, half way (early
-    stopping) and at the end. A concept that the choosing scenes don't show gets the last.
+    The best of ridge regression at the strengths ``RIDGE`` and of :func:`logistic_probes`; of concepts that ``choose`` doesn't show the
+    last.
     """
     mean = tokens.mean(0)
     covariance, cross = moments(tokens, masks, mean)
@@ -103,9 +103,7 @@ def logistic_probes(tokens: Tensor, masks: sparse.csr_matrix, mean: Tensor, cova
         for _ in range(EPOCHS):
             for rows in torch.randperm(len(tokens), generator=generator)[: len(tokens) // batch * batch].split(batch):
                 x = (tokens[rows] - mean) @ whiten
-                # The gradient of the summed cross-entropy is (sigmoid - mask)^T x: written out, since masks are sparse and autograd would
-                # make four [batch, K] tensors.
-                with torch.no_grad():
+                with torch.no_grad():  # the gradient of the cross-entropy written out: (sigmoid - mask)^T x, of sparse masks
                     error = torch.sigmoid(x @ weights.T + bias)
                     mask = masks[rows.numpy()].tocoo()
                     error[torch.from_numpy(mask.row).long(), torch.from_numpy(mask.col).long()] -= 1

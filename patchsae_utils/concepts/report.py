@@ -13,30 +13,30 @@ from ..run.artifacts import atomic_folder, read_folder_manifest, write_folder_ma
 from ..run.intervals import Interval, drawn_interval
 
 FORMAT_VERSION = 3
-OWN = ("activations", "dense")
-"""How a dictionary is read where nothing else is said: an SAE by its activations, others by all they give."""
+OWN = ("activations", "dense")  # how a dictionary is read where nothing else is said
 
 
 @dataclass(frozen=True, eq=False)
 class ComparisonReport:
     """How well each dictionary's best feature finds each concept, on scenes that it was not chosen on.
 
-    Intervals are of the reported images, 95 %, centred on the value: the average precision of a concept that few images show is lower in
-    the mean of its resamples. The feature is not chosen again in each: what is resampled is the report, not the choice.
+    Intervals are of the reported images, 95 %, centred on the value. What is resampled is the report, not the choice.
     """
 
     detection: pd.DataFrame
-    """One row a dictionary, way of reading and concept: dictionary, role ("sae", "control", "baseline" or "ceiling"), concept, kind, name, latent
-    (chosen on other scenes), ap_choose, ap, chance (share of patches that show it), n_patches, n_images, readout, l0, explained_variance."""
+    """One row a dictionary, way of reading and concept: dictionary, role ("sae", "control", "baseline" or "ceiling"), concept, kind, name,
+    latent (chosen on other scenes), ap_choose, ap, chance (share of patches that show it), n_patches, n_images, readout, l0,
+    explained_variance."""
     replicates: np.ndarray
     """[rows, R] average precision in R resamples of the reported images, the same for every row; NaN where no image shows the concept."""
 
     @property
     def frame(self) -> pd.DataFrame:
-        """The fair table, by kind of concept ("all" last): dictionary, role, readout, l0, explained_variance, kind, n_concepts, ap, low, high, chance.
+        """The fair table, by kind of concept ("all" last): dictionary, role, readout, l0, explained_variance, kind, n_concepts, ap, low,
+        high, chance.
 
-        ``readout``: "activations", "pre-activations" and "cosine" of SAEs; "dense", "nearest" and "4 nearest" of k-means; "dense" of others;
-        "probe of 2" and "probe of 5" (features) of all. L0 and explained variance are NaN where a dictionary writes no tokens.
+        ``readout``: see ``Competitor``; "probe of 2" and "probe of 5" (features) of all. L0 and variance are NaN where no tokens are
+        written.
         """
         rows = []
         for (name, role, readout), mine in self.detection.groupby(["dictionary", "role", "readout"], sort=False):
@@ -64,8 +64,7 @@ class ComparisonReport:
     def ratio(self, kind: str = "all", to: str = "best baseline") -> tuple[Interval, str]:
         """Mean AP of the SAE over that of another dictionary, each read in its own way, on the same resamples, and the other's name.
 
-        ``to`` is a name, "best baseline" or "ceiling". Which baseline is best is decided once, on the reported images themselves: that
-        favours it.
+        ``to`` is a name, "best baseline" or "ceiling". Which baseline is best is decided on the reported images: that favours it.
         """
         mine = self._own if kind == "all" else self._own[self._own["kind"] == kind]
         if mine.empty:
@@ -113,7 +112,7 @@ class ComparisonReport:
         )
 
     def readouts(self) -> pd.DataFrame:
-        """Mean average precision over all concepts, as text with its interval: a row a dictionary with its L0 and explained variance, a column a read-out."""
+        """Mean AP over all concepts, as text with its interval, L0 and explained variance: a row a dictionary, a column a read-out."""
         frame = self.frame.query("kind == 'all'")
         frame = frame.assign(said=[str(Interval(*row)) for row in frame[["ap", "low", "high"]].itertuples(index=False)])
         known = frame.groupby("dictionary", sort=False)[["l0", "explained_variance"]].max().round({"l0": 0, "explained_variance": 2})

@@ -12,18 +12,6 @@ from .reading import latent_masks, summarize_latents
 from .summary import LatentSummary
 
 __all__ = [
-    "LatentSummary",
-    "activation_levels",
-    "class_scores",
-    "contrasting_latents",
-    "cross_domain_references",
-    "latent_masks",
-    "level_overlap",
-    "reference_images",
-    "seen_image",
-    "shuffled_label_entropy",
-    "summarize_latents",
-    "text_and_image_latents",
-    "top_latents",
-    "word_scenes",
-]
+    "LatentSummary", "activation_levels", "class_scores", "contrasting_latents", "cross_domain_references", "latent_masks", "level_overlap",
+    "reference_images", "seen_image", "shuffled_label_entropy", "summarize_latents", "text_and_image_latents", "top_latents", "word_scenes",
+]  # fmt: skip

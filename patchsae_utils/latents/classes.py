@@ -11,7 +11,7 @@ RANKS = ("count", "specific", "share")
 
 
 def class_scores(counts: LatentSummary | Tensor, rank: str = "share") -> Tensor:
-    """How high each latent stands for each class, [C, S]; positive where it may be called the class's own. Classes count as equally frequent.
+    """How high each latent stands for each class, [C, S]; positive where it may be called the class's own. Classes weigh alike.
 
     Parameters
     ----------

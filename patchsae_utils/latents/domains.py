@@ -30,7 +30,7 @@ class CrossDomain(NamedTuple):
     """Latent -> name of the data set -> its reference images there."""
     table: pd.DataFrame
     """latent, domain, frequency, mean_activation; where all have the same classes also ``same_class`` (share of the reference images whose
-    class is one of the first data set's references), ``chance`` (of all images) and ``correlation`` (of the classes' means with the first's)."""
+    class is one of the first data set's references), ``chance`` (of all images) and ``correlation`` (of the classes' means)."""
 
 
 @torch.no_grad()
@@ -141,9 +141,9 @@ class TextAndImage(NamedTuple):
     """Which latents answer to a thing and to its written name."""
 
     table: pd.DataFrame
-    """A row for each latent active on things, best score first: latent, label (class on whose pictures it is strongest), p (share of all words
-    on which it is at least as active as on that class's name), score (how far its mean on the class exceeds that on the others, in standard
-    deviations over classes, on pictures or on words, whichever is less; at least 0)."""
+    """A row for each latent active on things, best score first: latent, label (class on whose pictures it is strongest), p (share of all
+    words on which it is at least as active as on that class's name), score (how far its mean on the class exceeds that on the others, in
+    standard deviations over classes, on pictures or on words, whichever is less; at least 0)."""
     share: float
     """Of these latents, with p <= alpha."""
     shuffled: np.ndarray
@@ -158,8 +158,8 @@ class TextAndImage(NamedTuple):
 def text_and_image_latents(clip, sae, objects, words, layer: int) -> TextAndImage:
     """Latents that answer to text in an image and to the thing itself (the paper's Fig. 13), with a control.
 
-    A latent's class is chosen on pictures alone, by its mean activation. Then: does the name of that class move it more than the names of all
-    others do? Under the null names are exchangeable, so the rank of its own is uniform; ties count against it.
+    A latent's class is chosen on pictures alone, by its mean activation. Then: does the name of that class move it more than the names of
+    all others do? Under the null names are exchangeable, so the rank of its own is uniform; ties count against it.
 
     Parameters
     ----------

@@ -34,8 +34,9 @@ _COLUMNS = {"clip": "score", "pixels": "pixels", "objects": "objects"}  # of the
 class RunningScores:
     """The score's sums over images, for n features and embeddings of some widths: float64.
 
-    MS = (||sum_i a_i e_i||^2 - sum_i a_i^2) / ((sum_i a_i)^2 - sum_i a_i^2), for activations a_i and unit embeddings e_i: their mean cosine over
-    pairs of images, weighted by a_i a_j. Source: Pach et al., "Sparse autoencoders learn monosemantic features in vision-language models", 2025.
+    MS = (||sum_i a_i e_i||^2 - sum_i a_i^2) / ((sum_i a_i)^2 - sum_i a_i^2), for activations a_i and unit embeddings e_i: their mean cosine
+    over pairs of images, by a_i a_j. Source: Pach et al., "Sparse autoencoders learn monosemantic features in vision-language
+    models", 2025.
     """
 
     def __init__(self, n: int, widths: Mapping[str, int]):
@@ -63,8 +64,8 @@ class Likeness(NamedTuple):
     """How alike the images are that latents answer to, beside controls; and the embeddings in which that was measured."""
 
     table: pd.DataFrame
-    """One row a feature: dictionary ("SAE", "random directions", "single dimensions"), latent, score by CLIP's own embedding, by ``pixels`` and,
-    where they are known, ``objects`` (NaN below two images); n_images (where it is active). All are read around ``b_dec``, as means over tokens."""
+    """One row a feature: dictionary ("SAE", "random directions", "single dimensions"), latent, score by CLIP's own embedding, by ``pixels``
+    and, where they are known, ``objects`` (NaN below two images); n_images (where it is active)."""
     vectors: dict[str, Tensor]
     """Unit vectors [N, width] of the images: ``clip`` (features), ``pixels`` (8 x 8 means), ``objects`` (patches of each object)."""
 

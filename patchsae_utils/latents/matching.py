@@ -61,8 +61,8 @@ def matched_cosine(sae_a, sae_b, alive_a: Tensor | None = None, alive_b: Tensor 
 def stability(saes: Mapping[Any, Any], alive: Mapping[Any, Tensor] | None = None, *, threshold: float = 0.7) -> pd.DataFrame:
     """:func:`matched_cosine` of SAEs by name, of all latents or of those alive (bool [S]).
 
-    A row a pair: a, b, n (pairs of latents), cosine, low, high (mean, 95 % over latents), random (mean of the baseline), found, found_random
-    (shares above the threshold).
+    A row a pair: a, b, n (pairs of latents), cosine, low, high (mean, 95 % over latents), random (mean of the baseline), found,
+    found_random (shares above the threshold).
     """
     rows = []
     for a, b in combinations(saes, 2):

@@ -33,7 +33,7 @@ _PLACES = 2**32  # places that a key can name
 
 
 def pack_top(values: Tensor, places: Tensor) -> Tensor:
-    """One integer for a float32 value and its place in ``range(2**32)``: larger for larger values and, among equal ones, for earlier places.
+    """One integer for a float32 value and its place in ``range(2**32)``: larger for larger values, then for earlier places.
 
     The bits of a positive float32, which as integers are in the order of the floats, are its upper half, the place, counted backwards, its
     lower one. What is not positive (or NaN) becomes key 0, which is padding.
@@ -81,8 +81,8 @@ def contrasting_latents(frame: pd.DataFrame) -> dict[int, str]:
     Returns
     -------
     dict
-        Latent -> what it stands for: "one class" (lowest label entropy), "related classes" (label indices closest together, of more than median
-        entropy), "everywhere" (most frequent), "seldom, mixed" (least frequent in the tenth of highest entropy). Fewer where none is left.
+        Latent -> what it stands for: "one class" (lowest label entropy), "related classes" (label indices closest together, of more than
+        median entropy), "everywhere" (most frequent), "seldom, mixed" (least frequent in the tenth of highest entropy).
     """
     full = frame[~frame["faint"]]
     full = full[full["n_reference"] == full["n_reference"].max()]

@@ -1,7 +1,7 @@
 """One pass over a data set: read once, shared by processes, saved now and then, resumed where it was killed.
 
-Every process reads whole batches, cut as one process cuts them, and counts are added exactly (:mod:`.summary`): the result is the same, bit for
-bit. Only :mod:`.likeness` sums float64 products in the order in which images come; its scores agree to about 1e-9.
+Every process reads whole batches, cut as one process cuts them, and counts are added exactly (:mod:`.summary`): the result is the same, bit
+for bit. Only :mod:`.likeness` sums float64 products in the order in which images come; its scores agree to about 1e-9.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def summarize_latents(
 ) -> LatentSummary:  # fmt: skip
     """Read a data set once and count what every latent does.
 
-    Under several processes (``accelerate launch``, ``torchrun``) all must call this; each reads its share, and the result is that of one process.
+    Under several processes (``accelerate launch``, ``torchrun``) all must call this; the result is that of one.
 
     Parameters
     ----------
