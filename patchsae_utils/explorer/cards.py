@@ -138,7 +138,8 @@ def latent_card(
     return LatentCard(
         latent, names.get(latent), bool(summary.dead[latent]),
         float(summary.frequency[latent]), float(summary.mean_activation[latent]), float(summary.label_entropy[latent]),
-        float(summary.label_std[latent]), images, values, labels=[reader.label(i) for i in images], pictures=[reader.picture(i) for i in images], heats=reader.heats(images, latent),
+        float(summary.label_std[latent]), images, values, labels=[reader.label(i) for i in images],
+        pictures=[reader.picture(i) for i in images], heats=reader.heats(images, latent),
         classes=[(summary.class_names[c], float(counts[c] / counts.sum())) for c in top if summary.class_names],
         neighbors=tuple(reader.nearest(latent, n_neighbors, np.asarray(summary.dead))) if n_neighbors else (),
         monosemanticity=None if np.isnan(score) else float(score),
