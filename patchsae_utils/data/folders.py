@@ -37,7 +37,9 @@ def read_folder(root: Path, split: str, names: Callable[[Sequence[str]], list[st
         warnings.warn(f"{root / parts[0]} has no class folders; {root / part} is read instead.", stacklevel=3)
     # A folder that holds files and no picture is no class: notes, annotations.
     classes = sorted({name for each in inside.values() for name, found in each.items() if any(found[:2]) or not found[2]})
-    base, labels, files, left_out = root / part, [], [], {}
+    base, labels = root / part, []
+    files: list[str] = []
+    left_out: dict[str, int] = {}
     for label, name in enumerate(classes):
         pictures, deeper, _ = inside[part].get(name, ([], [], 0))
         files += [f"{name}/{picture}" for picture in pictures]

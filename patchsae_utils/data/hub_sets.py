@@ -90,7 +90,8 @@ def _save(source: _Source, own: str, tenths: Sequence[int], n_images: int, half:
     names = [] if label is None else class_names(stream.features[label].names)
     unwanted = set(range(len(names))) - set(half_of_classes(len(names), half))
     stream = stream.cast_column(image, source.datasets.Image(decode=False)).shuffle(seed=seed, buffer_size=_SHUFFLED)
-    labels, without = [], []
+    labels: list[int] = []
+    without: list[int] = []
     with tqdm(total=n_images, desc=f"streaming {source.spec}", unit="image", leave=False) as bar:
         for i, row in enumerate(stream if n_images else ()):
             found = UNLABELLED if label is None else row[label]

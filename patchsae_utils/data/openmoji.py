@@ -221,7 +221,7 @@ def draw_scene(rng: np.random.Generator, main: int, layout: str = "main", domain
             spots = [[(30, 30), (82, 30), (30, 82), (82, 82)][i] for i in rng.permutation(4)[:3]]
             low, high, jitter = 38, 52, 5
         order = rng.permutation(n_objects)
-        placements = [place(class_ids[i], *spots[j], rng.uniform(low, high), jitter) for j, i in enumerate(order)]
+        placements = [place(class_ids[i], spots[j][0], spots[j][1], rng.uniform(low, high), jitter) for j, i in enumerate(order)]
 
     kinds = ["plain", "paper"] if domain == "line" else BACKGROUND_KINDS  # black lines need light paper
     background = BACKGROUND_KINDS.index(kinds[rng.integers(len(kinds))])

@@ -46,10 +46,12 @@ def open_picture(source: Any, where: str | None = None, draft: bool = False) -> 
                 image.draft(None, (1, 1))
             return as_rgb(image)
     except Exception as error:  # decoders of damaged files raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
-        is_path, reason = isinstance(source, str | os.PathLike), (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        where = where or (str(source) if is_path else "A picture")
-        if is_path and Path(source).exists():
-            where += f" ({Path(source).stat().st_size:,} bytes)"
+        path, reason = None, (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        if isinstance(source, str | os.PathLike):
+            path = Path(source)
+        where = where or str(path or "A picture")
+        if path and path.exists():
+            where += f" ({path.stat().st_size:,} bytes)"
         raise BrokenImage(where, reason.replace(f" {str(source)!r}", "")) from error
 
 

@@ -169,7 +169,11 @@ class _Coco:
 
 def _read_coco(base: Path, files: Sequence[Path]) -> tuple[Listing, _Coco]:
     _pycocotools()  # that it is missing is said before the files are read
-    images, shapes, places, families, without = {}, {}, {}, {}, 0
+    images: dict[Any, Any] = {}
+    shapes: dict[Any, Any] = {}
+    places: dict[Any, Any] = {}
+    families: dict[Any, Any] = {}
+    without = 0
     for file in files:
         content = read_json(file)
         if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
