@@ -115,7 +115,11 @@ class ComparisonReport:
         """Mean AP over all concepts, as text with its interval, L0 and explained variance: a row a dictionary, a column a read-out."""
         frame = self.frame.query("kind == 'all'")
         frame = frame.assign(said=[str(Interval(*row)) for row in frame[["ap", "low", "high"]].itertuples(index=False)])
-        known = frame.groupby("dictionary", sort=False)[["l0", "explained_variance"]].max().round({"l0": 0, "explained_variance": 2})
+        known = (
+            frame[frame["readout"].isin(OWN)]
+            .set_index("dictionary")[["l0", "explained_variance"]]
+            .round({"l0": 0, "explained_variance": 2})
+        )
         table = frame.pivot(index="dictionary", columns="readout", values="said").reindex(known.index)[frame["readout"].unique()]
         return known.join(table).fillna("").rename_axis(None)
 

@@ -330,3 +330,10 @@ def test_from_scenes_to_the_table(tiny_clip, tiny_sae, store, training, tmp_path
     assert trained.d_sae == tiny_sae.d_sae and control.fingerprint == random_clip(tiny_clip).fingerprint
     with pytest.raises(ValueError, match="Give 3 splits"):
         measure_dictionaries(tiny_clip, tiny_sae, store, training, choose, choose, LAYER, **settings)
+
+
+def test_the_table_of_read_outs_shows_every_way_of_every_dictionary(compared):
+    table, frame = compared.readouts(), compared.frame.query("kind == 'all'")
+    assert list(table.index) == list(dict.fromkeys(frame["dictionary"])) and list(table.columns[2:]) == list(frame["readout"].unique())
+    row = frame.iloc[0]
+    assert table.loc[row["dictionary"], row["readout"]] == f"{row['ap']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
