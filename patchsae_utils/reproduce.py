@@ -29,7 +29,9 @@ from nbstripout import strip_output
 from tqdm import tqdm
 
 from .config import DEFAULT_PROFILE, Profile, figures_folder, load_profile, repository_root
+from .data.loader import has_truth
 from .run.artifacts import atomic_file, file_sha256, fingerprint, read_json, write_json
+from .run.notebooks import cells_for
 
 NOISE = "metadata.widgets cell.metadata.execution cell.metadata.papermill metadata.papermill metadata.language_info.version"
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -59,9 +61,21 @@ class _Client(NotebookClient):
             yield
 
 
-def run_notebook(source: Path, target: Path, failed: Path) -> str:
-    """Execute a notebook and save it as ``target``, or as far as it came as ``failed``; why it ended early for want of a text tower, else ""."""
-    notebook, why, number = strip_output(nbformat.read(source, as_version=4), keep_output=False, keep_count=False, keep_id=True), "", 0
+def given_by(profile: Profile) -> set[str]:
+    """Which needs of cells (:data:`~patchsae_utils.run.notebooks.NEEDS`) a profile meets."""
+    data = profile.data
+    met = {
+        "openmoji": all(spec.startswith("openmoji/") for spec in (data.train, data.statistics, data.evaluation)),
+        "truth": has_truth(data.train),
+        "words": not profile.model.name.startswith("timm:"),
+    }
+    return {need for need, holds in met.items() if holds}
+
+
+def run_notebook(source: Path, target: Path, failed: Path, given: set[str]) -> str:
+    """Execute the cells that ``given`` allows, save them as ``target``, or as far as they came as ``failed``; why no text tower ended it early, or ""."""
+    notebook, why, number = cells_for(nbformat.read(source, as_version=4), given), "", 0
+    notebook = strip_output(notebook, keep_output=False, keep_count=False, keep_id=True)
 
     def begin(cell, cell_index: int) -> None:
         nonlocal number
@@ -208,7 +222,7 @@ def _run(options: argparse.Namespace) -> int:
         key, start = run_key(source, profile), time.monotonic()
         print(label, end=" ", file=sys.stderr, flush=True)
         try:
-            why = run_notebook(source, target, profile.folder("failed") / source.name)
+            why = run_notebook(source, target, profile.folder("failed") / source.name, given_by(profile))
         except BaseException:
             print("did not end", file=sys.stderr)
             raise

@@ -1,0 +1,27 @@
+"""Which cells of a notebook a profile runs: what speaks of the embedded world, or needs masks or words, is left out where those are not there."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection
+
+from nbformat import NotebookNode
+
+NEEDS = ("openmoji", "truth", "words")
+"""Tags of cells: the embedded world's pictures; pictures whose concepts have known places; a model with a text tower."""
+_ELSEWHERE = re.compile(r"<!-- any\b(.*?)-->", re.DOTALL)
+
+
+def cells_for(notebook: NotebookNode, given: Collection[str]) -> NotebookNode:
+    """A copy without the cells whose tags name a need that is not ``given``; the text between ``<!-- any`` and ``-->`` takes such a cell's place."""
+    fitting = copy.deepcopy(notebook)
+    fitting.cells = []
+    for cell in copy.deepcopy(notebook.cells):
+        if not (set(NEEDS) & set(cell.metadata.get("tags", ()))) <= set(given):
+            other = _ELSEWHERE.search(cell.source) if cell.cell_type == "markdown" else None
+            if other is None:
+                continue
+            cell.source = other[1].strip()
+        fitting.cells.append(cell)
+    return fitting

@@ -1,0 +1,49 @@
+"""Prose that knows its data (issue 20.6): which cells a profile runs."""
+
+from __future__ import annotations
+
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from patchsae_utils import reproduce
+from patchsae_utils.config import load_profile
+from patchsae_utils.run.notebooks import cells_for
+
+
+def tagged(cell, *tags):
+    cell.metadata["tags"] = list(tags)
+    return cell
+
+
+NOTEBOOK = new_notebook(
+    cells=[
+        new_markdown_cell("always"),
+        tagged(new_markdown_cell("Scenes of OpenMoji.\n\n<!-- any\nYour own pictures.\n-->"), "openmoji"),
+        tagged(new_markdown_cell("## A section about colours"), "truth"),
+        tagged(new_code_cell("colours()"), "truth", "nbval-ignore-output"),
+        tagged(new_code_cell("names()"), "openmoji", "words"),
+        new_code_cell("last()"),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "sources"),
+    [
+        ({"openmoji", "truth", "words"}, [cell.source for cell in NOTEBOOK.cells]),
+        ({"truth", "words"}, ["always", "Your own pictures.", "## A section about colours", "colours()", "last()"]),
+        (set(), ["always", "Your own pictures.", "last()"]),
+    ],
+)
+def test_a_cell_whose_need_is_not_met_is_left_out_or_says_its_other_text(given, sources):
+    before = [cell.source for cell in NOTEBOOK.cells]
+    assert [cell.source for cell in cells_for(NOTEBOOK, given).cells] == sources
+    assert [cell.source for cell in NOTEBOOK.cells] == before, "the notebook itself is not changed"
+
+
+def test_what_a_profile_gives(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATCHSAE_IMAGES", str(tmp_path))
+    assert reproduce.given_by(load_profile("openmoji")) == {"openmoji", "truth", "words"}
+    assert reproduce.given_by(load_profile("imagefolder")) == {"words"}
+    assert reproduce.given_by(load_profile("dinov2")) == set()
+    assert reproduce.given_by(load_profile("imagefolder", {"data.train": "coco:pictures:labels.json"})) == {"truth", "words"}
