@@ -195,6 +195,7 @@ def figures(world) -> dict:
     by_concept = effects(["own", "others"], kind=["own", "control"], concept_kind=KINDS, concept=range(12))
     by_concept["concept"] = by_concept["concept_kind"] + by_concept["concept"].astype(str)
     return {
+        "method": ("training",),
         "embedded_world": ([(world, i) for i in range(5)],),
         "zero_shot_accuracy": (
             grid("accuracy", domain=["color", "line"], tier=["common", "rare"]).assign(chance=0.01),
@@ -308,6 +309,14 @@ def test_a_figure_is_drawn_saved_and_readable(name, inputs, repository):
     fig = getattr(plots, name)(*inputs[name], **OPTIONS.get(name, {}), save=f"00_{name}")
     assert Image.open(repository / "figures" / f"00_{name}.png").width > 700
     check_readable(fig)
+
+
+def test_one_stage_of_the_method_stands_out():
+    colored = [{text.get_color() for text in plots.method(stage).axes[0].texts[:5]} for stage in (None, "explorer", "concepts")]
+    assert [len(colors) for colors in colored] == [1, 1, 2]
+    with pytest.raises(ValueError, match="Unknown stage 'labels'. Valid: extraction, "):
+        plots.method("labels")
+    plt.close("all")
 
 
 def test_of_several_rankings_the_first_is_drawn_and_random_latents_have_none(inputs):
