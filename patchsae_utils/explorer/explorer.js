@@ -242,20 +242,23 @@ function found(names, n_latents, asked, most) {
   return ranks.flat().slice(0, most);
 }
 
-// A box that finds latents by index or name, with a list to choose from.
-export function finderOf(page) {
+// A box that finds latents by index, by name and, where Python can, by what CLIP sees in their reference images; with a list to choose from.
+export function finderOf(page, take = (latent) => page.set("latent", latent)) {
   let names = namesOf(page);
   page.on(["names"], () => (names = namesOf(page)));
   const id = `psx-${Math.random().toString(36).slice(2)}`;
+  const searches = page.get("searches");
+  const ways = ["number", ...(names.size ? ["name"] : []), ...(searches ? ["words"] : [])].reverse().join(", ");
   const box = h("input", {
-    type: "search", role: "combobox", placeholder: names.size ? "name or number" : "number", autocomplete: "off", spellcheck: "false",
-    "aria-label": "Find a latent by its name or number", "aria-expanded": "false", "aria-controls": id, "aria-autocomplete": "list",
+    type: "search", role: "combobox", placeholder: ways, autocomplete: "off", spellcheck: "false",
+    "aria-label": `Find a latent by ${ways}`, "aria-expanded": "false", "aria-controls": id, "aria-autocomplete": "list",
   });
   const list = h("ul", { id, role: "listbox", "aria-label": "Latents found" });
   const said = h("span", { class: "psx-hidden", "aria-live": "polite" });
   list.hidden = true;
   let hits = [];
   let at = 0;
+  let later = 0;
   function close() {
     list.hidden = true;
     box.setAttribute("aria-expanded", "false");
@@ -268,12 +271,15 @@ export function finderOf(page) {
     list.children[at]?.scrollIntoView({ block: "nearest" });
   }
   function show() {
+    const asked = box.value.trim();
     const starred = Object.entries(page.get("kept") ?? {}).filter(([, words]) => words.star);
-    hits = ["*", "★"].includes(box.value.trim()) ? starred.map(([latent]) => Number(latent)) : found(names, page.get("n_latents"), box.value, 50);
-    const asked = box.value.trim() !== "";
+    const named = ["*", "★"].includes(asked) ? starred.map(([latent]) => Number(latent)) : found(names, page.get("n_latents"), asked, 50);
+    const likely = page.get("hits")?.text === asked ? page.get("hits").latents.filter(([latent]) => !named.includes(latent)) : [];
+    const like = likely.map(([latent, , score]) => [latent, `looks like it, +${score.toFixed(1)} σ`]);
+    hits = [...named.map((latent) => [latent, ""]), ...like];
     list.replaceChildren(
-      ...hits.map((latent, i) => {
-        const item = h("li", { id: `${id}-${i}`, role: "option" }, h("b", {}, latent), ` ${names.get(latent) ?? ""}`);
+      ...hits.map(([latent, why], i) => {
+        const item = h("li", { id: `${id}-${i}`, role: "option" }, h("b", {}, latent), ` ${names.get(latent) ?? ""} `, h("i", {}, why));
         item.addEventListener("pointerdown", (event) => {
           event.preventDefault(); // the box keeps the focus
           choose(latent);
@@ -284,21 +290,27 @@ export function finderOf(page) {
     );
     said.textContent = asked ? `${hits.length || "no"} latents found` : "";
     list.hidden = !asked;
-    box.setAttribute("aria-expanded", String(asked));
+    box.setAttribute("aria-expanded", String(Boolean(asked)));
     mark(0);
   }
   function choose(latent) {
-    page.set("latent", latent);
+    take(latent);
     close();
     box.select();
   }
-  box.addEventListener("input", show);
+  box.addEventListener("input", () => {
+    show();
+    clearTimeout(later);
+    const text = box.value.trim();
+    if (searches && text.length > 2 && !/^\d+$/.test(text)) later = setTimeout(() => page.send({ kind: "find", text }), 200);
+  });
+  page.on(["hits"], () => document.activeElement === box && show());
   box.addEventListener("blur", close);
   box.addEventListener("keydown", (event) => {
     if (event.key === "Escape") return close();
     if (event.key === "Enter") {
       if (list.hidden) show();
-      if (hits.length) choose(hits[at]);
+      if (hits.length) choose(hits[at][0]);
       return;
     }
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];

@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 import traitlets as t
 
+from ..data import templates_for
 from ..run.artifacts import atomic_file
 from .cards import MEASURES, ORDERS, LatentCard, Name, encode_heats, encode_picture, first_sight, latent_card, living, read_names
+from .search import TextSearch
 from .widgets import SelectionError, _View, encode_names, measures_of, module
 
 NOTES = ("latent", "star", "name", "note")  # columns of the file of one's own words
@@ -33,8 +35,9 @@ class LatentExplorer(_View):
     names : DataFrame, mapping or sequence, optional
         Names of latents, such as ``label_latents`` returns.
     layer : int
-    monosemanticity : DataFrame or array [S], optional
-        As `ps.stages.latent_likeness(...).table` holds it: latents can then be sorted by it.
+    likeness : Likeness, optional
+        Of the same SAE and images, as ``ps.stages.latent_likeness`` opens it: latents can then be sorted by monosemanticity, and the box finds
+        them by words ("red wheel") whether or not they have names.
     notes : path, optional
         CSV of one's own stars, names and notes: read if it is there, written with every change. ``pandas.read_csv`` of it can be given as ``names``.
     **traits
@@ -47,11 +50,13 @@ class LatentExplorer(_View):
     sorts = t.List(t.Unicode(), help="The orders that there are data for.").tag(sync=True)
     order = t.Bytes(help="uint32: living latents in the slider's order.").tag(sync=True)
     ahead = t.Dict(help="A card that a next step would show: the page keeps it, and needs no answer then.").tag(sync=True)
+    searches = t.Bool(help="Whether latents can be found by words that are no names.").tag(sync=True)
+    hits = t.Dict(help="What was asked last, and the latents that fit it best: number, name, score.").tag(sync=True)
     kept = t.Dict(help="One's own words: latent, as text -> star, name, note.").tag(sync=True)
     points = t.Bytes(help="Two bytes a latent, log frequency and log mean activation, 1 to 255; 0 0 for dead latents.").tag(sync=True)
 
     def __init__(
-        self, clip: Any, sae: Any, summary: Any, dataset: Any, names: Any = None, layer: int = -2, *, monosemanticity: Any = None,
+        self, clip: Any, sae: Any, summary: Any, dataset: Any, names: Any = None, layer: int = -2, *, likeness: Any = None,
         notes: str | Path | None = None, **traits: Any,
     ):  # fmt: skip
         self._measures: dict[str, np.ndarray] | None = None  # known once there are names
@@ -61,7 +66,11 @@ class LatentExplorer(_View):
             table = pd.read_csv(self._notes, dtype={"name": str, "note": str}, keep_default_na=False)
             self._rename(read_names(table, self._reader.d_sae))
             self.kept = {str(row.pop("latent")): row for row in table[list(NOTES)].to_dict("records")}
-        self._measures = measures_of(self._names, monosemanticity, self._reader.d_sae)
+        self._measures = measures_of(self._names, likeness, self._reader.d_sae)
+        self._find = None
+        if likeness is not None and clip.has_text:
+            self._find = TextSearch(clip, summary, likeness.embeddings, templates_for(dataset.spec))
+        self.searches = self._find is not None
         self.sorts = [*ORDERS, *self._measures]
         self._check_known(self.sort)
         self._sort()
@@ -77,6 +86,19 @@ class LatentExplorer(_View):
     def card(self) -> LatentCard | None:
         """What is shown, as arrays; None when no latent is chosen."""
         return None if self.latent < 0 else self._card_of(self.latent)
+
+    def find(self, text: str, n: int = 8) -> list[tuple[int, float]]:
+        """The latents whose reference images look most like a text, and how far above the mean latent, in standard deviations.
+
+        Parameters
+        ----------
+        text : str
+            Any words: ``"red wheel"``.
+        n : int
+        """
+        if self._find is None:
+            raise SelectionError("Finding latents by words needs likeness=, and a model with a text tower.")
+        return self._find(text, n)
 
     def keep(self, latent: int, **words: Any) -> None:
         """Keep one's own words on a latent, and write them to the file of ``notes``.
@@ -113,7 +135,7 @@ class LatentExplorer(_View):
 
     def _check_known(self, sort: str) -> str:
         if self._measures is not None and sort not in ORDERS and sort not in self._measures:
-            needs = "monosemanticity=" if sort == "monosemanticity" else "names with scores, as label_latents gives them"
+            needs = "likeness=" if sort == "monosemanticity" else "names with scores, as label_latents gives them"
             raise SelectionError(f"Latents can't be sorted by {sort!r}: this explorer was made without {needs}.")
         return sort
 
@@ -130,6 +152,9 @@ class LatentExplorer(_View):
         real = lambda latent: isinstance(latent, int) and 0 <= latent < self._reader.d_sae  # noqa: E731
         if isinstance(content, Mapping) and content.get("kind") == "keep" and real(content.get("latent")):
             self.keep(**{name: value for name, value in content.items() if name in NOTES})
+        if isinstance(content, Mapping) and content.get("kind") == "find" and isinstance(content.get("text"), str) and self.searches:
+            found = self.find(content["text"])
+            self.hits = {"text": content["text"], "latents": [[i, str(self._names.get(i) or ""), score] for i, score in found]}
         # The page is idle: look up what its next step would show.
         if isinstance(content, Mapping) and content.get("kind") == "prefetch" and isinstance(content.get("latents"), list):
             for latent in filter(real, content["latents"][:4]):

@@ -4,7 +4,7 @@ import { ARROWS, SIZE, border, bytes, controls, decoding, h, imageField, legendO
 
 export default widget(patchView);
 
-const UPLOAD_BYTES = 8 * 2 ** 20; // as in uploads.py
+const UPLOAD_BYTES = 8 * 2 ** 20; // as in reader.py
 
 function patchView(page, root) {
   const [rows, columns] = page.get("grid");

@@ -10,7 +10,7 @@ import traitlets as t
 
 from .cards import LatentCard, PatchCard, distinctiveness, encode_heats, encode_picture, first_sight, latent_card, patch_card, patch_tops
 from .latent_explorer import reference_message
-from .uploads import UploadError, read_upload
+from .reader import UploadError, read_upload
 from .widgets import SelectionError, _View, module
 
 

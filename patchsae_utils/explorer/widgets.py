@@ -218,15 +218,13 @@ def is_openmoji(dataset: Any) -> bool:
     return str(dataset.spec).startswith("openmoji/")
 
 
-def measures_of(names: Mapping[int, Name], monosemanticity: Any, d_sae: int) -> dict[str, np.ndarray]:
+def measures_of(names: Mapping[int, Name], likeness: Any, d_sae: int) -> dict[str, np.ndarray]:
     """What latents can be sorted by beside a summary's statistics: float arrays [S], NaN where unknown."""
     measures = {}
-    if monosemanticity is not None:
-        column = monosemanticity["score"] if hasattr(monosemanticity, "columns") else monosemanticity
-        measures["monosemanticity"] = np.asarray(column, float)
-        if measures["monosemanticity"].shape != (d_sae,):
-            wrong = f"monosemanticity must hold one score for each of the {d_sae} latents, got shape {list(np.shape(column))}."
-            raise ValueError(f"{wrong} Pass the column of ps.stages.latent_likeness(...).table.")
+    if likeness is not None:
+        measures["monosemanticity"] = likeness.table.loc[likeness.table["dictionary"] == "SAE", "score"].to_numpy(float)
+        if len(measures["monosemanticity"]) != d_sae:
+            raise ValueError(f"The likeness is of {len(measures['monosemanticity'])} latents, the SAE has {d_sae}: give that of this SAE.")
     if any(name.score is not None for name in names.values()):
         measures["score"] = np.array([names[i].score if i in names else None for i in range(d_sae)], float)
     return measures

@@ -7,6 +7,7 @@ import json
 import re
 import struct
 import zlib
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from explorer_pages import BAD, UNLABELLED, check_that_it_fits, picture_file, pixels, wait_for_pixels, wire
 
 from patchsae_utils.adaptation.prompts import VisualPrompt
-from patchsae_utils.explorer import AdaptationView, LatentExplorer, cards, export_gallery, uploads
+from patchsae_utils.explorer import AdaptationView, LatentExplorer, cards, export_gallery, reader
 from patchsae_utils.interventions.tail import dataset_head
 from patchsae_utils.plots.heat import blend
 
@@ -45,16 +46,20 @@ def test_neighbours_are_the_nearest_decoder_directions(latents, tiny_sae):
 def test_latents_can_be_sorted_by_what_was_given_only(latents, tiny_clip, tiny_sae, summary, tiny_dataset):
     latents.sort = "score"
     assert np.frombuffer(latents.order, np.uint32)[:3].tolist() == [7, 3, 5]
-    with pytest.raises(ValueError, match="monosemanticity="):
+    with pytest.raises(ValueError, match="likeness="):
         latents.sort = "monosemanticity"
     assert latents.sort == "score"
     scores = np.linspace(0, 1, 64)
-    view = LatentExplorer(tiny_clip, tiny_sae, summary, tiny_dataset, monosemanticity=scores, sort="monosemanticity")
+    table = pd.DataFrame({"dictionary": ["SAE"] * 64 + ["random directions"], "score": [*scores, 9.0]})
+    likeness = SimpleNamespace(table=table, embeddings=torch.ones(24, 16))
+    view = LatentExplorer(tiny_clip, tiny_sae, summary, tiny_dataset, likeness=likeness, sort="monosemanticity")
     assert np.frombuffer(view.order, np.uint32)[0] == np.flatnonzero(~summary.dead.numpy())[-1]
     view.latent = 9
     assert ["Monosemanticity", f"{scores[9]:.2f}"] in view.shown["facts"]
-    with pytest.raises(ValueError, match="64 latents"):
-        LatentExplorer(tiny_clip, tiny_sae, summary, tiny_dataset, monosemanticity=scores[:9])
+    with pytest.raises(ValueError, match="has 64"):
+        LatentExplorer(
+            tiny_clip, tiny_sae, summary, tiny_dataset, likeness=SimpleNamespace(table=table[:9], embeddings=likeness.embeddings)
+        )
 
 
 def test_a_contour_is_drawn_at_the_threshold_and_nowhere_else():
@@ -91,9 +96,9 @@ def test_several_patches_are_listed_by_their_mean(patches, tiny_clip, tiny_sae, 
         patches.patches = [4, 196]
 
 
-@pytest.mark.parametrize("kind", uploads.FORMATS)
+@pytest.mark.parametrize("kind", reader.FORMATS)
 def test_uploads_of_every_kind_are_read(kind):
-    picture, name = uploads.read_upload(picture_file(kind), "a\nb\x00" + "c" * 200)
+    picture, name = reader.read_upload(picture_file(kind), "a\nb\x00" + "c" * 200)
     assert picture.mode == "RGB" and picture.size == (60, 40)
     assert np.abs(np.asarray(picture)[20, 30].astype(int) - (200, 30, 30)).max() < 12
     assert len(name) == 80 and name.isprintable()
@@ -117,13 +122,13 @@ def bomb():
         (b"%PDF-1.4", "can't be read"),
         (picture_file()[:60], "can't be read"),
         (picture_file("TIFF"), "can't be read"),
-        (bytes(uploads.MAX_BYTES + 1), "at most 8 MB"),
+        (bytes(reader.MAX_BYTES + 1), "at most 8 MB"),
         (bomb(), "million"),
         (picture_file(size=(8000, 6000)), "48 million"),
     ],
 )
 def test_bad_uploads_are_told_and_change_nothing(patches, data, message):
-    with pytest.raises(uploads.UploadError, match=message):
+    with pytest.raises(reader.UploadError, match=message):
         patches.upload(data, BAD)
     before = patches.shown
     patches._receive({"kind": "upload", "name": BAD}, [memoryview(data)])
@@ -134,7 +139,7 @@ def test_an_uploaded_picture_is_read_like_any_other(patches, tiny_clip, tiny_sae
     data = picture_file(color=(20, 40, 200))
     patches.upload(data, "mine.png")
     assert patches.shown["uploaded"] == "mine.png" == patches.card.label
-    picture = tiny_clip.preprocess(uploads.read_upload(data)[0])[None]
+    picture = tiny_clip.preprocess(reader.read_upload(data)[0])[None]
     h = tiny_sae.encode(tiny_clip.residual(picture, -2))[0]
     assert patches.shown["image_latents"][0]["latent"] == int(h.mean(0).argmax())
     first = patches.shown
@@ -282,7 +287,7 @@ def test_page_takes_uploads_as_text_and_tells_of_broken_ones(show, patches):
       data.items.add(new File([new Uint8Array(bytes)], name));
       document.querySelector('.psx').dispatchEvent(new DragEvent('drop', { dataTransfer: data, bubbles: true, cancelable: true }));
     }"""
-    page.evaluate(drop, ["big.png", uploads.MAX_BYTES + 1])  # made there: to send it takes a busy machine longer than the page waits
+    page.evaluate(drop, ["big.png", reader.MAX_BYTES + 1])  # made there: to send it takes a busy machine longer than the page waits
     page.wait_for_selector("[role=alert]:has-text('at most 8 MB')")
     page.evaluate(drop, ["dropped.png", list(picture_file(color=(0, 200, 0)))])
     page.wait_for_selector("h3:has-text('dropped.png')")

@@ -21,7 +21,7 @@ from patchsae_utils.data.dataset import describe_dataset
 from patchsae_utils.data.loader import has_truth
 from patchsae_utils.data.pictures import open_picture
 from patchsae_utils.data.splits import class_names
-from patchsae_utils.explorer.uploads import read_upload
+from patchsae_utils.explorer.reader import read_upload
 from patchsae_utils.latents.reading import summarize_latents
 
 
