@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
-from . import folders, hub_sets, paper_sets, truth
+from . import controls, folders, hub_sets, paper_sets, truth
 from .dataset import ImageData
 from .openmoji import OpenMojiData
 from .pictures import BrokenImage
@@ -26,7 +26,7 @@ from .splits import check_split, share
 PREFETCH = 2  # batches that each process has ready at most: the bound on memory
 
 
-def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: str | None = None, seed: int = 0) -> ImageData | OpenMojiData:
+def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: str | None = None, seed: int = 0) -> Any:
     """Open a data set.
 
     A missing ``val`` is the ``test``, and the other way round; where there is neither, the one part is split 80/10/10 within each class, drawn with
@@ -35,7 +35,8 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
     Parameters
     ----------
     spec : str
-        ``openmoji/<task>[:<domain>]``; a folder (``[<split>/]<class>/<image>``, without labels ``[<split>/]<image>``); ``list:<file>``, or a ``.txt``
+        ``openmoji/<task>[:<domain>]``, or a task whose answer is known: ``openmoji/unseen``, ``openmoji/sign-<2, 10 or 50>``,
+        ``openmoji/<task>:<nonce, relabelled or a sign>``; a folder (``[<split>/]<class>/<image>``, without labels ``[<split>/]<image>``); ``list:<file>``, or a ``.txt``
         file, that names a picture a line; one of the paper's eleven (``caltech101``, ``oxford_pets``, ``stanford_cars``, ``flowers102``, ``food101``,
         ``fgvc_aircraft``, ``sun397``, ``dtd``, ``eurosat``, ``ucf101``, ``imagenet``; a folder of such a name is written ``./dtd``);
         ``torchvision:<Name>``; ``hf:<repository>[:<configuration>]``; or ``hf-stream:<repository>[:<configuration>]``, of which only ``n_images``
@@ -62,6 +63,8 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
         return truth.read_masked(spec, split, half, n_images, seed)
     if spec.startswith("openmoji/"):
         task, _, domain = spec.removeprefix("openmoji/").partition(":")
+        if controls.is_control(task, domain):
+            return controls.ControlData(task, domain, split, half, n_images, seed)
         return OpenMojiData(task, split, domain or "color", half, n_images, seed)
     kind, _, rest = spec.partition(":")
     name, _, root = rest.partition("?root=")

@@ -237,9 +237,9 @@ def pretraining_scene(seed: int, split: str, index: int) -> Scene:
     return draw_scene(rng, main, "main" if rng.random() < MAIN_SHARE else "several", domain)
 
 
-def render(scene: Scene) -> np.ndarray:
-    """Draw a scene: uint8 [112, 112, 3]."""
-    sheet = sprites()
+def render(scene: Scene, sheet: Sprites | None = None) -> np.ndarray:
+    """Draw a scene: uint8 [112, 112, 3]; ``sheet`` holds the sprites by class (default: :func:`sprites`)."""
+    sheet = sheet or sprites()
     variant, top, left = scene.variant
     texture = textures()[BACKGROUND_KINDS[scene.background]][0 if scene.domain == "line" else variant]  # 0: the lightest
     canvas = texture[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE].astype(np.float32)
