@@ -1,8 +1,9 @@
 # The commands of the README. Each makes .venv and installs what it needs, when that is missing.
 #
-#   make reproduce                     the six notebooks, on the default profile
+#   make reproduce                     the six notebooks, on the default profile, into runs/; are its numbers the committed ones?
 #   make reproduce RUN_ARGS="--only 04 --force"
 #   make test      PYTEST_ARGS="-k steer"
+#   make refresh                       the same, then takes notebooks, figures and quoted numbers over into the repository
 #   make ablations                     the grid of SAEs of notebook 02, trained and measured anew
 #
 # PYTHON: which Python makes .venv. PIP_ARGS: more words for pip, e.g. "--index-url ...".
@@ -21,7 +22,7 @@ export PIP_ARGS
 # Threads that spin at barriers cost five to ten times beside any other busy program.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help reproduce test ablations lab explore lint notebooks-clean notebooks-check clean-runs venv
+.PHONY: help reproduce refresh test ablations lab explore lint notebooks-clean notebooks-check clean-runs venv
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -29,6 +30,10 @@ help:
 reproduce:
 	@$(PYTHON) tools/install.py
 	@$(PY) -m patchsae_utils.reproduce $(RUN_ARGS)
+
+refresh:
+	@$(PYTHON) tools/install.py
+	@$(PY) -m patchsae_utils.reproduce --refresh $(RUN_ARGS)
 
 test:
 	@$(PYTHON) tools/install.py test explore

@@ -295,12 +295,6 @@ def repository_root(start: str | os.PathLike | None = None) -> Path:
     return start
 
 
-def figures_folder(profile: Profile | None = None) -> Path:
-    """Where the figures of a profile (without one: the environment's) go: the committed ``figures/`` for the default one as it is."""
-    profile = profile or load_profile()
-    return repository_root() / "figures" if profile.is_default else profile.folder("figures")
-
-
 def _read(given: str | os.PathLike) -> dict[str, Any]:
     """What a profile's file says."""
     file: Any = next((path for path in (Path(given), repository_root() / given) if path.suffix == ".toml" and path.is_file()), None)

@@ -19,6 +19,7 @@ from .clip.model import ClipModel
 from .config import Profile
 from .data import load_dataset
 from .latents.reading import summarize_latents
+from .run.results import duration
 from .sae.trainer import train_sae, training_log
 
 _N_TRIED = 32  # images of the trial
@@ -129,13 +130,6 @@ def _stages(profile: Profile, takes: dict[str, float]) -> list[dict[str, str]]:
     rows = []
     for what, (folder, notebook) in stages.artifacts(profile).items():
         state = "made" if stages.is_made(folder) else "begun" if folder.exists() and any(folder.iterdir()) else "not made"
-        about = f"about {_duration(takes[what])}" if what in takes and state != "made" else ""
+        about = f"about {duration(takes[what])}" if what in takes and state != "made" else ""
         rows.append({"stage": what, "is": state, "takes": about, "by notebook": notebook})
     return rows
-
-
-def _duration(seconds: float) -> str:
-    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{max(1, seconds):.0f} seconds"

@@ -1,6 +1,7 @@
-"""Run the notebooks in order, in place on the default profile, else into ``runs/<profile>/notebooks``: what ``make reproduce`` calls.
+"""Run the notebooks in order, into ``runs/<profile>/notebooks``, and say whether their numbers are the committed ones: ``make reproduce``.
 
-A notebook that has run with the same code and settings is skipped, so an interrupted run goes on where it stopped.
+A notebook that has run with the same code and settings is skipped, so an interrupted run goes on where it stopped. The repository stays as it is,
+but for ``--refresh``, which commits what a run of the default profile left: notebooks, figures and the numbers that texts quote.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import itertools
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -28,11 +30,13 @@ from nbformat.v4 import new_output
 from nbstripout import strip_output
 from tqdm import tqdm
 
-from .config import DEFAULT_PROFILE, Profile, figures_folder, load_profile, repository_root
+from .config import DEFAULT_PROFILE, Profile, load_profile, repository_root
 from .data.loader import has_truth
-from .run.artifacts import atomic_file, file_sha256, fingerprint, read_json, write_json
+from .run.artifacts import atomic_file, file_sha256, fingerprint, read_json, write_json, write_table
 from .run.notebooks import cells_for
+from .run.results import beside_committed, duration, measured_anew
 
+NUMBERS = "numbers.json"  # beside the notebooks
 NOISE = "metadata.widgets cell.metadata.execution cell.metadata.papermill metadata.papermill metadata.language_info.version"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 _BAR = re.compile(r"\[\d\d:\d\d[<,]")  # "30%|###   | 3/10 [00:01<00:02, 2.9it/s]"
@@ -162,13 +166,22 @@ def run_key(source: Path, profile: Profile) -> str:
     return fingerprint(cells=cells, package=code, settings=settings)
 
 
-def _is_up_to_date(stamp: Path, source: Path, target: Path, profile: Profile) -> bool:
-    """Whether the notebook has run with this code and these settings, and all it left is still there."""
+def _kept(stamp: Path, source: Path, target: Path, profile: Profile) -> bool:
+    """Whether the notebook has run with this code and these settings, and all it left is still there; then its text is the source's of today."""
     if not stamp.exists() or not target.exists():
         return False
-    note, cells = read_json(stamp), nbformat.read(target, as_version=4).cells
-    ran = any(cell.cell_type == "code" and cell.execution_count for cell in cells)  # not so after `make notebooks-clean`
-    return note["key"] == run_key(source, profile) and ran and all(Path(profile.root, path).exists() for path in note["files"])
+    note = read_json(stamp)
+    if note["key"] != run_key(source, profile) or not all(Path(profile.root, path).exists() for path in note["files"]):
+        return False
+    notebook, ran = cells_for(nbformat.read(source, as_version=4), given_by(profile)), nbformat.read(target, as_version=4)
+    code, executed = ([cell for cell in cells if cell.cell_type == "code"] for cells in (notebook.cells, ran.cells))
+    if [cell.source for cell in code] != [cell.source for cell in executed]:  # other cells are left out now
+        return False
+    for cell, done in zip(code, executed, strict=True):
+        cell.outputs, cell.execution_count = done.outputs, done.execution_count
+    notebook.metadata = ran.metadata
+    _save(notebook, target)
+    return True
 
 
 def choose(folder: Path, only: Sequence[str] = ()) -> tuple[list[Path], list[Path]]:
@@ -189,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting; may be repeated")
     parser.add_argument("--only", action="append", default=[], metavar="NN", help="only this notebook, by number or name; may be repeated")
     parser.add_argument("--force", action="store_true", help="run notebooks that are up to date too")
+    parser.add_argument("--refresh", action="store_true", help="then take notebooks, figures and quoted numbers over into the repository")
     parser.add_argument("--notebooks", type=Path, metavar="FOLDER", help="default: the repository's")
     options = parser.parse_args(arguments)
     try:
@@ -209,16 +223,21 @@ def _run(options: argparse.Namespace) -> int:
     os.environ["PATCHSAE_SET"] = changes
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # beside a busy program, threads that spin at barriers cost five to ten times
     profile = load_profile()
+    if options.refresh and not profile.is_default:
+        raise ValueError(
+            f"--refresh is for the default profile as it is, which the repository shows; these are the settings of {profile.name!r}."
+        )
     folder = (options.notebooks or repository_root() / "notebooks").resolve()
     notebooks, chosen = choose(folder, options.only)
     for source in chosen:
         label = f"[{notebooks.index(source) + 1}/{len(notebooks)}] {source.stem} ..."
-        target = source if profile.is_default else profile.folder("notebooks") / source.name
+        target = profile.folder("notebooks") / source.name
         stamp = profile.folder("stamps") / f"{source.stem}.json"
-        if not options.force and _is_up_to_date(stamp, source, target, profile):
+        if not options.force and _kept(stamp, source, target, profile):
             print(f"{label} up to date", file=sys.stderr)
             continue
-        stamp.unlink(missing_ok=True)
+        for path in (stamp, *_figures(profile, source)):
+            path.unlink(missing_ok=True)
         key, start = run_key(source, profile), time.monotonic()
         print(label, end=" ", file=sys.stderr, flush=True)
         try:
@@ -226,16 +245,52 @@ def _run(options: argparse.Namespace) -> int:
         except BaseException:
             print("did not end", file=sys.stderr)
             raise
-        minutes, seconds = divmod(round(time.monotonic() - start), 60)
-        taken = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-        print(taken, *([f"(left out from there: {why})"] if why else []), file=sys.stderr)
-        left = [profile.folder("results") / f"{source.stem}.json", *sorted(figures_folder(profile).glob(f"{source.stem[:2]}_*.png"))]
+        print(duration(time.monotonic() - start), *([f"(left out from there: {why})"] if why else []), file=sys.stderr)
+        left = [profile.folder("results") / f"{source.stem}.json", *_figures(profile, source)]
         write_json(stamp, {"key": key, "files": [os.path.relpath(path, profile.root) for path in left if path.exists()]})
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, kilobytes elsewhere
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
     if peak:
         print(f"Peak memory of a notebook: {peak / 1e9:.1f} GB", file=sys.stderr)
+    if options.refresh:
+        _refresh(profile, folder, chosen)
+    elif profile.is_default and (folder / NUMBERS).exists():
+        _compare(profile, folder, [source.stem for source in chosen])
     return 0
+
+
+def _figures(profile: Profile, source: Path) -> list[Path]:
+    """What a notebook has drawn."""
+    return sorted(profile.folder("figures").glob(f"{source.stem[:2]}_*.png"))
+
+
+def _compare(profile: Profile, folder: Path, notebooks: Sequence[str]) -> None:
+    """Print each number that texts quote beside this run's, and keep the table."""
+    table = beside_committed([entry for entry in read_json(folder / NUMBERS) if entry["notebook"] in notebooks], profile.folder("results"))
+    write_table(profile.folder("results") / "reproduction.csv", table)
+    print(table.drop(columns="notebook").to_string(index=False, float_format="{:.3f}".format))
+    print(f"{(table['inside'] == 'yes').sum()} of {len(table)} numbers lie inside their committed 95 % intervals.")
+    print(f"Notebooks, figures and numbers of this run: {profile.root}")
+
+
+def _refresh(profile: Profile, folder: Path, chosen: Sequence[Path]) -> None:
+    """Take over what notebooks have left: themselves, their figures, and the numbers that texts quote."""
+    figures = folder.parent / "figures"
+    figures.mkdir(exist_ok=True)
+    for source in chosen:
+        shutil.copyfile(profile.folder("notebooks") / source.name, source)
+        drawn = _figures(profile, source)
+        for path in drawn:
+            shutil.copyfile(path, figures / path.name)
+        for path in set(figures.glob(f"{source.stem[:2]}_*.png")) - {figures / path.name for path in drawn}:
+            path.unlink()  # no longer drawn
+    if (folder / NUMBERS).exists():
+        made, lost = measured_anew(read_json(folder / NUMBERS), profile.folder("results"))
+        write_json(folder / NUMBERS, made)
+        if lost:
+            raise ValueError(
+                f"Notebooks and figures are taken over. Mend in {folder / NUMBERS}, which names what is in no results: {'; '.join(lost)}."
+            )
 
 
 if __name__ == "__main__":

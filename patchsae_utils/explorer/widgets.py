@@ -164,7 +164,7 @@ class _View(anywidget.AnyWidget):
         return value
 
     def figure(self, save: str | None = None) -> Figure:
-        """A static picture of what is on screen; ``save`` names a file in ``figures/``, without ending."""
+        """A static picture of what is on screen; ``save`` names a file in ``runs/<profile>/figures``, without ending."""
         if self.card is None:
             raise ValueError("No latent is chosen: set .latent first.")
         return getattr(stills, self.kind)(self.card, **self._look(), credit=is_openmoji(self.dataset), save=save)

@@ -1,7 +1,7 @@
 """Plots: one function a figure, one look; they draw what others computed and compute nothing.
 
 One file a notebook (03 has two: `concepts`, `pictures`), the look in `style`, shared shapes in `drawing`, a picture blended with a heat map in `heat`.
-``save="name"`` also writes ``figures/name.png``. May import the small readers of all folders below: data to adaptation.
+``save="name"`` also writes ``runs/<profile>/figures/name.png``. May import the small readers of all folders below: data to adaptation.
 """
 
 # isort: off

@@ -11,7 +11,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from ..config import figures_folder
+from ..config import load_profile
 
 COLORS = {
     "blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "red": "#D55E00", "purple": "#CC79A7", "sky": "#56B4E9", "yellow": "#F0E442",
@@ -56,7 +56,10 @@ def drawn(credit: bool | None = None, **said: str) -> Callable[[Callable[..., Fi
 
     def decorate(function: Callable[..., Figure]) -> Callable[..., Figure]:
         own = {"save": None} if credit is None else {"save": None, "credit": credit}
-        words = {"save": "str, optional; a file's name under ``figures/``, without ending", "credit": "bool; shows OpenMoji artwork"} | said
+        words = {
+            "save": "str, optional; a file's name under ``runs/<profile>/figures``, without ending",
+            "credit": "bool; shows OpenMoji artwork",
+        } | said
         parameters = [*inspect.signature(function).parameters.values()]
         parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default) for name, default in own.items()]
 
@@ -83,7 +86,7 @@ def image_axes(axes: Any) -> Any:
 
 
 def save(fig: Figure, name: str | None, credit: bool = False) -> Figure:
-    """Write a figure to ``figures/<name>.png`` (``runs/<profile>/figures`` for other profiles) and return it; ``name=None`` writes nothing.
+    """Write a figure to ``runs/<profile>/figures/<name>.png`` and return it; ``name=None`` writes nothing.
 
     Parameters
     ----------
@@ -96,7 +99,7 @@ def save(fig: Figure, name: str | None, credit: bool = False) -> Figure:
     if credit:
         fig.text(0.995, -0.01, "Artwork: OpenMoji, CC BY-SA 4.0", ha="right", va="top", fontsize=7, color="#6E6E6E")
     if name is not None:
-        folder = figures_folder()
+        folder = load_profile().folder("figures")
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{name}.tmp.png"
         with mpl.rc_context(STYLE):

@@ -275,18 +275,15 @@ def repository(tmp_path, monkeypatch):
     plt.close("all")
 
 
-def test_a_figure_is_saved_beside_the_notebooks_with_its_credit(repository):
+def test_a_figure_is_saved_with_its_credit_and_the_committed_ones_stay(repository, monkeypatch):
     fig, _ = plots.figure(height=1)
-    assert plots.save(fig, None) is fig and not (repository / "figures").exists() and not fig.texts
+    assert plots.save(fig, None) is fig and not (repository / "runs").exists() and not fig.texts
     plots.save(fig, "00_test", credit=True)
-    assert [p.name for p in (repository / "figures").iterdir()] == ["00_test.png"]
+    assert [p.name for p in (repository / "runs/openmoji/figures").iterdir()] == ["00_test.png"]
     assert any("OpenMoji, CC BY-SA 4.0" in text.get_text() for text in fig.texts)
-
-
-def test_other_profiles_leave_the_committed_figures_alone(repository, monkeypatch):
     monkeypatch.setenv("PATCHSAE_SET", "name=quick")
-    plots.save(plots.figure(height=1)[0], "00_test")
-    assert (repository / "runs" / "quick" / "figures" / "00_test.png").exists() and not (repository / "figures").exists()
+    plots.save(fig, "00_test")
+    assert (repository / "runs/quick/figures/00_test.png").exists() and not (repository / "figures").exists()
 
 
 def check_readable(fig) -> None:
@@ -307,7 +304,7 @@ def check_readable(fig) -> None:
 @pytest.mark.parametrize("name", sorted(set(plots.__all__) - {"figure", "save"}))
 def test_a_figure_is_drawn_saved_and_readable(name, inputs, repository):
     fig = getattr(plots, name)(*inputs[name], **OPTIONS.get(name, {}), save=f"00_{name}")
-    assert Image.open(repository / "figures" / f"00_{name}.png").width > 700
+    assert Image.open(repository / f"runs/openmoji/figures/00_{name}.png").width > 700
     check_readable(fig)
 
 

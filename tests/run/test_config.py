@@ -10,7 +10,7 @@ from importlib import resources
 import pytest
 
 from patchsae_utils import config
-from patchsae_utils.config import figures_folder, load_profile, parse_settings, profile_names, repository_root
+from patchsae_utils.config import load_profile, parse_settings, profile_names, repository_root
 
 
 @pytest.fixture
@@ -184,8 +184,4 @@ def test_repository_and_own_files_are_found_from_a_folder_within_it(tmp_path, mo
     own = load_profile("mine.toml")
     assert own.root == tmp_path / "runs" / "mine" and own.training.n_tokens == int(f"1{load_profile().training.n_tokens}")
     assert load_profile(write(tmp_path, f'name = "other"\n{packaged("openmoji")}')).name == "other"
-    assert figures_folder() == tmp_path / "figures", "of the default profile alone"
-    assert figures_folder(load_profile(overrides={"name": "quick"})) == tmp_path / "runs/quick/figures"
-    monkeypatch.setenv("PATCHSAE_SET", "training.n_tokens=10")
-    assert figures_folder() == tmp_path / "runs/openmoji/figures"
     assert {path.name for path in tmp_path.iterdir()} == {"notebooks", "pyproject.toml", "mine.toml"}, "loading makes no folder"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -11,6 +12,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from patchsae_utils import reproduce
 from patchsae_utils.config import load_profile
+from patchsae_utils.run.results import duration
 
 FIRST = """
 import json, os, sys, warnings
@@ -20,7 +22,12 @@ total = sum(tqdm(range(3)))
 warnings.warn("mind this")
 results = Path("../runs") / os.environ.get("RUN_NAME", "openmoji") / "results"
 results.mkdir(parents=True, exist_ok=True)
-(results / "01_first.json").write_text(json.dumps({"total": total}))
+share = {"value": 0.5, "low": 0.4, "high": 0.6, "unit": "images"}
+rows = [{"k": 1, "error": "kept", "change": 0.25, "change_low": 0.2, "change_high": 0.3}, {"k": 2, "error": "kept", "change": 0.9, "low": 0.8, "high": 1}]
+(results / "01_first.json").write_text(json.dumps({"total": total, "share": share, "rows": rows}))
+figures = results.parent / "figures"
+figures.mkdir(exist_ok=True)
+(figures / "01_drawn.png").write_bytes(b"new")
 with open("../executions", "a") as file:
     file.write("1")
 print(Path.cwd(), total)
@@ -46,16 +53,32 @@ def write(repository, name, *sources):
     nbformat.write(notebook, repository / "notebooks" / f"{name}.ipynb")
 
 
+def quote(repository, **committed):
+    """numbers.json with a number for each place in the first notebook's results, and its committed [value, low, high]."""
+    entries = [
+        {"notebook": "01_first", "number": at, "at": at, **dict(zip(("value", "low", "high"), said, strict=True))}
+        for at, said in committed.items()
+    ]
+    (repository / "notebooks/numbers.json").write_text(json.dumps(entries))
+
+
+def own(repository, name, run="openmoji"):
+    """A notebook as a run has left it."""
+    return repository / "runs" / run / "notebooks" / f"{name}.ipynb"
+
+
 def executions(repository):
     return (repository / "executions").read_text()
 
 
 def test_notebooks_run_in_order_leave_no_trace_of_the_machine_and_are_skipped_when_up_to_date(repository, capsys):
-    paths = [repository / "notebooks" / f"{name}.ipynb" for name in ("01_first", "02_second")]
+    sources = [repository / "notebooks" / f"{name}.ipynb" for name in ("01_first", "02_second")]
+    paths, committed = [own(repository, path.stem) for path in sources], [path.read_bytes() for path in sources]
     assert reproduce.main([]) == 0
+    assert [path.read_bytes() for path in sources] == committed, "FAULTS D19: the repository stays as it is"
     assert executions(repository) == "12"
     said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith("[1/2] 01_first ... ") and said[0].endswith(" s")
+    assert said[0].startswith("[1/2] 01_first ... ") and said[0].endswith(" seconds")
     assert said[1].startswith("[2/2] 02_second ... ")
     assert said[2].startswith("Peak memory of a notebook: ")
 
@@ -82,8 +105,73 @@ def test_notebooks_run_in_order_leave_no_trace_of_the_machine_and_are_skipped_wh
     write(repository, "02_second", SECOND + "\n1 + 1")
     assert reproduce.main([]) == 0
     assert executions(repository) == "121212"
-    key = reproduce.run_key(paths[0], load_profile())
-    assert reproduce.run_key(paths[0], load_profile(overrides={"training.seed": 1})) != key, "settings count as well"
+    key = reproduce.run_key(sources[0], load_profile())
+    assert reproduce.run_key(sources[0], load_profile(overrides={"training.seed": 1})) != key, "settings count as well"
+
+
+PLACES = {
+    "share": [0.55, 0.45, 0.65],
+    "rows[k=1, error=kept].change": [0.5, 0.4, 0.6],
+    "rows[error=kept].change": [1, 0, 2],
+    "gone.for.good": [1, 0, 2],
+}
+
+
+def test_each_quoted_number_stands_beside_its_committed_interval(repository, capsys):
+    """FAULTS D19: a reproduction says whether it reproduced, and changes no file of the repository."""
+    quote(repository, **PLACES)
+    before = {path: path.read_bytes() for path in (repository / "notebooks").iterdir()}
+    assert reproduce.main([]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[-2:] for line in shown[1:5]] == [["0.500", "yes"], ["0.250", "no"], ["not", "found"], ["not", "found"]]
+    assert "0.550 [0.450, 0.650]" in shown[1] and shown[5] == "1 of 4 numbers lie inside their committed 95 % intervals."
+    assert {path: path.read_bytes() for path in (repository / "notebooks").iterdir()} == before and not (repository / "figures").exists()
+    assert (
+        (repository / "runs/openmoji/results/reproduction.csv")
+        .read_text()
+        .startswith("notebook,number,committed,yours,inside\n01_first,share,")
+    )
+    assert reproduce.main(["--only", "02"]) == 0 and "0 of 0 numbers" in capsys.readouterr().out, "of the notebooks that were chosen"
+
+
+def test_a_refresh_takes_over_what_a_run_left(repository, capsys):
+    quote(repository, **{at: said for at, said in PLACES.items() if at != "rows[error=kept].change"})
+    (repository / "figures").mkdir()
+    for name in ("01_old", "01_drawn", "02_kept", "method"):
+        (repository / "figures" / f"{name}.png").write_bytes(b"old")
+    assert reproduce.main([]) == 0
+    notebook = nbformat.read(repository / "notebooks/01_first.ipynb", as_version=4)
+    notebook.cells[0].source = "# Another title"
+    nbformat.write(notebook, repository / "notebooks/01_first.ipynb")
+    assert reproduce.main(["--refresh", "--only", "01"]) == 1, "a number is gone"
+    assert "names what is in no results: 01_first: gone.for.good" in capsys.readouterr().err
+    assert executions(repository) == "12", "text alone runs nothing anew"
+    taken = nbformat.read(repository / "notebooks/01_first.ipynb", as_version=4)
+    assert taken.cells[0].source == "# Another title" and taken.cells[1].execution_count == 1 and taken.cells[1].outputs
+    assert nbformat.read(repository / "notebooks/02_second.ipynb", as_version=4).cells[1].execution_count is None
+    assert {path.stem: path.read_bytes() for path in (repository / "figures").iterdir()} == {
+        "01_drawn": b"new",
+        "02_kept": b"old",
+        "method": b"old",
+    }
+    made = {
+        entry["at"]: [entry[name] for name in ("value", "low", "high")]
+        for entry in json.loads((repository / "notebooks/numbers.json").read_text())
+    }
+    assert made == {"share": [0.5, 0.4, 0.6], "rows[k=1, error=kept].change": [0.25, 0.2, 0.3], "gone.for.good": [1, 0, 2]}
+    assert reproduce.main(["--refresh", "--set", "name=quick"]) == 1 and "for the default profile" in capsys.readouterr().err
+
+
+def test_the_committed_numbers_have_values_inside_their_intervals():
+    entries = json.loads((Path(__file__).parents[2] / "notebooks/numbers.json").read_text())
+    assert len(entries) >= 30 and all(entry["low"] <= entry["value"] <= entry["high"] for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.2, "1 seconds"), (119, "119 seconds"), (120, "2 minutes"), (9000, "2 hours"), (2e5, "2 days")]
+)
+def test_times_in_words(seconds, said):
+    assert duration(seconds) == said
 
 
 def test_failure_names_notebook_cell_and_error_and_leaves_the_notebook_alone(repository, capsys):
@@ -117,8 +205,10 @@ def test_other_settings_reach_the_kernel_and_leave_the_committed_notebooks_alone
     before = (repository / "notebooks/01_first.ipynb").read_bytes()
     assert reproduce.main(["--only", "01", "--set", "name=quick", "--set", "training.n_tokens=1000"]) == 0
     assert (repository / "notebooks/01_first.ipynb").read_bytes() == before
-    own = nbformat.read(repository / "runs/quick/notebooks/01_first.ipynb", as_version=4)
-    assert own.cells[1].outputs[0].text == f"openmoji name=quick; training.n_tokens=1000 {given or 'passive'}\n"
+    assert (
+        nbformat.read(own(repository, "01_first", "quick"), as_version=4).cells[1].outputs[0].text
+        == f"openmoji name=quick; training.n_tokens=1000 {given or 'passive'}\n"
+    )
     assert json.loads((repository / "runs/quick/stamps/01_first.json").read_text())["files"] == []
 
 
@@ -132,7 +222,7 @@ def test_what_needs_words_is_left_out_of_a_model_without_and_the_next_notebook_r
     assert reproduce.main([]) == 0
     said = capsys.readouterr().err
     assert "(left out from there: x has no text tower)" in said and executions(repository) == "2"
-    assert nbformat.read(path, as_version=4).cells[3].outputs == []
+    assert nbformat.read(own(repository, "01_first"), as_version=4).cells[3].outputs == []
     assert reproduce.main([]) == 0 and "01_first ... up to date" in capsys.readouterr().err
 
 
