@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import tiny
 import torch
@@ -12,8 +13,7 @@ import two_processes
 
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.data import load_dataset
-from patchsae_utils.latents import passes
-from patchsae_utils.latents.likeness import LikenessObserver
+from patchsae_utils.latents import likeness, passes
 from patchsae_utils.latents.reading import summarize_latents
 from patchsae_utils.sae.model import SparseAutoencoder
 
@@ -51,9 +51,10 @@ def store(out: Path, data: Pictures):
 
 def statistics(out: Path, data: Pictures):
     clip, sae = models()
-    likeness = LikenessObserver(clip, sae, data, -2, out / "likeness")
-    settings = dict(k=3, tau=0.05, batch_size=2, observers=[likeness], progress=False)
-    return summarize_latents(clip, sae, data, -2, out=out / "statistics", **settings)
+    observer = likeness.LikenessObserver(clip, sae, data, -2, out / "likeness")
+    with mock.patch.object(likeness, "CONTROL_IMAGES", 2):
+        settings = dict(k=3, tau=0.05, batch_size=2, observers=[observer], progress=False)
+        return summarize_latents(clip, sae, data, -2, out=out / "statistics", **settings)
 
 
 STAGES = {"store": store, "statistics": statistics}

@@ -51,9 +51,7 @@ def cross_domain_references(
         Those of the latents whose images are drawn and read once more; the table holds all.
     """
     sae.check_model(clip, layer)
-    latents, sizes = [int(s) for s in latents], {name: len(data) for name, data in datasets.items()}
-    if not sizes or not all(sizes.values()):
-        raise ValueError(f"Give at least one data set, and none that is empty; got {sizes}.")
+    latents = [int(s) for s in latents]
     if wrong := [s for s in latents if not 0 <= s < sae.d_sae]:
         raise ValueError(f"Latents must lie in range({sae.d_sae}), got {wrong}.")
     same_classes = len({tuple(data.class_names) for data in datasets.values()}) == 1
@@ -78,11 +76,9 @@ def cross_domain_references(
             record["mean_activation"] = float(means[active, column].mean()) if active.any() else 0.0
             if same_classes:
                 first, own = (at[which[column][which[column] >= 0]] for which, at in (base[1:], (images, labels)))
-                record |= {
-                    "same_class": float(torch.isin(own, first).float().mean()) if len(own) else 0.0,
-                    "chance": float(torch.isin(labels, first).float().mean()),
-                    "correlation": _correlation(base[0][:, column], profiles[:, column]),
-                }
+                record["same_class"] = float(torch.isin(own, first).float().mean()) if len(own) else 0.0
+                record["chance"] = float(torch.isin(labels, first).float().mean())
+                record["correlation"] = _correlation(base[0][:, column], profiles[:, column])
             records.append(record)
     return CrossDomain(found, pd.DataFrame(records))
 

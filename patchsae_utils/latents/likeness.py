@@ -6,6 +6,7 @@ A latent is read off CLIP, so CLIP's own embedding is no independent judge: pixe
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +23,12 @@ from ..data.loader import has_truth
 from ..run.artifacts import atomic_folder, fingerprint, is_current, write_folder_manifest
 from ..run.intervals import mean_interval
 from ..sae.dictionary import dimensions, random_sae
-from .passes import Observer, latent_chunks
+from .passes import Observer, latent_chunks, read_streams
 from .reading import pass_inputs
 from .summary import open_manifest
 
 FORMAT_VERSION = 2
+CONTROL_IMAGES = 64  # by which random directions are made as sparse as the SAE
 PIXELS = 8  # rows and columns to which an image is averaged
 _COLUMNS = {"clip": "score", "pixels": "pixels", "objects": "objects"}  # of the table, for each embedding
 
@@ -136,10 +138,12 @@ class LikenessObserver(Observer):
     def is_complete(self) -> bool:
         return is_current(self.out, self.key)
 
-    def prepare(self, tokens: Tensor) -> None:
-        """Make the random directions as sparse as the SAE is on these tokens."""
-        some = tokens.flatten(0, 1)[:: -(-tokens.shape[0] * tokens.shape[1] // 2048)]
-        self.control = random_sae(self.sae, 0, some)
+    @cached_property
+    def control(self):
+        """Random directions, as sparse as the SAE is on the first images."""
+        first = next(read_streams(self.clip, self.dataset, self.layer, indices=range(min(CONTROL_IMAGES, len(self.dataset)))))[3]
+        tokens = first.tokens[:, : self.clip.n_tokens].to(self.sae.W_enc.device).flatten(0, 1)
+        return random_sae(self.sae, 0, tokens[:: -(-len(tokens) // 2048)])
 
     def read(self, images: Tensor, stream: Residual, places: Tensor) -> None:
         """Embed a batch, and read the controls."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..activations.mixing import TOKENS
 from ..data.dataset import dataset_fingerprint
 from ..data.pictures import open_picture
-from ..run.artifacts import fingerprint, is_current
+from ..run.artifacts import fingerprint
 from ..run.processes import Processes
 from ..sae.dictionary import select_latents
 from .passes import Observer, one_pass
@@ -70,24 +70,14 @@ def summarize_latents(
         raise ValueError(f"{len(dataset):,} images of {n_patches} patches are more than 2**32 patches: summarise a part of the data set.")
     settings = dict(stage="latents", version=FORMAT_VERSION, k=k, tau=tau, tokens=tokens)
     key = "" if out is None else fingerprint(**pass_inputs(clip, sae, dataset, layer), **settings)
-    kept, complete = Processes().on_main(lambda: (out is not None and is_current(out, key), [each.is_complete() for each in observers]))
-    summary = LatentSummary.load(out) if kept else None
-    reading: dict[str, Observer] = {f"observer {i}": each for i, (each, has) in enumerate(zip(observers, complete, strict=True)) if not has}
-    running = RunningSummary(dataset, sae.W_enc.shape[1], n_patches, k, tau, tokens, sae.W_enc.device)
-    if not kept:
-        reading = {"summary": running, **reading}
-    if reading:
+    running = RunningSummary(clip, sae, dataset, k, tau, tokens, out, key)
+    every: list[Observer] = [running, *observers]
+    complete = Processes().on_main(lambda: [each.is_complete() for each in every])
+    if not all(complete):
         unfinished = None if out is None else (whole := Path(out).resolve()).with_name(f".{whole.name}-unfinished")
-        keys = fingerprint(summary=None if kept else key, observers=[each.key for each in reading.values()])
-        with one_pass(clip, sae, dataset, layer, reading, batch_size, unfinished, keys, "latents" if progress else None) as processes:
-            for observer in reading.values():
-                if observer is not running:
-                    processes.on_main(observer.finish)
-            if not kept:
-                summary = result = running.finish()
-                if out is not None:
-                    processes.on_main(lambda: result.save(out, key))
-    return summary
+        reading = [each for each, has in zip(every, complete, strict=True) if not has]
+        one_pass(clip, sae, dataset, layer, reading, batch_size, unfinished, progress)
+    return running.summary() if out is None else LatentSummary.load(out)
 
 
 def pass_inputs(clip, sae, dataset, layer: int) -> dict[str, object]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..activations.mixing import TOKENS
-from ..run.artifacts import atomic_folder, damage_named, read_folder_manifest, write_folder_manifest
+from ..run.artifacts import atomic_folder, damage_named, is_current, read_folder_manifest, write_folder_manifest
 from .measures import label_entropy, label_std, merge_keys, pack_top, unpack_top
 from .passes import Observer
 
@@ -147,10 +147,10 @@ def exact_sums(values: Tensor) -> Tensor:
 class RunningSummary(Observer):
     """A :class:`LatentSummary` that grows chunk by chunk: sums of whole numbers and largest keys, the same in any order of the images."""
 
-    def __init__(self, dataset, n_latents: int, n_patches: int, k: int, tau: float, tokens: str, device: torch.device):
+    def __init__(self, clip, sae, dataset, k: int, tau: float, tokens: str, out: str | Path | None, key: str):
         self.labels, self.class_names = torch.as_tensor(dataset.labels, dtype=torch.long), tuple(dataset.class_names)
-        self.tau, self.tokens, self.n_patches = tau, tokens, n_patches
-        n_classes = max(1, len(self.class_names))
+        self.tau, self.tokens, self.n_patches, self.out, self.key = tau, tokens, clip.n_tokens - 1, out, key
+        n_classes, n_latents, device = max(1, len(self.class_names)), sae.W_enc.shape[1], sae.W_enc.device
         self.sums = {
             "sum_mean": torch.zeros(2, n_latents, dtype=torch.float64, device=device),
             **{name: torch.zeros(n_classes, n_latents, device=device) for name in _COUNTS},
@@ -158,6 +158,9 @@ class RunningSummary(Observer):
         }
         kinds = ("top",) if tokens == "cls" else ("top", "top_patches")
         self.tops = {kind: torch.zeros(n_latents, k, dtype=torch.long, device=device) for kind in kinds}
+
+    def is_complete(self) -> bool:
+        return self.out is not None and is_current(self.out, self.key)
 
     def add(self, h: Tensor, labels: Tensor, places: Tensor) -> None:
         h, labels = h[:, TOKENS[self.tokens]], labels.clamp_min(0)
@@ -195,7 +198,11 @@ class RunningSummary(Observer):
             else:
                 merge_keys(self.tops[name], value.to(self.tops[name].device))
 
-    def finish(self) -> LatentSummary:
+    def finish(self) -> None:
+        if self.out is not None:
+            self.summary().save(self.out, self.key)
+
+    def summary(self) -> LatentSummary:
         counted = {name: value.cpu() for name, value in self.state().items()}
         values, images = unpack_top(counted["top"])
         top_labels = self.labels[images.clamp_min(0)].masked_fill(images < 0, -1)
