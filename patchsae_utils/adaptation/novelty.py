@@ -52,7 +52,7 @@ def scaling(joint: JointDictionary, streams: Tensor) -> pd.DataFrame:
     """Latent Scaling: CLIP's beta = d . (Y^T f) / (|d|^2 |f|^2) over the adapted one's; Y: what others leave, or the reconstruction."""
     d, own = joint.rows(1), [(joint.rows(1) * joint.rows(model)).sum(1) for model in range(2)]
     sums = []
-    for x, f in _read(joint, streams):
+    for x, f in read(joint, streams):
         said, square = joint.decode(f), f.square().sum(1)
         errors, rebuilt = (
             [(f * (y[:, :, model] @ d.T)).sum(1) + square * add[model] for model in range(2)]
@@ -70,9 +70,12 @@ def scaling(joint: JointDictionary, streams: Tensor) -> pd.DataFrame:
     return table.assign(**{f"beta_{name}": beta for name, beta in zip(names, betas, strict=True)})
 
 
-def matched(joint: JointDictionary, streams: Tensor, sae: SparseAutoencoder) -> pd.DataFrame:
-    """Correlation with the latent of CLIP's dictionary, reading CLIP, whose decoder row is most like d: ``partner``."""
-    return _with_partner(joint, streams, sae.W_dec.detach(), lambda x: sae.encode(x[:, :, 0]))
+def matched(dictionary: JointDictionary, streams: Tensor, rows: Tensor, encode: Callable[[Tensor], Tensor]) -> pd.DataFrame:
+    """Correlation with the latent of CLIP's dictionary, reading CLIP, whose decoder row is most like d: ``partner``.
+
+    ``dictionary`` is that of both models or of the adapted one alone; ``rows`` [S, D] and ``encode`` are of CLIP's.
+    """
+    return _with_partner(dictionary, streams, rows, lambda x: encode(x[:, :, 0]))
 
 
 def difference(joint: JointDictionary, streams: Tensor, changes: JointDictionary) -> pd.DataFrame:
@@ -86,13 +89,13 @@ def predicted(joint: JointDictionary, streams: Tensor, train: Tensor) -> pd.Data
     """Correlation with a ridge regression from CLIP's stream at the same token, fitted on the pictures ``train`` [N', T, 2, D]."""
     centre = train[:, :, 0].mean((0, 1))
     square, product = train.new_zeros(len(centre), len(centre)), train.new_zeros(len(centre), len(joint.b_enc))
-    for x, f in _read(joint, train):
+    for x, f in read(joint, train):
         z = (x[:, :, 0] - centre).flatten(0, 1)
         square += z.T @ z
         product += z.T @ f.flatten(0, 1)
     square.diagonal().add_(RIDGE * square.diagonal().mean())
     weights = torch.linalg.solve(square.double(), product.double()).to(product)
-    return _related(correlations((f, (x[:, :, 0] - centre) @ weights) for x, f in _read(joint, streams)))
+    return _related(correlations((f, (x[:, :, 0] - centre) @ weights) for x, f in read(joint, streams)))
 
 
 def correlations(pairs: Iterator[tuple[Tensor, Tensor]]) -> Interval:
@@ -113,15 +116,20 @@ def correlations(pairs: Iterator[tuple[Tensor, Tensor]]) -> Interval:
 
 @torch.no_grad()
 def _with_partner(joint: JointDictionary, streams: Tensor, rows: Tensor, encode: Callable[[Tensor], Tensor]) -> pd.DataFrame:
-    cosine = F.normalize(joint.rows(1), dim=1) @ F.normalize(rows, dim=1).T
+    cosine = F.normalize(joint.rows(-1), dim=1) @ F.normalize(rows, dim=1).T
     best = cosine.max(1)
-    table = _related(correlations((f, encode(x)[..., best.indices]) for x, f in _read(joint, streams)))
+    table = _related(correlations((f, encode(x)[..., best.indices]) for x, f in read(joint, streams)))
     return table.assign(partner=best.indices.cpu().numpy(), cosine=best.values.cpu().numpy())
 
 
-def _read(joint: JointDictionary, streams: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some pictures' streams [B, T, 2, D] and their latents [B, T, S]."""
-    return ((x, joint.encode(x)) for x in streams.split(_PICTURES))
+def read(dictionary: JointDictionary, streams: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some pictures' streams [B, T, 2, D] and their latents [B, T, S]; a dictionary of one model reads the adapted one."""
+    return ((x, dictionary.encode(x[:, :, -len(dictionary.mean) :])) for x in streams.split(_PICTURES))
+
+
+def fires(dictionary: JointDictionary, streams: Tensor) -> np.ndarray:
+    """bool [S]: latents that fire on some picture."""
+    return torch.stack([(f > 0).flatten(0, 1).any(0) for _, f in read(dictionary, streams)]).any(0).cpu().numpy()
 
 
 def _related(found: Interval) -> pd.DataFrame:
@@ -184,13 +192,22 @@ def new_latents(
     sae.check_model(base, layer)
     sae.check_model(adapted, layer)
     both = read_streams(base, adapted, dataset, layer, progress=progress)
-    train, streams = both[::2].contiguous(), both[1::2].contiguous()
+    return judge(
+        both[::2].contiguous(), both[1::2].contiguous(), sae.W_dec, sae.encode, d_sae=d_sae, k=k, n_tokens=n_tokens, progress=progress
+    )
+
+
+@torch.no_grad()
+def judge(
+    train: Tensor, streams: Tensor, rows: Tensor, encode: Callable[[Tensor], Tensor], *, d_sae: int, k: int, n_tokens: int, progress: bool
+) -> tuple[JointDictionary, pd.DataFrame]:  # fmt: skip
+    """:func:`new_latents` of streams [N, T, 2, D], beside a dictionary of CLIP with these decoder rows and this encoder."""
     tokens = train.flatten(0, 1)
-    joint = train_joint(tokens, d_sae, k=k, n_tokens=n_tokens, progress=progress)
-    changes = train_joint(tokens[:, 1:] - tokens[:, :1], d_sae, k=k, n_tokens=n_tokens, progress=progress)
+    with torch.enable_grad():
+        joint = train_joint(tokens, d_sae, k=k, n_tokens=n_tokens, progress=progress)
+        changes = train_joint(tokens[:, 1:] - tokens[:, :1], d_sae, k=k, n_tokens=n_tokens, progress=progress)
     tables = {
         "norms": norms(joint, streams), "difference": difference(joint, streams, changes), "scaling": scaling(joint, streams),
-        "matched": matched(joint, streams, sae), "predicted": predicted(joint, streams, train),
+        "matched": matched(joint, streams, rows, encode), "predicted": predicted(joint, streams, train),
     }  # fmt: skip
-    fired = torch.stack([(f > 0).flatten(0, 1).any(0) for _, f in _read(joint, streams)]).any(0)
-    return joint, verdicts(tables)[fired.cpu().numpy()].reset_index(drop=True)
+    return joint, verdicts(tables)[fires(joint, streams)].reset_index(drop=True)

@@ -34,7 +34,7 @@ UNSEEN = {
 SIGN_SHARES = {f"sign-{percent}": percent / 100 for percent in (2, 10, 50)}
 NAMINGS = ("nonce", "relabelled")
 SIGN_SIZE = 24
-_STARTS = ("bli", "da", "wu", "to", "fe", "gor", "zi", "mo", "pel", "kri", "nu", "sha", "tev", "lo", "hup", "vi", "ja", "ro", "que", "yo")
+_STARTS = ("bli", "da", "wu", "to", "fe", "gor", "zi", "mo", "pel", "kri", "nu", "sha", "tev", "lu", "hup", "vi", "ja", "rau", "que", "yo")
 _ENDS = ("cket", "x", "g", "ma", "p", "vin", "dle", "sk", "bo", "nt", "ree", "zu", "lk", "mp", "ster", "chi", "f", "gle")
 _FORMAT = 1  # of the sign's drawing
 

@@ -151,7 +151,7 @@ def planted():
     sae.b_enc.fill_(-0.2)
     tables = {
         "norms": novelty.norms(joint, test), "difference": novelty.difference(joint, test, changes), "scaling": novelty.scaling(joint, test),
-        "matched": novelty.matched(joint, test, sae), "predicted": novelty.predicted(joint, test, train),
+        "matched": novelty.matched(joint, test, sae.W_dec, sae.encode), "predicted": novelty.predicted(joint, test, train),
     }  # fmt: skip
     f = torch.cat([joint.encode(test).flatten(0, 1), new[1::2].flatten(0, 1)], 1)
     best = torch.corrcoef(f.T)[:96, 96:].nan_to_num().max(0)
