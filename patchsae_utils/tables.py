@@ -60,6 +60,17 @@ def at_matched_l0(rows: pd.DataFrame, l0: float) -> pd.DataFrame:
     return pd.DataFrame.from_dict(found, orient="index").rename_axis("activation")
 
 
+def ablation_sentence(table: pd.DataFrame) -> str:
+    """The table of ablations in words: which changes of the main setting find objects better or worse than all of its seeds do."""
+    main = _main(table)
+    rest = table[(table["axis"] != "seed") & (table["activation"] == main["activation"].iloc[0])].sort_values("object_ap")
+    changes = [f"{row.axis} {row.value} ({row.object_ap:.2f})" for row in rest.itertuples()]
+    better, worse = rest["object_ap_low"] > main["object_ap"].max(), rest["object_ap_high"] < main["object_ap"].min()
+    above, below = (", ".join(np.array(changes, dtype=object)[which]) or "none" for which in (better, worse))
+    seeds = f"{len(main)} seeds: {main['object_ap'].min():.2f} to {main['object_ap'].max():.2f}"
+    return f"The main setting finds objects with a mean AP of {main['object_ap'].mean():.2f} ({seeds}). Above all of these: {above}. Below: {below}."
+
+
 def by_layer(table: pd.DataFrame) -> pd.DataFrame:
     """One row a layer, ascending: the main setting's SAE (its first seed) and those that differ from it in the layer alone."""
     rows = pd.concat([_main(table).iloc[:1], table[table["axis"] == "layer"]])

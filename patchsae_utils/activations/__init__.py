@@ -4,10 +4,10 @@
 """
 
 from .extraction import extract_activations
-from .layers import norm_table, patch_components, probe_layers, survey_residuals
+from .layers import norm_table, patch_components, probe_layers, probe_sentence, survey_residuals
 from .store import ActivationStore
 from .streaming import TokenStream
 
 __all__ = [
-    "ActivationStore", "TokenStream", "extract_activations", "norm_table", "patch_components", "probe_layers", "survey_residuals",
+    "ActivationStore", "TokenStream", "extract_activations", "norm_table", "patch_components", "probe_layers", "probe_sentence", "survey_residuals",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from ..data import batches
-from ..run.intervals import mean_interval
+from ..run.intervals import mean_interval, percent
 
 OUTLIER_FACTOR = 2.0  # a patch is an outlier when its norm exceeds so many times the median patch's of its layer
 _N_PATCHES = 16  # of each image that a survey keeps
@@ -159,6 +159,24 @@ def probe_layers(train: ResidualSurvey, test: ResidualSurvey, n_classes: int) ->
             share = mean_interval(hits, "images", groups=images)
             rows.append([layer, token, share.value, share.low, share.high, control.float().mean().item(), len(train_y), len(test_y)])
     return pd.DataFrame(rows, columns=["layer", "token", "accuracy", "low", "high", "control", "n_train", "n_test"])
+
+
+def probe_sentence(probes: pd.DataFrame, layer: int) -> str:
+    """What probes read at a layer, in words.
+
+    Parameters
+    ----------
+    probes : DataFrame
+        Of :func:`probe_layers`.
+    layer : int
+    """
+    table = probes.set_index(["token", "layer"]).sort_index()
+    patch, cls, first = table.loc[("patch", layer)], table.loc[("CLS", layer)], table.loc["patch"].iloc[0]
+    patch_said, cls_said = (percent(*row[["accuracy", "low", "high"]]) for row in (patch, cls))
+    return (
+        f"After block {layer} a single patch reveals its object in {patch_said} of cases ({first['accuracy']:.0%} after the first block, "
+        f"{patch['control']:.1%} with permuted labels); CLS reveals the main object in {cls_said}."
+    )
 
 
 def _labelled(survey: ResidualSurvey, i: int, token: str) -> tuple[Tensor, Tensor, Tensor]:

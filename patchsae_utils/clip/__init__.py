@@ -5,6 +5,6 @@
 
 from .loading import load_clip
 from .model import ClipModel, Residual
-from .zero_shot import accuracy_table, domains_of, zero_shot_predictions
+from .zero_shot import accuracy_sentence, accuracy_table, domains_of, zero_shot_predictions
 
-__all__ = ["ClipModel", "Residual", "accuracy_table", "domains_of", "load_clip", "zero_shot_predictions"]
+__all__ = ["ClipModel", "Residual", "accuracy_sentence", "accuracy_table", "domains_of", "load_clip", "zero_shot_predictions"]

@@ -9,7 +9,7 @@ import torch
 
 from ..data import batches, openmoji, templates_for
 from ..data.splits import require_labels
-from ..run.intervals import mean_interval
+from ..run.intervals import mean_interval, percent
 
 
 @torch.no_grad()
@@ -78,6 +78,24 @@ def accuracy_table(predictions: pd.DataFrame, by: str | Sequence[str] = (), *, c
         share = mean_interval(group[correct].to_numpy(), "images")
         rows.append([*key, len(group), share.value, share.low, share.high, float((1 / group[choices]).mean())])
     return pd.DataFrame(rows, columns=[*by, "n", "accuracy", "low", "high", "chance"])
+
+
+def accuracy_sentence(predictions: pd.DataFrame) -> str:
+    """Zero-shot accuracy in words: of the first domain, of its tiers, of the other domains.
+
+    Parameters
+    ----------
+    predictions : DataFrame
+        Of :func:`zero_shot_predictions`.
+    """
+    first, *others = accuracy_table(predictions, "domain").itertuples()
+    tiers = [*accuracy_table(predictions[predictions["domain"] == first.domain].sort_values("tier"), "tier").itertuples()]
+    said = percent(first.accuracy, first.low, first.high)
+    words = f"CLIP classifies {said} of {first.n:,} unseen pictures correctly (guessing: {first.chance:.1%})."
+    for groups, what in ((tiers if len(tiers) > 1 else [], "How often captions named the class"), (others, "Other domains")):
+        each = ", ".join(f"{row[1]} {percent(row.accuracy, row.low, row.high)}" for row in groups)
+        words += f" {what}: {each}." if each else ""
+    return words
 
 
 def domains_of(spec: str) -> list[str]:

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from ..data import openmoji
-from ..run.intervals import interval
+from ..run.intervals import interval, percent
 from ..sae.dictionary import select_latents
 from .cards import Reader, distinctiveness
 
@@ -86,9 +86,21 @@ def point(clip: Any, sae: Any, summary: Any, dataset: Any, layer: int = -2) -> p
     return _summarise(pd.DataFrame(records, columns=["kind", "answer", "place", "hit", "chance"]), len(images))
 
 
-def quote(row: Any) -> str:
-    """A row of :func:`point` as text, in percent: ``"41 % [33, 48]"``."""
-    return f"{100 * row.hits:.0f} % [{100 * row.low:.0f}, {100 * row.high:.0f}]"
+def pointing_sentence(answers: pd.DataFrame) -> str:
+    """How often the most distinctive latent of a patch finds the same elsewhere, in words, beside the controls.
+
+    Parameters
+    ----------
+    answers : DataFrame
+        Of :func:`point`.
+    """
+    said = {(row.kind, row.answer): percent(row.hits, row.low, row.high) for row in answers.itertuples()}
+    chance = answers.groupby("kind", sort=False)["chance"].mean()
+    each = ", ".join(
+        f"the same {kind} in {said[kind, 'distinctive']} (any active latent: {said[kind, 'random']}; any patch: {chance[kind]:.1%})"
+        for kind in chance.index
+    )
+    return f"Followed to another image, the most distinctive latent of a patch finds {each}."
 
 
 def _summarise(records: pd.DataFrame, n_images: int) -> pd.DataFrame:

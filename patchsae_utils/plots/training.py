@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from torch import Tensor
 
 from .drawing import PERCENT, errors, image_rows, intervals, legend, look, panels, plain_log
@@ -34,7 +33,6 @@ _SIDES = {
     "ours": "ours, ReLU", "ours topk": "ours, TopK", "textbook": "dense float32, ReLU", "sparsify": "eai-sparsify, TopK",
     "overcomplete": "overcomplete, TopK", "sae_lens": "sae-lens, TopK",
 }  # fmt: skip
-_SIZES = {"d_sae": "latents", "tokens": "tokens per step", "target_l0": "active latents per token"}
 
 
 @drawn(log="DataFrame of ``training_log``")
@@ -166,33 +164,14 @@ def ablation_effects(table: pd.DataFrame) -> Figure:
 
 @drawn(result="mapping; the JSON object of ``python -m benchmarks.sae_step``: ``rows``")
 def step_costs(result: Mapping[str, Any]) -> Figure:
-    """Seconds of one training step: ours beside the dense step and installable packages, and how it grows with three sizes."""
+    """Seconds of one training step: ours beside the dense step and installable packages."""
     rows = pd.DataFrame(result["rows"]).dropna(subset="seconds")
-    first = rows["tokens"] == rows["tokens"].iloc[0]
-    headline = rows[(rows["kind"] == "headline") & first]
-    sides = rows[rows["kind"].isin(["headline", "peers"]) & first & rows["side"].isin([*_SIDES])].sort_values("seconds", ascending=False)
-    fig, (left, *growth) = figure(height=2.9, ncols=4, width_ratios=[1.5, 1, 1, 1])
+    sides = rows[rows["kind"].isin(["headline", "peers"]) & (rows["tokens"] == rows["tokens"].iloc[0]) & rows["side"].isin([*_SIDES])]
+    sides = sides.sort_values("seconds", ascending=False)
+    fig, ax = figure(0.8, 0.7 + 0.3 * len(sides))
     colors = [COLORS["blue" if side.startswith("ours") else "gray"] for side in sides["side"]]
-    left.bar_label(left.barh(sides["side"].map(_SIDES), sides["seconds"], color=colors, height=0.7), fmt="%.2f s", padding=3, fontsize=8.5)
-    left.set(title="Seconds per step", xticks=[], xlim=(0, 1.25 * sides["seconds"].max()))
-    left.grid(False)
-    left.spines["bottom"].set_visible(False)
-    left.tick_params(axis="y", length=0, labelcolor=COLORS["black"])
-    for ax, (size, label) in zip(growth, _SIZES.items(), strict=True):
-        kind = "density" if size == "target_l0" else size
-        line = pd.concat([rows[rows["kind"] == kind], rows[rows["kind"] == "headline"] if size == "tokens" else headline]).sort_values(size)
-        for side, color, name in (("textbook", "gray", "dense float32"), ("ours", "blue", "ours")):
-            points = line[line["side"] == side]
-            ax.plot(points[size], points["seconds"], color=COLORS[color], marker="o", ms=4, label=name)
-        ax.set(xscale="log", yscale="log", xlabel=label)
-        least_most = line[size].agg(["min", "max"]).unique()
-        ax.set_xticks(least_most, [f"{end / 1000:.3g}k" if end >= 1000 else f"{end:g}" for end in least_most])
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.sharey(growth[0])
-        ax.tick_params(axis="y", labelleft=ax is growth[0])
-    low, high = rows.loc[rows["side"].isin(["textbook", "ours"]), "seconds"].agg(["min", "max"])
-    growth[0].set(ylim=(low / 1.5, high * 1.5), title="... and how they grow")
-    growth[0].yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g} s"))
-    growth[0].yaxis.set_minor_formatter(NullFormatter())
-    growth[0].legend(loc="upper left", fontsize=8.5)
+    ax.bar_label(ax.barh(sides["side"].map(_SIDES), sides["seconds"], color=colors, height=0.7), fmt="%.2f s", padding=3)
+    ax.set(title="Seconds per step", xticks=[], xlim=(0, 1.15 * sides["seconds"].max()))
+    ax.grid(False)
+    ax.spines["bottom"].set_visible(False)
     return fig

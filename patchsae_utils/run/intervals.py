@@ -28,6 +28,11 @@ class Interval(NamedTuple):
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
+def percent(value: float, low: float, high: float, digits: int = 0) -> str:
+    """A share with its interval in words: "85 % [83, 88]"."""
+    return f"{100 * value:.{digits}f} % [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
+
+
 def interval(statistic: Callable[[np.ndarray], np.ndarray], n: int, unit: str, *, seed: int = 0, centred: bool = False) -> Interval:
     """A statistic of n units (at least one) with its percentile interval; NaN where the statistic is.
 

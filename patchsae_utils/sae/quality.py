@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import batches, templates_for
-from ..run.intervals import interval
+from ..run.intervals import Interval, interval, percent
 from .losses import normalized_squared_error
 from .model import SparseAutoencoder
 
@@ -165,6 +165,40 @@ def evaluation_table(frame: pd.DataFrame) -> pd.DataFrame:
     table = cells.pivot(index=keys, columns="metric", values="cell")
     columns = [metric for metric in (*RECONSTRUCTION_METRICS, *CLASSIFICATION_METRICS) if metric in table]
     return table.loc[list(dict.fromkeys(frame[keys].itertuples(index=False, name=None))), columns].fillna("")
+
+
+def evaluation_sentence(frame: pd.DataFrame) -> str:
+    """What :func:`evaluate_sae` measured on all tokens, in words, SAE by SAE.
+
+    Parameters
+    ----------
+    frame : DataFrame
+    """
+    rows = frame[(frame["variant"] == "reconstruction") & (frame["tokens"] == "all")].set_index(["sae", "metric"])[["value", "low", "high"]]
+    said = []
+    for name in frame["sae"].unique():
+        of = rows.loc[name]
+        said.append(
+            f"{name} explains {percent(*of.loc['explained_variance'], 1)} of the variance with {of.value['l0']:.0f} latents per token"
+        )
+        if "zero_shot_change" in of.index:
+            said[-1] += f" and changes CLIP's accuracy by {Interval(*100 * of.loc['zero_shot_change'])} points"
+    return f"On unseen pictures {'; '.join(said)}."
+
+
+def places_sentence(places: pd.DataFrame) -> str:
+    """What :func:`readings_by_place` measured, in words.
+
+    Parameters
+    ----------
+    places : DataFrame
+    """
+    at = places.set_index(["place", "metric"])[["value", "low", "high"]]
+    objects, bare = (
+        f"{Interval(*at.loc[(place, 'l0')])} latents and an error of {percent(*at.loc[(place, 'error')])} of its norm"
+        for place in ("object", "background")
+    )
+    return f"A patch of an object has {objects}; a patch of bare background {bare}."
 
 
 class TokenReadings(NamedTuple):
