@@ -10,8 +10,15 @@ from .files import load_sae, push_sae, save_sae
 from .losses import objective, patchsae_loss
 from .model import SparseAutoencoder
 from .quality import (
-    dead_causes, evaluate_sae, evaluation_sentence, evaluation_table, firing_rates, patch_readings, places_sentence, readings_by_place,
-)  # fmt: skip
+    dead_causes,
+    evaluate_sae,
+    evaluation_sentence,
+    evaluation_table,
+    firing_rates,
+    patch_readings,
+    places_sentence,
+    readings_by_place,
+)
 from .trainer import train_sae, training_log
 
 __all__ = [
