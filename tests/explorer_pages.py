@@ -86,7 +86,7 @@ def show(browser):
     """Open a widget's page: what it sets arrives in Python, and what Python answers arrives in the page."""
     pages = []
 
-    def open_page(widget, dark=False):
+    def open_page(widget, dark=False, fragment=""):
         page = browser.new_page()
         pages.append(page)
         page.errors = []
@@ -107,6 +107,8 @@ def show(browser):
 
         page.expose_function("message", message)
         page.expose_function("python", lambda text: answer(lambda: widget.set_state(json.loads(text))))
+        if fragment:
+            page.evaluate("fragment => void (location.hash = fragment)", fragment)
         page.set_content("<body style='margin:12px'></body>")
         if dark:
             page.evaluate("document.body.dataset.jpThemeLight = 'false'")

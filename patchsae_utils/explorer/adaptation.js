@@ -1,6 +1,6 @@
 // The adaptation view.
 
-import { SIZE, bytes, controls, decoding, fill, finderOf, h, imageSteps, legendOf, lookOf, namesOf, paint, resize, select, strongest, three, titled, twinBars, widget } from "./explorer.js";
+import { LOOK, SIZE, barsOf, bytes, controls, decoding, fillBar, finderOf, h, imageSteps, legendOf, lookOf, namesOf, paint, rowsIn, select, strongest, three, titled, widget } from "./explorer.js";
 
 export default widget(adaptationView);
 
@@ -12,7 +12,7 @@ function adaptationView(page, root) {
   const title = h("h3", { "aria-live": "polite" });
   const chosen = h("p", { class: "psx-status" });
   const sides = ["base", "adapted"].map((side) => ({ head: h("h4", { class: `psx-${side}` }), canvas: h("canvas", { class: "psx-stage", role: "img" }), most: h("p", { class: "psx-soft" }) }));
-  const groups = Object.fromEntries(["common", "base", "adapted"].map((name) => [name, groupOf(name)]));
+  const groups = Object.fromEntries(["common", "base", "adapted"].map((name) => [name, groupOf()]));
   const bars = h("ol", { class: "psx-odds", "aria-label": "Class probabilities by both models" });
   const key = ["base", "adapted"].map((side) => h("span", { class: `psx-${side}` }));
   const legend = legendOf(page);
@@ -35,41 +35,38 @@ function adaptationView(page, root) {
 
   let card = null;
   let picture = null;
-  const showOdds = twinBars(bars, ["psx-base", "psx-adapted"], (base, adapted) => `${Math.round(100 * base)} % | ${Math.round(100 * adapted)} %`);
+  const showOdds = barsOf(bars, ["psx-base", "psx-adapted"], (base, adapted) => `${Math.round(100 * base)} % | ${Math.round(100 * adapted)} %`);
   const decoder = decoding();
 
-  function groupOf(name) {
+  function groupOf() {
     const heading = h("h4");
     const list = h("ol", { class: "psx-twins" });
-    const rows = [];
+    let [rows, most] = [[], 1];
+    const fillRows = rowsIn(
+      list,
+      () => {
+        const row = { number: h("b"), name: h("span"), bars: ["base", "adapted"].map((side) => h("div", { class: `psx-fill psx-${side}`, "aria-hidden": "true" })), value: h("i") };
+        row.button = h("button", { class: "psx-pick", type: "button", onclick: () => page.set("latent", row.latent) }, row.number, row.name, h("div", {}, ...row.bars), row.value);
+        row.element = h("li", {}, row.button);
+        return row;
+      },
+      (row, [latent, word, ...values]) => {
+        row.latent = row.number.textContent = latent;
+        row.name.textContent = row.name.title = word;
+        row.bars.forEach((bar, k) => fillBar(bar, values[k], most));
+        row.value.textContent = values.map((value) => value.toPrecision(2)).join(" | ");
+        row.button.setAttribute("aria-label", `${titled(latent, word)}: mean activation ${three(values[0])} in CLIP, ${three(values[1])} adapted`);
+      },
+    );
     return {
       element: h("div", {}, heading, list),
-      show(latents, text, most) {
+      show(latents, text, scale) {
         heading.textContent = `${text}${latents.length ? "" : ": none"}`;
         list.setAttribute("aria-label", text);
-        resize(list, rows, latents.length, () => {
-          const row = { number: h("b"), name: h("span"), base: fill(0), adapted: fill(0), value: h("i") };
-          row.base.classList.add("psx-base");
-          row.adapted.classList.add("psx-adapted");
-          row.button = h("button", { class: "psx-pick", type: "button", onclick: () => page.set("latent", row.latent) }, row.number, row.name, h("div", {}, row.base, row.adapted), row.value);
-          row.element = h("li", {}, row.button);
-          return row;
-        });
-        rows.forEach((row, i) => {
-          const [latent, word, base, adapted] = latents[i];
-          row.latent = latent;
-          row.number.textContent = latent;
-          row.name.textContent = word;
-          row.name.title = word;
-          row.base.style.setProperty("--share", base / most);
-          row.adapted.style.setProperty("--share", adapted / most);
-          row.value.textContent = `${base.toPrecision(2)} | ${adapted.toPrecision(2)}`;
-          row.button.setAttribute("aria-label", `Latent ${latent}${word ? `, ${word}` : ""}: mean activation ${three(base)} in CLIP, ${three(adapted)} adapted`);
-        });
+        most = scale;
+        rows = fillRows(latents);
       },
-      mark() {
-        for (const row of rows) row.button.setAttribute("aria-pressed", row.latent === page.get("latent"));
-      },
+      mark: () => rows.forEach((row) => row.button.setAttribute("aria-pressed", row.latent === page.get("latent"))),
     };
   }
   async function showCard() {
@@ -113,7 +110,7 @@ function adaptationView(page, root) {
   }
   page.on(["shown"], showCard);
   page.on(["latent"], showSelection);
-  page.on(["tau", "opacity", "mode", "contour"], draw);
+  page.on(LOOK, draw);
   page.run(showCard);
   return () => decoder.close();
 }

@@ -64,6 +64,7 @@ class AdaptationView(_View):
 
     LINKED = ("latent",)  # images of a task mean nothing in another view
     CHOICES = ("task", "image", "latent")  # the task first: an image is one of its images
+    TAKES = "clip, adapters, sae, names"
     IN_TURN = True
 
     _esm = module("adaptation.js")

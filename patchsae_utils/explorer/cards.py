@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from PIL import Image
 from torch import Tensor
 
 from ..activations.mixing import TOKENS
+from ..interventions.steering import Edit, steer
+from ..run.intervals import Interval, mean_interval
 from .reader import Reader
 
 # Sort orders of latents that a summary knows, and whether the largest comes first.
@@ -54,6 +55,22 @@ class LatentCard(NamedTuple):
     classes: list[tuple[str, float]]  # the classes with most of its tokens above tau, and their share of all such tokens
     neighbors: tuple[tuple[int, float], ...]  # living latents whose decoder rows point most nearly the same way, and their cosines
     monosemanticity: float | None  # weighted mean cosine of the images it is active in; None when not measured
+
+
+class EffectCard(NamedTuple):
+    """What a latent does, beyond its strongest images."""
+
+    latent: int
+    counts: np.ndarray  # active tokens of the sample by activation, between ``reader.EDGES``
+    n_active: int  # images of the sample where it is active
+    n_images: int  # of the sample
+    images: np.ndarray  # up to three images of middling activation, then up to three of weak
+    values: np.ndarray  # their image-level activations
+    labels: list[str]
+    pictures: list[np.ndarray]
+    heats: np.ndarray
+    pushes: list[tuple[str, Interval]]  # classes whose logit it raises most, then those that it lowers most: mean over its reference images
+    together: list[tuple[int, float]]  # latents active in the same images of the sample, and their correlation
 
 
 class PatchCard(NamedTuple):
@@ -146,13 +163,51 @@ def latent_card(
     )  # fmt: skip
 
 
+def effect_card(reader: Reader, summary: Any, latent: int, n: int = 6) -> EffectCard:
+    """Look up what a latent does: over the reader's sample, and on the classes' logits of its reference images."""
+    sample = reader.sample
+    column = sample.means[:, latent]
+    active = column.nonzero().flatten()
+    ranked = active[column[active].argsort(descending=True)].tolist()
+    middle, weak = (max(0, round(share * len(ranked)) - 1) for share in (0.5, 0.9))
+    some = list(dict.fromkeys([*ranked[middle : middle + 3], *ranked[weak : weak + 3]]))
+    images = sample.images[some]
+    centred = sample.means - sample.means.mean(0)
+    alike = (centred.T @ centred[:, latent]) / (centred.norm(dim=0) * centred[:, latent].norm()).clamp_min(1e-12)
+    alike[latent] = -1
+    top = alike.topk(min(n, len(alike)))
+    return EffectCard(
+        latent, sample.counts[latent].numpy(), len(active), len(sample.images), images, column[some].numpy(),
+        [reader.label(i) for i in images], [reader.picture(i) for i in images], reader.heats(images, latent), _pushes(reader, summary, latent),
+        [(int(i), float(r)) for r, i in zip(*top, strict=True) if r > 0.05],
+    )  # fmt: skip
+
+
+def _pushes(reader: Reader, summary: Any, latent: int, n: int = 4) -> list[tuple[str, Interval]]:
+    """How much of each class's logit, less the mean over classes, goes when the latent is turned off in its reference images."""
+    images = [int(i) for i in summary.top_images[latent] if i >= 0]
+    if reader.head is None or not images:
+        return []
+    steered = steer(reader.clip, reader.sae, reader.inputs(images), [Edit(latent)], reader.layer, reader.head)
+    effect = (steered.logits_before - steered.logits).float().cpu()
+    value, low, high, unit = mean_interval((effect - effect.mean(1, keepdim=True)).T, "images")
+    order = np.argsort(-value, kind="stable")
+    chosen = [c for c in order[:n] if value[c] > 0] + [c for c in order[-n:] if value[c] < 0]
+    return [(reader.dataset.class_names[c], Interval(float(value[c]), float(low[c]), float(high[c]), unit)) for c in chosen]
+
+
+RANKS = ("activation", "distinctive", "contrast", "prediction")
+
+
 def patch_card(
-    reader: Reader, image: int, patches: Sequence[int], latent: int, names: Mapping[int, Name], weights: np.ndarray | None, tokens: str
+    reader: Reader, image: int, patches: Sequence[int], latent: int, names: Mapping[int, Name], scores: Tensor, tokens: str, signed: bool
 ) -> PatchCard:
-    """Look an image up, and its chosen patches, the last one last."""
+    """Look an image up, and its chosen patches, the last one last. ``signed``: the scores are what lists show, of either sign."""
     h = reader.latents(image)
-    here = _strongest(h[[1 + patch for patch in patches]].mean(0), weights) if patches else []
-    whole = _strongest(h[TOKENS[tokens]].mean(0), weights)
+    at = [1 + patch for patch in patches]
+    here = _strongest(scores[at].mean(0), None if signed else h[at].mean(0)) if patches else []
+    over = scores.sum(0) if signed else scores[TOKENS[tokens]].mean(0)
+    whole = _strongest(over, None if signed else h[TOKENS[tokens]].mean(0))
     heat = h[:, latent].numpy() if latent >= 0 else np.zeros(len(h), np.float32)
     listed = [i for i, _ in here + whole]
     return PatchCard(
@@ -162,20 +217,17 @@ def patch_card(
     )  # fmt: skip
 
 
-def patch_tops(reader: Reader, image: int, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def patch_tops(reader: Reader, image: int, scores: Tensor, signed: bool) -> tuple[np.ndarray, np.ndarray]:
     """The strongest latents of every patch of an image, for lists that follow the pointer."""
-    h = reader.latents(image)[1:]
-    top = _weighted(h, weights).topk(min(8, h.shape[1]), dim=1).indices
-    return top.numpy().astype(np.uint32), h.gather(1, top).numpy()
+    scores = scores[1:]
+    top = (scores.abs() if signed else scores).topk(min(8, scores.shape[1]), dim=1).indices
+    return top.numpy().astype(np.uint32), (scores if signed else reader.latents(image)[1:]).gather(1, top).numpy()
 
 
-def _strongest(h: Tensor, weights: np.ndarray | None) -> list[tuple[int, float]]:
-    top = _weighted(h, weights).topk(min(8, len(h))).indices
-    return [(int(i), float(h[i])) for i in top if h[i] > 0]
-
-
-def _weighted(h: Tensor, weights: np.ndarray | None) -> Tensor:
-    return h if weights is None else h * torch.as_tensor(weights, dtype=h.dtype)
+def _strongest(scores: Tensor, h: Tensor | None) -> list[tuple[int, float]]:
+    """The first latents by score and their activations; without these, by size, and the scores themselves."""
+    top = (scores.abs() if h is None else scores).topk(min(8, len(scores))).indices
+    return [(int(i), float(scores[i] if h is None else h[i])) for i in top if (scores[i] != 0 if h is None else scores[i] > 0 and h[i] > 0)]
 
 
 def distinctiveness(summary: Any) -> np.ndarray:

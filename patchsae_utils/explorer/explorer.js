@@ -1,6 +1,7 @@
 // What all explorers share. Python sends a card (facts, JPEG bytes, one byte a patch); the page draws it.
 // Each view is a module that imports this one; module() in widgets.py makes one file of the two. Texts are set as text nodes only, never as HTML.
 
+export const LOOK = ["tau", "opacity", "mode", "contour"]; // how heat maps look
 export const SIZE = { reference: 160, stage: 448 };
 
 // An anywidget module that shows one view: `view(page, root)` fills the root and returns what ends it.
@@ -47,8 +48,14 @@ export function widget(view) {
       page.on(["notice"], () => page.tell(page.get("notice")));
       page.tell(page.get("notice") ?? "");
       el.append(root);
-      page.run(() => stops.push(view(page, root)));
+      page.run(() => {
+        stops.push(view(page, root));
+        root.append(sharing(page));
+        const wish = wished()[page.get("kind")];
+        if (wish) page.send({ kind: "open", selection: wish });
+      });
       return () => {
+        if (views.get(page.get("kind")) === page) views.delete(page.get("kind"));
         stops.forEach((stop) => stop());
         root.remove();
       };
@@ -56,22 +63,74 @@ export function widget(view) {
   };
 }
 
-// A latent's strongest images as buttons; a click chooses the image.
+// What a link holds: the choices of all views of the page, behind "#psx=".
+const views = (globalThis.psxViews ??= new Map());
+
+function wished() {
+  try {
+    return JSON.parse(decodeURIComponent(location.hash.replace("#psx=", ""))) ?? {};
+  } catch {
+    return {}; // no link of ours
+  }
+}
+
+// Buttons that copy a line of Python, and a link, that open what is shown.
+function sharing(page) {
+  views.set(page.get("kind"), page);
+  const chosen = (view) => view.get("choices").map((name) => [name, view.get(name)]);
+  const python = () => `${page.get("call")}, ${chosen(page).map(([name, value]) => `${name}=${JSON.stringify(value)}`).join(", ")})`;
+  const link = () => {
+    const all = Object.fromEntries([...views].map(([kind, view]) => [kind, Object.fromEntries(chosen(view))]));
+    return `${location.href.split("#")[0]}#psx=${encodeURIComponent(JSON.stringify(all))}`;
+  };
+  const buttons = [copier(page, "Copy as Python", python)];
+  if (!globalThis.jupyterapp) buttons.push(copier(page, "Copy link", link)); // JupyterLab takes an address's end for its own
+  return h("div", { class: "psx-bar psx-sharing" }, ...buttons);
+}
+
+// A button that copies a text; without leave to write to the clipboard the text is told in the page.
+export function copier(page, label, text) {
+  const copy = () =>
+    page.run(async () => {
+      try {
+        await navigator.clipboard.writeText(text());
+        button.textContent = "Copied";
+        setTimeout(() => (button.textContent = label), 1500);
+      } catch {
+        page.tell(text());
+      }
+    });
+  const button = h("button", { class: "psx-step", type: "button", onclick: copy }, label);
+  return button;
+}
+
+// Images of a latent as buttons; a click chooses the image.
 export function referencesOf(page, heading) {
   const grid = h("div", { class: "psx-refs", role: "group", "aria-label": heading });
   const note = h("p", { class: "psx-soft" });
   const shelf = shelfOf(6 * 10);
-  const tiles = [];
-  let scale = 1;
-  let latest = 0;
+  let [tiles, scale, latest] = [[], 1, 0];
   const opened = (card) => Promise.all(card.images.map(({ index, jpeg }) => shelf.picture(index, jpeg)));
   const mark = () => tiles.forEach((tile) => tile.element.setAttribute("aria-pressed", tile.image === page.get("image")));
-  const repaint = () => {
-    const look = lookOf(page, scale);
-    for (const tile of tiles) paint(tile.canvas, SIZE.reference, tile.picture, tile.codes, look);
-  };
+  const repaint = () => tiles.forEach((tile) => paint(tile.canvas, SIZE.reference, tile.picture, tile.codes, lookOf(page, scale)));
+  const fillTiles = rowsIn(
+    grid,
+    () => {
+      const tile = { canvas: h("canvas", { "aria-hidden": "true" }), name: h("b"), value: h("i") };
+      const choose = () => page.set("image", tile.image);
+      tile.element = h("button", { class: "psx-ref", type: "button", onclick: choose }, tile.canvas, h("span", {}, tile.name, tile.value));
+      return tile;
+    },
+    (tile, { index, label, value, picture, codes }, i) => {
+      Object.assign(tile, { image: index, picture, codes });
+      tile.name.textContent = label;
+      tile.value.textContent = value;
+      tile.element.title = `Image ${index}: ${label}`;
+      tile.element.setAttribute("aria-label", `${heading}, ${i + 1}: ${label}, image ${index}, mean activation ${value}${strongest(codes, page.get("grid"))}`);
+    },
+  );
   page.on(["image"], mark);
-  page.on(["tau", "opacity", "mode", "contour"], repaint);
+  page.on(LOOK, repaint);
   return {
     element: h("div", {}, h("h4", {}, heading), grid, note),
     expect: opened, // a card that may be shown next
@@ -82,23 +141,9 @@ export function referencesOf(page, heading) {
       shelf.hold(next.images.map((image) => image.index));
       scale = next.scale;
       note.textContent = next.note;
-      resize(grid, tiles, next.images.length, () => {
-        const tile = { canvas: h("canvas", { "aria-hidden": "true" }), name: h("b"), value: h("i") };
-        const choose = () => page.set("image", tile.image);
-        tile.element = h("button", { class: "psx-ref", type: "button", onclick: choose }, tile.canvas, h("span", {}, tile.name, tile.value));
-        return tile;
-      });
       const codes = bytes(next.heats);
       const step = codes.length / Math.max(1, next.images.length);
-      tiles.forEach((tile, i) => {
-        const { index, label, value } = next.images[i];
-        Object.assign(tile, { image: index, picture: pictures[i], codes: codes.subarray(i * step, (i + 1) * step) });
-        tile.name.textContent = label;
-        tile.value.textContent = value;
-        tile.element.title = `Image ${index}: ${label}`;
-        const where = strongest(tile.codes, page.get("grid"));
-        tile.element.setAttribute("aria-label", `Reference image ${i + 1}: ${label}, image ${index}, mean activation ${value}${where}`);
-      });
+      tiles = fillTiles(next.images.map((image, i) => ({ ...image, picture: pictures[i], codes: codes.subarray(i * step, (i + 1) * step) })));
       mark();
       repaint();
       return true;
@@ -106,67 +151,82 @@ export function referencesOf(page, heading) {
     close() {
       latest++;
       shelf.close();
+      for (const { canvas } of tiles) canvas.width = canvas.height = 0; // frees their memory at once
     },
   };
 }
 
-// -- choosing an image, and bars in pairs ---------------------------------------------------------------------------------------
+// -- choosing an image, and bars ------------------------------------------------------------------------------------------------
 
-// A field for an image's index, which takes back what is none.
-export function imageField(page, choose = (image) => page.set("image", image)) {
-  const element = h("input", { type: "number", min: 0, max: page.get("n_images") - 1, step: 1, "aria-label": "Image, by its index" });
-  element.addEventListener("change", () => {
-    const image = Number(element.value);
-    if (element.value !== "" && Number.isInteger(image) && image >= 0 && image < page.get("n_images")) choose(image);
-    else element.value = page.get("image");
-  });
-  const show = (image) => {
-    element.max = page.get("n_images") - 1;
-    if (document.activeElement !== element || Number(element.value) !== image) element.value = image;
-  };
-  return { element, show };
-}
-
-// The same with buttons for the images beside it.
+// A field for an image's index, which takes back what is none, between buttons for the images beside it.
 export function imageSteps(page) {
-  const field = imageField(page);
-  const turn = (step) => page.set("image", Math.min(page.get("n_images") - 1, Math.max(0, page.get("image") + step)));
+  const choose = (image) => page.set(page.get("uploaded") ? { image, uploaded: "" } : { image });
+  const last = () => page.get("n_images") - 1;
+  const field = h("input", { type: "number", min: 0, step: 1, "aria-label": "Image, by its index" });
+  field.addEventListener("change", () => {
+    const image = Number(field.value);
+    if (field.value !== "" && Number.isInteger(image) && image >= 0 && image <= last()) choose(image);
+    else field.value = page.get("image");
+  });
+  const turn = (step) => choose(Math.min(last(), Math.max(0, page.get("image") + step)));
   const back = h("button", { class: "psx-step", type: "button", "aria-label": "Previous image", onclick: () => turn(-1) }, "‹");
   const forth = h("button", { class: "psx-step", type: "button", "aria-label": "Next image", onclick: () => turn(1) }, "›");
   const show = (image) => {
-    field.show(image);
+    field.max = last();
+    if (document.activeElement !== field || Number(field.value) !== image) field.value = image;
     back.disabled = image <= 0;
-    forth.disabled = image >= page.get("n_images") - 1;
+    forth.disabled = image >= last();
   };
-  return { elements: [back, h("label", {}, "Image", field.element), forth], show };
+  return { elements: [back, h("label", {}, "Image", field), forth], show };
 }
 
-// Two bars a name, in the colours of two classes of the style sheet; rows are kept and filled anew.
-export function twinBars(list, marks, words) {
-  const rows = [];
-  return (bars) => {
-    resize(list, rows, bars.length, () => {
-      const row = { name: h("b"), bars: marks.map(() => fill(0)), values: h("i") };
-      row.bars.forEach((bar, i) => bar.classList.add(marks[i]));
+// A name, a bar for each mark (a class of the style sheet), and a text: rows [name, value, ...].
+export function barsOf(list, marks, text) {
+  let most = 1;
+  const show = rowsIn(
+    list,
+    () => {
+      const row = { name: h("b"), bars: marks.map((mark) => h("div", { class: `psx-fill ${mark}`, "aria-hidden": "true" })), values: h("i") };
       row.element = h("li", {}, row.name, h("div", {}, ...row.bars), row.values);
       return row;
-    });
-    rows.forEach((row, i) => {
-      const [name, ...shares] = bars[i];
+    },
+    (row, [name, ...values]) => {
       row.name.textContent = row.name.title = name;
-      row.bars.forEach((bar, k) => bar.style.setProperty("--share", shares[k]));
-      row.values.textContent = words(...shares);
-    });
-    return rows;
-  };
+      row.bars.forEach((bar, k) => fillBar(bar, values[k], most));
+      row.values.textContent = text(...values);
+    },
+  );
+  return (rows, scale = 1) => ((most = scale), show(rows));
+}
+
+// Latents as small buttons with a number each: rows [latent, name, value].
+export function chipsOf(page, heading, word) {
+  const list = h("ol", { class: "psx-near", "aria-label": heading });
+  const element = h("div", {}, h("h4", {}, heading), list);
+  const show = rowsIn(
+    list,
+    () => {
+      const row = { number: h("b"), name: h("span"), value: h("i") };
+      row.button = h("button", { class: "psx-chip", type: "button", onclick: () => page.set("latent", row.latent) }, row.number, row.name, row.value);
+      row.element = h("li", {}, row.button);
+      return row;
+    },
+    (row, [latent, name, value]) => {
+      row.latent = row.number.textContent = latent;
+      row.name.textContent = name;
+      row.value.textContent = value.toFixed(2);
+      row.button.setAttribute("aria-label", `${titled(latent, name)}, ${word} ${value.toFixed(2)}`);
+    },
+  );
+  return { element, show: (latents) => ((element.hidden = !latents.length), show(latents)) };
 }
 
 // -- the grid of patches -------------------------------------------------------------------------------------------------------
 
 const INK = [["#1a1a1a", 2], ["#ffffff", 0]]; // white over black shows on any picture
 
-export function outline(context, patch, [width, height], columns, thickness, skip = false) {
-  if (patch < 0 || skip) return;
+export function outline(context, patch, [width, height], columns, thickness) {
+  if (patch < 0) return;
   const scale = context.canvas.width / SIZE.stage;
   const box = [(patch % columns) * width, Math.floor(patch / columns) * height, width, height];
   for (const [color, extra] of INK) {
@@ -177,7 +237,7 @@ export function outline(context, patch, [width, height], columns, thickness, ski
 }
 
 // The edge of a set of patches, given as patch -> whether it is inside.
-export function border(context, inside, [rows, columns], thickness = 2, ink = INK) {
+export function border(context, inside, [rows, columns], thickness = 2) {
   const [width, height] = [context.canvas.width / columns, context.canvas.height / rows];
   const scale = Math.max(0.5, context.canvas.width / SIZE.stage);
   context.beginPath();
@@ -191,7 +251,7 @@ export function border(context, inside, [rows, columns], thickness = 2, ink = IN
     if (column === 0 || !inside(patch - 1)) line(x, y, x, y + height);
     if (column === columns - 1 || !inside(patch + 1)) line(x + width, y, x + width, y + height);
   }
-  for (const [color, extra] of ink) {
+  for (const [color, extra] of INK) {
     context.strokeStyle = color;
     context.lineWidth = (thickness + extra) * scale;
     context.stroke();
@@ -322,35 +382,36 @@ export function finderOf(page, take = (latent) => page.set("latent", latent)) {
   return { element: h("div", { class: "psx-find" }, h("label", {}, "Find", box), list, said), nameOf: (latent) => names.get(latent) ?? "" };
 }
 
-// Latents as buttons. Rows are kept and filled anew, so that the focus stays where it is.
+// Latents as buttons, each with a bar; values below zero are marked.
 export function listOf(page, heading) {
   const list = h("ol", { "aria-label": `Latents: ${heading.toLowerCase()}` });
   const empty = h("p", { class: "psx-soft" });
   const title = h("h4", {}, heading);
-  const rows = [];
+  let [rows, most] = [[], 1];
+  const fillRows = rowsIn(
+    list,
+    () => {
+      const row = { number: h("b"), name: h("span"), bar: h("div", { class: "psx-fill", "aria-hidden": "true" }), value: h("i") };
+      row.button = h("button", { class: "psx-pick", type: "button", onclick: () => page.set("latent", row.latent) }, row.number, h("div", {}, row.name, row.bar), row.value);
+      row.element = h("li", {}, row.button);
+      return row;
+    },
+    (row, { latent, name, value, text }) => {
+      row.latent = row.number.textContent = latent;
+      row.name.textContent = row.name.title = name;
+      fillBar(row.bar, value, most);
+      row.value.textContent = text;
+      row.button.setAttribute("aria-label", `${titled(latent, name)}: ${text}`);
+    },
+  );
   return {
     element: h("div", {}, title, list, empty),
     show(latents, nothing, now = heading) {
       title.textContent = now;
       empty.textContent = latents.length ? "" : nothing;
       list.classList.toggle("psx-named", latents.some((l) => l.name));
-      const most = Math.max(...latents.map((l) => l.value), 1e-9);
-      resize(list, rows, latents.length, () => {
-        const row = { number: h("b"), name: h("span"), bar: fill(0), value: h("i") };
-        row.button = h("button", { class: "psx-pick", type: "button", onclick: () => page.set("latent", row.latent) }, row.number, h("div", {}, row.name, row.bar), row.value);
-        row.element = h("li", {}, row.button);
-        return row;
-      });
-      rows.forEach((row, i) => {
-        const { latent, name, value, text } = latents[i];
-        row.latent = latent;
-        row.number.textContent = latent;
-        row.name.textContent = name;
-        row.name.title = name;
-        row.bar.style.setProperty("--share", value / most);
-        row.value.textContent = text;
-        row.button.setAttribute("aria-label", `Latent ${latent}${name ? `, ${name}` : ""}, activation ${text}`);
-      });
+      most = Math.max(...latents.map((l) => Math.abs(l.value)), 1e-9);
+      rows = fillRows(latents);
       this.mark(page.get("latent"));
     },
     mark(latent) {
@@ -378,7 +439,8 @@ export function controls(page) {
 }
 
 export function select(page, trait, label, options) {
-  const box = h("select", { onchange: () => page.set(trait, box.value) }, ...Object.entries(options).map(([value, text]) => h("option", { value }, text)));
+  const parsed = typeof page.get(trait) === "number" ? Number : String;
+  const box = h("select", { onchange: () => page.set(trait, parsed(box.value)) }, ...(Array.isArray(options) ? options : Object.entries(options)).map(([value, text]) => h("option", { value }, text)));
   const show = () => (box.value = page.get(trait));
   page.on([trait], show);
   show();
@@ -562,20 +624,20 @@ export function short(value) {
   return value >= 100 ? value.toFixed(0) : value.toPrecision(2);
 }
 
-export function fill(share) {
-  const bar = h("div", { class: "psx-fill", "aria-hidden": "true" });
-  bar.style.setProperty("--share", share);
-  return bar;
+export function fillBar(bar, value, most = 1) {
+  bar.style.setProperty("--share", Math.abs(value) / most);
+  bar.classList.toggle("psx-minus", value < 0);
 }
 
-// Keep as many items as needed, in the page and in the array.
-export function resize(parent, items, count, make) {
-  while (items.length > count) items.pop().element.remove();
-  while (items.length < count) {
-    const item = make();
-    items.push(item);
-    parent.append(item.element);
-  }
+// Rows of a list, kept and filled anew, so that the focus stays where it is.
+export function rowsIn(list, make, fillIn) {
+  const rows = [];
+  return (items) => {
+    while (rows.length > items.length) rows.pop().element.remove();
+    while (rows.length < items.length) list.append(rows[rows.push(make()) - 1].element);
+    rows.forEach((row, i) => fillIn(row, items[i], i));
+    return rows;
+  };
 }
 
 export function h(tag, attributes = {}, ...children) {

@@ -1,6 +1,6 @@
 // The gallery: a file of its own, without Python.
 
-import { SIZE, controls, h, legendOf, lookOf, paint, pictureOf, select, titled } from "./explorer.js";
+import { LOOK, SIZE, controls, h, legendOf, lookOf, paint, pictureOf, select, titled } from "./explorer.js";
 
 const unpack = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 
@@ -56,7 +56,7 @@ function galleryOf(data, root) {
       entries.forEach(({ target, isIntersecting }) => {
         const card = cards.find((one) => one.element === target);
         if (isIntersecting) shown.set(target, card), draw(card).catch(console.error);
-        else shown.delete(target);
+        else if (shown.delete(target)) card.canvases.forEach((canvas) => (canvas.width = canvas.height = 0)); // two hundred latents would hold 490 MB
       }),
     { rootMargin: "300px" },
   );
@@ -73,7 +73,7 @@ function galleryOf(data, root) {
   }
   box.addEventListener("input", arrange);
   page.on(["sort"], arrange);
-  page.on(["tau", "opacity", "mode", "contour"], () => shown.forEach((card) => draw(card).catch(console.error)));
+  page.on(LOOK, () => shown.forEach((card) => draw(card).catch(console.error)));
   root.append(
     h("section", { class: "psx psx-gallery" }, h("div", { class: "psx-bar psx-top" }, h("label", {}, "Search", box), count, select(page, "sort", "Sort by", Object.fromEntries(has)), ...controls(page), legend.element), list),
   );

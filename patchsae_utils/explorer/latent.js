@@ -1,6 +1,6 @@
 // The latent explorer.
 
-import { bytes, controls, fill, finderOf, fit, h, legendOf, referencesOf, resize, select, titled, widget } from "./explorer.js";
+import { ARROWS, barsOf, bytes, chipsOf, controls, finderOf, fit, h, legendOf, referencesOf, rowsIn, select, short, titled, widget, words } from "./explorer.js";
 
 export default widget(latentView);
 
@@ -15,12 +15,12 @@ function latentView(page, root) {
   const place = h("output", { class: "psx-soft" });
   const title = h("h3", { "aria-live": "polite" });
   const facts = h("dl", { class: "psx-facts" });
-  const scatter = h("canvas", { class: "psx-scatter", role: "img" });
-  const classes = h("ol", { class: "psx-bars", "aria-label": "Classes that activate this latent most" });
+  const scatter = h("canvas", { class: "psx-scatter", role: "application", tabindex: 0, "aria-roledescription": "scatter of latents" });
+  const classes = h("ol", { class: "psx-odds psx-bars", "aria-label": "Classes that activate this latent most" });
+  const showClasses = barsOf(classes, [""], (share) => `${Math.round(100 * share)} %`);
   const references = referencesOf(page, "Reference images, strongest first");
-  const near = h("ol", { class: "psx-near", "aria-label": "Nearest latents by decoder cosine" });
-  const nearest = h("div", {}, h("h4", {}, "Nearest latents, by cosine of their decoder directions"), near);
-  const neighbors = [];
+  const near = chipsOf(page, "Nearest latents, by cosine of their decoder directions", "cosine");
+  const effect = effectOf(page);
   const legend = legendOf(page);
   const body = h(
     "div",
@@ -32,7 +32,7 @@ function latentView(page, root) {
       h("div", {}, h("h4", {}, "Among all latents"), scatter, h("div", { class: "psx-axis" }, h("span", {}, "rare"), h("span", {}, "→ frequency, ↑ activation"), h("span", {}, "common"))),
       h("div", {}, h("h4", {}, "Classes, share of its active tokens"), classes),
     ),
-    h("div", { class: "psx-side" }, references.element, nearest),
+    h("div", { class: "psx-side" }, references.element, near.element, effect.element),
   );
   root.append(
     h("div", { class: "psx-bar" }, finder.element, h("label", { class: "psx-grow" }, "Latent", slider), place, sort),
@@ -47,7 +47,7 @@ function latentView(page, root) {
   const known = new Map(); // the last cards that came
 
   function readOrder() {
-    order = new Uint32Array(bytes(page.get("order")).slice().buffer);
+    order = words(page.get("order"), Uint32Array);
     slider.max = Math.max(0, order.length - 1);
     showSelection();
   }
@@ -67,33 +67,14 @@ function latentView(page, root) {
     card = next;
     title.textContent = titled(next.latent, next.name);
     facts.replaceChildren(...next.facts.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
-    scatter.setAttribute("aria-label", `Each latent by frequency and mean activation; the chosen one is marked. ${next.facts.map((f) => f.join(" ")).join(", ")}`);
-    const most = next.classes[0]?.[1] ?? 1;
-    classes.replaceChildren(
-      ...next.classes.map(([name, share]) => h("li", {}, h("b", { title: name }, name), fill(share / most), h("i", {}, `${Math.round(100 * share)} %`))),
-    );
-    showNear(next.neighbors);
+    scatter.setAttribute("aria-label", `Each latent by frequency and mean activation; the chosen one is marked, arrow keys move it. ${next.facts.map((f) => f.join(" ")).join(", ")}`);
+    showClasses(next.classes, next.classes[0]?.[1]);
+    near.show(next.neighbors);
     legend.show(next.scale);
     showSelection();
     clearTimeout(idle);
     idle = setTimeout(prefetch, 200);
-  }
-  function showNear(latents) {
-    nearest.hidden = !latents.length;
-    resize(near, neighbors, latents.length, () => {
-      const row = { number: h("b"), name: h("span"), value: h("i") };
-      row.button = h("button", { class: "psx-chip", type: "button", onclick: () => page.set("latent", row.latent) }, row.number, row.name, row.value);
-      row.element = h("li", {}, row.button);
-      return row;
-    });
-    neighbors.forEach((row, i) => {
-      const [latent, name, cosine] = latents[i];
-      Object.assign(row, { latent });
-      row.number.textContent = latent;
-      row.name.textContent = name;
-      row.value.textContent = cosine.toFixed(2);
-      row.button.setAttribute("aria-label", `Latent ${latent}${name ? `, ${name}` : ""}, cosine ${cosine.toFixed(2)}`);
-    });
+    effect.ask();
   }
   // While nothing happens Python sends what a next step would show, so that the step needs no answer.
   function prefetch() {
@@ -104,6 +85,13 @@ function latentView(page, root) {
   slider.addEventListener("input", () => order.length && page.set("latent", order[Number(slider.value)]));
   scatter.addEventListener("click", (event) => {
     const latent = nearestPoint(scatter, bytes(page.get("points")), event);
+    if (latent >= 0) page.set("latent", latent);
+  });
+  scatter.addEventListener("keydown", (event) => {
+    const step = ARROWS[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const latent = pointBeside(bytes(page.get("points")), page.get("latent"), step);
     if (latent >= 0) page.set("latent", latent);
   });
   page.on(["order"], readOrder);
@@ -129,8 +117,56 @@ function latentView(page, root) {
     watch.disconnect();
     clearTimeout(idle);
     references.close();
+    effect.close();
   };
 }
+
+// What the latent does, beyond its strongest images: asked for while it is open, once the latent rests.
+function effectOf(page) {
+  const histogram = h("div", { class: "psx-hist", role: "img", "aria-label": "Histogram of its activations" });
+  const ends = [h("span"), h("span", {}, "activation on a token, doubling every second bar"), h("span")];
+  const examples = referencesOf(page, "Images where it is middling, then weak");
+  const pushes = h("ol", { class: "psx-odds psx-pushes", "aria-label": "Classes whose logit it raises or lowers" });
+  const showPushes = barsOf(pushes, [""], (value, low, high) => `${signed(value)} [${signed(low)}, ${signed(high)}]`);
+  const together = chipsOf(page, "Active in the same images, by correlation", "correlation");
+  const status = h("p", { class: "psx-status" });
+  const pushed = h("div", {}, h("h4", {}, "Classes it pushes up and down: logit lost without it, mean over its reference images"), pushes);
+  const content = h("div", { class: "psx-side" }, h("div", {}, h("h4", {}, "How strongly it is active"), histogram, h("div", { class: "psx-axis" }, ...ends)), examples.element, pushed, together.element);
+  const element = h("details", { class: "psx-does" }, h("summary", {}, "What does it do?"), status, content);
+  const showBins = rowsIn(histogram, () => ({ element: h("div") }), (row, [share, title]) => (row.element.style.setProperty("--share", share), (row.element.title = title)));
+  let later = 0;
+  content.hidden = true;
+  const ask = () => {
+    clearTimeout(later);
+    if (!element.open || page.get("latent") < 0 || page.get("effect").latent === page.get("latent")) return;
+    status.textContent = content.hidden ? "Reading a sample of the images: some seconds, once." : "";
+    content.classList.add("psx-busy");
+    later = setTimeout(() => page.send({ kind: "does", latent: page.get("latent") }), 250);
+  };
+  async function show() {
+    const next = page.get("effect");
+    if (next.latent === undefined) return;
+    const total = next.counts.reduce((sum, count) => sum + count, 0);
+    const most = Math.max(...next.counts, 1);
+    showBins(next.counts.map((count, i) => [count / most, `${short(next.edges[i])} to ${short(next.edges[i + 1])}: ${count} tokens`]));
+    [ends[0].textContent, ends[2].textContent] = [short(next.edges[0]), short(next.edges.at(-1))];
+    histogram.setAttribute("aria-label", `Histogram of ${total} active tokens by activation`);
+    showPushes(next.pushes, Math.max(...next.pushes.map((row) => Math.abs(row[1])), 1e-9));
+    pushed.hidden = !next.pushes.length;
+    together.show(next.together);
+    content.hidden = false;
+    status.textContent = "";
+    content.classList.toggle("psx-busy", next.latent !== page.get("latent"));
+    await examples.show(next);
+  }
+  element.addEventListener("toggle", ask);
+  page.on(["effect"], show);
+  page.on(["notice"], () => page.get("notice") && (status.textContent = "")); // it failed, and the page says why
+  page.run(show);
+  return { element, ask, close: () => (clearTimeout(later), examples.close()) };
+}
+
+const signed = (value) => `${value < 0 ? "−" : "+"}${short(Math.abs(value))}`;
 
 // One's own words on a latent: Python keeps them in a file.
 function keeperOf(page) {
@@ -194,12 +230,22 @@ function nearestPoint(canvas, points, event) {
   const box = canvas.getBoundingClientRect();
   const x = 1 + (254 * (event.clientX - box.left - 6)) / (box.width - 12);
   const y = 1 + (254 * (box.bottom - 6 - event.clientY)) / (box.height - 12);
-  let best = -1;
-  let least = Infinity;
+  let [best, least] = [-1, Infinity];
   for (let i = 0; i < points.length / 2; i++) {
     if (!points[2 * i]) continue;
     const distance = ((points[2 * i] - x) * box.width) ** 2 + ((points[2 * i + 1] - y) * box.height) ** 2;
     if (distance < least) [best, least] = [i, distance];
+  }
+  return best;
+}
+
+// The nearest point in the direction of an arrow key: what lies off it counts twice.
+function pointBeside(points, from, [down, right]) {
+  let [best, least] = [-1, Infinity];
+  for (let i = 0; from >= 0 && i < points.length / 2; i++) {
+    const [x, y] = [points[2 * i] - points[2 * from], points[2 * i + 1] - points[2 * from + 1]];
+    const [ahead, off] = right ? [x * right, y] : [-y * down, x];
+    if (points[2 * i] && ahead > 0 && ahead + 2 * Math.abs(off) < least) [best, least] = [i, ahead + 2 * Math.abs(off)];
   }
   return best;
 }

@@ -12,7 +12,21 @@ import traitlets as t
 
 from ..data import templates_for
 from ..run.artifacts import atomic_file
-from .cards import MEASURES, ORDERS, LatentCard, Name, encode_heats, encode_picture, first_sight, latent_card, living, read_names
+from .cards import (
+    MEASURES,
+    ORDERS,
+    EffectCard,
+    LatentCard,
+    Name,
+    effect_card,
+    encode_heats,
+    encode_picture,
+    first_sight,
+    latent_card,
+    living,
+    read_names,
+)  # fmt: skip
+from .reader import EDGES
 from .search import TextSearch
 from .widgets import SelectionError, _View, encode_names, measures_of, module
 
@@ -52,6 +66,7 @@ class LatentExplorer(_View):
     ahead = t.Dict(help="A card that a next step would show: the page keeps it, and needs no answer then.").tag(sync=True)
     searches = t.Bool(help="Whether latents can be found by words that are no names.").tag(sync=True)
     hits = t.Dict(help="What was asked last, and the latents that fit it best: number, name, score.").tag(sync=True)
+    effect = t.Dict(help="What a latent does, once the page has asked.").tag(sync=True)
     kept = t.Dict(help="One's own words: latent, as text -> star, name, note.").tag(sync=True)
     points = t.Bytes(help="Two bytes a latent, log frequency and log mean activation, 1 to 255; 0 0 for dead latents.").tag(sync=True)
 
@@ -86,6 +101,11 @@ class LatentExplorer(_View):
     def card(self) -> LatentCard | None:
         """What is shown, as arrays; None when no latent is chosen."""
         return None if self.latent < 0 else self._card_of(self.latent)
+
+    @property
+    def does(self) -> EffectCard | None:
+        """What the latent does beyond its strongest images, as arrays; the first one reads a sample of the data set."""
+        return None if self.latent < 0 else effect_card(self._reader, self._summary, self.latent)
 
     def find(self, text: str, n: int = 8) -> list[tuple[int, float]]:
         """The latents whose reference images look most like a text, and how far above the mean latent, in standard deviations.
@@ -148,17 +168,21 @@ class LatentExplorer(_View):
     def _show(self) -> None:
         self.shown = latent_message(self.card, self._names)
 
-    def _receive(self, content: Any, buffers: list) -> None:
-        real = lambda latent: isinstance(latent, int) and 0 <= latent < self._reader.d_sae  # noqa: E731
-        if isinstance(content, Mapping) and content.get("kind") == "keep" and real(content.get("latent")):
-            self.keep(**{name: value for name, value in content.items() if name in NOTES})
-        if isinstance(content, Mapping) and content.get("kind") == "find" and isinstance(content.get("text"), str) and self.searches:
-            found = self.find(content["text"])
-            self.hits = {"text": content["text"], "latents": [[i, str(self._names.get(i) or ""), score] for i, score in found]}
-        # The page is idle: look up what its next step would show.
-        if isinstance(content, Mapping) and content.get("kind") == "prefetch" and isinstance(content.get("latents"), list):
-            for latent in filter(real, content["latents"][:4]):
-                self.ahead = latent_message(self._card_of(latent), self._names)  # one by one: the likeliest is there first
+    def _on_keep(self, content: Mapping, buffers: list) -> None:
+        self.keep(**{name: value for name, value in content.items() if name in NOTES})
+
+    def _on_find(self, content: Mapping, buffers: list) -> None:
+        found = self.find(content["text"])
+        self.hits = {"text": content["text"], "latents": [[i, str(self._names.get(i) or ""), score] for i, score in found]}
+
+    def _on_does(self, content: Mapping, buffers: list) -> None:
+        latent = self._within("latent", content["latent"], self._reader.d_sae)
+        self.effect = effect_message(effect_card(self._reader, self._summary, latent), self._names)
+
+    def _on_prefetch(self, content: Mapping, buffers: list) -> None:
+        """The page is idle: look up what its next step would show, one by one, so that the likeliest is there first."""
+        for latent in content["latents"][:4]:
+            self.ahead = latent_message(self._card_of(self._within("latent", latent, self._reader.d_sae)), self._names)
 
 
 def latent_message(card: LatentCard | None, names: Mapping[int, Name]) -> dict[str, Any]:
@@ -172,7 +196,17 @@ def latent_message(card: LatentCard | None, names: Mapping[int, Name]) -> dict[s
     }  # fmt: skip
 
 
-def reference_message(card: LatentCard | None) -> dict[str, Any]:
+def effect_message(card: EffectCard, names: Mapping[int, Name]) -> dict[str, Any]:
+    """The same of what a latent does."""
+    said = f"Active in {card.n_active} of {card.n_images} sampled images."
+    return {
+        "latent": card.latent, "counts": card.counts.tolist(), "edges": EDGES.tolist(), **reference_message(card), "note": said,
+        "pushes": [[name, *found[:3]] for name, found in card.pushes],
+        "together": [[latent, str(names.get(latent) or ""), r] for latent, r in card.together],
+    }  # fmt: skip
+
+
+def reference_message(card: LatentCard | EffectCard | None) -> dict[str, Any]:
     """Reference images as the page wants them."""
     heats, scale = (b"", 1.0) if card is None else encode_heats(card.heats)
     rows = [] if card is None else zip(card.images, card.labels, card.values, card.pictures, strict=True)

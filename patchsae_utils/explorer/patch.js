@@ -1,19 +1,17 @@
 // The patch explorer.
 
-import { ARROWS, SIZE, border, bytes, controls, decoding, h, imageField, legendOf, listOf, lookOf, namesOf, outline, paint, patchAt, placeOf, referencesOf, resize, select, stepped, three, titled, widget, words } from "./explorer.js";
+import { ARROWS, LOOK, SIZE, border, bytes, controls, decoding, h, imageSteps, legendOf, listOf, lookOf, namesOf, outline, paint, patchAt, placeOf, referencesOf, select, stepped, three, titled, widget, words } from "./explorer.js";
 
 export default widget(patchView);
 
+const RANKS = { activation: "activation", distinctive: "distinctiveness", contrast: "here, not elsewhere", prediction: "what a class owes" };
 const UPLOAD_BYTES = 8 * 2 ** 20; // as in reader.py
 
 function patchView(page, root) {
   const [rows, columns] = page.get("grid");
-  const number = imageField(page, (image) => page.set({ image, uploaded: "" }));
-  const weighed = page.get("has_summary") ? { distinctive: "distinctiveness" } : {};
-  const rank = select(page, "rank", "List by", { activation: "activation", ...weighed });
-  const back = h("button", { class: "psx-step", type: "button", "aria-label": "Earlier images" }, "‹");
-  const forth = h("button", { class: "psx-step", type: "button", "aria-label": "Further images" }, "›");
-  const thumbs = h("div", { class: "psx-thumbs", role: "group", "aria-label": "Images" });
+  const steps = imageSteps(page);
+  const rank = select(page, "rank", "List by", page.get("ranks").map((name) => [name, RANKS[name]]));
+  const target = select(page, "target", "Class", [[-1, "the predicted one"], ...page.get("classes").map((name, i) => [i, name])]);
   const stage = h("canvas", { class: "psx-stage", tabindex: 0, role: "application", "aria-roledescription": "grid of patches" });
   const title = h("h3");
   const hint = h("p", { class: "psx-status" }, "Point at a patch to see its latents, click to choose it; Shift and click, or Shift and arrow keys, choose several. Escape takes the choice back.");
@@ -34,8 +32,8 @@ function patchView(page, root) {
     h("div", { class: "psx-side" }, h("div", { class: "psx-lists" }, here.element, whole.element), h("div", {}, chosen, most), references.element),
   );
   root.append(
-    h("div", { class: "psx-bar" }, h("label", {}, "Image", number.element), h("div", { class: "psx-shelf" }, back, thumbs, forth), open, file),
-    h("div", { class: "psx-bar" }, rank, ...controls(page), legend.element),
+    h("div", { class: "psx-bar" }, ...steps.elements, open, file, rank, target),
+    h("div", { class: "psx-bar" }, ...controls(page), legend.element),
     body,
   );
 
@@ -44,9 +42,7 @@ function patchView(page, root) {
   let picture = null;
   let hovered = -1;
   let cursor = -1; // the patch that keys move
-  const tiles = [];
   const decoder = decoding();
-  const urls = [];
 
   async function showCard() {
     const next = page.get("shown");
@@ -80,15 +76,16 @@ function patchView(page, root) {
     const { latents, values, n } = page.get("tops");
     const [which, value] = [words(latents, Uint32Array), words(values, Float32Array)];
     return Array.from({ length: n }, (_, i) => ({ latent: which[patch * n + i], value: value[patch * n + i] }))
-      .filter((entry) => entry.value > 0)
-      .map((entry) => ({ ...entry, name: names.get(entry.latent) ?? "", text: three(entry.value) }));
+      .filter((entry) => entry.value > 0 || (entry.value < 0 && page.get("rank") === "prediction"))
+      .map((entry) => ({ ...entry, name: names.get(entry.latent) ?? "", text: page.get("rank") === "prediction" ? `${entry.value > 0 ? "+" : ""}${entry.value.toPrecision(2)}` : three(entry.value) }));
   }
   function showLists() {
     const chosen = page.get("patches");
+    const contrast = page.get("rank") === "contrast"; // the rest of the image is Python's to compare with
     const [heading, latents] =
       hovered >= 0 && !chosen.includes(hovered) ? ["Patch under the pointer", topsOf(hovered)]
       : chosen.length > 1 ? [`${chosen.length} chosen patches, mean`, card.patch_latents]
-      : chosen.length ? ["Chosen patch", topsOf(chosen[0])]
+      : chosen.length ? ["Chosen patch", contrast ? card.patch_latents : topsOf(chosen[0])]
       : ["Chosen patch", []];
     here.element.classList.toggle("psx-busy", latents === card.patch_latents && card.patches.length !== chosen.length); // of other patches still
     here.show(latents, chosen.length || hovered >= 0 ? "No latent is active here." : "None yet: point at the image.", heading);
@@ -96,14 +93,14 @@ function patchView(page, root) {
   function showSelection() {
     if (!card) return;
     const latent = page.get("latent");
-    number.show(page.get("image"));
+    steps.show(page.get("image"));
+    target.hidden = page.get("rank") !== "prediction";
     body.classList.toggle("psx-busy", card.image !== page.get("image") || card.uploaded !== page.get("uploaded"));
     chosen.textContent = latent < 0 ? "" : titled(latent, names.get(latent));
     const ready = card.latent === latent;
     most.textContent = latent < 0 ? "Choose a latent to see where it is." : ready ? `In this image: at most ${card.most} on a patch, ${card.cls} at CLS.` : "\u00a0";
-    whole.show(card.image_latents, "No latent is active.");
+    whole.show(card.image_latents, "No latent is active.", card.said || "Whole image");
     showLists();
-    for (const tile of tiles) tile.element.setAttribute("aria-current", tile.image === page.get("image") && !page.get("uploaded"));
     draw();
   }
   function draw() {
@@ -116,26 +113,6 @@ function patchView(page, root) {
     const side = [stage.width / columns, stage.height / rows];
     if (hovered >= 0 && !chosen.has(hovered)) outline(context, hovered, side, columns, 1);
     border(context, (patch) => chosen.has(patch), [rows, columns], 3);
-  }
-  function showThumbs() {
-    urls.splice(0).forEach((url) => URL.revokeObjectURL(url));
-    const list = page.get("thumbs");
-    resize(thumbs, tiles, list.length, () => {
-      const tile = { img: h("img") };
-      tile.element = h("button", { class: "psx-thumb", type: "button", onclick: () => page.set({ image: tile.image, uploaded: "" }) }, tile.img);
-      return tile;
-    });
-    tiles.forEach((tile, i) => {
-      const url = URL.createObjectURL(new Blob([bytes(list[i].jpeg)], { type: "image/jpeg" }));
-      urls.push(url);
-      tile.image = list[i].index;
-      tile.img.src = url;
-      tile.img.alt = `Image ${list[i].index}: ${list[i].label}`;
-      tile.element.title = tile.img.alt;
-    });
-    back.disabled = page.get("page") <= 0;
-    forth.disabled = page.get("page") >= page.get("n_pages") - 1;
-    showSelection();
   }
   function choose(patch, several) {
     cursor = patch;
@@ -193,20 +170,15 @@ function patchView(page, root) {
   root.addEventListener("drop", over);
   root.addEventListener("dragleave", () => root.classList.remove("psx-over"));
 
-  back.addEventListener("click", () => page.set("page", Math.max(0, page.get("page") - 1)));
-  forth.addEventListener("click", () => page.set("page", Math.min(page.get("n_pages") - 1, page.get("page") + 1)));
   page.on(["shown"], showCard);
   page.on(["found"], showReferences);
   page.on(["tops"], showSelection);
-  page.on(["image", "uploaded", "patches", "latent"], showSelection);
-  page.on(["thumbs"], showThumbs);
-  page.on(["tau", "opacity", "mode", "contour"], draw);
-  showThumbs();
+  page.on(["image", "uploaded", "patches", "latent", "rank"], showSelection);
+  page.on(LOOK, draw);
   page.run(showCard);
   page.run(showReferences);
   return () => {
     decoder.close();
     references.close();
-    urls.forEach((url) => URL.revokeObjectURL(url));
   };
 }

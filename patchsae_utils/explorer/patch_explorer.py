@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+import torch
 import traitlets as t
+from torch import Tensor
 
-from .cards import LatentCard, PatchCard, distinctiveness, encode_heats, encode_picture, first_sight, latent_card, patch_card, patch_tops
+from .cards import (
+    RANKS,
+    LatentCard,
+    PatchCard,
+    distinctiveness,
+    encode_heats,
+    encode_picture,
+    first_sight,
+    latent_card,
+    patch_card,
+    patch_tops,
+)
 from .latent_explorer import reference_message
-from .reader import UploadError, read_upload
+from .reader import read_upload
 from .widgets import SelectionError, _View, module
 
 
@@ -24,11 +36,10 @@ class PatchExplorer(_View):
     clip, sae, summary, dataset, names, layer
         As for :class:`LatentExplorer`. Without a summary (None), lists are sorted by activation only, and any data set will do.
     **traits
-        First choices: ``image``, ``patch``, ``patches``, ``latent``, ``rank``, ``tau``, ``opacity``, ``mode``, ``contour``.
+        First choices: ``image``, ``patch``, ``patches``, ``latent``, ``rank``, ``target``, ``tau``, ``opacity``, ``mode``, ``contour``.
     """
 
-    PAGE = 12  # thumbnails on a page
-
+    CHOICES = (*_View.LINKED, "rank", "target")
     _esm = module("patch.js")
 
     patch = t.Int(-1, help="The chosen patch, counted row by row; -1 for none.").tag(sync=True)
@@ -36,19 +47,26 @@ class PatchExplorer(_View):
     uploaded = t.Unicode("", help="Name of the uploaded picture that is shown; empty for none.").tag(sync=True)
     tops = t.Dict(help="The strongest latents of every patch.").tag(sync=True)
     found = t.Dict(help="The chosen latent's reference images.").tag(sync=True)
-    rank = t.Enum(("activation", "distinctive"), "activation", help="distinctive: activation times log(1 / frequency).").tag(sync=True)
-    page = t.Int(0, help="Which thumbnails are shown.").tag(sync=True)
-    n_pages = t.Int().tag(sync=True)
+    rank = t.Enum(
+        RANKS, RANKS[0], help="distinctive: activation times log(1 / frequency); contrast: here, not on the image's other patches; "
+        "prediction: what the logit of `target` owes to a latent, of either sign.",
+    ).tag(sync=True)  # fmt: skip
+    ranks = t.List(t.Unicode(), help="Those that there are data for.").tag(sync=True)
+    target = t.Int(-1, help="The class whose logit is explained; -1 for the predicted one.").tag(sync=True)
+    classes = t.List(t.Unicode()).tag(sync=True)
     n_images = t.Int().tag(sync=True)
-    thumbs: t.List[dict[str, Any]] = t.List().tag(sync=True)
 
     def __init__(self, clip: Any, sae: Any, summary: Any, dataset: Any, names: Any = None, layer: int = -2, **traits: Any):
         n = len(dataset)
         self._last: tuple[Any, ...] | None = None
+        self._explained: tuple[Any, Any] = (None, None)
         self._upload = (-1, "")  # the picture of one's own: its index for the reader, its name
         if n == 0:
             raise ValueError(f"{dataset.spec!r} ({dataset.split}) holds no images.")
-        super().__init__(clip, sae, summary, dataset, names, layer, kind="patch", n_images=n, n_pages=-(-n // self.PAGE), **traits)
+        classes = list(dataset.class_names) if clip.has_text else []
+        can = {"distinctive": summary is not None, "prediction": bool(classes)}
+        traits |= {"kind": "patch", "n_images": n, "classes": classes}
+        super().__init__(clip, sae, summary, dataset, names, layer, ranks=[rank for rank in RANKS if can.get(rank, True)], **traits)
         if summary is not None and not {"image", "patch", "patches", "latent"} & set(traits):
             self.latent = first_sight(summary, self._names)  # at its strongest place, as in a LatentExplorer
             if (seen := self.references) is not None and len(seen.images):
@@ -56,19 +74,15 @@ class PatchExplorer(_View):
         self.image = max(0, self.image)
         self.patches = self.patches or ([self.patch] if self.patch >= 0 else [])
         self.patch = self.patch if self.patch in self.patches else self.patches[-1] if self.patches else -1
-        self._find_page()
-        self._turn()
         self._show_tops()
         self._show()
         self._show_references()
         self.observe(self._one_patch, "patch")
         self.observe(self._many_patches, "patches")
         self.observe(self._new_image, ["image", "uploaded"])
-        self.observe(lambda _: self._show_tops(), ["image", "uploaded", "rank"])
-        self.observe(lambda _: self._show(), ["image", "uploaded", "patch", "patches", "latent", "rank"])
+        self.observe(lambda _: self._show_tops(), ["image", "uploaded", "rank", "target"])
+        self.observe(lambda _: self._show(), ["image", "uploaded", "patch", "patches", "latent", "rank", "target"])
         self.observe(lambda _: self._show_references(), "latent")
-        self.observe(lambda _: self._turn(), "page")
-        self.observe(lambda _: self._find_page(), "image")
 
     @t.validate("patch")
     def _check_patch(self, proposal: Any) -> int:
@@ -80,15 +94,17 @@ class PatchExplorer(_View):
             raise SelectionError(f"No picture {proposal['value']!r} was uploaded: drop it on the view, or call .upload(data, name).")
         return proposal["value"]
 
-    @t.validate("page")
-    def _check_page(self, proposal: Any) -> int:
-        return min(max(0, proposal["value"]), max(0, self.n_pages - 1))
-
     @t.validate("rank")
     def _check_rank(self, proposal: Any) -> str:
         if proposal["value"] == "distinctive" and self._summary is None:
             raise SelectionError("rank='distinctive' weighs by how many images a latent is active in: it needs a summary.")
+        if proposal["value"] == "prediction" and not self.classes and self.ranks:
+            raise SelectionError("rank='prediction' asks for the class in words: it needs a text tower and a data set with classes.")
         return proposal["value"]
+
+    @t.validate("target")
+    def _check_target(self, proposal: Any) -> int:
+        return self._within("target", proposal["value"], len(self.classes))
 
     def upload(self, data: bytes, name: str = "") -> None:
         """Show a picture that is not in the data set.
@@ -119,7 +135,15 @@ class PatchExplorer(_View):
         tokens = "all" if self._summary is None else self._summary.tokens
         others = [patch for patch in self.patches if patch != self.patch]
         chosen = [*others, self.patch] if self.patch >= 0 else []
-        return patch_card(self._reader, self._shown_image, chosen, self.latent, self._names, self._weights, tokens)
+        return patch_card(self._reader, self._shown_image, chosen, self.latent, self._names, self._scores(chosen), tokens, self._signed)
+
+    @property
+    def prediction(self) -> tuple[str, float] | None:
+        """The explained class and its probability in this image; None where lists are sorted otherwise."""
+        if not self._signed:
+            return None
+        _, probabilities, target = self._owed
+        return self.classes[target], float(probabilities[target])
 
     @property
     def references(self) -> LatentCard | None:
@@ -133,21 +157,39 @@ class PatchExplorer(_View):
         return self._upload[0] if self.uploaded else self.image
 
     @property
-    def _weights(self) -> np.ndarray | None:
-        return distinctiveness(self._summary) if self.rank == "distinctive" else None
+    def _signed(self) -> bool:
+        return self.rank == "prediction"
+
+    @property
+    def _owed(self) -> tuple[Any, Any, int]:
+        key = (self._shown_image, self.target)
+        if self._explained[0] != key:
+            self._explained = (key, self._reader.owed(*key))
+        return self._explained[1]
+
+    def _scores(self, patches: Sequence[int] = ()) -> Tensor:
+        """What the lists are sorted by, for each token: [1 + P, S]."""
+        h = self._reader.latents(self._shown_image)
+        if self._signed:
+            return self._owed[0]
+        if self.rank == "contrast":
+            elsewhere = [1 + patch for patch in range(len(h) - 1) if patch not in patches]
+            return h - h[elsewhere].mean(0)
+        return h * torch.from_numpy(distinctiveness(self._summary)) if self.rank == "distinctive" else h
 
     def _show(self) -> None:
-        chosen = (self.image, self.uploaded, self._upload, self.patch, tuple(self.patches), self.latent, self.rank)
+        chosen = (self.image, self.uploaded, self._upload, self.patch, tuple(self.patches), self.latent, self.rank, self.target)
         if chosen == self._last:  # several traits change with one click: one card is enough
             return
         self._last = chosen
-        self.shown = {**patch_message(self.card), "image": self.image, "uploaded": self.uploaded}
+        said = "" if self.prediction is None else "{} ({:.0%}) owes to".format(*self.prediction)
+        self.shown = {**patch_message(self.card, self._signed), "image": self.image, "uploaded": self.uploaded, "said": said}
 
     def _show_references(self) -> None:
         self.found = reference_message(self.references)
 
     def _show_tops(self) -> None:
-        latents, values = patch_tops(self._reader, self._shown_image, self._weights)
+        latents, values = patch_tops(self._reader, self._shown_image, self._scores(), self._signed)
         self.tops = {"latents": latents.tobytes(), "values": values.tobytes(), "n": latents.shape[1]}
 
     def _one_patch(self, change: Any) -> None:
@@ -162,29 +204,20 @@ class PatchExplorer(_View):
         if change["name"] == "image":
             self.uploaded = ""
 
-    def _receive(self, content: Any, buffers: list) -> None:
-        if isinstance(content, Mapping) and content.get("kind") == "upload" and buffers:
-            try:
-                self.upload(buffers[0], str(content.get("name", "")))
-            except UploadError as error:
-                self._tell(error)
-
-    def _find_page(self) -> None:
-        self.page = self.image // self.PAGE
-
-    def _turn(self) -> None:
-        start = self.page * self.PAGE
-        images = range(start, min(start + self.PAGE, self.n_images))
-        self.thumbs = [{"index": i, "label": self._reader.label(i), "jpeg": encode_picture(self._reader.picture(i), 80)} for i in images]
+    def _on_upload(self, content: Mapping, buffers: list) -> None:
+        self.upload(buffers[0], str(content.get("name", "")))
 
 
-def patch_message(card: PatchCard) -> dict[str, Any]:
+def patch_message(card: PatchCard, signed: bool = False) -> dict[str, Any]:
     """A card as the page wants it, with the heat maps of all listed latents: choosing one of them needs no answer from Python."""
     heat, scale = encode_heats(card.heat[None])
     listed = [encode_heats(one[None]) for one in card.listed]
 
     def entries(latents):
-        return [{"latent": i, "name": str(card.names.get(i) or ""), "value": value, "text": f"{value:.3g}"} for i, value in latents]
+        return [
+            {"latent": i, "name": str(card.names.get(i) or ""), "value": value, "text": f"{value:+.2g}" if signed else f"{value:.3g}"}
+            for i, value in latents
+        ]
 
     return {name: getattr(card, name) for name in ("image", "label", "patch", "latent")} | {
         "jpeg": encode_picture(card.picture), "name": str(card.names.get(card.latent) or ""), "heat": heat, "scale": scale,

@@ -9,7 +9,7 @@ import io
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.pictures import as_rgb
+from ..interventions.attribution import logit_gradient
+from ..interventions.tail import dataset_head, network_tail
 from ..latents.pictures import seen_image
 from ..sae.dictionary import select_latents
 
@@ -25,6 +27,17 @@ MAX_BYTES = 8 * 2**20  # of the file; a notebook server's messages end at 10 MiB
 MAX_PIXELS = 40_000_000  # of the decoded picture, known from the header before anything is decoded
 SIDE = 1024  # longer sides are scaled down to this: CLIP sees 112 to 336 pixels
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # the decoders that may run; Pillow has forty more
+
+SAMPLE = 400  # images, spread over the data set, that tell how a latent is active beyond its strongest images
+EDGES = 2.0 ** np.arange(-6, 6.5, 0.5)  # of the histograms' bins; the outer ones are open
+
+
+class Sample(NamedTuple):
+    """Images spread over the data set, and how latents are active there."""
+
+    images: np.ndarray  # [N]
+    means: Tensor  # [N, S] mean activations over all tokens
+    counts: Tensor  # [S, bins] active tokens by their activation
 
 
 class Reader:
@@ -76,7 +89,7 @@ class Reader:
         found = {i: self._images[i] for i in images if i in self._images}
         for start in range(0, len(missing), 32):
             part = missing[start : start + 32]
-            batch = torch.stack([self._preprocessed(i) for i in part])
+            batch = self.inputs(part)
             with torch.inference_mode():
                 residuals = self.clip.residual(batch, self.layer)[:, : self.clip.n_tokens].cpu()
             for i, tensor, residual in zip(part, batch, residuals, strict=True):
@@ -104,6 +117,38 @@ class Reader:
             _remember(self._latents, image, h, 4)
         return self._latents[image]
 
+    @cached_property
+    def head(self) -> Tensor | None:
+        """The zero-shot head of the data set's classes; None where there are no classes, or no text tower."""
+        return dataset_head(self.clip, self.dataset) if self.clip.has_text and len(self.dataset.class_names) else None
+
+    @cached_property
+    def sample(self) -> Sample:
+        """Read when it is first asked for, which takes seconds."""
+        images = np.unique(np.linspace(0, len(self.dataset) - 1, SAMPLE).astype(int))
+        means, counts = [], torch.zeros(self.d_sae, len(EDGES) - 1)
+        with torch.inference_mode():
+            for start in range(0, len(images), 16):
+                batch = self.inputs(images[start : start + 16])
+                for tokens in self.clip.residual(batch, self.layer)[:, : self.clip.n_tokens]:
+                    h = self.sae.encode(tokens.to(self.sae.W_enc.device)).float().cpu()
+                    means.append(h.mean(0))
+                    latent = h.nonzero(as_tuple=True)[1]
+                    place = torch.bucketize(h[h > 0], torch.from_numpy(EDGES[1:-1]).float(), right=True)
+                    counts.view(-1).index_add_(0, latent * counts.shape[1] + place, torch.ones(len(latent)))
+        return Sample(images, torch.stack(means), counts)
+
+    def owed(self, image: int, target: int = -1) -> tuple[Tensor, Tensor, int]:
+        """What a class's logit (-1: the predicted one's) owes to each latent on each token [1+P, S], all probabilities [C], and the class."""
+        residual = self.clip.run_to(self.inputs([image]), self.layer)
+        tail = network_tail(self.clip, self.layer, residual)
+        with torch.no_grad():
+            logits = self.clip.logits(tail(residual), self.head)
+            target = int(logits.argmax()) if target < 0 else target
+            gradient = logit_gradient(self.clip, tail, residual, self.head, torch.tensor([target], device=logits.device))[0]
+            shares = self.latents(image) * (gradient[: self.clip.n_tokens] @ self.sae.W_dec.T).float().cpu()
+        return shares, logits[0].softmax(-1).float().cpu(), target
+
     def nearest(self, latent: int, n: int, dead: np.ndarray) -> list[tuple[int, float]]:
         """The latents whose decoder rows point most nearly where this one's does, with their cosines."""
         with torch.no_grad():
@@ -117,6 +162,10 @@ class Reader:
     @cached_property
     def _norms(self) -> Tensor:
         return self.sae.W_dec.detach().norm(dim=1).float().cpu()
+
+    def inputs(self, images: Sequence[int]) -> Tensor:
+        """Images as CLIP takes them: [B, 3, H, W]."""
+        return torch.stack([self._preprocessed(i) for i in images])
 
     def _preprocessed(self, image: int) -> Tensor:
         return self.clip.preprocess(self._uploads[image][0] if image < 0 else self.dataset[int(image)].image)

@@ -1,6 +1,6 @@
 // The steering panel.
 
-import { ARROWS, SIZE, border, bytes, controls, decoding, h, imageSteps, legendOf, lookOf, outline, paint, patchAt, placeOf, resize, select, short, stepped, titled, twinBars, widget } from "./explorer.js";
+import { ARROWS, LOOK, SIZE, barsOf, border, bytes, controls, copier, decoding, finderOf, h, imageSteps, legendOf, lookOf, outline, paint, patchAt, placeOf, rowsIn, select, short, stepped, titled, widget } from "./explorer.js";
 
 export default widget(steeringView);
 
@@ -15,12 +15,12 @@ function steeringView(page, root) {
   const live = h("p", { class: "psx-hidden", "aria-live": "polite" });
   const said = h("p", { class: "psx-hidden", "aria-live": "polite" });
   const sliders = h("ol", { class: "psx-sliders", "aria-label": "Latents" });
-  const adder = h("input", { type: "number", min: 0, max: page.get("n_latents") - 1, step: 1, "aria-label": "Add a latent, by its index", placeholder: "latent" });
-  const add = h("button", { class: "psx-step", type: "button", onclick: addLatent }, "Add");
+  const finder = finderOf(page, (latent) => page.get("latents").includes(latent) || page.set("latents", [...page.get("latents"), latent]));
+  const add = h("button", { class: "psx-step", type: "button", title: "The latent that is strongest on the selected patches", onclick: () => page.send({ kind: "add_here" }) }, "Add the patches' latent");
   const reset = h("button", { class: "psx-step", type: "button", onclick: () => page.set({ edits: [], patches: [], where: page.get("where") === "selected" ? "all" : page.get("where") }) }, "Reset");
   const bars = h("ol", { class: "psx-odds", "aria-label": "Class probabilities before and after" });
   const code = h("code", { tabindex: 0, "aria-label": "This edit as a line of Python" });
-  const copy = h("button", { class: "psx-step", type: "button", onclick: copyCode }, "Copy");
+  const copy = copier(page, "Copy", () => code.textContent);
   const legend = legendOf(page);
   root.append(
     h("div", { class: "psx-bar" }, ...steps.elements, where, reset),
@@ -32,7 +32,7 @@ function steeringView(page, root) {
       h(
         "div",
         { class: "psx-side" },
-        h("div", {}, h("h4", {}, "Latents: 1 leaves them as they are, 0 turns them off"), sliders, h("div", { class: "psx-bar" }, adder, add)),
+        h("div", {}, h("h4", {}, "Latents: 1 leaves them as they are, 0 turns them off"), sliders, h("div", { class: "psx-bar" }, finder.element, add)),
         h("div", {}, h("h4", {}, "Class probabilities"), h("p", { class: "psx-key" }, h("span", { class: "psx-before" }, "before"), h("span", { class: "psx-after" }, "after")), bars, said),
         h("div", {}, h("h4", {}, "The same in Python"), h("div", { class: "psx-code" }, code, copy)),
       ),
@@ -43,9 +43,9 @@ function steeringView(page, root) {
   let picture = null;
   let cursor = -1;
   let dragged = null; // patches that a drag has touched, and whether it selects or deselects
-  const rowsOf = [];
   const percent = (share) => `${(100 * share).toFixed(share > 0.0995 || share === 0 ? 0 : 1)} %`;
-  const showOdds = twinBars(bars, ["psx-before", "psx-after"], (before, after) => `${percent(before)} → ${percent(after)}`);
+  const points = (change) => (Math.abs(change) < 0.0005 ? "" : ` (${change < 0 ? "−" : "+"}${(100 * Math.abs(change)).toFixed(Math.abs(change) < 0.0995 ? 1 : 0)})`);
+  const showOdds = barsOf(bars, ["psx-before", "psx-after"], (before, after) => `${percent(before)} → ${percent(after)}${points(after - before)}`);
   const decoder = decoding();
 
   async function showCard() {
@@ -60,16 +60,17 @@ function steeringView(page, root) {
     code.textContent = next.code;
     const active = bytes(next.heat).some((code) => code > 0);
     const what = titled(next.latent, next.name);
-    seen.textContent = next.latent < 0 ? "Choose a latent by its number, to see where it is active." : active ? `${what}: where it is active` : `${what} is active on no patch of this image.`;
-    showSliders();
+    seen.textContent = next.latent < 0 ? "Choose a latent by its number to see where it is active." : active ? `${what}: where it is active${next.edited ? ", as edited" : ""}` : `${what} is active on no patch of this image${next.edited ? " as edited" : ""}.`;
+    fillSliders(card.sliders);
     showBars();
     stage.setAttribute("aria-label", `Image ${next.image}, ${next.label}. ${next.patches.length} of ${rows * columns} patches selected.`);
     draw();
   }
 
   // -- sliders: rows are kept and filled anew, so that the focus stays where it is --
-  function showSliders() {
-    resize(sliders, rowsOf, card.sliders.length, () => {
+  const fillSliders = rowsIn(
+    sliders,
+    () => {
       const row = { number: h("b"), name: h("span"), range: h("input", { type: "range" }), value: h("output") };
       row.pick = h("button", { class: "psx-pick", type: "button", onclick: () => page.set("latent", page.get("latent") === row.latent ? -1 : row.latent) }, row.number, row.name);
       row.op = h("select", { onchange: () => change(row, row.op.value, row.op.value === "scale" ? 1 : 0) }, h("option", { value: "scale" }, "×"), h("option", { value: "add" }, "+"));
@@ -78,26 +79,21 @@ function steeringView(page, root) {
       row.range.addEventListener("input", () => change(row, row.op.value, Number(row.range.value)));
       row.element = h("li", {}, row.pick, row.op, row.range, row.value, row.off, row.remove);
       return row;
-    });
-    rowsOf.forEach((row, i) => {
-      const slider = card.sliders[i];
+    },
+    (row, slider) => {
       const what = `latent ${slider.latent}${slider.name ? `, ${slider.name}` : ""}`;
-      row.latent = slider.latent;
-      row.number.textContent = slider.latent;
+      row.latent = row.number.textContent = slider.latent;
       row.name.textContent = slider.name || `patches ${short(slider.most)}, CLS ${short(slider.cls)}`;
       row.pick.title = `${what}: in this image at most ${short(slider.most)} on a patch, ${short(slider.cls)} at CLS`;
-      row.pick.setAttribute("aria-label", `Show where ${what} is active`);
       row.pick.setAttribute("aria-pressed", card.latent === slider.latent);
-      row.op.setAttribute("aria-label", `Multiply or add: ${what}`);
-      row.off.setAttribute("aria-label", `Turn off ${what}`);
-      row.remove.setAttribute("aria-label", `Remove the slider of ${what}`);
-      row.range.setAttribute("aria-label", `Strength of ${what}`);
+      const labels = [[row.pick, `Show where ${what} is active`], [row.op, `Multiply or add: ${what}`], [row.off, `Turn off ${what}`], [row.remove, `Remove the slider of ${what}`], [row.range, `Strength of ${what}`]];
+      for (const [element, label] of labels) element.setAttribute("aria-label", label);
       row.element.classList.toggle("psx-edited", slider.edited);
       // A hand on the slider is ahead of the card that comes back.
       const pending = page.get("edits").find((edit) => edit.latent === slider.latent);
       showRow(row, pending?.op ?? "scale", pending?.value ?? 1, slider.limit);
-    });
-  }
+    },
+  );
   function showRow(row, op, value, limit) {
     row.limit = limit;
     row.op.value = op;
@@ -113,13 +109,6 @@ function steeringView(page, root) {
     showRow(row, op, value, row.limit);
     page.set("edits", untouched ? others : [...others, { latent: row.latent, op, value }]);
   }
-  function addLatent() {
-    const latent = Number(adder.value);
-    if (adder.value === "" || !Number.isInteger(latent) || latent < 0 || latent >= page.get("n_latents")) return;
-    if (!page.get("latents").includes(latent)) page.set("latents", [...page.get("latents"), latent]);
-    adder.value = "";
-  }
-
   // -- probabilities --
   function showBars() {
     showOdds(card.bars);
@@ -181,20 +170,8 @@ function steeringView(page, root) {
   });
   for (const event of ["focus", "blur"]) stage.addEventListener(event, draw);
 
-  adder.addEventListener("keydown", (event) => event.key === "Enter" && addLatent());
-  async function copyCode() {
-    try {
-      await navigator.clipboard.writeText(code.textContent);
-      copy.textContent = "Copied";
-    } catch {
-      // Without leave to write to the clipboard: marked, so that the keyboard can copy it.
-      getSelection().selectAllChildren(code);
-      copy.textContent = "Marked";
-    }
-    setTimeout(() => (copy.textContent = "Copy"), 1500);
-  }
   page.on(["shown"], showCard);
-  page.on(["patches", "tau", "opacity", "mode", "contour"], draw);
+  page.on(["patches", ...LOOK], draw);
   page.run(showCard);
   return () => decoder.close();
 }

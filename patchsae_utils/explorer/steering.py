@@ -50,6 +50,7 @@ class SteeringPanel(_View):
     """
 
     CHOICES = ("image", "latents", "latent", "patches", "where", "edits")  # another image takes edits and patches back
+    TAKES = "clip, sae, dataset, names"
     IN_TURN = True
 
     _esm = module("steering.js")
@@ -124,6 +125,18 @@ class SteeringPanel(_View):
         residual, _ = self._reading()
         return steer(self._reader.clip, self._reader.sae, residual, self.to_edits(), self._reader.layer, self._head)
 
+    def add_here(self) -> None:
+        """A slider for the latent that is strongest on the selected patches (without any: in the image) and has none yet."""
+        h = self._reading()[1]
+        values = h[[1 + patch for patch in self.patches] or slice(None)].mean(0)
+        values[self.latents] = 0
+        if not values.any():
+            raise SelectionError("No other latent is active there.")
+        self.latents, self.latent = [*self.latents, int(values.argmax())], int(values.argmax())
+
+    def _on_add_here(self, content: Mapping, buffers: list) -> None:
+        self.add_here()
+
     def reset(self) -> None:
         """Take all edits back, and the selected patches; edits then act on all tokens again if they acted on selected ones."""
         with self.hold_trait_notifications():
@@ -140,6 +153,9 @@ class SteeringPanel(_View):
         top = list(dict.fromkeys(first[: N_CLASSES // 2] + then[:N_CLASSES]))[:N_CLASSES]
         top = sorted(top, key=lambda c: -max(before[c], after[c]))
         edits = {edit["latent"]: edit for edit in self.edits}
+        heat = h[1:, self.latent] if self.latent >= 0 else torch.zeros(len(h) - 1)
+        if self.latent in edits:  # the heat map shows the edited state
+            heat = steered.activations[0, 1:, list(edits).index(self.latent)].float().cpu()
         sliders = []
         for latent in self.latents:
             sliders.append({
@@ -150,7 +166,7 @@ class SteeringPanel(_View):
         return {
             "image": self.image, "label": self._reader.label(self.image), "picture": self._reader.picture(self.image), "grid": self.grid,
             "latent": self.latent, "name": str(self._names.get(self.latent) or ""), "where": self.where, "patches": list(self.patches),
-            "heat": (h[1:, self.latent] if self.latent >= 0 else torch.zeros(len(h) - 1)).numpy().reshape(self.grid), "sliders": sliders,
+            "heat": heat.numpy().reshape(self.grid), "sliders": sliders, "edited": self.latent in edits,
             "bars": [(self.dataset.class_names[c], float(before[c]), float(after[c])) for c in top], "code": self.code,
         }  # fmt: skip
 
@@ -192,5 +208,5 @@ class SteeringPanel(_View):
 def steering_message(card: Mapping[str, Any]) -> dict[str, Any]:
     """A card as the page wants it: JPEG bytes, one byte a patch, texts."""
     heat, scale = encode_heats(card["heat"][None])
-    plain = {name: card[name] for name in ("image", "label", "latent", "name", "where", "patches", "sliders", "code")}
+    plain = {name: card[name] for name in ("image", "label", "latent", "name", "where", "patches", "sliders", "edited", "code")}
     return plain | {"jpeg": encode_picture(card["picture"]), "heat": heat, "scale": scale, "bars": [list(bar) for bar in card["bars"]]}

@@ -55,6 +55,7 @@ class _View(anywidget.AnyWidget):
 
     LINKED: tuple[str, ...] = ("latent", "image", "patch", "patches")  # choices that link joins, where a view has them
     CHOICES: tuple[str, ...] = LINKED  # what ``selection`` holds, where a view has it
+    TAKES = "clip, sae, summary, dataset, names"  # what it is made of
     IN_TURN = False  # choices are set one after the other, since the first changes what the next may be; otherwise with one message
 
     # One sheet for all: with one each, the shared rules of the view that is drawn last would override the others' own.
@@ -73,6 +74,8 @@ class _View(anywidget.AnyWidget):
     names = t.Bytes(help="Names of latents, as encode_names writes them.").tag(sync=True)
     palette = t.Bytes().tag(sync=True)
     shown = t.Dict(help="The card that the page draws.").tag(sync=True)
+    call = t.Unicode(help="Python that makes this view, up to its choices.").tag(sync=True)
+    choices = t.List(t.Unicode(), help="What a link and that line of Python hold.").tag(sync=True)
     notice = t.Unicode("", help="What went wrong last, for the person at the page.").tag(sync=True)
 
     def __init__(self, clip: Any, sae: Any, summary: Any, dataset: Any, names: Any = None, layer: int = -2, **traits: Any):
@@ -85,6 +88,10 @@ class _View(anywidget.AnyWidget):
         if summary is not None:
             traits.setdefault("tau", summary.tau)
         fixed = {"grid": self._reader.grid, "n_latents": self._reader.d_sae, "has_summary": summary is not None, "palette": palette()}
+        fixed |= {
+            "call": f"ps.{type(self).__name__}({self.TAKES}, {self._reader.layer}",
+            "choices": [name for name in self.CHOICES if self.has_trait(name)],
+        }
         super().__init__(**fixed, names=encode_names(self._names), **traits)
         self.on_msg(lambda _, content, buffers: self._receive(content, buffers))
 
@@ -100,7 +107,7 @@ class _View(anywidget.AnyWidget):
 
     def _tell(self, error: Exception) -> None:
         self.notice = ""  # the same sentence again is news, too
-        self.notice = str(error)
+        self.notice = str(error) if isinstance(error, ValueError | t.TraitError) else f"{type(error).__name__}: {error}"
 
     @property
     def dataset(self) -> Any:
@@ -173,7 +180,17 @@ class _View(anywidget.AnyWidget):
         return {"tau": self.tau, "opacity": self.opacity, "mode": self.mode, "contour": self.contour}
 
     def _receive(self, content: Any, buffers: list) -> None:
-        """A message of the page that is no trait; anybody may have sent it."""
+        """A message of the page that is no trait: ``_on_<kind>`` does it. Anybody may have sent it, so what is wrong is told and nothing else."""
+        kind = content.get("kind") if isinstance(content, Mapping) else None
+        if isinstance(kind, str) and (handler := getattr(self, f"_on_{kind}", None)):
+            try:
+                handler(content, buffers)
+            except Exception as error:
+                self._tell(error)
+
+    def _on_open(self, content: Mapping, buffers: list) -> None:
+        """A link was followed."""
+        self.selection = {name: value for name, value in content["selection"].items() if name in self.choices}
 
 
 def link(*views: _View) -> list[t.link]:

@@ -292,8 +292,9 @@ def test_page_takes_uploads_as_text_and_tells_of_broken_ones(show, patches):
     page.evaluate(drop, ["dropped.png", list(picture_file(color=(0, 200, 0)))])
     page.wait_for_selector("h3:has-text('dropped.png')")
     assert patches.uploaded == "dropped.png"
-    page.locator(".psx-thumb").nth(0).click()
-    page.wait_for_selector("h3:has-text('Image 0 ·')")
+    page.fill("input[aria-label='Image, by its index']", "3")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("h3:has-text('Image 3 ·')")
     assert patches.uploaded == ""
 
 

@@ -159,12 +159,30 @@ def test_page_off_add_and_remove(show, panel):
     page.click("[aria-label^='Remove the slider of latent 3']")
     page.wait_for_function("window.model.get('shown').sliders.length === 2")
     assert [edit["latent"] for edit in panel.edits] == [9]
-    page.fill("[aria-label='Add a latent, by its index']", "20")
+    page.fill("input[type=search]", "wheel")  # by name
     page.keyboard.press("Enter")
-    page.wait_for_selector(strength(20))
-    page.fill("[aria-label='Add a latent, by its index']", "999")  # there is none: nothing happens
+    page.wait_for_selector(strength(3))
+    page.fill("input[type=search]", "999")  # there is none: nothing happens
     page.keyboard.press("Enter")
-    assert panel.latents == [5, 9, 20]
+    assert panel.latents == [5, 9, 3]
+
+
+def test_the_strongest_latent_of_selected_patches_is_added_and_its_edit_seen(show, panel, tiny_clip, tiny_sae, tiny_images):
+    h = tiny_sae.encode(tiny_clip.residual(tiny_images[:1], -2))[0].detach()
+    here = h[[31, 32]].mean(0)
+    here[[3, 5, 9]] = 0
+    panel.patches, expected = [30, 31], int(here.argmax())
+    page = show(panel)
+    page.click("text=Add the patches' latent")
+    page.wait_for_selector(strength(expected))
+    assert panel.latents == [3, 5, 9, expected] and panel.latent == expected
+    before = panel.card["heat"]
+    np.testing.assert_allclose(before.ravel(), h[1:, expected], atol=1e-5)
+    panel.patches, panel.where = [30], "selected"
+    panel.edits = [{"latent": expected, "op": "scale", "value": 3.0}]
+    after = panel.card["heat"].ravel()
+    assert after[30] == pytest.approx(3 * before.ravel()[30], rel=1e-4) and panel.shown["edited"]
+    np.testing.assert_allclose(np.delete(after, 30), np.delete(before.ravel(), 30), atol=1e-5)
 
 
 def test_page_selects_patches_by_mouse_and_keys(show, panel):
