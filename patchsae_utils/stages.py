@@ -21,8 +21,8 @@ from .concepts.detection import ConceptPatches, measure_concepts
 from .concepts.pairs import Selectivity, selectivity
 from .concepts.report import ComparisonReport, ConceptReport
 from .config import Profile, repository_root
-from .data import ImageData, OpenMojiData, load_dataset, without_broken
-from .data.loader import has_truth
+from .data import ImageData, OpenMojiData, load_dataset
+from .data.loader import has_truth, without_broken
 from .latents.likeness import Likeness, LikenessObserver
 from .latents.reading import summarize_latents
 from .latents.summary import LatentSummary

@@ -6,9 +6,8 @@ reads it. One function opens pictures (`pictures`), one place knows splits, labe
 """
 
 from . import openmoji
-from .broken import TooManyBroken, without_broken
 from .dataset import Example, ImageData, dataset_fingerprint
-from .loader import DeadWorker, batches, load_dataset
+from .loader import DeadWorker, TooManyBroken, batches, load_dataset
 from .openmoji import OpenMojiData
 from .paper_sets import templates_for
 from .pictures import BrokenImage
@@ -16,5 +15,5 @@ from .splits import few_shot
 
 __all__ = [
     "BrokenImage", "DeadWorker", "Example", "ImageData", "OpenMojiData", "TooManyBroken", "batches", "dataset_fingerprint", "few_shot",
-    "load_dataset", "openmoji", "templates_for", "without_broken",
+    "load_dataset", "openmoji", "templates_for",
 ]  # fmt: skip

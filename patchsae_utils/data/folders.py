@@ -22,9 +22,8 @@ def read_folder(root: Path, split: str, names: Callable[[Sequence[str]], list[st
     """
     if not root.is_dir():
         raise FileNotFoundError(
-            f"There is no folder {str(root)!r}. Expected {root}/train/<class>/<image> and {root}/val/<class>/<image>, or {root}/<class>/<image>; "
-            f"give its path as data.train, data.statistics and data.evaluation of the profile. Other specs: openmoji/<task>, caltech101 and the rest "
-            "of the paper's eleven, hf:<repo>, torchvision:<Name>, list:<file>."
+            f"There is no folder {str(root)!r}. Expected {root}/train/<class>/<image> and {root}/val/<class>/<image>, or {root}/<class>/<image>. "
+            "Other specs: openmoji/<task>, caltech101 and the rest of the paper's eleven, hf:<repo>, torchvision:<Name>, list:<file>."
         )
     if (split_file := find_split_file(root)) is not None:
         return read_split_file(split_file, split)
@@ -90,13 +89,13 @@ def read_list(path: Path) -> Listing:
     lines = [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()]
     files = list(dict.fromkeys(filter(None, lines)))
     missing = [name for name in files if not (path.parent / name).is_file()]
-    if not files:
-        raise FileNotFoundError(f"{path} names no picture.")
     if missing:
         raise FileNotFoundError(
             f"{path}, line {lines.index(missing[0]) + 1}: there is no file {str(path.parent / missing[0])!r}; {len(missing):,} of "
             f"{len(files):,} are missing. Each line is the path of a picture, relative to the folder of the list."
         )
+    if not files:
+        raise FileNotFoundError(f"{path} names no picture.")
     return Listing([], [UNLABELLED] * len(files), ImageFiles(path.parent, files), SHARES)
 
 

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
 import threading
+import time
+import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
+from ..run.artifacts import folder_lock, read_json, write_json
 from . import controls, folders, hub_sets, paper_sets, truth
 from .dataset import ImageData
 from .openmoji import OpenMojiData
 from .pictures import BrokenImage
 from .splits import check_split, share
 
+_SHOWN, _SAVE_EVERY = 5, 60.0  # images that a message names; seconds between two reports of an unfinished check
 PREFETCH = 2  # batches that each process has ready at most: the bound on memory
 
 
@@ -47,7 +54,6 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
         ``train``, ``val`` or ``test``.
     n_images : int, optional
     half : {"base", "novel"}, optional
-        Only this half of the classes, relabelled from 0.
     seed : int
         Draws the scenes, or the subset.
 
@@ -59,8 +65,6 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
         For a missing folder; says what is expected in it.
     """
     check_split(split)
-    if spec.startswith(("coco:", "masks:")):
-        return truth.read_masked(spec, split, half, n_images, seed)
     if spec.startswith("openmoji/"):
         task, _, domain = spec.removeprefix("openmoji/").partition(":")
         if controls.is_control(task, domain):
@@ -68,7 +72,10 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
         return OpenMojiData(task, split, domain or "color", half, n_images, seed)
     kind, _, rest = spec.partition(":")
     name, _, root = rest.partition("?root=")
-    if kind == "hf":
+    annotations = None
+    if kind in ("coco", "masks"):
+        listing, annotations = truth.read_masked(spec, split)
+    elif kind == "hf":
         listing = hub_sets.read_hub(rest, split)
     elif kind == "hf-stream":
         listing = hub_sets.read_stream(rest, split, n_images, half, seed)
@@ -82,7 +89,8 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
         listing = folders.read_folder(Path(spec), split)
     names, labels, opener, ends = listing
     rows = share(labels, split, ends, seed, names, spec) if ends else None
-    return ImageData(spec, split, names, labels, opener, half, n_images, seed, rows)
+    given = spec, split, names, labels, opener, half, n_images, seed, rows
+    return ImageData(*given) if annotations is None else truth.MaskedData(annotations, *given)
 
 
 def has_truth(data) -> bool:
@@ -219,3 +227,88 @@ def automatic_workers() -> int:
         return 0
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(0, min(16, processors - 1))
+
+
+# -- broken images, found before a run: so that all stages mean the same image by the same index ---------------------------------------
+
+
+class TooManyBroken(ValueError):
+    """More images than allowed can't be read; the message names the first few, and the report of all."""
+
+
+def without_broken(dataset, report: str | Path, max_broken: float = 0.01, *, workers: int | None = None, progress: bool = True):
+    """A data set without the images that can't be decoded; the others keep their order, labels and classes. Drawn scenes are never broken.
+
+    More than the share ``max_broken`` is :class:`TooManyBroken`; a single image never stops a run, and with 0 nothing is checked. The ``report``, a
+    JSON file, is shared by subsets and halves of one data set, an interrupted check goes on, and broken images are looked at again each time.
+    """
+    if max_broken <= 0 or not hasattr(getattr(dataset, "opener", None), "listing"):
+        return dataset
+    checked, known = _read(dataset, report := Path(report))
+    if checked[dataset.rows.numpy()].all() and known.keys().isdisjoint(dataset.rows.tolist()):
+        return dataset
+    with folder_lock(report.parent, wait=True):  # another process checks: it will leave its report
+        broken = _check(dataset, report, max_broken, workers, progress)
+    if not broken:
+        return dataset
+    more = [f"and {len(broken) - _SHOWN} more"] if len(broken) > _SHOWN else []
+    named = "; ".join([f"{error.where}: {error.reason}" for error in list(broken.values())[:_SHOWN]] + more)
+    said = f"{len(broken):,} of {len(dataset):,} images of {dataset.spec} ({dataset.split}) can't be read"
+    if len(broken) > max(1, max_broken * len(dataset)):
+        raise TooManyBroken(
+            f"At least {said}, more than data.max_broken = {max_broken:g} of them: {named}. All found so far: {report}. Repair them or take them "
+            "away, or set data.max_broken higher; 1 leaves out any number."
+        )
+    warnings.warn(f"{said} and are left out: {named}. All, with reasons: {report}", stacklevel=3)
+    return dataset.without(list(broken))
+
+
+def _read(dataset, report: Path) -> tuple[np.ndarray, dict[int, BrokenImage]]:
+    """Which rows of the listing have been decoded, and the broken ones; nothing where the report is of another listing."""
+    known = read_json(report) if report.exists() else {}
+    if known.get("source") != dataset.opener.listing or known.get("images") != dataset.n_listed:
+        return np.zeros(dataset.n_listed, bool), {}
+    bits = np.frombuffer(zlib.decompress(base64.b64decode(known["checked"])), np.uint8)
+    broken = {entry["row"]: BrokenImage(entry["image"], entry["reason"]) for entry in known["broken"]}
+    return np.unpackbits(bits, count=dataset.n_listed).astype(bool), broken
+
+
+def _write(dataset, report: Path, checked: np.ndarray, broken: dict[int, BrokenImage]) -> None:
+    write_json(report, {
+        "data": dataset.spec, "split": dataset.split, "source": dataset.opener.listing,
+        "images": int(checked.size), "images_checked": int(checked.sum()), "images_broken": len(broken),
+        "broken": [{"row": int(row), "image": error.where, "reason": error.reason} for row, error in sorted(broken.items())],
+        "checked": base64.b64encode(zlib.compress(np.packbits(checked).tobytes())).decode(),  # a bit an image: 1.3 million take 100 letters
+        "note": "Broken images are left out of every stage, and looked at again each time. Delete this file to have all images checked again.",
+    })  # fmt: skip
+
+
+def _check(dataset, report: Path, max_broken: float, workers: int | None, progress: bool) -> dict[int, BrokenImage]:
+    """The data set's broken images, by their rows of the listing; writes the report."""
+    rows = dataset.rows.numpy()
+    checked, before = _read(dataset, report)
+    broken = {row: error for row in before if (error := _broken(dataset, [row], 0)[1]) is not None}
+    mine, saved, todo = set(rows.tolist()), time.monotonic(), rows[~checked[rows]]
+    said = {"desc": f"checking images of {dataset.name}", "unit": "image", "leave": False, "disable": not progress or not len(todo)}
+    with tqdm(total=len(todo), **said) as bar:
+        for batch in load(partial(_broken, dataset, todo), len(todo), 64, workers, list):
+            checked[[row for row, _ in batch]] = True
+            broken |= {row: error for row, error in batch if error is not None}
+            bar.update(len(batch))
+            if len(broken.keys() & mine) > max(1, max_broken * len(rows)):
+                break
+            if time.monotonic() - saved > _SAVE_EVERY:
+                _write(dataset, report, checked, broken)
+                saved = time.monotonic()
+    if len(todo) or broken.keys() != before.keys():
+        _write(dataset, report, checked, broken)
+    return {row: broken[row] for row in sorted(broken.keys() & mine)}
+
+
+def _broken(dataset, rows, i: int) -> tuple[int, BrokenImage | None]:
+    """A row, and what is wrong with its image."""
+    try:
+        dataset.open_row(row := int(rows[i]), draft=True)
+    except BrokenImage as error:
+        return row, error
+    return row, None

@@ -23,6 +23,7 @@ from .folders import find_split_file, read_folder, read_split_file
 from .pictures import ImageFiles, Rows
 from .splits import SHARES, SPLITS, UNLABELLED, class_names, find_split
 
+_ROOTS = "Or name the folder that holds it: {0}?root=/data, or export PATCHSAE_DATA=/data."
 _ENDS, _ENDS_OF_TRAIN = (0.5, 0.7, 1.0), (0.8, 1.0)  # CoOp's p_trn and p_val; its split_trainval
 
 _EUROSAT = {
@@ -48,18 +49,17 @@ class PaperSet(NamedTuple):
 
     torchvision: str  # torchvision's class
     template: str  # CoOp's prompt
-    folders: tuple[str, ...]  # where it lies under the root
+    folders: list[str]  # where it lies under the root
     page: str  # where it can be had
     splits: dict[str, str]  # torchvision's names of our splits
 
-    @classmethod
-    def of(cls, row: dict[str, str]) -> PaperSet:
-        splits = dict(pair.split("=") for pair in row["splits"].split())
-        return cls(row["torchvision"], row["template"], tuple(row["folders"].split()), row["page"], splits)
+
+def _paper_set(name: str, kind: str, template: str, folders: str, page: str, splits: str) -> tuple[str, PaperSet]:
+    return name, PaperSet(kind, template, folders.split(), page, dict(pair.split("=") for pair in splits.split()))
 
 
 with (resources.files(__package__) / "paper_sets.csv").open(encoding="utf-8") as _file:
-    PAPER_SETS = {row["name"]: PaperSet.of(row) for row in csv.DictReader(_file)}  # by the names that CoOp, MaPLe and PatchSAE give them
+    PAPER_SETS = dict(_paper_set(*row) for row in [*csv.reader(_file)][1:])  # by the names that CoOp, MaPLe and PatchSAE give them
 
 
 def data_root(given: str = "") -> Path:
@@ -100,9 +100,8 @@ def _missing(name: str, root: Path, content: str = "") -> str:
     entry = PAPER_SETS[name]
     places = " or ".join(str(root / place) for place in entry.folders)
     return (
-        f"The data set {name} was sought in {places}{' ' + content if content else ''}, and is not there. Get it from {entry.page} and unpack it there, as "
-        f"CoOp's DATASETS.md or torchvision.datasets.{entry.torchvision} describe; or name the folder that holds it: {name}?root=/data, or "
-        "export PATCHSAE_DATA=/data."
+        f"The data set {name} was sought in {places}{' ' + content if content else ''}, and is not there. Get it from {entry.page} and unpack it there, "
+        f"as CoOp's DATASETS.md or torchvision.datasets.{entry.torchvision} describe. {_ROOTS.format(name)}"
     )
 
 
@@ -164,8 +163,7 @@ def _open(name: str, root: Path, options: Mapping[str, str | bool]) -> Any:
     except (OSError, RuntimeError, ValueError) as error:
         raise FileNotFoundError(
             f"torchvision's {name} is not whole under {root} ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}), and could not be downloaded. "
-            f"Put it there as torchvision.datasets.{name} expects it, or name the folder that holds it: {name}?root=/data, or "
-            "export PATCHSAE_DATA=/data."
+            f"Put it there as torchvision.datasets.{name} expects it. {_ROOTS.format(name)}"
         ) from error
 
 

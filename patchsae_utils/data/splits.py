@@ -85,19 +85,12 @@ def require_labels(dataset) -> None:
 
 
 def few_shot(dataset, n_shots: int, seed: int = 0) -> list[int]:
-    """Indices of ``n_shots`` examples of each class.
+    """Indices of some examples of each class; a class that has fewer is a ``ValueError``.
 
     Parameters
     ----------
     dataset : ImageData or OpenMojiData
-    n_shots : int
-    seed : int
-        Draws them.
-
-    Raises
-    ------
-    ValueError
-        If a class has fewer examples, or there are no classes.
+    n_shots, seed : int
     """
     require_labels(dataset)
     labels, generator = torch.as_tensor(dataset.labels), torch.Generator().manual_seed(seed)

@@ -24,7 +24,7 @@ from ..run.artifacts import fingerprint, read_json
 from .dataset import ImageData, Listing
 from .folders import pictures_below
 from .pictures import ImageFiles
-from .splits import SHARES, SPLITS, UNLABELLED, class_names, find_split, share
+from .splits import SHARES, SPLITS, UNLABELLED, class_names, find_split
 
 THRESHOLD = 0.5  # share of a patch's pixels from which on it shows a concept
 VOID = 255  # value of label images that says nothing, unless it has a name
@@ -84,10 +84,8 @@ def seen_pixels(preprocess, size: tuple[int, int]) -> np.ndarray:
 class MaskedData(ImageData):
     """Pictures without labels whose pixels' concepts are known: ``annotations`` has their names and families, ``regions(row)``, ``contents(rows)``."""
 
-    def __init__(self, spec: str, split: str, listing: Listing, annotations: Any, half: str | None, n_images: int | None, seed: int):
-        names, labels, opener, ends = listing
-        rows = share(labels, split, ends, seed, names, spec) if ends else None
-        super().__init__(spec, split, names, labels, opener, half, n_images, seed, rows)
+    def __init__(self, annotations: Any, *arguments: Any):
+        super().__init__(*arguments)
         self.annotations, self.concept_names, self.families = annotations, annotations.concept_names, annotations.families
 
     @property
@@ -100,7 +98,7 @@ class MaskedData(ImageData):
         return Regions(concepts, _upright(masks, self.where_row(row)))
 
 
-def read_masked(spec: str, split: str, half: str | None, n_images: int | None, seed: int) -> MaskedData:
+def read_masked(spec: str, split: str) -> tuple[Listing, Any]:
     """``coco:<images>:<annotations.json>[:<more.json>...]`` or ``masks:<images>:<label images>[:<names.txt>]``."""
     kind, *places = spec.split(":")
     if len(places) < 2 or (kind == "masks" and len(places) > 3):
@@ -109,8 +107,7 @@ def read_masked(spec: str, split: str, half: str | None, n_images: int | None, s
     paths = [Path(place) for place in places]
     if missing := [path for path in paths if not path.exists()]:
         raise FileNotFoundError(f"{spec}: there is no {str(missing[0])!r}.")
-    listing, annotations = _read_coco(paths[0], paths[1:]) if kind == "coco" else _read_label_images(paths[0], paths[1], split, *paths[2:])
-    return MaskedData(spec, split, listing, annotations, half, n_images, seed)
+    return _read_coco(paths[0], paths[1:]) if kind == "coco" else _read_label_images(paths[0], paths[1], split, *paths[2:])
 
 
 def _listing(base: Path, files: list[str], missing: str, n_missing: int, ends=SHARES) -> Listing:

@@ -14,7 +14,8 @@ from tiny import picture_folder
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.clip.zero_shot import zero_shot_predictions
 from patchsae_utils.concepts.names import label_latents
-from patchsae_utils.data import few_shot, load_dataset, without_broken
+from patchsae_utils.data import few_shot, load_dataset
+from patchsae_utils.data.loader import without_broken
 from patchsae_utils.explorer import LatentExplorer, PatchExplorer
 from patchsae_utils.interventions import sweep_masks
 from patchsae_utils.latents import latent_masks

@@ -14,8 +14,8 @@ from PIL import Image
 
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.config import load_profile
-from patchsae_utils.data import BrokenImage, DeadWorker, ImageData, TooManyBroken, batches, load_dataset, without_broken
-from patchsae_utils.data.loader import automatic_workers, load
+from patchsae_utils.data import BrokenImage, DeadWorker, ImageData, TooManyBroken, batches, load_dataset
+from patchsae_utils.data.loader import automatic_workers, load, without_broken
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 

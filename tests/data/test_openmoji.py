@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from patchsae_utils.data import artwork, load_dataset, openmoji
+from patchsae_utils.data import artwork, openmoji
 
 N = 40
 
@@ -79,13 +79,6 @@ def test_cached_sprites_are_what_the_files_draw():
         for kind, drawn in zip(sheet._fields, artwork.rasterise(svg.read_text()), strict=True):
             for level in range(2):
                 np.testing.assert_array_equal(getattr(sheet, kind)[level][class_id], drawn[level])
-
-
-def test_order_of_access_does_not_matter():
-    data = load_dataset("openmoji/scenes", "train", n_images=9)
-    forward = [np.asarray(data[i].image) for i in range(9)]
-    for i in reversed(range(9)):
-        np.testing.assert_array_equal(np.asarray(data[i].image), forward[i])
 
 
 def test_splits_and_seeds_are_disjoint():

@@ -12,7 +12,8 @@ import scipy.io
 import torch
 from PIL import Image
 
-from patchsae_utils.data import BrokenImage, load_dataset, templates_for, without_broken
+from patchsae_utils.data import BrokenImage, load_dataset, templates_for
+from patchsae_utils.data.loader import without_broken
 from patchsae_utils.data.paper_sets import PAPER_SETS, paper_name
 
 

@@ -16,9 +16,9 @@ from tiny import picture_folder
 from patchsae_utils import stages
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.config import load_profile
-from patchsae_utils.data import ImageData, batches, dataset_fingerprint, few_shot, hub_sets, load_dataset, loader, without_broken
+from patchsae_utils.data import ImageData, batches, dataset_fingerprint, few_shot, hub_sets, load_dataset, loader
 from patchsae_utils.data.dataset import describe_dataset
-from patchsae_utils.data.loader import has_truth
+from patchsae_utils.data.loader import has_truth, without_broken
 from patchsae_utils.data.pictures import open_picture
 from patchsae_utils.data.splits import class_names
 from patchsae_utils.explorer.reader import read_upload

@@ -114,10 +114,13 @@ def test_dead_latents_are_marked_and_frames_hold_no_nan(summary):
     assert not frame.isna().any().any() and not set(dead) & set(frame["latent"])
     assert torch.equal(summary.faint, ~summary.dead & (summary.class_counts == 0).all(0))
     assert len(frame) == 24 - len(dead) and (summary.top_labels[dead] == -1).all()
+    for name in ("frequency", "mean_activation", "top_values", "top_patch_values", "class_counts", "class_hits"):
+        assert not getattr(summary, name).isnan().any()
 
 
-def test_classes_of_equal_name_stay_two(summary, all_latents):
-    """PAPER.md, trap 13."""
+def test_classes_of_equal_name_stay_two_and_frequencies_count_images(summary, all_latents):
+    """PAPER.md, traps 8 and 13: of images over images none is above 1; tokens would give up to 197."""
+    assert summary.frequency.max() <= 1
     assert summary.class_names.count("crane") == 2
     lonely = (all_latents[2] > 0.2).sum(0)
     assert summary.class_counts[2].tolist() == lonely.tolist() and summary.class_counts[1].sum() > lonely.sum()
@@ -162,13 +165,6 @@ def test_equal_patches_keep_their_order(tiny_clip, data):
     assert one.top_patch_images[0].tolist() == [0, 1, 2] and one.top_patches[0].tolist() == [0, 0, 0]
     assert one.top_images[0].tolist() == [0, 1, 2] and one.top_values[0].tolist() == [1.5] * 3
     assert one.dead.tolist() == [False, True] and one.top_patches[1].tolist() == [-1] * 3 and one.top_patch_values[1].tolist() == [0] * 3
-
-
-def test_no_value_is_ever_nan_and_frequencies_count_images(summary):
-    """PAPER.md, trap 8."""
-    for name in ("frequency", "mean_activation", "top_values", "top_patch_values", "class_counts", "class_hits"):
-        assert not getattr(summary, name).isnan().any()
-    assert summary.frequency.max() <= 1  # images over images: tokens would give up to 197
 
 
 @pytest.mark.parametrize("tokens, part", [("patches", slice(1, None)), ("cls", slice(0, 1))])
@@ -227,15 +223,11 @@ def test_summary_survives_the_disk_and_is_not_made_twice(tiny_clip, sae, data, t
 def test_large_tables_are_written_sparse_and_come_back_whole(summary, tmp_path):
     counts = torch.zeros(4, 24)
     counts[1, 5], counts[3, 0] = 7, 2
-    few = dataclasses.replace(summary, class_counts=counts)
-    few.save(tmp_path / "s")
-    names = set(load_file(tmp_path / "s" / "latents.safetensors"))
-    assert "class_counts.places" in names and "class_counts" not in names
-    assert torch.equal(LatentSummary.load(tmp_path / "s").class_counts, counts)
-    dense = dataclasses.replace(summary, class_counts=counts + 1)
-    dense.save(tmp_path / "d")
-    assert "class_counts" in load_file(tmp_path / "d" / "latents.safetensors")
-    assert torch.equal(LatentSummary.load(tmp_path / "d").class_counts, counts + 1)
+    for table, name in ((counts, "class_counts.places"), (counts + 1, "class_counts")):
+        dataclasses.replace(summary, class_counts=table).save(tmp_path / name)
+        names = set(load_file(tmp_path / name / "latents.safetensors"))
+        assert names & {"class_counts", "class_counts.places"} == {name}
+        assert torch.equal(LatentSummary.load(tmp_path / name).class_counts, table)
 
 
 def test_bad_arguments_are_named(tiny_clip, sae, data):
