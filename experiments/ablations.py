@@ -23,6 +23,7 @@ from patchsae_utils.config import Profile, load_profile
 from patchsae_utils.interventions import one_latent_off, summarize_effects
 from patchsae_utils.latents.matching import matched_cosine
 from patchsae_utils.latents.reading import summarize_latents
+from patchsae_utils.sae.files import load_sae
 from patchsae_utils.sae.quality import evaluate_sae
 from patchsae_utils.sae.trainer import train_sae, training_log
 from patchsae_utils.tables import QUANTILES, STATISTICS
@@ -83,6 +84,7 @@ class Ablations:
         # All cells share their length, and that only active latents are computed, which is faster at every size here.
         self.common = {"training.n_tokens": n_tokens, "training.sparse": "always"}
         self.folder = profile.folder("ablations")
+        self.cells = cells(profile, clip.n_layers)
         data = profile.data
         self.test = stages.open_data(profile, data.evaluation, "test", min(N_TEST, data.n_evaluation_images or N_TEST))
         self.labelled = stages.open_data(profile, data.statistics, "train", min(N_STATISTICS, data.n_statistics_images or N_STATISTICS))
@@ -105,7 +107,7 @@ class Ablations:
 
     def measure(self, cell: Cell, folder: Path) -> dict[str, Any]:
         profile, layer = self._profile(dict(cell.settings))
-        sae = self._train(profile, layer, folder)
+        sae = self._train(cell)
         row = {
             "axis": cell.axis, "value": cell.value, "layer": layer, "expansion": profile.sae.expansion_factor, "activation": profile.sae.activation,
             "k": profile.sae.k, "l1_coefficient": profile.training.l1_coefficient, "tokens": profile.training.tokens,
@@ -113,8 +115,7 @@ class Ablations:
             **self._statistics(sae, layer, profile.training.tokens),
         }  # fmt: skip
         if cell.axis == "seed" and cell.value != "0":
-            first = self._train(*self._profile({"training.seed": 0}), self.folder / "seed-0")
-            found = matched_cosine(first, sae)
+            found = matched_cosine(load_sae(self.folder / "seed-0", sae.W_enc.device), sae)
             row |= {f"matched_cosine{end}": getattr(found.mean, column) for end, column in _ENDS.items()}
             row["matched_cosine_random"] = found.random_mean
         return row | {"dead_in_training": float(training_log(folder)["dead_fraction"].iloc[-1])}
@@ -122,12 +123,18 @@ class Ablations:
     def tables(self, measured: Mapping[Cell, Mapping[str, Any]]) -> dict[str, pd.DataFrame]:
         return {"ablations": pd.DataFrame(list(measured.values()))}
 
-    def _train(self, profile: Profile, layer: int, folder: Path):
+    def _train(self, cell: Cell):
+        """The SAE of a cell; those of its axis that read the same layer are trained at once, on the same batches where their seed is the same."""
+        profile, layer = self._profile(dict(cell.settings))
         if layer == self.clip.layer_index(self.profile.model.layer):
             store = stages.training_store(self.profile, self.clip)
         else:
             store = extract_activations(self.clip, stages.training_data(profile), layer, self.folder / "activations" / f"layer-{layer}")
-        return train_sae(stages.fresh_sae(profile, self.clip), store, profile.training, folder, progress=self.progress)
+        found = [(each, *self._profile(dict(each.settings))) for each in self.cells if each.axis == cell.axis]
+        names, profiles = zip(*((each.name, other) for each, other, its_layer in found if its_layer == layer), strict=True)
+        fresh = [stages.fresh_sae(each, self.clip) for each in profiles]
+        folders = [self.folder / name for name in names]
+        return train_sae(fresh, store, [each.training for each in profiles], folders, progress=self.progress)[names.index(cell.name)]
 
     def _quality(self, sae, layer: int) -> dict[str, float]:
         table = evaluate_sae(self.clip, sae, self.test, layer, progress=False)

@@ -1,7 +1,7 @@
-"""The training objectives: :func:`patchsae_loss` is the paper's, :func:`variant_loss` the other variants', :func:`objective` an SAE's own.
+"""The training objectives: the paper's (Lim et al., ICLR 2025, section 3.1 and appendix A) and the other variants'.
 
-Letters: B batch, T tokens, N tokens of any images, D d_in, S d_sae. Sources: Lim et al., ICLR 2025, section 3.1 and appendix A; ghost
-gradients: Jermyn and Templeton, "Ghost grads", Transformer Circuits, January 2024; of the variants: see :mod:`.variants`.
+Letters: B batch, T tokens, N tokens of any images, D d_in, S d_sae. Ghost gradients: Jermyn and Templeton, "Ghost grads", Transformer
+Circuits, January 2024; variants: see :mod:`.variants`.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def patchsae_loss(
     mse = (error if weights is None else error * weights).mean()
     l1 = l1_coefficient * _l1_norm(output.latents)
     ghost_term = mse.new_zeros(())
-    if ghost and dead is not None and bool(dead.any()):
-        ghost_term = _ghost_loss(x, output.reconstruction, *_dead_latents(sae, x, output, dead), error)
+    if ghost and dead is not None and len(index := dead.nonzero().squeeze(-1)):
+        ghost_term = _ghost_loss(x, output.reconstruction, *_dead_latents(sae, x, output, index), error)
     return SaeLoss(mse + l1 + ghost_term, mse, l1, ghost_term)
 
 
@@ -124,8 +124,8 @@ def variant_loss(
         gate = torch.relu(output.pre_activations)
         sparsity = l1_coefficient * _l1_norm(gate)
         auxiliary = squared(gate @ sae.W_dec.detach() + sae.b_dec.detach())
-    if ghost and dead is not None and bool(dead.any()):
-        auxiliary = auxiliary + AUXK_COEFFICIENT * auxk_loss(x, output.reconstruction, *_dead_latents(sae, x, output, dead))
+    if ghost and dead is not None and len(index := dead.nonzero().squeeze(-1)):
+        auxiliary = auxiliary + AUXK_COEFFICIENT * auxk_loss(x, output.reconstruction, *_dead_latents(sae, x, output, index))
     return SaeLoss(mse + sparsity + auxiliary, mse, sparsity, auxiliary)
 
 
@@ -135,11 +135,9 @@ def normalized_squared_error(x: Tensor, reconstruction: Tensor) -> Tensor:
 
 
 def auxk_loss(x: Tensor, reconstruction: Tensor, pre_activations: Tensor, rows: Tensor) -> Tensor:
-    """AuxK: the dead latents with the largest pre-activations predict what the living ones leave over.
+    """AuxK: ||e - e_hat||^2, mean over tokens; e = x - x_hat, a constant, e_hat = relu(topk(pre[dead])) W_dec[dead], k = :func:`auxk_size`.
 
-    e = x - x_hat, a constant; e_hat = relu(topk(pre[dead])) W_dec[dead]; the term is ||e - e_hat||^2, mean over tokens; of n dead latents
-    (``rows`` [n, D]) as many as the power of two nearest to D / 2; pre-activations [..., n]. Source: Gao et al., 2024, section 2.4 and
-    appendix A.2.
+    Of n dead latents: pre-activations [..., n], ``rows`` [n, D]. Source: Gao et al., 2024, section 2.4 and appendix A.2.
     """
     k = min(auxk_size(x.shape[-1]), pre_activations.shape[-1])
     positive = torch.relu(pre_activations).clamp_max(torch.finfo(pre_activations.dtype).max ** 0.25)
@@ -154,11 +152,10 @@ def auxk_size(d_in: int) -> int:
 
 
 def _ghost_loss(x: Tensor, reconstruction: Tensor, pre_activations: Tensor, rows: Tensor, error: Tensor) -> Tensor:
-    """A gradient for latents that never fire: let them, exponentially, predict what the living ones leave over.
+    """(g - r)^2 / ||r||, r = x - x_hat, g = exp(pre[dead]) W_dec[dead] scaled to half of ||r||, by a constant.
 
-    r = x - x_hat; g = exp(pre[dead]) W_dec[dead]; g is scaled to half of ||r||, by a constant; the term is (g - r)^2 / ||r||, rescaled
-    elementwise by a constant so that its value equals that of ``error``, the squared error before any CLS coefficient. It must read
-    *pre*-activations: after the ReLU all dead latents are 0, exp(0) = 1, and the gradient drives every dead row to one direction.
+    A constant rescales it elementwise to the value of ``error``, the squared error before any CLS coefficient. It must read
+    *pre*-activations: after the ReLU exp(0) = 1, and the gradient drives every dead row to one direction.
     """
     residual = (x - reconstruction).detach()
     residual_norm = residual.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(residual.dtype).tiny)
@@ -172,9 +169,8 @@ def _ghost_loss(x: Tensor, reconstruction: Tensor, pre_activations: Tensor, rows
     return (ratio * squared).mean()
 
 
-def _dead_latents(sae: SparseAutoencoder, x: Tensor, output: SaeOutput, dead: Tensor) -> tuple[Tensor, Tensor]:
-    """Pre-activations [..., n] of the dead latents, read from ``output`` or computed; and their decoder rows [n, D]."""
-    index = dead.nonzero().squeeze(-1)
+def _dead_latents(sae: SparseAutoencoder, x: Tensor, output: SaeOutput, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Pre-activations [..., n] of some latents, read from ``output`` or computed; and their decoder rows [n, D]."""
     if output.pre_activations is None:
         return sae.pre_activations(x, latents=index), take_rows(sae.W_dec, index)
     return output.pre_activations.index_select(-1, index), sae.W_dec.index_select(0, index)

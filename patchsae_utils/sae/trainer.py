@@ -11,8 +11,9 @@ import math
 import os
 import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +43,23 @@ _ORIGIN = ("model_name", "weights_hash", "layer", "tokens", "grid", "preprocessi
 
 
 def train_sae(
-    sae: SparseAutoencoder, store: Tokens, config: TrainConfig, out: str | Path, resume: bool = True, progress: bool = True
-) -> SparseAutoencoder:
-    """Train an SAE on activations, or open it when it is there already.
+    sae: SparseAutoencoder | Sequence[SparseAutoencoder], store: Tokens, config: TrainConfig | Sequence[TrainConfig],
+    out: str | Path | Sequence[str | Path], resume: bool = True, progress: bool = True,
+) -> Any:  # fmt: skip
+    """Train an SAE on activations, or open it when it is there already; or several, which read each batch once.
 
     Under ``accelerate launch`` every process calls this alike, and takes its share of each batch: the loss curve is that of one process
     (``batchtopk`` and ``matryoshka`` select within each share). Only the main process writes.
 
     Parameters
     ----------
-    sae : SparseAutoencoder
+    sae : SparseAutoencoder, or a sequence of them
         Trained in place, on the GPU it is on, else on the one that accelerate gives this process, else on the CPU. A ``b_dec`` of 0 is moved
         to the middle of the first batch first. An object that a run into ``out`` has moved still names that run: it opens, or goes on.
     store : ActivationStore or TokenStream
-    config : TrainConfig
-    out : str or Path
+    config : TrainConfig, or one for each SAE
+        Those of equal ``batch_tokens``, ``seed`` and ``tokens`` share their batches, and come out as if trained one after the other.
+    out : str or Path, or one for each SAE
         Folder for ``cfg.json``, ``sae_weights.safetensors``, ``training_log.csv``, ``manifest.json``, ``summary.json`` (the last row of the
         log, wall time, tokens/s); while training, ``checkpoint.pt``.
     resume : bool
@@ -66,7 +69,7 @@ def train_sae(
 
     Returns
     -------
-    SparseAutoencoder
+    SparseAutoencoder, or a list of them
         Trained, in evaluation mode, decoder rows at unit norm, ``metadata`` saying what it reads.
 
     Raises
@@ -74,11 +77,62 @@ def train_sae(
     ValueError
         If the store's activations are not those the SAE reads, or lack the tokens wanted; the folder holds another run, or another process
         trains into it; a start or ``token_norm`` would overwrite weights that were loaded or trained; ``target_l0`` is asked of a variant with
-        ``k``; loss or weights stop being finite (the checkpoint before stays); or a checkpoint is damaged.
+        ``k``; loss or weights stop being finite (the checkpoint before stays); a checkpoint is damaged; or of several SAEs, configs and
+        folders there are not as many, or the same twice.
     ImportError
         If a tracker's package is missing.
     """
-    out, kept = Path(out), _kept_tokens(config, store)
+    if isinstance(sae, SparseAutoencoder):
+        return train_sae([sae], store, [config], [out], resume, progress)[0]
+    configs = [config] * len(sae) if isinstance(config, TrainConfig) else config
+    jobs = [(each, own, Path(folder)) for each, own, folder in zip(sae, configs, out, strict=True)]
+    if len({id(each) for each, *_ in jobs}) < len(jobs):
+        raise ValueError("Several SAEs are trained in place: give each as an object of its own.")
+    orders = [(own.batch_tokens, own.seed, own.tokens) for _, own, _ in jobs]
+    trained: dict[int, SparseAutoencoder] = {}
+    for order in dict.fromkeys(orders):
+        group = [i for i, other in enumerate(orders) if other == order]
+        trained |= zip(group, _train_together([jobs[i] for i in group], store, resume, progress), strict=True)
+    return [trained[i] for i in range(len(jobs))]
+
+
+def _train_together(jobs: list[tuple[SparseAutoencoder, TrainConfig, Path]], store: Tokens, resume: bool, progress: bool):
+    """Train SAEs that read the same batches in the same order; one that was interrupted later waits for the others."""
+    config, done, at = jobs[0][1], {}, {}
+    draw = cache(lambda n: next(_tokens(store, config, n, config.seed + 1, 0))[0])  # of another order than the training's
+    with ExitStack() as stack:
+        runs = [stack.enter_context(closing(_run(*job, store, resume, progress, draw))) for job in jobs]
+
+        def advance(i: int, batch: Any = None) -> None:
+            try:
+                at[i] = runs[i].send(batch)
+            except StopIteration as finished:
+                at.pop(i, None)
+                done[i] = finished.value
+
+        for i in range(len(runs)):
+            advance(i)
+        draw.cache_clear()
+        if at:
+            stream = _tokens(store, config, config.batch_tokens, config.seed, step := min(at.values()))
+        while at:
+            batch = next(stream)
+            for i in [i for i, waits_for in at.items() if waits_for == step]:
+                advance(i, batch)
+            step += 1
+    return [done[i] for i in range(len(runs))]
+
+
+def _tokens(store: Tokens, config: TrainConfig, batch_size: int, seed: int, start_step: int) -> Iterator[Any]:
+    options: dict[str, Any] = {"tokens": kept} if (kept := _kept_tokens(config, store)) else {}
+    return store.tokens(batch_size, seed=seed, epochs=None, start_step=start_step, positions=True, **options)
+
+
+def _run(
+    sae: SparseAutoencoder, config: TrainConfig, out: Path, store: Tokens, resume: bool, progress: bool, draw: Callable[[int], Tensor]
+) -> Generator[int, Any, SparseAutoencoder]:
+    """One run of :func:`train_sae`: yields the step whose batch it waits for, returns the SAE."""
+    kept = _kept_tokens(config, store)
     sae.check_store(store)
     processes = Processes(config.trackers, out)
     device = sae.W_enc.device if processes.number == 1 and sae.W_enc.device.type != "cpu" else processes.device
@@ -114,11 +168,11 @@ def train_sae(
         values = {name: getattr(store.metadata, name) for name in _ORIGIN}
         origin = {**values, "grid": list(values["grid"]), "store_fingerprint": store.fingerprint}
         sae.metadata = origin | ({"tokens": kept} if kept else {}) | sae.metadata
-        run = Training(sae.to(device), store, config, out, inputs, processes)
+        run = Training(sae.to(device), config, out, inputs, processes)
         try:
             run.restore()
             with out_of_memory(f"training steps of {config.batch_tokens} tokens", "training.batch_tokens or sae.expansion_factor lower"):
-                run.train(progress and processes.main)
+                yield from run.train(draw, progress and processes.main)
             run.fold()
             sae.eval()
             weight = config.l1_coefficient * run.l1_factor
@@ -207,9 +261,9 @@ def _clear(out: Path, *names: str) -> None:
 class Training(Steps):
     """One training run: the loop, its log and its checkpoints."""
 
-    def __init__(self, sae: SparseAutoencoder, store: Tokens, config: TrainConfig, out: Path, inputs: dict[str, Any], processes: Processes):
+    def __init__(self, sae: SparseAutoencoder, config: TrainConfig, out: Path, inputs: dict[str, Any], processes: Processes):
         super().__init__(sae, config, processes)
-        self.store, self.out, self.inputs, self.restored = store, out, inputs, False
+        self.out, self.inputs, self.restored = out, inputs, False
         self.seconds, self.n_starts = 0.0, 0  # wall time until the last checkpoint, starts
 
     def save(self) -> None:
@@ -275,18 +329,17 @@ class Training(Steps):
         write_json(self.out / MANIFEST, with_checksum(manifest))
         _clear(self.out, CHECKPOINT, f".{CHECKPOINT}.tmp")
 
-    def train(self, progress: bool) -> None:
-        """From where the run stands to its last step."""
+    def train(self, draw: Callable[[int], Tensor], progress: bool) -> Generator[int, Any, None]:
+        """From where the run stands to its last step; yields a step's number, and is sent its batch."""
         config, processes = self.config, self.processes
         self.sae.train()
         processes.everywhere(lambda: None)  # all have looked for a checkpoint
         if not self.restored:
-            self.begin(lambda n: next(self._tokens(n, config.seed + 1, 0))[0])  # of another order than the training's
+            self.begin(draw)
             if processes.main:
                 self.save()
         started, before, tokens = time.perf_counter(), self.seconds, 0
         self.n_starts += 1
-        stream = self._tokens(config.batch_tokens, config.seed, self.step)
         processes.begin_tracking(dataclasses.asdict(config))
         with ExitStack() as stack:
             stack.callback(processes.end_tracking)
@@ -296,7 +349,7 @@ class Training(Steps):
             bar = tqdm(total=self.n_steps, initial=self.step, desc="training the SAE", unit="step", disable=not progress)
             stack.callback(bar.close)
             while self.step < self.n_steps:
-                x, positions = next(stream)
+                x, positions = yield self.step
                 x = self.normalization.apply(x.to(self.device))
                 tokens += len(x)
                 last = self.step + 1 == self.n_steps
@@ -316,10 +369,6 @@ class Training(Steps):
                     self._check_finite(finite, f"Weights are NaN or infinite after step {self.step - 1}.")
                     if processes.main and not last:
                         self.save()
-
-    def _tokens(self, batch_size: int, seed: int, start_step: int) -> Iterator[Any]:
-        options: dict[str, Any] = {"tokens": kept} if (kept := _kept_tokens(self.config, self.store)) else {}
-        return self.store.tokens(batch_size, seed=seed, epochs=None, start_step=start_step, positions=True, **options)
 
     def _row(self, x: Tensor, sums: dict[str, float], speed: float) -> dict[str, Any]:
         """A row of the log; stops the run when the loss is no number."""

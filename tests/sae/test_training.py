@@ -224,3 +224,52 @@ def test_a_store_on_disk_trains_and_names_its_source(tmp_path, tiny_clip, tiny_d
         train_sae(
             sae, extract_activations(tiny_clip, tiny_dataset, 0, tmp_path / "other", progress=False), config, tmp_path / "x", progress=False
         )
+
+
+class Counting(Store):
+    """Counts the batches that are read."""
+
+    n_read = 0
+
+    def tokens(self, *args, **kwargs):
+        for batch in super().tokens(*args, **kwargs):
+            self.n_read += 1
+            yield batch
+
+
+def test_several_dictionaries_read_each_batch_once_and_are_those_trained_one_after_the_other(tmp_path):
+    """Of other sizes, weights, lengths, starts and seeds; over interruptions at steps that differ."""
+    configs = [CONFIG, *(dataclasses.replace(CONFIG, **change) for change in (
+        {"l1_coefficient": 1e-2}, {"n_tokens": 20 * 64, "start": "kmeans"}, {"start": "data", "normalize": "mean_and_norm", "sparse": "always"},
+        {"checkpoint_every": 5}, {"seed": 1},
+    ))]  # fmt: skip
+
+    def several():
+        return [SparseAutoencoder(8, size, seed=seed) for size, seed in ((32, 0), (32, 0), (32, 1), (24, 0), (48, 2), (32, 3))]
+
+    single = [
+        train_sae(*job, progress=False)
+        for job in zip(several(), [Store() for _ in configs], configs, folders(tmp_path, "one"), strict=True)
+    ]
+    store = Counting()
+    together = train_sae(several(), store, configs, folders(tmp_path, "all"), progress=False)
+    assert store.n_read == 2 * 40 + 2, "two orders; k-means and data draw once each"
+    for stop in (18, 33):
+        with pytest.raises(KeyboardInterrupt):
+            train_sae(several(), Store(stop_at=stop), configs, folders(tmp_path, "cut"), progress=False)
+    store = Counting()
+    resumed = train_sae(several(), store, configs, folders(tmp_path, "cut"), progress=False)
+    assert store.n_read == 40 - 28 + 40 and store.asked[0][2] == 28
+    for one, other, third, *logs in zip(
+        single, together, resumed, *(folders(tmp_path, name) for name in ("one", "all", "cut")), strict=True
+    ):
+        assert_same(weights(one), weights(other))
+        assert_same(weights(one), weights(third))
+        found = [training_log(out).drop(columns="tokens_per_second") for out in logs]
+        assert found[0].equals(found[1]) and found[0].equals(found[2])
+    with pytest.raises(ValueError, match="each as an object of its own"):
+        train_sae([single[0]] * 2, Store(), CONFIG, folders(tmp_path, "x")[:2], progress=False)
+
+
+def folders(parent, name):
+    return [parent / name / str(i) for i in range(6)]

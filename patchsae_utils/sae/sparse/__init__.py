@@ -1,4 +1,4 @@
 """Training with active latents alone: the dense step's result in less time and memory.
 
-Products that touch the active entries (`kernels`), their form for CUDA (`triton`), an Adam without dense gradients (`adam`).
+Products that touch the active entries (`kernels`), an Adam without dense gradients (`adam`).
 """

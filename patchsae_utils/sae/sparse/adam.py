@@ -1,13 +1,13 @@
-"""Adam that reads sparse gradients: both weight gradients are summed, used and forgotten a thousand latents at a time, and never whole.
+"""Adam that reads sparse gradients: one pass over both weights sums, projects, moves and normalises a block while it is in cache.
 
-A backward pass keeps what they are summed from; one pass over the weights sums, projects, moves and normalises a block while it is in
-cache. Beside it what follows a rule: the rate and the weight of the L1 term, as functions of the step. Letters: N tokens, D d_in, S d_sae.
+Beside it what follows a rule: the rate and the weight of the L1 term, as functions of the step. Letters: N tokens, D d_in, S d_sae.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,17 +16,15 @@ from torch.optim.adam import adam
 from ...config import TrainConfig
 from ..model import SparseAutoencoder
 from ..variants import normalize_rows
-from . import kernels
-from .kernels import ChosenRows, WeightedRows
+from .kernels import COLLECTED, ChosenRows, WeightedRows
 
-_BLOCK_CPU, _BLOCK_GPU = 1024, 16384  # latents a block
+_BLOCK_CPU = 512  # latents a block
 
 
 class DeferredGradients:
-    """Collects the gradients of ``W_enc`` and ``W_dec`` that :func:`~patchsae_utils.sae.sparse.kernels.encode` and ``decode`` would have summed.
+    """Collects what the gradients of ``W_enc`` and ``W_dec`` are summed from, of forward passes in its ``with`` block; then :meth:`step`.
 
-    Forward passes inside the ``with`` block are recorded; ``backward()`` may be called inside or after it, several times for a batch in
-    chunks; then :meth:`step`. The weights' ``.grad`` stays None; biases get theirs. ``W_enc`` is laid out by columns, if it is not yet.
+    ``backward()`` may be called inside or after it, several times for a batch in chunks. The weights' ``.grad`` stays None.
     """
 
     def __init__(self, sae: SparseAutoencoder):
@@ -35,47 +33,24 @@ class DeferredGradients:
         self._parts: dict[str, list[WeightedRows | ChosenRows]] = {"W_enc": [], "W_dec": []}
 
     def __enter__(self) -> DeferredGradients:
-        kernels._COLLECTORS.append(self)
+        self._addresses = {getattr(self.sae, name).data_ptr(): parts for name, parts in self._parts.items()}
+        COLLECTED.update(self._addresses)
         return self
 
     def __exit__(self, *_) -> None:
-        kernels._COLLECTORS.remove(self)
-
-    def recorder(self, W: Tensor):
-        """The function that takes the gradient of ``W``, if it is (a transposed view of) one of the SAE's weights."""
-        for name, parts in self._parts.items():
-            weight = getattr(self.sae, name)
-            if weight.requires_grad and W.data_ptr() == weight.data_ptr() and W.numel() == weight.numel() and W.requires_grad:
-                return parts.append
-        return None
-
-    def clear(self) -> None:
-        """Forget what was collected."""
-        for parts in self._parts.values():
-            parts.clear()
+        for address in self._addresses:
+            COLLECTED.pop(address)
 
     def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
         """The gradient of ``W_enc.T`` or ``W_dec``, some rows [n, D] at a time; what ``.grad`` holds besides is added."""
-        weight = _rows_of(self.sae, name)
-        size, n = _BLOCK_CPU if weight.device.type == "cpu" else _BLOCK_GPU, len(weight)
-        bounds = [*range(0, n, size), n]
-        at = torch.tensor(bounds, device=weight.device)
-        parts = [
-            (part, (part.entries.offsets[at] if isinstance(part, WeightedRows) else torch.searchsorted(part.index, at)).tolist())
-            for part in self._parts[name]
-        ]
+        weight, parts = _rows_of(self.sae, name), self._parts[name]
         dense = None if getattr(self.sae, name).grad is None else _rows_of(self.sae, name, gradient=True)
-        for i in range(len(bounds) - 1):
-            rows = slice(bounds[i], bounds[i + 1])
+        found = [part.bounds(len(weight), _BLOCK_CPU) for part in parts]
+        bounds = found[0][0] if found else [0, len(weight)]
+        for i, rows in enumerate(slice(*ends) for ends in pairwise(bounds)):
             block = None
-            for part, ends in parts:
-                span = slice(ends[i], ends[i + 1])
-                if isinstance(part, WeightedRows):
-                    summed = part.block(rows, span)
-                    block = summed if block is None else block.add_(summed)
-                elif span.stop > span.start:
-                    block = torch.zeros_like(weight[rows]) if block is None else block
-                    block.index_add_(0, part.index[span] - rows.start, part.rows[span].to(block.dtype))
+            for part, (_, at) in zip(parts, found, strict=True):
+                block = part.add_to(block, rows, slice(at[i], at[i + 1]))
             if block is None:
                 block = torch.zeros_like(weight[rows])
             yield rows, block if dense is None else block.add_(dense[rows])
@@ -95,30 +70,19 @@ class DeferredGradients:
     @torch.no_grad()
     def materialize(self) -> None:
         """Sum what was collected into ``.grad`` of both weights, for several processes to add up."""
-        for name in self._parts:
-            weight = getattr(self.sae, name)
-            if not self._parts[name]:
-                continue
-            gradient = torch.empty_like(_rows_of(self.sae, name))
-            for rows, block in self.blocks(name):
-                gradient[rows] = block
-            weight.grad = gradient.T if name == "W_enc" else gradient
-        self.clear()
+        for name in (name for name, parts in self._parts.items() if parts):
+            gradient = torch.cat([block for _, block in self.blocks(name)])
+            getattr(self.sae, name).grad = gradient.T if name == "W_enc" else gradient
+            self._parts[name].clear()
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Adam, *, max_norm: float | None = None) -> Tensor | None:
-        """Project the decoder's gradient, clip, move every parameter by Adam, return the decoder's rows to unit norm; then forget.
-
-        The same as ``materialize()``, ``sae.remove_parallel_gradient()``, ``clip_grad_norm_``, ``optimizer.step()``, ``zero_grad()`` and
-        ``sae.normalize_decoder()``, with the optimiser's state in the same place. Returns the norm before clipping, if asked for.
-        """
+        """:meth:`materialize`, ``remove_parallel_gradient``, ``clip_grad_norm_``, Adam and ``normalize_decoder`` at once; the norm, if it is limited."""
         norm = None if max_norm is None else self.norm()
         scale = None if norm is None else (max_norm / (norm + 1e-6)).clamp_max(1.0)
-        own = {id(getattr(self.sae, name)): name for name in self._parts}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) in own and parameter.requires_grad:
-                    self._stream(optimizer, group, own[id(parameter)], scale)
+        for name in self._parts:
+            if getattr(self.sae, name).requires_grad:
+                self._stream(optimizer, name, scale)
         if scale is not None:
             for parameter in self.sae.parameters():
                 if parameter.grad is not None:
@@ -127,17 +91,14 @@ class DeferredGradients:
         optimizer.zero_grad(set_to_none=True)
         if self.sae.variant.threshold == "each":
             self.sae.normalize_decoder()  # which also keeps thresholds from falling below 0
-        self.clear()
         return norm
 
-    def _stream(self, optimizer: torch.optim.Adam, group: dict, name: str, scale: Tensor | None) -> None:
-        parameter, weight = getattr(self.sae, name), _rows_of(self.sae, name)
-        state = optimizer.state[parameter]
-        if not state:
-            device = parameter.device if group["fused"] else "cpu"
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            for moment in ("exp_avg", "exp_avg_sq"):
-                state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    def _stream(self, optimizer: torch.optim.Adam, name: str, scale: Tensor | None) -> None:
+        """Adam on one weight, block by block, its state where the optimiser has it; then forget what was collected."""
+        parameter, weight, group = getattr(self.sae, name), _rows_of(self.sae, name), optimizer.param_groups[0]
+        if not (state := optimizer.state[parameter]):
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state |= {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
         moments = []
         for moment in ("exp_avg", "exp_avg_sq"):
             if state[moment].stride() != parameter.stride():  # a checkpoint's, from before the weights were laid out by columns
@@ -157,6 +118,7 @@ class DeferredGradients:
                 normalize_rows(part)
         state["step"] += 1
         parameter.grad = None
+        self._parts[name].clear()
 
 
 def n_steps(config: TrainConfig) -> int:

@@ -7,7 +7,6 @@ d_sae.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_TOKENS_CPU = 2048  # whose float32 activations stay in the last cache while they are gathered in any order
-BLOCK_CPU = 1024  # latents whose weight rows stay in a core's cache together with what is computed from them
-# Elements of one piece of pre-activations: bounds memory, and on a CPU keeps a piece in the last cache until it was searched.
-_PIECE_CPU, _PIECE_GPU = 8 << 20, 1 << 28
+BLOCK_CPU = 256  # latents whose weight rows stay in a core's cache together with what is computed from them
+# Elements of one piece of pre-activations: bounds memory, and on a CPU keeps a piece in a cache until it was searched.
+_PIECE_CPU, _PIECE_GPU = 1 << 19, 1 << 28
+_TOKENS_CPU = 8 << 20  # the same of pieces of whole tokens
 _CROSSOVER = {"cpu": 0.05, "cuda": 0.02}  # on a CPU measured by ``benchmarks.sae_step`` (rows "density"); for GPUs a cautious guess
 
 
@@ -39,13 +38,30 @@ Select = TopK | BatchTopK | Tensor | None
 """What is active: the largest; what lies above a level, one for all or one for each latent; or what is positive."""
 
 
+class ByLatent(NamedTuple):
+    """The entries ordered by latent, then by token (CSC)."""
+
+    tokens: Tensor  # [nnz]
+    offsets: Tensor  # [S + 1]
+
+    def latents(self) -> Tensor:
+        return _numbers(self.offsets, len(self.tokens))
+
+    def blocks(self) -> Iterator[tuple[slice, slice]]:
+        """(rows, entries) slices of consecutive latents; one block where there is no cache to mind, nor a wait for the device."""
+        bounds, at = block_bounds(self.offsets, BLOCK_CPU, len(self.tokens))
+        for i in range(len(bounds) - 1):
+            yield slice(bounds[i], bounds[i + 1]), slice(at[i], at[i + 1])
+
+
 class SparseLatents(NamedTuple):
-    """Latents of N tokens, only those that are not 0; compressed by token (CSR)."""
+    """Latents of N tokens, only those that are not 0, by token (CSR); and in which order they lie by latent, for gradients."""
 
     values: Tensor  # [nnz] activations, differentiable; float32, or the input's dtype if that is wider
     indices: Tensor  # [nnz] latent number of each, int64; ascending within a token
     offsets: Tensor  # [N + 1] where each token's entries begin, int64
-    d_sae: int
+    entries: ByLatent
+    order: Tensor  # [nnz] place of each entry in ``entries``
 
     @property
     def n_tokens(self) -> int:
@@ -54,11 +70,12 @@ class SparseLatents(NamedTuple):
 
     def tokens(self) -> Tensor:
         """[nnz] token number of each entry."""
-        return torch.repeat_interleave(torch.arange(self.n_tokens, device=self.offsets.device), self.counts(), output_size=len(self.values))
+        return _numbers(self.offsets, len(self.values))
 
     def dense(self) -> Tensor:
         """[N, S] with zeros filled in; differentiable."""
-        return self.values.new_zeros(self.n_tokens, self.d_sae).index_put((self.tokens(), self.indices), self.values)
+        d_sae = len(self.entries.offsets) - 1
+        return self.values.new_zeros(self.n_tokens, d_sae).index_put((self.tokens(), self.indices), self.values)
 
     def counts(self) -> Tensor:
         """[N] active latents of each token."""
@@ -66,13 +83,14 @@ class SparseLatents(NamedTuple):
 
     def fired(self) -> Tensor:
         """bool [S]: which latents are active on any token."""
-        return torch.zeros(self.d_sae, dtype=torch.bool, device=self.indices.device).index_fill_(0, self.indices, True)
+        return self.entries.offsets.diff() > 0
 
     def kept(self, which: Tensor) -> SparseLatents:
         """The entries for which ``which``, bool [nnz], is True."""
-        before = F.pad(which.cumsum(0), (1, 0))
-        offsets = before[self.offsets.long()].to(self.offsets.dtype)
-        return self._replace(values=self.values[which], indices=self.indices[which], offsets=offsets)
+        by_latent = torch.empty_like(which).index_copy_(0, self.order, which)
+        entries = ByLatent(self.entries.tokens[by_latent], _before(by_latent)[self.entries.offsets])
+        order = _before(by_latent)[self.order[which]]
+        return SparseLatents(self.values[which], self.indices[which], _before(which)[self.offsets], entries, order)
 
 
 def encode(x: Tensor, W_enc: Tensor, bias: Tensor, select: Select = None, *, precision: str = "float32") -> SparseLatents:
@@ -80,20 +98,10 @@ def encode(x: Tensor, W_enc: Tensor, bias: Tensor, select: Select = None, *, pre
 
     ``precision`` is of the dense product that finds them. Fastest where columns of ``W_enc`` are contiguous, as in ``torch.empty(S, D).T``.
     """
-    if x.ndim != 2 or W_enc.ndim != 2 or x.shape[1] != W_enc.shape[0] or bias.shape != W_enc.shape[1:]:
-        raise ValueError(
-            f"encode needs x [N, D], W_enc [D, S] and bias [S]; got {tuple(x.shape)}, {tuple(W_enc.shape)} and {tuple(bias.shape)}. "
-            "Flatten images to tokens first: x.flatten(0, -2)."
-        )
-    if not x.dtype.is_floating_point or W_enc.dtype != bias.dtype or W_enc.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"encode needs master weights in float32 (or float64), got W_enc {W_enc.dtype}, bias {bias.dtype}, x {x.dtype}.")
-    if isinstance(select, Tensor) and select.shape != bias.shape:
+    if isinstance(select, Tensor):
         select = select.detach().expand_as(bias)
-    deferred = _deferred(W_enc)
-    parts = 1 if isinstance(select, BatchTopK) else _n_parts(len(x), x.device, deferred)
-    found = [_Encode.apply(part, W_enc, bias, select, precision, deferred) for part in x.to(W_enc.dtype).chunk(parts)]
-    values, indices, counts = (torch.cat(parts) for parts in zip(*((v, i, o.diff()) for v, i, o in found), strict=True))
-    return SparseLatents(values, indices, F.pad(counts.cumsum(0), (1, 0)), W_enc.shape[1])
+    values, indices, offsets, tokens, by_latent, order = _Encode.apply(x.to(W_enc.dtype), W_enc, bias, select, precision, _deferred(W_enc))
+    return SparseLatents(values, indices, offsets, ByLatent(tokens, by_latent), order)
 
 
 def decode(latents: SparseLatents, W_dec: Tensor, b_dec: Tensor, groups: Sequence[int] | None = None) -> Tensor:
@@ -101,33 +109,12 @@ def decode(latents: SparseLatents, W_dec: Tensor, b_dec: Tensor, groups: Sequenc
 
     With ``groups``, rising ends of nested prefixes (Matryoshka): [G, N, D], one reconstruction from the latents before each end.
     """
-    if W_dec.ndim != 2 or W_dec.shape[0] != latents.d_sae or b_dec.shape != W_dec.shape[1:]:
-        raise ValueError(f"decode needs W_dec [{latents.d_sae}, D] and b_dec [D], got {tuple(W_dec.shape)} and {tuple(b_dec.shape)}.")
     if groups is None:
-        return _decode(latents, W_dec) + b_dec
-    parts, start = [], 0
-    for end in groups:
-        parts.append(_decode(latents.kept((latents.indices >= start) & (latents.indices < end)), W_dec))
-        start = end
-    return torch.stack(parts).cumsum(0) + b_dec
-
-
-def _decode(latents: SparseLatents, W_dec: Tensor) -> Tensor:
-    """latents @ W_dec, part by part of the tokens."""
-    deferred, n = _deferred(W_dec), latents.n_tokens
-    parts = _n_parts(n, latents.values.device, deferred)
-    if parts == 1:
-        return _Decode.apply(latents.values, latents.indices, latents.offsets, W_dec, deferred)
-    size = -(-n // parts)
-    offsets = [latents.offsets[start : start + size + 1] for start in range(0, n, size)]
-    at = torch.stack([ends[-1] - ends[0] for ends in offsets]).tolist()
-    pieces = zip(latents.values.split(at), latents.indices.split(at), offsets, strict=True)
-    return torch.cat([_Decode.apply(values, indices, ends - ends[0], W_dec, deferred) for values, indices, ends in pieces])
-
-
-def _n_parts(n_tokens: int, device: torch.device, deferred) -> int:
-    """Parts in which a CPU goes through the tokens, so that gathered rows stay in cache; one where a part would make a dense gradient."""
-    return max(1, -(-n_tokens // _TOKENS_CPU)) if device.type == "cpu" and deferred is not None else 1
+        values, indices, offsets, entries, order = latents
+        return _Decode.apply(values, indices, offsets, *entries, order, W_dec, _deferred(W_dec)) + b_dec
+    between = zip((0, *groups), groups, strict=False)
+    parts = [latents.kept((latents.indices >= start) & (latents.indices < end)) for start, end in between]
+    return torch.stack([decode(part, W_dec, torch.zeros_like(b_dec)) for part in parts]).cumsum(0) + b_dec
 
 
 def worthwhile(density: float, device: torch.device | str) -> bool:
@@ -143,28 +130,28 @@ def take_rows(W: Tensor, index: Tensor) -> Tensor:
 # -- which latents are active: a dense product a piece at a time, searched while it is in cache ----------------------------------------
 
 
-class ByLatent(NamedTuple):
-    """The entries ordered by latent, then by token (CSC)."""
+def _numbers(offsets: Tensor, n: int) -> Tensor:
+    """[n] which run each of n entries belongs to, from where the runs begin."""
+    return torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff(), output_size=n)
 
-    tokens: Tensor  # [nnz]
-    offsets: Tensor  # [S + 1]
 
-    def latents(self) -> Tensor:
-        return torch.repeat_interleave(torch.arange(len(self.offsets) - 1, device=self.offsets.device), self.offsets.diff())
-
-    def blocks(self) -> Iterator[tuple[slice, slice]]:
-        """(rows, entries) slices of consecutive latents; one block where there is no cache to mind."""
-        n = len(self.offsets) - 1
-        size = BLOCK_CPU if self.offsets.device.type == "cpu" else max(n, 1)
-        bounds = [*range(0, n, size), n]
-        at = self.offsets[bounds].tolist()
-        for i in range(len(bounds) - 1):
-            yield slice(bounds[i], bounds[i + 1]), slice(at[i], at[i + 1])
+def _before(which: Tensor) -> Tensor:
+    """[n + 1] how many are True before each place."""
+    return F.pad(which.cumsum(0), (1, 0))
 
 
 def run_offsets(sorted_numbers: Tensor, n: int) -> Tensor:
     """[n + 1] where each number's run begins among sorted numbers below n."""
-    return F.pad(torch.bincount(sorted_numbers, minlength=n).cumsum(0), (1, 0))
+    return torch.searchsorted(sorted_numbers, torch.arange(n + 1, device=sorted_numbers.device))
+
+
+def block_bounds(offsets: Tensor, size: int, nnz: int) -> tuple[list[int], list[int]]:
+    """Where blocks of ``size`` latents begin and end, and their entries; a GPU has one block, and isn't waited for."""
+    n = len(offsets) - 1
+    if offsets.device.type != "cpu":
+        return [0, n], [0, nnz]
+    bounds = [*range(0, n, size), n]
+    return bounds, offsets[bounds].tolist()
 
 
 def positions(array: Tensor) -> Tensor:
@@ -184,21 +171,19 @@ def above(x: Tensor, W: Tensor, bias: Tensor, level: Tensor | None, dtype: torch
     if dtype != W.dtype:
         threshold = threshold - 2.0**-8 * threshold.abs()  # room for the product's rounding; exact values decide afterwards
     threshold, x = threshold.to(dtype), x.to(dtype)
-    size = max(8, min(BLOCK_CPU, _PIECE_CPU // max(n, 1))) if x.device.type == "cpu" else max(8, _PIECE_GPU // max(n, 1))
-    tokens, counts = [], []
+    size = max(8, (_PIECE_CPU if x.device.type == "cpu" else _PIECE_GPU) // max(n, 1))
+    found = []
     for start in range(0, d_sae, size):
-        block = W[start : start + size].to(dtype)
-        excess = F.linear(block, x).sub_(threshold[start : start + size, None]).relu_()  # [latents, N]: positions come by latent
-        at = positions(excess)
-        latent = at // n
-        tokens.append(at - latent * n)
-        counts.append(torch.bincount(latent, minlength=len(block)))
-    return ByLatent(torch.cat(tokens), F.pad(torch.cat(counts).cumsum(0), (1, 0)))
+        excess = F.linear(W[start : start + size].to(dtype), x)  # [latents, N]: positions come by latent
+        found.append(positions(excess.sub_(threshold[start : start + size, None]).relu_()).add_(start * n))
+    at = torch.cat(found)
+    latent = at // n
+    return ByLatent(at - latent * n, run_offsets(latent, d_sae))
 
 
 def _pieces(x: Tensor, W: Tensor, bias: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """(first token, pre-activations [n, S]) of some whole tokens at a time."""
-    size = max(1, (_PIECE_CPU if x.device.type == "cpu" else _PIECE_GPU) // len(W))
+    size = max(1, (_TOKENS_CPU if x.device.type == "cpu" else _PIECE_GPU) // len(W))
     W, bias, x = W.to(dtype), bias.to(dtype), x.to(dtype)
     for start in range(0, len(x), size):
         yield start, F.linear(x[start : start + size], W, bias)
@@ -239,21 +224,10 @@ def best_of_batch(x: Tensor, W: Tensor, bias: Tensor, k: int, dtype: torch.dtype
 # -- sums over entries ---------------------------------------------------------------------------------------
 
 
-def _triton(tensor: Tensor):
-    """The module of Triton kernels if they run on this tensor's device, else None. Imported late: Triton takes a while, and memory."""
-    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return None
-    from . import triton
-
-    return triton if triton.usable(tensor) else None
-
-
 def _bags(rows: Tensor, numbers: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
     """sum of weights[e] rows[numbers[e]] over each bag's entries e: [bags, D]."""
     if len(numbers) == 0:
         return rows.new_zeros(len(offsets) - 1, rows.shape[1])
-    if kernels := _triton(rows):
-        return kernels.bags(rows, numbers, offsets, weights)
     return F.embedding_bag(numbers, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
@@ -261,8 +235,6 @@ def _pair_products(rows: Tensor, numbers: Tensor, bags: Tensor, bag_rows: Tensor
     """<rows[numbers[e]], bag_rows[bags[e]]> of every entry e: [nnz]; a bag's entries lie together. It is the gradient of :func:`_bags` in its weights."""
     if len(numbers) == 0:
         return rows.new_zeros(0)
-    if kernels := _triton(rows):
-        return kernels.pair_products(rows, numbers, bag_rows, offsets)
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(bag_rows, rows, numbers, offsets, bags, 0, -1)
 
 
@@ -271,16 +243,8 @@ def _products_by_latent(x: Tensor, W: Tensor, entries: ByLatent) -> Tensor:
     out = x.new_empty(len(entries.tokens))
     for rows, span in entries.blocks():
         offsets = entries.offsets[rows.start : rows.stop + 1] - span.start
-        bags = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=x.device), offsets.diff(), output_size=span.stop - span.start)
+        bags = _numbers(offsets, span.stop - span.start)
         out[span] = _pair_products(x, entries.tokens[span], bags, W[rows].contiguous(), offsets)
-    return out
-
-
-def _weight_gradient(x: Tensor, entries: ByLatent, weights: Tensor, like: Tensor) -> Tensor:
-    """sum of weights[e] x[token] over each latent's entries: [S, D], in the memory layout of ``like``."""
-    gradient, out = WeightedRows(x, entries, weights), torch.empty_like(like)
-    for rows, span in entries.blocks():
-        out[rows] = gradient.block(rows, span)
     return out
 
 
@@ -291,10 +255,15 @@ class WeightedRows(NamedTuple):
     entries: ByLatent
     weights: Tensor  # [nnz]
 
-    def block(self, rows: slice, span: slice) -> Tensor:
-        """The rows of some latents, whose entries are ``span``."""
+    def bounds(self, n: int, size: int) -> tuple[list[int], list[int]]:
+        """:func:`block_bounds` of n latents."""
+        return block_bounds(self.entries.offsets, size, len(self.weights))
+
+    def add_to(self, block: Tensor | None, rows: slice, span: slice) -> Tensor:
+        """The rows of some latents, whose entries are ``span``, added to a block in place, if there is one."""
         offsets = self.entries.offsets[rows.start : rows.stop + 1] - span.start
-        return _bags(self.x, self.entries.tokens[span], offsets, self.weights[span])
+        summed = _bags(self.x, self.entries.tokens[span], offsets, self.weights[span])
+        return summed if block is None else block.add_(summed)
 
 
 class ChosenRows(NamedTuple):
@@ -303,20 +272,39 @@ class ChosenRows(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # [n], ascending
     rows: Tensor  # [n, D]
 
+    def bounds(self, n: int, size: int) -> tuple[list[int], list[int]]:
+        """:func:`block_bounds` of n latents."""
+        return block_bounds(run_offsets(self.index, n), size, len(self.index))
 
-_COLLECTORS: list = []
+    def add_to(self, block: Tensor | None, rows: slice, span: slice) -> Tensor:
+        """As of :class:`WeightedRows`."""
+        block = self.rows.new_zeros(rows.stop - rows.start, self.rows.shape[1]) if block is None else block
+        return block.index_add_(0, self.index[span] - rows.start, self.rows[span].to(block.dtype))
 
 
-def _deferred(W: Tensor):
-    """Where the gradient of ``W`` goes if somebody collects it: a function, else None."""
-    return _COLLECTORS[-1].recorder(W) if _COLLECTORS and torch.is_grad_enabled() else None
+def _weight_gradient(gradient: WeightedRows, like: Tensor, deferred: list | None) -> Tensor | None:
+    """The sum [S, D] in the memory layout of ``like``; or None, where it is collected instead."""
+    if deferred is not None:
+        return deferred.append(gradient)
+    out = torch.empty_like(like)
+    for rows, span in gradient.entries.blocks():
+        out[rows] = gradient.add_to(None, rows, span)
+    return out
+
+
+COLLECTED: dict[int, list[WeightedRows | ChosenRows]] = {}
+"""Address of a weight -> where its gradients are collected, while somebody does."""
+
+
+def _deferred(W: Tensor) -> list[WeightedRows | ChosenRows] | None:
+    return COLLECTED.get(W.data_ptr()) if torch.is_grad_enabled() and W.requires_grad else None
 
 
 # -- autograd -----------------------------------------------------------------------------------------------------------------
 
 
 class _Encode(torch.autograd.Function):
-    """(x [N, D], W_enc [D, S], bias [S]) -> values, indices, offsets by token."""
+    """(x [N, D], W_enc [D, S], bias [S]) -> what :class:`SparseLatents` hold; the one sort of a step."""
 
     @staticmethod
     def forward(ctx, x, W_enc, bias, select, precision, deferred):
@@ -338,61 +326,50 @@ class _Encode(torch.autograd.Function):
                 entries = ByLatent(entries.tokens[kept], run_offsets(latents, len(W)))
             tokens, order = torch.sort(entries.tokens, stable=True)
             offsets, indices = run_offsets(tokens, len(x)), latents[order]
-        ctx.save_for_backward(x, W_enc, entries.tokens, entries.offsets, order, indices, offsets)
-        ctx.mark_non_differentiable(indices, offsets)
-        return values[order], indices, offsets
+        whole = (indices, offsets, *entries, order)
+        ctx.save_for_backward(x, W_enc, *whole)
+        ctx.mark_non_differentiable(*whole)
+        return values[order], *whole
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient, *_):
-        x, W_enc, tokens, by_latent, order, indices, offsets = ctx.saved_tensors
+        x, W_enc, indices, offsets, tokens, by_latent, order = ctx.saved_tensors
         for_x = for_W = for_bias = None
         with torch.autocast(x.device.type, enabled=False):
-            entries = ByLatent(tokens, by_latent)
             if ctx.needs_input_grad[0]:
                 for_x = _bags(W_enc.T.contiguous(), indices, offsets, gradient)
             if ctx.needs_input_grad[1]:
                 weights = torch.empty_like(gradient).index_copy_(0, order, gradient)
-                if ctx.deferred is None:
-                    for_W = _weight_gradient(x, entries, weights, W_enc.T).T
-                else:
-                    ctx.deferred(WeightedRows(x, entries, weights))
+                for_W = _weight_gradient(WeightedRows(x, ByLatent(tokens, by_latent), weights), W_enc.T, ctx.deferred)
             if ctx.needs_input_grad[2]:
                 for_bias = gradient.new_zeros(W_enc.shape[1]).index_add_(0, indices, gradient)
-        return for_x, for_W, for_bias, None, None, None
+        return for_x, None if for_W is None else for_W.T, for_bias, None, None, None
 
 
 class _Decode(torch.autograd.Function):
-    """(values, indices, offsets by token, W_dec [S, D]) -> [N, D]."""
+    """(what :class:`SparseLatents` hold, W_dec [S, D]) -> [N, D]."""
 
     @staticmethod
-    def forward(ctx, values, indices, offsets, W_dec, deferred):
+    def forward(ctx, values, indices, offsets, tokens, by_latent, order, W_dec, deferred):
         ctx.deferred = deferred
+        ctx.save_for_backward(values, tokens, by_latent, order, W_dec)
         with torch.autocast(values.device.type, enabled=False):
-            ctx.save_for_backward(values, indices, offsets, W_dec)
             return _bags(W_dec, indices, offsets, values.to(W_dec.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        values, indices, offsets, W_dec = ctx.saved_tensors
+        values, tokens, by_latent, order, W_dec = ctx.saved_tensors
         for_values = for_W = None
         with torch.autocast(values.device.type, enabled=False):
-            gradient = gradient.contiguous().to(W_dec.dtype)
-            latents, order = torch.sort(indices, stable=True)
-            n = len(offsets) - 1
-            tokens = torch.repeat_interleave(torch.arange(n, device=values.device), offsets.diff(), output_size=len(values))
-            entries = ByLatent(tokens[order], run_offsets(latents, len(W_dec)))
+            gradient, entries = gradient.contiguous().to(W_dec.dtype), ByLatent(tokens, by_latent)
             if ctx.needs_input_grad[0]:
-                products = _products_by_latent(gradient, W_dec, entries).to(values.dtype)
-                for_values = torch.empty_like(values).index_copy_(0, order, products)
-            if ctx.needs_input_grad[3]:
-                weights = values[order].to(W_dec.dtype)
-                if ctx.deferred is None:
-                    for_W = _weight_gradient(gradient, entries, weights, W_dec)
-                else:
-                    ctx.deferred(WeightedRows(gradient, entries, weights))
-        return for_values, None, None, for_W, None
+                for_values = _products_by_latent(gradient, W_dec, entries).to(values.dtype)[order]
+            if ctx.needs_input_grad[6]:
+                weights = torch.empty_like(values).index_copy_(0, order, values).to(W_dec.dtype)
+                for_W = _weight_gradient(WeightedRows(gradient, entries, weights), W_dec, ctx.deferred)
+        return for_values, None, None, None, None, None, for_W, None
 
 
 class _Rows(torch.autograd.Function):
@@ -410,5 +387,5 @@ class _Rows(torch.autograd.Function):
         (index,) = ctx.saved_tensors
         if ctx.deferred is None:
             return gradient.new_zeros(ctx.shape).index_add_(0, index, gradient), None, None
-        ctx.deferred(ChosenRows(index, gradient))
+        ctx.deferred.append(ChosenRows(index, gradient))
         return None, None, None
