@@ -161,6 +161,8 @@ class TrainConfig(_Section):
     """A latent that has not fired for more than so many tokens is dead and gets ghost gradients; the paper's is 64 steps of 128 images."""
     ghost: bool = True
     """Whether dead latents get a gradient at all: the ghost term of ``relu``, the auxiliary loss of ``topk`` and its kin."""
+    restart_dead: bool = False
+    """Every ``dead_after_tokens``, in the first 80 % of the run, dead latents start anew at tokens that are badly reconstructed."""
     tokens: str = "all"
     """Train on all tokens of the store, its ``patches`` or its ``cls`` tokens alone."""
     normalize: str = "none"

@@ -17,6 +17,7 @@ from ..data import dataset_fingerprint
 from ..run.artifacts import fingerprint, is_current
 from ..sae.dictionary import Dictionary, dimensions, random_sae, sae_dictionary
 from ..sae.model import SparseAutoencoder
+from ..sae.starts import centroids
 from . import baselines, detection
 from .baselines import projections
 from .detection import Activations, ConceptPatches
@@ -52,7 +53,9 @@ def sae_competitor(
     """An SAE as a competitor, read in three ways; in its own alone, without the mean ``centre`` [D] of its training tokens."""
 
     def before(x: Tensor, columns: np.ndarray | None) -> Tensor:
-        return sae.pre_activations(x.to(sae.W_enc.device), None if columns is None else torch.as_tensor(columns).to(sae.W_enc.device))
+        x, latents = x.to(sae.W_enc.device), None if columns is None else torch.as_tensor(columns).to(sae.W_enc.device)
+        before = sae.pre_activations(x, latents)
+        return before / sae.sizes(x) if sae.reads_unit_tokens and not sae.token_norm else before
 
     def written(x: Tensor) -> tuple[Tensor, Tensor]:
         out = sae.eval()(x.to(sae.W_enc.device))
@@ -68,7 +71,8 @@ def sae_competitor(
 
 def kmeans_competitor(x: Tensor, n: int) -> Competitor:
     """Centroids of centred unit-norm tokens, read densely, and with only the four nearest or the nearest kept."""
-    directions, mean = (torch.from_numpy(part).float() for part in baselines.kmeans_directions(x, n, cosine=True))
+    mean = x.mean(0)
+    directions = centroids(x - mean, n)
     dense = projections("k-means, cosine", directions.numpy(), mean.numpy(), cosine=True, relu=True)
 
     def nearest(k: int, x: Tensor, columns: np.ndarray | None) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .formats.weights import STATISTICS
 from .model import SparseAutoencoder
 
 _CHUNK_BYTES = 256 * 2**20
@@ -24,7 +25,7 @@ class Dictionary(NamedTuple):
 
 
 def sae_dictionary(sae: SparseAutoencoder, name: str = "SAE") -> Dictionary:
-    """An SAE's latents as a dictionary.
+    """An SAE's latents as a dictionary, in the units of its training: of tokens of unit size, where it was trained on those.
 
     Parameters
     ----------
@@ -38,7 +39,9 @@ def sae_dictionary(sae: SparseAutoencoder, name: str = "SAE") -> Dictionary:
     """
 
     def encode(x: Tensor, columns: np.ndarray | None) -> Tensor:
-        return sae.encode(x.to(sae.W_enc.device)) if columns is None else select_latents(sae, x, torch.as_tensor(columns))
+        x = x.to(sae.W_enc.device)
+        latents = sae.encode(x) if columns is None else select_latents(sae, x, torch.as_tensor(columns))
+        return latents / sae.sizes(x) if sae.reads_unit_tokens else latents
 
     return Dictionary(name, sae.d_sae, encode)
 
@@ -88,6 +91,8 @@ def random_sae(sae: SparseAutoencoder, seed: int = 0, tokens: Tensor | None = No
     control.W_enc.copy_(directions.T)
     control.b_dec.copy_(sae.b_dec)
     control.token_norm = sae.token_norm
+    for name in STATISTICS:
+        getattr(control, name).copy_(getattr(sae, name))
     control = control.to(sae.W_enc.device).requires_grad_(False).eval()
     if tokens is None:
         return control

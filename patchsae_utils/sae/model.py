@@ -277,6 +277,11 @@ class SparseAutoencoder(nn.Module):
         """Whether training normalised its tokens; the weights say so by themselves, but for ``token_norm``."""
         return bool(self.input_norm)
 
+    @property
+    def reads_unit_tokens(self) -> bool:
+        """Whether it was trained on tokens of unit size, so that a token's own size only scales its latents."""
+        return self.normalizes and (self.token_norm or (self.variant.competes == "token" and not self.b_enc.any()))
+
     # -- where activations come from --------------------------------------------------------------------------------------
 
     def check_statistics(self, x: Tensor, source: str = "these activations") -> None:

@@ -25,10 +25,12 @@ from .starts import SOFT_COSINE, Archetypes, Normalization, centroids, start_bia
 TERMS = ("loss", "mse", "l1", "ghost", "l0", "residual")  # of a batch, summed over its chunks
 # So many (token, latent) pairs are computed at once, which on a CPU stay in its cache, but so many tokens at least: each chunk adds to all gradients.
 _CHUNK_CPU, _CHUNK_GPU, _CHUNK_TOKENS = 3 << 20, 1 << 28, 512
-_CLUSTERED = 60_000  # tokens that k-means sees, at least
+_CLUSTERED = 128, 400_000  # tokens per centroid that k-means sees, and at most, but four per centroid: what it finds grows with them
 _CHUNK_DEAD = 1 << 26  # on the sparse path only the dead latents' pre-activations are computed whole, for the term that wakes them
 # sparse="auto": a smaller dictionary's dense step is short, and stays dense. Density is the mean over so many rows of the log.
 _SPARSE_FROM, _DENSITY_ROWS = 8192, 5
+_RESTART_SHARE = 0.8  # of the run: later, a latent would not find its place
+_RESTART_SIZE = 0.2  # of the living encoder columns' mean norm, as in the source
 _THRESHOLD_RATE = 10  # of ``jumprelu``'s thresholds, times the others'
 _CONTROL, _CONTROL_SHARE = 0.05, 2 / 3  # the weight of sparsity follows a target L0 by so much a step, for this share of the run
 
@@ -81,7 +83,7 @@ class Steps:
         config, sae = self.config, self.sae
         if config.start != "random" or config.normalize != "none" or config.constraint == "archetypal":
             clusters = config.start == "kmeans" or config.constraint == "archetypal"
-            n = max(_CLUSTERED, 4 * sae.d_sae) if clusters else max(20_000, 2 * sae.d_sae)
+            n = max(min(_CLUSTERED[0] * sae.d_sae, _CLUSTERED[1]), 4 * sae.d_sae) if clusters else max(20_000, 2 * sae.d_sae)
             x = draw(n).to(self.device, sae.W_dec.dtype)
             self.normalization = Normalization.of(x, config.normalize)
             if not sae.is_fresh:
@@ -155,9 +157,42 @@ class Steps:
                         sums += share * torch.stack([*(term.double() for term in loss), (n_active / len(part)).double(), residual]).cpu()
         self._update(fired, sums, sparse, rows_of)
         self.silent_for = torch.where(fired, 0, self.silent_for + len(x))
+        if config.restart_dead and self._restarts(len(x)):
+            self._restart(x, self.silent_for > config.dead_after_tokens)
         if config.target_l0 is not None:
             self._control(float(sums[TERMS.index("l0")]))
         return dict(zip(TERMS, sums.tolist(), strict=True)) if logged else None
+
+    def _restarts(self, n: int) -> bool:
+        """Whether dead latents may start anew after this step of n tokens, whose decoder nothing holds."""
+        period, in_time = self.config.dead_after_tokens, self.step < _RESTART_SHARE * self.n_steps
+        return in_time and self.config.constraint == "none" and (self.step + 1) * n // period > self.step * n // period
+
+    @torch.no_grad()
+    def _restart(self, x: Tensor, dead: Tensor) -> None:
+        """Dead latents start anew at tokens [N, D] of the batch, drawn by the square of their loss, a quarter of them at most.
+
+        Source: Bricken et al., "Towards Monosemanticity", 2023, "Neuron Resampling"; among the k largest a latent starts as large as others are.
+        """
+        sae, index = self.sae, dead.nonzero().squeeze(1)[: len(x) // 4]
+        if not len(index) or dead.all():
+            return
+        parts = x.split(self._chunk(len(x), 0, False))
+        error = torch.cat([(sae(part).reconstruction - part).double().square().sum(1) for part in parts]).cpu()
+        drawn = torch.multinomial(error.square(), len(index), generator=torch.Generator().manual_seed(self.config.seed + self.step)).to(
+            x.device
+        )
+        rows = torch.nn.functional.normalize(x[drawn] - sae.b_dec, dim=1)
+        size = sae.W_enc[:, ~dead].norm(dim=0).mean() * (1.0 if sae.k is not None else _RESTART_SIZE)
+        starts = {"W_dec": (rows, (index,)), "W_enc": (rows.T * size, (slice(None), index)), "b_enc": (0, (index,))}
+        if sae.variant.threshold == "each":
+            starts["threshold"] = (sae.threshold[~dead].median(), (index,))
+        for name, (value, at) in starts.items():
+            parameter = getattr(sae, name)
+            parameter[at] = value
+            for moment in {"exp_avg", "exp_avg_sq"} & set(state := self.optimizer.state.get(parameter, {})):
+                state[moment][at] = 0
+        self.silent_for[index] = 0
 
     def _control(self, l0: float) -> None:
         """Move the weight of sparsity after the step's L0, at once and for good; at the end of control it stays what it has become."""

@@ -186,3 +186,34 @@ def test_a_target_l0_is_met_from_any_weight(tmp_path, activation):
     assert_same(weights(train_sae(fresh(activation=activation), Store(), config, tmp_path / "cut", progress=False)), weights(sae))
     with pytest.raises(ValueError, match="target_l0=1.5 has no meaning for activation='topk', whose k=3"):
         train_sae(fresh(activation="topk", k=3), Store(), config, tmp_path / "topk", progress=False)
+
+
+class Clustered(Store):
+    """Tokens of which most lie along few directions, so that latents that start elsewhere are never among the largest."""
+
+    def tokens(self, *args, **kwargs):
+        for x, positions in super().tokens(*args, **kwargs):
+            yield x + 30 * torch.eye(x.shape[1])[torch.arange(len(x)) % 3], positions
+
+
+@pytest.mark.parametrize("sparse", ["never", "always"])
+def test_dead_latents_start_anew_and_a_resumed_run_is_the_same(tmp_path, sparse):
+    """FAULTS D6: of the same run, fewer latents end dead; restarts follow from the step alone, so that resuming stays bit-exact."""
+    config = dataclasses.replace(
+        CONFIG, start="random", n_tokens=60 * 64, dead_after_tokens=640, ghost=False, sparse=sparse, checkpoint_every=17, warmup_steps=0
+    )
+    anew = dataclasses.replace(config, restart_dead=True)
+
+    def train(config, name, store=None, **options):
+        return train_sae(fresh(activation="topk", k=2), store or Clustered(), config, tmp_path / name, progress=False, **options)
+
+    left, restarted = train(config, "left"), train(anew, "anew")
+    x = torch.cat([next(Clustered().tokens(2048, seed=9, epochs=None, start_step=0, positions=True))[0]])
+    alive = [(sae.encode(x) > 0).any(0).sum() for sae in (left, restarted)]
+    assert alive[1] > alive[0]
+
+    with pytest.raises(KeyboardInterrupt):
+        train(anew, "resumed", Clustered(stop_at=40))
+    assert_same(weights(train(anew, "resumed")), weights(restarted))
+    held = dataclasses.replace(anew, constraint="frozen_decoder")
+    assert_same(weights(train(held, "held")), weights(train(dataclasses.replace(held, restart_dead=False), "held_left")))
