@@ -5,9 +5,9 @@ The best latent of each concept (`detection`, `report`), beside other dictionari
 (`names`). May import: latents, sae, activations, clip, data, run.
 """
 
-from .names import label_latents, make_vocabulary, name_agreement, related_names, score_words
+from .names import label_latents, make_vocabulary, name_agreement, related_names, say_names, score_words
 from .places import concept_examples, localize
 
 __all__ = [
-    "concept_examples", "label_latents", "localize", "make_vocabulary", "name_agreement", "related_names", "score_words",
+    "concept_examples", "label_latents", "localize", "make_vocabulary", "name_agreement", "related_names", "say_names", "score_words",
 ]  # fmt: skip

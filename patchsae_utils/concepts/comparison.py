@@ -25,7 +25,6 @@ from .probes import fit_probes
 from .report import FORMAT_VERSION, ComparisonReport
 
 PROBES = (2, 5)  # features of a sparse probe; of 1 it is the best feature itself
-FEW_LEVELS = 32  # thresholds of a resampled AP where the table alone needs it: its interval is centred, so that coarse levels don't move it
 _STEP = 8192  # tokens whose reconstruction is measured at a time
 
 Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]  # tokens [N, D] -> what is written for them [N, D], features used [N]
@@ -122,10 +121,10 @@ def compare(
         for i, (way, dictionary) in enumerate(readouts.items()):
             choose_from, report_on = (Activations(dictionary, each) for each in sets)
             l0, explained = qualities.get((reconstruct or {}).get(way), (np.nan, np.nan))
-            tried, levels = concepts[:, None], None if i == 0 else FEW_LEVELS
+            tried, coarse = concepts[:, None], i > 0 or role != "sae"  # intervals: of what is said of the SAE, finely
             if role != "ceiling":
                 tried = detection.candidates(detection.concept_correlations(choose_from)[0][0][concepts])
-            frame, resampled = detection.best_features(name, role, choose_from, report_on, concepts, tried, weights, levels)
+            frame, resampled = detection.best_features(name, role, choose_from, report_on, concepts, tried, weights, coarse)
             found = [(way, frame, resampled)]
             if i == 0 and role != "ceiling" and len(competitors) > 1:
                 for k, ap, draws in sparse_probes(choose_from, report_on, concepts, tried, weights):
@@ -158,10 +157,10 @@ def sparse_probes(choose: Activations, report: Activations, concepts: np.ndarray
         for concept, mine in zip(concepts[start : start + step], at.reshape(-1, tried.shape[1]), strict=True):
             for found, (picked, size) in zip(chosen, _added(read[mine], rows[concept], sizes), strict=True):
                 found.append((some[mine[picked]], size))
-    every = np.arange(len(concepts))
-    for k, probes in zip(PROBES, chosen, strict=True):
-        scores = _Probes(report, probes)
-        yield k, detection.precisions(scores, every, concepts), detection.precisions(scores, every, concepts, weights, FEW_LEVELS)
+    scores, n = _Probes(report, [probe for each in zip(*chosen, strict=True) for probe in each]), len(PROBES)  # a concept's sizes together
+    ap, resampled = detection.precisions(scores, np.arange(scores.n), np.repeat(concepts, n), weights, coarse=True)
+    for i, k in enumerate(PROBES):
+        yield k, ap[i::n], resampled[i::n]
 
 
 def _added(x: np.ndarray, positive: np.ndarray, sizes: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray]]:
@@ -181,7 +180,7 @@ def _added(x: np.ndarray, positive: np.ndarray, sizes: Sequence[int]) -> Iterato
 class _Probes(Activations):
     """Weighted sums of some features as features."""
 
-    block = 24
+    block = 48
 
     def __init__(self, features: Activations, probes: Sequence[tuple[np.ndarray, np.ndarray]]):
         self.features, self.probes, self.patches, self.n = features, probes, features.patches, len(probes)
@@ -224,7 +223,7 @@ def measure_dictionaries(
             plain_competitor(baselines.kmeans_dictionary(x, n)),
             kmeans_competitor(x, n),
             sae_competitor(random_sae(sae, 0, x), "random SAE", "baseline", centre=centre),
-            sae_competitor(trained, "SAE on random weights", "baseline", centre=theirs[0].tokens.mean(0), patches=theirs),
+            sae_competitor(trained, "SAE on random weights", "baseline", patches=theirs),
             plain_competitor(fit_probes(store, training, patches[0], out / "probes", clip), "ceiling"),
         ],
         *patches,

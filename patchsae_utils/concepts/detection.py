@@ -23,7 +23,8 @@ from .report import FORMAT_VERSION, ConceptReport
 
 N_CANDIDATES = 8  # features a concept, of highest correlation with its mask, whose exact average precision decides
 MIN_IMAGES = 2  # concepts in fewer images of either set are left out
-N_LEVELS = 128  # thresholds of an average precision under weights
+N_LEVELS, FEW_LEVELS = 128, 24  # thresholds of an average precision under weights, exactly and coarsely
+THIN, MANY = 5, 20_000  # coarsely, one in so many patches without the concept stands for all, where there are many
 N_PEERS = 300  # latents whose correlations by chance a latent is compared with
 DENSE = 0.1  # share of activations that are not 0, above which they are kept dense
 _ROWS = 32  # images at a time: float32 [_ROWS x patches, n]
@@ -121,21 +122,25 @@ def common_concepts(choose: ConceptPatches, report: ConceptPatches, min_patches:
     return common
 
 
-def average_precision(
-    scores: np.ndarray, positive: np.ndarray, images: np.ndarray | None = None, weights: np.ndarray | None = None, *, ascending=None,
-    n_levels: int = N_LEVELS,
-) -> float | np.ndarray:  # fmt: skip
-    """Average precision of scores [N] for some rows [n], ties sharing one threshold, as in scikit-learn.
-
-    With weights [R, n_images], how often each image counts: [R], exact where the positives have at most ``n_levels`` distinct scores, else
-    at their quantiles. NaN where no positive counts. ``ascending``: the scores, sorted.
-    """
+def average_precision(scores: np.ndarray, positive: np.ndarray, ascending: np.ndarray | None = None) -> float:
+    """Average precision of scores [N] for some rows [n], ties sharing one threshold, as in scikit-learn; ``ascending``: scores, sorted."""
     thresholds, mine = np.unique(scores[positive], return_counts=True)
+    every = len(scores) - np.searchsorted(np.sort(scores) if ascending is None else ascending, thresholds, "left")
+    return float((mine * mine[::-1].cumsum()[::-1] / every).sum() / mine.sum()) if len(mine) else float("nan")
+
+
+def resampled_precision(
+    scores: np.ndarray, positive: np.ndarray, images: np.ndarray, weights: np.ndarray, coarse: bool = False
+) -> np.ndarray:
+    """:func:`average_precision` under weights [R, n_images], how often each image counts: [R]; NaN where no positive counts.
+
+    Exact where the positives have at most ``N_LEVELS`` distinct scores, else at their quantiles. ``coarse`` is for intervals that are centred
+    on the exact value: at ``FEW_LEVELS``, with a part of the other patches.
+    """
+    thresholds, n_levels = np.unique(scores[positive]), FEW_LEVELS if coarse else N_LEVELS
+    thin = THIN if coarse and len(scores) > MANY else 1
     if not len(thresholds):
-        return float("nan") if weights is None else np.full(len(weights), np.nan)
-    if weights is None:
-        every = len(scores) - np.searchsorted(np.sort(scores) if ascending is None else ascending, thresholds, "left")
-        return float((mine * mine[::-1].cumsum()[::-1] / every).sum() / mine.sum())
+        return np.full(len(weights), np.nan)
     if len(thresholds) > n_levels:  # scores that occur, in their own precision: not numpy's quantiles
         thresholds = thresholds[np.linspace(0, len(thresholds) - 1, n_levels).astype(int)]
 
@@ -144,9 +149,13 @@ def average_precision(
         level, n = np.searchsorted(thresholds, scores[rows], "right") - 1, weights.shape[1]
         counts = np.bincount(level * n + images[rows], minlength=len(thresholds) * n).reshape(-1, n)[::-1].cumsum(0)[::-1]
         shown = np.flatnonzero(counts[0])
+        shown = shown if 2 * len(shown) < n else slice(None)  # a slice is not copied
         return counts[:, shown].astype(weights.dtype) @ weights[:, shown].T
 
-    hits, every = reaching(positive), reaching(np.flatnonzero(scores >= thresholds[0]))
+    other = scores >= thresholds[0]
+    other[positive] = False
+    hits = reaching(positive)
+    every = hits + thin * reaching(thin * np.flatnonzero(other[::thin]))
     precision = hits / np.maximum(every, np.finfo(every.dtype).tiny)
     with np.errstate(invalid="ignore"):
         return -(np.diff(hits, axis=0, append=0) * precision).sum(0) / hits[0]
@@ -161,16 +170,18 @@ class Activations:
     def __init__(self, dictionary: Dictionary, patches: ConceptPatches):
         self.dictionary, self.patches, self.n = dictionary, patches, dictionary.n
         self.kept: Any = None  # csc_matrix, array or neither
-        parts: list[sparse.csr_matrix] = []
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
         step = _ROWS * len(patches.tokens) // patches.n_images
-        for some in patches.tokens.split(step):
-            h = dictionary.encode(some, None).cpu().numpy()
-            if not parts and np.count_nonzero(h) > DENSE * h.size:
+        for start, some in zip(range(0, len(patches.tokens), step), patches.tokens.split(step), strict=True):
+            h = dictionary.encode(some, None).cpu()
+            row, column = h.nonzero(as_tuple=True)
+            if not parts and len(row) > DENSE * h.numel():
                 if dictionary.n * len(patches.tokens) <= _KEPT:
                     self.kept = dictionary.encode(patches.tokens, None).cpu().numpy()
                 return
-            parts.append(sparse.csr_matrix(h))
-        self.kept = sparse.vstack(parts, "csc")
+            parts.append((h[row, column], (row + start).int(), column.int()))
+        values, rows, columns = (torch.cat(each).numpy() for each in zip(*parts, strict=True))
+        self.kept = sparse.coo_matrix((values, (rows, columns)), (len(patches.tokens), dictionary.n)).tocsc()
 
     def columns(self, features: np.ndarray) -> np.ndarray:
         """Some features, one row each: [m, N]."""
@@ -200,24 +211,25 @@ class Activations:
 
 @torch.no_grad()
 def precisions(
-    features: Activations, some: np.ndarray, concepts: np.ndarray, weights: np.ndarray | None = None, n_levels: int | None = None
-) -> np.ndarray:
-    """Average precision of pairs of feature and concept, [m]; with weights [R, n_images] in every resample, [m, R]. On all cores."""
-    n_levels = n_levels or N_LEVELS
+    features: Activations, some: np.ndarray, concepts: np.ndarray, weights: np.ndarray | None = None, coarse: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Average precision of pairs of feature and concept, [m], and with weights [R, n_images] in every resample, [m, R]. On all cores."""
     patches, (each, which) = features.patches, np.unique(some, return_inverse=True)
-    rows = patches.rows()
+    rows, weights = patches.rows(), np.zeros((0, patches.n_images)) if weights is None else weights
+    ap, resampled = np.zeros(len(some)), np.zeros((len(some), len(weights)), np.float32)
 
-    def of_one(scores: np.ndarray, mine: np.ndarray) -> list:
-        ascending = np.sort(scores) if weights is None else None  # once for all its concepts
-        return [average_precision(scores, rows[concepts[i]], patches.images, weights, ascending=ascending, n_levels=n_levels) for i in mine]
+    def of_one(scores: np.ndarray, mine: np.ndarray) -> None:
+        ascending = np.sort(scores)  # once for all its concepts
+        for i in mine:
+            ap[i] = average_precision(scores, rows[concepts[i]], ascending)
+            if len(weights):
+                resampled[i] = resampled_precision(scores, rows[concepts[i]], patches.images, weights, coarse)
 
-    found = np.zeros(len(some) if weights is None else (len(some), len(weights)), np.float64 if weights is None else np.float32)
     with ThreadPoolExecutor() as pool:  # numpy lets go of the interpreter while it sorts and multiplies
         for start in range(0, len(each), features.block):
-            mine = [np.flatnonzero(which == i) for i in range(start, min(start + features.block, len(each)))]
-            for i, value in zip(mine, pool.map(of_one, features.columns(each[start : start + features.block]), mine), strict=True):
-                found[i] = value
-    return found
+            read = features.columns(each[start : start + features.block])
+            list(pool.map(of_one, read, [np.flatnonzero(which == start + i) for i in range(len(read))]))
+    return ap, resampled
 
 
 @torch.no_grad()
@@ -261,20 +273,21 @@ def image_weights(n_images: int) -> np.ndarray:
 
 def best_features(
     name: str, role: str, choose: Activations, report: Activations, concepts: np.ndarray, tried: np.ndarray, weights: np.ndarray,
-    n_levels: int | None = None,
+    coarse: bool = False,
 ) -> tuple[pd.DataFrame, np.ndarray]:  # fmt: skip
     """The best of the features tried [K', n] for each concept on ``choose``; its AP on ``report``, and there in every resample [K', R].
 
     Features ascend in each row: of equal ones the lower is taken.
     """
-    ap = precisions(choose, tried.ravel(), np.repeat(concepts, tried.shape[1])).reshape(tried.shape)
+    ap = precisions(choose, tried.ravel(), np.repeat(concepts, tried.shape[1]))[0].reshape(tried.shape)
     best = np.take_along_axis(tried, ap.argmax(1)[:, None], 1)[:, 0]
+    held_out, resampled = precisions(report, best, concepts, weights, coarse)
     frame = report.patches.concepts(concepts)
     frame = pd.DataFrame({"dictionary": name, "role": role}, frame.index).join(frame[["concept", "kind", "name"]]).assign(
-        latent=best, ap_choose=ap.max(1), ap=precisions(report, best, concepts), chance=frame["n_patches"] / len(report.patches.tokens),
+        latent=best, ap_choose=ap.max(1), ap=held_out, chance=frame["n_patches"] / len(report.patches.tokens),
         n_patches=frame["n_patches"], n_images=frame["n_images"], readout="activations", l0=np.nan, explained_variance=np.nan,
     )  # fmt: skip
-    return frame, precisions(report, best, concepts, weights, n_levels)
+    return frame, resampled
 
 
 def measure_concepts(

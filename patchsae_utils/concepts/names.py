@@ -97,6 +97,18 @@ def label_latents(
     return frame
 
 
+def say_names(names: pd.DataFrame) -> str:
+    """How many living latents got a name, by kind, in words: of a table of :func:`label_latents`.
+
+    Parameters
+    ----------
+    names : DataFrame
+    """
+    share = names.loc[names["kind"] != "dead", "kind"].value_counts(normalize=True)
+    kinds = share.drop(UNNAMED, errors="ignore")
+    return f"{kinds.sum():.0%} of the living latents get a name ({', '.join(f'{kind} {value:.1%}' for kind, value in kinds.items())})"
+
+
 def _names_from_truth(report: ConceptReport) -> pd.DataFrame:
     """Columns of :func:`label_latents` from the concept that each latent answers to."""
     kind = report.latents["concept"].str.partition(":")

@@ -1,4 +1,4 @@
-"""Where latents are active, against masks of the ground truth: IoU, the pointing game, sharing, absorption, matching."""
+"""Where latents are active, against masks of the ground truth: IoU, the pointing game, absorption, matching."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from ..sae.dictionary import Dictionary
 from .detection import Activations, ConceptPatches, common_concepts, precisions
 from .report import ConceptReport
 
-SHARE, MIN_SHARED_AP = 0.5, 0.1  # of the best latent's AP, and at least: such latents share a concept
 SKIPPED, MIN_RECALL, MIN_SPECIAL_AP = 0.25, 0.1, 0.3  # of absorption
 
 
@@ -106,12 +105,6 @@ class Localization(NamedTuple):
             for row in self.table().itertuples()
         )
 
-    def splitting(self) -> pd.DataFrame:
-        """Latents whose best concept it is, with an AP of at least 0.1 and half the best latent's: concept, kind, best_ap, n_latents."""
-        ap = self.matrix.ap
-        counts = (ap >= np.maximum(SHARE * ap.max(0), MIN_SHARED_AP)) & (ap.argmax(1)[:, None] == np.arange(ap.shape[1]))
-        return self.concepts[["concept", "kind"]].assign(best_ap=ap.max(0), n_latents=counts.sum(0))
-
     @torch.no_grad()
     def absorption(self) -> pd.DataFrame:
         """Classes that the best latent of their category skips, although it finds the category's others; one row a category and class.
@@ -139,13 +132,23 @@ class Localization(NamedTuple):
             parts.append(pd.DataFrame({**found, "absorbed": general & skips & stands}))
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["category", "found", "skipped", "absorbed"])
 
+    def sharing(self) -> str:
+        """Absorption and matching in words."""
+        absorbed, matched = self.absorption(), self.matching()
+        found = absorbed[absorbed["found"].astype(bool) | absorbed["skipped"].astype(bool)]
+        return (
+            f"{found['category'].nunique()} of {absorbed['category'].nunique()} categories have a latent of their own. Of their {len(found)} "
+            f"classes it skips {found['skipped'].sum()}, {found['absorbed'].sum()} of them classes that another latent stands for (absorption). "
+            f"If no latent may serve two concepts, mean AP is {matched['ap'].mean():.3f} instead of {matched['best_ap'].mean():.3f}."
+        )
+
     def matching(self) -> pd.DataFrame:
         """One latent a concept, none twice, of largest summed AP (Hungarian method, Kuhn, 1955); best_*: when one may serve several."""
         latents, order = linear_sum_assignment(self.matrix.ap, maximize=True)
         rows = self.concepts.iloc[order]
         columns = np.array([self.features.patches.names.index(concept) for concept in rows["concept"]])
         matched = rows[["concept", "kind"]].assign(
-            latent=latents, ap_choose=self.matrix.ap[latents, order], ap=precisions(self.features, latents, columns),
+            latent=latents, ap_choose=self.matrix.ap[latents, order], ap=precisions(self.features, latents, columns)[0],
             best_latent=rows["latent"], best_ap=rows["ap"],
         )  # fmt: skip
         return matched.sort_index().reset_index(drop=True)
@@ -179,7 +182,7 @@ def localize(dictionary: Dictionary, choose: ConceptPatches, report: ConceptPatc
     at = np.arange(len(columns))
     best, widest = found.ap.argmax(0), found.iou.argmax(0)
     frame = report.concepts(columns).assign(
-        latent=best, ap_choose=found.ap[best, at], ap=precisions(features, best, columns), iou_latent=widest,
+        latent=best, ap_choose=found.ap[best, at], ap=precisions(features, best, columns)[0], iou_latent=widest,
         threshold=found.threshold[widest, at], iou_choose=found.iou[widest, at],
     )  # fmt: skip
     positives = report.rows()
@@ -226,7 +229,7 @@ class ConceptExample(NamedTuple):
 
 
 def concept_examples(clip, sae, dataset, layer: int, report: ConceptReport, concepts: Sequence[str]) -> list[ConceptExample]:
-    """For each concept the scene that shows most of it, whatever its latent does there.
+    """For each concept the scene in full colour that shows most of it, whatever its latent does there.
 
     Parameters
     ----------
@@ -244,6 +247,8 @@ def concept_examples(clip, sae, dataset, layer: int, report: ConceptReport, conc
         raise ValueError(f"The report holds no concept {unknown[0]!r}. It holds {len(best)}, among them {', '.join(best.index[:5])}.")
     columns = [dataset.concept_names.index(c) for c in concepts]
     area = np.array([truth.concept_masks(dataset, i, clip)[columns].sum((1, 2)) for i in range(len(dataset))])
+    if hasattr(dataset, "scene") and any(lit := np.array([dataset.scene(i).domain == "color" for i in range(len(dataset))])):
+        area *= lit[:, None]
     examples = []
     for concept, column, index, patches in zip(concepts, columns, area.argmax(0).tolist(), area.max(0).tolist(), strict=True):
         if patches == 0:

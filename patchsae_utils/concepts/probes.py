@@ -68,7 +68,7 @@ def train_probes(tokens: Tensor, masks: sparse.csr_matrix, choose: ConceptPatche
     candidates = [np.linalg.solve(covariance + strength * scale * np.eye(len(covariance)), cross).T for strength in RIDGE]
     candidates = torch.from_numpy(np.stack([*candidates, *logistic_probes(tokens, masks, mean, covariance)])).float()
     every = np.arange(masks.shape[1])
-    ap = [precisions(Activations(probe_dictionary(W, torch.zeros(len(W))), choose), every, every) for W in candidates]
+    ap = [precisions(Activations(probe_dictionary(W, torch.zeros(len(W))), choose), every, every)[0] for W in candidates]
     best = np.where(np.isnan(ap[0]), len(ap) - 1, np.nan_to_num(ap).argmax(0))
     weights = candidates[best, every].contiguous()
     return weights, -(weights @ mean)

@@ -56,6 +56,24 @@ def summarize_effects(frame: pd.DataFrame, columns: Sequence[str], by: Sequence[
     return pd.DataFrame(rows)
 
 
+def quote(table: pd.DataFrame, column: str = "accuracy", style: str = ".1%", **where: Any) -> str:
+    """A number of a table with its interval, as text: "12.3% [11.0%, 13.6%]", of the first row in which columns have the values given.
+
+    Parameters
+    ----------
+    table : DataFrame of ``sweep_masks`` or :func:`summarize_effects`
+    column, style : str; which number, and its format
+    **where
+        Column = value.
+    """
+    rows = table[np.logical_and.reduce([table[name] == value for name, value in where.items()])]
+    if rows.empty:
+        raise ValueError(f"No row of the table has {where}.")
+    ends = ("low", "high") if column == "accuracy" else (f"{column}_low", f"{column}_high")
+    value, low, high = rows.iloc[0][[column, *ends]]
+    return f"{value:{style}} [{low:{style}}, {high:{style}}]"
+
+
 @torch.no_grad()
 def concept_specificity(
     clip: ClipModel, sae: SparseAutoencoder, dataset: Any, latents: Mapping[str, Sequence[int]], layer: int = -2, *, n_images: int = 8

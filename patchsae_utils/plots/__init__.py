@@ -11,11 +11,11 @@ from .adaptation import (
     latent_groups, prediction_heat, tower_head_cross,
 )  # fmt: skip
 from .concepts import (
-    by_layer, concept_families, concept_sharing, coverage_curves, latent_statistics, localization, monosemanticity, name_agreement, variants,
+    by_layer, concept_families, coverage_curves, latent_statistics, localization, monosemanticity, name_agreement,
 )  # fmt: skip
 from .explorer import pointing
 from .interventions import (
-    color_swap, concept_specificity, dose_response, mask_curves, mask_tasks, object_removal, raw_reconstructed_error, steered,
+    color_swap, concept_specificity, dose_response, mask_curves, mask_tasks, object_removal, steered,
 )  # fmt: skip
 from .method import method
 from .pictures import concept_masks, cross_domain, levels, reference_images, text_and_image
@@ -26,10 +26,10 @@ from .training import (
 
 __all__ = [
     "ablation_effects", "adaptation_accuracy", "adapter_table", "by_layer", "class_links", "class_scatter", "color_swap",
-    "concept_families", "concept_masks", "concept_sharing", "concept_specificity", "confusion_change", "coverage_curves", "cross_domain",
+    "concept_families", "concept_masks", "concept_specificity", "confusion_change", "coverage_curves", "cross_domain",
     "dictionary_cross", "dose_response", "embedded_world", "figure", "firing_rates", "gain_experiments", "gain_parts", "gain_split",
     "latent_groups", "latent_statistics", "levels", "localization", "mask_curves", "mask_tasks", "method", "monosemanticity",
-    "name_agreement", "object_removal", "patch_maps", "patch_probe", "pointing", "prediction_heat", "raw_reconstructed_error",
+    "name_agreement", "object_removal", "patch_maps", "patch_probe", "pointing", "prediction_heat",
     "reconstruction_frontier", "reconstruction_quality", "reference_images", "residual_norms", "residual_pca", "save", "steered", "step_costs",
-    "text_and_image", "tower_head_cross", "training_curves", "variants", "zero_shot_accuracy",
+    "text_and_image", "tower_head_cross", "training_curves", "zero_shot_accuracy",
 ]  # fmt: skip

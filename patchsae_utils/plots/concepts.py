@@ -1,4 +1,4 @@
-"""Figures of notebook 03 without pictures: statistics of latents, dictionaries against each other, places, sharing, names, layers, variants."""
+"""Figures of notebook 03 without pictures: statistics of latents, dictionaries against each other, places, names, layers."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from .drawing import HALO, band, colorbar, heat, interval_panels, intervals, look, panels
+from .drawing import HALO, PERCENT, band, colorbar, heat, interval_panels, intervals, look, panels
 from .style import COLORS, drawn, figure
 
-_BASELINES = (*(COLORS[name] for name in ("orange", "green", "purple", "sky", "red")), "#8B5A2B", COLORS["gray"], COLORS["black"])
+_OTHERS = (*(COLORS[name] for name in ("orange", "green", "purple", "sky", "red")), "#8B5A2B", COLORS["gray"], COLORS["black"])
 _STATISTICS = {"log_frequency": "log10 frequency", "log_mean_activation": "log10 mean activation", "label_entropy": "label entropy (nats)"}
 _LOCAL = {"ap": "average precision", "iou": "intersection over union", "pointing": "pointing game"}
-_COUNTS = {-0.5: "0", 0.5: "1", 1.5: "2", 2.5: "3-4", 4.5: "5-8", 8.5: "9-16", 16.5: "17-32", 32.5: "33 +"}
 
 
 @drawn(frame="DataFrame of ``LatentSummary.to_frame()``", annotate="mapping of int to str; latents to point at, and their names")
@@ -41,15 +39,13 @@ def latent_statistics(frame: pd.DataFrame, annotate: Mapping[int, str]) -> Figur
 
 
 def _looks(table: pd.DataFrame) -> dict[str, dict]:
-    """Colour and marker of each dictionary: SAEs are round and blue first, the ceiling is black."""
-    looks, n = {}, {"sae": 0, "control": 0, "baseline": 0, "ceiling": 0}
+    """Colour and marker of each dictionary: the SAE is blue and round, the ceiling black."""
+    looks, others = {"sae": look("blue", ms=7, elinewidth=2.4), "ceiling": look("black", "|")}, 0
+    found = {}
     for name, role in table.drop_duplicates("dictionary")[["dictionary", "role"]].itertuples(index=False):
-        i = n[role]
-        looks[name] = {"color": _BASELINES[i % len(_BASELINES)], "marker": "s^vDPX<>"[i % 8], "ms": 5}
-        if role in ("sae", "ceiling"):
-            looks[name] = look(("blue", "sky", "green", "purple")[i % 4], ms=7, elinewidth=2.4) if role == "sae" else look("black", "|")
-        n[role] += 1
-    return looks
+        found[name] = looks.get(role) or {"color": _OTHERS[others % len(_OTHERS)], "marker": "s^vDPX<"[others % 7], "ms": 5}
+        others += role not in looks
+    return found
 
 
 @drawn(table="DataFrame of ``ComparisonReport.table()``")
@@ -73,18 +69,21 @@ def concept_families(table: pd.DataFrame) -> Figure:
     return fig
 
 
-@drawn(coverage="DataFrame of ``ComparisonReport.coverage(thresholds)``")
+@drawn(coverage="DataFrame of ``ComparisonReport.coverage(thresholds)``, of the dictionaries that are to be drawn; seven can be told apart")
 def coverage_curves(coverage: pd.DataFrame) -> Figure:
-    """Share of concepts found with an AP above a threshold, over the threshold."""
+    """Share of concepts found with an AP above a threshold, over the threshold; named at the side, with the share at 0.5."""
     fig, ax = figure(width=0.95, height=3.8)
-    for name, how in _looks(coverage).items():
-        rows = coverage[coverage["dictionary"] == name]
+    middle = coverage.loc[(coverage["threshold"] - 0.5).abs() < 1e-6].set_index("dictionary")["share"]
+    looks = _looks(coverage)
+    for name in middle.sort_values(ascending=False).index:
+        rows, how = coverage[coverage["dictionary"] == name], looks[name]
         role = rows["role"].iloc[0]
         line = {"ls": "--", "marker": None} if role == "ceiling" else {"marker": how["marker"], "markevery": max(1, len(rows) // 8)}
-        band(ax, rows, "threshold", "share", how["color"], label=name, lw=2.6 if role == "sae" else 1.3, **line)
+        band(ax, rows, "threshold", "share", how["color"], label=f"{name}: {middle[name]:.0%}", lw=2.6 if role == "sae" else 1.3, **line)
     ax.axvline(0.5, color=COLORS["gray"], lw=1, ls=":")
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="average precision", ylabel=f"share of {coverage['n_concepts'].iloc[0]} concepts above it")
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    ax.yaxis.set_major_formatter(PERCENT)
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title="above 0.5 (dotted)", alignment="left")
     return fig
 
 
@@ -127,33 +126,6 @@ def name_agreement(agreement: pd.DataFrame) -> Figure:
     return fig
 
 
-@drawn(splitting="DataFrame of ``splitting``", absorption="DataFrame of ``absorption``; the twelve categories of most classes are shown")
-def concept_sharing(splitting: pd.DataFrame, absorption: pd.DataFrame) -> Figure:
-    """How many latents share a concept, by family; and how many classes the best latent of each category finds, skips, or leaves to others."""
-    fig, (left, right) = figure(height=4.3, ncols=2, width_ratios=[1, 1.25])
-    latents = pd.cut(splitting["n_latents"], [*_COUNTS, np.inf], labels=list(_COUNTS.values()))
-    shares = pd.crosstab(splitting["kind"], latents, normalize="index", dropna=False).loc[splitting["kind"].unique()]
-    shares.index = [f"{kind} ({(splitting['kind'] == kind).sum()})" for kind in shares.index]
-    shares.plot.barh(stacked=True, width=0.66, ax=left, color=sns.color_palette("viridis_r", shares.shape[1]))
-    left.set(xlim=(0, 1), xlabel="share of concepts", title="latents that share a concept")
-    found, skipped, absorbed = (absorption[name] for name in ("found", "skipped", "absorbed"))
-    fates = pd.DataFrame({
-        "found": found, "skipped": skipped & ~absorbed, "skipped, and another latent stands for it": absorbed,
-        "no latent of the category": ~found & ~skipped,
-    })  # fmt: skip
-    counts = fates.groupby(absorption["category"]).sum()
-    counts = counts.loc[absorption["category"].value_counts().sort_values(ascending=False, kind="stable").index[:12]]
-    counts = counts if len(counts) else counts.reindex(["no categories"])
-    counts.plot.barh(stacked=True, width=0.7, ax=right, color=[COLORS["blue"], COLORS["red"], COLORS["orange"], "#DDDDDD"])
-    right.set(xlabel="classes", title="classes of a category, for its best latent")
-    for ax, columns, title in ((left, 4, "latents"), (right, 2, None)):
-        ax.set_ylabel("")
-        ax.invert_yaxis()
-        ax.grid(False, axis="y")
-        ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=columns, title=title, handlelength=1.2, columnspacing=1.0)
-    return fig
-
-
 @drawn(table="DataFrame of ``Likeness.table``", chance="float; expected score once the images are shuffled")
 def monosemanticity(table: pd.DataFrame, chance: float) -> Figure:
     """Monosemanticity scores of all latents beside those of random directions and of single dimensions; and against how rare a feature is."""
@@ -189,24 +161,4 @@ def by_layer(rows: pd.DataFrame) -> Figure:
     intervals(axes[-1], rows, "layer", "object_ap", "main", thin, upright=True, spread=0)
     axes[-1].set_ylim(bottom=0)
     fig.supxlabel("layer (block whose output is read); red: the layer of this notebook; object AP with its 95 % interval", fontsize=9)
-    return fig
-
-
-@drawn(rows="DataFrame of ``nearest_variants``", baselines="DataFrame of ``ComparisonReport.table()``, optional; SAEs are left out")
-def variants(rows: pd.DataFrame, baselines: pd.DataFrame | None = None) -> Figure:
-    """How well the best latent finds objects: variants of the SAE, and below a line the dictionaries of the comparison."""
-    kinds = ["PatchSAE" if name.startswith("PatchSAE") else "alone" if name.endswith("alone") else "variant" for name in rows["dictionary"]]
-    names = [f"{row.dictionary}  (L0 {row.l0:.0f})" for row in rows.itertuples()]
-    shown = rows.rename(columns={"object_ap": "ap", "object_ap_low": "low", "object_ap_high": "high"}).assign(dictionary=names, look=kinds)
-    order = {name: name for name in names}
-    if baselines is not None:
-        others = baselines[(baselines["kind"] == "object") & (baselines["role"] != "sae")].sort_values("ap", ascending=False)
-        shown, order = pd.concat([shown, others.assign(look="other")]), order | {"": ""} | {name: name for name in others["dictionary"]}
-    colors = {"PatchSAE": "red", "variant": "blue", "alone": "green", "other": "gray"}
-    looks = {kind: look(color, elinewidth=2) for kind, color in colors.items()}
-    fig, ax = figure(width=0.85, height=0.24 * len(order) + 1.0)
-    ax.set(xlim=(0, min(1.0, 1.15 * shown["high"].max())), xlabel="object AP of the best feature (95 % interval)")
-    intervals(ax, shown, "dictionary", "ap", "look", looks, order=order, spread=0, text="{:.2f}")
-    if "" in order:
-        ax.axhline(len(names), color="#4D4D4D", lw=0.8)
     return fig

@@ -18,7 +18,7 @@ from .style import COLORS, CYCLE, HEAT, MARKERS, figure, image_axes
 
 PERCENT = PercentFormatter(1, decimals=0)
 HALO = [withStroke(linewidth=2.5, foreground="white")]
-DARKNESS = 0.6  # how much a picture is darkened where a latent is silent
+DARKNESS = 0.45  # how much a picture is darkened where a latent is silent
 
 
 def pretty(name: Any) -> str:

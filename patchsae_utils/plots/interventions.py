@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .drawing import PERCENT, band, before_after, errors, interval_panels, intervals, legend, look, outline, panels, pretty
+from .drawing import PERCENT, band, before_after, errors, intervals, legend, look, outline, panels, pretty
 from .style import COLORS, CYCLE, DIVERGING, drawn, figure, image_axes
 
 _CHOICES = {
@@ -85,18 +85,6 @@ def _curves(
     ax.set_xticks(range(len(ks)), [f"{k:,}" for k in ks])
     ax.yaxis.set_major_formatter(PERCENT)
     return ks
-
-
-@drawn(frame="DataFrame of ``sweep_masks``; one cluster of bars for each group of classes")
-def raw_reconstructed_error(frame: pd.DataFrame) -> Figure:
-    """What the autoencoder itself costs: accuracy on the raw residual stream, on its reconstruction, and with the error added back."""
-    rows = frame[frame["choose"] == "none"]
-    places = {row.group: f"{'all classes' if row.group == 'all' else row.group}\n{row.n:.0f} images" for row in rows.itertuples()}
-    looks = {"raw": look("gray"), "reconstructed": look("orange"), "error_kept": look("sky", "o", "error kept")}
-    return interval_panels(
-        rows, {"choose": {"none": "The autoencoder's own cost"}}, "group", "accuracy", "mode", looks, height=3.2, order=places, scale=100,
-        upright=True, bars=True, text="{:.0f}", ylabel="zero-shot accuracy (%)", subplots={"width": min(1.0, 0.25 + 0.18 * len(places))},
-    )[0]  # fmt: skip
 
 
 @drawn(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
-from .drawing import DARKNESS, strips
+from .drawing import DARKNESS, clip, strips
 from .heat import blend
 from .style import COLORS, drawn, figure, image_axes
 
@@ -31,12 +32,19 @@ def _shots(references: Any) -> list[tuple]:
 
 @drawn(credit=True, examples="sequence of ConceptExample")
 def concept_masks(examples: Sequence) -> Figure:
-    """Concepts in scenes: the picture, where the concept is, and where its best latent is active."""
+    """Concepts in scenes: the picture with the concept's patches outlined, and the activation of its best latent."""
     cells = []
     for each in examples:
-        shots = [(each.image, None, 1, "scene"), (each.image, each.truth, 1, "ground truth"), (each.activation, None, 1, "latent")]
-        cells.append((f"{each.concept}: latent {each.latent}, AP {each.ap:.2f}", shots))
-    return strips(cells, 3, 2, 1.9)
+        seen, mask = np.asarray(each.image), np.asarray(each.truth, float)
+        outlined = blend(seen, mask, 1.0, 0.5, 0.0, contour=True)
+        quiet = "" if float(each.activation.max()) else " (silent)"
+        cells.append(
+            (
+                f"{each.concept}: AP {each.ap:.2f}",
+                [(outlined, None, 1, "where it is"), (each.activation, None, 1, f"latent {each.latent}{quiet}")],
+            )
+        )
+    return strips(cells, 2, 4, 1.75)
 
 
 @drawn(credit=True, found="Levels", names="mapping of int to str; what to call the latents")
@@ -58,12 +66,13 @@ def levels(found: Any, names: Mapping[int, str]) -> Figure:
             corner = (found.patch[1] * wide, found.patch[0] * high)
             top.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor=COLORS["red"], lw=2))
         else:
-            top.imshow(blend(image, mask.numpy(), float(mask.max()) or 1.0, 0.0, DARKNESS))
-            top.set_xlabel(f"where {first} is active" if mask.max() > 0 else f"{first} is silent here", fontsize=8)
+            active = float(mask.max())
+            top.imshow(blend(image, mask.numpy(), active, 0.0, DARKNESS) if active else image)
+            top.set_xlabel(f"where {first} is active" if active else f"{first} is silent in this image", fontsize=9)
         bottom.barh(range(len(rows)), rows["value"], height=0.36, color=[colors.get(latent, "#C4C4C4") for latent in rows["latent"]])
         for y, latent in enumerate(rows["latent"]):
             words = f"{latent} {names.get(latent, '')}".strip()
-            bottom.text(0.02, y - 0.2, words, transform=bottom.get_yaxis_transform(), fontsize=8, va="bottom")
+            bottom.text(0.02, y - 0.2, clip(words, 24), transform=bottom.get_yaxis_transform(), fontsize=9, va="bottom")
         bottom.set(yticks=[], xlabel=unit, ylim=(len(rows) - 0.5, -0.8))
         bottom.grid(False, axis="y")
     return fig
@@ -85,20 +94,14 @@ def cross_domain(found: Any) -> Figure:
     return strips(cells, 3, len(domains), 1.35, size=8)
 
 
-@drawn(credit=True, found="TextAndImage", examples="sequence of TextExample")
-def text_and_image(found: Any, examples: Sequence) -> Figure:
-    """Do latents of things answer to the things' names? The share that does, against names dealt at random; and some latents in pictures."""
-    fig, ax = figure(height=max(2.9, 1.6 * -(-len(examples) // 2) + 0.2))
-    ax.remove()
-    left, right = fig.subfigures(1, 2, width_ratios=[1, 1.5])
-    ax = left.subplots()
+@drawn(found="TextAndImage")
+def text_and_image(found: Any) -> Figure:
+    """The share of latents of things that answer to the things' written names, against names dealt at random."""
+    fig, ax = figure(width=0.75, height=2.9)
     sns.histplot(x=found.shuffled, bins=24, color="#C4C4C4", alpha=1, lw=0, label="names dealt at random", ax=ax)
     ax.axvline(found.share, 0, 0.74, color=COLORS["red"], label=f"own names: {found.share:.1%} (p = {found.p:.2g})")
-    ax.set(xlabel=f"share of latents with p ≤ {found.alpha:g}", ylabel="shuffles", title=f"{len(found.table):,} latents of things")
+    ax.set(xlabel=f"share of {len(found.table):,} latents that prefer their own thing's name (p ≤ {found.alpha:g})", ylabel="shuffles")
     ax.set_ylim(0, 1.35 * ax.get_ylim()[1])
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    ax.xaxis.set_major_locator(MaxNLocator(4))
-    ax.legend(loc="upper left", fontsize=8)
-    shots = [zip(each.images, each.masks, [each.masks.max()] * 3, each.titles, strict=True) for each in examples]
-    strips([(f"latent {each.latent}", list(three)) for each, three in zip(examples, shots, strict=True)], 3, 2, 0, right, size=8)
+    ax.legend(loc="upper left", ncols=2)
     return fig

@@ -20,6 +20,7 @@ from patchsae_utils.concepts.detection import (
     detect_concepts,
     different_scenes,
     measure_concepts,
+    resampled_precision,
 )
 from patchsae_utils.concepts.names import UNNAMED, label_latents, unique_names
 from patchsae_utils.concepts.places import concept_examples
@@ -76,13 +77,20 @@ def test_weighted_precision_is_that_of_repeated_images(kind):
     positive = rng.choice(200, 31, replace=False)
     truth = np.isin(np.arange(200), positive)
     weights = np.stack([np.ones(20), *rng.multinomial(20, np.full(20, 0.05), 4)]).astype(float)
-    found = average_precision(scores, positive, images, weights)
+    found = resampled_precision(scores, positive, images, weights)
     expected = [average_precision_score(truth, scores, sample_weight=w[images]) for w in weights]
     np.testing.assert_allclose(found, expected, atol=1e-12)
-    np.testing.assert_allclose(average_precision(scores, positive, images, weights.astype(np.float32)), expected, atol=1e-6)
-    np.testing.assert_allclose(average_precision(scores, positive, images, weights, n_levels=16), expected, atol=0.06)
+    np.testing.assert_allclose(resampled_precision(scores, positive, images, weights.astype(np.float32)), expected, atol=1e-6)
+    np.testing.assert_allclose(resampled_precision(scores, positive, images, weights, coarse=True), expected, atol=0.06)
+    many = np.repeat(np.arange(100), 300)
+    noise = rng.normal(size=30_000)
+    shown = np.flatnonzero(rng.random(100)[many] * rng.random(30_000) > 0.9)
+    noise[shown] += 1 + rng.normal(size=100)[many][shown]
+    drawn = rng.multinomial(100, np.full(100, 0.01), 500).astype(np.float32)
+    fine, coarse = (resampled_precision(noise, shown, many, drawn, coarse=each) for each in (False, True))
+    assert coarse.std() == pytest.approx(fine.std(), rel=0.1) and np.corrcoef(fine, coarse)[0, 1] > 0.98  # what a centred interval needs
     none = np.zeros((1, 20))
-    assert np.isnan(average_precision(scores, positive, images, none)).all()
+    assert np.isnan(resampled_precision(scores, positive, images, none)).all()
 
 
 def test_correlation_equals_numpys_and_is_zero_for_dead_latents():

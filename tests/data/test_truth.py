@@ -91,7 +91,7 @@ def test_exported_scenes_give_the_average_precisions_of_their_own_truth(world, t
         pairs = np.arange(16).repeat(len(shown)), np.tile(np.arange(len(shown)), 16)
         mine, theirs = ([each.names.index(name) for name in shown] for each in (patches, same))
         (found, expected) = (
-            precisions(Activations(dictionary, each), pairs[0], np.array(columns)[pairs[1]])
+            precisions(Activations(dictionary, each), pairs[0], np.array(columns)[pairs[1]])[0]
             for each, columns in ((patches, mine), (same, theirs))
         )
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
