@@ -18,7 +18,6 @@ STATISTICS = ("log_frequency", "log_mean_activation", "label_entropy")
 """The three numbers of the paper's scatter; logarithms to the base 10."""
 QUANTILES = (10, 25, 50, 75, 90)
 """Percent of the alive latents."""
-VARIANTS = {"topk": "TopK", "batchtopk": "BatchTopK", "matryoshka": "Matryoshka", "jumprelu": "JumpReLU", "gated": "gated"}
 ZERO_SHOT, SHUFFLED = "zero-shot", "maple, shuffled labels"
 MEAN, AVERAGE = "harmonic mean", "average"
 """Of both halves of the classes; and the task name of the rows over all tasks."""
@@ -76,29 +75,6 @@ def by_layer(table: pd.DataFrame) -> pd.DataFrame:
     rows = pd.concat([_main(table).iloc[:1], table[table["axis"] == "layer"]])
     rows = rows.assign(main=rows["axis"] == "seed").sort_values("layer")
     return rows[["layer", "main", *(f"{name}_q{q}" for name in STATISTICS for q in QUANTILES), *_AP]].reset_index(drop=True)
-
-
-def nearest_variants(table: pd.DataFrame) -> pd.DataFrame:
-    """Columns dictionary, value, l0 and object_ap with its interval: the main setting, one row a seed; the :data:`VARIANTS`, each where the
-    ratio of its L0 to the main setting's mean is closest to 1; and the SAEs that were trained on CLS or on patches alone."""
-    main = _main(table)
-    goal = main["l0_all"].mean()
-    picked = [(f"PatchSAE, seed {row['value']}", row) for _, row in main.iterrows()]
-    for axis, name in VARIANTS.items():
-        rows = table[table["axis"] == axis]
-        if len(rows):
-            picked.append((name, rows.loc[np.log(rows["l0_all"].clip(lower=1e-9) / goal).abs().idxmin()]))
-    names = {"cls": "CLS tokens alone", "patches": "patches alone"}
-    picked += [(names[row["value"]], row) for _, row in table[table["axis"] == "tokens"].iterrows()]
-    frame = pd.DataFrame([row for _, row in picked])[["value", "l0_all", *_AP]].rename(columns={"l0_all": "l0"})
-    frame.insert(0, "dictionary", [name for name, _ in picked])
-    return frame.reset_index(drop=True)
-
-
-def seed_stability(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean cosine of latents matched one to one with seed 0's, by seed: value, matched_cosine, its _low and _high, and _random (by chance)."""
-    columns = ["value", "matched_cosine", "matched_cosine_low", "matched_cosine_high", "matched_cosine_random"]
-    return _main(table)[columns].dropna().reset_index(drop=True)
 
 
 def _main(table: pd.DataFrame) -> pd.DataFrame:

@@ -134,8 +134,8 @@ def resampled_precision(
 ) -> np.ndarray:
     """:func:`average_precision` under weights [R, n_images], how often each image counts: [R]; NaN where no positive counts.
 
-    Exact where the positives have at most ``N_LEVELS`` distinct scores, else at their quantiles. ``coarse`` is for intervals that are centred
-    on the exact value: at ``FEW_LEVELS``, with a part of the other patches.
+    Exact where the positives have at most ``N_LEVELS`` distinct scores, else at their quantiles. ``coarse`` is for intervals that are
+    centred on the exact value: at ``FEW_LEVELS``, with a part of the other patches.
     """
     thresholds, n_levels = np.unique(scores[positive]), FEW_LEVELS if coarse else N_LEVELS
     thin = THIN if coarse and len(scores) > MANY else 1

@@ -137,8 +137,8 @@ class Localization(NamedTuple):
         absorbed, matched = self.absorption(), self.matching()
         found = absorbed[absorbed["found"].astype(bool) | absorbed["skipped"].astype(bool)]
         return (
-            f"{found['category'].nunique()} of {absorbed['category'].nunique()} categories have a latent of their own. Of their {len(found)} "
-            f"classes it skips {found['skipped'].sum()}, {found['absorbed'].sum()} of them classes that another latent stands for (absorption). "
+            f"{found['category'].nunique()} of {absorbed['category'].nunique()} categories have a latent of their own. Of their "
+            f"{len(found)} classes it skips {found['skipped'].sum()}; another latent stands for {found['absorbed'].sum()} of these (absorption). "
             f"If no latent may serve two concepts, mean AP is {matched['ap'].mean():.3f} instead of {matched['best_ap'].mean():.3f}."
         )
 

@@ -115,16 +115,13 @@ class ComparisonReport:
         """Mean AP over all concepts, as text with its interval, L0 and explained variance: a row a dictionary, a column a read-out."""
         frame = self.frame.query("kind == 'all'")
         frame = frame.assign(said=[str(Interval(*row)) for row in frame[["ap", "low", "high"]].itertuples(index=False)])
-        known = (
-            frame[frame["readout"].isin(OWN)]
-            .set_index("dictionary")[["l0", "explained_variance"]]
-            .round({"l0": 0, "explained_variance": 2})
-        )
+        known = frame[frame["readout"].isin(OWN)].set_index("dictionary")[["l0", "explained_variance"]]
+        known = known.round({"l0": 0, "explained_variance": 2})
         table = frame.pivot(index="dictionary", columns="readout", values="said").reindex(known.index)[frame["readout"].unique()]
         return known.join(table).fillna("").rename_axis(None)
 
     def losses(self) -> str:
-        """In words: of each read-out, the kinds of concept on which another dictionary, read in the same way, is better than the SAE, and the best of them."""
+        """In words: by read-out, the kinds of concept of which another dictionary, read in the same way, is a better detector, and the best of them."""
         frame, found = self.frame, []
         sae = frame.loc[frame["role"] == "sae", "dictionary"].iloc[0]
         ours = frame[frame["dictionary"] == sae]
@@ -132,9 +129,7 @@ class ComparisonReport:
         comparable = frame[(frame["role"] != "ceiling") & frame["readout"].isin(ours["readout"]) & (frame["kind"] != "all")]
         for way, rows in comparable.groupby("readout", sort=False):
             mine = rows[rows["dictionary"] == sae].set_index("kind")
-            better = (
-                rows[rows["low"] > rows["kind"].map(mine["high"])].sort_values("ap", ascending=False).groupby("kind", sort=False).head(1)
-            )
+            better = rows[rows["low"] > rows["kind"].map(mine["high"])].sort_values("ap", ascending=False).drop_duplicates("kind")
             said = [f"{row.kind} to {row.dictionary} ({row.ap:.2f} against {mine.loc[row.kind, 'ap']:.2f})" for row in better.itertuples()]
             found += [f"{way}: {', '.join(said)}"] if said else []
         return text + (f"It loses, with intervals apart, by {'; by '.join(found)}." if found else "It loses nowhere with intervals apart.")

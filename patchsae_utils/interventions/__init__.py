@@ -2,8 +2,8 @@
 
 All edits go through `tail`, the part of the network behind the hook, and all refuse an SAE of another model, layer or weights. ``clip``,
 ``sae`` and ``layer`` are everywhere a model, perhaps adapted, and an SAE that reads it after this block. Letters: B batch, T tokens (CLS,
-then
-patches), P patches, D d_in, S d_sae, C classes, K concepts. May import: concepts, latents, sae, clip, data, run."""
+then patches), P patches, D d_in, S d_sae, C classes, K concepts. May import: concepts, latents, sae, clip, data, run.
+"""
 
 from .attribution import attribute_latents, attribution_check
 from .choosing import CHOICES

@@ -242,13 +242,12 @@ def swap_colors(
         Scenes with one main object (``openmoji/all`` or a task).
     latents : ConceptLatents, with kind ``color``, from the train split
     doses : sequence of float, factors on the level of what arrives
-    edit_cls : bool
-        Exchange them on the class token too, which has gathered the colour from the blocks before.
+    edit_cls : bool; exchange them on the class token too, which has gathered the colour from the blocks before
     n_scenes : int, from the front of the data set
 
     Returns two rows for each scene and dose, kind "own" and "control": index, source, target (colours), dose, saw_source (before the edit
-    the source's prompts fit best among all colours'), sees_target (1 where after it the target's do), source_change, target_change (of the
-    probabilities among colours), object_change (of the logit of the object's class).
+    the source's prompts fit best), sees_target (1 where after it the target's do), source_change, target_change (of the probabilities among
+    colours), object_change (of the logit of the object's class).
     """
     check_truth(dataset)
     sae.check_model(clip, layer)

@@ -23,7 +23,7 @@ from ..run.memory import out_of_memory
 from ..sae.model import SparseAutoencoder
 from .attribution import Attribution
 from .choosing import CHOICES, RANKINGS, Choosing
-from .tail import Active, Read, dataset_head, read_batches
+from .tail import Active, dataset_head, read_batches
 
 MODES = ("on", "off")
 
@@ -42,37 +42,30 @@ def sweep_masks(
     Parameters
     ----------
     clip, sae, layer
-    dataset : ImageData or OpenMojiData
-        What is evaluated: images that neither ``class_counts`` nor ``attribution`` has seen.
+    dataset : ImageData or OpenMojiData, of images that neither ``class_counts`` nor ``attribution`` has seen
     ks : sequence of int
         Numbers of latents, from 0 to S. S means all; otherwise a class's mask holds fewer than k where fewer have a positive score.
     choose : str or sequence of str
         Whose latents are ranked first: ``oracle`` (the image's *true* class: the paper's mask, which knows the label), ``predicted`` (the
         class that the unmasked model predicts), ``wrong`` (a random other class), ``dataset`` (all classes), ``random`` (latents not dead
-        on the train split, outcomes averaged over ``n_random`` draws), ``matched`` (for each of the k ``predicted`` latents another, about
-        as active in this image and as frequent on the train split; where an image has too few, the rows of that k are NaN, and a warning
-        says so).
+        on the train split, outcomes averaged over ``n_random`` draws), ``matched`` (for each ``predicted`` latent another, about as active
+        in this image and as frequent on the train split; NaN, with a warning, for a k of which some image has too few).
     keep_error : bool or two bools, whether the SAE's error z - z_hat is added back
     class_counts : LatentSummary or Tensor [C, S], optional
         Activation of every latent on every class, from the *train* split; without it ``random`` alone can be chosen, dead latents included.
     attribution : Attribution or Tensor [C, S], optional
         What each class's logit owes to every latent, from the *train* split (:func:`patchsae_utils.interventions.attribute_latents`).
-    rank_by : str or sequence of str
-        How classes rank their latents: ``count`` (tokens where they are active, the paper's), ``attribution``, or both.
+    rank_by : ``count`` (tokens where a latent is active, the paper's), ``attribution``, or both
     where : str or sequence of str, the masked tokens: ``all``, ``cls`` or ``patches``
     head : Tensor [C, d_embed], by default of the data set's classes
     groups : sequence of length C, or "class", optional
         A name for each class (its task, its tier): every row also for the images of each group alone. ``"class"``: of each class.
     n_random, batch_size : int
 
-    Returns
-    -------
-    DataFrame
-        choose, rank ("none" where no ranking counts), mode ("on": only the k latents are kept; "off": they are set to zero), k, where,
-        error ("kept" or "dropped"), group ("all" or a name), class (its index in rows of ``groups="class"``, else -1), accuracy, low, high,
-        change, change_low, change_high (of the accuracy against raw, paired image by image), logit, logit_low, logit_high (of the true
-        class), n (images). Intervals are over images. The first three rows of a group (choose "none") have the modes "raw", "reconstructed"
-        (no mask, error dropped) and "error_kept" (no mask, error kept).
+    Returns choose, rank ("none" where no ranking counts), mode ("on": only the k latents are kept; "off": they are set to zero), k, where,
+    error ("kept" or "dropped"), group ("all" or a name), class (its index in rows of ``groups="class"``, else -1), accuracy, low, high;
+    change (of the accuracy against raw, image by image), logit (of the true class), each with _low and _high; n (images, over which
+    intervals are). The first three rows of a group (choose "none") have the modes "raw", "reconstructed" and "error_kept": no mask.
 
     Source: Lim et al., ICLR 2025, section 4.1 and Fig. 5 (choices ``oracle``, ``dataset``, ``random``; ranked by count).
     """
@@ -104,7 +97,7 @@ def sweep_masks(
         logits = clip.logits(read.features(z), head)
         outcomes["none", "none", "raw", 0, "all", True].append(_values(logits, read.labels))
         for mode, keep, tokens in (("reconstructed", False, z_hat), ("error_kept", True, z_hat + (z - z_hat))):
-            outcomes["none", "none", mode, 0, "all", keep].append(_judge(clip, read, tokens, head))
+            outcomes["none", "none", mode, 0, "all", keep].append(_values(clip.logits(read.features(tokens), head), read.labels))
 
         for choice, ranking in conditions:
             draws: dict[tuple, list[Tensor]] = defaultdict(list)
@@ -122,7 +115,9 @@ def sweep_masks(
                                 if name != "all":
                                     tokens = starts["off", keep].clone()
                                     tokens[:, TOKENS[name]] = everywhere[:, TOKENS[name]]
-                                values = _judge(clip, read, tokens, head).masked_fill(short.to(z.device), torch.nan)
+                                values = _values(clip.logits(read.features(tokens), head), read.labels).masked_fill(
+                                    short.to(z.device), torch.nan
+                                )
                                 draws[choice, ranking, mode, ks[level], name, keep].append(values)
             for key, values in draws.items():
                 outcomes[key].append(torch.stack(values).mean(0))
@@ -135,12 +130,8 @@ def sweep_masks(
     )
 
 
-def _judge(clip: ClipModel, read: Read, tokens: Tensor, head: Tensor) -> Tensor:
-    """[2, B] of an edited stream: whether its class is right, and the true class's logit."""
-    return _values(clip.logits(read.features(tokens), head), read.labels)
-
-
 def _values(logits: Tensor, labels: Tensor) -> Tensor:
+    """[2, B]: whether the class is right, and the true class's logit."""
     return torch.stack([(logits.argmax(1) == labels).float(), logits.gather(1, labels[:, None])[:, 0]])
 
 
@@ -178,10 +169,8 @@ def _names(value: str | Sequence[str], valid: tuple[str, ...], what: str) -> lis
 def _rankings(counts, attribution, rank_by, choose, class_names, d_sae: int) -> tuple[dict[str, Tensor], Tensor | None]:
     """Each ranking's scores [C, S], and how often latents are active on the train split, [S]."""
     scores = {}
-    for ranking, table, name, attribute, made_by in (
-        ("count", counts, "class_counts", "class_counts", "summarize_latents"),
-        ("attribution", attribution, "attribution", "scores", "attribute_latents"),
-    ):
+    kinds = (("class_counts", "class_counts", "summarize_latents"), ("attribution", "scores", "attribute_latents"))
+    for ranking, table, (name, attribute, made_by) in zip(RANKINGS, (counts, attribution), kinds, strict=True):
         make = f"{name}={made_by}(clip, sae, <train split>, layer)"
         if table is not None:
             values = torch.as_tensor(getattr(table, attribute, table))

@@ -69,15 +69,11 @@ class Edit:
 class Steered(NamedTuple):
     """What the network says before and after edits of latents."""
 
-    features: Tensor
-    """[B, d_embed] image features after the edits, not normalised."""
-    logits: Tensor | None
-    """[B, C]; None without a head."""
+    features: Tensor  # [B, d_embed] image features after the edits, not normalised
+    logits: Tensor | None  # [B, C]; None without a head
     logits_before: Tensor | None
-    residual: Residual
-    """The edited residual stream."""
-    activations: Tensor
-    """[B, T, n] of the n latents that were edited, in the order of their first edits."""
+    residual: Residual  # the edited residual stream
+    activations: Tensor  # [B, T, n] of the n latents that were edited, in the order of their first edits
     activations_before: Tensor
 
     @property

@@ -124,20 +124,12 @@ def test_intervals_are_of_weighted_images(worlds, found):
     assert f"IoU {every['iou']:.2f}" in found.sentence()
 
 
-def test_splitting_counts_latents_whose_best_concept_it_is(found, monkeypatch):
-    monkeypatch.setattr(places, "MIN_SHARED_AP", 0.2)
-    monkeypatch.setattr(places, "SHARE", 0.55)
-    shared = found.splitting().set_index("concept")["n_latents"]
-    assert shared["object:a"] == 2 and shared["object:c"] == 1 and shared["category:pet"] == 1
-    monkeypatch.setattr(places, "SHARE", 1.0)
-    assert found.splitting().set_index("concept")["n_latents"]["object:a"] == 1
-
-
 def test_a_class_that_its_categorys_latent_skips_is_absorbed(found, monkeypatch):
     frame = found.absorption().set_index("object")
     assert frame["skipped"].tolist() == [False, False, True] and frame.loc["c", "recall"] == 0
     assert frame.loc["c", "absorbed"] and frame.loc["c", "object_latent"] == 2 and not frame.loc["a", "absorbed"]
     assert frame["found"].tolist() == [True, True, False]
+    assert "1 of 1 categories have a latent of their own. Of their 3 classes it skips 1; another latent stands for 1 of these" in found.sharing()
     monkeypatch.setattr(places, "MIN_SPECIAL_AP", 1.01)
     assert not found.absorption()["absorbed"].any() and found.absorption()["skipped"].sum() == 1
     monkeypatch.setattr(places, "MIN_RECALL", 1.01)

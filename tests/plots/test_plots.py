@@ -142,8 +142,6 @@ def figures(world) -> dict:
         ],
         columns=["a", "b", "n_a", "n_b", "n_both", "agreement", "chance", "related", "related_chance"],
     )
-    sharing = pd.DataFrame({"kind": RNG.choice(KINDS, 200), "n_latents": RNG.integers(0, 40, 200)})
-    absorbed = pd.DataFrame({"category": RNG.choice(WORDS, 100), "found": RNG.random(100) > 0.7, "skipped": False, "absorbed": False})
     scores = pd.DataFrame(
         {
             "dictionary": np.repeat(["SAE", "random directions", "single dimensions"], 200),
@@ -170,15 +168,6 @@ def figures(world) -> dict:
     masked = masked.assign(**{"class": masked["group"].map(WORDS.index)})
     layers = pd.DataFrame(
         {"layer": range(6), "main": [i == 4 for i in range(6)], **QUANTILES, "object_ap": 0.3, "object_ap_low": 0.2, "object_ap_high": 0.4}
-    )
-    saes = pd.DataFrame(
-        {
-            "dictionary": ["PatchSAE, seed 0", "TopK", "patches alone"],
-            "l0": [33, 32, 31],
-            "object_ap": 0.3,
-            "object_ap_low": 0.28,
-            "object_ap_high": 0.33,
-        }
     )
     parts = ["text head", "later blocks", "existing latents", "outside the dictionary", "both"]
     experiments = ["CLIP", "existing latents' part only", "outside part only", "text head", "adapted, without the outside part", "adapted"]
@@ -217,15 +206,12 @@ def figures(world) -> dict:
         "coverage_curves": (grid("share", dictionary=["SAE", "PCA"], role=["sae"], threshold=np.linspace(0, 1, 11)).assign(n_concepts=9),),
         "concept_masks": (examples,),
         "localization": (concepts,),
-        "concept_sharing": (sharing, absorbed),
         "reference_images": ([references(5), references(0), references(3)], ["best object: 3 crossed swords", "dead", "random: 7 unnamed"]),
         "name_agreement": (named,),
         "levels": (levels, {10: "crossed swords"}),
         "cross_domain": (domains,),
-        "text_and_image": (words, [SimpleNamespace(latent=i, images=pictures(3), masks=masks(3), titles=("coffee maker", "“coffee maker”", "“hook”")) for i in range(4)]),
+        "text_and_image": (words,),
         "by_layer": (layers,),
-        "variants": (saes, comparison()),
-        "raw_reconstructed_error": (sweep(["all", "common", "occasional", "rare"]),),
         "mask_curves": (sweep(errors=("dropped", "kept")),),
         "mask_tasks": (sweep(["all", "animals", "birds sea", "clothing", "home", "instruments", "meals", "tools"], ("oracle", "predicted", "wrong", "matched", "random")),),
         "steered": (pictures(2).numpy(), [steered(), steered()], WORDS, ["hedgehog's latents off", "and computer mouse's added"]),
