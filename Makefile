@@ -4,6 +4,7 @@
 #   make reproduce RUN_ARGS="--only 04 --force"
 #   make test      PYTEST_ARGS="-k steer"
 #   make refresh                       the same, then takes notebooks, figures and quoted numbers over into the repository
+#   make docs                          the site: lessons, reference, formats
 #   make ablations                     the grid of SAEs of notebook 02, trained and measured anew
 #
 # PYTHON: which Python makes .venv. PIP_ARGS: more words for pip, e.g. "--index-url ...".
@@ -22,7 +23,7 @@ export PIP_ARGS
 # Threads that spin at barriers cost five to ten times beside any other busy program.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help reproduce refresh test ablations lab explore lint notebooks-clean notebooks-check clean-runs venv
+.PHONY: help reproduce refresh test ablations lab explore docs lint notebooks-clean notebooks-check clean-runs venv
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -36,7 +37,7 @@ refresh:
 	@$(PY) -m patchsae_utils.reproduce --refresh $(RUN_ARGS)
 
 test:
-	@$(PYTHON) tools/install.py test explore
+	@$(PYTHON) tools/install.py test explore docs
 	env -u PATCHSAE_PROFILE -u PATCHSAE_SET $(PY) -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=900 $(PYTEST_ARGS)
 
 # An hour or two on two cores; goes on where it was stopped.
@@ -51,6 +52,11 @@ lab:
 explore:
 	@$(PYTHON) tools/install.py explore
 	$(PY) -m voila notebooks/06_latent_explorer.ipynb
+
+# The site, in build/site; a warning is an error.
+docs:
+	@$(PYTHON) tools/install.py docs
+	$(PY) -m mkdocs build --strict
 
 lint:
 	@$(PYTHON) tools/install.py test
