@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     # Shown in the help and in errors; main hands them on.
     commands.add_parser("notebooks", help="run the notebooks in order (the same as python -m patchsae_utils.reproduce)", add_help=False)
-    for run in (_doctor, _extract, _train, _summarize, _sweep, _adapt, _info, _convert):
+    for run in (_doctor, _extract, _train, _summarize, _sweep, _adapt, _ship, _info, _convert):
         name, first, rest = run.__name__[1:], *run.__doc__.split("\n", 1)
         text = "\n".join([first, *(line.removeprefix("    ") for line in rest.splitlines())])
         command = commands.add_parser(name, help=first, description=text, formatter_class=layout)
@@ -186,6 +186,21 @@ def _adapt(options: argparse.Namespace) -> dict[str, Any]:
             accuracy = adapted.log[-1].get("accuracy") if adapted.log else None
             made.append({"task": task, "kind": adapted.kind, "seed": seed, "training_accuracy": accuracy})
     return {"adapters": made, "folder": str(profile.folder("adapters"))}
+
+
+def _ship(options: argparse.Namespace) -> dict[str, Any]:
+    """write the dictionary that ships with the package (for its maintainers)
+
+    The default profile's SAE in float16, with statistics, names and embeddings, at most 8 MB: patchsae_utils/sae/openmoji_sae. What is missing is
+    made first."""
+    from .concepts.shipped import ship
+    from .sae.files import SHIPPED
+
+    stages, profile, clip, _ = _world(options)
+    if not profile.is_default:
+        raise ValueError(f"The default profile's dictionary ships, with its own settings; this profile is {profile.name!r}.")
+    stages.trained_sae(profile, clip)  # not that which ships already
+    return {"folder": str(SHIPPED), "megabytes": ship(stages.explorable(profile, clip), profile.name)}
 
 
 def _convert(options: argparse.Namespace) -> dict[str, Any]:

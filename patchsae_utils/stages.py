@@ -20,6 +20,8 @@ from .concepts.comparison import measure_dictionaries
 from .concepts.detection import ConceptPatches, measure_concepts
 from .concepts.pairs import Selectivity, selectivity
 from .concepts.report import ComparisonReport, ConceptReport
+from .concepts.names import label_latents
+from .concepts.shipped import Shipped, open_shipped
 from .config import Profile, repository_root
 from .data import ImageData, OpenMojiData, load_dataset
 from .data.loader import has_truth, without_broken
@@ -101,6 +103,20 @@ def latent_likeness(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) -
     """Embeddings of the images of :func:`statistics_data`, and the monosemanticity of every latent beside controls."""
     latent_summary(profile, clip, sae)
     return Likeness.load(profile.folder("latents") / "likeness")
+
+
+def explorers_ship(profile: Profile) -> bool:
+    """Whether explorers open on the dictionary that ships with the package: the default profile's, where none was trained."""
+    return profile.is_default and not is_made(profile.folder("sae")) and open_shipped() is not None
+
+
+def explorable(profile: Profile, clip: ClipModel) -> Shipped:
+    """The SAE, statistics, names and likeness that explorers show: of this profile, made where they are missing; or those that ship."""
+    if explorers_ship(profile):
+        return open_shipped()
+    sae = trained_sae(profile, clip)
+    summary = latent_summary(profile, clip, sae)
+    return Shipped(sae, summary, label_latents(summary, concept_report(profile, clip, sae)), latent_likeness(profile, clip, sae))
 
 
 def concept_scenes(profile: Profile, split: str) -> ImageData | OpenMojiData | None:
@@ -216,6 +232,10 @@ def is_made(folder: Path) -> bool:
 
 def missing_artifacts(profile: Profile) -> list[str]:
     """Artifacts that notebook 06 shows and that are not there, each as a sentence that names the notebook that makes it; empty when all are."""
+    if explorers_ship(profile):
+        return [
+            "Nothing is made yet: the explorers open on the dictionary that ships with the package, without adapted models (notebook 05 makes them)."
+        ]
     return [
         f"The {what} is missing: notebook {by} makes it in a few minutes; here it is made on the way."
         for what, (folder, by) in artifacts(profile).items()

@@ -23,6 +23,7 @@ from .formats.weights import Weights, check_settings, shapes
 from .model import SparseAutoencoder
 
 CONFIG, WEIGHTS = FORMATS["saelens"].config, FORMATS["saelens"].weights
+SHIPPED = Path(__file__).parent / "openmoji_sae"  # the default profile's SAE
 _HUB_FILES = ("*.json", "*.yaml", "*.yml", "*.safetensors", "*.pt")  # what an SAE may consist of
 
 
@@ -65,7 +66,7 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAuto
     ----------
     path : str or Path
         A folder, a file, or ``hf:<owner>/<repository>[/<folder or file>][@<revision>]`` for one on the Hugging Face hub, of which nothing but that
-        folder's own files is downloaded.
+        folder's own files is downloaded. ``"openmoji"`` is the default profile's, which ships with the package.
     device : str or torch.device
 
     Returns
@@ -86,6 +87,7 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAuto
 
 def read(path: str | Path) -> tuple[SparseAutoencoder, str, dict[str, Any], list[str]]:
     """As :func:`load_sae`: an SAE, its format, settings that matter as the program completes them, and names of those that don't."""
+    path = SHIPPED if str(path) == "openmoji" and not Path(path).exists() else path
     path = _fetch(str(path)) if str(path).startswith("hf:") else Path(path)
     form, file = find(path)
     this = FORMATS[form]
