@@ -30,10 +30,12 @@ from patchsae_utils.tables import QUANTILES, STATISTICS
 
 from . import grid
 
-N_TOKENS = 1_000_000  # of training, for each SAE
 N_TEST, N_STATISTICS = 720, 1080
-JUMPRELU = (0.3, 10)  # weights of the number of active latents; the input is scaled to unit size, as its authors train
-GATED = (0.1, 0.6)  # weights of the gate's L1, on the same scale
+PAPER = {  # its lambda belongs to 768 dimensions: see notebook 02
+    "sae.activation": "relu", "sae.k": None, "training.start": "random", "training.normalize": "none", "training.lr": 1.5e-3,
+    "training.schedule": "constant", "training.l1_coefficient": 3.2e-4, "training.ghost": True, "training.restart_dead": False,
+    "training.dead_after_tokens": 204_800, "training.n_tokens": 1_000_000,
+}  # fmt: skip
 _ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 
@@ -50,39 +52,34 @@ class Cell(NamedTuple):
 
 
 def cells(profile: Profile, n_layers: int) -> list[Cell]:
-    """One thing varied at a time around the profile's own settings, and each variant over a range of sparsities."""
-    training, main_layer = profile.training, profile.model.layer % n_layers
-    weight = training.l1_coefficient
+    """One thing varied at a time around the profile's own settings, and each variant at some sparsities."""
+    main_layer, main = profile.model.layer % n_layers, profile.sae
     found = [("seed", str(seed), {"training.seed": seed}) for seed in (0, 1, 2)]
-    found += [("layer", str(layer), {"model.layer": layer}) for layer in range(n_layers) if layer != main_layer]
-    found += [("expansion", f"x{n}", {"sae.expansion_factor": n}) for n in (8, 32, 64) if n != profile.sae.expansion_factor]
-    found += [("lambda", f"{factor * weight:.1e}", {"training.l1_coefficient": factor * weight}) for factor in (0.25, 0.5, 2, 4)]
+    found += [("topk", f"k {k}", {"sae.activation": "topk", "sae.k": k}) for k in (4, 20, 40) if ("topk", k) != (main.activation, main.k)]
     found += [
-        ("ghost", "off", {"training.ghost": False}),
+        ("start", "tokens", {"training.start": "data"}),
         ("start", "random weights", {"training.start": "random"}),
-        ("start", "random weights without ghost", {"training.start": "random", "training.ghost": False}),
-        # start="data" puts b_dec at the median itself: these belong beside "random weights".
-        ("b_dec", "mean, random weights", {"training.start": "random", "training.b_dec_start": "mean"}),
-        ("b_dec", "zero, random weights", {"training.start": "random", "training.b_dec_start": "zero"}),
-        ("arithmetic", "dense float32", {"training.precision": "float32", "training.sparse": "never"}),
-        ("tokens", "cls", {"training.tokens": "cls"}),
-        ("tokens", "patches", {"training.tokens": "patches"}),
+        ("dead latents", "left alone", {"training.restart_dead": False, "training.ghost": False}),
+        ("dead latents", "auxiliary loss", {"training.restart_dead": False, "training.ghost": True}),
+        ("units", "the stream's own", {"training.normalize": "none"}),
+        ("relu", "paper's recipe", PAPER),
     ]
-    for activation, ks in (("topk", (16, 32, 64)), ("batchtopk", (24, 48)), ("matryoshka", (24, 48))):
-        found += [(activation, f"k {k}", {"sae.activation": activation, "sae.k": k}) for k in ks]
-    for activation, weights in (("jumprelu", JUMPRELU), ("gated", GATED)):
-        scaled = {"sae.activation": activation, "training.normalize": "mean_and_norm"}
-        found += [(activation, f"{w:g}", {**scaled, "training.l1_coefficient": w}) for w in weights]
+    for activation in ("batchtopk", "matryoshka"):
+        found += [(activation, f"k {k}", {"sae.activation": activation, "sae.k": k}) for k in (10, 40)]
+    for activation in ("relu", "jumprelu", "gated"):
+        found += [(activation, f"L0 {n}", {"sae.activation": activation, "sae.k": None, "training.target_l0": n}) for n in (10, 40)]
+    found += [("layer", str(layer), {"model.layer": layer}) for layer in range(n_layers) if layer != main_layer]
+    found += [("tokens", "cls", {"training.tokens": "cls"}), ("tokens", "patches", {"training.tokens": "patches"})]
+    found += [("expansion", f"x{n}", {"sae.expansion_factor": n}) for n in (8, 32) if n != main.expansion_factor]
     return [Cell(axis, value, tuple(settings.items())) for axis, value, settings in found]
 
 
 class Ablations:
     """Trains and measures cells, and keeps what several cells share: the model, and the patches of one layer."""
 
-    def __init__(self, profile: Profile, clip: ClipModel, n_tokens: int = N_TOKENS, progress: bool = True):
+    def __init__(self, profile: Profile, clip: ClipModel, n_tokens: int | None = None, progress: bool = True):
         self.profile, self.clip, self.progress = profile, clip, progress
-        # All cells share their length, and that only active latents are computed, which is faster at every size here.
-        self.common = {"training.n_tokens": n_tokens, "training.sparse": "always"}
+        self.common = {} if n_tokens is None else {"training.n_tokens": n_tokens}
         self.folder = profile.folder("ablations")
         self.cells = cells(profile, clip.n_layers)
         data = profile.data
@@ -93,7 +90,7 @@ class Ablations:
     def _profile(self, settings: Mapping[str, Any]) -> tuple[Profile, int]:
         """The profile with settings changed, and its layer."""
         profile = self.profile
-        for name, value in {**self.common, **settings}.items():
+        for name, value in {**settings, **self.common}.items():
             section, _, setting = name.partition(".")
             profile = dataclasses.replace(profile, **{section: dataclasses.replace(getattr(profile, section), **{setting: value})})
         return profile, self.clip.layer_index(profile.model.layer)
@@ -101,7 +98,7 @@ class Ablations:
     def inputs(self, cell: Cell) -> dict[str, Any]:
         profile, layer = self._profile(dict(cell.settings))
         return {
-            "what": "ablations", "format": 5, "clip": self.clip.fingerprint, "data": profile.data.choice(), "sae": profile.sae,
+            "what": "ablations", "format": 6, "clip": self.clip.fingerprint, "data": profile.data.choice(), "sae": profile.sae,
             "training": profile.training, "layer": layer,
         }  # fmt: skip
 
@@ -179,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Train and measure the grid of a profile."""
     parser = grid.parser("ablations", __doc__)
     parser.add_argument("--axis", action="append", help="measure only cells of this axis; may be given several times")
-    parser.add_argument("--n-tokens", type=lambda text: int(float(text)), default=N_TOKENS, help="of every cell's training (default: 1e6)")
+    parser.add_argument("--n-tokens", type=lambda text: int(float(text)), help="of every cell's training (default: the profile's)")
     options = parser.parse_args(arguments)
     profile = load_profile(options.profile)
     clip, _ = stages.load_world(profile)

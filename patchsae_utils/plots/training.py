@@ -21,8 +21,8 @@ _VARIANTS = {
     "matryoshka": look("purple", "v", "Matryoshka"), "jumprelu": look("red", "D", "JumpReLU"), "gated": look("black", "P"),
 }  # fmt: skip
 _AXES = {
-    "layer": "layer", "expansion": "size", "lambda": "λ", "ghost": "ghost term", "start": "start", "b_dec": "b_dec starts at",
-    "arithmetic": "arithmetic", "tokens": "tokens",
+    "topk": "TopK,", "layer": "layer", "expansion": "size", "start": "start:", "dead latents": "dead latents:", "units": "units:", "tokens": "tokens:",
+    "relu": "ReLU,",
 }  # fmt: skip
 _MEASURES = {
     "object_ap": "Object\nAP", "explained_variance_all": "Explained\nvariance", "l0_all": "L0", "dead_fraction": "Dead\nlatents",
