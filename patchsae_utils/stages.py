@@ -36,6 +36,8 @@ from .sae.trainer import train_sae
 
 CONTROLS = {"decoder frozen": "frozen_decoder", "decoder softly frozen": "soft_decoder", "encoder frozen": "frozen_encoder"}
 """What the comparison calls them -> ``TrainConfig.constraint``."""
+CONTROL_RATE = 1.5e-3
+"""Their rate: from random weights the way is longer; at the rate that suits a start from k-means they would hardly learn, which is no control."""
 ADAPTER_PRECISION = "bf16"
 """Arithmetic of the image tower while an adapter is fitted: half the time on a CPU; learned weights are float32 either way."""
 
@@ -172,7 +174,7 @@ def trained_controls(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) 
     shorter, store = min(profile.training.n_tokens, 1_000_000), training_store(profile, clip)
     options, found = {name: getattr(sae, name) for name in sae.variant.options}, {}
     for name, constraint in CONTROLS.items():
-        recipe = dataclasses.replace(profile.training, n_tokens=shorter, start="random", constraint=constraint)
+        recipe = dataclasses.replace(profile.training, n_tokens=shorter, start="random", constraint=constraint, lr=max(CONTROL_RATE, profile.training.lr))
         out = profile.folder("latents") / "comparison" / constraint
         fresh = SparseAutoencoder(sae.d_in, sae.d_sae, sae.activation, **options, seed=profile.training.seed)
         found[name] = train_sae(fresh, store, recipe, out).requires_grad_(False)
