@@ -26,12 +26,16 @@ from patchsae_utils.run.artifacts import atomic_file
 def report(name: str, rows: Sequence[Mapping[str, Any]], ratio: float | None, *, path: str | Path | None = None, **more: Any) -> dict:
     """Print a benchmark's result as one JSON object, write it to ``path``, and return it; ``ratio``: how many times faster ours is."""
     result = {"benchmark": name, "hardware": hardware(), "rows": [dict(row) for row in rows], "ratio": ratio, **more}
-    text = json.dumps(result, indent=1)
     if path is not None:
-        with atomic_file(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
-    print(text)
+        write_report(path, result)
+    print(json.dumps(result, indent=1))
     return result
+
+
+def write_report(path: str | Path, result: Mapping[str, Any]) -> None:
+    """Write a result, as a whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def noise(n_images: int, n_classes: int, size: tuple[int, int]) -> ImageData:

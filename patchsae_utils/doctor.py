@@ -45,23 +45,23 @@ def examine(profile: Profile) -> dict[str, Any]:
         found["model"] = f"{clip.name}, {size / 1e6:.0f} million weights; {places}{words}"
     except (ValueError, OSError, ImportError) as error:
         missing.append(f"model: {error}")
-        return found | {"data": rows, "stages": _stages(profile, {}), "missing": missing}
+        return found | {"data": rows, "stages": _stages(profile, {}, {}), "missing": missing}
     if profile.sae.path:
         try:
             sae = stages.trained_sae(profile, clip)
             found["SAE"] = f"{profile.sae.path}: {sae.d_in} -> {sae.d_sae}, {sae.activation}; it is studied as it is, nothing is trained"
         except (ValueError, OSError, ImportError) as error:
             missing.append(f"sae.path: {error}")
-    seconds = {}
+    seconds, needs = {}, _needs(profile, clip, sets)
     if {"train", "statistics"} <= sets.keys() and not missing:
-        missing += _too_large(profile, clip, len(sets["train"]))
+        missing += _too_large(profile, clip, len(sets["train"]), needs)
         try:
             seconds = _trial(profile, clip)
         except (ValueError, OSError, MemoryError) as error:
             missing.append(f"{_N_TRIED} images were tried, and that failed: {error}")
     amounts = {"activations": "train", "statistics of the latents": "statistics"}
     takes = {stage: seconds[stage] * (len(sets[amounts[stage]]) if stage in amounts else profile.training.n_tokens) for stage in seconds}
-    return found | {"data": rows, "stages": _stages(profile, takes), "missing": missing}
+    return found | {"data": rows, "stages": _stages(profile, takes, needs), "missing": missing}
 
 
 def _machine(profile: Profile) -> dict[str, str]:
@@ -84,18 +84,30 @@ def _disk(profile: Profile) -> int:
     return shutil.disk_usage(next(folder for folder in (profile.root, *profile.root.parents) if folder.exists())).free
 
 
-def _too_large(profile: Profile, clip: ClipModel, n_images: int) -> list[str]:
+def _needs(profile: Profile, clip: ClipModel, sets: dict[str, Any]) -> dict[str, int]:
+    """Bytes that the large stages take: on the disk (activations) and of memory, beyond model and batch (SAE, statistics of the latents)."""
+    d_sae = profile.sae.expansion_factor * clip.width
+    n_images, n_classes = (
+        (len(sets["train"]) if "train" in sets else 0),
+        (len(sets["statistics"].class_names) if "statistics" in sets else 0),
+    )
+    return {
+        "activations": 2 * n_images * clip.n_tokens * clip.width,
+        "SAE": 4 * 4 * 2 * d_sae * clip.width,  # float32: weights, gradients, two moments
+        "statistics of the latents": 8 * d_sae * max(1, n_classes),
+    }
+
+
+def _too_large(profile: Profile, clip: ClipModel, n_images: int, needs: dict[str, int]) -> list[str]:
     """What the disk or the memory can't hold."""
-    said, d_sae = [], profile.sae.expansion_factor * clip.width
-    store, free = 2 * n_images * (1 + clip.grid[0] * clip.grid[1]) * clip.width, _disk(profile)
-    if store > free and not (profile.sae.path or stages.is_made(profile.folder("activations") / "train")):
-        sizes = f"take {store / 1e9:.0f} GB, {free / 1e9:.0f} are free"
+    said, free = [], _disk(profile)
+    if needs["activations"] > free and not (profile.sae.path or stages.is_made(profile.folder("activations") / "train")):
+        sizes = f"take {needs['activations'] / 1e9:.0f} GB, {free / 1e9:.0f} are free"
         said.append(f"disk: activations of {n_images:,} images {sizes}: set data.n_train_images lower.")
-    weights = 4 * 4 * 2 * d_sae * clip.width  # float32: weights, gradients, two moments
     memory = torch.cuda.mem_get_info()[0] if clip.device.type == "cuda" else _memory()
-    if memory and weights > memory and not profile.sae.path:
-        sizes = f"takes {weights / 1e9:.0f} GB, {memory / 1e9:.0f} are there"
-        said.append(f"memory: training {d_sae:,} latents {sizes}: set sae.expansion_factor lower.")
+    if memory and needs["SAE"] > memory and not profile.sae.path:
+        sizes = f"takes {needs['SAE'] / 1e9:.0f} GB, {memory / 1e9:.0f} are there"
+        said.append(f"memory: training {profile.sae.expansion_factor * clip.width:,} latents {sizes}: set sae.expansion_factor lower.")
     return said
 
 
@@ -126,10 +138,11 @@ def _trial(profile: Profile, clip: ClipModel) -> dict[str, float]:
     return spent
 
 
-def _stages(profile: Profile, takes: dict[str, float]) -> list[dict[str, str]]:
+def _stages(profile: Profile, takes: dict[str, float], needs: dict[str, int]) -> list[dict[str, str]]:
     rows = []
     for what, (folder, notebook) in stages.artifacts(profile).items():
         state = "made" if stages.is_made(folder) else "begun" if folder.exists() and any(folder.iterdir()) else "not made"
         about = f"about {duration(takes[what])}" if what in takes and state != "made" else ""
-        rows.append({"stage": what, "is": state, "takes": about, "by notebook": notebook})
+        size = f"{needs[what] / 1e9:.1f} GB of {'disk' if what == 'activations' else 'memory'}" if what in needs else ""
+        rows.append({"stage": what, "is": state, "takes": about, "needs": size, "by notebook": notebook})
     return rows

@@ -1,4 +1,4 @@
-"""Image data sets of the Hugging Face hub: whole (``hf:<repository>``), or the first images of a stream (``hf-stream:<repository>``)."""
+"""Image data sets of the Hugging Face hub: whole (``hf:<repository>``), or the first images of a stream (``hf-stream:<repository>``); tar shards alike."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .splits import SHARES, UNLABELLED, class_names, find_split, half_of_classes
 
 STREAMED = 10_000  # images of a stream where no number is given
 # Names of columns that are taken before others of their kind; as a label a plain number or text is taken under these names alone.
-IMAGES, LABELS = ("image", "img", "picture", "photo"), ("label", "labels", "class", "class_name", "category", "target")
+IMAGES, LABELS = ("image", "img", "picture", "photo"), ("label", "labels", "class", "class_name", "category", "target", "cls")
 _SHUFFLED = 1000  # images of a stream that are mixed at a time: shards come in a drawn order too, but classes may lie together in each
 _TENTHS = {"train": range(8), "val": range(8, 9), "test": range(9, 10)}  # of a stream without splits of its own: classes come in any order
 
@@ -132,6 +132,9 @@ class _Source:
         self.spec, self.wanted = spec, dict(parse_qsl(wanted))
         self.kind, *self._given = given.split(":", 2)
         self.repository, self.configuration = [*self._given, ""][:2]
+        self._files: dict[str, Any] = {}
+        if self.repository.endswith(".tar"):  # shards in the form of webdataset, of one name or a pattern
+            self._given, self._files = ["webdataset"], {"data_files": self.repository}
         if unknown := self.wanted.keys() - {"image", "label"}:
             raise ValueError(f"{spec}: unknown option {min(unknown)!r}; expected ?image=<column>&label=<column>.")
         try:
@@ -146,7 +149,7 @@ class _Source:
             if self.configuration and self.configuration not in (valid := self.datasets.get_dataset_config_names(self.repository)):
                 raise ValueError(self._choose(valid))
             try:
-                self.present = self.datasets.get_dataset_split_names(*self._given)
+                self.present = self.datasets.get_dataset_split_names(*self._given, **self._files)
             except ValueError as error:  # several configurations, and none of them is the default
                 valid = self.datasets.get_dataset_config_names(self.repository)
                 raise ValueError(self._choose(valid) if len(valid) > 1 else str(error)) from error
@@ -158,7 +161,7 @@ class _Source:
         return f"{self.spec} {wrong}. Name one of them, as in {self.kind}:{self.repository}:{valid[0]}: {', '.join(valid)}."
 
     def load(self, own_split: str, **options: Any):
-        return self.datasets.load_dataset(*self._given, split=own_split, **options)
+        return self.datasets.load_dataset(*self._given, split=own_split, **self._files, **options)
 
     def columns(self, features) -> tuple[str, str | None]:
         """Of the image and of its label, where there is one."""

@@ -47,7 +47,8 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
         file, that names a picture a line; one of the paper's eleven (``caltech101``, ``oxford_pets``, ``stanford_cars``, ``flowers102``, ``food101``,
         ``fgvc_aircraft``, ``sun397``, ``dtd``, ``eurosat``, ``ucf101``, ``imagenet``; a folder of such a name is written ``./dtd``);
         ``torchvision:<Name>``; ``hf:<repository>[:<configuration>]``; or ``hf-stream:<repository>[:<configuration>]``, of which only ``n_images``
-        (10,000 by default) are fetched. Names may end in ``?root=<folder>``, instead of ``$PATCHSAE_DATA``; those of the hub in
+        (10,000 by default) are fetched; ``<folder>/*.tar`` in place of a
+        repository, or alone, for shards of webdataset. Names may end in ``?root=<folder>``, instead of ``$PATCHSAE_DATA``; those of the hub in
         ``?image=<column>&label=<column>``. With what every pixel shows instead of labels:
         ``coco:<images>:<annotations.json>[:<more.json>...]`` and ``masks:<images>:<label images>[:<names.txt>]``.
     split : str
@@ -70,6 +71,8 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
         if controls.is_control(task, domain):
             return controls.ControlData(task, domain, split, half, n_images, seed)
         return OpenMojiData(task, split, domain or "color", half, n_images, seed)
+    if spec.endswith(".tar") and not spec.startswith("hf"):
+        spec = f"hf:{spec}"
     kind, _, rest = spec.partition(":")
     name, _, root = rest.partition("?root=")
     annotations = None

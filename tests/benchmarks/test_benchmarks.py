@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import common, end_to_end, extraction, mask_sweep, sae_step, summary
+from benchmarks import common, end_to_end, extraction, gpu, mask_sweep, sae_step, summary
 from patchsae_utils import stages
 from patchsae_utils.clip.loading import EMBEDDED, load_clip
 from patchsae_utils.sae.model import SparseAutoencoder
@@ -23,14 +23,15 @@ def one_process(monkeypatch):
     def run(module, side, settings, *, python=None, timeout=None):
         settings = json.loads(json.dumps(settings))
         torch.manual_seed(0)  # as every fresh process begins alike
-        if module != "benchmarks.sae_step":
-            measure = {"benchmarks.end_to_end": end_to_end.measure, "benchmarks.extraction": extraction.measure_memory}.get(module)
+        if module not in ("benchmarks.sae_step", "benchmarks.gpu") or side in ("extraction", "mask sweep"):
+            others = {"benchmarks.end_to_end": end_to_end, "benchmarks.gpu": gpu}
+            measure = extraction.measure_memory if module == "benchmarks.extraction" else getattr(others.get(module), "measure", None)
             return measure(side, settings) if measure else summary.SIDES[side](settings)
         if side in sae_step.PEERS:
             return {"error": f"ModuleNotFoundError: No module named {side!r}"}
         return json.loads(json.dumps(sae_step.measure(side, settings)))
 
-    for benchmark in (sae_step, end_to_end, extraction, summary):
+    for benchmark in (sae_step, end_to_end, extraction, summary, gpu):
         monkeypatch.setattr(benchmark, "in_subprocess", run)
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
@@ -163,3 +164,44 @@ def test_the_summary_benchmark_reports_both_sides(one_process, tmp_path, monkeyp
     assert all(row["peak_bytes"] > 1e7 and row["images_per_second"] > 0 for row in result["rows"][:3])
     assert result["within_limit"] == (result["rows"][0]["peak_bytes"] < 4e9) and result["rows"][2]["added_bytes"] >= 0
     assert result["rows"][3]["images"] == 12 and result["scenes_within_limit"] == (result["rows"][3]["seconds"] * 5000 / 12 < 180)
+
+
+GPU = "--device cpu --threads 1 --model openmoji --d-in 24 --d-sae 256 --tokens 32,64 --l0s 8 --images 1 --steps 1 --repeats 1 --product 64"
+GPU += f" --pretrained {WEIGHTS} --sweep-images 1 --summary-images 2"
+
+
+def test_one_command_measures_all_of_a_gpu_and_a_part_that_fails_costs_itself_alone(one_process, tmp_path, monkeypatch, capsys):
+    path, kept = tmp_path / "gpu.json", []
+
+    def fails(run):
+        yield {"side": "first"}
+        kept.append(json.loads(path.read_text())["parts"]["end to end"])  # what a run that is cut off here would leave
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def tests(run):
+        yield {"status": 0}
+
+    monkeypatch.setattr(gpu, "SHORTEST", 0.0)
+    monkeypatch.setattr(gpu, "PARTS", gpu.PARTS | {"tests": tests, "end to end": fails})
+    result = gpu.main([*GPU.split(), "--json", str(path)])
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result)) and set(result["parts"]) == set(gpu.PARTS)
+    parts = result["parts"]
+    assert kept == [[{"side": "first"}]] and parts["end to end"][1]["error"].startswith("RuntimeError: CUDA error")
+    assert "RuntimeError: CUDA error" in capsys.readouterr().err
+    assert [(row["side"], row["tokens"]) for row in parts["step"]] == [(side, 32) for side in gpu.SIDES]
+    assert all("seconds" in row for row in parts["step"] if row["side"] not in sae_step.PEERS)
+    assert all("No module named" in row["error"] for row in parts["step"] if row["side"] in sae_step.PEERS)
+    losses = [row["first_loss"] for row in parts["step"][:3]]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-2), "the same loss in bfloat16"
+    assert parts["extraction"][0]["images_per_second"] > 0 and parts["mask sweep"][0]["ratio"] > 0 and parts["statistics"][0]["seconds"] > 0
+    assert [(row["tokens"], set(row) - {"tokens", "target_l0"}) for row in result["ratios"]] == [
+        (n, {"dense TF32", "dense bfloat16"}) for n in (32, 64)
+    ]
+
+
+def test_when_the_time_is_over_parts_say_so(tmp_path):
+    result = gpu.main([*GPU.split(), "--minutes", "0", "--json", str(tmp_path / "gpu.json")])
+    assert (
+        all(rows == [{"error": "TimeoutError: left out: the time was over"}] for rows in result["parts"].values())
+        and result["ratios"] == []
+    )

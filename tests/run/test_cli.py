@@ -116,7 +116,18 @@ def test_the_doctor_says_what_is_there_and_how_long_it_takes_and_leaves_nothing(
         takes[stage][1].startswith("about ") and takes[stage][0] == "not made"
         for stage in ("activations", "SAE", "statistics of the latents")
     )
+    needs = {row["stage"]: row["needs"] for row in found["stages"]}
+    assert needs["activations"] == "0.0 GB of disk" and needs["SAE"] == "0.0 GB of memory"
     assert not (world / "runs" / "ill").exists()
+
+
+def test_the_doctor_knows_what_a_run_of_the_papers_size_takes():
+    """388 GB of activations for ImageNet-1k (docs/scaling.md), and four times the weights of 768 x 49,152 in float32, encoder and decoder."""
+    profile = SimpleNamespace(sae=SimpleNamespace(expansion_factor=64))
+    sets = {"train": range(1_281_167), "statistics": SimpleNamespace(class_names=range(1000))}
+    needs = doctor._needs(profile, SimpleNamespace(width=768, n_tokens=197), sets)
+    assert round(needs["activations"] / 1e9) == 388 and round(needs["SAE"] / 1e6) == 1208
+    assert round(needs["statistics of the latents"] / 1e6) == 393
 
 
 @pytest.mark.parametrize(
