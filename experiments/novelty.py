@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,9 +41,9 @@ from .train_openmoji_clip import PretrainingScenes, normalise
 
 N_FIT = 300
 """Training pictures of each control; a class of 18 has 16 shots."""
-N_PICTURES, N_SPLIT = 800, 240
+N_PICTURES, N_SPLIT = 400, 240
 """Test pictures: half of the first train the dictionaries; on the second number the gain is split."""
-SIZE = {"d_sae": 1024, "k": 16, "n_tokens": 300_000}
+SIZE = {"d_sae": 768, "k": 16, "n_tokens": 150_000}
 """Of each dictionary."""
 DIRECTIONS = {0.005: 4, 0.02: 4, 0.1: 4}
 """Share of pictures -> how many planted directions they show, each on six of a picture's tokens."""
@@ -67,10 +68,10 @@ class Control(NamedTuple):
 CONTROLS = (
     Control("CLIP itself", "null", "itself", "openmoji/animals"),
     Control("CLIP, trained further", "null", "further", "openmoji/animals"),
+    Control("planted directions", "new", "planted", "openmoji/animals"),
     Control("CoOp", "null", "coop", "openmoji/instruments"),
     Control("nonce names", "null", "finetune", "openmoji/animals:nonce"),
     Control("relabelled", "null", "finetune", "openmoji/animals:relabelled"),
-    Control("planted directions", "new", "planted", "openmoji/animals"),
     Control("unseen objects", "new", "finetune", "openmoji/unseen"),
     Control("line drawings", "new", "finetune", "openmoji/vehicles:line"),
     Control("sign, 2 %", "new", "finetune", "openmoji/sign-2"),
@@ -95,12 +96,17 @@ class Novelty:
     """Makes and measures controls."""
 
     def __init__(
-        self, profile: Profile, clip: ClipModel, sae: SparseAutoencoder, *, n_fit: int = N_FIT, n_pictures: int = N_PICTURES,
+        self, profile: Profile, clip: ClipModel, *, n_fit: int = N_FIT, n_pictures: int = N_PICTURES,
         size: Mapping[str, int] = SIZE, progress: bool = True,
     ):  # fmt: skip
-        self.profile, self.clip, self.sae, self.size = profile, clip, sae, dict(size)
+        self.profile, self.clip, self.size = profile, clip, dict(size)
         self.n_fit, self.n_pictures, self.progress = n_fit, n_pictures, progress
         self.layer, self.folder = clip.layer_index(profile.model.layer), profile.folder("adapters") / "controls"
+
+    @cached_property
+    def sae(self) -> SparseAutoencoder:
+        """Opened, or trained, when the first split asks for it."""
+        return stages.trained_sae(self.profile, self.clip)
 
     def data(self, control: Control, split: str, n_images: int) -> Any:
         half = None if "/sign" in control.spec else "base"
@@ -118,13 +124,18 @@ class Novelty:
         """The control's model: CLIP, adapted or not."""
         if control.how == "itself":
             return self.clip
-        config = self.profile.adapters
         if control.how in ("further", "planted"):
-            return trained_further(self.clip, config.epochs * -(-self.n_fit // config.batch_size), config.batch_size)
+            return self._further
+        config = self.profile.adapters
         data = self.data(control, "train", 4 * self.n_fit)
         config = dataclasses.replace(config, n_shots=max(1, self.n_fit // len(data.class_names)))
         out = self.folder / f"{_slug(control.name)}-model"
         return fit_adapter(self.clip, control.how, data, config, out, precision=stages.ADAPTER_PRECISION, progress=self.progress)
+
+    @cached_property
+    def _further(self) -> FineTuned:
+        config = self.profile.adapters
+        return trained_further(self.clip, config.epochs * -(-self.n_fit // config.batch_size), config.batch_size)
 
     def measure(self, cell: Cell, folder: Path) -> dict[str, Any]:
         """``rows``: the table's, without seconds."""
@@ -142,6 +153,7 @@ class Novelty:
         return {"rows": [{"method": method, **scores(*each)} for method, each in found.items()]}
 
     def tables(self, measured: Mapping[Cell, Mapping[str, Any]]) -> dict[str, pd.DataFrame]:
+        """Columns: control, kind, method, those of :func:`scores`, in rows of :data:`SPLIT` those of :func:`split_shares`, seconds, commit."""
         rows = [
             {"control": cell.control.name, "kind": cell.control.kind, **part, "seconds": row["seconds"], "commit": row["commit"]}
             for cell, row in measured.items() for part in row["rows"]
@@ -265,9 +277,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     profile = load_profile(options.profile)
     clip, _ = stages.load_world(profile)
-    chosen = [Cell(c, what) for c in CONTROLS for what in ("latents", "split") if not options.control or c.name in options.control]
+    chosen = [Cell(c, what) for what in ("latents", "split") for c in CONTROLS if not options.control or c.name in options.control]
     chosen = [cell for cell in chosen if cell.what == "latents" or cell.control.how not in ("itself", "planted")]
-    for number, (cell, row, _) in enumerate(grid.run(Novelty(profile, clip, stages.trained_sae(profile, clip)), chosen, options.out), 1):
+    for number, (cell, row, _) in enumerate(grid.run(Novelty(profile, clip), chosen, options.out), 1):
         table = pd.DataFrame(row["rows"]).set_index("method")
         print(
             f"[{number}/{len(chosen)}] {cell.control.name}, {cell.what} ({row['seconds']:.0f} s)", table.to_string(), sep="\n", flush=True

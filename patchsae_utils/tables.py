@@ -1,4 +1,4 @@
-"""The tables that ``make ablations`` and ``python -m experiments.protocol`` write, read.
+"""The tables that ``make ablations``, ``python -m experiments.protocol`` and ``python -m experiments.novelty`` write, read.
 
 Their counterparts in Lim et al. (ICLR 2025) are Table 2, Fig. 9 (layers) and Fig. 8 (CLS alone).
 """
@@ -31,7 +31,7 @@ def table_path(profile: Profile, name: str) -> Path:
 
 
 def load_table(profile: Profile, name: str) -> pd.DataFrame | None:
-    """One of the tables "ablations", "adaptation" and "gain_split"; None where the profile has none yet."""
+    """One of the tables "ablations", "adaptation", "gain_split" and "novelty"; None where the profile has none yet."""
     path = table_path(profile, name)
     return pd.read_csv(path) if path.exists() else None
 
@@ -83,3 +83,13 @@ def _main(table: pd.DataFrame) -> pd.DataFrame:
     if main.empty:
         raise ValueError("The table of ablations lacks any row of axis 'seed', the main setting. `make ablations` writes it anew.")
     return main
+
+
+def planted_and_found(table: pd.DataFrame, method: str = "combined") -> dict[str, float]:
+    """Of the table "novelty", pooled over controls: ``planted_recall``, ``planted_precision``, and the ``null_new_share`` of latents."""
+    rows = table[table["method"] == method]
+    new, null = rows[(rows["kind"] == "new") & (rows["planted"] > 0)], rows[rows["kind"] == "null"]
+    right = (new["precision"].fillna(0) * new["called"]).sum()
+    parts = {"planted_recall": (new["found"].sum(), new["planted"].sum()), "planted_precision": (right, new["called"].sum())}
+    parts["null_new_share"] = (null["called"].sum(), null["candidates"].sum())
+    return {name: float(part / whole) if whole else np.nan for name, (part, whole) in parts.items()}

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 LR = 1e-3
-BATCH = 2048
+BATCH = 512
 WARMUP, DECAY = 0.05, 0.2  # shares of the steps
 _RATE = 0.02  # of the running mean of the threshold
 

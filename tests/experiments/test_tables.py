@@ -14,6 +14,7 @@ from patchsae_utils.tables import (
     frontier,
     load_benchmark,
     load_table,
+    planted_and_found,
 )
 
 
@@ -71,3 +72,13 @@ def test_variants_are_compared_where_they_are_as_sparse():
     found = at_matched_l0(table, 20)["object_ap"]
     assert found["relu"] == pytest.approx(0.6)  # 20 is half-way between 10 and 40 on a logarithmic scale
     assert 0.8 < found["topk"] < 0.9 and pd.isna(found["gated"])
+
+
+def test_what_planted_features_say_over_controls():
+    """Counts are pooled, not shares averaged."""
+    columns = ["kind", "method", "planted", "found", "called", "precision", "candidates"]
+    rows = [("new", "combined", 12, 9, 10, 0.9, 500), ("new", "combined", 1, 1, 10, 0.1, 500), ("null", "combined", 0, 0, 5, None, 500),
+            ("null", "combined", 0, 0, 0, None, 300), ("new", "combined", 0, 0, 70, None, 500), ("useless", "combined", 1, 1, 9, 1.0, 500),
+            ("new", "ridge", 12, 12, 400, 0.1, 500)]  # fmt: skip
+    found = planted_and_found(pd.DataFrame(rows, columns=columns))
+    assert found == pytest.approx({"planted_recall": 10 / 13, "planted_precision": 0.5, "null_new_share": 5 / 800})
