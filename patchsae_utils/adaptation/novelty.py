@@ -154,14 +154,16 @@ def _over(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 def verdicts(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """One verdict a latent from tables by measure: latent, verdict, and each measure's score and evidence.
 
-    "new": two of ``scaling``, ``matched`` and ``predicted`` say so, and none the contrary; the other way round "changed" if ``difference``
-    or ``norms`` say that the change writes it, else "as before"; "undecided" where they disagree or don't know.
+    "new": ``scaling`` says so, and ``matched`` or ``predicted``, and none the contrary. On controls these two together call much new that
+    was there, as no sparse latent is linear in a stream. "as before": two of the three say so, and none the contrary, or "changed" if
+    ``difference`` or ``norms`` say that the change writes it; "undecided" where they disagree or don't know.
     """
     presence = [tables[name]["evidence"] for name in ("scaling", "matched", "predicted")]
     new, before = (sum((each == word).to_numpy().astype(int) for each in presence) for word in (NEW, BEFORE))
     moved = np.logical_or.reduce([(tables[name]["evidence"] == NEW).to_numpy() for name in ("difference", "norms") if name in tables])
     was = (before >= 2) & (new == 0)
-    verdict = np.select([(new >= 2) & (before == 0), was & moved, was], [NEW, "changed", BEFORE], UNDECIDED)
+    sure = (tables["scaling"]["evidence"] == NEW).to_numpy() & (new >= 2) & (before == 0)
+    verdict = np.select([sure, was & moved, was], [NEW, "changed", BEFORE], UNDECIDED)
     scores = {f"{name}{end}": table[column] for name, table in tables.items() for end, column in (("", "score"), ("_evidence", "evidence"))}
     return pd.DataFrame({"latent": range(len(verdict)), "verdict": verdict, **scores})
 

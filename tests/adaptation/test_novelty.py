@@ -182,13 +182,13 @@ def test_verdicts_weigh_what_was_there_before_what_moved():
 
     found = verdicts(
         {
-            "scaling": table(NEW, NEW, BEFORE, BEFORE, NEW, UNDECIDED),
-            "matched": table(NEW, UNDECIDED, BEFORE, BEFORE, BEFORE, UNDECIDED),
-            "predicted": table(NEW, NEW, BEFORE, UNDECIDED, NEW, NEW),
-            "difference": table(NEW, BEFORE, NEW, BEFORE, NEW, NEW),
+            "scaling": table(NEW, NEW, BEFORE, BEFORE, NEW, UNDECIDED, UNDECIDED),
+            "matched": table(NEW, UNDECIDED, BEFORE, BEFORE, BEFORE, UNDECIDED, NEW),
+            "predicted": table(NEW, NEW, BEFORE, UNDECIDED, NEW, NEW, NEW),
+            "difference": table(NEW, BEFORE, NEW, BEFORE, NEW, NEW, NEW),
         }  # fmt: skip
     )
-    assert found["verdict"].tolist() == [NEW, NEW, "changed", BEFORE, UNDECIDED, UNDECIDED]
+    assert found["verdict"].tolist() == [NEW, NEW, "changed", BEFORE, UNDECIDED, UNDECIDED, UNDECIDED]
     assert found.loc[4, "matched_evidence"] == BEFORE
 
 
