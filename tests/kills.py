@@ -1,4 +1,4 @@
-"""Run by test_resume.py: kills a training process at random moments until it has been killed often enough, then lets it finish.
+"""Run by test_resume.py and test_fault_kills.py: kills training, or a pass of the statistics, at random moments, and then lets it finish.
 
 A parent that has imported torch, and nothing more, forks a child for every attempt: a fresh process in no time. The child trains as anybody
 would; the parent watches its log, waits until it has got some random way further, and sends SIGKILL. Prints how often, and where.
@@ -76,6 +76,32 @@ def run(out: Path, n_kills: int, options: dict, settings: dict) -> dict:
     return {"killed_at": killed_at, "status": status}
 
 
+def statistics(out: Path, n_kills: int) -> dict:
+    """The pass of shares.py, at 20 milliseconds a picture, killed so often."""
+    import shares
+
+    class SlowPictures(shares.Pictures):
+        def __getitem__(self, index):
+            time.sleep(0.02)
+            return super().__getitem__(index)
+
+    shares.passes.SAVE_SECONDS, moments, kills = 0.0, random.Random(0), 0
+    saved = lambda: {path.name for path in (out / ".statistics-unfinished").glob("counted-*.safetensors")}  # noqa: E731
+    make = lambda: shares.statistics(out, SlowPictures())  # noqa: E731
+    for _ in range(n_kills):
+        before, seen = saved(), set()
+
+        def two_savings_later(before=before, seen=seen):  # so that every attempt gets on
+            seen |= saved() - before
+            return len(seen) >= 2
+
+        kills += killed(make, two_savings_later, moments.uniform(0, 0.03))  # somewhere in a forward pass, an update or a saving
+    return {"kills": kills, "status": os.waitpid(attempt(make), 0)[1]}
+
+
 if __name__ == "__main__":
     runs = json.loads(sys.argv[2])
-    print(json.dumps({name: run(Path(sys.argv[1]) / name, **arguments) for name, arguments in runs.items()}))
+    if isinstance(runs, int):
+        print(json.dumps(statistics(Path(sys.argv[1]), runs)))
+    else:
+        print(json.dumps({name: run(Path(sys.argv[1]) / name, **arguments) for name, arguments in runs.items()}))

@@ -12,13 +12,9 @@ METADATA = {"model_name": "openmoji", "layer": 4, "tokens": "all", "grid": [14, 
 
 
 VARIANTS = [
-    {},
-    {"activation": "topk", "k": 3},
-    {"activation": "batchtopk", "k": 3},
-    {"activation": "jumprelu", "bandwidth": 0.2},
-    {"activation": "gated"},
-    {"activation": "matryoshka", "k": 3, "groups": (5, 20)},
-]
+    {}, {"activation": "topk", "k": 3}, {"activation": "batchtopk", "k": 3}, {"activation": "jumprelu", "bandwidth": 0.2},
+    {"activation": "gated"}, {"activation": "matryoshka", "k": 3, "groups": (5, 20)},
+]  # fmt: skip
 
 
 TOKENS = 4 + 2 * torch.randn(300, 6, generator=torch.Generator().manual_seed(4))

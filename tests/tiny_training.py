@@ -8,30 +8,15 @@ from patchsae_utils.config import TrainConfig
 from patchsae_utils.sae.model import SparseAutoencoder
 
 CONFIG = TrainConfig(
-    n_tokens=40 * 64,
-    batch_tokens=64,
-    lr=3e-3,
-    warmup_steps=5,
-    l1_coefficient=1e-3,
-    dead_after_tokens=4 * 64,
-    log_every=3,
-    checkpoint_every=7,
-    seed=0,
-)
+    n_tokens=40 * 64, batch_tokens=64, lr=3e-3, warmup_steps=5, l1_coefficient=1e-3, dead_after_tokens=4 * 64, log_every=3,
+    checkpoint_every=7, seed=0,
+)  # fmt: skip
 
 
 METADATA = SimpleNamespace(
-    model_name="toy",
-    weights_hash="0",
-    layer=1,
-    tokens="all",
-    grid=(2, 2),
-    preprocessing="",
-    dataset="toy",
-    split="train",
-    seed=0,
+    model_name="toy", weights_hash="0", layer=1, tokens="all", grid=(2, 2), preprocessing="", dataset="toy", split="train", seed=0,
     n_images=200,
-)
+)  # fmt: skip
 
 
 class Store:

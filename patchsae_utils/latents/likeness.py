@@ -131,7 +131,7 @@ class LikenessObserver(Observer):
         names = dataset.concept_names if has_truth(dataset) else ()
         if objects := [c for c, name in enumerate(names) if name.startswith("object:")]:
             self.objects, widths["objects"] = objects, len(objects)
-        self.vectors = {name: torch.full((len(dataset), d), torch.nan) for name, d in widths.items()}
+        self.vectors = {name: torch.zeros(len(dataset), d) for name, d in widths.items()}
         sizes = {"SAE": sae.d_sae, "random directions": sae.d_sae, "single dimensions": 2 * sae.d_in}
         self.scores = {name: RunningScores(n, widths) for name, n in sizes.items()}
 
@@ -153,7 +153,7 @@ class LikenessObserver(Observer):
             e["objects"] = torch.from_numpy(np.stack(shown)).float()
         e = {name: F.normalize(vectors, dim=-1).cpu() for name, vectors in e.items()}
         for name, vectors in e.items():
-            self.vectors[name][places.cpu()] = vectors
+            self.vectors[name][places.cpu()] += vectors
         tokens = stream.tokens[:, : self.clip.n_tokens].to(self.sae.W_enc.device)
         for rows, h in latent_chunks(self.control, tokens):
             self.scores["random directions"].add(h.mean(1), {name: vectors[rows] for name, vectors in e.items()})
@@ -166,18 +166,7 @@ class LikenessObserver(Observer):
     def state(self) -> dict[str, Tensor]:
         return {f"{name}/{key}": sums for name, scores in self.scores.items() for key, sums in scores.sums.items()} | self.vectors
 
-    def absorb(self, state: Mapping[str, Tensor]) -> None:
-        for name, value in state.items():
-            if name in self.vectors:
-                self.vectors[name] = torch.where(value.isnan(), self.vectors[name], value)
-            else:
-                dictionary, key = name.split("/")
-                self.scores[dictionary].sums[key] += value
-
     def finish(self) -> None:
-        """Write what was collected; ValueError if an image was not read."""
-        if n := int(self.vectors["clip"].isnan().any(1).sum()):
-            raise ValueError(f"{n} of {len(self.dataset)} images were not read; the score needs all of them.")
         parts = []
         for name, scores in self.scores.items():
             found = {_COLUMNS[judge]: values.numpy() for judge, values in scores.finish().items()}

@@ -49,11 +49,14 @@ class Observer:
         """Some images of the batch: latents [b, 1+P, S], classes and places [b]."""
 
     def state(self) -> dict[str, Tensor]:
-        """All that was counted."""
+        """All that was counted, in the tensors that count."""
         return {}
 
     def absorb(self, state: Mapping[str, Tensor]) -> None:
         """Add entries of another's :meth:`state`, which counted other images."""
+        own = self.state()
+        for name, value in state.items():
+            own[name].add_(value.to(own[name].device))
 
     def finish(self) -> None:
         """After the last image, in the main process: write what was counted."""

@@ -192,11 +192,9 @@ class RunningSummary(Observer):
         return {**self.sums, **self.tops}
 
     def absorb(self, state: Mapping[str, Tensor]) -> None:
-        for name, value in state.items():
-            if name in self.sums:
-                self.sums[name].add_(value.to(self.sums[name].device))
-            else:
-                merge_keys(self.tops[name], value.to(self.tops[name].device))
+        super().absorb({name: value for name, value in state.items() if name in self.sums})
+        for name in self.tops.keys() & state.keys():
+            merge_keys(self.tops[name], state[name].to(self.tops[name].device))
 
     def finish(self) -> None:
         if self.out is not None:

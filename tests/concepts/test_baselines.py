@@ -230,9 +230,8 @@ def test_table_ratio_and_headline_are_consistent(compared):
     assert headline["ap_ratio_to_probe"] == pytest.approx(means["mine"] / means["linear probe"]) and headline["n_concepts"] == 3
     assert compared.ratio("object", "noise")[0].value > 2
     mine = table.loc[("mine", "all")]
-    assert (
-        f"Over 3 concepts the best latent reaches an AP of {mine['ap']:.2f} [{mine['low']:.2f}, {mine['high']:.2f}]" in compared.sentence()
-    )
+    said = f"Over 3 concepts the best latent reaches an AP of {mine['ap']:.2f} [{mine['low']:.2f}, {mine['high']:.2f}]"
+    assert said in compared.sentence()
     assert f"{ratio} times the best unsupervised baseline (single dimensions)" in compared.sentence()
     with pytest.raises(ValueError, match="No dictionary 'PCA'"):
         compared.ratio(to="PCA")
@@ -242,10 +241,8 @@ def test_coverage_falls_with_the_threshold(compared):
     curve = compared.coverage(np.linspace(0, 1, 11)).query("dictionary == 'mine'")
     assert curve["share"].is_monotonic_decreasing and curve["share"].iloc[0] == 1 and curve["share"].iloc[-1] == 0
     at = compared.coverage([0.5]).set_index("dictionary").loc["mine"]
-    assert (
-        at["threshold"] == 0.5
-        and at["share"] == (compared.detection.query("dictionary == 'mine' and readout == 'activations'")["ap"] > 0.5).mean()
-    )
+    assert at["threshold"] == 0.5
+    assert at["share"] == (compared.detection.query("dictionary == 'mine' and readout == 'activations'")["ap"] > 0.5).mean()
 
 
 def test_a_competitor_may_read_another_model_but_not_other_scenes():

@@ -58,12 +58,9 @@ IDENTITY = Dictionary("identity", 12, lambda x, columns: x if columns is None el
 def test_average_precision_is_scikit_learns(kind, n_positive):
     rng = np.random.default_rng(n_positive)
     scores = {
-        "dense": rng.normal(size=400),
-        "sparse": rng.exponential(size=400) * (rng.random(400) < 0.1),
-        "ties": rng.integers(0, 4, 400).astype(float),
-        "constant": np.zeros(400),
-        "negative": -rng.integers(0, 4, 400).astype(float),
-    }[kind]
+        "dense": rng.normal(size=400), "sparse": rng.exponential(size=400) * (rng.random(400) < 0.1),
+        "ties": rng.integers(0, 4, 400).astype(float), "constant": np.zeros(400), "negative": -rng.integers(0, 4, 400).astype(float),
+    }[kind]  # fmt: skip
     positive = rng.choice(400, n_positive, replace=False)
     truth = np.isin(np.arange(400), positive)
     assert average_precision(scores, positive) == pytest.approx(average_precision_score(truth, scores), abs=1e-12)
@@ -252,9 +249,8 @@ def test_names_from_labels_are_lift_over_the_base_rate():
     ])  # fmt: skip
     names = label_latents(summary_of(hits, class_images, ["missile", "crane", "dog", "crane"])).set_index("latent")
     assert names.loc[0, ["name", "kind", "class_index"]].tolist() == ["missile", "class", 0]
-    assert names.loc[0, "score"] == pytest.approx((9 / 10) / (10 / 40)) and names.loc[0, "margin"] == pytest.approx(
-        3.6 - (1 / 10) / (19 / 40)
-    )
+    assert names.loc[0, "score"] == pytest.approx((9 / 10) / (10 / 40))
+    assert names.loc[0, "margin"] == pytest.approx(3.6 - (1 / 10) / (19 / 40))
     assert names.loc[1, "name"] == UNNAMED  # active in every image: lift 1
     assert names.loc[2, "name"] == UNNAMED  # one image of one: a lift of 40 that chance gives often
     assert names.loc[3, "kind"] == "dead" and names.loc[4, "name"] == UNNAMED

@@ -191,11 +191,8 @@ def test_classes_of_plain_columns_are_those_of_all_splits_and_gaps_are_left_out(
 
 def test_of_several_columns_one_is_chosen_and_said(hub):
     features = {
-        "mask": PICTURE,
-        "image": PICTURE,
-        "fine": datasets.ClassLabel(names=["x", "y"]),
-        "coarse": datasets.ClassLabel(names=["z"]),
-    }
+        "mask": PICTURE, "image": PICTURE, "fine": datasets.ClassLabel(names=["x", "y"]), "coarse": datasets.ClassLabel(names=["z"]),
+    }  # fmt: skip
     columns = {"mask": [Image.new("L", (4, 4))] * 3, "image": pictures(3), "fine": [0, 1, 1], "coarse": [0, 0, 0]}
     hub(features, train=columns, test=columns)
     with pytest.warns(UserWarning) as said:

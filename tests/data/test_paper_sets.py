@@ -280,9 +280,8 @@ def test_what_the_hub_cannot_give_is_said(hub, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "load_dataset", offline)
     for kind in ("hf", "hf-stream"):
-        with pytest.raises(
-            FileNotFoundError, match=f"{kind}:somebody/birds could not be read .ConnectionError: Couldn't reach .*hf auth login"
-        ):
+        message = f"{kind}:somebody/birds could not be read .ConnectionError: Couldn't reach .*hf auth login"
+        with pytest.raises(FileNotFoundError, match=message):
             load_dataset(f"{kind}:somebody/birds", "train")
     monkeypatch.setitem(sys.modules, "datasets", None)
     for kind in ("hf", "hf-stream"):

@@ -20,13 +20,9 @@ from patchsae_utils.tables import (
 
 def row(axis: str, value: str, l0: float = 30.0, ap: float = 0.3, layer: int = 4, **other) -> dict:
     numbers = {
-        "axis": axis,
-        "value": value,
-        "layer": layer,
-        "activation": axis if axis in ("topk", "jumprelu") else "relu",
-        "tokens": "all",
+        "axis": axis, "value": value, "layer": layer, "activation": axis if axis in ("topk", "jumprelu") else "relu", "tokens": "all",
         "l0_all": l0,
-    }
+    }  # fmt: skip
     numbers |= {"object_ap": ap, "object_ap_low": ap - 0.02, "object_ap_high": ap + 0.03}
     numbers |= {f"{name}_q{q}": layer + q / 100 for name in STATISTICS for q in QUANTILES}
     return numbers | other

@@ -52,9 +52,8 @@ def test_extraction_onto_a_full_disk_keeps_whole_shards(tiny_clip, tiny_dataset,
     extract = lambda folder, n: extract_activations(tiny_clip, n, LAYER, folder, n_per_shard=8, progress=False)  # noqa: E731
     filler = small_disk / "photographs"
     filler.write_bytes(bytes(120_000))
-    with pytest.raises(
-        OSError, match="No space left on device, while this file was being written. What was whole before is kept"
-    ) as raised:
+    message = "No space left on device, while this file was being written. What was whole before is kept"
+    with pytest.raises(OSError, match=message) as raised:
         extract(small_disk / "store", tiny_dataset)
     assert raised.value.errno == errno.ENOSPC and "shard-00002.safetensors" in str(raised.value)
     kept = {path.name: file_sha256(path) for path in (small_disk / "store").glob("shard-*")}

@@ -91,9 +91,8 @@ def test_every_flipped_bit_and_cut_end_of_other_artifacts_is_noticed(artifacts_o
                     opened(folder)
             for content in (b"", b"[]", b"{}", whole[: len(whole) // 2]):
                 path.write_bytes(content)
-                with pytest.raises(
-                    (ValueError, FileNotFoundError), match="damaged|not valid JSON|JSON object|format version|describes None"
-                ):
+                message = "damaged|not valid JSON|JSON object|format version|describes None"
+                with pytest.raises((ValueError, FileNotFoundError), match=message):
                     opened(folder)
             path.write_bytes(whole)
 

@@ -15,11 +15,8 @@ from patchsae_utils.config import _SECTIONS, Profile, load_profile
 from patchsae_utils.sae.files import CONFIG, load_sae, save_sae
 
 NAMES = [f"{section}.{item.name}" for section, kind in _SECTIONS.items() for item in dataclasses.fields(kind)] + [
-    "name",
-    "training.speed",
-    "x.y",
-    "",
-]
+    "name", "training.speed", "x.y", "",
+]  # fmt: skip
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
 JSON = st.recursive(
     PLAIN, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=12

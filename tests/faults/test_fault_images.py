@@ -222,15 +222,13 @@ def test_A2_missing_splits_are_made_up_for_in_one_way(hub, tmp_path, monkeypatch
     for parted in (str(tmp_path / "two"), "hf:somebody/birds", "torchvision:Parted"):
         hub["rows"] = {"train": twenty, "test": twenty[:6]}
         train, val, test = (load_dataset(parted, split) for split in ("train", "val", "test"))
-        assert (len(train), len(val)) == (20, len(test)) and [val[i].image.tobytes() for i in range(6)] == [
-            test[i].image.tobytes() for i in range(6)
-        ]
+        assert (len(train), len(val)) == (20, len(test))
+        assert [val[i].image.tobytes() for i in range(6)] == [test[i].image.tobytes() for i in range(6)]
     picture_folder(tmp_path / "loud" / "Training", a=3, b=3), picture_folder(tmp_path / "loud" / "VALIDATION", a=1, b=1)
     assert [len(load_dataset(str(tmp_path / "loud"), split)) for split in ("train", "val", "test")] == [6, 2, 2]
     hub["rows"] = {"test": twenty}
-    with pytest.raises(
-        ValueError, match="hf:somebody/birds has no split 'train'; it has test. Where a source has no split val, its test serves"
-    ):
+    message = "hf:somebody/birds has no split 'train'; it has test. Where a source has no split val, its test serves"
+    with pytest.raises(ValueError, match=message):
         load_dataset("hf:somebody/birds", "train")
 
 
@@ -275,10 +273,8 @@ def test_A5_pictures_that_lie_deeper_are_counted(tmp_path):
     """FAULTS A5: class folders that hold folders."""
     picture_folder(tmp_path / "train", cat=4, **{"dog/puppy": 3, "dog/old/very": 2}), picture_folder(tmp_path / "test", cat=1)
     (tmp_path / "train" / "loose.jpg").write_bytes(b"")
-    with pytest.warns(
-        UserWarning,
-        match=r"6 images of \S+train lie in no class folder or deeper than one \(.*dog/puppy.*\) and are left out; .*there are 4",
-    ):
+    message = r"6 images of \S+train lie in no class folder or deeper than one \(.*dog/puppy.*\) and are left out; .*there are 4"
+    with pytest.warns(UserWarning, match=message):
         data = load_dataset(str(tmp_path), "train")
     assert len(data) == 4 and data.class_names == ["cat", "dog"]
     picture_folder(tmp_path / "deep", **{"animals/cat": 3})
@@ -314,11 +310,8 @@ def test_A7_A8_numbers_of_any_depth_are_scaled_everywhere_alike(tmp_path, values
     path = tmp_path / f"ramp.{ending}"
     Image.fromarray(values).save(path)
     found = [
-        open_picture(path),
-        open_picture(path.read_bytes()),
-        open_picture(Image.open(path)),
-        open_picture(lambda: Image.fromarray(values)),
-    ]
+        open_picture(path), open_picture(path.read_bytes()), open_picture(Image.open(path)), open_picture(lambda: Image.fromarray(values)),
+    ]  # fmt: skip
     found += [read_upload(path.read_bytes())[0]] if ending == "png" else []
     for image in found:
         np.testing.assert_allclose(np.asarray(image)[..., 0], (255 * RAMP).round(), atol=3)
@@ -353,9 +346,8 @@ def test_A9_rows_of_a_stream_without_image_or_label_are_left_out(hub, tmp_path):
     """FAULTS A9: and reported; the stream goes on."""
     rows = hub["rows"]["train"]
     hub["rows"]["train"] = [{**rows[0], "picture": None}, {**rows[1], "species": None}, *rows[2:]]
-    with pytest.warns(
-        UserWarning, match=r"2 rows of hf-stream:somebody/birds \(train\) have no image or no label and are left out: \d, \d"
-    ):
+    message = r"2 rows of hf-stream:somebody/birds \(train\) have no image or no label and are left out: \d, \d"
+    with pytest.warns(UserWarning, match=message):
         data = load_dataset("hf-stream:somebody/birds", "train")
     assert sorted(data[i].image.getpixel((0, 0))[0] for i in range(6)) == [20, 30, 40, 50, 60, 70]
     with pytest.warns(UserWarning, match="1 of 8 rows .* have no label"):
@@ -369,9 +361,8 @@ def test_A9_a_configuration_is_named_or_they_are_listed(hub):
     hub["configurations"] = ["large", "small"]
     for kind in ("hf", "hf-stream"):
         for given, message in (("somebody/birds", "has several configurations"), ("somebody/birds:tiny", "has no configuration 'tiny'")):
-            with pytest.raises(
-                ValueError, match=f"{kind}:{given} {message}. Name one of them, as in {kind}:somebody/birds:large: large, small"
-            ):
+            message = f"{kind}:{given} {message}. Name one of them, as in {kind}:somebody/birds:large: large, small"
+            with pytest.raises(ValueError, match=message):
                 load_dataset(f"{kind}:{given}", "train")
         data = load_dataset(f"{kind}:somebody/birds:small", "train")
         assert (len(data), data.name) == (8, "birds")

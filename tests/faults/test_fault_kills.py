@@ -35,7 +35,7 @@ def one_thread():
 def test_statistics_killed_at_random_moments_end_bit_for_bit_as_if_they_had_not_been(tmp_path, one_thread):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
     (tmp_path / "killed").mkdir()
-    command = [sys.executable, HERE / "statistics_kills.py", tmp_path / "killed", "4"]
+    command = [sys.executable, HERE.parent / "kills.py", tmp_path / "killed", "4"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout.splitlines()[-1]) == {"kills": 4, "status": 0}

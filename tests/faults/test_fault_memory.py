@@ -89,9 +89,8 @@ def test_where_not_even_one_image_fits_it_says_what_to_do(tiny_clip, tiny_sae, t
         lambda: summarize_latents(small, tiny_sae, tiny_dataset, LAYER, progress=False),
     ):
         small.sizes.clear()
-        with pytest.raises(
-            MemoryError, match=r"Not even one image fits the memory of cpu\. Free some of it.*device='cpu'.*precision='bf16'"
-        ):
+        message = r"Not even one image fits the memory of cpu\. Free some of it.*device='cpu'.*precision='bf16'"
+        with pytest.raises(MemoryError, match=message):
             call()
         assert small.sizes[-1] == 1
 
@@ -113,10 +112,8 @@ def test_training_says_which_setting_to_lower_and_keeps_its_checkpoint(tmp_path,
         return step(self, *args)
 
     monkeypatch.setattr(training.Training, "move", full)
-    with pytest.raises(
-        MemoryError,
-        match=r"training steps of \d+ tokens \(CUDA out of memory.*\)\. Set training\.batch_tokens or sae\.expansion_factor lower",
-    ):
+    message = r"training steps of \d+ tokens \(CUDA out of memory.*\)\. Set training\.batch_tokens or sae\.expansion_factor lower"
+    with pytest.raises(MemoryError, match=message):
         train_sae(fresh(), Store(), CONFIG, tmp_path / "run", progress=False)
     monkeypatch.undo()
     store = Store()

@@ -83,9 +83,8 @@ def test_faults_c8_an_sae_of_another_layer_or_model_is_refused(entry, metadata, 
         name for name in interventions.__all__ if name not in ("CHOICES", "Edit", "clearest_latents", "dataset_head", "summarize_effects")
     }
     stranger = SparseAutoencoder(tiny_clip.width, 64, metadata={"model_name": "tiny", "layer": 1, **metadata})
-    with pytest.raises(
-        ValueError, match="The SAE reads 32-dimensional activations of '(tiny|another)'.*the residual stream of 'tiny' holds"
-    ):
+    message = "The SAE reads 32-dimensional activations of '(tiny|another)'.*the residual stream of 'tiny' holds"
+    with pytest.raises(ValueError, match=message):
         ENTRIES[entry](tiny_clip, stranger, tiny_dataset, head)
     with pytest.raises(ValueError, match="The SAE reads 16-dimensional.*the residual stream of 'tiny' holds 32-dimensional"):
         ENTRIES[entry](tiny_clip, SparseAutoencoder(16, 64), tiny_dataset, head)

@@ -78,22 +78,19 @@ def norms() -> pd.DataFrame:
     return grid("median", top=60, layer=range(6), token=["CLS", "patch"])
 
 
+def made(n: int, **columns) -> pd.DataFrame:
+    """Rows at random: one of a list, or a number between two ends."""
+    return pd.DataFrame({name: RNG.choice(each, n) if isinstance(each, list) else RNG.uniform(*each, n) for name, each in columns.items()})
+
+
 def latents(n: int = 400) -> pd.DataFrame:
-    columns = {
-        "frequency": 10 ** RNG.uniform(-3.5, 0, n),
-        "mean_activation": 10 ** RNG.normal(-1, 0.5, n),
-        "label_entropy": RNG.uniform(0, 2.3, n),
-    }
-    return pd.DataFrame({"latent": range(n), **columns})
+    logs = made(n, frequency=(-3.5, 0), mean_activation=(-2, 0))
+    return (10**logs).assign(latent=range(n), label_entropy=RNG.uniform(0, 2.3, n))
 
 
 def links() -> pd.DataFrame:
-    rows = [
-        (i, WORDS[i], 100 * i + j, *RNG.uniform(0, 0.3, 2), ("stayed", "vanished", "appeared")[(i + j) % 3])
-        for i in range(10)
-        for j in range(4)
-    ]
-    return pd.DataFrame(rows, columns=["class", "class_name", "latent", "base", "adapted", "link"])
+    table = made(40, base=(0, 0.3), adapted=(0, 0.3), link=["stayed", "vanished", "appeared"])
+    return table.assign(**{"class": np.repeat(range(10), 4), "class_name": np.repeat(WORDS, 4)}, latent=range(40))
 
 
 def confused() -> SimpleNamespace:
@@ -115,24 +112,17 @@ def figures(world) -> dict:
         grid("value", 0.02, sae=["PatchSAE", "random directions"], metric=["explained_variance", "zero_shot_top1"], variant=["reconstruction"], tokens=["cls", "patch", "all"]),
         grid("value", 0.02, sae=["PatchSAE"], metric=["zero_shot_top1"], variant=["raw", "error_kept"], tokens=["all"]),
     ])  # fmt: skip
-    frontier = ABLATIONS[ABLATIONS["axis"].isin(["seed", "lambda", "topk", "batchtopk", "matryoshka", "jumprelu", "gated"])].sort_values(
-        "l0_all"
-    )
-    examples = [
-        SimpleNamespace(concept=f"object:{word}", latent=7, ap=0.5, image=pictures(1)[0], truth=masks(1)[0] > 0, activation=masks(1)[0])
-        for word in WORDS[:3]
-    ]
-    table = pd.DataFrame(
-        [(level, 10 * i + j % 3, 9 - j) for i, level in enumerate(["patch", "image", "class", "data set"]) for j in range(8)],
-        columns=["level", "latent", "value"],
-    )
-    levels = SimpleNamespace(
-        table=table, patch=(2, 9), class_name="bat", image=pictures(1)[0], masks=dict(zip(table["latent"], masks(32), strict=True))
-    )
+    compared = ABLATIONS["axis"].isin(["seed", "lambda", "topk", "batchtopk", "matryoshka", "jumprelu", "gated"])
+    frontier = ABLATIONS[compared].sort_values("l0_all")
+    seen = dict(image=pictures(1)[0], truth=masks(1)[0] > 0, activation=masks(1)[0])
+    examples = [SimpleNamespace(concept=f"object:{word}", latent=7, ap=0.5, **seen) for word in WORDS[:3]]
+    rows = [(level, 10 * i + j % 3, 9 - j) for i, level in enumerate(["patch", "image", "class", "data set"]) for j in range(8)]
+    table = pd.DataFrame(rows, columns=["level", "latent", "value"])
+    shown = dict(zip(table["latent"], masks(32), strict=True))
+    levels = SimpleNamespace(table=table, patch=(2, 9), class_name="bat", image=pictures(1)[0], masks=shown)
     elsewhere = grid("frequency", latent=[3, 5], domain=["color", "line", "gray"]).assign(same_class=0.4)
-    domains = SimpleNamespace(
-        table=elsewhere, references={i: {d: references(3 * (d != "line")) for d in ("color", "line", "gray")} for i in (3, 5)}
-    )
+    found = {i: {d: references(3 * (d != "line")) for d in ("color", "line", "gray")} for i in (3, 5)}
+    domains = SimpleNamespace(table=elsewhere, references=found)
     words = SimpleNamespace(table=elsewhere, share=0.017, shuffled=RNG.normal(0.012, 0.002, 300), p=0.05, alpha=0.05)
     named = pd.DataFrame(
         [
@@ -142,42 +132,22 @@ def figures(world) -> dict:
         ],
         columns=["a", "b", "n_a", "n_b", "n_both", "agreement", "chance", "related", "related_chance"],
     )
-    scores = pd.DataFrame(
-        {
-            "dictionary": np.repeat(["SAE", "random directions", "single dimensions"], 200),
-            "score": RNG.beta(4, 6, 600),
-            "n_images": RNG.integers(1, 3000, 600),
-        }
-    )
-    concepts = pd.DataFrame(
-        {"kind": RNG.choice(KINDS, 200), **{name: RNG.random(200) for name in ("ap", "iou", "pointing", "pointing_chance")}}
-    )
+    scores = made(600, dictionary=["SAE", "random directions", "single dimensions"], score=(0.1, 0.8), n_images=[*range(1, 3000)])
+    concepts = made(200, kind=KINDS, ap=(0, 1), iou=(0, 1), pointing=(0, 1), pointing_chance=(0, 1))
     states = {"removed_before": 0.5, "stays_before": 0.2, "removed_after": 0.1, "stays_after": 0.6}
     removal = [{"index": i, "kind": "own", "removed": i + which, **states} for i in world.pairs for which in (0, 1)]
-    scatter = pd.DataFrame(
-        {
-            "task": RNG.choice(TASKS, 300),
-            "class": RNG.integers(0, 9, 300),
-            "base": RNG.exponential(20, 300),
-            "adapted": RNG.exponential(20, 300),
-            "group": RNG.choice(["high", "high-to-low", "low-to-high"], 300),
-        }
-    )
+    groups = ["high", "high-to-low", "low-to-high"]
+    scatter = made(300, task=TASKS, base=(0, 60), adapted=(0, 60), group=groups).assign(**{"class": RNG.integers(0, 9, 300)})
     compared = ["CLIP and adapted", "CLIP twice, other pictures", "CLIP and adapted, other class", "CLIP and adapted, random latents"]
     masked = pd.concat([sweep(WORDS, ("oracle",)).assign(model=model) for model in ("CLIP", "CLIP, adapted head", "adapted")])
     masked = masked.assign(**{"class": masked["group"].map(WORDS.index)})
-    layers = pd.DataFrame(
-        {"layer": range(6), "main": [i == 4 for i in range(6)], **QUANTILES, "object_ap": 0.3, "object_ap_low": 0.2, "object_ap_high": 0.4}
-    )
+    layers = pd.DataFrame({"layer": range(6), "main": [i == 4 for i in range(6)], **QUANTILES})
+    layers = layers.assign(object_ap=0.3, object_ap_low=0.2, object_ap_high=0.4)
     parts = ["text head", "later blocks", "existing latents", "outside the dictionary", "both"]
     experiments = ["CLIP", "existing latents' part only", "outside part only", "text head", "adapted, without the outside part", "adapted"]
-    task_series = dict(
-        task=TASKS, model=["CLIP", "MaPLe"], form=["raw", "reconstructed", "error kept"], half=["base", "novel", "harmonic mean"]
-    )
+    series = dict(task=TASKS, model=["CLIP", "MaPLe"], form=["raw", "reconstructed", "error kept"])
     measures = ["high", "high-to-low", "low-to-high", "jaccard", "rbo"]
-    dictionaries = dict(
-        sae=["CLIP", "CLIP, other seed", "adapted"], activations=["CLIP", "adapted"], measure=["explained_variance", "l0", "change"]
-    )
+    crossed = dict(sae=["CLIP", "CLIP, other seed", "adapted"], activations=["CLIP", "adapted"])
     swap = effects(["sees_target", "object_change"], kind=["own", "control"], dose=[0.5, 1, 2, 3])
     doses = effects(["own"], scenes=["show it", "show another"], **{"class": range(6)}, dose=[0, 1, 2, 4]).assign(others=0.1)
     overall = effects(["own", "others"], kind=["own", "control"], concept_kind=KINDS)
@@ -219,11 +189,11 @@ def figures(world) -> dict:
         "dose_response": (doses, WORDS),
         "color_swap": ({"patches": swap, "patches and CLS": swap},),
         "object_removal": (pd.DataFrame(removal), effects(["removed_change", "stays_change"], kind=["own", "control"]), world, world.pairs),
-        "adaptation_accuracy": (grid("accuracy", **task_series),),
+        "adaptation_accuracy": (grid("accuracy", **series, half=["base", "novel", "harmonic mean"]),),
         "confusion_change": ({task: confused() for task in TASKS},),
         "class_scatter": (scatter,),
         "latent_groups": (grid("value", task=TASKS, comparison=compared, measure=measures),),
-        "dictionary_cross": (grid("value", **dictionaries),),
+        "dictionary_cross": (grid("value", **crossed, measure=["explained_variance", "l0", "change"]),),
         "tower_head_cross": (grid("accuracy", task=TASKS, tower=["base", "adapted"], head=["base", "adapted"], form=["raw"]),),
         "gain_split": (grid("gain", task=TASKS, part=["image tower", "text head", "both"]),),
         "prediction_heat": (masked,),
