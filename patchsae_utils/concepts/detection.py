@@ -34,16 +34,11 @@ _KEPT = 2**27  # dense activations are kept where they are fewer
 class ConceptPatches(NamedTuple):
     """Residual activations of patches, and which concepts each patch shows."""
 
-    tokens: Tensor
-    """[N, D] float32, N = images x patches; CLS left out."""
-    images: np.ndarray
-    """[N] which image a patch belongs to, counted from 0."""
-    masks: sparse.csr_matrix
-    """[N, K] 1 where a patch shows a concept."""
-    names: tuple[str, ...]
-    """[K] "kind:name"."""
-    families: Mapping[str, Sequence[str]] = {}
-    """A category's name -> those of its objects."""
+    tokens: Tensor  # [N, D] float32, N = images x patches; CLS left out
+    images: np.ndarray  # [N] which image a patch belongs to, counted from 0
+    masks: sparse.csr_matrix  # [N, K] 1 where a patch shows a concept
+    names: tuple[str, ...]  # [K] "kind:name"
+    families: Mapping[str, Sequence[str]] = {}  # a category's name -> those of its objects
 
     @property
     def n_images(self) -> int:

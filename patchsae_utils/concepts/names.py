@@ -46,13 +46,11 @@ def label_latents(
 ) -> pd.DataFrame:
     """Name latents, with a score, a margin and "unnamed" where nothing stands out.
 
-    With a report (*ground truth*), the name is the concept whose mask the latent correlates with most; the score is that correlation on
-    held-out scenes, p the share of latents active in about as many images that reach it when pictures are shuffled. With ``text``, it is
-    the word that :func:`score_words` found. With neither (*labels*), it is the class in whose images the latent is active most above the
-    base rate; the score is that lift, p the binomial tail, times the number of classes.
-
-    ``q`` is p after the correction of Benjamini and Hochberg (1995) over the living latents. Names from text are judged by q, the other two
-    by p. A name also needs a correlation of 0.1, a lift of 2, or half a standard deviation for text.
+    With a report (*ground truth*) the name is the concept whose mask the latent correlates with most; the score is that correlation on
+    held-out scenes (at least 0.1), p the share of latents active in about as many images that reach it when pictures are shuffled. With
+    ``text`` it is the word that :func:`score_words` found (at least half a standard deviation). With neither (*labels*) it is the class in
+    whose images the latent is active most above the base rate; the score is that lift (at least 2), p the binomial tail times the number of
+    classes. Names from text are judged by q, p after the correction of Benjamini and Hochberg (1995) over the living latents.
 
     Parameters
     ----------
@@ -74,15 +72,17 @@ def label_latents(
         raise ValueError("Names come from ground truth (report) or from text, not from both: call twice, and compare by name_agreement.")
     if report is not None and len(report.latents) != summary.n_latents:
         raise ValueError(f"The summary has {summary.n_latents} latents, the report {len(report.latents)}: they are of different SAEs.")
-    if text is not None and len(text) and text["latent"].max() >= summary.n_latents:
-        raise ValueError(
-            f"The summary has {summary.n_latents} latents, the text scores latent {text['latent'].max()}: they are of different SAEs."
-        )
+    if text is not None and len(text) and (last := text["latent"].max()) >= summary.n_latents:
+        raise ValueError(f"The summary has {summary.n_latents} latents, the text scores latent {last}: they are of different SAEs.")
     dead = summary.dead.numpy()
     if report is not None:
-        frame, least = _names_from_truth(report), 0.1
+        kind = report.latents["concept"].str.partition(":")
+        frame, least = report.latents[["latent", "score", "margin", "p", "runner_up"]].assign(kind=kind[0], class_index=-1), 0.1
+        frame.insert(1, "name", kind[2].where(kind[2] != "", kind[0]))
     elif text is not None:
-        frame, least = _names_from_text(text, summary.n_latents), 0.5
+        empty = {"name": UNNAMED, "kind": UNNAMED, "score": 0.0, "margin": 0.0, "p": 1.0, "runner_up": "", "class_index": -1}
+        frame = pd.DataFrame({"latent": np.arange(summary.n_latents)}).merge(text, on="latent", how="left")
+        frame, least = frame.fillna(empty).astype({"class_index": int})[["latent", *empty]], 0.5
     else:
         frame, least = _names_from_labels(summary), 2.0
     judged = ~dead if text is None else np.isin(frame["latent"], text["latent"]) & ~dead
@@ -109,16 +109,6 @@ def say_names(names: pd.DataFrame) -> str:
     return f"{kinds.sum():.0%} of the living latents get a name ({', '.join(f'{kind} {value:.1%}' for kind, value in kinds.items())})"
 
 
-def _names_from_truth(report: ConceptReport) -> pd.DataFrame:
-    """Columns of :func:`label_latents` from the concept that each latent answers to."""
-    kind = report.latents["concept"].str.partition(":")
-    frame = report.latents[["latent", "score", "margin", "p", "runner_up"]].copy()
-    frame.insert(1, "name", kind[2].where(kind[2] != "", kind[0]))
-    frame.insert(2, "kind", kind[0])
-    frame["class_index"] = -1
-    return frame
-
-
 def _names_from_labels(summary: LatentSummary) -> pd.DataFrame:
     """Columns of :func:`label_latents` from the lift of each class."""
     require_labels(summary)
@@ -136,13 +126,6 @@ def _names_from_labels(summary: LatentSummary) -> pd.DataFrame:
     said = {"latent": columns, "name": names[best], "kind": "class", "score": score, "margin": score - second, "p": np.minimum(tail, 1.0)}
     said |= {"runner_up": names[order[1]] if len(order) > 1 else "", "class_index": best}
     return pd.DataFrame({**said, "entropy": summary.label_entropy.nan_to_num(float(np.log(len(base)))).numpy()})
-
-
-def _names_from_text(text: pd.DataFrame, n_latents: int) -> pd.DataFrame:
-    """Columns of :func:`label_latents` from the words of some latents."""
-    frame = pd.DataFrame({"latent": np.arange(n_latents)}).merge(text, on="latent", how="left")
-    empty = {"name": UNNAMED, "kind": UNNAMED, "score": 0.0, "margin": 0.0, "p": 1.0, "runner_up": "", "class_index": -1}
-    return frame.fillna(empty).astype({"class_index": int})[["latent", *empty]]
 
 
 class Vocabulary(NamedTuple):
@@ -163,8 +146,7 @@ def make_vocabulary(clip, dataset) -> Vocabulary:
     Parameters
     ----------
     clip : ClipModel
-    dataset
-        Gives class names and templates.
+    dataset : gives class names and templates
     """
     classes = list(unique_names(dataset.class_names))
     words = {"object": classes}
@@ -193,24 +175,16 @@ def score_words(clip, dataset, summary: LatentSummary, vocabulary: Vocabulary, l
 
     A word's similarity to a picture is the cosine of their embeddings, in standard deviations from its mean over all images (crops: over
     random crops); its score is the mean over the latent's images and that over its crops, averaged. p: how often as many random images and
-    crops give *some* word as high a score (Westfall and Young, 1993).
+    crops give *some* word as high a score (Westfall and Young, 1993). Returns latent, name, kind, score, margin, p, runner_up, class_index.
 
     Parameters
     ----------
     clip : ClipModel
-    dataset
-        The one that ``summary`` was made from.
-    summary : LatentSummary
-        Without ``top_patches`` images alone count.
+    dataset : the one that ``summary`` was made from
+    summary : LatentSummary; without ``top_patches`` images alone count
     vocabulary : Vocabulary
     latents : sequence of int
-    embeddings : Tensor [n_images, d_embed]
-        Unit vectors of all images: ``Likeness.embeddings``.
-
-    Returns
-    -------
-    DataFrame
-        One row a latent: latent, name, kind, score, margin, p, runner_up, class_index.
+    embeddings : Tensor [n_images, d_embed], unit vectors of all images (``Likeness.embeddings``)
     """
     if summary.n_images != len(dataset):
         raise ValueError(f"The summary read {summary.n_images} images, this data set has {len(dataset)}: give the one that was summarised.")
@@ -243,12 +217,11 @@ def score_words(clip, dataset, summary: LatentSummary, vocabulary: Vocabulary, l
 
 
 @torch.no_grad()
-def embed_crops(clip, dataset, places: np.ndarray, margin: int = CROP_MARGIN) -> Tensor:
+def embed_crops(clip, dataset, places: np.ndarray) -> Tensor:
     """Unit image features of enlarged crops around patches (image, row * columns + column), within the image: [n, 2] -> [n, d_embed]."""
     rows, columns = clip.grid
+    margin = min(CROP_MARGIN, (min(rows, columns) - 1) // 2)
     side = 2 * margin + 1
-    if margin < 0 or side > min(rows, columns):
-        raise ValueError(f"margin must be 0 to {(min(rows, columns) - 1) // 2} on a grid of {rows} x {columns}, got {margin}.")
     height, width = clip.image_size[0] // rows, clip.image_size[1] // columns
     found, inputs, last, picture = [], [], None, None
     for i, (image, patch) in enumerate(tqdm(places.tolist(), desc="embedding crops")):
@@ -301,22 +274,17 @@ def name_agreement(sources: Mapping[str, pd.DataFrame], related: Mapping[str, Se
 
     Parameters
     ----------
-    sources : mapping of str to DataFrame
-        Two tables of :func:`label_latents` or more.
+    sources : mapping of str to DataFrame of :func:`label_latents`
     related : mapping of str to sequence of str, optional
         Names that are no contradiction, as "dog" and "animal" (see :func:`related_names`).
 
-    Returns
-    -------
-    DataFrame
-        One row a pair: a, b, n_a, n_b (latents each names), n_both, agreement, low, high (95 %, Wilson, 1927), chance (one source's names
-        shuffled), p (share of shuffles that agree as often), related, related_chance (names equal or related). NaN without a common latent.
+    Returns one row a pair: a, b, n_a, n_b (latents each names), n_both, agreement, low, high (95 %, Wilson, 1927), chance (one source's names
+    shuffled), p (share of shuffles that agree as often), related, related_chance (names equal or related); NaN without a common latent.
     """
     named = {source: frame[frame["name"] != UNNAMED].set_index("latent")["name"] for source, frame in sources.items()}
     plain = {source: names.str.replace(r" \(\d+\)$", "", regex=True) for source, names in named.items()}
     rng, n_shuffles = np.random.default_rng(0), 1000
-    pairs = {(a, b) for a, some in (related or {}).items() for b in some}
-    rows = []
+    pairs, rows = {(a, b) for a, some in (related or {}).items() for b in some}, []
     for a, b in combinations(plain, 2):
         both = plain[a].index.intersection(plain[b].index)
         row = {"a": a, "b": b, "n_a": len(plain[a]), "n_b": len(plain[b]), "n_both": len(both)}

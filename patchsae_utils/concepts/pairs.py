@@ -29,10 +29,8 @@ class ScenePair(NamedTuple):
 
     before: Scene
     after: Scene
-    changes: tuple[tuple[str, np.ndarray, np.ndarray], ...]
-    """(concept, patches [14, 14] where it appears, and where it disappears)."""
-    elsewhere: np.ndarray
-    """[K] bool: concepts that none of those patches shows, before or after."""
+    changes: tuple[tuple[str, np.ndarray, np.ndarray], ...]  # (concept, patches [14, 14] where it appears, and where it disappears)
+    elsewhere: np.ndarray  # [K] bool: concepts that none of those patches shows, before or after
 
 
 def scene_pairs(dataset, attribute: str, n: int) -> list[ScenePair]:

@@ -27,12 +27,9 @@ SKIPPED, MIN_RECALL, MIN_SPECIAL_AP = 0.25, 0.1, 0.3  # of absorption
 class ConceptMatrix(NamedTuple):
     """How well every feature finds every concept, on one set of scenes."""
 
-    ap: np.ndarray
-    """[S, K] average precision, exact, ties sharing one threshold; NaN for concepts that no patch shows."""
-    iou: np.ndarray
-    """[S, K] intersection over union at the best threshold."""
-    threshold: np.ndarray
-    """[S, K] that threshold, which activations reach; infinite where the IoU is 0."""
+    ap: np.ndarray  # [S, K] average precision, exact, ties sharing one threshold; NaN for concepts that no patch shows
+    iou: np.ndarray  # [S, K] intersection over union at the best threshold
+    threshold: np.ndarray  # [S, K] that threshold, which activations reach; infinite where the IoU is 0
 
 
 def concept_matrix(features: Activations) -> ConceptMatrix:
@@ -171,10 +168,8 @@ def localize(dictionary: Dictionary, choose: ConceptPatches, report: ConceptPatc
 
     Parameters
     ----------
-    dictionary : Dictionary
-        Of features that are not negative.
-    choose, report : ConceptPatches
-        Of scenes that differ.
+    dictionary : Dictionary, of features that are not negative
+    choose, report : ConceptPatches, of scenes that differ
     """
     columns = common_concepts(choose, report)
     found = ConceptMatrix(*(part[:, columns] for part in concept_matrix(Activations(dictionary, choose))))
@@ -218,14 +213,10 @@ class ConceptExample(NamedTuple):
 
     concept: str
     latent: int
-    ap: float
-    """Over all reported scenes, not this one alone."""
-    image: Tensor
-    """[H, W, 3] uint8, as CLIP saw it."""
-    truth: Tensor
-    """[rows, columns] bool: patches that show the concept."""
-    activation: Tensor
-    """[rows, columns] of the latent."""
+    ap: float  # over all reported scenes, not this one alone
+    image: Tensor  # [H, W, 3] uint8, as CLIP saw it
+    truth: Tensor  # [rows, columns] bool: patches that show the concept
+    activation: Tensor  # [rows, columns] of the latent
 
 
 def concept_examples(clip, sae, dataset, layer: int, report: ConceptReport, concepts: Sequence[str]) -> list[ConceptExample]:
@@ -233,14 +224,10 @@ def concept_examples(clip, sae, dataset, layer: int, report: ConceptReport, conc
 
     Parameters
     ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
-    dataset
-        The reported scenes.
-    layer : int
+    clip, sae, layer
+    dataset : the reported scenes
     report : ConceptReport
-    concepts : sequence of str
-        As in ``report.detection["concept"]``.
+    concepts : sequence of str, as in ``report.detection["concept"]``
     """
     best = report.detection.set_index("concept")
     if unknown := [c for c in concepts if c not in best.index]:

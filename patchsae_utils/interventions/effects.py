@@ -37,12 +37,9 @@ def summarize_effects(frame: pd.DataFrame, columns: Sequence[str], by: Sequence[
     Parameters
     ----------
     frame : DataFrame
-    columns : sequence of str
-        What is averaged; the result has each, ``<column>_low`` and ``<column>_high``.
-    by : sequence of str
-        One row of the result for each combination of these.
-    over : str
-        What is resampled, after averaging the rows that share it: ``index`` (images) or ``concept``; NaN (no control) is left out.
+    columns : sequence of str, of what is averaged; the result has each, ``<column>_low`` and ``<column>_high``
+    by : sequence of str; one row of the result for each combination of these
+    over : str; resampled, after averaging the rows that share it: ``index`` (images) or ``concept``; NaN (no control) is left out
     """
     rows = []
     for key, group in frame.groupby(list(by), sort=False):

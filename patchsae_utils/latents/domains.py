@@ -10,17 +10,15 @@ import pandas as pd
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import rankdata
-from torch import Tensor
 
 from ..data.dataset import ImageData
 from ..sae.dictionary import select_latents
 from .measures import merge_keys, pack_top, unpack_top
 from .passes import read_latents, read_streams
-from .pictures import N_REFERENCES, References, references, seen_with_masks
+from .pictures import N_REFERENCES, References, references
 
 ALPHA = 0.05  # level of a single latent's test of whether it reads
 N_SHUFFLES = 1000
-N_EXAMPLES = 4  # latents that are shown on their thing, its name and another name
 
 
 class CrossDomain(NamedTuple):
@@ -122,17 +120,6 @@ def word_scenes(class_names: Sequence[str], n_per_word: int = 4, size: tuple[int
     return ImageData("words", "test", names, labels, lambda i: word_scene(names[labels[i]], size, i % n_per_word))
 
 
-class TextExample(NamedTuple):
-    """A latent on a thing, on its written name, and on another name."""
-
-    latent: int
-    titles: tuple[str, str, str]
-    images: Tensor
-    """[3, H, W, 3] uint8, as CLIP saw them."""
-    masks: Tensor
-    """[3, rows, columns] activations on the patch grid."""
-
-
 class TextAndImage(NamedTuple):
     """Which latents answer to a thing and to its written name."""
 
@@ -146,7 +133,6 @@ class TextAndImage(NamedTuple):
     """[R] that share when names are dealt to the words at random, all latents alike."""
     p: float
     """Share of the shuffles that reach ``share``: (1 + hits) / (1 + R)."""
-    examples: list[TextExample]
     alpha: float = ALPHA
 
 
@@ -182,22 +168,14 @@ def text_and_image_latents(clip, sae, objects, words, layer: int) -> TextAndImag
     thing, word, n_classes, columns = thing[:, alive], word[:, alive], len(present), np.arange(len(alive))
     own = thing.argmax(0)
     rank = rankdata(-word, method="max", axis=0) / n_classes  # share of the words that reach each word's activation, itself included
-    rng, rng_examples = np.random.default_rng(0), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     dealt = [own, *(rng.permutation(n_classes)[own] for _ in range(N_SHUFFLES))]
     share, *by_chance = [float((rank[classes, columns] <= ALPHA).mean()) if len(alive) else 0.0 for classes in dealt]
     shuffled = np.array(by_chance)
     score = np.minimum(*(_excess(values, own) for values in (thing, word))).clip(0)
     table = pd.DataFrame({"latent": alive, "label": present[own], "p": rank[own, columns], "score": score})
     table = table.sort_values(["score", "latent"], ascending=[False, True], ignore_index=True)
-    examples = []
-    for row in table.head(N_EXAMPLES).itertuples():
-        another = int(rng_examples.choice([c for c in range(len(n_words)) if c != row.label and n_words[c]]))
-        places = [(objects, row.label), (words, row.label), (words, another)]
-        pictures = [data[int((torch.as_tensor(data.labels) == label).nonzero()[0])].image for data, label in places]
-        name, other = objects.class_names[row.label], objects.class_names[another]
-        shown = seen_with_masks(clip, sae, pictures, row.latent, layer)
-        examples.append(TextExample(row.latent, (name, f"“{name}”", f"“{other}”"), *shown))
-    return TextAndImage(table, share, shuffled, float((1 + (shuffled >= share).sum()) / (1 + N_SHUFFLES)), examples)
+    return TextAndImage(table, share, shuffled, float((1 + (shuffled >= share).sum()) / (1 + N_SHUFFLES)))
 
 
 def _excess(values: np.ndarray, own: np.ndarray) -> np.ndarray:
