@@ -158,7 +158,8 @@ def test_a_stage_gives_on_every_device_what_it_gives_on_the_processor(stage, wor
         pytest.skip("the sparse kernels are the processor's own or CUDA's")
     here, there = (numbers(STAGES[stage](one)) for one in worlds)
     assert len(here), "there is something to compare"
-    np.testing.assert_allclose(there, here, rtol=1e-3, atol=1e-4)
+    trained = stage.startswith(("training", "fitting"))  # another order of sums, and one of 240 tokens more or less fires a latent
+    np.testing.assert_allclose(there, here, rtol=2e-2 if trained else 1e-3, atol=1e-2 if trained else 1e-4)
 
 
 def test_the_other_device_refuses_what_a_gpu_refuses():
