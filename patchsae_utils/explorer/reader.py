@@ -28,7 +28,7 @@ MAX_PIXELS = 40_000_000  # of the decoded picture, known from the header before 
 SIDE = 1024  # longer sides are scaled down to this: CLIP sees 112 to 336 pixels
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # the decoders that may run; Pillow has forty more
 
-SAMPLE = 400  # images, spread over the data set, that tell how a latent is active beyond its strongest images
+SAMPLE = 200  # images, spread over the data set, that tell how a latent is active beyond its strongest images
 EDGES = 2.0 ** np.arange(-6, 6.5, 0.5)  # of the histograms' bins; the outer ones are open
 
 
