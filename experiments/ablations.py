@@ -1,4 +1,4 @@
-"""Why this layer, this size, this penalty? A grid of SAEs, each of which differs from the profile's in one thing.
+"""Why this layer, this size, this penalty? A grid of SAEs, each of which differs from :data:`MAIN` in one thing, and the profile's own.
 
 The counterpart of Table 2 of Lim et al. (ICLR 2025), with dead latents, seeds, and how well latents find concepts. ``make ablations``
 (about an hour on two CPU cores; it goes on where it was stopped) writes ``experiments/results/ablations.csv``, one row an SAE.
@@ -30,12 +30,15 @@ from patchsae_utils.tables import QUANTILES, STATISTICS
 
 from . import grid
 
-N_TEST, N_STATISTICS = 720, 1080
-PAPER = {  # its lambda belongs to 768 dimensions: see notebook 02
-    "sae.activation": "relu", "sae.k": None, "training.start": "random", "training.normalize": "none", "training.lr": 1.5e-3,
-    "training.schedule": "constant", "training.l1_coefficient": 3.2e-4, "training.ghost": True, "training.restart_dead": False,
-    "training.dead_after_tokens": 204_800, "training.n_tokens": 1_000_000,
+N_TOKENS = 1_000_000  # of training, for each SAE but the profile's own
+MAIN = {  # the paper's objective, from a start in the data
+    "sae.activation": "relu", "sae.k": None, "training.start": "data", "training.normalize": "none", "training.lr": 1.5e-3,
+    "training.schedule": "constant", "training.l1_coefficient": 8e-4, "training.target_l0": None, "training.ghost": True,
+    "training.restart_dead": False, "training.dead_after_tokens": 204_800, "training.sparse": "always",
 }  # fmt: skip
+N_TEST, N_STATISTICS = 720, 1080
+JUMPRELU = (0.3, 10)  # weights of the number of active latents; the input is scaled to unit size, as its authors train
+GATED = (0.1, 0.6)  # weights of the gate's L1, on the same scale
 _ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 
@@ -52,34 +55,41 @@ class Cell(NamedTuple):
 
 
 def cells(profile: Profile, n_layers: int) -> list[Cell]:
-    """One thing varied at a time around the profile's own settings, and each variant at some sparsities."""
-    main_layer, main = profile.model.layer % n_layers, profile.sae
+    """One thing varied at a time around :data:`MAIN`, each variant over a range of sparsities, and the profile's own recipe."""
+    main_layer, weight = profile.model.layer % n_layers, MAIN["training.l1_coefficient"]
     found = [("seed", str(seed), {"training.seed": seed}) for seed in (0, 1, 2)]
-    found += [("topk", f"k {k}", {"sae.activation": "topk", "sae.k": k}) for k in (4, 20, 40) if ("topk", k) != (main.activation, main.k)]
-    found += [
-        ("start", "tokens", {"training.start": "data"}),
-        ("start", "random weights", {"training.start": "random"}),
-        ("dead latents", "left alone", {"training.restart_dead": False, "training.ghost": False}),
-        ("dead latents", "auxiliary loss", {"training.restart_dead": False, "training.ghost": True}),
-        ("units", "the stream's own", {"training.normalize": "none"}),
-        ("relu", "paper's recipe", PAPER),
-    ]
-    for activation in ("batchtopk", "matryoshka"):
-        found += [(activation, f"k {k}", {"sae.activation": activation, "sae.k": k}) for k in (10, 40)]
-    for activation in ("relu", "jumprelu", "gated"):
-        found += [(activation, f"L0 {n}", {"sae.activation": activation, "sae.k": None, "training.target_l0": n}) for n in (10, 40)]
     found += [("layer", str(layer), {"model.layer": layer}) for layer in range(n_layers) if layer != main_layer]
-    found += [("tokens", "cls", {"training.tokens": "cls"}), ("tokens", "patches", {"training.tokens": "patches"})]
-    found += [("expansion", f"x{n}", {"sae.expansion_factor": n}) for n in (8, 32) if n != main.expansion_factor]
+    found += [("expansion", f"x{n}", {"sae.expansion_factor": n}) for n in (8, 32, 64) if n != profile.sae.expansion_factor]
+    found += [("lambda", f"{factor * weight:.1e}", {"training.l1_coefficient": factor * weight}) for factor in (0.25, 0.5, 2, 4)]
+    found += [
+        ("ghost", "off", {"training.ghost": False}),
+        ("start", "random weights", {"training.start": "random"}),
+        ("start", "random weights without ghost", {"training.start": "random", "training.ghost": False}),
+        # start="data" puts b_dec at the median itself: these belong beside "random weights".
+        ("b_dec", "mean, random weights", {"training.start": "random", "training.b_dec_start": "mean"}),
+        ("b_dec", "zero, random weights", {"training.start": "random", "training.b_dec_start": "zero"}),
+        ("arithmetic", "dense float32", {"training.precision": "float32", "training.sparse": "never"}),
+        ("tokens", "cls", {"training.tokens": "cls"}),
+        ("tokens", "patches", {"training.tokens": "patches"}),
+    ]
+    for activation, ks in (("topk", (16, 32, 64)), ("batchtopk", (24, 48)), ("matryoshka", (24, 48))):
+        found += [(activation, f"k {k}", {"sae.activation": activation, "sae.k": k}) for k in ks]
+    for activation, weights in (("jumprelu", JUMPRELU), ("gated", GATED)):
+        scaled = {"sae.activation": activation, "training.normalize": "mean_and_norm"}
+        found += [(activation, f"{w:g}", {**scaled, "training.l1_coefficient": w}) for w in weights]
+    own = {name: getattr(getattr(profile, section), setting) for name in MAIN for section, setting in [name.split(".")]}
+    own |= {"training.n_tokens": profile.training.n_tokens}
+    ks = [4, 10, 20, 40] if profile.sae.k else [None]
+    found += [("recipe", f"{profile.sae.activation} {k or ''}".strip(), {**own, "sae.k": k}) for k in ks]
     return [Cell(axis, value, tuple(settings.items())) for axis, value, settings in found]
 
 
 class Ablations:
     """Trains and measures cells, and keeps what several cells share: the model, and the patches of one layer."""
 
-    def __init__(self, profile: Profile, clip: ClipModel, n_tokens: int | None = None, progress: bool = True):
+    def __init__(self, profile: Profile, clip: ClipModel, n_tokens: int = N_TOKENS, progress: bool = True):
         self.profile, self.clip, self.progress = profile, clip, progress
-        self.common = {} if n_tokens is None else {"training.n_tokens": n_tokens}
+        self.common = {**MAIN, "training.n_tokens": n_tokens}
         self.folder = profile.folder("ablations")
         self.cells = cells(profile, clip.n_layers)
         data = profile.data
@@ -90,7 +100,7 @@ class Ablations:
     def _profile(self, settings: Mapping[str, Any]) -> tuple[Profile, int]:
         """The profile with settings changed, and its layer."""
         profile = self.profile
-        for name, value in {**settings, **self.common}.items():
+        for name, value in {**self.common, **settings}.items():
             section, _, setting = name.partition(".")
             profile = dataclasses.replace(profile, **{section: dataclasses.replace(getattr(profile, section), **{setting: value})})
         return profile, self.clip.layer_index(profile.model.layer)
@@ -176,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Train and measure the grid of a profile."""
     parser = grid.parser("ablations", __doc__)
     parser.add_argument("--axis", action="append", help="measure only cells of this axis; may be given several times")
-    parser.add_argument("--n-tokens", type=lambda text: int(float(text)), help="of every cell's training (default: the profile's)")
+    parser.add_argument("--n-tokens", type=lambda text: int(float(text)), default=N_TOKENS, help="of every cell's training (default: 1e6)")
     options = parser.parse_args(arguments)
     profile = load_profile(options.profile)
     clip, _ = stages.load_world(profile)

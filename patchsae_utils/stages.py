@@ -18,9 +18,9 @@ from .concepts import detection
 from .concepts.baselines import sample_patches
 from .concepts.comparison import measure_dictionaries
 from .concepts.detection import ConceptPatches, measure_concepts
+from .concepts.names import label_latents
 from .concepts.pairs import Selectivity, selectivity
 from .concepts.report import ComparisonReport, ConceptReport
-from .concepts.names import label_latents
 from .concepts.shipped import Shipped, open_shipped
 from .config import Profile, repository_root
 from .data import ImageData, OpenMojiData, load_dataset

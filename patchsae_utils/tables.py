@@ -42,10 +42,12 @@ def load_benchmark(name: str) -> dict[str, Any]:
 
 
 def frontier(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of SAEs that read the same tokens at the main layer and size, by variant, from sparse to dense."""
+    """Rows of SAEs that read the same tokens at the main layer and size, by variant, from sparse to dense; the ReLU's vary
+    lambda. The profile's own recipe is a variant by itself."""
     main = _main(table).iloc[0]
     same = table[(table["layer"] == main["layer"]) & (table["expansion"] == main["expansion"]) & (table["tokens"] == main["tokens"])]
-    variants = same[(same["axis"] == "seed") | (same["axis"] == same["activation"])]
+    variants = same[~same["axis"].isin(["ghost", "start", "b_dec", "arithmetic"])]
+    variants = variants.assign(activation=variants["activation"].mask(variants["axis"] == "recipe", "recipe"))
     return variants.sort_values(["activation", "l0_all"])
 
 

@@ -19,10 +19,11 @@ _TOKENS = {"cls": "CLS", "patch": "patches", "all": "all tokens"}
 _VARIANTS = {
     "relu": look("blue", "o", "ReLU + L1"), "topk": look("orange", "s", "TopK"), "batchtopk": look("green", "^", "BatchTopK"),
     "matryoshka": look("purple", "v", "Matryoshka"), "jumprelu": look("red", "D", "JumpReLU"), "gated": look("black", "P"),
+    "recipe": look("sky", "X", "TopK from k-means"),
 }  # fmt: skip
 _AXES = {
-    "topk": "TopK,", "layer": "layer", "expansion": "size", "start": "start:", "dead latents": "dead latents:", "units": "units:", "tokens": "tokens:",
-    "relu": "ReLU,",
+    "layer": "layer", "expansion": "size", "lambda": "λ", "ghost": "ghost term", "start": "start", "b_dec": "b_dec starts at",
+    "arithmetic": "arithmetic", "tokens": "tokens",
 }  # fmt: skip
 _MEASURES = {
     "object_ap": "Object\nAP", "explained_variance_all": "Explained\nvariance", "l0_all": "L0", "dead_fraction": "Dead\nlatents",

@@ -57,9 +57,9 @@ def test_the_frontier_compares_like_with_like():
         {"axis": "ghost"},
         {"axis": "topk", "activation": "topk", "l0_all": 16.0},
     ]
-    table = pd.DataFrame([row, *({**row, **other} for other in others), {**row, "axis": "relu", "l0_all": 20.0}])
+    table = pd.DataFrame([row, *({**row, **other} for other in others), {**row, "axis": "lambda", "l0_all": 20.0}])
     kept = frontier(table)
-    assert list(kept["axis"]) == ["relu", "seed", "topk"]
+    assert list(kept["axis"]) == ["lambda", "seed", "topk"]
 
 
 def test_variants_are_compared_where_they_are_as_sparse():
