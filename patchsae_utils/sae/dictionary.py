@@ -25,18 +25,7 @@ class Dictionary(NamedTuple):
 
 
 def sae_dictionary(sae: SparseAutoencoder, name: str = "SAE") -> Dictionary:
-    """An SAE's latents as a dictionary, in the units of its training: of tokens of unit size, where it was trained on those.
-
-    Parameters
-    ----------
-    sae : SparseAutoencoder
-    name : str
-        How tables and figures call it.
-
-    Returns
-    -------
-    Dictionary
-    """
+    """An SAE's latents as a dictionary, in the units of its training: of tokens of unit size, where it was trained on those."""
 
     def encode(x: Tensor, columns: np.ndarray | None) -> Tensor:
         x = x.to(sae.W_enc.device)
@@ -66,8 +55,8 @@ def random_sae(sae: SparseAutoencoder, seed: int = 0, tokens: Tensor | None = No
     seed : int
         Of the directions.
     tokens : Tensor [N, D], optional
-        A few thousand of the residual stream, by which one threshold leaves as many latents active as the SAE has (``topk`` is as sparse by
-        itself), and one gain makes the reconstruction the best in least squares. Without them ``relu`` has no encoder bias: half is active.
+        Of the residual stream, by which one threshold leaves as many latents active as the SAE has, and one gain makes the reconstruction the
+        best in least squares. Without them ``relu`` has no encoder bias: half is active.
 
     Returns
     -------

@@ -30,8 +30,7 @@ _HUB_FILES = ("*.json", "*.yaml", "*.yml", "*.safetensors", "*.pt")  # what an S
 def save_sae(sae: SparseAutoencoder, directory: str | Path, format: str = "saelens", unit_norm: bool = True) -> Path:
     """Write an SAE as SAELens's folder, which is also ours, or in another program's form; :func:`load_sae` reads all of them.
 
-    The decoder's rows are written at unit norm: where they are not, each norm goes into its latent's activation, which leaves the
-    reconstruction what it was. The weights belong to the residual stream's own units: statistics of the input need no folding.
+    Decoder rows are written at unit norm: each norm goes into its latent's activation, which leaves the reconstruction what it was.
 
     Parameters
     ----------
@@ -65,8 +64,8 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAuto
     Parameters
     ----------
     path : str or Path
-        A folder, a file, or ``hf:<owner>/<repository>[/<folder or file>][@<revision>]`` for one on the Hugging Face hub, of which nothing but that
-        folder's own files is downloaded. ``"openmoji"`` is the default profile's, which ships with the package.
+        A folder, a file, or ``hf:<owner>/<repository>[/<folder or file>][@<revision>]`` for one on the Hugging Face hub; ``"openmoji"`` is the
+        default profile's, which ships with the package.
     device : str or torch.device
 
     Returns
@@ -79,8 +78,7 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAuto
     FileNotFoundError
         If nothing is there, or files are missing in the folder.
     ValueError
-        If it is of another format or architecture, damaged, or holds code; or a setting, named in the message, changes its equation to one that
-        this package can't compute.
+        If it is of another format or architecture, damaged, or holds code; or a setting makes its equation one that this package can't compute.
     """
     return read(path)[0].to(device)
 
@@ -107,7 +105,7 @@ def read(path: str | Path) -> tuple[SparseAutoencoder, str, dict[str, Any], list
     return SparseAutoencoder.from_weights(weights, path).eval(), form, understood, ignored
 
 
-# -- which form it has ------------------------------------------------------------------------------------------------------------------------
+# -- which form it has -------------------------------------------------------------------------------------------------------------------
 
 _KNOWN_FORMS = (
     "PatchSAE's .pt, ViT-Prisma's weights.pt with config.json, saev's sae.pt, sparsify's cfg.json with sae.safetensors, "
@@ -128,7 +126,7 @@ def find(path: Path) -> tuple[str, Path]:
             if (path / name).is_file() and (name == "sae.pt" or _beside(path / name) is not None):
                 return find(path / name)
         found = ", ".join(sorted(file.name for file in path.iterdir())[:12]) or "nothing"
-        inside = sorted(each.name for each in path.iterdir() if each.is_dir() and any((each / name).is_file() for name in _NAMES))
+        inside = sorted({file.parent.name for name in _NAMES for file in path.glob(f"*/{name}")})
         found += f"; an SAE may lie in its folders {', '.join(inside[:12])}" if inside else ""
         missing = [name for name in _PAIRS["saelens"] if not (path / name).is_file()]
         raise FileNotFoundError(
@@ -163,10 +161,10 @@ def find(path: Path) -> tuple[str, Path]:
     if settings is None and config is not None and isinstance(content, dict) and any(str(name).startswith("encoder.") for name in content):
         return "visaebench", path
     if settings is None:
-        entries = content if isinstance(content, dict) else {}
-        tensors = {str(name): value for name, value in entries.items() if isinstance(value, Tensor)}
-        what = f"tensors {shapes(tensors)}" if tensors else f"entries {sorted(map(str, entries))[:12]}"
-        what = what if isinstance(content, dict) else f"a {type(content).__name__}"
+        what = f"a {type(content).__name__}"
+        if isinstance(content, dict):
+            tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+            what = f"tensors {shapes(tensors)}" if tensors else f"entries {sorted(map(str, content))[:12]}"
         raise ValueError(
             f"{path} holds {what}, and nothing that says how to use it: the activation, the place of b_dec. Put the file config.json "
             f"(ViT-Prisma, dictionary_learning, VISAEBench) beside it that was written with it. Forms that are read: {_KNOWN_FORMS}."
@@ -278,9 +276,7 @@ def _is_settings(file: str) -> bool:
 
 
 def push_sae(sae: SparseAutoencoder, repository: str, *, metrics: Mapping[str, float] | None = None, folder: str | None = None) -> str:
-    """Upload an SAE, with a model card, to the hub; ``load_sae("hf:<repository>")`` and SAELens open it from there.
-
-    The token is the one of ``hf auth login``, or ``$HF_TOKEN``.
+    """Upload an SAE, with a model card, to the hub, by the token of ``hf auth login`` or ``$HF_TOKEN``; ``load_sae`` and SAELens open it.
 
     Parameters
     ----------

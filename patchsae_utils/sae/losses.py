@@ -25,27 +25,14 @@ AUXK_COEFFICIENT = 1 / 32  # alpha of the auxiliary loss: Gao et al., 2024, appe
 class SaeLoss(NamedTuple):
     """Terms of an objective; each a scalar tensor. Below: the paper's; :func:`variant_loss` says what others put there."""
 
-    total: Tensor
-    """mse + l1 + ghost: what the optimiser sees."""
-    mse: Tensor
-    """Squared error over ||x||, mean over batch, tokens and dimensions."""
-    l1: Tensor
-    """l1_coefficient times the mean over tokens of the latents' sum."""
-    ghost: Tensor
-    """Ghost-gradient term for dead latents; 0 when there are none."""
+    total: Tensor  # mse + l1 + ghost: what the optimiser sees
+    mse: Tensor  # squared error over ||x||, mean over batch, tokens and dimensions
+    l1: Tensor  # l1_coefficient times the mean over tokens of the latents' sum
+    ghost: Tensor  # ghost-gradient term for dead latents; 0 when there are none
 
 
 def objective(sae: SparseAutoencoder) -> Callable[..., SaeLoss]:
-    """The published loss of an SAE's variant, with the signature of :func:`patchsae_loss`.
-
-    Parameters
-    ----------
-    sae : SparseAutoencoder
-
-    Returns
-    -------
-    callable
-    """
+    """The published loss of an SAE's variant, with the signature of :func:`patchsae_loss`."""
     return patchsae_loss if sae.variant.loss == "paper" else variant_loss
 
 

@@ -41,13 +41,11 @@ class SaeOutput(NamedTuple):
 class SparseAutoencoder(nn.Module):
     """pre = (x - b_dec) W_enc + b_enc; latents = activation(pre); reconstruction = latents W_dec + b_dec.
 
-    Fresh weights are Kaiming-uniform (the fan is the columns), the decoder's rows at unit norm, both biases 0. With z = pre, the
-    activations:
+    Fresh weights are Kaiming-uniform, the decoder's rows at unit norm, both biases 0. With z = pre, the activations:
 
     - ``relu``: max(z, 0), the paper's; ``topk``: each token's ``k`` largest positive z.
-    - ``batchtopk``: the ``k`` N largest positive z of a batch of N tokens, in :meth:`forward` while in training mode, where ``threshold``
-      follows the running mean of the smallest that was kept; :meth:`encode`, and all after ``eval()``, keep what exceeds that threshold.
-    - ``matryoshka``: as ``batchtopk``; the loss asks each prefix of ``groups`` for a reconstruction of its own.
+    - ``batchtopk``: the ``k`` N largest positive z of a batch of N tokens, in :meth:`forward` in training mode, where ``threshold`` follows
+      the running mean of the smallest that was kept; all else keeps what exceeds it. ``matryoshka``: the same, with nested ``groups``.
     - ``jumprelu``: z where it exceeds its latent's learned ``threshold``.
     - ``gated``: max(exp(r_mag) (x - b_dec) W_enc + b_mag, 0) where the gate z is positive.
 
@@ -193,10 +191,7 @@ class SparseAutoencoder(nn.Module):
         return torch.stack(parts).cumsum(0) + self.b_dec
 
     def forward(self, x: Tensor, sparse: bool = False) -> SaeOutput:
-        """Encode and decode: [..., D] -> :class:`SaeOutput`; ``batchtopk`` and ``matryoshka`` move their threshold in training mode.
-
-        ``sparse``: by active latents alone (:mod:`.sparse`), the same function and gradients; ``gated`` has no such path, and ignores it.
-        """
+        """Encode and decode: [..., D] -> :class:`SaeOutput`; ``sparse``: by active latents alone (:mod:`.sparse`; ``gated`` ignores it)."""
         if sparse and not self.variant.gate:
             return self._forward_sparse(x)
         pre_activations = self.pre_activations(x)
@@ -250,7 +245,7 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """Scale the decoder's rows to unit norm, in place: else L1 is cheated by small latents and large rows. Thresholds below 0 return to 0."""
+        """Scale the decoder's rows to unit norm, in place; thresholds below 0 return to 0."""
         normalize_rows(self.W_dec)
         if self.variant.threshold == "each":
             self.threshold.clamp_min_(0)
@@ -258,8 +253,7 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
         """Take from the decoder's gradient the part along each (unit) row, which the next normalisation would undo."""
-        gradient = self.W_dec.grad
-        if gradient is not None:
+        if (gradient := self.W_dec.grad) is not None:
             gradient.sub_(self.W_dec * (gradient * self.W_dec).sum(1, keepdim=True))
 
     @property

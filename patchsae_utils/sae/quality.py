@@ -47,29 +47,23 @@ def evaluate_sae(
     Returns
     -------
     DataFrame, tidy
-        Columns ``sae`` (its name; "SAE" if only one is given), ``variant``, ``tokens``, ``metric``, ``value``, ``low``, ``high`` (95 %
-        interval over images; NaN for ``dead_fraction``). ``variant`` is what went into the blocks behind ``layer``: ``raw``, the
-        ``reconstruction``, or that with its error added back (``error_kept``: equal to raw if the splice is exact). ``tokens``: which
-        tokens are measured, and were replaced (``none`` for raw). With x a token of that type, x_hat its reconstruction, h its latents, N
-        tokens:
+        ``sae``, ``variant``, ``tokens``, ``metric``, ``value``, ``low``, ``high`` (95 % over images; NaN for ``dead_fraction``). ``variant``
+        is what went into the blocks behind ``layer``: ``raw``, the ``reconstruction``, or that with its error added back (``error_kept``:
+        equal to raw if the splice is exact); ``tokens`` which tokens were replaced (``none`` for raw). Of N tokens x of a type, x_hat their
+        reconstructions, h their latents:
 
-        - ``mse`` = 1 / (N D) sum_x sum_d (x_hat_d - x_d)^2 / ||x||, as in the paper's loss, whatever the variant's.
-        - ``l1`` = 1 / N sum_x sum_s h_s; ``l0`` = 1 / N sum_x #{s: h_s > 0}.
-        - ``explained_variance`` = 1 - sum_x ||x - x_hat||^2 / sum_x ||x - m||^2, m = 1 / N sum_x x: centred, each type by its own mean.
-        - ``dead_fraction`` = 1 / S #{s: h_s = 0 for all x}; :func:`dead_causes` says why.
-
-        And, where the model has a text tower, with an image's logits l over the class prompts and its class c: ``contrastive_loss``, the
-        mean over images of log sum_j exp(l_j) - l_c, in nats; ``zero_shot_top1``, the share of images with argmax l = c;
-        ``zero_shot_change``, that share minus the raw one.
+        - ``mse`` = 1 / (N D) sum_x ||x_hat - x||^2 / ||x||, as in the paper's loss; ``l1``, ``l0``: means of sum_s h_s and #{s: h_s > 0}.
+        - ``explained_variance`` = 1 - sum_x ||x - x_hat||^2 / sum_x ||x - m||^2, m the mean of x.
+        - ``dead_fraction`` = 1 / S #{s: h_s = 0 for all x}.
+        - Where the model has a text tower, of an image's logits over the class prompts: ``contrastive_loss``, the mean cross-entropy in
+          nats; ``zero_shot_top1``, the share of hits; ``zero_shot_change``, that share minus the raw one.
 
     Raises
     ------
     ValueError
-        If an SAE reads another width, layer or model, or was trained on normalised activations that these don't resemble (by the first
-        batch, if it has eight images), or the data set is empty.
+        If an SAE reads another width, layer or model, or was trained on activations that these don't resemble, or the data set is empty.
     """
-    layer = clip.layer_index(layer)
-    saes = {"SAE": sae} if isinstance(sae, SparseAutoencoder) else dict(sae)
+    layer, saes = clip.layer_index(layer), {"SAE": sae} if isinstance(sae, SparseAutoencoder) else dict(sae)
     for each in saes.values():
         each.check_model(clip, layer)
     if len(dataset) == 0:
@@ -212,7 +206,7 @@ class TokenReadings(NamedTuple):
 
 @torch.no_grad()
 def read_tokens(sae: SparseAutoencoder, x: Tensor) -> TokenReadings:
-    """Encode and decode images' tokens [B, T, D], CLS first; a few hundred at a time, which stay in a processor's cache."""
+    """Encode and decode images' tokens [B, T, D], CLS first, a few hundred at a time."""
     flat = x.reshape(-1, x.shape[-1]).to(sae.W_enc.device)
     is_cls = (torch.arange(len(flat), device=flat.device) % x.shape[1]) == 0
     fired = {name: torch.zeros(sae.d_sae, dtype=torch.bool, device=flat.device) for name in ("cls", "patch")}
@@ -229,23 +223,7 @@ def read_tokens(sae: SparseAutoencoder, x: Tensor) -> TokenReadings:
 
 @torch.no_grad()
 def patch_readings(clip, sae: SparseAutoencoder, images: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    """Where in a picture an SAE spends its latents, and where it errs.
-
-    Parameters
-    ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
-    images : Tensor [B, 3, H, W]
-        As ``clip.preprocess`` makes them.
-    layer : int
-
-    Returns
-    -------
-    l0 : Tensor [B, rows, columns]
-        Active latents of each patch.
-    error : Tensor [B, rows, columns]
-        ||x - x_hat|| / ||x||.
-    """
+    """Active latents of each patch of images [B, 3, H, W], and ||x - x_hat|| / ||x||: [B, rows, columns] each."""
     x = clip.residual(images, layer)
     readings = read_tokens(sae, x)
     error = (x - readings.reconstruction).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-12)
@@ -271,7 +249,7 @@ def readings_by_place(clip, sae: SparseAutoencoder, dataset, layer: int) -> pd.D
     """
     sums = []
     for batch in batches(dataset, clip.preprocess, 64, progress="readings"):
-        readings = torch.stack(patch_readings(clip, sae, batch.images, layer), 1).double().numpy()
+        readings = torch.stack(patch_readings(clip, sae, batch.images, layer), 1).double().cpu().numpy()
         bare = np.stack([dataset.truth(int(i)).background_share for i in batch.indices])
         places = np.stack([bare <= 0.5, bare >= 0.9], 1)  # [B, places, rows, columns]
         of_readings = (readings[:, None] * places[:, :, None]).sum((3, 4))
@@ -306,26 +284,24 @@ def firing_rates(sae: SparseAutoencoder, tokens: Iterable[Tensor], n_tokens: int
     ValueError
         If there are no tokens.
     """
-    counts, seen = torch.zeros(sae.d_sae, dtype=torch.float64), 0
+    counts, seen = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.W_enc.device), 0
     for chunk in _first_tokens(tokens, n_tokens, max(1, _CHUNK // sae.d_sae)):
-        counts += (sae.encode(chunk.to(sae.W_enc.device)) > 0).sum(0).cpu()
+        counts += (sae.encode(chunk.to(counts.device)) > 0).sum(0)
         seen += len(chunk)
     if seen == 0:
         raise ValueError("firing_rates got no tokens.")
-    return (counts / seen).float()
+    return (counts.cpu().double() / seen).float()
 
 
 @torch.no_grad()
 def dead_causes(sae: SparseAutoencoder, train: Iterable[Tensor], test: Iterable[Tensor], n_tokens: int = 200_000) -> pd.DataFrame:
     """Whether each latent fires, on tokens it was trained on and on others, and if it never does, what keeps it from it.
 
-    With z = (x - b_dec) w + b the pre-activation of a token x, w the latent's encoder column, b its encoder bias:
+    With z = (x - b_dec) w + b its pre-activation of a token x, and t what z must exceed (its ``threshold``, else 0):
 
     - ``alive``: it fires on a test token; ``train_only``: on train tokens alone.
-    - ``bias``: on neither, and none as long as the longest token seen could make it: ||w|| max ||x - b_dec|| + b <= t, by the
-      Cauchy-Schwarz inequality, where t is what a z must exceed (its ``threshold``; 0 for ``relu``, ``topk`` and the gate of ``gated``).
-    - ``outcompeted``: on neither, though z was positive on some token: it gets no gradient, yet stands for something.
-    - ``starved``: on neither, z was never positive, yet a token of the right direction would do: the data hold nothing of the kind.
+    - ``bias``: on neither, and no token as long as the longest could make it: ||w|| max ||x - b_dec|| + b <= t (Cauchy-Schwarz).
+    - ``outcompeted``: on neither, though z was positive on some token; ``starved``: z never was, yet a token of the right direction would do.
 
     Parameters
     ----------
@@ -338,8 +314,7 @@ def dead_causes(sae: SparseAutoencoder, train: Iterable[Tensor], test: Iterable[
     Returns
     -------
     DataFrame, one row a latent
-        ``cause``; ``train_rate`` and ``test_rate``: share of tokens on which it fires; ``largest``: the largest z seen, minus t; ``bound``:
-        ||w|| max ||x - b_dec|| + b - t.
+        ``cause``; ``train_rate``, ``test_rate``: share of tokens on which it fires; ``largest``: the largest z - t; ``bound``: see ``bias``, minus t.
 
     Raises
     ------

@@ -1,7 +1,7 @@
 """One step of training, and what it changes: weights, Adam's moments, units, counters of silent latents.
 
-The decoder's rows are scaled to unit norm, the loss is taken on a batch of tokens mixed from many images, the gradient loses its part along
-the rows, Adam moves. Where few latents are active, all of that touches those alone. Recipe: Lim et al., ICLR 2025, appendix A.
+The decoder's rows are scaled to unit norm, the gradient of the loss on a batch loses its part along them, Adam moves; where few latents are
+active, all of that touches those alone. Recipe: Lim et al., ICLR 2025, appendix A.
 """
 
 from __future__ import annotations

@@ -96,9 +96,11 @@ def train_sae(
     return [trained[i] for i in range(len(jobs))]
 
 
-def _train_together(jobs: list[tuple[SparseAutoencoder, TrainConfig, Path]], store: Tokens, resume: bool, progress: bool):
+def _train_together(
+    jobs: list[tuple[SparseAutoencoder, TrainConfig, Path]], store: Tokens, resume: bool, progress: bool
+) -> list[SparseAutoencoder]:
     """Train SAEs that read the same batches in the same order; one that was interrupted later waits for the others."""
-    config, done, at = jobs[0][1], {}, {}
+    config, done, at = jobs[0][1], dict[int, SparseAutoencoder](), dict[int, int]()  # at: the step whose batch a run waits for
     draw = cache(lambda n: next(_tokens(store, config, n, config.seed + 1, 0))[0])  # of another order than the training's
     with ExitStack() as stack:
         runs = [stack.enter_context(closing(_run(*job, store, resume, progress, draw))) for job in jobs]
@@ -114,12 +116,12 @@ def _train_together(jobs: list[tuple[SparseAutoencoder, TrainConfig, Path]], sto
             advance(i)
         draw.cache_clear()
         if at:
-            stream = _tokens(store, config, config.batch_tokens, config.seed, step := min(at.values()))
-        while at:
-            batch = next(stream)
-            for i in [i for i, waits_for in at.items() if waits_for == step]:
-                advance(i, batch)
-            step += 1
+            first = min(at.values())
+            for step, batch in enumerate(_tokens(store, config, config.batch_tokens, config.seed, first), first):
+                for i in [i for i, waits_for in at.items() if waits_for == step]:
+                    advance(i, batch)
+                if not at:
+                    break
     return [done[i] for i in range(len(runs))]
 
 

@@ -8,7 +8,7 @@ from patchsae_utils.sae.losses import patchsae_loss
 from patchsae_utils.sae.model import SparseAutoencoder
 from patchsae_utils.sae.sparse import kernels as sparse
 from patchsae_utils.sae.sparse.adam import DeferredGradients
-from patchsae_utils.sae.sparse.kernels import BatchTopK, TopK, decode, encode, take_rows
+from patchsae_utils.sae.sparse.kernels import BatchTopK, TopK, decode, encode
 
 N, D, S = 13, 8, 40
 
@@ -210,15 +210,3 @@ def test_weights_have_no_dense_gradient_while_deferred_and_materialize_gives_it(
         for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
             torch.testing.assert_close(getattr(sae, name).grad, getattr(reference, name).grad, rtol=1e-4, atol=1e-6)
         assert sae.W_enc.grad.stride() == sae.W_enc.stride()
-
-
-def test_taken_rows_stay_rows_while_deferred():
-    sae = autoencoder()
-    deferred, index = DeferredGradients(sae), DEAD.nonzero().squeeze(1)
-    with deferred:
-        loss = take_rows(sae.W_dec, index).pow(3).sum() + 2 * take_rows(sae.W_enc.T, index).pow(3).sum()
-    loss.backward()
-    assert sae.W_dec.grad is None and sae.W_enc.grad is None
-    deferred.materialize()
-    torch.testing.assert_close(sae.W_dec.grad, 3 * sae.W_dec.square() * DEAD[:, None])
-    torch.testing.assert_close(sae.W_enc.grad, 6 * sae.W_enc.square() * DEAD)

@@ -122,7 +122,7 @@ class DeferredGradients:
 
 
 def n_steps(config: TrainConfig) -> int:
-    """Steps of a whole run: ``n_tokens / batch_tokens``, rounded, at least 1."""
+    """Steps of a whole run, at least 1."""
     return max(1, round(config.n_tokens / config.batch_tokens))
 
 

@@ -1,8 +1,7 @@
-"""Sparse kernels: of an L0 of 150 in 49,152 latents, only the encoder's forward product is computed whole, a piece at a time.
+"""Sparse kernels: only the encoder's forward product is computed whole, a piece at a time, in bfloat16 where asked.
 
-It *finds* the active latents, in bfloat16 where asked; their values are computed again from the float32 weights. All else touches active
-latents alone, in two orders: by token (CSR; decode) and by latent (CSC; weight gradients). Letters: N tokens of any images, D d_in, S
-d_sae.
+It *finds* the active latents; their values are computed again from the float32 weights. All else touches active latents alone, in two
+orders: by token (CSR; decode) and by latent (CSC; weight gradients). Letters: N tokens of any images, D d_in, S d_sae.
 """
 
 from __future__ import annotations
