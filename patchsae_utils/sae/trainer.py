@@ -43,8 +43,8 @@ _ORIGIN = ("model_name", "weights_hash", "layer", "tokens", "grid", "preprocessi
 
 
 def train_sae(
-    sae: SparseAutoencoder | Sequence[SparseAutoencoder], store: Tokens, config: TrainConfig | Sequence[TrainConfig],
-    out: str | Path | Sequence[str | Path], resume: bool = True, progress: bool = True,
+    sae: SparseAutoencoder | Sequence[SparseAutoencoder], store: Tokens, config: TrainConfig | Sequence[TrainConfig], out: Any,
+    resume: bool = True, progress: bool = True,
 ) -> Any:  # fmt: skip
     """Train an SAE on activations, or open it when it is there already; or several, which read each batch once.
 
@@ -83,7 +83,7 @@ def train_sae(
         If a tracker's package is missing.
     """
     if isinstance(sae, SparseAutoencoder):
-        return train_sae([sae], store, [config], [out], resume, progress)[0]
+        return train_sae([sae], store, config, [out], resume, progress)[0]
     configs = [config] * len(sae) if isinstance(config, TrainConfig) else config
     jobs = [(each, own, Path(folder)) for each, own, folder in zip(sae, configs, out, strict=True)]
     if len({id(each) for each, *_ in jobs}) < len(jobs):

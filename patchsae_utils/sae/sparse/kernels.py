@@ -284,7 +284,8 @@ class ChosenRows(NamedTuple):
 def _weight_gradient(gradient: WeightedRows, like: Tensor, deferred: list | None) -> Tensor | None:
     """The sum [S, D] in the memory layout of ``like``; or None, where it is collected instead."""
     if deferred is not None:
-        return deferred.append(gradient)
+        deferred.append(gradient)
+        return None
     out = torch.empty_like(like)
     for rows, span in gradient.entries.blocks():
         out[rows] = gradient.add_to(None, rows, span)
