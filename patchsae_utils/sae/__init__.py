@@ -5,7 +5,7 @@ worth (`quality`), its random control and its latents as a dictionary (`dictiona
 `formats`). May import: activations, clip, data, run.
 """
 
-from .dictionary import random_sae
+from .dictionary import random_sae, sae_dictionary
 from .files import load_sae, push_sae, save_sae
 from .losses import patchsae_loss
 from .model import SparseAutoencoder
@@ -14,5 +14,5 @@ from .trainer import train_sae, training_log
 
 __all__ = [
     "SparseAutoencoder", "dead_causes", "evaluate_sae", "evaluation_sentence", "evaluation_table", "firing_rates", "load_sae",
-    "patchsae_loss", "places_sentence", "push_sae", "random_sae", "readings_by_place", "save_sae", "train_sae", "training_log",
+    "patchsae_loss", "places_sentence", "push_sae", "random_sae", "readings_by_place", "sae_dictionary", "save_sae", "train_sae", "training_log",
 ]  # fmt: skip

@@ -25,7 +25,18 @@ class Dictionary(NamedTuple):
 
 
 def sae_dictionary(sae: SparseAutoencoder, name: str = "SAE") -> Dictionary:
-    """An SAE's latents as a dictionary, in the units of its training: of tokens of unit size, where it was trained on those."""
+    """An SAE's latents as a dictionary, in the units of its training: of tokens of unit size, where it was trained on those.
+
+    Parameters
+    ----------
+    sae : SparseAutoencoder
+    name : str
+        How tables and figures call it.
+
+    Returns
+    -------
+    Dictionary
+    """
 
     def encode(x: Tensor, columns: np.ndarray | None) -> Tensor:
         x = x.to(sae.W_enc.device)
