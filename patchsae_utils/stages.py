@@ -11,7 +11,6 @@ from .activations.extraction import extract_activations
 from .activations.store import ActivationStore
 from .adaptation.fit import fit_adapter
 from .adaptation.models import AdaptedClip
-from .adaptation.own_dictionary import Dictionaries, train_dictionaries
 from .clip.loading import load_clip
 from .clip.model import ClipModel
 from .concepts import detection
@@ -195,18 +194,8 @@ def adapter(profile: Profile, clip: ClipModel, task: str, kind: str | None = Non
     return fit_adapter(clip, kind, data, profile.adapters, out=out, seed=seed, precision=ADAPTER_PRECISION)
 
 
-def adapted_dictionaries(profile: Profile, clip: ClipModel, task: str, n_images: int = 1500, n_tokens: int = 300_000) -> Dictionaries:
-    """SAEs of CLIP and of CLIP adapted to a task, trained alike on pictures of the task's domain; smaller than :func:`trained_sae`, so that both are made here."""
-    data, domain = profile.data, task.partition(":")[2] if task.startswith("openmoji/") else ""
-    spec = f"{data.statistics}:{domain}" if domain and ":" not in data.statistics else data.statistics
-    pictures = open_data(profile, spec, "train", min(n_images, data.n_train_images or n_images))
-    training = dataclasses.replace(profile.training, n_tokens=min(n_tokens, profile.training.n_tokens))
-    out = adapter_folder(profile, task, "dictionaries")
-    return train_dictionaries(clip, adapter(profile, clip, task), pictures, profile.model.layer, profile.sae, training, out)
-
-
 def adapter_folder(profile: Profile, task: str, what: str) -> Path:
-    """Where :func:`adapter` keeps a task's model (``what`` is its kind and seed, as in "maple-1"), and :func:`adapted_dictionaries` its SAEs."""
+    """Where :func:`adapter` keeps a task's model; ``what`` is its kind and seed, as in "maple-1"."""
     return profile.folder("adapters") / f"{re.sub(r'[^A-Za-z0-9]+', '-', task).strip('-')}-{what}"
 
 

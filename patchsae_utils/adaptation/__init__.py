@@ -1,18 +1,25 @@
 """Adaptation: adapted models, their fitting, and what their gain is made of.
 
 Adapted models (`prompts`, `models`) have the interface of a `ClipModel`; `fit` and `official` make and read them. One dictionary reads CLIP
-and the adapted model (`compare`, `groups`), the gain is taken apart (`gain`, `links`), a dictionary of its own (`own_dictionary`) and a
-joint one (`joint`, `novelty`) say what is new. May import: interventions, concepts, latents, sae, activations, clip, data, run.
+and the adapted model (`compare`, `groups`), the gain is taken apart (`gain`, `links`), a joint dictionary says what is new (`joint`,
+`novelty`), `concepts` shows it, `told` says it. May import: interventions, concepts, latents, sae, activations, clip, data, run.
 """
 
 from .compare import Remapping, base_to_novel, compare_models, masked_predictions, stack
+from .concepts import remapped_concepts
 from .fit import NAMES, fit_adapter, load_adapter
-from .gain import explain_gain
+from .gain import explain_gain, owen_values
 from .models import FineTuned, LinearHead, LoRA
 from .novelty import new_latents
 from .prompts import CoOp, MaPLe, VisualPrompt
+from .told import (
+    accuracy_sentence, experiments_sentence, order_sentence, overlap_sentence, parts_sentence, parts_table, prediction_sentence,
+    protocol_sentence, protocol_table, reuse_sentence,
+)  # fmt: skip
 
 __all__ = [
-    "NAMES", "CoOp", "FineTuned", "LinearHead", "LoRA", "MaPLe", "Remapping", "VisualPrompt", "base_to_novel", "compare_models",
-    "explain_gain", "fit_adapter", "load_adapter", "masked_predictions", "new_latents", "stack",
+    "NAMES", "CoOp", "FineTuned", "LinearHead", "LoRA", "MaPLe", "Remapping", "VisualPrompt", "accuracy_sentence", "base_to_novel",
+    "compare_models", "experiments_sentence", "explain_gain", "fit_adapter", "load_adapter", "masked_predictions", "new_latents",
+    "order_sentence", "overlap_sentence", "owen_values", "parts_sentence", "parts_table", "prediction_sentence", "protocol_sentence",
+    "protocol_table", "remapped_concepts", "reuse_sentence", "stack",
 ]  # fmt: skip

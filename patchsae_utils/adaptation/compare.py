@@ -1,7 +1,4 @@
-"""CLIP against adapted CLIP, read by one dictionary: are there new concepts, or is it a new mapping of old ones?
-
-Latents are compared by class-level counts, the gain by crossing {base, adapted image tower} x {base, adapted text head}.
-"""
+"""CLIP against an adapted CLIP, both read by one dictionary: do the same latents answer to a class, and what is classified correctly?"""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import hmean
-from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
 from ..clip.model import ClipModel
@@ -26,25 +22,26 @@ from ..latents.passes import latent_chunks
 from ..latents.reading import summarize_latents
 from ..run.intervals import mean_interval, resamples
 from ..sae.model import SparseAutoencoder
-from .groups import GROUPS, OVERLAPS, count_groups, latent_groups, overlaps, ranked_latents, top_of_either
+from .groups import GROUPS, OVERLAPS, TOP_K, count_groups, latent_groups, overlaps, ranked_latents, top_of_either
 
 FORMS = ("raw", "reconstructed", "error kept")
 SIDES = ("base", "adapted")
-COMPARISONS = ("CLIP and adapted", "CLIP twice, other pictures", "CLIP and adapted, other class", "CLIP and adapted, random latents")
-FATES = ("right in both", "resolved", "same mistake", "another mistake", "broken")
-"""What becomes of a picture: ``resolved`` and ``broken`` are right in the adapted model alone and in CLIP alone."""
+SAME, APART, TWICE = "CLIP and adapted", "CLIP and adapted, other pictures", "CLIP twice, other pictures"
+OTHER, RANDOM = "CLIP and adapted, other class", "CLIP and adapted, random latents"
+COMPARISONS = (SAME, APART, TWICE, OTHER, RANDOM)
+"""The second and third read half of a class's pictures with each model, so they compare with each other, and not with the first."""
 BATCH = 64
 TAU = 0.2
 """A token counts where h > tau (the paper's)."""
 MODELS = ("CLIP", "CLIP, adapted head", "adapted")
-KS = (1, 3, 10, 30, 100, 300)
+KS = (1, 3, 10, 30, 100)
 
 
 class Reading(NamedTuple):
     """One image tower, read by the dictionary over a data set."""
 
     counts: Tensor
-    """[2, C, S] tokens a picture with h > tau, for the pictures of each class at even and at odd turns."""
+    """[2, C, S] tokens per picture with h > tau, for the pictures of each class at even and at odd turns."""
     class_images: Tensor
     """[2, C] how many pictures those are."""
     labels: np.ndarray
@@ -52,11 +49,11 @@ class Reading(NamedTuple):
     predicted: dict[tuple[str, str], np.ndarray]
     """(head, form) -> int [N]: the class that each picture is taken for."""
     reconstruction: dict[str, float]
-    """explained_variance (centred), normalized_mse, l0."""
+    """explained_variance (centred), l0."""
 
     @property
     def mean_counts(self) -> Tensor:
-        """[C, S] tokens a picture with h > tau: a_c over the number of pictures."""
+        """[C, S] tokens per picture with h > tau: a_c over the number of pictures."""
         return mean_of_halves(self.counts, self.class_images)
 
 
@@ -85,116 +82,42 @@ class Remapping:
     adapted: Reading
 
     def right(self, tower: str, head: str, form: str = "raw") -> np.ndarray:
-        """Which pictures one crossing of image tower and text head classifies rightly: bool [N]."""
+        """Which pictures one crossing of image tower and text head classifies correctly: bool [N]."""
         return getattr(self, tower).predicted[head, form] == getattr(self, tower).labels
 
-    def score(self, tower: str, head: str) -> float:
-        """Its accuracy, in [0, 1]."""
-        return float(self.right(tower, head).mean())
-
-    def accuracy(self) -> pd.DataFrame:
-        """Every image tower with every text head, in three forms: tower, head, form, accuracy, low, high."""
-        keys = [(tower, head, form) for tower in SIDES for head in SIDES for form in FORMS]
-        return _with_intervals(pd.DataFrame(keys, columns=["tower", "head", "form"]), "accuracy", [self.right(*key) for key in keys])
-
-    @property
-    def delta(self) -> float:
-        """Share of the base's errors that adaptation removed: (adapted - base) / (1 - base). Source: Lim et al., ICLR 2025, Table 1."""
-        base, adapted = self.score("base", "base"), self.score("adapted", "adapted")
-        return (adapted - base) / (1 - base) if base < 1 else 0.0
-
-    def gain_split(self) -> pd.DataFrame:
-        """How much of the gain each tower brings: part ("image tower", "text head", "both"), gain, low, high; intervals over pictures.
-
-        With A(tower, head), the image tower's part is [A(a, b) - A(b, b) + A(a, a) - A(b, a)] / 2 (the Shapley value of two players).
-        """
-        bb, ba, ab, aa = (self.right(tower, head).astype(float) for tower in SIDES for head in SIDES)
-        rows = [(ab - bb + aa - ba) / 2, (ba - bb + aa - ab) / 2, aa - bb]
-        return _with_intervals(pd.DataFrame({"part": ["image tower", "text head", "both"]}), "gain", rows)
-
-    def confusions(self) -> Confusions:
-        """Confusion matrices of CLIP and of the adapted model, each with its own text head."""
-        readings, classes = {side: getattr(self, side) for side in SIDES}, range(len(self.class_names))
-        matrices = (confusion_matrix(each.labels, each.predicted[side, "raw"], labels=classes) for side, each in readings.items())
-        return Confusions(self.class_names, *matrices)
-
-    def fates(self) -> pd.DataFrame:
-        """What became of each picture: fate (see :data:`FATES`), share of all pictures, low, high; intervals over pictures."""
-        before, after = self.base.predicted["base", "raw"], self.adapted.predicted["adapted", "raw"]
-        was, is_ = self.right("base", "base"), self.right("adapted", "adapted")
-        rows = [was & is_, ~was & is_, ~was & (after == before), ~was & ~is_ & (after != before), was & ~is_]
-        return _with_intervals(pd.DataFrame({"fate": FATES}), "share", rows)
-
-    def latents(self) -> pd.DataFrame:
-        """Top latents of each class in either model and their group: class, class_name, latent, base, adapted (counts a picture), group."""
-        table = latent_groups(self.base.mean_counts, self.adapted.mean_counts)
+    def latents(self, top_k: int = TOP_K) -> pd.DataFrame:
+        """Top latents of each class in either model and their group: class, class_name, latent, base, adapted (counts per picture), group."""
+        table = latent_groups(self.base.mean_counts, self.adapted.mean_counts, top_k=top_k)
         table.insert(1, "class_name", [self.class_names[i] for i in table["class"]])
         return table
 
-    def groups(self) -> pd.DataFrame:
-        """:meth:`latents` counted, one row a class: class, class_name, one column a group; jaccard and rbo of the top latents."""
-        table = count_groups(self.base.mean_counts, self.adapted.mean_counts)
-        table.insert(1, "class_name", self.class_names)
-        return table
+    def comparisons(self) -> pd.DataFrame:
+        """What became of each class's top latents, mean over classes: comparison, measure (a group, "jaccard", "rbo"), value, low, high.
 
-    def comparisons(self, rank: str = "count") -> pd.DataFrame:
-        """The means of :meth:`groups` over classes, beside controls: comparison, measure (a group, "jaccard", "rbo"), value, low, high.
-
-        ``rank``: top latents by their "count" on the class, or by how far it exceeds the mean over classes ("specific"). Of as many random
-        active latents, groups have one draw for both models, overlaps a draw and an order for each.
+        Latents are ranked by how far their count on the class exceeds the mean over classes. Of as many random active latents, groups have
+        one draw for both models, overlaps a draw and an order for each.
         """
-        base, adapted = self.base.mean_counts, self.adapted.mean_counts
+        base, adapted, rank = self.base.mean_counts, self.adapted.mean_counts, "specific"
         rng = np.random.default_rng(0)
-        tables = {COMPARISONS[0]: count_groups(base, adapted, rank=rank), COMPARISONS[1]: count_groups(*self.base.counts, rank=rank)}
+        pairs = {SAME: (base, adapted), APART: (self.base.counts[0], self.adapted.counts[1]), TWICE: tuple(self.base.counts)}
         if len(base) > 1:
             shift = int(rng.integers(1, len(base)))  # every class meets another one
-            tables[COMPARISONS[2]] = count_groups(base, adapted.roll(shift, 0), rank=rank)
+            pairs[OTHER] = (base, adapted.roll(shift, 0))
+        tables = {name: count_groups(*pair, rank=rank) for name, pair in pairs.items()}
         active = (base > 0) | (adapted > 0)
         union = top_of_either(base, adapted, rank=rank)
         lottery = torch.from_numpy(rng.random(tuple(active.shape))) * active
         drawn = (lottery.argsort(1, descending=True).argsort(1) < union.sum(1, keepdim=True)) & active
         again = torch.from_numpy(rng.random(tuple(active.shape))) * active
         by_luck = overlaps(ranked_latents(lottery), ranked_latents(again))
-        tables[COMPARISONS[3]] = count_groups(base, adapted, rank=rank, members=drawn).assign(**by_luck)
+        tables[RANDOM] = count_groups(base, adapted, rank=rank, members=drawn).assign(**by_luck)
         values = {(name, measure): table[measure].dropna() for name, table in tables.items() for measure in (*GROUPS, *OVERLAPS)}
         records = [(*key, *mean_interval(found, "classes")[:3]) for key, found in values.items() if len(found)]
         return pd.DataFrame(records, columns=["comparison", "measure", "value", "low", "high"])
 
-    def correlation(self) -> float:
-        """Pearson correlation of the two models' data-set-level counts a_D over latents active in either."""
-        a, b = self.base.mean_counts.mean(0), self.adapted.mean_counts.mean(0)
-        active = (a > 0) | (b > 0)
-        return float(np.corrcoef(a[active].double(), b[active].double())[0, 1])
-
     def reconstruction(self) -> pd.DataFrame:
-        """Is the dictionary still valid on adapted activations: tower, explained_variance, normalized_mse, l0."""
+        """Is the dictionary still valid on adapted activations: tower, explained_variance, l0."""
         return pd.DataFrame([{"tower": side, **getattr(self, side).reconstruction} for side in SIDES])
-
-
-class Confusions(NamedTuple):
-    """Pictures by true class (row) and predicted class (column), int [C, C]. After Lim et al., ICLR 2025, Fig. 21."""
-
-    class_names: list[str]
-    base: np.ndarray
-    adapted: np.ndarray
-
-    @property
-    def change(self) -> np.ndarray:
-        """[C, C] adapted minus base, as shares of each true class's pictures: rows sum to 0; NaN for classes without pictures."""
-        with np.errstate(invalid="ignore"):
-            return (self.adapted - self.base) / self.base.sum(1, keepdims=True)
-
-    @property
-    def order(self) -> np.ndarray:
-        """[C] classes from the one that gained most accuracy to the one that lost most; ties in their own order."""
-        return np.argsort(-np.nan_to_num(self.change.diagonal()), kind="stable")
-
-    def pairs(self) -> pd.DataFrame:
-        """Confusions that changed, most resolved first: class_name, taken_for, pictures (of the class), base, adapted, change."""
-        rows, columns = np.nonzero((self.base != self.adapted) & ~np.eye(len(self.base), dtype=bool))
-        before, after, names = self.base[rows, columns], self.adapted[rows, columns], np.array(self.class_names, dtype=object)
-        table = pd.DataFrame({"class_name": names[rows], "taken_for": names[columns], "pictures": self.base.sum(1)[rows], "base": before})
-        return table.assign(adapted=after, change=after - before).sort_values("change", kind="stable", ignore_index=True)
 
 
 @torch.no_grad()
@@ -244,8 +167,7 @@ def _read_tower(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: in
     counts = (counts.cpu().view(2, seen.shape[1], -1) / seen.clamp_min(1)[..., None]).float()
     predicted = {key: torch.cat(parts).numpy() for key, parts in predicted.items()}
     explained = 1 - error / (square - total.square().sum().item() / n)
-    reconstruction = {"explained_variance": explained, "normalized_mse": error / square, "l0": active / n}
-    return Reading(counts, seen, torch.cat(labels).numpy(), predicted, reconstruction)
+    return Reading(counts, seen, torch.cat(labels).numpy(), predicted, {"explained_variance": explained, "l0": active / n})
 
 
 def masked_predictions(
@@ -328,8 +250,3 @@ def stack(parts: Mapping[Sequence[str] | str, pd.DataFrame], names: Sequence[str
     names = [names] if isinstance(names, str) else list(names)
     return pd.concat(parts, names=names).reset_index(names).reset_index(drop=True)
 
-
-def _with_intervals(table: pd.DataFrame, name: str, rows: Sequence[np.ndarray]) -> pd.DataFrame:
-    """Means of rows [N] over pictures as further columns: name, low, high."""
-    found = mean_interval(np.stack(rows), "images")
-    return table.assign(**{name: found.value, "low": found.low, "high": found.high})

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from ..clip.model import ClipModel
 from ..data import batches, templates_for
@@ -33,7 +33,7 @@ PARTS = (*TOWER_PARTS, "text head")
 CONCEPTS = {"retuning": ("existing latents",), "new concepts": ("outside the dictionary",), "remapping": ("later blocks", "text head")}
 """What each part of the gain is called in the question."""
 MEASURES = ("accuracy", "log-probability")
-CHANGES = ("adaptation", "another picture", "random direction")
+CHANGES = ("adaptation", "another picture")
 BATCH = 32
 EXPERIMENTS = {
     "CLIP": (0, 0, 0, 0),
@@ -57,10 +57,10 @@ class GainSplit:
     name: str
     """Of the data set."""
     outcomes: np.ndarray
-    """[2 measures, 2, 2, 2, 3, N]: whether picture n is classified rightly, and the log-probability of its class (nats), with each part of
+    """[2 measures, 2, 2, 2, 3, N]: whether picture n is classified correctly, and the log-probability of its class (nats), with each part of
     ``PARTS`` as in CLIP (0) or as in the adapted model (1); the text head may also be CLIP's with the adapter's own texts (2)."""
     squares: np.ndarray
-    """[3, 2, N]: for each of ``CHANGES`` the squared norm outside the dictionary, and that of the whole change, summed over tokens."""
+    """[2, 2, N]: for each of ``CHANGES`` the squared norm outside the dictionary, and that of the whole change, summed over tokens."""
 
     def parts(self, measure: str = "accuracy") -> pd.DataFrame:
         """Each part of the gain in "accuracy" or "log-probability": part, gain, low, high, share, share_low, share_high; over pictures.
@@ -110,7 +110,15 @@ def share_of(rows: np.ndarray, whole: np.ndarray):
 
 
 def owen_values(values: np.ndarray) -> dict[str, np.ndarray]:
-    """Each part's Owen value [...] from outcomes [2, 2, 2, 2 or 3, ...] with each of ``PARTS`` old (0) or new (1)."""
+    """Each part's Owen value: what it adds, averaged over the orders in which the parts are exchanged, the tower's together.
+
+    Parameters
+    ----------
+    values : ndarray [2, 2, 2, 2 or 3, ...]
+        Outcomes with each of ``PARTS`` as in CLIP (0) or as in the adapted model (1).
+
+    Source: Owen, "Values of games with a priori unions", 1977.
+    """
     orders = list(permutations(range(len(TOWER_PARTS))))
     found = {name: np.zeros(values.shape[len(PARTS) :]) for name in PARTS}
     for head in (0, 1):
@@ -157,7 +165,6 @@ def explain_gain(
     between = [model.untrained_head(*texts) if isinstance(model, AdaptedClip) else heads[0] for model in models]
     sums = {name: LinkSums(list(dataset.class_names), sae) for name in adapted}
     found: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in adapted}
-    generator = Generator().manual_seed(0)
     for batch in batches(dataset, base.preprocess, BATCH, progress=f"explaining {dataset.name}" if progress else None):
         labels = batch.labels.to(base.device)
         residuals = [model.run_to(batch.images, layer) for model in models]
@@ -165,15 +172,12 @@ def explain_gain(
         before, *others = (Reader(*parts) for parts in zip(models, heads, tails, residuals, strict=True))
         z = before.residual.tokens
         said = _decoded(sae, z)
-        noise = torch.randn(z.shape, generator=generator).to(base.device)
         for name, after, untrained in zip(adapted, others, between[1:], strict=True):
             new = after.residual.tokens
             change, change_said = new - z, _decoded(sae, new) - said
             # With the latents' part, and with the part outside.
             streams = {(0, 0): z, (1, 0): z + change_said, (0, 1): new - change_said, (1, 1): new}
-            random = noise * (change.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
-            random_said = _decoded(sae, z + random) - said if change.any() else random
-            pairs = (change, change_said), (z.roll(1, 0) - z, said.roll(1, 0) - said), (random, random_said)
+            pairs = (change, change_said), (z.roll(1, 0) - z, said.roll(1, 0) - said)
             found[name].append((_outcomes(streams, (before, after), untrained, labels), torch.stack([_squares(*pair) for pair in pairs])))
             sums[name].add((before, after), labels)
     arrays = {name: [torch.cat(parts, -1).numpy() for parts in zip(*found[name], strict=True)] for name in adapted}
@@ -185,7 +189,7 @@ def _decoded(sae: SparseAutoencoder, tokens: Tensor) -> Tensor:
 
 
 def _outcomes(streams: Mapping[tuple[int, int], Tensor], readers: tuple[Reader, Reader], untrained: Tensor, labels: Tensor) -> Tensor:
-    """Rightness and log-probability of streams [B, T, D] with every tail and head, [2, 2, 2, 2, 3, B]."""
+    """Correctness and log-probability of streams [B, T, D] with every tail and head, [2, 2, 2, 2, 3, B]."""
     found = torch.zeros(2, 2, 2, 2, 3, len(labels), dtype=torch.float64)
     for tail, reader in enumerate(readers):
         for parts, tokens in streams.items():

@@ -19,12 +19,12 @@ from ..clip.model import ClipModel, Residual
 from ..interventions.attribution import all_others, logit_gradient
 from ..run.intervals import mean_interval
 from ..sae.model import SparseAutoencoder
-from .compare import COMPARISONS, mean_of_halves, turns
+from .compare import APART, OTHER, SAME, TWICE, mean_of_halves, turns
 from .groups import latent_groups
 
 LINKS = {"high": "stayed", "high-to-low": "vanished", "low-to-high": "appeared"}
 """Group of :func:`.latent_groups` -> what happened to the link."""
-_IMAGES = 8  # whose latents and weights [T, S] are held at once
+_IMAGES = 8  # whose latents [T, S] are held at once
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,9 @@ class ClassLinks:
 
     class_names: list[str]
     halves: Tensor
-    """[2, C, S] CLIP's links, on the pictures of each class at even and at odd turns."""
+    """[2, 2, C, S] links of CLIP and of the adapted model, on the pictures of each class at even and at odd turns."""
     half_images: Tensor
     """[2, C] how many pictures those are."""
-    adapted: Tensor
     by_activation: Tensor
     """The part of adapted minus base that is due to other activations."""
     by_reading: Tensor
@@ -45,17 +44,19 @@ class ClassLinks:
     @property
     def base(self) -> Tensor:
         """[C, S] CLIP's links, on all pictures."""
-        return mean_of_halves(self.halves, self.half_images)
+        return mean_of_halves(self.halves[0], self.half_images)
+
+    @property
+    def adapted(self) -> Tensor:
+        """[C, S] the adapted model's."""
+        return mean_of_halves(self.halves[1], self.half_images)
 
     def reuse(self) -> pd.DataFrame:
-        """How much of a class's evidence rests on the same latents, beside controls: comparison, reuse, low, high (over classes).
-
-        "CLIP twice, other pictures" compares samples of half the size, so it understates what chance leaves in common.
-        """
-        pairs = {COMPARISONS[0]: (self.base, self.adapted), COMPARISONS[1]: tuple(self.halves)}
+        """How much of a class's evidence rests on the same latents, beside controls: comparison, reuse, low, high (over classes)."""
+        pairs = {SAME: (self.base, self.adapted), APART: (self.halves[0, 0], self.halves[1, 1]), TWICE: tuple(self.halves[0])}
         if len(self.class_names) > 1:
             shift = int(np.random.default_rng(0).integers(1, len(self.class_names)))
-            pairs[COMPARISONS[2]] = (self.base, self.adapted.roll(shift, 0))
+            pairs[OTHER] = (self.base, self.adapted.roll(shift, 0))
         records = []
         for name, (first, second) in pairs.items():
             shared = shared_evidence(first, second)
@@ -107,25 +108,32 @@ class LinkSums:
 
     def __init__(self, class_names: list[str], sae: SparseAutoencoder):
         self.class_names, self.sae, self.rows = class_names, sae, sae.W_dec.detach()
-        shape = (len(class_names), sae.d_sae)
+        shape = (2, len(class_names), sae.d_sae)
         self.halves = self.rows.new_zeros(2, *shape, dtype=torch.float64)
-        self.rest = self.rows.new_zeros(3, *shape, dtype=torch.float64)  # adapted, by activation, by reading
+        self.parts = self.rows.new_zeros(shape, dtype=torch.float64)  # by activation, by reading
         self.seen = torch.zeros(2, len(class_names), dtype=torch.long)
 
     def add(self, readers: Sequence[Reader], labels: Tensor) -> None:
         """Add a batch: CLIP and the adapted model on the same pictures, and their classes [B]."""
         gradients = [logit_gradient(each.clip, each.tail, each.residual, each.head, labels, all_others(each.head)) for each in readers]
         turn = turns(labels.cpu(), self.seen).to(labels.device)
+        n_classes, n_latents = self.parts.shape[1:]
         for rows in torch.arange(len(labels), device=labels.device).split(_IMAGES):
             h = [self.sae.encode(each.residual.tokens[rows]) for each in readers]
-            w = [gradient[rows] @ self.rows.T for gradient in gradients]
-            self.halves.index_put_((turn[rows], labels[rows]), (h[0] * w[0]).sum(1, dtype=torch.float64), accumulate=True)
-            shares = (h[1] * w[1], (h[1] - h[0]) * (w[0] + w[1]) / 2, (h[0] + h[1]) / 2 * (w[1] - w[0]))
-            for total, share in zip(self.rest, shares, strict=True):
-                total.index_add_(0, labels[rows], share.sum(1, dtype=torch.float64))
+            active = (h[0] > 0) | (h[1] > 0)  # all other links are 0
+            image, token, latent = active.nonzero(as_tuple=True)
+            decoder, h = self.rows[latent], [each[active] for each in h]
+            w = [(decoder * gradient[rows][image, token]).sum(1) for gradient in gradients]
+            place = labels[rows][image] * n_latents + latent
+            half = turn[rows][image] * n_classes * n_latents + place
+            for total, activation, weight in zip(self.halves, h, w, strict=True):
+                total.view(-1).index_add_(0, half, (activation * weight).double())
+            shares = ((h[1] - h[0]) * (w[0] + w[1]) / 2, (h[0] + h[1]) / 2 * (w[1] - w[0]))
+            for total, share in zip(self.parts, shares, strict=True):
+                total.view(-1).index_add_(0, place, share.double())
 
     def links(self) -> ClassLinks:
         """The means over the pictures of each class."""
         halves = self.halves.cpu() / self.seen.clamp_min(1)[..., None]
-        rest = self.rest.cpu() / self.seen.sum(0).clamp_min(1)[:, None]
-        return ClassLinks(self.class_names, halves, self.seen, *rest)
+        parts = self.parts.cpu() / self.seen.sum(0).clamp_min(1)[:, None]
+        return ClassLinks(self.class_names, halves, self.seen, *parts)

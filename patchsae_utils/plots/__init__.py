@@ -7,8 +7,8 @@ One file a notebook (03 has two: `concepts`, `pictures`), the look in `style`, s
 # isort: off
 from .activations import embedded_world, patch_probe, residual_norms, residual_pca, zero_shot_accuracy
 from .adaptation import (
-    adaptation_accuracy, adapter_table, class_links, class_scatter, confusion_change, dictionary_cross, gain_experiments, gain_parts, gain_split,
-    latent_groups, prediction_heat, tower_head_cross,
+    adaptation_accuracy, adapter_table, class_links, class_scatter, gain_experiments, gain_parts, latent_groups, planted_controls,
+    prediction_heat, remapped_concepts,
 )  # fmt: skip
 from .concepts import (
     by_layer, concept_families, coverage_curves, latent_statistics, localization, monosemanticity, name_agreement,
@@ -26,10 +26,10 @@ from .training import (
 
 __all__ = [
     "ablation_effects", "adaptation_accuracy", "adapter_table", "by_layer", "class_links", "class_scatter", "color_swap",
-    "concept_families", "concept_masks", "concept_specificity", "confusion_change", "coverage_curves", "cross_domain",
-    "dictionary_cross", "dose_response", "embedded_world", "figure", "firing_rates", "gain_experiments", "gain_parts", "gain_split",
-    "latent_groups", "latent_statistics", "levels", "localization", "mask_curves", "mask_tasks", "method", "monosemanticity",
-    "name_agreement", "object_removal", "patch_maps", "patch_probe", "pointing", "prediction_heat",
-    "reconstruction_frontier", "reconstruction_quality", "reference_images", "residual_norms", "residual_pca", "save", "steered", "step_costs",
-    "text_and_image", "tower_head_cross", "training_curves", "zero_shot_accuracy",
+    "concept_families", "concept_masks", "concept_specificity", "coverage_curves", "cross_domain", "dose_response", "embedded_world",
+    "figure", "firing_rates", "gain_experiments", "gain_parts", "latent_groups", "latent_statistics", "levels", "localization",
+    "mask_curves", "mask_tasks", "method", "monosemanticity", "name_agreement", "object_removal", "patch_maps", "patch_probe",
+    "planted_controls", "pointing", "prediction_heat", "reconstruction_frontier", "reconstruction_quality", "reference_images",
+    "remapped_concepts", "residual_norms", "residual_pca", "save", "steered", "step_costs", "text_and_image", "training_curves",
+    "zero_shot_accuracy",
 ]  # fmt: skip

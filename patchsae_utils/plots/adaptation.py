@@ -13,30 +13,28 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..adaptation.fit import NAMES
-from .drawing import colorbar, heat, interval_panels, legend, look, panels, pretty
-from .style import COLORS, drawn, figure
+from .drawing import clip, colorbar, errors, heat, interval_panels, legend, look, panels, pretty
+from .heat import blend
+from .style import COLORS, drawn, figure, image_axes
 
 _GROUPS = {"high": COLORS["gray"], "high-to-low": COLORS["orange"], "low-to-high": COLORS["blue"]}
 _LINKS = {"stayed": COLORS["gray"], "vanished": COLORS["orange"], "appeared": COLORS["blue"]}
 _COMPARISONS = {
-    "CLIP and adapted": look("blue"), "CLIP twice, other pictures": look("gray", "s"), "CLIP and adapted, other class": look("orange", "^"),
+    "CLIP and adapted": look("blue", "o", "CLIP and adapted, same pictures"), "CLIP and adapted, other pictures": look("sky", "o"),
+    "CLIP twice, other pictures": look("gray", "s"), "CLIP and adapted, other class": look("orange", "^"),
     "CLIP and adapted, random latents": look("purple", "D"),
 }  # fmt: skip
 _MEASURES = {"high": "high in both", "high-to-low": "high to low", "low-to-high": "low to high", "jaccard": "Jaccard", "rbo": "rank-biased"}
 _FORMS = {"raw": {"marker": "o"}, "reconstructed": {"marker": "s", "markerfacecolor": "white"}, "error kept": {"marker": "x"}}
-_DICTIONARIES = {
-    "CLIP": look("blue", "o", "SAE of CLIP"), "CLIP, other seed": look("sky", "s", "SAE of CLIP, other seed"),
-    "adapted": look("orange", "^", "SAE of the adapted model"),
-}  # fmt: skip
 _PARTS = {
     "text head": "text head\n(remapping)", "later blocks": "later blocks\n(remapping)", "existing latents": "existing latents\n(retuning)",
     "outside the dictionary": "outside dictionary\n(new concepts)", "both": "whole gain",
 }  # fmt: skip
-_TOWERS = {"image tower": look("blue"), "text head": look("orange"), "both": look("gray")}
 _KINDS = {
     "maple": ("blue", "s"), "coop": ("orange", "^"), "vpt": ("green", "D"), "lora": ("purple", "v"), "finetune": ("red", "P"),
     "linear": ("black", "x"),
 }  # fmt: skip
+_CHANGES = {"appeared": ("blue", "link appeared"), "vanished": ("orange", "link vanished"), "new": ("green", "new latent")}
 _READERS = {"CLIP": "CLIP", "CLIP, adapted head": "CLIP's tower, adapted head", "adapted": "adapted tower and head"}
 _MODES = {"on": "only k latents kept", "off": "k latents removed"}
 _SEVERAL = "DataFrame of ``%s``, of several tasks (column ``task``) under each other"
@@ -92,49 +90,6 @@ def latent_groups(comparisons: pd.DataFrame) -> Figure:
     return fig
 
 
-@drawn(accuracy=_SEVERAL % "Remapping.accuracy")
-def tower_head_cross(accuracy: pd.DataFrame) -> Figure:
-    """Every image tower with every text head: accuracy in per cent, with its 95 % interval; one panel a task."""
-    accuracy, sides = accuracy[accuracy["form"] == "raw"], {"base": "CLIP", "adapted": "adapted"}
-    fig, axes = panels([*map(pretty, accuracy["task"].unique())], 2.7)
-    for ax, (_, rows) in zip(axes, accuracy.groupby("task", sort=False), strict=True):
-        rows = rows.assign(text=[f"{100 * r.accuracy:.0f} %\n[{100 * r.low:.0f}, {100 * r.high:.0f}]" for r in rows.itertuples()])
-        grids = [rows.pivot(index="tower", columns="head", values=name).loc[[*sides], [*sides]] for name in ("accuracy", "text")]
-        heat(ax, 100 * grids[0], grids[1], 10, square=True, xticklabels=sides.values(), yticklabels=sides.values())
-        ax.set(xlabel="text head", ylabel="image tower" if ax is axes[0] else "")
-        ax.tick_params("y", rotation=0)
-    colorbar(fig, axes, "accuracy (%)", shrink=0.75)
-    return fig
-
-
-@drawn(table=_SEVERAL % "Remapping.gain_split()")
-def gain_split(table: pd.DataFrame) -> Figure:
-    """How many points of the gain each tower brings, with 95 % intervals over pictures."""
-    xlim, height = (min(-1.0, 110 * table["low"].min()), 115 * table["high"].max()), 1.2 + 0.5 * table["task"].nunique()
-    return interval_panels(
-        table.assign(all=0), {"all": {0: ""}}, "task", "gain", "part", _TOWERS, xlabel="gain over zero-shot CLIP, base classes (points)",
-        scale=100, bars=True, zero=True, text="{:+z.0f}", xlim=xlim, height=height, subplots={"width": 0.85},
-    )[0]  # fmt: skip
-
-
-@drawn(found="mapping of str to Confusions, by task")
-def confusion_change(found: Mapping[str, Any]) -> Figure:
-    """The ten largest changes from CLIP's confusion matrix to the adapted model's, one panel a task: accuracies of classes, and confusions."""
-    fig, axes = panels([*map(pretty, found)], 2.7, 2, "adapted minus CLIP (% of the class's pictures)", sharey=False, sharex=True)
-    for ax, each in zip(axes, found.values(), strict=True):
-        change = 100 * np.nan_to_num(each.change)
-        top = [divmod(place, len(change)) for place in np.argsort(-np.abs(change), axis=None, kind="stable")[:10]]
-        names = [pretty(each.class_names[i]) + (" (right)" if i == j else f" → {pretty(each.class_names[j])}") for i, j in top]
-        colors = [COLORS["blue" if i == j else "orange"] for i, j in top]
-        ax.barh(range(len(top)), [change[spot] for spot in top], color=colors, height=0.75)
-        ax.set_yticks(range(len(top)), names, fontsize=8)
-        ax.invert_yaxis()
-        ax.axvline(0, color=COLORS["black"], lw=0.8)
-        ax.grid(False, axis="y")
-    fig.suptitle("blue: accuracy of a class; orange: a class taken for another", x=0.01, ha="left", fontsize=9)
-    return fig
-
-
 @drawn(table="DataFrame of ``masked_predictions`` of one data set")
 def prediction_heat(table: pd.DataFrame) -> Figure:
     """Accuracy of each class from its top k latents: one column a model, one row a mode; under each k the mean over classes."""
@@ -152,22 +107,6 @@ def prediction_heat(table: pd.DataFrame) -> Figure:
         ax.tick_params("x", rotation=0)
     fig.supxlabel("latents k of the true class; below, the mean accuracy over classes", fontsize=10)
     colorbar(fig, axes, "accuracy (%)", shrink=0.6)
-    return fig
-
-
-@drawn(cross="DataFrame of ``Dictionaries.cross``")
-def dictionary_cross(cross: pd.DataFrame) -> Figure:
-    """Each dictionary on the activations of each model: explained variance, active latents, accuracy with the reconstruction; 95 % intervals."""
-    titles = {"explained_variance": "explained variance (%)", "l0": "active latents per token", "change": "accuracy change (points)"}
-    places = {"CLIP": "activations of\nCLIP", "adapted": "activations of\nthe adapted model"}
-    scale = np.where(cross["measure"] == "l0", 1, 100)
-    cross = cross.assign(**{name: scale * cross[name] for name in ("value", "low", "high")})
-    fig, axes = interval_panels(
-        cross, {"measure": titles}, "activations", "value", "sae", _DICTIONARIES, height=2.5, order=places, text="{:.1f}", xlim=(0, 50)
-    )
-    for ax, measure in zip(axes, titles, strict=True):
-        low, high = cross.loc[cross["measure"] == measure, "low"].min(), cross.loc[cross["measure"] == measure, "high"].max()
-        ax.set_xlim(min(0.0, 1.1 * low), 1.3 * max(high, 0.0) + 0.3 * max(-low, 0.0))
     return fig
 
 
@@ -235,3 +174,53 @@ def adapter_table(table: pd.DataFrame) -> Figure:
     words: dict[str, Any] = {"xlabel": "points over zero-shot CLIP", "zero": True, "spread": 0.8, "ncols": 6, "subplots": {"sharex": True}}
     panel = {"half": {half: half for half in ("base", "novel", "harmonic mean")}}
     return interval_panels(table, panel, "task", "accuracy", "kind", looks, height=1.3 + 0.48 * table["task"].nunique(), **words)[0]
+
+
+@drawn(credit=True, found="RemappedConcepts")
+def remapped_concepts(found: Any) -> Figure:
+    """Concepts by row: strongest pictures in CLIP and in the adapted model, dark where the latent is silent, and what its class loses without it.
+
+    Filled dots: the latent is turned off; hollow ones: another latent that is about as active is; bars are 95 % intervals over pictures.
+    """
+    table, n, k = found.table, len(found.pictures), 3
+    low, high = float(table[["change_low", "control_low"]].min(axis=None)), float(table[["change_high", "control_high"]].max(axis=None))
+    fig, axes = figure(height=0.72 * n + 0.9, nrows=n, ncols=2 * k + 2, width_ratios=[2.5, *[1] * 2 * k, 2.6], squeeze=False)
+    for i, (row, pictures) in enumerate(zip(axes, found.pictures, strict=True)):
+        pair = table.iloc[2 * i : 2 * i + 2]
+        first, (color, words) = pair.iloc[0], _CHANGES[pair.iloc[0]["kind"]]
+        image_axes(row[0]).set(xlim=(0, 1), ylim=(0, 1))
+        row[0].axvline(0, color=COLORS[color], lw=6)
+        for y, text, weight in ((0.78, clip(first["name"], 26), "bold"), (0.45, f"latent {first['latent']}", "normal"), (0.14, f"{words}: {pretty(first['class_name'])}", "normal")):
+            row[0].text(0.05, y, text, va="center", fontsize=8.5, fontweight=weight)
+        for side, (images, masks) in enumerate(pictures.values()):
+            for ax, image, mask in zip(row[1 + side * k :], images, masks, strict=False):
+                image_axes(ax).imshow(blend(image, mask, max(float(masks.max()), 1e-12), 0.0, 0.4, size=160))
+            for ax in row[1 + side * k + len(images) : 1 + (side + 1) * k]:
+                image_axes(ax)
+        ax = row[-1]
+        for y, (_, each), dot in zip((1, 0), pair.iterrows(), ("gray", "blue"), strict=True):
+            for name, shift, face in (("change", 0.12, COLORS[dot]), ("control", -0.18, "white")):
+                length = errors(pair.loc[[each.name]], name)
+                ax.errorbar(each[name], y + shift, None, length, fmt="o", ms=4, color=COLORS[dot], mfc=face, elinewidth=1.2)
+        ax.axvline(0, color=COLORS["black"], lw=0.8)
+        ax.set(xlim=(1.08 * low - 0.05, 1.08 * max(high, 0) + 0.05), ylim=(-0.6, 1.6), yticks=(1, 0), yticklabels=("CLIP", "adapted"))
+        ax.tick_params("both", length=0, labelsize=8, labelbottom=i == n - 1)
+        ax.grid(False, axis="y")
+    axes[0, -1].set_title("log-odds of the class\nwithout it (nats)", fontsize=9)
+    for place, title in ((1, "strongest in CLIP"), (1 + k, "strongest in the adapted model")):
+        words = {"textcoords": "offset points", "fontsize": 9, "fontweight": "bold"}
+        axes[0, place].annotate(title, (0, 1), (0, 5), "axes fraction", **words).set_in_layout(False)
+    return fig
+
+
+@drawn(table="DataFrame; the table \"controls\" of ``load_table``")
+def planted_controls(table: pd.DataFrame) -> Figure:
+    """Controls whose answer is known: how many planted features each method finds, how many of what it calls new are planted, and the new share."""
+    titles = {"recall": "planted features found (%)", "precision": "found ones that were planted (%)", "new_share": "called new (%)"}
+    parts = [table.assign(measure=name, value=table[name], low=table[f"{name}_low"], high=table[f"{name}_high"]) for name in titles]
+    rows = pd.concat(parts).dropna(subset="value")
+    panel = {"measure": {name: title for name, title in titles.items() if (rows["measure"] == name).any()}}
+    height = 1.2 + 0.12 * rows["method"].nunique() * rows["control"].nunique()
+    return interval_panels(
+        rows, panel, "control", "value", "method", height=height, order=table["control"].unique(), scale=100, xlim=(-3, 103), spread=0.7,
+    )[0]  # fmt: skip
