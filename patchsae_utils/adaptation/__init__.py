@@ -5,6 +5,7 @@ and the adapted model (`compare`, `groups`), the gain is taken apart (`gain`, `l
 `novelty`), `concepts` shows it, `told` says it. May import: interventions, concepts, latents, sae, activations, clip, data, run.
 """
 
+from . import told
 from .compare import Remapping, base_to_novel, compare_models, masked_predictions, stack
 from .concepts import remapped_concepts
 from .fit import NAMES, fit_adapter, load_adapter
@@ -12,14 +13,8 @@ from .gain import explain_gain, owen_values
 from .models import FineTuned, LinearHead, LoRA
 from .novelty import new_latents
 from .prompts import CoOp, MaPLe, VisualPrompt
-from .told import (
-    accuracy_sentence, experiments_sentence, order_sentence, overlap_sentence, parts_sentence, parts_table, prediction_sentence,
-    protocol_sentence, protocol_table, reuse_sentence,
-)  # fmt: skip
 
 __all__ = [
-    "NAMES", "CoOp", "FineTuned", "LinearHead", "LoRA", "MaPLe", "Remapping", "VisualPrompt", "accuracy_sentence", "base_to_novel",
-    "compare_models", "experiments_sentence", "explain_gain", "fit_adapter", "load_adapter", "masked_predictions", "new_latents",
-    "order_sentence", "overlap_sentence", "owen_values", "parts_sentence", "parts_table", "prediction_sentence", "protocol_sentence",
-    "protocol_table", "remapped_concepts", "reuse_sentence", "stack",
+    "NAMES", "CoOp", "FineTuned", "LinearHead", "LoRA", "MaPLe", "Remapping", "VisualPrompt", "base_to_novel", "compare_models", "explain_gain",
+    "fit_adapter", "load_adapter", "masked_predictions", "new_latents", "owen_values", "remapped_concepts", "stack", "told",
 ]  # fmt: skip

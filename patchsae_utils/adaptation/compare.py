@@ -249,4 +249,3 @@ def stack(parts: Mapping[Sequence[str] | str, pd.DataFrame], names: Sequence[str
     """
     names = [names] if isinstance(names, str) else list(names)
     return pd.concat(parts, names=names).reset_index(names).reset_index(drop=True)
-

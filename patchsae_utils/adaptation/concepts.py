@@ -56,7 +56,9 @@ class RemappedConcepts:
             NEW: (after["beyond_high"] < 0, "carry more than another latent that is as active"),
         }
         counts = {kind: (after["kind"] == kind) for kind in KINDS}
-        told = [f"{(rows & tests[kind][0]).sum()} of {rows.sum()} {KINDS[kind]} {tests[kind][1]}" for kind, rows in counts.items() if rows.any()]
+        told = [
+            f"{(rows & tests[kind][0]).sum()} of {rows.sum()} {KINDS[kind]} {tests[kind][1]}" for kind, rows in counts.items() if rows.any()
+        ]
         return f"In the adapted model, {'; '.join(told) or 'no link changed and no latent is new'}."
 
 
@@ -107,7 +109,12 @@ def remapped_concepts(
     table = pd.DataFrame([row for pair_of_rows in rows for row in pair_of_rows])
     if len(table):
         table["class_name"] = [dataset.class_names[i] for i in table["label"]]
-        named = table["latent"].map({} if names is None else dict(names)).fillna("unnamed").where(table["kind"] != NEW, "mostly " + table["class_name"])
+        named = (
+            table["latent"]
+            .map({} if names is None else dict(names))
+            .fillna("unnamed")
+            .where(table["kind"] != NEW, "mostly " + table["class_name"])
+        )
         table.insert(2, "name", named)
     kept = [i for i, found in enumerate(effects) if found]
     activations = [torch.cat([batch[i] for batch in shown], 1) for i in kept]
@@ -175,5 +182,8 @@ def _pictures(clip: ClipModel, dataset: Any, activation: Tensor) -> dict[str, tu
         best = values.mean(1).topk(min(N_PICTURES, len(values)))
         places = best.indices[best.values > 0].tolist()
         pictures = [seen_image(clip, dataset[i].image).numpy() for i in places]
-        found[model] = (np.stack(pictures) if places else np.zeros((0, 1, 1, 3), np.uint8), values[places, 1:].unflatten(1, clip.grid).numpy())
+        found[model] = (
+            np.stack(pictures) if places else np.zeros((0, 1, 1, 3), np.uint8),
+            values[places, 1:].unflatten(1, clip.grid).numpy(),
+        )
     return found

@@ -190,7 +190,11 @@ def remapped_concepts(found: Any) -> Figure:
         first, (color, words) = pair.iloc[0], _CHANGES[pair.iloc[0]["kind"]]
         image_axes(row[0]).set(xlim=(0, 1), ylim=(0, 1))
         row[0].axvline(0, color=COLORS[color], lw=6)
-        for y, text, weight in ((0.78, clip(first["name"], 26), "bold"), (0.45, f"latent {first['latent']}", "normal"), (0.14, f"{words}: {pretty(first['class_name'])}", "normal")):
+        for y, text, weight in (
+            (0.78, clip(first["name"], 26), "bold"),
+            (0.45, f"latent {first['latent']}", "normal"),
+            (0.14, f"{words}: {pretty(first['class_name'])}", "normal"),
+        ):
             row[0].text(0.05, y, text, va="center", fontsize=8.5, fontweight=weight)
         for side, (images, masks) in enumerate(pictures.values()):
             for ax, image, mask in zip(row[1 + side * k :], images, masks, strict=False):
@@ -213,7 +217,7 @@ def remapped_concepts(found: Any) -> Figure:
     return fig
 
 
-@drawn(table="DataFrame; the table \"controls\" of ``load_table``")
+@drawn(table='DataFrame; the table "controls" of ``load_table``')
 def planted_controls(table: pd.DataFrame) -> Figure:
     """Controls whose answer is known: how many planted features each method finds, how many of what it calls new are planted, and the new share."""
     titles = {"recall": "planted features found (%)", "precision": "found ones that were planted (%)", "new_share": "called new (%)"}

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from patchsae_utils import plots
+from patchsae_utils.adaptation.compare import COMPARISONS
 
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
@@ -93,9 +94,18 @@ def links() -> pd.DataFrame:
     return table.assign(**{"class": np.repeat(range(10), 4), "class_name": np.repeat(WORDS, 4)}, latent=range(40))
 
 
-def confused() -> SimpleNamespace:
-    change = np.round(RNG.normal(0, 0.2, (10, 10)), 2)
-    return SimpleNamespace(class_names=WORDS, change=change, order=np.argsort(-change.diagonal()))
+def changed_concepts() -> SimpleNamespace:
+    numbers = effects(["change", "control"], kind=["appeared", "vanished", "new"], class_name=WORDS[:2], model=["CLIP", "adapted"])
+    shots = {model: (pictures(n).numpy(), masks(n).numpy()) for model, n in (("CLIP", 3), ("adapted", 2))}
+    return SimpleNamespace(table=numbers.assign(latent=1234, name="mostly bathroom scale"), pictures=[shots] * 6)
+
+
+def planted() -> pd.DataFrame:
+    table = grid("recall", control=["nonce names", "nothing changed", "a sign, 2 %"], method=["combined", "scaling", "random"])
+    table = table.rename(columns={"low": "recall_low", "high": "recall_high"})
+    for name in ("precision", "new_share"):
+        table = table.assign(**{name: 0.5, f"{name}_low": 0.4, f"{name}_high": 0.6})
+    return table
 
 
 TASKS = ["instruments", "tools", "animals (gray)", "vehicles (line)"]
@@ -138,7 +148,7 @@ def figures(world) -> dict:
     removal = [{"index": i, "kind": "own", "removed": i + which, **states} for i in world.pairs for which in (0, 1)]
     groups = ["high", "high-to-low", "low-to-high"]
     scatter = made(300, task=TASKS, base=(0, 60), adapted=(0, 60), group=groups).assign(**{"class": RNG.integers(0, 9, 300)})
-    compared = ["CLIP and adapted", "CLIP twice, other pictures", "CLIP and adapted, other class", "CLIP and adapted, random latents"]
+    compared = COMPARISONS
     masked = pd.concat([sweep(WORDS, ("oracle",)).assign(model=model) for model in ("CLIP", "CLIP, adapted head", "adapted")])
     masked = masked.assign(**{"class": masked["group"].map(WORDS.index)})
     layers = pd.DataFrame({"layer": range(6), "main": [i == 4 for i in range(6)], **QUANTILES})
@@ -147,7 +157,6 @@ def figures(world) -> dict:
     experiments = ["CLIP", "existing latents' part only", "outside part only", "text head", "adapted, without the outside part", "adapted"]
     series = dict(task=TASKS, model=["CLIP", "MaPLe"], form=["raw", "reconstructed", "error kept"])
     measures = ["high", "high-to-low", "low-to-high", "jaccard", "rbo"]
-    crossed = dict(sae=["CLIP", "CLIP, other seed", "adapted"], activations=["CLIP", "adapted"])
     swap = effects(["sees_target", "object_change"], kind=["own", "control"], dose=[0.5, 1, 2, 3])
     doses = effects(["own"], scenes=["show it", "show another"], **{"class": range(6)}, dose=[0, 1, 2, 4]).assign(others=0.1)
     overall = effects(["own", "others"], kind=["own", "control"], concept_kind=KINDS)
@@ -190,16 +199,14 @@ def figures(world) -> dict:
         "color_swap": ({"patches": swap, "patches and CLS": swap},),
         "object_removal": (pd.DataFrame(removal), effects(["removed_change", "stays_change"], kind=["own", "control"]), world, world.pairs),
         "adaptation_accuracy": (grid("accuracy", **series, half=["base", "novel", "harmonic mean"]),),
-        "confusion_change": ({task: confused() for task in TASKS},),
         "class_scatter": (scatter,),
         "latent_groups": (grid("value", task=TASKS, comparison=compared, measure=measures),),
-        "dictionary_cross": (grid("value", **crossed, measure=["explained_variance", "l0", "change"]),),
-        "tower_head_cross": (grid("accuracy", task=TASKS, tower=["base", "adapted"], head=["base", "adapted"], form=["raw"]),),
-        "gain_split": (grid("gain", task=TASKS, part=["image tower", "text head", "both"]),),
         "prediction_heat": (masked,),
         "gain_parts": (grid("gain", task=TASKS, adapter=["MaPLe", "fine-tuning"], part=parts),),
         "gain_experiments": (grid("value", task=TASKS, experiment=experiments),),
         "class_links": (links(),),
+        "remapped_concepts": (changed_concepts(),),
+        "planted_controls": (planted(),),
         "adapter_table": (pd.read_csv(ROOT / "experiments" / "results" / "adaptation.csv").query("kind != 'maple, shuffled labels'"),),
         "pointing": (grid("hits", kind=KINDS, answer=["distinctive", "strongest", "random"]).assign(chance=0.05),),
     }  # fmt: skip
