@@ -1,7 +1,7 @@
 """Adaptation: adapted models, their fitting, and what their gain is made of.
 
 Adapted models (`prompts`, `models`) have the interface of a `ClipModel`; `fit` and `official` make and read them. One dictionary reads CLIP
-and the adapted model (`compare`, `groups`), the gain is taken apart (`gain`, `links`), a joint dictionary says what is new (`joint`,
+and the adapted model (`compare`), the gain is taken apart (`gain`, `links`), a joint dictionary says what is new (`joint`,
 `novelty`), `concepts` shows it, `told` says it. May import: interventions, concepts, latents, sae, activations, clip, data, run.
 """
 

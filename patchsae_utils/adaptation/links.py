@@ -19,8 +19,7 @@ from ..clip.model import ClipModel, Residual
 from ..interventions.attribution import all_others, logit_gradient
 from ..run.intervals import mean_interval
 from ..sae.model import SparseAutoencoder
-from .compare import APART, OTHER, SAME, TWICE, mean_of_halves, turns
-from .groups import latent_groups
+from .compare import APART, OTHER, SAME, TWICE, latent_groups, mean_of_halves, turns
 
 LINKS = {"high": "stayed", "high-to-low": "vanished", "low-to-high": "appeared"}
 """Group of :func:`.latent_groups` -> what happened to the link."""

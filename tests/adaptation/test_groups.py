@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from patchsae_utils.adaptation.groups import GROUPS, count_groups, latent_groups, overlaps, rank_biased_overlap, ranked_latents
+from patchsae_utils.adaptation.compare import GROUPS, count_groups, latent_groups, overlaps, rank_biased_overlap, ranked_latents
 
 
 def by_infinite_sum(first, second, p, depth=3000):

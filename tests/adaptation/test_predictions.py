@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from patchsae_utils.adaptation.compare import MODELS, masked_predictions
-from patchsae_utils.adaptation.groups import ranked_latents
+from patchsae_utils.adaptation.compare import MODELS, masked_predictions, ranked_latents
 from patchsae_utils.data import load_dataset
 from patchsae_utils.latents.reading import summarize_latents
 
