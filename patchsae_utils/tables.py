@@ -33,7 +33,7 @@ def table_path(profile: Profile, name: str) -> Path:
 def load_table(profile: Profile, name: str) -> pd.DataFrame | None:
     """One of the tables "ablations", "adaptation", "gain_split" and "novelty"; None where the profile has none yet."""
     path = table_path(profile, name)
-    return pd.read_csv(path) if path.exists() else None
+    return pd.read_csv(path, keep_default_na=False, na_values=[""]) if path.exists() else None  # "null" is a kind of control
 
 
 def load_benchmark(name: str) -> dict[str, Any]:

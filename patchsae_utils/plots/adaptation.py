@@ -220,7 +220,7 @@ def remapped_concepts(found: Any) -> Figure:
 @drawn(table='DataFrame; the table "controls" of ``load_table``')
 def planted_controls(table: pd.DataFrame) -> Figure:
     """Controls whose answer is known: how many planted features each method finds, how many of what it calls new are planted, and the new share."""
-    titles = {"recall": "planted features found (%)", "precision": "found ones that were planted (%)", "new_share": "called new (%)"}
+    titles = {"recall": "Planted and found (%)", "precision": "Called new and planted (%)", "new_share": "Called new, of all (%)"}
     parts = [table.assign(measure=name, value=table[name], low=table[f"{name}_low"], high=table[f"{name}_high"]) for name in titles]
     rows = pd.concat(parts).dropna(subset="value")
     panel = {"measure": {name: title for name, title in titles.items() if (rows["measure"] == name).any()}}
