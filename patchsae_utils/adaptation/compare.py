@@ -29,14 +29,12 @@ TOP_K = 10
 LOW = 0.5  # a latent must fall below so much of its count to leave *high*; the paper states no threshold, this one is ours
 PERSISTENCE = 0.9  # p: the chance that a reader who has seen one more place reads on
 FORMS = ("raw", "reconstructed", "error kept")
-SIDES = ("base", "adapted")
 SAME, APART, TWICE = "CLIP and adapted", "CLIP and adapted, other pictures", "CLIP twice, other pictures"
 OTHER, RANDOM = "CLIP and adapted, other class", "CLIP and adapted, random latents"
+# The second and third read half of a class's pictures with each model, so they compare with each other, and not with the first.
 COMPARISONS = (SAME, APART, TWICE, OTHER, RANDOM)
-"""The second and third read half of a class's pictures with each model, so they compare with each other, and not with the first."""
 BATCH = 64
-TAU = 0.2
-"""A token counts where h > tau (the paper's)."""
+TAU = 0.2  # a token counts where h > tau (the paper's)
 MODELS = ("CLIP", "CLIP, adapted head", "adapted")
 KS = (1, 3, 10, 30, 100)
 
@@ -44,16 +42,11 @@ KS = (1, 3, 10, 30, 100)
 class Reading(NamedTuple):
     """One image tower, read by the dictionary over a data set."""
 
-    counts: Tensor
-    """[2, C, S] tokens per picture with h > tau, for the pictures of each class at even and at odd turns."""
-    class_images: Tensor
-    """[2, C] how many pictures those are."""
-    labels: np.ndarray
-    """int [N]: each picture's class."""
-    predicted: dict[tuple[str, str], np.ndarray]
-    """(head, form) -> int [N]: the class that each picture is taken for."""
-    reconstruction: dict[str, float]
-    """explained_variance (centred), l0."""
+    counts: Tensor  # [2, C, S] tokens per picture with h > tau, for the pictures of each class at even and at odd turns
+    class_images: Tensor  # [2, C] how many pictures those are
+    labels: np.ndarray  # int [N]: each picture's class
+    predicted: dict[tuple[str, str], np.ndarray]  # (head, form) -> int [N]: the class that each picture is taken for
+    reconstruction: dict[str, float]  # explained_variance (centred), l0
 
     @property
     def mean_counts(self) -> Tensor:
@@ -63,10 +56,9 @@ class Reading(NamedTuple):
 
 def turns(labels: Tensor, seen: Tensor) -> Tensor:
     """0 or 1 for each picture, counted in ``seen`` [2, C]: those of a class go to two halves by turns."""
-    found = torch.empty_like(labels)
-    for i, label in enumerate(labels.tolist()):
-        found[i] = int(seen[0, label] > seen[1, label])
-        seen[found[i], label] += 1
+    earlier = torch.tensor(pd.Series(labels).groupby(labels.numpy()).cumcount().tolist())
+    found = (seen.sum(0)[labels] + earlier) % 2
+    seen.index_put_((found, labels), torch.ones_like(labels), accumulate=True)
     return found
 
 
@@ -121,7 +113,7 @@ class Remapping:
 
     def reconstruction(self) -> pd.DataFrame:
         """Is the dictionary still valid on adapted activations: tower, explained_variance, l0."""
-        return pd.DataFrame([{"tower": side, **getattr(self, side).reconstruction} for side in SIDES])
+        return pd.DataFrame([{"tower": side, **getattr(self, side).reconstruction} for side in ("base", "adapted")])
 
 
 @torch.no_grad()
@@ -132,8 +124,7 @@ def compare_models(
 
     Parameters
     ----------
-    base, adapted, sae, layer
-        The models, and an SAE that was trained on ``base`` and reads this block's output.
+    base, adapted, sae, layer : models, and an SAE that was trained on ``base`` and reads this block's output
     dataset : data set
         Labelled pictures that neither the SAE nor the adapter has seen.
     progress : bool
@@ -184,8 +175,7 @@ def masked_predictions(
 
     Parameters
     ----------
-    base, adapted, sae, layer
-        The models, and an SAE that was trained on ``base`` and reads this block's output.
+    base, adapted, sae, layer : models, and an SAE that was trained on ``base`` and reads this block's output
     train, test : data set
         Labelled pictures of the same classes: CLIP's latents are ranked on the first, the others are classified.
     progress : bool
@@ -193,7 +183,7 @@ def masked_predictions(
     Returns
     -------
     DataFrame
-        model ("CLIP", "CLIP, adapted head", "adapted") and the columns of :func:`patchsae_utils.sweep_masks`, with rows for each class.
+        model (``MODELS``) and the columns of :func:`patchsae_utils.sweep_masks`, with rows for each class.
     """
     check_same_tower(base, adapted)
     summary = summarize_latents(base, sae, train, layer, progress=progress)
@@ -251,7 +241,7 @@ def stack(parts: Mapping[Sequence[str] | str, pd.DataFrame], names: Sequence[str
     parts : mapping of str, or of tuple of str, to DataFrame
     names : str or sequence of str, of the new columns
     """
-    names = [names] if isinstance(names, str) else list(names)
+    names = np.atleast_1d(names).tolist()
     return pd.concat(parts, names=names).reset_index(names).reset_index(drop=True)
 
 
@@ -283,20 +273,17 @@ def latent_groups(base: Tensor, adapted: Tensor, *, top_k: int = TOP_K, rank: st
 
 
 def count_groups(base: Tensor, adapted: Tensor, *, top_k: int = TOP_K, rank: str = "count", members: Tensor | None = None) -> pd.DataFrame:
-    """:func:`latent_groups` counted, one row a class: class, ``GROUPS``; jaccard and rbo of the top latents (NaN: neither has any)."""
+    """:func:`latent_groups` counted, one row a class: ``GROUPS``; jaccard and rbo of the top latents (NaN: neither has any)."""
     table = latent_groups(base, adapted, top_k=top_k, rank=rank, members=members)
     counts = pd.crosstab(table["class"], table["group"]).reindex(index=range(len(base)), columns=list(GROUPS), fill_value=0)
-    shared = overlaps(ranked_latents(base, top_k, rank), ranked_latents(adapted, top_k, rank))
-    return pd.DataFrame({"class": range(len(base)), **{name: counts[name].to_numpy() for name in GROUPS}, **shared})
+    return counts.join(overlaps(ranked_latents(base, top_k, rank), ranked_latents(adapted, top_k, rank)))
 
 
 def overlaps(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> pd.DataFrame:
     """How far rankings agree, pair by pair: columns jaccard, rbo; NaN where both of a pair are empty."""
-    records = []
-    for a, b in zip(first, second, strict=True):
-        union = len({*a, *b})
-        records.append({"jaccard": len({*a} & {*b}) / union if union else float("nan"), "rbo": rank_biased_overlap(a, b)})
-    return pd.DataFrame(records, columns=list(OVERLAPS))
+    pairs = list(zip(first, second, strict=True))
+    jaccard = [len({*a} & {*b}) / len({*a, *b}) if a or b else np.nan for a, b in pairs]
+    return pd.DataFrame({"jaccard": jaccard, "rbo": [rank_biased_overlap(a, b) for a, b in pairs]})
 
 
 def rank_biased_overlap(first: Sequence[Hashable], second: Sequence[Hashable], p: float = PERSISTENCE) -> float:
@@ -311,15 +298,7 @@ def rank_biased_overlap(first: Sequence[Hashable], second: Sequence[Hashable], p
     short, long = sorted((first, second), key=len)
     if not len(short):
         return 0.0 if len(long) else float("nan")
-    s = len(short)
-    seen: tuple[set, set] = (set(), set())
-    common, at_short, total = 0, 0, 0.0
-    for d, item in enumerate(long, 1):
-        other = short[d - 1 : d]
-        seen[0].update(other)
-        seen[1].add(item)
-        # New in common: the long list's item, the short one's, which may be the same.
-        common += len({item, *other} & seen[0] & seen[1])
-        at_short = common if d <= s else at_short
-        total += (common + at_short * max(d - s, 0) / s) / d * p**d
-    return (1 - p) / p * total + ((common - at_short) / len(long) + at_short / s) * p ** len(long)
+    s, n = len(short), len(long)
+    x = [len({*short[:d]} & {*long[:d]}) for d in range(1, n + 1)]
+    total = sum((x[d - 1] + x[s - 1] * max(d - s, 0) / s) / d * p**d for d in range(1, n + 1))
+    return (1 - p) / p * total + ((x[-1] - x[s - 1]) / n + x[s - 1] / s) * p**n

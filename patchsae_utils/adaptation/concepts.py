@@ -22,7 +22,6 @@ from .joint import JointDictionary
 from .novelty import NEW
 
 KINDS = {"appeared": "links that appeared", "vanished": "links that vanished", NEW: "new latents"}
-"""A link on which the adapted model's class rests, but CLIP's did not; the other way round; a latent that CLIP did not have."""
 MODELS = ("CLIP", "adapted")
 N_EACH = 5  # concepts of each kind
 N_PICTURES = 3  # of each model that show a concept
@@ -50,38 +49,35 @@ class RemappedConcepts:
     def sentence(self) -> str:
         """How many concepts do what their kind says, by intervals over pictures."""
         after = self.table[self.table["model"] == MODELS[1]]
-        tests = {
-            "appeared": (after["more_high"] < 0, "carry more of their class than in CLIP"),
-            "vanished": (after["more_low"] > 0, "carry less than in CLIP"),
-            NEW: (after["beyond_high"] < 0, "carry more than another latent that is as active"),
-        }
-        counts = {kind: (after["kind"] == kind) for kind in KINDS}
-        told = [
-            f"{(rows & tests[kind][0]).sum()} of {rows.sum()} {KINDS[kind]} {tests[kind][1]}" for kind, rows in counts.items() if rows.any()
-        ]
+        told, tests = [], (
+            ("appeared", after["more_high"] < 0, "carry more of their class than in CLIP"),
+            ("vanished", after["more_low"] > 0, "carry less than in CLIP"),
+            (NEW, after["beyond_high"] < 0, "carry more than another latent that is as active"),
+        )  # fmt: skip
+        for kind, does, words in tests:
+            if n := (after["kind"] == kind).sum():
+                told.append(f"{does[after['kind'] == kind].sum()} of {n} {KINDS[kind]} {words}")
         return f"In the adapted model, {'; '.join(told) or 'no link changed and no latent is new'}."
 
 
 @torch.no_grad()
 def remapped_concepts(
     base: ClipModel, adapted: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: int, links: pd.DataFrame,
-    names: Mapping[int, str] | None = None, joint: JointDictionary | None = None, verdicts: pd.DataFrame | None = None, *, progress: bool = True,
+    names: Mapping[int, str], joint: JointDictionary, verdicts: pd.DataFrame, *, progress: bool = True,
 ) -> RemappedConcepts:  # fmt: skip
     """Show the links that changed most, and new latents, in pictures of both models, and turn each off in both.
 
     Parameters
     ----------
-    base, adapted, sae, layer
-        The models, and an SAE that was trained on ``base`` and reads this block's output.
+    base, adapted, sae, layer : models, and an SAE that was trained on ``base`` and reads this block's output
     dataset : data set
         Labelled pictures that chose neither the links nor the new latents.
     links : DataFrame of ``ClassLinks.links()``
         On other pictures. Of the links that appeared, and of those that vanished, the five that changed most are shown, each class and latent
         once.
-    names : mapping of int to str, optional
+    names : mapping of int to str
         Of the SAE's latents; a new latent is called by the class that it is most characteristic of.
-    joint, verdicts : optional
-        What :func:`new_latents` returns.
+    joint, verdicts : what :func:`new_latents` returns
     progress : bool
     """
     check_same_tower(base, adapted)
@@ -90,33 +86,27 @@ def remapped_concepts(
     models, heads = (base, adapted), [dataset_head(model, dataset) for model in (base, adapted)]
     label = f"concepts of {dataset.name}" if progress else None
     reads = list(zip(*(read_batches(model, dataset, layer, label) for model in models), strict=True))
-    chosen = _changed(links)
-    if joint is not None and verdicts is not None:
-        chosen += _new(joint, verdicts.loc[verdicts["verdict"] == NEW, "latent"].tolist(), reads, len(dataset.class_names))
+    new = verdicts.loc[verdicts["verdict"] == NEW, "latent"].tolist()
+    chosen = _changed(links) + _new(joint, new, reads, len(dataset.class_names))
     effects: list[list[Tensor]] = [[] for _ in chosen]  # of each concept [2 models, 2 (change, control), images]
     shown: list[list[Tensor]] = []  # of each batch and concept [2 models, B, T]
     for pair in reads:
-        codes = {False: ([sae.encode(read.residual.tokens) for read in pair], [sae.W_dec] * 2)}
-        if any(each.kind == NEW for each in chosen):
-            codes[True] = ([joint.encode(_both(pair))] * 2, [joint.rows(0), joint.rows(1)])
+        codes = {
+            False: ([sae.encode(read.residual.tokens) for read in pair], [sae.W_dec] * 2),
+            True: ([joint.encode(_both(pair))] * 2, [joint.rows(0), joint.rows(1)]),
+        }
         shown.append([torch.stack([h[..., each.latent] for h in codes[each.kind == NEW][0]]).cpu() for each in chosen])
         for found, each in zip(effects, chosen, strict=True):
             images = (pair[0].labels == each.label).nonzero()[:, 0]
             if len(images):
                 of_models = zip(models, pair, *codes[each.kind == NEW], heads, strict=True)
                 found.append(torch.stack([_turned_off(*parts, images, each) for parts in of_models]))
-    rows = [_rows(each, torch.cat(found, 2).double().numpy()) for each, found in zip(chosen, effects, strict=True) if found]
-    table = pd.DataFrame([row for pair_of_rows in rows for row in pair_of_rows])
+    kept = [i for i, found in enumerate(effects) if found]
+    table = pd.DataFrame([row for i in kept for row in _rows(chosen[i], torch.cat(effects[i], 2).double().numpy())])
     if len(table):
         table["class_name"] = [dataset.class_names[i] for i in table["label"]]
-        named = (
-            table["latent"]
-            .map({} if names is None else dict(names))
-            .fillna("unnamed")
-            .where(table["kind"] != NEW, "mostly " + table["class_name"])
-        )
-        table.insert(2, "name", named)
-    kept = [i for i, found in enumerate(effects) if found]
+        named = table["latent"].map(dict(names)).fillna("unnamed")
+        table.insert(2, "name", named.where(table["kind"] != NEW, "mostly " + table["class_name"]))
     activations = [torch.cat([batch[i] for batch in shown], 1) for i in kept]
     return RemappedConcepts(table, [_pictures(base, dataset, each) for each in activations])
 
@@ -181,9 +171,6 @@ def _pictures(clip: ClipModel, dataset: Any, activation: Tensor) -> dict[str, tu
     for model, values in zip(MODELS, activation, strict=True):
         best = values.mean(1).topk(min(N_PICTURES, len(values)))
         places = best.indices[best.values > 0].tolist()
-        pictures = [seen_image(clip, dataset[i].image).numpy() for i in places]
-        found[model] = (
-            np.stack(pictures) if places else np.zeros((0, 1, 1, 3), np.uint8),
-            values[places, 1:].unflatten(1, clip.grid).numpy(),
-        )
+        pictures = np.stack([seen_image(clip, dataset[i].image).numpy() for i in places]) if places else np.zeros((0, 1, 1, 3), np.uint8)
+        found[model] = pictures, values[places, 1:].unflatten(1, clip.grid).numpy()
     return found

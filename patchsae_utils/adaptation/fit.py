@@ -28,18 +28,16 @@ from .prompts import CoOp, MaPLe, PromptedClip, VisualPrompt
 
 FORMAT_VERSION = 2
 ADAPTERS: dict[str, type[AdaptedClip]] = {cls.kind: cls for cls in (MaPLe, CoOp, VisualPrompt, LoRA, FineTuned, LinearHead)}
+# What figures and sentences call a kind.
 NAMES = {"maple": "MaPLe", "coop": "CoOp", "vpt": "VPT", "lora": "LoRA", "finetune": "fine-tuning", "linear": "linear head"}
-"""What figures and sentences call a kind."""
 WARMUP_LR = 1e-5
 
 
 class Recipe(NamedTuple):
     """How the learned weights move."""
 
-    optimizer: str
-    """"sgd" (momentum 0.9) or "adamw"."""
-    lr: float | None
-    """Rate after the warm-up epoch; None: the configuration's."""
+    optimizer: str  # "sgd" (momentum 0.9) or "adamw"
+    lr: float | None  # after the warm-up epoch; None: the configuration's
     weight_decay: float
 
     def rate(self, config: AdapterConfig) -> float:
@@ -47,15 +45,11 @@ class Recipe(NamedTuple):
 
 
 _MAPLE = Recipe("sgd", None, 5e-4)
+# The prompts' is MaPLe's, the others' rates are customary. All but CoOp's beat neighbours in validation.
 RECIPES = {
-    "maple": _MAPLE,
-    "coop": _MAPLE,
-    "vpt": _MAPLE._replace(lr=0.03),
-    "lora": Recipe("adamw", 2e-3, 1e-2),
-    "finetune": Recipe("adamw", 1e-4, 1e-2),
-    "linear": Recipe("adamw", 5e-3, 1e-2),
-}
-"""Kind -> its recipe; the prompts' is MaPLe's, the others' rates are customary. All but CoOp's beat neighbours in validation."""
+    "maple": _MAPLE, "coop": _MAPLE, "vpt": _MAPLE._replace(lr=0.03), "lora": Recipe("adamw", 2e-3, 1e-2),
+    "finetune": Recipe("adamw", 1e-4, 1e-2), "linear": Recipe("adamw", 5e-3, 1e-2),
+}  # fmt: skip
 
 
 @out_of_memory("fitting an adapter", "adapters.batch_size lower, or a smaller adapters.depth")
@@ -63,7 +57,7 @@ def fit_adapter(
     clip: ClipModel, kind: str, dataset: Any, config: AdapterConfig, out: str | Path | None = None, *, seed: int | None = None,
     precision: str | None = None, shuffle_labels: bool = False, progress: bool = True,
 ) -> AdaptedClip:  # fmt: skip
-    """Adapt a CLIP to a data set from a few images a class, flipped at random, by the kind's recipe (:data:`RECIPES`).
+    """Adapt a CLIP to a data set from a few images a class, flipped at random, by the kind's recipe (``RECIPES``).
 
     Parameters
     ----------
@@ -255,8 +249,8 @@ def load_adapter(path: str | Path, clip: ClipModel | None = None, *, template: s
         raise ValueError(f"{path} has format version {version}; this package reads {FORMAT_VERSION}. Fit the adapter again.")
     manifest = artifacts.read_folder_manifest(path)
     with artifacts.damage_named(path / "manifest.json"):
-        base, kind, options, log = manifest["base"], manifest["kind"], dict(manifest["options"]), manifest["log"]
-        name, pretrained, fingerprint = base["name"], base["pretrained"], base["fingerprint"]
+        kind, options, log = manifest["kind"], dict(manifest["options"]), manifest["log"]
+        name, pretrained, fingerprint = (manifest["base"][key] for key in ("name", "pretrained", "fingerprint"))
     clip = clip or load_clip(name, pretrained)
     if clip.fingerprint != fingerprint:
         raise ValueError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import permutations, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,14 +28,12 @@ from .links import ClassLinks, LinkSums, Reader
 from .models import AdaptedClip
 
 TOWER_PARTS = ("existing latents", "outside the dictionary", "later blocks")
-PARTS = (*TOWER_PARTS, "text head")
-"""The players, in the order of the axes of ``GainSplit.outcomes``."""
+PARTS = (*TOWER_PARTS, "text head")  # the players, in the order of the axes of GainSplit.outcomes
 CONCEPTS = {"retuning": ("existing latents",), "new concepts": ("outside the dictionary",), "remapping": ("later blocks", "text head")}
-"""What each part of the gain is called in the question."""
 MEASURES = ("accuracy", "log-probability")
 CHANGES = ("adaptation", "another picture")
 BATCH = 32
-EXPERIMENTS = {
+EXPERIMENTS = {  # name -> which parts are the adapted model's
     "CLIP": (0, 0, 0, 0),
     "existing latents' part only": (1, 0, 0, 0),
     "outside part only": (0, 1, 0, 0),
@@ -47,15 +45,13 @@ EXPERIMENTS = {
     "adapted, without the latents' part": (0, 1, 1, 1),
     "adapted": (1, 1, 1, 1),
 }
-"""Name -> which parts are the adapted model's."""
 
 
 @dataclass(frozen=True)
 class GainSplit:
     """CLIP and an adapted model on one data set, with every combination of old and new parts."""
 
-    name: str
-    """Of the data set."""
+    name: str  # of the data set
     outcomes: np.ndarray
     """[2 measures, 2, 2, 2, 3, N]: whether picture n is classified correctly, and the log-probability of its class (nats), with each part of
     ``PARTS`` as in CLIP (0) or as in the adapted model (1); the text head may also be CLIP's with the adapter's own texts (2)."""
@@ -81,10 +77,8 @@ class GainSplit:
         gain = mean_interval(rows, "images")
         table = pd.DataFrame({"part": list(parts), "gain": gain.value, "low": gain.low, "high": gain.high})
         at = list(parts).index("both")
-        if gain.low[at] <= 0 <= gain.high[at]:
-            return table.assign(share=np.nan, share_low=np.nan, share_high=np.nan)
-        share = share_of(rows, whole)
-        return table.assign(share=share.value, share_low=share.low, share_high=share.high)
+        share = (np.nan,) * 3 if gain.low[at] <= 0 <= gain.high[at] else share_of(rows, whole)[:3]
+        return table.assign(**dict(zip(("share", "share_low", "share_high"), share, strict=True)))
 
     def experiments(self) -> pd.DataFrame:
         """Of :data:`EXPERIMENTS`: experiment, value (accuracy), low, high, and the gain over CLIP with its interval."""
@@ -95,8 +89,8 @@ class GainSplit:
 
     def change(self) -> pd.DataFrame:
         """How much of each of :data:`CHANGES` the dictionary misses: change, outside (share of the squared norm), low, high."""
-        outside = [share_of(*each)[:3] for each in self.squares]
-        return pd.DataFrame(outside, columns=["outside", "low", "high"]).assign(change=CHANGES)[["change", "outside", "low", "high"]]
+        outside = [(name, *share_of(*each)[:3]) for name, each in zip(CHANGES, self.squares, strict=True)]
+        return pd.DataFrame(outside, columns=["change", "outside", "low", "high"])
 
 
 def share_of(rows: np.ndarray, whole: np.ndarray):
@@ -119,18 +113,14 @@ def owen_values(values: np.ndarray) -> dict[str, np.ndarray]:
 
     Source: Owen, "Values of games with a priori unions", 1977.
     """
-    orders = list(permutations(range(len(TOWER_PARTS))))
-    found = {name: np.zeros(values.shape[len(PARTS) :]) for name in PARTS}
-    for head in (0, 1):
-        for order in orders:
-            state = [0] * len(TOWER_PARTS) + [head]
-            for part in order:
-                before = values[tuple(state)]
-                state[part] = 1
-                found[PARTS[part]] += (values[tuple(state)] - before) / (2 * len(orders))
+    found = {name: np.zeros(values.shape[4:]) for name in PARTS}
+    for head, order in product((0, 1), permutations(range(3))):
+        state = [0, 0, 0, head]
+        for part in order:
+            before, state[part] = values[tuple(state)], 1
+            found[PARTS[part]] += (values[tuple(state)] - before) / 12
     for tower in (0, 1):
-        towers = (tower,) * len(TOWER_PARTS)
-        found["text head"] += (values[(*towers, 1)] - values[(*towers, 0)]) / 2
+        found["text head"] += (values[tower, tower, tower, 1] - values[tower, tower, tower, 0]) / 2
     return found
 
 
@@ -149,8 +139,7 @@ def explain_gain(
 
     Parameters
     ----------
-    base, sae, layer
-        A model, and an SAE that was trained on it and reads this block's output.
+    base, sae, layer : a model, and an SAE that was trained on it and reads this block's output
     adapted : mapping of str to ClipModel, by name
     dataset : data set
         Labelled pictures that neither the SAE nor the adapters have seen.

@@ -1,8 +1,7 @@
 """A joint dictionary of models m, a crosscoder: f = act(sum_m x_m W_enc^m + b_enc), and x_m (centred, scaled) is read back as f W_dec^m.
 
-BatchTopK (``k``): the k N largest f_s n_s of N tokens stay, n_s the summed norms of decoder rows; later those above the running mean of the
-smallest that stayed. Sources: Lindsey et al., "Sparse crosscoders", 2024; Minder et al., "Overcoming sparsity artifacts in crosscoders",
-2025.
+BatchTopK: the k N largest f_s n_s of N tokens stay, n_s the summed norms of decoder rows; later those above the running mean of the smallest
+that stayed. Sources: Lindsey et al., "Sparse crosscoders", 2024; Minder et al., "Overcoming sparsity artifacts in crosscoders", 2025.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ from torch import Generator, Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
-LR = 1e-3
-BATCH = 512
+LR, BATCH = 1e-3, 512
 WARMUP, DECAY = 0.05, 0.2  # shares of the steps
 _RATE = 0.02  # of the running mean of the threshold
 
@@ -25,15 +23,13 @@ class JointDictionary(nn.Module):
     scale: Tensor
     threshold: Tensor
 
-    def __init__(self, tokens: Tensor, d_sae: int, *, k: int | None = 32, l1_coefficient: float | None = None, seed: int = 0):
+    def __init__(self, tokens: Tensor, d_sae: int, *, k: int):
         super().__init__()
-        if (k is None) == (l1_coefficient is None):
-            raise ValueError(f"A joint dictionary has k or an l1_coefficient; got k={k}, l1_coefficient={l1_coefficient}.")
-        self.k, self.l1_coefficient = k, l1_coefficient
+        self.k = k
         self.register_buffer("mean", tokens.mean(0))
         self.register_buffer("scale", (tokens - self.mean).square().mean().sqrt())
         self.register_buffer("threshold", tokens.new_zeros(()))
-        drawn = torch.randint(len(tokens), (d_sae,), generator=Generator().manual_seed(seed))
+        drawn = torch.randint(len(tokens), (d_sae,), generator=Generator().manual_seed(0))
         rows = nn.functional.normalize(self._scaled(tokens[drawn.to(tokens.device)]).flatten(1), dim=1).view(d_sae, *tokens.shape[1:])
         self.W_dec = nn.Parameter(rows.transpose(0, 1).contiguous())  # [M, S, D]
         self.W_enc = nn.Parameter(self.W_dec.detach().transpose(1, 2).contiguous())  # [M, D, S]
@@ -54,36 +50,30 @@ class JointDictionary(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """Latents [..., S] of tokens [..., M, D], each token's for itself."""
         f = self._positive(x)
-        return f if self.k is None else f * (f * self.norms.sum(0) > self.threshold)
+        return f * (f * self.norms.sum(0) > self.threshold)
 
     def decode(self, f: Tensor) -> Tensor:
         """[..., M, D] what latents say of each stream, in its units."""
         return torch.stack([f @ rows for rows in self.W_dec], -2) * self.scale + self.mean
 
     def loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The squared error on tokens [N, M, D], in units of the scale, plus the L1 penalty; the smallest product f_s n_s that stayed."""
-        f, norms = self._positive(x), self.norms.sum(0)
-        smallest = f.new_zeros(())
-        if self.k is not None:
-            products = (f * norms).detach()
-            best = products[products > 0].topk(min(self.k * len(x), int((products > 0).sum()))).values
-            smallest = best[-1] if len(best) else smallest
-            f = f * (products >= smallest)
+        """The squared error on tokens [N, M, D], in units of the scale, and the smallest product f_s n_s that stayed."""
+        f = self._positive(x)
+        products = (f * self.norms.sum(0)).detach()
+        best = products[products > 0].topk(min(self.k * len(x), int((products > 0).sum()))).values
+        smallest = best[-1] if len(best) else f.new_zeros(())
+        f = f * (products >= smallest)
         error = self._scaled(x) - torch.stack([f @ rows for rows in self.W_dec], 1)
-        penalty = 0 if self.l1_coefficient is None else self.l1_coefficient * (f * norms).sum(1).mean()
-        return error.square().sum((1, 2)).mean() + penalty, smallest
+        return error.square().sum((1, 2)).mean(), smallest
 
     def _positive(self, x: Tensor) -> Tensor:
         return (self._scaled(x).flatten(-2) @ self.W_enc.flatten(0, 1) + self.b_enc).relu()
 
 
-def train_joint(
-    tokens: Tensor, d_sae: int, *, k: int | None = 32, l1_coefficient: float | None = None, n_tokens: int = 600_000, seed: int = 0,
-    progress: bool = True,
-) -> JointDictionary:  # fmt: skip
+def train_joint(tokens: Tensor, d_sae: int, *, k: int, n_tokens: int, progress: bool = True) -> JointDictionary:
     """A joint dictionary of tokens [n, M, D], trained on ``n_tokens`` draws of them; Adam, the rate rises at first and falls to 0."""
-    joint = JointDictionary(tokens, d_sae, k=k, l1_coefficient=l1_coefficient, seed=seed)
-    generator, batch = Generator().manual_seed(seed), min(BATCH, len(tokens))
+    joint = JointDictionary(tokens, d_sae, k=k)
+    generator, batch = Generator().manual_seed(0), min(BATCH, len(tokens))
     steps = max(1, n_tokens // batch)
     optimizer = torch.optim.Adam(joint.parameters(), lr=LR)
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (WARMUP * steps), (steps - step) / (DECAY * steps)))

@@ -1,7 +1,6 @@
-"""Which latents a class rests on: a *link* is a latent's activation h times the gradient w of the class's margin along its decoder row.
+"""Which latents a class rests on: a *link* is a latent's activation times the gradient of the class's margin along its decoder row, over tokens.
 
-h_a w_a - h_b w_b = (h_a - h_b) (w_a + w_b) / 2 [by activation] + (h_a + h_b) / 2 (w_a - w_b) [by reading], summed over tokens. A class's
-positive links over their sum are its *evidence*; its *reuse* is what two models share of it: the sum of the smaller of the two shares.
+A class's positive links over their sum are its *evidence*; its *reuse* is what two models share of it: the sum of the smaller shares.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from ..run.intervals import mean_interval
 from ..sae.model import SparseAutoencoder
 from .compare import APART, OTHER, SAME, TWICE, latent_groups, mean_of_halves, turns
 
-LINKS = {"high": "stayed", "high-to-low": "vanished", "low-to-high": "appeared"}
-"""Group of :func:`.latent_groups` -> what happened to the link."""
+LINKS = {"high": "stayed", "high-to-low": "vanished", "low-to-high": "appeared"}  # group of latent_groups -> what happened to the link
 _IMAGES = 8  # whose latents [T, S] are held at once
 
 
@@ -31,14 +29,8 @@ class ClassLinks:
     """What each class's margin owes to each latent [C, S], in CLIP and in the adapted model; means over pictures of the class."""
 
     class_names: list[str]
-    halves: Tensor
-    """[2, 2, C, S] links of CLIP and of the adapted model, on the pictures of each class at even and at odd turns."""
-    half_images: Tensor
-    """[2, C] how many pictures those are."""
-    by_activation: Tensor
-    """The part of adapted minus base that is due to other activations."""
-    by_reading: Tensor
-    """The part that is due to other weights."""
+    halves: Tensor  # [2, 2, C, S] links of CLIP and of the adapted model, on the pictures of each class at even and at odd turns
+    half_images: Tensor  # [2, C] how many pictures those are
 
     @property
     def base(self) -> Tensor:
@@ -59,7 +51,7 @@ class ClassLinks:
         records = []
         for name, (first, second) in pairs.items():
             shared = shared_evidence(first, second)
-            shared = shared[~shared.isnan()].numpy()
+            shared = shared[~shared.isnan()]
             records.append((name, *(mean_interval(shared, "classes")[:3] if len(shared) else (np.nan,) * 3)))
         return pd.DataFrame(records, columns=["comparison", "reuse", "low", "high"])
 
@@ -69,14 +61,6 @@ class ClassLinks:
         table["link"] = table.pop("group").map(LINKS)
         table.insert(1, "class_name", [self.class_names[i] for i in table["class"]])
         return table
-
-    def change(self) -> dict[str, float]:
-        """Share of the links' change (sum of absolute parts) that is due to reading: reading, low, high (over classes)."""
-        reading, activation = (part.abs().sum(1) for part in (self.by_reading, self.by_activation))
-        total = reading + activation
-        shares = (reading / total)[total > 0]
-        found = mean_interval(shares, "classes")[:3] if len(shares) else (float("nan"),) * 3
-        return dict(zip(("reading", "low", "high"), found, strict=True))
 
 
 def evidence(links: Tensor) -> Tensor:
@@ -107,32 +91,23 @@ class LinkSums:
 
     def __init__(self, class_names: list[str], sae: SparseAutoencoder):
         self.class_names, self.sae, self.rows = class_names, sae, sae.W_dec.detach()
-        shape = (2, len(class_names), sae.d_sae)
-        self.halves = self.rows.new_zeros(2, *shape, dtype=torch.float64)
-        self.parts = self.rows.new_zeros(shape, dtype=torch.float64)  # by activation, by reading
+        self.halves = self.rows.new_zeros(2, 2, len(class_names), sae.d_sae, dtype=torch.float64)
         self.seen = torch.zeros(2, len(class_names), dtype=torch.long)
 
     def add(self, readers: Sequence[Reader], labels: Tensor) -> None:
         """Add a batch: CLIP and the adapted model on the same pictures, and their classes [B]."""
         gradients = [logit_gradient(each.clip, each.tail, each.residual, each.head, labels, all_others(each.head)) for each in readers]
         turn = turns(labels.cpu(), self.seen).to(labels.device)
-        n_classes, n_latents = self.parts.shape[1:]
+        n_classes, n_latents = self.halves.shape[2:]
         for rows in torch.arange(len(labels), device=labels.device).split(_IMAGES):
             h = [self.sae.encode(each.residual.tokens[rows]) for each in readers]
             active = (h[0] > 0) | (h[1] > 0)  # all other links are 0
             image, token, latent = active.nonzero(as_tuple=True)
-            decoder, h = self.rows[latent], [each[active] for each in h]
-            w = [(decoder * gradient[rows][image, token]).sum(1) for gradient in gradients]
-            place = labels[rows][image] * n_latents + latent
-            half = turn[rows][image] * n_classes * n_latents + place
-            for total, activation, weight in zip(self.halves, h, w, strict=True):
-                total.view(-1).index_add_(0, half, (activation * weight).double())
-            shares = ((h[1] - h[0]) * (w[0] + w[1]) / 2, (h[0] + h[1]) / 2 * (w[1] - w[0]))
-            for total, share in zip(self.parts, shares, strict=True):
-                total.view(-1).index_add_(0, place, share.double())
+            place = (turn[rows][image] * n_classes + labels[rows][image]) * n_latents + latent
+            for total, activation, gradient in zip(self.halves, h, gradients, strict=True):
+                weight = (self.rows[latent] * gradient[rows][image, token]).sum(1)
+                total.view(-1).index_add_(0, place, (activation[active] * weight).double())
 
     def links(self) -> ClassLinks:
         """The means over the pictures of each class."""
-        halves = self.halves.cpu() / self.seen.clamp_min(1)[..., None]
-        parts = self.parts.cpu() / self.seen.sum(0).clamp_min(1)[:, None]
-        return ClassLinks(self.class_names, halves, self.seen, *parts)
+        return ClassLinks(self.class_names, self.halves.cpu() / self.seen.clamp_min(1)[..., None], self.seen)

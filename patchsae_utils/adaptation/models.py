@@ -21,13 +21,11 @@ TEMPLATE = "a photo of a {}."
 class AdaptedClip(ClipModel):
     """A frozen CLIP (``base``, whose weights are shared and never change) and what an adapter adds to it."""
 
-    kind: ClassVar[str]
-    """Its name in ``fit_adapter`` and on disk."""
+    kind: ClassVar[str]  # its name in fit_adapter and on disk
+    # Attributes that, given to the class, make an adapter of the same shape: saved beside the weights.
     OPTIONS: ClassVar[tuple[str, ...]] = ("seed", "template")
-    """Attributes that, given to the class, make an adapter of the same shape: saved beside the weights."""
     learned: Any  # a module, whose state_dict is saved
-    log: Sequence[dict[str, Any]] = ()
-    """One entry an epoch of fitting: epoch, lr, loss, accuracy on the training images."""
+    log: Sequence[dict[str, Any]] = ()  # an entry for each epoch of fitting: epoch, lr, loss, accuracy on the training images
 
     def __init__(self, clip: ClipModel, *, model: nn.Module | None = None, seed: int = 1, template: str = TEMPLATE):
         if not isinstance(clip.visual, VisionTransformer):

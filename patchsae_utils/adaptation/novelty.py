@@ -1,14 +1,12 @@
 """Which latents f of a joint dictionary are new in an adapted model? Five measures on pictures that no dictionary saw, and one verdict.
 
-Were they there before (``scaling``, ``matched``, ``predicted``), and did they change (``norms``, ``difference``)? d: decoder row in the
-adapted model. Sources: Minder et al., 2025, section 3 (Latent Scaling; here a latent's own row is left out of CLIP's reconstruction);
-Kondapaneni et al., 2025.
+d: decoder row in the adapted model. Sources: Minder et al., 2025, section 3 (Latent Scaling; here a latent's own row is left out of CLIP's
+reconstruction); Kondapaneni et al., 2025.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,7 +38,7 @@ def read_streams(base: ClipModel, adapted: ClipModel, dataset: Any, layer: int, 
     return torch.cat([torch.stack([model.residual(batch.images, layer) for model in (base, adapted)], 2) for batch in pictures])
 
 
-def norms(joint: JointDictionary, streams: Tensor) -> pd.DataFrame:
+def norms(joint: JointDictionary) -> pd.DataFrame:
     """Relative norm difference of each latent; it has no interval over pictures."""
     score = norm_difference(joint).cpu().double().numpy()
     nothing = np.full(len(score), np.nan)
@@ -58,20 +56,16 @@ def scaling(joint: JointDictionary, streams: Tensor) -> pd.DataFrame:
             [(f * (y[:, :, model] @ d.T)).sum(1) + square * add[model] for model in range(2)]
             for y, add in ((x - said, own), (said - joint.mean, (0, 0)))
         )
-        sums.append(torch.stack([*errors, rebuilt[0] - square * own[0], rebuilt[1], square]))
-    totals = torch.cat(sums, 1).double().cpu().numpy()  # [5, N, S]
-    ratio = [interval(partial(_ratio, *totals[i : i + 2]), totals.shape[1], "images") for i in (0, 2)]
+        sums.append(torch.stack([*errors, rebuilt[0] - square * own[0], rebuilt[1]]))
+    totals = torch.cat(sums, 1).double().cpu().numpy()  # [4, N, S]
+    ratio = [interval(lambda w, pair=totals[i : i + 2]: _over(*(w @ pair)), totals.shape[1], "images") for i in (0, 2)]
     new = (ratio[0].high < RATIOS[0]) & (ratio[1].high < RATIOS[1])
     before = (ratio[0].low > RATIOS[0]) | (ratio[1].low > RATIOS[1])
-    named = zip(("reconstruction", "reconstruction_low", "reconstruction_high"), ratio[1][:3], strict=True)
-    table = _table(ratio[0], new, before).assign(**dict(named))
-    betas = _over(totals[:4].sum(1), totals[4].sum(0) * d.double().square().sum(1).cpu().numpy())
-    names = ("error_base", "error_adapted", "reconstruction_base", "reconstruction_adapted")
-    return table.assign(**{f"beta_{name}": beta for name, beta in zip(names, betas, strict=True)})
+    return _table(ratio[0], new, before).assign(reconstruction=ratio[1].value)
 
 
 def matched(dictionary: JointDictionary, streams: Tensor, rows: Tensor, encode: Callable[[Tensor], Tensor]) -> pd.DataFrame:
-    """Correlation with the latent of CLIP's dictionary, reading CLIP, whose decoder row is most like d: ``partner``.
+    """Correlation with the latent of CLIP's dictionary, reading CLIP, whose decoder row is most like d.
 
     ``dictionary`` is that of both models or of the adapted one alone; ``rows`` [S, D] and ``encode`` are of CLIP's.
     """
@@ -100,10 +94,7 @@ def predicted(joint: JointDictionary, streams: Tensor, train: Tensor) -> pd.Data
 
 def correlations(pairs: Iterator[tuple[Tensor, Tensor]]) -> Interval:
     """Pearson correlation over tokens of activations f and g [B, T, S], by latent, resampling pictures; NaN where one is constant."""
-    parts = [
-        torch.stack([f.sum(1), g.sum(1), (f * f).sum(1), (g * g).sum(1), (f * g).sum(1), torch.full_like(f[:, 0], f.shape[1])])
-        for f, g in pairs
-    ]
+    parts = [torch.stack([each.sum(1) for each in (f, g, f * f, g * g, f * g, torch.ones_like(f))]) for f, g in pairs]
     sums = torch.cat(parts, 1).double().cpu().numpy()  # [6, N, S]
 
     def pearson(weights: np.ndarray) -> np.ndarray:
@@ -117,9 +108,8 @@ def correlations(pairs: Iterator[tuple[Tensor, Tensor]]) -> Interval:
 @torch.no_grad()
 def _with_partner(joint: JointDictionary, streams: Tensor, rows: Tensor, encode: Callable[[Tensor], Tensor]) -> pd.DataFrame:
     cosine = F.normalize(joint.rows(-1), dim=1) @ F.normalize(rows, dim=1).T
-    best = cosine.max(1)
-    table = _related(correlations((f, encode(x)[..., best.indices]) for x, f in read(joint, streams)))
-    return table.assign(partner=best.indices.cpu().numpy(), cosine=best.values.cpu().numpy())
+    partner = cosine.argmax(1)
+    return _related(correlations((f, encode(x)[..., partner]) for x, f in read(joint, streams)))
 
 
 def read(dictionary: JointDictionary, streams: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -141,10 +131,6 @@ def _table(found: Interval, new: np.ndarray, before: np.ndarray) -> pd.DataFrame
     """latent, score, low, high, evidence."""
     evidence = np.select([new, before], [NEW, BEFORE], UNDECIDED)
     return pd.DataFrame({"latent": range(len(new)), "score": found.value, "low": found.low, "high": found.high, "evidence": evidence})
-
-
-def _ratio(above: np.ndarray, below: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return _over(weights @ above, weights @ below)
 
 
 def _over(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -176,8 +162,7 @@ def new_latents(
 
     Parameters
     ----------
-    base, adapted, sae, layer
-        The models, and an SAE that was trained on ``base`` and reads this block's output.
+    base, adapted, sae, layer : models, and an SAE that was trained on ``base`` and reads this block's output
     dataset : data set
         Every other picture trains the dictionaries, the rest is measured on.
     d_sae, k : int
@@ -194,9 +179,8 @@ def new_latents(
     sae.check_model(base, layer)
     sae.check_model(adapted, layer)
     both = read_streams(base, adapted, dataset, layer, progress=progress)
-    return judge(
-        both[::2].contiguous(), both[1::2].contiguous(), sae.W_dec, sae.encode, d_sae=d_sae, k=k, n_tokens=n_tokens, progress=progress
-    )
+    train, measured = both[::2].contiguous(), both[1::2].contiguous()
+    return judge(train, measured, sae.W_dec, sae.encode, d_sae=d_sae, k=k, n_tokens=n_tokens, progress=progress)
 
 
 @torch.no_grad()
@@ -209,7 +193,7 @@ def judge(
         joint = train_joint(tokens, d_sae, k=k, n_tokens=n_tokens, progress=progress)
         changes = train_joint(tokens[:, 1:] - tokens[:, :1], d_sae, k=k, n_tokens=n_tokens, progress=progress)
     tables = {
-        "norms": norms(joint, streams), "difference": difference(joint, streams, changes), "scaling": scaling(joint, streams),
+        "norms": norms(joint), "difference": difference(joint, streams, changes), "scaling": scaling(joint, streams),
         "matched": matched(joint, streams, rows, encode), "predicted": predicted(joint, streams, train),
     }  # fmt: skip
     return joint, verdicts(tables)[fires(joint, streams)].reset_index(drop=True)

@@ -32,10 +32,6 @@ def sae_dictionary(sae: SparseAutoencoder, name: str = "SAE") -> Dictionary:
     sae : SparseAutoencoder
     name : str
         How tables and figures call it.
-
-    Returns
-    -------
-    Dictionary
     """
 
     def encode(x: Tensor, columns: np.ndarray | None) -> Tensor:
@@ -66,8 +62,8 @@ def random_sae(sae: SparseAutoencoder, seed: int = 0, tokens: Tensor | None = No
     seed : int
         Of the directions.
     tokens : Tensor [N, D], optional
-        Of the residual stream, by which one threshold leaves as many latents active as the SAE has, and one gain makes the reconstruction the
-        best in least squares. Without them ``relu`` has no encoder bias: half is active.
+        Of the residual stream: one threshold leaves as many latents active as the SAE has, one gain makes the reconstruction the best in
+        least squares. Without them ``relu`` has no encoder bias: half is active.
 
     Returns
     -------
@@ -77,21 +73,18 @@ def random_sae(sae: SparseAutoencoder, seed: int = 0, tokens: Tensor | None = No
     Raises
     ------
     ValueError
-        If the SAE's activation has a threshold or a gate, which random directions can't inherit, and there are no tokens to set one by.
+        If the SAE's activation has a threshold or a gate, and there are no tokens to set one by.
     """
     if tokens is None and (sae.variant.threshold or sae.variant.gate):
-        raise ValueError(
-            f"A random SAE of activation {sae.activation!r} needs a threshold of its own: give tokens [N, {sae.d_in}] of the stream."
-        )
+        raise ValueError(f"A random SAE of activation {sae.activation!r} needs a threshold of its own: give tokens [N, D] of the stream.")
     options = {name: getattr(sae, name) for name in sae.variant.options}
     control = SparseAutoencoder(sae.d_in, sae.d_sae, sae.activation, **options, seed=seed, metadata=sae.metadata)
     directions = torch.randn(sae.d_sae, sae.d_in, generator=torch.Generator().manual_seed(seed))
     directions /= directions.norm(dim=1, keepdim=True)
     control.W_dec.copy_(directions)
     control.W_enc.copy_(directions.T)
-    control.b_dec.copy_(sae.b_dec)
     control.token_norm = sae.token_norm
-    for name in STATISTICS:
+    for name in ("b_dec", *STATISTICS):
         getattr(control, name).copy_(getattr(sae, name))
     control = control.to(sae.W_enc.device).requires_grad_(False).eval()
     if tokens is None:
@@ -111,10 +104,9 @@ def random_sae(sae: SparseAutoencoder, seed: int = 0, tokens: Tensor | None = No
             control.threshold.fill_(threshold.clamp_min(0))
     guess = control.encode(some) @ control.W_dec
     gain = ((some - control.b_dec) * guess).sum() / guess.square().sum()
-    if gain.isfinite() and gain > 0:
-        for scaled in (control.W_enc, control.b_enc, control.threshold):
-            if scaled is not None:
-                scaled.mul_(gain)
+    for scaled in (control.W_enc, control.b_enc, control.threshold):
+        if scaled is not None and gain.isfinite() and gain > 0:
+            scaled.mul_(gain)
     return control
 
 

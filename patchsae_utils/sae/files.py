@@ -50,8 +50,7 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, format: str = "saele
     Raises
     ------
     ValueError
-        If the rows are not at unit norm and a latent's size decides which are kept (``topk``, ``batchtopk``, ``matryoshka``); or the format
-        is unknown, or can't say this SAE's activation.
+        If rows are not at unit norm and size decides which latents are kept; or the format is unknown, or can't say this SAE's activation.
     """
     return sae.save(directory) if format == "saelens" and unit_norm else write(sae.to_weights(), Path(directory), format)
 
@@ -59,26 +58,23 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, format: str = "saele
 def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
     """Open an SAE of this package, SAELens, PatchSAE, ViT-Prisma, saev, sparsify, dictionary_learning or VISAEBench; it detects the format.
 
-    Other programs' SAEs come out in our equations, with the same latents. Nothing is ever unpickled.
-
     Parameters
     ----------
     path : str or Path
-        A folder, a file, or ``hf:<owner>/<repository>[/<folder or file>][@<revision>]`` for one on the Hugging Face hub; ``"openmoji"`` is the
-        default profile's, which ships with the package.
+        A folder, a file, ``hf:<owner>/<repository>[/<folder or file>][@<revision>]`` on the hub, or ``"openmoji"``, which ships.
     device : str or torch.device
 
     Returns
     -------
     SparseAutoencoder
-        In ``eval()`` mode: ``batchtopk`` and ``matryoshka`` apply their threshold.
+        In our equations, with the same latents, in ``eval()`` mode.
 
     Raises
     ------
     FileNotFoundError
         If nothing is there, or files are missing in the folder.
     ValueError
-        If it is of another format or architecture, damaged, or holds code; or a setting makes its equation one that this package can't compute.
+        If it is of another format or architecture, damaged, or holds code; or a setting changes the equation to one that is not known here.
     """
     return read(path)[0].to(device)
 
@@ -89,9 +85,10 @@ def read(path: str | Path) -> tuple[SparseAutoencoder, str, dict[str, Any], list
     path = _fetch(str(path)) if str(path).startswith("hf:") else Path(path)
     form, file = find(path)
     this = FORMATS[form]
-    settings, state = _open(form, file)
+    config = _beside(file) if form == "visaebench" else file.parent / (this.config or file.name)
+    config = config if config is not None and config.is_file() else file  # where the settings come from
+    settings, state = _open(form, file, config)
     settings = this.defaults(settings)
-    config = _config_of(form, file)
     understood, ignored = check_settings(settings, config, this.reads.split(), this.allowed, this.harmless, this.documented)
     try:
         weights: Weights = this.read(settings, state, file)
@@ -105,12 +102,8 @@ def read(path: str | Path) -> tuple[SparseAutoencoder, str, dict[str, Any], list
     return SparseAutoencoder.from_weights(weights, path).eval(), form, understood, ignored
 
 
-# -- which form it has -------------------------------------------------------------------------------------------------------------------
-
-_KNOWN_FORMS = (
-    "PatchSAE's .pt, ViT-Prisma's weights.pt with config.json, saev's sae.pt, sparsify's cfg.json with sae.safetensors, "
-    "dictionary_learning's ae.pt with config.json, VISAEBench's sae.pt or model.safetensors with config.json or config.yaml"
-)
+_KNOWN_FORMS = """PatchSAE's .pt, ViT-Prisma's weights.pt with config.json, saev's sae.pt, sparsify's cfg.json with sae.safetensors, \
+dictionary_learning's ae.pt with config.json, VISAEBench's sae.pt or model.safetensors with config.json or config.yaml"""
 _PAIRS = {form: (each.config, each.weights) for form, each in FORMATS.items() if each.config and form != "visaebench"}
 _NAMES = [name for each in FORMATS.values() for name in (each.config, each.weights) if name]
 _VISAEBENCH = ("sae.pt", "model.safetensors", "model.pt"), ("config.json", "config.yaml", "config.yml")
@@ -128,16 +121,12 @@ def find(path: Path) -> tuple[str, Path]:
         found = ", ".join(sorted(file.name for file in path.iterdir())[:12]) or "nothing"
         inside = sorted({file.parent.name for name in _NAMES for file in path.glob(f"*/{name}")})
         found += f"; an SAE may lie in its folders {', '.join(inside[:12])}" if inside else ""
-        missing = [name for name in _PAIRS["saelens"] if not (path / name).is_file()]
-        raise FileNotFoundError(
-            f"{path} holds no {' and no '.join(missing)}, so it is no SAE folder of ours or of SAELens v6 (found: {found}). "
-            f"Other forms that are read: {_KNOWN_FORMS}."
-        )
+        missing = " and no ".join(name for name in _PAIRS["saelens"] if not (path / name).is_file())
+        what = f"{path} holds no {missing}, so it is no SAE folder of ours or of SAELens v6 (found: {found})."
+        raise FileNotFoundError(f"{what} Other forms that are read: {_KNOWN_FORMS}.")
     if not path.is_file():
-        raise FileNotFoundError(
-            f"No SAE at {path}: expected a folder with cfg.json and sae_weights.safetensors, as SparseAutoencoder.save or train_sae writes it, "
-            f"or one of: {_KNOWN_FORMS}."
-        )
+        what = f"No SAE at {path}: expected a folder with cfg.json and sae_weights.safetensors, as train_sae writes it, or one of:"
+        raise FileNotFoundError(f"{what} {_KNOWN_FORMS}.")
     for form, names in _PAIRS.items():
         if path.name in names and all((path.parent / name).is_file() for name in names):
             return form, path.parent / names[1]
@@ -150,10 +139,8 @@ def find(path: Path) -> tuple[str, Path]:
     if path.suffix == ".safetensors" and config is not None:
         return "visaebench", path
     if not is_torch_archive(path):
-        raise ValueError(
-            f"{path} is no SAE of a form that is read. If it is a pickle, it could run code when opened: write its weights anew with "
-            f"torch.save (1.6 or later), or fill a SparseAutoencoder and save that. Forms that are read: {_KNOWN_FORMS}."
-        )
+        what = f"{path} is no SAE of a form that is read. If it is a pickle, it could run code when opened: write its weights anew with"
+        raise ValueError(f"{what} torch.save (1.6 or later), or fill a SparseAutoencoder and save that. Forms: {_KNOWN_FORMS}.")
     if config is not None and "activation_fn_str" in _object(config):
         return "prisma", path
     content = read_torch(path)
@@ -165,10 +152,8 @@ def find(path: Path) -> tuple[str, Path]:
         if isinstance(content, dict):
             tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
             what = f"tensors {shapes(tensors)}" if tensors else f"entries {sorted(map(str, content))[:12]}"
-        raise ValueError(
-            f"{path} holds {what}, and nothing that says how to use it: the activation, the place of b_dec. Put the file config.json "
-            f"(ViT-Prisma, dictionary_learning, VISAEBench) beside it that was written with it. Forms that are read: {_KNOWN_FORMS}."
-        )
+        what = f"{path} holds {what}, and nothing that says how to use it: the activation, the place of b_dec."
+        raise ValueError(f"{what} Put the config.json that was written with it beside it. Forms that are read: {_KNOWN_FORMS}.")
     return "prisma" if "activation_fn_str" in settings else "patchsae", path  # early ViT-Prisma's, which has more settings
 
 
@@ -177,13 +162,7 @@ def _beside(file: Path) -> Path | None:
     return next((file.parent / name for name in _VISAEBENCH[1] if (file.parent / name).is_file()), None)
 
 
-def _config_of(form: str, file: Path) -> Path:
-    """The file that the settings come from, for messages."""
-    config = _beside(file) if form == "visaebench" else file.parent / (FORMATS[form].config or file.name)
-    return config if config is not None and config.is_file() else file
-
-
-def _open(form: str, file: Path) -> tuple[dict[str, Any], Any]:
+def _open(form: str, file: Path, config: Path) -> tuple[dict[str, Any], Any]:
     """Settings and tensors as they lie in a program's files."""
     if form == "saev":
         try:
@@ -192,11 +171,8 @@ def _open(form: str, file: Path) -> tuple[dict[str, Any], Any]:
             if "d_vit" not in header or "schema" in header:  # before schemas, the header was the settings
                 header["cfg"].get("activation")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{file} begins with no header of saev ({type(error).__name__}): a line of JSON with 'schema' and 'cfg'."
-            ) from error
+            raise ValueError(f"{file} begins with no header of saev ({type(error).__name__}): a line of JSON with schema, cfg.") from error
         return header, read_torch(file)
-    config = _config_of(form, file)
     beside = {} if config == file else _object(config)
     if file.suffix == ".safetensors":
         try:
@@ -233,9 +209,6 @@ def _yaml(path: Path) -> Any:
         raise ValueError(f"{path} is not valid YAML ({shortened(error)}).") from error
 
 
-# -- the hub --------------------------------------------------------------------------------------------------------------------------
-
-
 def _fetch(spec: str) -> Path:
     """The local copy of an SAE on the hub, downloaded or from the hub's cache: ``hf:<owner>/<repository>[/<folder or file>][@<revision>]``."""
     name, _, revision = spec.removeprefix("hf:").partition("@")
@@ -259,10 +232,8 @@ def _fetch(spec: str) -> Path:
         at_hand = [try_to_load_from_cache(name, str(PurePosixPath(inside) / part), revision=revision) for part in ("", *_NAMES)]
         if cached := [Path(path) for path in at_hand if isinstance(path, str)]:
             return cached[0] if at_hand[0] else cached[0].parent
-        raise FileNotFoundError(
-            f"{spec} could not be fetched ({type(error).__name__}: {shortened(error)}). Check the name and the network; a private "
-            "repository needs HF_TOKEN. Without a network, copy the files and give their folder."
-        ) from error
+        what = f"{spec} could not be fetched ({type(error).__name__}: {shortened(error)}). Check the name and the network; a private"
+        raise FileNotFoundError(f"{what} repository needs HF_TOKEN. Without a network, copy the files and give their folder.") from error
     if all(_is_settings(file) for file in wanted):  # say where there are weights
         holding = sorted({str(PurePosixPath(file).parent) for file in files if not _is_settings(file)} - {"."})
         what = "holds no SAE in its root" if not inside else f"has no folder {inside!r} with files {', '.join(_HUB_FILES)}"
@@ -284,7 +255,7 @@ def push_sae(sae: SparseAutoencoder, repository: str, *, metrics: Mapping[str, f
     repository : str
         ``<owner>/<name>``; made when missing.
     metrics : mapping, optional
-        Name -> number for the card, e.g. of :func:`patchsae_utils.evaluate_sae`; default: those that training left in the metadata.
+        Name -> number for the card; default: those that training left in the metadata.
     folder : str, optional
         Folder within the repository, for several SAEs in one; the card then stays as the repository has it.
 
@@ -295,10 +266,8 @@ def push_sae(sae: SparseAutoencoder, repository: str, *, metrics: Mapping[str, f
 
     Raises
     ------
-    ValueError
-        If the repository's name is no ``<owner>/<name>``.
-    ConnectionError
-        If the hub can't be reached, or doesn't let this token write there.
+    ValueError, ConnectionError
+        If the name is no ``<owner>/<name>``; if the hub can't be reached, or doesn't let this token write there.
     """
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise ValueError(f"A repository is named <owner>/<name>, got {repository!r}.")
@@ -313,10 +282,8 @@ def push_sae(sae: SparseAutoencoder, repository: str, *, metrics: Mapping[str, f
             address = str(api.create_repo(repository, exist_ok=True))
             api.upload_folder(repo_id=repository, folder_path=temporary, path_in_repo=folder, commit_message="Upload a sparse autoencoder")
         except Exception as error:  # the client's errors come from several libraries
-            raise ConnectionError(
-                f"{repository} could not be written on the hub ({type(error).__name__}: {shortened(error)}). Check the owner's name and the network, and "
-                "log in with a token that may write: `hf auth login`, or HF_TOKEN."
-            ) from error
+            what = f"{repository} could not be written on the hub ({type(error).__name__}: {shortened(error)}). Check the owner's name"
+            raise ConnectionError(f"{what} and the network, log in with a token that may write: `hf auth login`, or HF_TOKEN.") from error
     return address
 
 
@@ -361,26 +328,21 @@ def _model_card(sae: SparseAutoencoder, repository: str, metrics: Mapping[str, f
         return ", ".join(str(known[name]) for name in names if known.get(name) is not None) or "not known"
 
     facts = {
-        "Model": of("model_name", "pretrained"),
-        "SHA-256 of its weights": of("weights_hash"),
-        "Layer (block whose output is read, from 0)": of("layer"),
-        "Tokens": of("tokens"),
+        "Model": of("model_name", "pretrained"), "SHA-256 of its weights": of("weights_hash"),
+        "Layer (block whose output is read, from 0)": of("layer"), "Tokens": of("tokens"),
         "Training data": of("dataset", "split") + (f", {known['n_images']:,} images" if known.get("n_images") else ""),
         "Training tokens": f"{known['n_training_tokens']:,}" if known.get("n_training_tokens") else "not known",
-        "Activation": f"{sae.activation}" + (f", k = {sae.k}" if sae.k else ""),
-        "Size": f"{sae.d_in} → {sae.d_sae:,} latents",
+        "Activation": sae.activation + (f", k = {sae.k}" if sae.k else ""), "Size": f"{sae.d_in} → {sae.d_sae:,} latents",
         "Input": "normalised in training; the statistics are folded into the weights" if sae.normalizes else "the residual stream as it is",
-    }
+    }  # fmt: skip
     metrics = known.get("metrics") if metrics is None else metrics
     numbers = [f"| {name} | {value:.4g} |" for name, value in (metrics or {}).items() if isinstance(value, int | float)]
     tags = ["sparse-autoencoder", "saelens", "patchsae", "clip", "interpretability"]
     credit = "\nTrained on scenes of OpenMoji artwork (https://openmoji.org), CC BY-SA 4.0.\n"
-    return ModelCard(
-        _CARD.format(
-            header=ModelCardData(library_name="saelens", license="mit", tags=tags).to_yaml(), name=repository.partition("/")[2],
-            facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-            numbers="\n".join(["| | |", "|---|---|", *numbers]) if numbers else "Not measured.", repository=repository,
-            model=known.get("model_name", "..."), pretrained=known.get("pretrained"), layer=known.get("layer", "..."), d_sae=sae.d_sae,
-            credit=credit if str(known.get("dataset", "")).startswith("openmoji") else "",
-        )
-    )  # fmt: skip
+    return ModelCard(_CARD.format(
+        header=ModelCardData(library_name="saelens", license="mit", tags=tags).to_yaml(), name=repository.partition("/")[2],
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        numbers="\n".join(["| | |", "|---|---|", *numbers]) if numbers else "Not measured.", repository=repository,
+        model=known.get("model_name", "..."), pretrained=known.get("pretrained"), layer=known.get("layer", "..."), d_sae=sae.d_sae,
+        credit=credit if str(known.get("dataset", "")).startswith("openmoji") else "",
+    ))  # fmt: skip

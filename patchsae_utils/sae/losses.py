@@ -1,8 +1,6 @@
-"""The training objectives: the paper's (Lim et al., ICLR 2025, section 3.1 and appendix A) and the other variants'.
+"""The training objectives: the paper's (Lim et al., ICLR 2025, section 3.1 and appendix A) and the other variants' (:mod:`.variants`).
 
-Letters: B batch, T tokens, N tokens of any images, D d_in, S d_sae. Ghost gradients: Jermyn and Templeton, "Ghost grads", Transformer
-Circuits, January 2024; variants: see :mod:`.variants`.
-"""
+Letters: B batch, T tokens, N tokens of any images, D d_in, S d_sae. Ghost gradients: Jermyn and Templeton, Transformer Circuits, 2024."""
 
 from __future__ import annotations
 
@@ -47,9 +45,9 @@ def patchsae_loss(
     sae : SparseAutoencoder
         Its decoder's rows are expected at unit norm.
     x : Tensor [B, T, D] or [N, D]
-        Residual activations; whole images with CLS as token 0, or tokens of mixed images.
+        Residual activations of whole images with CLS as token 0, or of mixed tokens.
     dead : bool Tensor [S], optional
-        Latents that have not fired for long: they receive the ghost term. None or all False: the term is 0.
+        Latents that have not fired for long: they receive the ghost term.
     l1_coefficient : float
         lambda.
     cls_coefficient : float
@@ -87,8 +85,8 @@ def variant_loss(
 ) -> SaeLoss:  # fmt: skip
     """The published objectives of the other variants, by the table's ``loss``; ||x - x_hat||^2 is summed over D, mean over tokens.
 
-    - ``auxk`` (TopK, BatchTopK): squared error + AuxK, in ``ghost``. Gao et al., 2024, section 2.3 and appendix A.2. Matryoshka sums the error
-      of every nested dictionary, Bussmann et al., 2025, section 3. ``l1_coefficient`` is not used.
+    - ``auxk``: squared error + AuxK, in ``ghost``. Gao et al., 2024, section 2.3 and appendix A.2. Matryoshka sums every nested
+      dictionary's error, Bussmann et al., 2025, section 3.
     - ``l0`` (JumpReLU): squared error + lambda L0, whose gradients reach the thresholds. "Jumping ahead", eq. 9 to 12.
     - ``gate``: squared error + lambda ||ReLU(gate)||_1 + ||x - x_hat_frozen(ReLU(gate))||^2, the last in ``ghost``, which ``ghost=False``
       doesn't leave out. Rajamanoharan et al., "Gated sparse autoencoders", eq. 8. It and JumpReLU get AuxK on top for the dead.
@@ -122,10 +120,7 @@ def normalized_squared_error(x: Tensor, reconstruction: Tensor) -> Tensor:
 
 
 def auxk_loss(x: Tensor, reconstruction: Tensor, pre_activations: Tensor, rows: Tensor) -> Tensor:
-    """AuxK: ||e - e_hat||^2, mean over tokens; e = x - x_hat, a constant, e_hat = relu(topk(pre[dead])) W_dec[dead], k = :func:`auxk_size`.
-
-    Of n dead latents: pre-activations [..., n], ``rows`` [n, D]. Source: Gao et al., 2024, section 2.4 and appendix A.2.
-    """
+    """||e - e_hat||^2 per token; e = x - x_hat, e_hat = relu(topk(pre[dead])) W_dec[dead]. Source: Gao et al., 2024, section 2.4."""
     k = min(auxk_size(x.shape[-1]), pre_activations.shape[-1])
     positive = torch.relu(pre_activations).clamp_max(torch.finfo(pre_activations.dtype).max ** 0.25)
     values, places = positive.topk(k, dim=-1)
@@ -139,10 +134,9 @@ def auxk_size(d_in: int) -> int:
 
 
 def _ghost_loss(x: Tensor, reconstruction: Tensor, pre_activations: Tensor, rows: Tensor, error: Tensor) -> Tensor:
-    """(g - r)^2 / ||r||, r = x - x_hat, g = exp(pre[dead]) W_dec[dead] scaled to half of ||r||, by a constant.
+    """(g - r)^2 / ||r||, r = x - x_hat, g = exp(pre[dead]) W_dec[dead] scaled to half of ||r||; a constant makes it equal to ``error``.
 
-    A constant rescales it elementwise to the value of ``error``, the squared error before any CLS coefficient. It must read
-    *pre*-activations: after the ReLU exp(0) = 1, and the gradient drives every dead row to one direction.
+    It must read *pre*-activations: after the ReLU exp(0) = 1, and the gradient drives every dead row to one direction.
     """
     residual = (x - reconstruction).detach()
     residual_norm = residual.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(residual.dtype).tiny)

@@ -1,7 +1,6 @@
 """The autoencoder: a wide, sparse dictionary over the residual stream of a vision transformer, one vector per token.
 
-Letters: B batch, T tokens, N tokens of any images, D d_in, S d_sae. Inputs may have any leading dimensions. Variants: :mod:`.variants`.
-"""
+Letters: B batch, T tokens, N tokens of any images, D d_in, S d_sae. Variants: :mod:`.variants`."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from .formats.sources import SOURCE, check_source, described
 from .formats.weights import STATISTICS, Weights, shapes, unit_rows
 from .sparse import kernels as sparse_kernels
 from .sparse.kernels import SparseLatents, take_rows
-from .variants import VARIANTS, centre_product, jump_relu, keep_batch_topk, keep_topk, nested_groups, normalize_rows, smallest_positive
+from .variants import VARIANTS, centre_product, jump_relu, keep_batch_topk, keep_topk, nested_groups, normalize_rows
 
 ACTIVATIONS = tuple(VARIANTS)
 _BANDWIDTH = 0.03
@@ -46,8 +45,7 @@ class SparseAutoencoder(nn.Module):
     - ``relu``: max(z, 0), the paper's; ``topk``: each token's ``k`` largest positive z.
     - ``batchtopk``: the ``k`` N largest positive z of a batch of N tokens, in :meth:`forward` in training mode, where ``threshold`` follows
       the running mean of the smallest that was kept; all else keeps what exceeds it. ``matryoshka``: the same, with nested ``groups``.
-    - ``jumprelu``: z where it exceeds its latent's learned ``threshold``.
-    - ``gated``: max(exp(r_mag) (x - b_dec) W_enc + b_mag, 0) where the gate z is positive.
+    - ``jumprelu``: z above its latent's ``threshold``; ``gated``: max(exp(r_mag) (x - b_dec) W_enc + b_mag, 0) where z is positive.
 
     Parameters
     ----------
@@ -63,7 +61,7 @@ class SparseAutoencoder(nn.Module):
     bandwidth : float, optional
         Width of the kernel through which ``jumprelu`` learns its thresholds, and their start; 0.03 by default, as in the source at D = 768.
     metadata : mapping, optional
-        What the SAE reads and where it came from: ``model_name``, ``layer``, ``tokens``, ... Plain JSON values; saved with the weights.
+        What the SAE reads: ``model_name``, ``layer``, ``tokens``, ... Plain JSON values; saved with the weights.
     seed : int
         Of the fresh weights.
 
@@ -71,11 +69,11 @@ class SparseAutoencoder(nn.Module):
     ----------
     W_enc, b_enc, W_dec, b_dec : Parameter [D, S], [S], [S, D], [D]
         ``b_enc`` of ``gated`` is the gate's, ``b_gate`` in the source and in files.
-    threshold : Parameter [S] (``jumprelu``), buffer [] (``batchtopk``, ``matryoshka``; 0 until trained), or None
     b_mag, r_mag : Parameter [S]
         Of ``gated`` alone.
+    threshold : Parameter [S] (``jumprelu``), buffer [] (``batchtopk``, ``matryoshka``; 0 until trained), or None
     token_norm : bool
-        Whether each token is centred at ``b_dec`` and brought to length sqrt(D) before it is encoded, and its latents get its own length back.
+        Whether each token is brought to length sqrt(D) around ``b_dec`` before it is encoded, and its latents get its own length back.
     input_mean, input_norm : buffer [D], []
         Mean of the tokens that training saw, and the root mean square of their distance to it; 0 where that is not known.
 
@@ -132,8 +130,6 @@ class SparseAutoencoder(nn.Module):
     def extra_repr(self) -> str:
         options = "".join(f", {name}={getattr(self, name)}" for name in ("k", "groups", "bandwidth") if getattr(self, name))
         return f"d_in={self.d_in}, d_sae={self.d_sae}, activation={self.activation!r}{options}"
-
-    # -- the equations ------------------------------------------------------------------------------------------------
 
     def sizes(self, x: Tensor) -> Tensor:
         """||x - b_dec|| / sqrt(D) of each token, [..., 1]: what ``token_norm`` divides it by."""
@@ -207,23 +203,18 @@ class SparseAutoencoder(nn.Module):
     def _forward_sparse(self, x: Tensor) -> SaeOutput:
         self.check_width(x)
         variant, in_batch = self.variant, self.training and self.variant.competes == "batch"
-        if variant.competes == "token":
-            select: sparse_kernels.Select = sparse_kernels.TopK(self.k)
-        elif in_batch:
-            select = sparse_kernels.BatchTopK(self.k)
+        select: sparse_kernels.Select = self.threshold  # None for ``relu``
+        if variant.competes == "token" or in_batch:
+            select = (sparse_kernels.BatchTopK if in_batch else sparse_kernels.TopK)(self.k)
         elif variant.threshold == "each":
             select = (self.threshold - self.bandwidth / 2).detach()
-        else:
-            select = self.threshold  # None for ``relu``
-        centred = x - self.b_dec.detach()
-        sizes = self.sizes(x) if self.token_norm else None
+        centred, sizes = x - self.b_dec.detach(), self.sizes(x) if self.token_norm else None
         bias = self.b_enc - centre_product(self.b_dec, self.W_enc)
         precision = "bfloat16" if torch.is_autocast_enabled(x.device.type) else "float32"
         flat = (centred if sizes is None else centred / sizes).reshape(-1, self.d_in)
         latents = sparse_kernels.encode(flat, self.W_enc, bias, select, precision=precision)
-        near = None
-        if variant.threshold == "each":
-            near = latents
+        near = latents if variant.threshold == "each" else None
+        if near is not None:
             latents = near._replace(values=jump_relu(near.values, self.threshold[near.indices], self.bandwidth))
         if sizes is not None:
             latents = latents._replace(values=latents.values * sizes.flatten()[latents.tokens()])
@@ -237,11 +228,9 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def _follow(self, kept: Tensor) -> None:
         """Move the threshold towards the smallest activation of a batch: a running mean. Source: Bussmann et al., 2024, eq. 5."""
-        smallest = smallest_positive(kept).to(self.threshold)
+        smallest = (torch.where(kept > 0, kept, torch.inf).amin() if kept.numel() else kept.new_full((), torch.inf)).to(self.threshold)
         moved = torch.where(self.threshold == 0, smallest, self.threshold.lerp(smallest, _THRESHOLD_RATE))
         self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
-
-    # -- what training keeps true ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -276,8 +265,6 @@ class SparseAutoencoder(nn.Module):
         """Whether it was trained on tokens of unit size, so that a token's own size only scales its latents."""
         return self.normalizes and (self.token_norm or (self.variant.competes == "token" and not self.b_enc.any()))
 
-    # -- where activations come from --------------------------------------------------------------------------------------
-
     def check_statistics(self, x: Tensor, source: str = "these activations") -> None:
         """Refuse tokens [N, D] that can't be of the kind that training saw: another spread by a factor of 2, or another mean."""
         self.check_width(x)
@@ -288,11 +275,9 @@ class SparseAutoencoder(nn.Module):
         expected = self.input_norm.item()
         if expected / _MISFIT <= norm <= expected * _MISFIT and shift <= expected:
             return
-        raise ValueError(
-            f"The SAE was trained on activations {expected:.3g} away from their mean (root mean square){described(self.metadata)}; "
-            f"{source} are {norm:.3g} away from that mean, and their own mean {shift:.3g}. "
-            f"Give residual activations of the model, layer and token types it was trained on, not scaled or centred, or train an SAE on these."
-        )
+        what = f"The SAE was trained on activations {expected:.3g} away from their mean (root mean square){described(self.metadata)};"
+        what += f" {source} are {norm:.3g} away from that mean, and their own mean {shift:.3g}. Give residual activations of the model,"
+        raise ValueError(f"{what} layer and token types it was trained on, not scaled or centred, or train an SAE on these.")
 
     def check_width(self, x: Tensor) -> None:
         """Refuse activations of another width than D."""
@@ -313,8 +298,6 @@ class SparseAutoencoder(nn.Module):
         }  # fmt: skip
         check_source(self.d_in, self.metadata, clip.width, f"the residual stream of {clip.name!r}", given)
 
-    # -- files --------------------------------------------------------------------------------------------------------------
-
     @property
     def fingerprint(self) -> str:
         """Sixteen hex digits of the SHA-256 of sizes, activation, weights and what else the outputs or the objective depend on."""
@@ -330,10 +313,8 @@ class SparseAutoencoder(nn.Module):
         norms = (weights := self.to_weights()).tensors["W_dec"].double().norm(dim=1)
         if not ((norms - 1).abs() <= _UNIT).all():
             if self.k is not None:
-                raise ValueError(
-                    f"The decoder's rows have norms from {norms.min():.4g} to {norms.max():.4g}, and activation={self.activation!r} keeps the "
-                    "largest latents: moving the norms into them would change which. Call sae.normalize_decoder() before saving."
-                )
+                what = f"The decoder's rows have norms from {norms.min():.4g} to {norms.max():.4g}, and {self.activation!r} keeps the"
+                raise ValueError(f"{what} largest latents: they would change which. Call sae.normalize_decoder() before saving.")
             weights = weights._replace(tensors=unit_rows(weights.tensors))
         return write(weights, Path(directory), "saelens")
 

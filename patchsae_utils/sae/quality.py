@@ -5,6 +5,7 @@ Letters: B batch, T tokens, N tokens of any images, D d_in, S d_sae.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -48,9 +49,8 @@ def evaluate_sae(
     -------
     DataFrame, tidy
         ``sae``, ``variant``, ``tokens``, ``metric``, ``value``, ``low``, ``high`` (95 % over images; NaN for ``dead_fraction``). ``variant``
-        is what went into the blocks behind ``layer``: ``raw``, the ``reconstruction``, or that with its error added back (``error_kept``:
-        equal to raw if the splice is exact); ``tokens`` which tokens were replaced (``none`` for raw). Of N tokens x of a type, x_hat their
-        reconstructions, h their latents:
+        is what went into the blocks behind ``layer``: ``raw``, the ``reconstruction``, or that with its error added back (``error_kept``);
+        ``tokens`` which tokens were replaced (``none`` for raw). Of N tokens x of a type, x_hat their reconstructions, h their latents:
 
         - ``mse`` = 1 / (N D) sum_x ||x_hat - x||^2 / ||x||, as in the paper's loss; ``l1``, ``l0``: means of sum_s h_s and #{s: h_s > 0}.
         - ``explained_variance`` = 1 - sum_x ||x - x_hat||^2 / sum_x ||x - m||^2, m the mean of x.
@@ -61,7 +61,7 @@ def evaluate_sae(
     Raises
     ------
     ValueError
-        If an SAE reads another width, layer or model, or was trained on activations that these don't resemble, or the data set is empty.
+        If an SAE reads another width, layer or model, or activations that these don't resemble, or the data set is empty.
     """
     layer, saes = clip.layer_index(layer), {"SAE": sae} if isinstance(sae, SparseAutoencoder) else dict(sae)
     for each in saes.values():
@@ -96,22 +96,20 @@ class _Tally:
 
     def __init__(self, sae: SparseAutoencoder):
         self.sae = sae
-        self.token_sums: dict[str, list[np.ndarray]] = {name: [] for name in TOKEN_TYPES}
         self.fired = {name: torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_enc.device) for name in TOKEN_TYPES}
-        streams = [("raw", "none"), *(("reconstruction", name) for name in TOKEN_TYPES), ("error_kept", "all")]
-        self.outcomes: dict[tuple[str, str], list[Tensor]] = {stream: [] for stream in streams}
+        self.token_sums, self.outcomes = defaultdict[str, list[np.ndarray]](list), defaultdict[tuple[str, str], list[Tensor]](list)
 
     def add(self, x: Tensor, raw: Tensor, outcome: Callable[[Tensor], Tensor]) -> None:
         """Count a batch [B, T, D]; ``outcome`` turns tokens into (loss, hit) of each image [B, 2], ``raw`` is that of ``x``."""
         output = read_tokens(self.sae, x)
         self.outcomes["raw", "none"].append(raw)
-        self.outcomes["error_kept", "all"].append(outcome(output.reconstruction + (x - output.reconstruction)))
         for name, part in TOKEN_TYPES.items():
             self.token_sums[name].append(_image_sums(x, output, part))
             self.fired[name] |= output.fired[name]
             spliced = x.clone()
             spliced[:, part] = output.reconstruction[:, part]
             self.outcomes["reconstruction", name].append(outcome(spliced))
+        self.outcomes["error_kept", "all"].append(outcome(output.reconstruction + (x - output.reconstruction)))
 
     def rows(self) -> Iterator[tuple[Any, ...]]:
         """(variant, tokens, metric, value, low, high)."""
@@ -137,16 +135,11 @@ def _estimates(names: tuple[str, ...], measure: Callable[[np.ndarray], Any], sum
 
 
 def evaluation_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """What :func:`evaluate_sae` measured, as a table to read.
+    """What :func:`evaluate_sae` measured: a row for each SAE, variant and token type; cells "value [low, high]".
 
     Parameters
     ----------
     frame : DataFrame
-
-    Returns
-    -------
-    DataFrame
-        One row for each SAE, variant and token type; cells "value [low, high]".
     """
 
     def cell(row) -> str:
@@ -171,10 +164,8 @@ def evaluation_sentence(frame: pd.DataFrame) -> str:
     rows = frame[(frame["variant"] == "reconstruction") & (frame["tokens"] == "all")].set_index(["sae", "metric"])[["value", "low", "high"]]
     said = []
     for name in frame["sae"].unique():
-        of = rows.loc[name]
-        said.append(
-            f"{name} explains {percent(*of.loc['explained_variance'], 1)} of the variance with {of.value['l0']:.0f} latents per token"
-        )
+        of, share = rows.loc[name], percent(*rows.loc[(name, "explained_variance")], 1)
+        said.append(f"{name} explains {share} of the variance with {of.value['l0']:.0f} latents per token")
         if "zero_shot_change" in of.index:
             said[-1] += f" and changes CLIP's accuracy by {Interval(*100 * of.loc['zero_shot_change'])} points"
     return f"On unseen pictures {'; '.join(said)}."
@@ -210,8 +201,7 @@ def read_tokens(sae: SparseAutoencoder, x: Tensor) -> TokenReadings:
     flat = x.reshape(-1, x.shape[-1]).to(sae.W_enc.device)
     is_cls = (torch.arange(len(flat), device=flat.device) % x.shape[1]) == 0
     fired = {name: torch.zeros(sae.d_sae, dtype=torch.bool, device=flat.device) for name in ("cls", "patch")}
-    parts = []
-    rows = max(1, _CHUNK // sae.d_sae)
+    parts, rows = [], max(1, _CHUNK // sae.d_sae)
     for chunk, chunk_is_cls in zip(flat.split(rows), is_cls.split(rows), strict=True):
         h = sae.encode(chunk)
         parts.append((sae.decode(h), h.sum(1), h.count_nonzero(dim=1)))
@@ -284,13 +274,26 @@ def firing_rates(sae: SparseAutoencoder, tokens: Iterable[Tensor], n_tokens: int
     ValueError
         If there are no tokens.
     """
-    counts, seen = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.W_enc.device), 0
-    for chunk in _first_tokens(tokens, n_tokens, max(1, _CHUNK // sae.d_sae)):
-        counts += (sae.encode(chunk.to(counts.device)) > 0).sum(0)
-        seen += len(chunk)
+    return _rates(sae, tokens, n_tokens, "firing_rates got no")[0].float()
+
+
+def _rates(sae: SparseAutoencoder, tokens: Iterable[Tensor], n_tokens: int, none: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the first tokens: the share on which each latent fires [S], its largest pre-activation [S], the largest ||x - b_dec|| []."""
+    device, seen = sae.W_enc.device, 0
+    fired, largest = torch.zeros(sae.d_sae, dtype=torch.long, device=device), torch.full((sae.d_sae,), -torch.inf, device=device)
+    longest = torch.zeros((), device=device)
+    for batch in tokens:
+        for x in batch[: n_tokens - seen].to(device).split(max(1, _CHUNK // sae.d_sae)):
+            pre_activations = sae.pre_activations(x)
+            fired += (sae.activate(pre_activations) > 0).sum(0)
+            largest = torch.maximum(largest, pre_activations.amax(0))
+            lengths = (x - sae.b_dec).norm(dim=1) / (sae.sizes(x).squeeze(1) if sae.token_norm else 1)
+            longest, seen = torch.maximum(longest, lengths.amax()), seen + len(x)
+        if seen >= n_tokens:
+            break
     if seen == 0:
-        raise ValueError("firing_rates got no tokens.")
-    return (counts.cpu().double() / seen).float()
+        raise ValueError(f"{none} tokens.")
+    return fired.cpu().double() / seen, largest, longest
 
 
 @torch.no_grad()
@@ -321,32 +324,24 @@ def dead_causes(sae: SparseAutoencoder, train: Iterable[Tensor], test: Iterable[
     ValueError
         If there are no train or no test tokens.
     """
-    device = sae.W_enc.device
-    largest = torch.full((sae.d_sae,), -torch.inf, device=device)
-    longest, rates = torch.zeros((), device=device), []
-    for name, tokens in (("train", train), ("test", test)):
-        fired, seen = torch.zeros(sae.d_sae, dtype=torch.long, device=device), 0
-        for x in _first_tokens(tokens, n_tokens, max(1, _CHUNK // sae.d_sae)):
-            x = x.to(device)
-            pre_activations = sae.pre_activations(x)
-            fired += (sae.activate(pre_activations) > 0).sum(0)
-            largest = torch.maximum(largest, pre_activations.amax(0))
-            lengths = (x - sae.b_dec).norm(dim=1) / (sae.sizes(x).squeeze(1) if sae.token_norm else 1)
-            longest = torch.maximum(longest, lengths.amax())
-            seen += len(x)
-        if seen == 0:
-            raise ValueError(f"dead_causes got no {name} tokens.")
-        rates.append((fired.double() / seen).cpu().numpy())
-    needed = torch.zeros((), device=device) if sae.threshold is None else sae.threshold
+    (train_rate, *of_train), (test_rate, *of_test) = (
+        _rates(sae, tokens, n_tokens, f"dead_causes got no {name}") for name, tokens in (("train", train), ("test", test))
+    )
+    largest, longest = map(torch.maximum, of_train, of_test)
+    needed = 0 if sae.threshold is None else sae.threshold
     bound = (sae.W_enc.norm(dim=0) * longest + sae.b_enc - needed).cpu().numpy()
-    columns = {"train_rate": rates[0], "test_rate": rates[1], "largest": (largest - needed).cpu().numpy(), "bound": bound}
+    columns = {
+        "train_rate": train_rate.numpy(),
+        "test_rate": test_rate.numpy(),
+        "largest": (largest - needed).cpu().numpy(),
+        "bound": bound,
+    }
     frame = pd.DataFrame({"cause": "starved", **columns})
     frame.loc[largest.cpu().numpy() > 0, "cause"] = "outcompeted"
     frame.loc[bound <= 0, "cause"] = "bias"
     frame.loc[frame["train_rate"] > 0, "cause"] = "train_only"
     frame.loc[frame["test_rate"] > 0, "cause"] = "alive"
-    frame.index.name = "latent"
-    return frame
+    return frame.rename_axis("latent")
 
 
 def _image_sums(x: Tensor, output: TokenReadings, part: slice) -> np.ndarray:
@@ -366,12 +361,3 @@ def _reconstruction_metrics(total: np.ndarray) -> list[np.ndarray]:
     variance = square - (total[:, 6:] ** 2).sum(-1) / n
     explained = 1 - np.divide(error, variance, out=np.full_like(variance, np.nan), where=variance > 0)
     return [mse / n, l1 / n, l0 / n, explained]
-
-
-def _first_tokens(tokens: Iterable[Tensor], n_tokens: int, rows: int) -> Iterator[Tensor]:
-    """The first ``n_tokens`` tokens of batches [n, D], ``rows`` at a time."""
-    for batch in tokens:
-        yield from batch[:n_tokens].split(rows)
-        n_tokens -= len(batch)
-        if n_tokens <= 0:
-            return

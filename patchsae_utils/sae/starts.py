@@ -1,7 +1,4 @@
-"""Where training starts, and in which units: normalised tokens, directions from the data, and what the decoder may become.
-
-Letters: N tokens of any images, D d_in, S d_sae.
-"""
+"""Where training starts, and in which units, and what the decoder may become. Letters: N tokens of any images, D d_in, S d_sae."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ ARCHETYPE_RELAXATION = 0.1  # delta: how far an archetypal row may lie from the 
 
 
 class Normalization(NamedTuple):
-    """Units in which an SAE is trained: (x - mean) / scale, by data set or token by token, so that a token's mean square is 1 per dimension."""
+    """Units in which an SAE is trained: (x - mean) / scale, by data set or token by token; tokens then have mean square 1 per dimension."""
 
     kind: str  # none, mean, mean_and_norm or token_norm
     mean: Tensor  # [D]
@@ -57,12 +54,10 @@ class Normalization(NamedTuple):
 
     @torch.no_grad()
     def fold(self, sae: SparseAutoencoder) -> None:
-        """From an SAE of normalised tokens to one of tokens as they are, in place: latents and reconstructions change their units alone.
-
-        For ``token_norm`` the weights say it where latents of a scaled token are the scaled latents; else ``sae.token_norm`` does.
-        """
+        """From an SAE of normalised tokens to one of tokens as they are, in place: latents and reconstructions change their units alone."""
         self._rescale(sae, self.scale)
         sae.b_dec.add_(self.mean)
+        # Where latents of a scaled token are the scaled latents, the weights say it.
         sae.token_norm = self.kind == "token_norm" and (sae.variant.competes != "token" or bool(sae.b_enc.any()))
         if self.kind != "none":
             sae.input_mean.copy_(self.mean)
@@ -84,17 +79,13 @@ class Normalization(NamedTuple):
 
 def geometric_median(x: Tensor) -> Tensor:
     """The point [D] with the least sum of distances to all tokens [N, D], by Weiszfeld's iteration (1937) in float64."""
-    if x.ndim != 2 or len(x) == 0:
-        raise ValueError(f"geometric_median needs tokens as [N, D] with N > 0, got shape {tuple(x.shape)}.")
     points = x.double()
     median = points.mean(0)
     for _ in range(200):
         distance = (points - median).norm(dim=1)
         weight = 1 / distance.clamp_min(1e-12)
-        moved = (weight @ points) / weight.sum()
-        step_size = (moved - median).norm()
-        median = moved
-        if step_size <= 1e-6 * distance.mean():
+        before, median = median, (weight @ points) / weight.sum()
+        if (median - before).norm() <= 1e-6 * distance.mean():
             break
     return median.to(x.dtype)
 
@@ -127,8 +118,7 @@ def centroids(x: Tensor, n: int, seed: int = 0) -> Tensor:
 def start_from(sae: SparseAutoencoder, directions: Tensor, x: Tensor) -> None:
     """Start latent i at direction i of [S, D], as seen from ``b_dec``: decoder row and encoder column are parallel to it.
 
-    A latent fires on 1 % of the tokens ``x`` [N, D], by its encoder bias (``relu``, ``gated``) or threshold (``jumprelu``); among ``k`` without a
-    bias. One common gain, the least-squares one, fits the sizes.
+    A latent fires on 1 % of the tokens ``x`` [N, D], by its encoder bias or threshold; among ``k`` without a bias. One gain fits the sizes.
     """
     sae.W_dec.copy_(directions)
     sae.normalize_decoder()
@@ -148,9 +138,8 @@ def start_from(sae: SparseAutoencoder, directions: Tensor, x: Tensor) -> None:
             latents = torch.relu(projections - levels)
     guess = latents @ sae.W_dec
     gain = (centred * guess).sum() / guess.square().sum().clamp_min(torch.finfo(guess.dtype).tiny)
-    for each in (sae.W_enc, sae.b_enc, sae.threshold if sae.variant.threshold == "each" else None):
-        if each is not None:
-            each.mul_(gain)
+    for each in [sae.W_enc, sae.b_enc] + [sae.threshold] * (sae.variant.threshold == "each"):
+        each.mul_(gain)
     if sae.variant.gate:  # magnitudes start as the gate's pre-activations, as a ReLU's
         sae.b_mag.copy_(sae.b_enc)
 
@@ -158,8 +147,7 @@ def start_from(sae: SparseAutoencoder, directions: Tensor, x: Tensor) -> None:
 class Archetypes(nn.Module):
     """Decoder rows that stay near the data: unit(A C + Lambda), A row-stochastic over centroids C [n, D], each row of Lambda at most delta long.
 
-    Row i starts at centroid i. Source: Fel et al., "Archetypal SAE", 2025 (arXiv 2502.12892), section 4, with unit norms for its common
-    scale.
+    Row i starts at centroid i. Source: Fel et al., "Archetypal SAE", 2025 (arXiv 2502.12892), section 4, with unit norms for its scale.
     """
 
     points: Tensor

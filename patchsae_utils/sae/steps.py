@@ -1,8 +1,6 @@
 """One step of training, and what it changes: weights, Adam's moments, units, counters of silent latents.
 
-The decoder's rows are scaled to unit norm, the gradient of the loss on a batch loses its part along them, Adam moves; where few latents are
-active, all of that touches those alone. Recipe: Lim et al., ICLR 2025, appendix A.
-"""
+Where few latents are active, a step touches those alone. Recipe: Lim et al., ICLR 2025, appendix A."""
 
 from __future__ import annotations
 
@@ -157,31 +155,23 @@ class Steps:
                         sums += share * torch.stack([*(term.double() for term in loss), (n_active / len(part)).double(), residual]).cpu()
         self._update(fired, sums, sparse, rows_of)
         self.silent_for = torch.where(fired, 0, self.silent_for + len(x))
-        if config.restart_dead and self._restarts(len(x)):
+        may_restart = config.restart_dead and config.constraint == "none" and self.step < _RESTART_SHARE * self.n_steps
+        if may_restart and (self.step + 1) * len(x) // config.dead_after_tokens > self.step * len(x) // config.dead_after_tokens:
             self._restart(x, self.silent_for > config.dead_after_tokens)
         if config.target_l0 is not None:
             self._control(float(sums[TERMS.index("l0")]))
         return dict(zip(TERMS, sums.tolist(), strict=True)) if logged else None
 
-    def _restarts(self, n: int) -> bool:
-        """Whether dead latents may start anew after this step of n tokens, whose decoder nothing holds."""
-        period, in_time = self.config.dead_after_tokens, self.step < _RESTART_SHARE * self.n_steps
-        return in_time and self.config.constraint == "none" and (self.step + 1) * n // period > self.step * n // period
-
     @torch.no_grad()
     def _restart(self, x: Tensor, dead: Tensor) -> None:
-        """Dead latents start anew at tokens [N, D] of the batch, drawn by the square of their loss, a quarter of them at most.
-
-        Source: Bricken et al., "Towards Monosemanticity", 2023, "Neuron Resampling"; among the k largest a latent starts as large as others are.
-        """
+        """Dead latents start anew at tokens [N, D], drawn by their squared loss. Source: Bricken et al., 2023, "Neuron Resampling"."""
         sae, index = self.sae, dead.nonzero().squeeze(1)[: len(x) // 4]
         if not len(index) or dead.all():
             return
         parts = x.split(self._chunk(len(x), 0, False))
         error = torch.cat([(sae(part).reconstruction - part).double().square().sum(1) for part in parts]).cpu()
-        drawn = torch.multinomial(error.square(), len(index), generator=torch.Generator().manual_seed(self.config.seed + self.step)).to(
-            x.device
-        )
+        generator = torch.Generator().manual_seed(self.config.seed + self.step)
+        drawn = torch.multinomial(error.square(), len(index), generator=generator).to(x.device)
         rows = torch.nn.functional.normalize(x[drawn] - sae.b_dec, dim=1)
         size = sae.W_enc[:, ~dead].norm(dim=0).mean() * (1.0 if sae.k is not None else _RESTART_SIZE)
         starts = {"W_dec": (rows, (index,)), "W_enc": (rows.T * size, (slice(None), index)), "b_enc": (0, (index,))}

@@ -1,8 +1,6 @@
 """The trainer: Adam on an SAE's objective over activations, in one process or several, resumable bit for bit.
 
-A run depends on its settings, its seed and the step alone: the token stream is a function of seed and step. So a checkpoint holds weights,
-Adam's moments, counters of silent latents and what the log knows. The first is written before the first step.
-"""
+The token stream is a function of seed and step; so a checkpoint holds weights, Adam's moments, counters of silent latents and the log."""
 
 from __future__ import annotations
 
@@ -48,24 +46,22 @@ def train_sae(
 ) -> Any:  # fmt: skip
     """Train an SAE on activations, or open it when it is there already; or several, which read each batch once.
 
-    Under ``accelerate launch`` every process calls this alike, and takes its share of each batch: the loss curve is that of one process
-    (``batchtopk`` and ``matryoshka`` select within each share). Only the main process writes.
+    Under ``accelerate launch`` every process calls this alike, and takes its share of each batch (``batchtopk`` and ``matryoshka`` select
+    within it).
 
     Parameters
     ----------
     sae : SparseAutoencoder, or a sequence of them
-        Trained in place, on the GPU it is on, else on the one that accelerate gives this process, else on the CPU. A ``b_dec`` of 0 is moved
-        to the middle of the first batch first. An object that a run into ``out`` has moved still names that run: it opens, or goes on.
+        Trained in place, on the GPU it is on, else on accelerate's, else on the CPU. An object that a run into ``out`` has moved still
+        names that run: it opens, or goes on.
     store : ActivationStore or TokenStream
     config : TrainConfig, or one for each SAE
         Those of equal ``batch_tokens``, ``seed`` and ``tokens`` share their batches, and come out as if trained one after the other.
     out : str or Path, or one for each SAE
-        Folder for ``cfg.json``, ``sae_weights.safetensors``, ``training_log.csv``, ``manifest.json``, ``summary.json`` (the last row of the
-        log, wall time, tokens/s); while training, ``checkpoint.pt``.
+        Folder for the SAE, ``training_log.csv``, ``manifest.json``, ``summary.json`` (last row, wall time, tokens/s), ``checkpoint.pt``.
     resume : bool
         Open the finished SAE of the same inputs, or go on from its checkpoint. False trains these weights anew and replaces what is there.
     progress : bool
-        Show a bar with loss, L0, explained variance, the share of dead latents and tokens/s.
 
     Returns
     -------
@@ -75,10 +71,9 @@ def train_sae(
     Raises
     ------
     ValueError
-        If the store's activations are not those the SAE reads, or lack the tokens wanted; the folder holds another run, or another process
-        trains into it; a start or ``token_norm`` would overwrite weights that were loaded or trained; ``target_l0`` is asked of a variant with
-        ``k``; loss or weights stop being finite (the checkpoint before stays); a checkpoint is damaged; or of several SAEs, configs and
-        folders there are not as many, or the same twice.
+        If the store's activations are not those the SAE reads, or lack the tokens wanted; the folder holds another run, a damaged checkpoint,
+        or is in use; a start would overwrite weights that were loaded or trained; ``target_l0`` is asked of a variant with ``k``; loss or
+        weights stop being finite (the checkpoint before stays); or SAEs, configs and folders are not as many, or the same.
     ImportError
         If a tracker's package is missing.
     """
@@ -86,7 +81,7 @@ def train_sae(
         return train_sae([sae], store, config, [out], resume, progress)[0]
     configs = [config] * len(sae) if isinstance(config, TrainConfig) else config
     jobs = [(each, own, Path(folder)) for each, own, folder in zip(sae, configs, out, strict=True)]
-    if len({id(each) for each, *_ in jobs}) < len(jobs):
+    if len({id(each) for each in sae}) < len(jobs):
         raise ValueError("Several SAEs are trained in place: give each as an object of its own.")
     orders = [(own.batch_tokens, own.seed, own.tokens) for _, own, _ in jobs]
     trained: dict[int, SparseAutoencoder] = {}
@@ -96,9 +91,7 @@ def train_sae(
     return [trained[i] for i in range(len(jobs))]
 
 
-def _train_together(
-    jobs: list[tuple[SparseAutoencoder, TrainConfig, Path]], store: Tokens, resume: bool, progress: bool
-) -> list[SparseAutoencoder]:
+def _train_together(jobs: Sequence[tuple], store: Tokens, resume: bool, progress: bool) -> list[SparseAutoencoder]:
     """Train SAEs that read the same batches in the same order; one that was interrupted later waits for the others."""
     config, done, at = jobs[0][1], dict[int, SparseAutoencoder](), dict[int, int]()  # at: the step whose batch a run waits for
     draw = cache(lambda n: next(_tokens(store, config, n, config.seed + 1, 0))[0])  # of another order than the training's
@@ -139,25 +132,22 @@ def _run(
     processes = Processes(config.trackers, out)
     device = sae.W_enc.device if processes.number == 1 and sae.W_enc.device.type != "cpu" else processes.device
     before, after = sae.trained_in.get(out.resolve(), (None, None))
-    start = sae.fingerprint
-    start = before if resume and start == after else start  # what a run into this folder has made of these weights still names it
-    recipe = {name: value for name, value in dataclasses.asdict(config).items() if value != getattr(TrainConfig, name)}
-    recipe.pop("trackers", None)
+    start = before if resume and sae.fingerprint == after else sae.fingerprint  # what a run has made of these weights still names it
+    recipe = {
+        name: value for name, value in dataclasses.asdict(config).items() if value != getattr(TrainConfig, name) and name != "trackers"
+    }
     inputs = {"sae": start, "training": recipe, "store": store.fingerprint}
-
-    def finished() -> bool:
-        return resume and _finished(out, inputs)
 
     def opened() -> SparseAutoencoder:
         trained = load_sae(out, device=device)
         trained.trained_in[out.resolve()] = (start, trained.fingerprint)
         return trained
 
-    if processes.on_main(finished):
+    if processes.on_main(lambda: resume and _finished(out, inputs)):
         return opened()
     with ExitStack() as stack:
         processes.on_main(lambda: stack.enter_context(folder_lock(out)))
-        if processes.on_main(finished):  # by another process, meanwhile
+        if processes.on_main(lambda: resume and _finished(out, inputs)):  # by another process, meanwhile
             return opened()
         overwrites = {"start": "random", "constraint": "none", "normalize": config.normalize if config.normalize != "token_norm" else None}
         wrong = [f"{name}={getattr(config, name)!r}" for name, keeps in overwrites.items() if getattr(config, name) != keeps]
@@ -166,7 +156,8 @@ def _run(
             raise ValueError(f"{what} Use start='random' on the stream's own units, which keeps them, or give a fresh SparseAutoencoder.")
         if config.target_l0 is not None and sae.k is not None:
             raise ValueError(f"target_l0={config.target_l0} has no meaning for activation={sae.activation!r}, whose k={sae.k} sets it.")
-        processes.on_main(lambda: _clear(out, MANIFEST, SUMMARY, CONFIG, WEIGHTS, *(() if resume else (CHECKPOINT,))))
+        for name in (MANIFEST, SUMMARY, CONFIG, WEIGHTS, *(() if resume else (CHECKPOINT,))):  # what lies there now is not finished
+            processes.on_main(lambda name=name: (out / name).unlink(missing_ok=True))
         values = {name: getattr(store.metadata, name) for name in _ORIGIN}
         origin = {**values, "grid": list(values["grid"]), "store_fingerprint": store.fingerprint}
         sae.metadata = origin | ({"tokens": kept} if kept else {}) | sae.metadata
@@ -188,12 +179,11 @@ def _run(
 
 
 def training_log(out: str | Path) -> pd.DataFrame:
-    """The log that :func:`train_sae` wrote.
+    """The log that :func:`train_sae` wrote into a folder.
 
     Parameters
     ----------
     out : str or Path
-        Its folder.
 
     Returns
     -------
@@ -210,9 +200,6 @@ def training_log(out: str | Path) -> pd.DataFrame:
     if not path.exists():
         raise FileNotFoundError(f"No {LOG} in {out}: train an SAE there first, by train_sae(sae, store, config, {str(out)!r}).")
     return pd.read_csv(path)
-
-
-# -- what a folder holds ---------------------------------------------------------------------------------------------------
 
 
 def _finished(out: Path, inputs: dict[str, Any]) -> bool:
@@ -245,19 +232,9 @@ def _kept_tokens(config: TrainConfig, store: Tokens) -> str | None:
     if config.tokens in ("all", store.metadata.tokens):
         return None
     if store.metadata.tokens != "all":
-        raise ValueError(
-            f"tokens={config.tokens!r} can't be had from a store of {store.metadata.tokens!r} tokens. Extract with tokens={config.tokens!r} or 'all'."
-        )
+        what = f"tokens={config.tokens!r} can't be had from a store of {store.metadata.tokens!r} tokens."
+        raise ValueError(f"{what} Extract with tokens={config.tokens!r} or 'all'.")
     return config.tokens
-
-
-def _clear(out: Path, *names: str) -> None:
-    """Remove a run's results: what lies in the folder from now on is not finished."""
-    for name in names:
-        (out / name).unlink(missing_ok=True)
-
-
-# -- the run -----------------------------------------------------------------------------------------------------------------
 
 
 class Training(Steps):
@@ -329,7 +306,8 @@ class Training(Steps):
         write_json(self.out / SUMMARY, summary)
         manifest = {"format": _FORMAT, "fingerprint": fingerprint(**self.inputs), "complete": True, "inputs": self.inputs, "final": final}
         write_json(self.out / MANIFEST, with_checksum(manifest))
-        _clear(self.out, CHECKPOINT, f".{CHECKPOINT}.tmp")
+        for name in (CHECKPOINT, f".{CHECKPOINT}.tmp"):
+            (self.out / name).unlink(missing_ok=True)
 
     def train(self, draw: Callable[[int], Tensor], progress: bool) -> Generator[int, Any, None]:
         """From where the run stands to its last step; yields a step's number, and is sent its batch."""
@@ -385,12 +363,12 @@ class Training(Steps):
         return row
 
     def _check_finite(self, finite: bool, reason: str) -> None:
-        """Stop the run before a checkpoint could keep what is no number; the loss is looked at where it is logged, weights where they are saved."""
+        """Stop the run before a checkpoint could keep what is no number."""
         if not finite:
-            raise ValueError(
-                f"{reason} Look for NaN or infinite activations in the store; if there are none, lower lr (now {self.config.lr}) or raise "
-                f"warmup_steps (now {self.config.warmup_steps}). The last checkpoint is from before."
+            what = (
+                f"{reason} Look for NaN or infinite activations in the store; if there are none, lower lr (now {self.config.lr}) or raise"
             )
+            raise ValueError(f"{what} warmup_steps (now {self.config.warmup_steps}). The last checkpoint is from before.")
 
 
 def _write_rows(rows: list[dict[str, Any]], path: Path, **options: Any) -> None:

@@ -59,12 +59,6 @@ def keep_batch_topk(latents: Tensor, k: int) -> Tensor:
     return torch.zeros_like(flat).scatter(0, indices, values).view_as(latents)
 
 
-def smallest_positive(values: Tensor) -> Tensor:
-    """The least value above 0; infinity where there is none."""
-    values = values.detach()
-    return torch.where(values > 0, values, torch.inf).amin() if values.numel() else values.new_full((), torch.inf)
-
-
 def normalize_rows(rows: Tensor) -> None:
     """Scale rows [n, D] to unit norm, in place."""
     rows.div_(rows.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(rows.dtype).tiny))

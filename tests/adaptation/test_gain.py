@@ -170,29 +170,25 @@ def test_an_sae_of_another_layer_weights_or_width_is_refused(tiny_clip, scenes, 
                 compare_models(tiny_clip, adapted, sae, scenes, LAYER, progress=False)
 
 
-def test_links_are_attributions_and_their_change_splits_exactly(tiny_clip, tiny_sae, scenes, models, found):
+def test_links_are_attributions(tiny_clip, tiny_sae, scenes, models, found):
     for name in ("maple", "coop", "vpt"):
         links = found[name].links
         for model, scores in ((tiny_clip, links.base), (models[name], links.adapted)):
             slow = attribute_latents(model, tiny_sae, scenes, LAYER)
             torch.testing.assert_close(scores.float(), slow.scores, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(links.by_activation + links.by_reading, links.adapted - links.base)
 
 
-def test_coops_links_change_by_reading_alone_and_the_same_models_not_at_all(found):
-    coop, itself = found["coop"].links, found["itself"].links
-    assert not coop.by_activation.any() and coop.by_reading.any() and coop.change()["reading"] == 1
-    assert not itself.by_activation.any() and not itself.by_reading.any() and np.isnan(itself.change()["reading"])
+def test_the_same_models_have_the_same_links(found):
+    itself = found["itself"].links
+    assert torch.equal(itself.base, itself.adapted) and not torch.equal(found["coop"].links.base, found["coop"].links.adapted)
     assert set(itself.links()["link"]) == {"stayed"}
     reuse = itself.reuse().set_index("comparison")["reuse"]
     assert reuse["CLIP and adapted"] == pytest.approx(1) and reuse["CLIP and adapted, other class"] < 1
 
 
 def test_what_two_models_share_of_a_class():
-    first, second = (
-        torch.tensor([[3.0, 1.0, -5.0], [1.0, 0.0, 0.0], [-1.0, 0.0, 0.0]]),
-        torch.tensor([[1.0, 1.0, 2.0], [0.0, 2.0, 0.0], [1.0, 0.0, 0.0]]),
-    )
+    first = torch.tensor([[3.0, 1.0, -5.0], [1.0, 0.0, 0.0], [-1.0, 0.0, 0.0]])
+    second = torch.tensor([[1.0, 1.0, 2.0], [0.0, 2.0, 0.0], [1.0, 0.0, 0.0]])
     assert evidence(first)[0].tolist() == [0.75, 0.25, 0]
     shared = shared_evidence(first, second)
     assert shared[:2].tolist() == [0.5, 0.0] and shared[2].isnan()

@@ -12,9 +12,8 @@ from patchsae_utils.sae.model import ACTIVATIONS, SparseAutoencoder
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_random_sae_is_as_sparse_as_the_sae_on_the_tokens_given(activation):
-    sae = SparseAutoencoder(16, 64, activation, k=5 if activation in ("topk", "batchtopk", "matryoshka") else None, seed=1).requires_grad_(
-        False
-    )
+    k = 5 if activation in ("topk", "batchtopk", "matryoshka") else None
+    sae = SparseAutoencoder(16, 64, activation, k=k, seed=1).requires_grad_(False)
     x = 3 * torch.randn(400, 16, generator=torch.Generator().manual_seed(0)) + 1
     sae.b_dec.fill_(1.0)
     if activation in ("batchtopk", "matryoshka", "jumprelu"):

@@ -74,9 +74,9 @@ def test_the_folder_is_saelens_v6(folder):
         "architecture": "standard", "d_in": 6, "d_sae": 20, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
         "normalize_activations": "none", "reshape_activations": "none",
     }  # fmt: skip
-    assert config["metadata"]["sae_lens_version"] >= "6"
-    assert config["metadata"]["model_name"] == "openmoji"
-    assert config["metadata"]["hook_name"] == "visual.transformer.resblocks.4"
+    metadata = config["metadata"]
+    assert metadata["sae_lens_version"] >= "6" and metadata["model_name"] == "openmoji"
+    assert metadata["hook_name"] == "visual.transformer.resblocks.4"
     shapes = {name: tuple(value.shape) for name, value in load_file(directory / WEIGHTS).items()}
     assert shapes == {"W_enc": (6, 20), "b_enc": (20,), "W_dec": (20, 6), "b_dec": (6,)}
     assert sorted(path.name for path in directory.iterdir()) == [CONFIG, WEIGHTS]  # no temporary file left
@@ -136,12 +136,10 @@ def test_damage_is_noticed(folder):
     (directory / WEIGHTS).write_bytes(content[:200])
     with pytest.raises(ValueError, match="no valid safetensors"):
         load_sae(directory)
-    (directory / CONFIG).write_text('{"architecture": ')
-    with pytest.raises(ValueError, match="not valid JSON"):
-        load_sae(directory)
-    (directory / CONFIG).write_text("[]")
-    with pytest.raises(ValueError, match="must hold a JSON object, got a list"):
-        load_sae(directory)
+    for config, message in (('{"architecture": ', "not valid JSON"), ("[]", "must hold a JSON object, got a list")):
+        (directory / CONFIG).write_text(config)
+        with pytest.raises(ValueError, match=message):
+            load_sae(directory)
     (directory / CONFIG).write_text("{}")
     (directory / WEIGHTS).write_bytes(content)
     with pytest.raises(ValueError, match="lacks the entries architecture, d_in, d_sae"):

@@ -36,8 +36,7 @@ FOUR = {name: W[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
 GATED = {name: W[name] for name in ("W_enc", "W_dec", "b_dec", "b_mag", "r_mag")} | {"b_gate": W["b_enc"]}
 LINEAR = {"encoder.weight": W["W_enc"].T, "encoder.bias": W["b_enc"], "decoder.weight": W["W_dec"].T}
 
-# -- the equations, as the programs' sources have them ----------------------------------------------------------------------------
-
+# The equations, as the programs' sources have them
 CENTRED, PLAIN = (X - W["b_dec"]) @ W["W_enc"] + W["b_enc"], X @ W["W_enc"] + W["b_enc"]
 
 
@@ -53,9 +52,6 @@ def above(pre, threshold):
 def gate(x):
     inside = x @ W["W_enc"]
     return (inside + W["b_enc"] > 0) * torch.relu(inside * W["r_mag"].exp() + W["b_mag"])
-
-
-# -- the files, as the programs write them ------------------------------------------------------------------------------------------
 
 
 def saelens(folder, state=FOUR, **config):
@@ -125,11 +121,8 @@ def visaebench(folder, state=None, **settings):
     return with_config("sae.pt", simple | (state or {}), {"input_dim": D, "hidden_dim": S, **settings}, folder)
 
 
-OVERCOMPLETE = {
-    "encoder.final_block.0.weight": W["W_enc"].T,
-    "encoder.final_block.0.bias": W["b_enc"],
-    "dictionary.multiplier": torch.tensor(0.5),
-}
+FINAL = "encoder.final_block.0."
+OVERCOMPLETE = {FINAL + "weight": W["W_enc"].T, FINAL + "bias": W["b_enc"], "dictionary.multiplier": torch.tensor(0.5)}
 ROWS = {"dictionary._weights": W["W_dec"]}
 
 
@@ -293,12 +286,11 @@ def elsewhere(monkeypatch):
     """Classes of another package, which is there while a file is written, and gone when it is read."""
 
     def make(module, name, **attributes):
-        kind = type(name, (), {"__module__": module})
         for i in range(module.count(".") + 1):
             package = ".".join(module.split(".")[: i + 1])
             monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
-        setattr(sys.modules[module], name, kind)
-        thing = kind()
+        setattr(sys.modules[module], name, type(name, (), {"__module__": module}))
+        thing = getattr(sys.modules[module], name)()
         thing.__dict__.update(attributes)
         return thing
 
@@ -363,12 +355,14 @@ REFUSED = [
     (visaebench, {"activation": "topk", "k": K, "normalize_input": True}, "normalize_input=True"),
     (overcomplete, {"activation": "topk", "k": K, "state": ROWS | {"encoder.final_block.1.weight": THRESHOLD}}, "weights encoder.final_block.1.weight"),
     (overcomplete, {"activation": "topk", "k": K, "state": ROWS | {"encoder.mlp_blocks.0.0.weight": W["W_enc"]}}, "encoder.mlp_blocks.0.0.weight"),
+    (prisma, {"state": {name: W[name] for name in ("W_enc", "W_dec", "b_dec")}}, r"lacks the weights b_enc; it holds .*'W_dec': \(20, 6\)"),
+    (prisma, {"state": FOUR | {"W_enc": W["W_enc"][0]}}, r"holds no matrix W_enc \[d_in, d_sae\]; it holds .*'W_enc': \(20,\)"),
+    (prisma, {"state": FOUR | {"W_dec": W["W_dec"].T}}, "an SAE of activation 'relu' has"),
+    (prisma, {"state": FOUR | {"b_dec": torch.full((D,), torch.nan)}}, "b_dec holds NaN or infinite"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("write", "changes", "message"), REFUSED, ids=[f"{write.__name__} {message[:40]}" for write, _, message in REFUSED]
-)
+@pytest.mark.parametrize("write, changes, message", REFUSED, ids=[f"{write.__name__} {message[:40]}" for write, _, message in REFUSED])
 def test_what_would_give_wrong_latents_is_refused_by_name(tmp_path, write, changes, message):
     """FAULTS B2, B7 and their kind."""
     with pytest.raises(ValueError, match=message):
@@ -426,9 +420,6 @@ def test_a_shift_longer_than_delta_is_cut(tmp_path):
     torch.testing.assert_close(sae.W_dec.detach(), rows * torch.tensor(0.5).exp(), rtol=0, atol=1e-5)
 
 
-# -- and back ---------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("unit", [True, False])
 @pytest.mark.parametrize("form", [*FORMATS, "overcomplete"])
 @pytest.mark.parametrize("options", VARIANTS, ids=NAMES)
@@ -471,26 +462,16 @@ def test_files_have_the_names_that_the_programs_look_for(tmp_path):
 
 
 def test_weights_without_a_word_on_their_use_are_refused(tmp_path):
-    torch.save(FOUR, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="holds tensors .*W_enc.*nothing that says how to use it.*config.json"):
-        load_sae(tmp_path / "weights.pt")
-    torch.save([1, 2], tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="holds a list, and nothing that says"):
-        load_sae(tmp_path / "weights.pt")
+    for content, what in (
+        (FOUR, "tensors .*W_enc.*nothing that says how to use it.*config.json"),
+        ([1, 2], "a list, and nothing that says"),
+    ):
+        torch.save(content, tmp_path / "weights.pt")
+        with pytest.raises(ValueError, match=f"holds {what}"):
+            load_sae(tmp_path / "weights.pt")
     (tmp_path / "sae.pt").write_bytes(b'{"schema": 5}\nrest')
     with pytest.raises(ValueError, match="no header of saev"):
         load_sae(tmp_path / "sae.pt")
-
-
-def test_shapes_and_values_are_checked(tmp_path):
-    with pytest.raises(ValueError, match=r"lacks the weights b_enc; it holds .*'W_dec': \(20, 6\)"):
-        load_sae(prisma(tmp_path, {name: W[name] for name in ("W_enc", "W_dec", "b_dec")}))
-    with pytest.raises(ValueError, match=r"holds no matrix W_enc \[d_in, d_sae\]; it holds .*'W_enc': \(20,\)"):
-        load_sae(prisma(tmp_path, FOUR | {"W_enc": W["W_enc"][0]}))
-    with pytest.raises(ValueError, match="an SAE of activation 'relu' has"):
-        load_sae(prisma(tmp_path, FOUR | {"W_dec": W["W_dec"].T}))
-    with pytest.raises(ValueError, match="b_dec holds NaN or infinite"):
-        load_sae(prisma(tmp_path, FOUR | {"b_dec": torch.full((D,), torch.nan)}))
 
 
 @pytest.mark.parametrize("normalize", ["none", "mean_and_norm"])

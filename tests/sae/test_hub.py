@@ -94,11 +94,8 @@ def hub(monkeypatch, tmp_path):
 def test_what_is_pushed_is_what_is_loaded(hub):
     sae = trained({"activation": "jumprelu"}, "mean_and_norm").eval()
     address = push_sae(sae, "somebody/animals", metrics={"explained_variance": 0.87654})
-    assert address.endswith("/somebody/animals") and sorted(hub.files["somebody/animals"]) == [
-        "README.md",
-        "cfg.json",
-        "sae_weights.safetensors",
-    ]
+    names = ["README.md", "cfg.json", "sae_weights.safetensors"]
+    assert address.endswith("/somebody/animals") and sorted(hub.files["somebody/animals"]) == names
     loaded = load_sae("hf:somebody/animals")
     assert loaded.fingerprint == sae.fingerprint
     torch.testing.assert_close(loaded.encode(TOKENS), sae.encode(TOKENS), rtol=0, atol=0)
@@ -128,9 +125,7 @@ def test_nothing_but_the_named_folder_is_fetched(hub, tmp_path, monkeypatch):
     for spec in ("batchtopk_8x_k64", "batchtopk_8x_k64/sae.pt"):
         torch.testing.assert_close(load_sae(f"hf:bench/clip/{spec}").encode(TOKENS), few.encode(TOKENS), rtol=0, atol=1e-5)
         assert hub.fetched == {"batchtopk_8x_k64/sae.pt", "batchtopk_8x_k64/config.json"}
-    with pytest.raises(
-        FileNotFoundError, match="hf:bench/clip holds no SAE in its root. Folders that hold weights: .*batchtopk_16x_k128, "
-    ):
+    with pytest.raises(FileNotFoundError, match="bench/clip holds no SAE in its root. Folders that hold weights: .*batchtopk_16x_k128, "):
         load_sae("hf:bench/clip")
     assert len(hub.fetched) == 2
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # what was fetched stays at hand

@@ -7,18 +7,11 @@ import pytest
 import torch
 
 from patchsae_utils.data import templates_for
+from patchsae_utils.sae import dead_causes, evaluate_sae, evaluation_table, firing_rates, readings_by_place
 from patchsae_utils.sae.dictionary import random_sae
 from patchsae_utils.sae.losses import patchsae_loss
 from patchsae_utils.sae.model import SparseAutoencoder
-from patchsae_utils.sae.quality import (
-    dead_causes,
-    evaluate_sae,
-    evaluation_table,
-    firing_rates,
-    patch_readings,
-    read_tokens,
-    readings_by_place,
-)
+from patchsae_utils.sae.quality import patch_readings, read_tokens
 from patchsae_utils.sae.starts import Normalization
 
 matplotlib.use("Agg")
@@ -89,9 +82,8 @@ def test_error_kept_is_raw_and_replacing_hits_its_tokens_alone(tiny_clip, good_s
     cases["reconstruction", "patch"] = torch.cat([residual[:, :1], reconstruction[:, 1:]], 1)
     for key, tokens in cases.items():
         logits = tiny_clip.logits(tiny_clip.finish(tokens, LAYER), head)
-        assert frame.loc[(*key, "contrastive_loss"), "value"] == pytest.approx(
-            torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4
-        )
+        loss = torch.nn.functional.cross_entropy(logits, labels).item()
+        assert frame.loc[(*key, "contrastive_loss"), "value"] == pytest.approx(loss, rel=1e-4)
         assert frame.loc[(*key, "zero_shot_top1"), "value"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
     assert frame.loc[("error_kept", "all", "zero_shot_change"), ["value", "low", "high"]].tolist() == [0, 0, 0]
     assert ("raw", "none", "zero_shot_change") not in frame.index

@@ -220,10 +220,9 @@ def test_a_store_on_disk_trains_and_names_its_source(tmp_path, tiny_clip, tiny_d
     sae = train_sae(SparseAutoencoder(32, 64), store, config, tmp_path / "sae", progress=False)
     assert (sae.metadata["model_name"], sae.metadata["layer"], sae.metadata["tokens"]) == ("tiny", 1, "all")
     assert load_sae(tmp_path / "sae").metadata.items() >= sae.metadata.items()
+    other = extract_activations(tiny_clip, tiny_dataset, 0, tmp_path / "other", progress=False)
     with pytest.raises(ValueError, match="layer 0"):
-        train_sae(
-            sae, extract_activations(tiny_clip, tiny_dataset, 0, tmp_path / "other", progress=False), config, tmp_path / "x", progress=False
-        )
+        train_sae(sae, other, config, tmp_path / "x", progress=False)
 
 
 @pytest.mark.gpu
@@ -260,10 +259,8 @@ def test_several_dictionaries_read_each_batch_once_and_are_those_trained_one_aft
     def several():
         return [SparseAutoencoder(8, size, seed=seed) for size, seed in ((32, 0), (32, 0), (32, 1), (24, 0), (48, 2), (32, 3))]
 
-    single = [
-        train_sae(*job, progress=False)
-        for job in zip(several(), [Store() for _ in configs], configs, folders(tmp_path, "one"), strict=True)
-    ]
+    jobs = zip(several(), configs, folders(tmp_path, "one"), strict=True)
+    single = [train_sae(sae, Store(), config, out, progress=False) for sae, config, out in jobs]
     store = Counting()
     together = train_sae(several(), store, configs, folders(tmp_path, "all"), progress=False)
     assert store.n_read == 2 * 40 + 2, "two orders; k-means and data draw once each"
@@ -273,9 +270,8 @@ def test_several_dictionaries_read_each_batch_once_and_are_those_trained_one_aft
     store = Counting()
     resumed = train_sae(several(), store, configs, folders(tmp_path, "cut"), progress=False)
     assert store.n_read == 40 - 28 + 40 and store.asked[0][2] == 28
-    for one, other, third, *logs in zip(
-        single, together, resumed, *(folders(tmp_path, name) for name in ("one", "all", "cut")), strict=True
-    ):
+    outs = (folders(tmp_path, name) for name in ("one", "all", "cut"))
+    for one, other, third, *logs in zip(single, together, resumed, *outs, strict=True):
         assert_same(weights(one), weights(other))
         assert_same(weights(one), weights(third))
         found = [training_log(out).drop(columns="tokens_per_second") for out in logs]

@@ -1,8 +1,6 @@
 """SAEs on disk, in the forms of seven programs: one table, read both ways, on plain tensors; ``docs/formats.md`` has all of it.
 
-What is neither read, nor allowed, nor harmless is refused by name. ``saelens`` is also ours: its folder alone keeps everything, and what
-SAELens has no key for lies under ``metadata.patchsae``. Nothing is ever unpickled: see :mod:`patchsae_utils.run.pickles`.
-"""
+What is neither read, nor allowed, nor harmless is refused by name. ``saelens`` is also ours: its folder alone keeps everything."""
 
 from __future__ import annotations
 
@@ -36,8 +34,6 @@ class Format(NamedTuple):
     documented: bool = True  # whether all settings that it writes are known; else names that don't touch the equation are passed over
 
 
-# -- the table ------------------------------------------------------------------------------------------------------------------
-
 _SCALES = "scales or shifts each token before the encoder, which our equations can't say"
 _OTHER_PLACE = "reads another place than the residual stream"
 _TRANSCODER = "predicts something else than its input"
@@ -54,8 +50,8 @@ FORMATS = {
             "activation_fn": Allowed(("relu", None), "is another function than relu"),
         },
         "activation_fn_kwargs|hook_.*|dead_feature_threshold|normalize_sae_decoder|mse_loss_normalization|noise_scale|prepend_bos|expansion_factor|"
-        "(decoder|init_encoder)_.*(init|transpose).*|scale_sparsity_.*|.*cached_activations.*|log_activations.*|jumprelu_.*|.*_path|lp_norm|begin_sequence_token|feature_probability|"
-        "exclude_special_tokens|use_ghost_grads|use_sparse_activations|n_(?!layers).*",
+        "(decoder|init_encoder)_.*(init|transpose).*|scale_sparsity_.*|.*cached_activations.*|log_activations.*|jumprelu_.*|.*_path|"
+        "lp_norm|begin_sequence_token|feature_probability|exclude_special_tokens|use_ghost_grads|use_sparse_activations|n_(?!layers).*",
         programs.saelens_defaults,
     ),
     "patchsae": Format(
@@ -122,16 +118,12 @@ def write(weights: Weights, path: Path, form: str) -> Path:
         raise ValueError(f"Unknown format {form!r}. Valid: {', '.join(FORMATS)}.")
     this = FORMATS[form]
     if weights.activation not in this.activations:
-        fitting = [name for name, each in FORMATS.items() if weights.activation in each.activations]
-        raise ValueError(
-            f"The format {form!r} can't say activation={weights.activation!r}; it knows {', '.join(this.activations)}. "
-            f"For this SAE: {', '.join(fitting)}."
-        )
+        fitting = ", ".join(name for name, each in FORMATS.items() if weights.activation in each.activations)
+        what = f"The format {form!r} can't say activation={weights.activation!r}; it knows {', '.join(this.activations)}."
+        raise ValueError(f"{what} For this SAE: {fitting}.")
     if weights.statistics.get("token_norm") and form != "saelens":
-        raise ValueError(
-            f"This SAE brings each token to one length before it encodes it, which the format {form!r} can't say; only our own folder can. "
-            "Train it with normalize='mean_and_norm', or as topk, whose weights say it by themselves."
-        )
+        what = f"This SAE brings each token to one length before it encodes it, which the format {form!r} can't say; our own folder can."
+        raise ValueError(f"{what} Or train it with normalize='mean_and_norm', or as topk, whose weights say it by themselves.")
     settings, tensors = this.write(weights)
     file = path if this.config is None and path.suffix == ".pt" else path / this.weights
     with atomic_file(file) as temporary:

@@ -1,9 +1,7 @@
-"""Seven programs' settings and tensors turned into our equations, and back: a reader and a writer each, for the table in :mod:`.formats`.
+"""Seven programs' settings, as ``*_defaults`` completes them, and tensors turned into our equations, and back.
 
-A reader takes the settings as today's version of the program completes them (``*_defaults`` beside it), tensors by the program's names, and the
-file to name in errors. Sources: the programs' own loaders, of all versions: github.com/dynamical-inference/patchsae, Prisma-Multimodal/ViT-Prisma,
-OSU-NLP-Group/saev, EleutherAI/sparsify, saprmarks/dictionary_learning, decoderesearch/SAELens, vraj130/visaebench, KempnerInstitute/overcomplete.
-"""
+Sources, all versions: github.com/dynamical-inference/patchsae, Prisma-Multimodal/ViT-Prisma, OSU-NLP-Group/saev, EleutherAI/sparsify,
+saprmarks/dictionary_learning, decoderesearch/SAELens, vraj130/visaebench, KempnerInstitute/overcomplete."""
 
 from __future__ import annotations
 
@@ -48,17 +46,10 @@ def _k(settings: Any, name: str = "k") -> dict[str, Any]:
     return {"k": settings.get(name) if isinstance(settings, Mapping) else None}
 
 
-# -- SAELens v6, and our own ----------------------------------------------------------------------------------------------------
-
 _SAELENS_ARCHITECTURES = {variant.architecture: name for name, variant in reversed(VARIANTS.items()) if name != "batchtopk"}
 _SAELENS_ARCHITECTURES["jumprelu"] = "jumprelu"
-
-
+_SAELENS_NAMES = {"gated": _GATED, "jumprelu": _THRESHOLD}
 _TOKEN_NORM = "_token_norm"  # makes an architecture one that SAELens refuses: it can't say that step
-
-
-def _saelens_names(architecture: str) -> dict[str, str]:
-    return {"gated": _GATED, "jumprelu": _THRESHOLD}.get(architecture, _FOUR)
 
 
 def saelens_defaults(settings: dict[str, Any]) -> dict[str, Any]:
@@ -75,8 +66,7 @@ def saelens_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     if "hook_z" in str(settings.get("hook_name")):
         settings.setdefault("reshape_activations", "hook_z")
     function = settings.pop("activation_fn", None)
-    function = settings.get("activation_fn_str") or function or "relu"
-    settings["activation_fn_str"] = function
+    function = settings["activation_fn_str"] = settings.get("activation_fn_str") or function or "relu"
     settings["architecture"] = settings.get("architecture") or "standard"
     if function == "topk" and settings["architecture"] == "standard":
         settings |= {"architecture": "topk", "activation_fn_str": "relu", "k": settings.get("k") or _k(kwargs)["k"]}
@@ -93,33 +83,23 @@ def read_saelens(settings: dict[str, Any], state: Mapping[str, Any], file: Path)
     named_so = str(settings.get("architecture"))
     architecture = named_so.removesuffix(_TOKEN_NORM)
     if architecture not in _SAELENS_ARCHITECTURES:
-        raise ValueError(
-            f"{config} names the architecture {architecture!r}. Valid: standard, topk, jumprelu, gated. Others have another equation "
-            "(transcoders, AbsTopK, matching pursuit, ...), or are states of training: SAELens saves those for use with save_inference_model."
-        )
-    metadata = settings.get("metadata") or {}
-    if not isinstance(metadata, dict):
+        what = f"{config} names the architecture {architecture!r}. Valid: standard, topk, jumprelu, gated."
+        raise ValueError(f"{what} Others have another equation, or are states of training, which SAELens saves with save_inference_model.")
+    if not isinstance(metadata := settings.get("metadata") or {}, dict):
         raise ValueError(f"{config}: metadata must be an object, got a {type(metadata).__name__}.")
     metadata = dict(metadata)
     checksum = metadata.pop("weights_sha256", None)
     rewritten = "sae_lens_training_version" in metadata  # by SAELens, which hands our checksum on whatever it changed
     if checksum is not None and not rewritten and checksum != file_sha256(file):
-        raise ValueError(
-            f"{file} is damaged, or belongs to another {config.name}: its SHA-256 is not the one written there. Train or copy it again."
-        )
-    names, state = _saelens_names(architecture), dict(state)
+        raise ValueError(f"{file} is damaged, or another {config.name}'s: its SHA-256 is not the one there. Train or copy it again.")
+    names, state = _SAELENS_NAMES.get(architecture, _FOUR), dict(state)
     factor = state.pop("scaling_factor", None)  # written for a while, whatever its use
     if factor is not None and not torch.allclose(factor.float(), torch.ones(())):
-        raise ValueError(
-            f"{file} holds a scaling_factor other than 1, which scales latents before they are decoded; such an SAE is not read."
-        )
+        raise ValueError(f"{file} holds a scaling_factor other than 1, which scales latents before they are decoded: it is not read.")
     if set(state) != set(names) or tuple(state["W_enc"].shape) != (settings["d_in"], settings["d_sae"]):
-        raise ValueError(
-            f"{file} holds {shapes(state)}; its {config.name} asks for {', '.join(names)} of an SAE {settings['d_in']!r} -> {settings['d_sae']!r}. "
-            "The two files don't belong together."
-        )
-    own = metadata.pop("patchsae", {})
-    if not isinstance(own, dict):
+        asked = f"{', '.join(names)} of an SAE {settings['d_in']!r} -> {settings['d_sae']!r}"
+        raise ValueError(f"{file} holds {shapes(state)}; its {config.name} asks for {asked}. The two files don't belong together.")
+    if not isinstance(own := metadata.pop("patchsae", {}), dict):
         raise ValueError(f"{config} can't be read: the entry 'patchsae' of its metadata must be an object, got {own!r}.")
     activation = own.get("activation", _SAELENS_ARCHITECTURES[architecture])
     if activation not in VARIANTS or VARIANTS[activation].architecture != architecture:
@@ -127,10 +107,7 @@ def read_saelens(settings: dict[str, Any], state: Mapping[str, Any], file: Path)
     tensors = renamed(state, names, file)
     if VARIANTS[activation].threshold == "one":
         if not (tensors["threshold"] == tensors["threshold"].flatten()[0]).all():
-            raise ValueError(
-                f"{file} holds thresholds that differ between latents; {activation!r}, which its {config.name} names, has one for all. "
-                "The two files don't belong together."
-            )
+            raise ValueError(f"{file} holds thresholds that differ between latents; {activation!r}, of its {config.name}, has one.")
         tensors["threshold"] = tensors["threshold"].flatten()[0]
     if not settings.get("apply_b_dec_to_input", True):
         tensors = centred(tensors)
@@ -166,10 +143,7 @@ def write_saelens(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
     }  # fmt: skip
     if variant.architecture == "topk":
         config |= {"k": weights.options["k"], "rescale_acts_by_decoder_norm": False}
-    return config, named(tensors, _saelens_names(variant.architecture))
-
-
-# -- PatchSAE -------------------------------------------------------------------------------------------------------------------
+    return config, named(tensors, _SAELENS_NAMES.get(variant.architecture, _FOUR))
 
 
 def read_patchsae(settings: dict[str, Any], state: Mapping[str, Any], file: Path) -> Weights:
@@ -190,9 +164,6 @@ def write_patchsae(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]
     return settings, named(weights.tensors, _FOUR)
 
 
-# -- ViT-Prisma ---------------------------------------------------------------------------------------------------------------------
-
-
 def read_prisma(settings: dict[str, Any], state: Mapping[str, Any], file: Path) -> Weights:
     architecture, activation = settings.get("architecture", "standard"), settings.get("activation_fn_str")
     if (architecture, activation) not in (("standard", "relu"), ("standard", "topk"), ("gated", "relu")):
@@ -211,8 +182,7 @@ def read_prisma(settings: dict[str, Any], state: Mapping[str, Any], file: Path) 
 
 
 def write_prisma(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    gated, (d_in, d_sae) = weights.activation == "gated", weights.tensors["W_enc"].shape
-    known = weights.metadata
+    gated, (d_in, d_sae), known = weights.activation == "gated", weights.tensors["W_enc"].shape, weights.metadata
     settings = {
         "architecture": "gated" if gated else "standard", "d_in": d_in, "expansion_factor": d_sae // d_in,
         "activation_fn_str": "topk" if weights.activation == "topk" else "relu", "activation_fn_kwargs": dict(weights.options),
@@ -223,8 +193,7 @@ def write_prisma(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return settings, named(weights.tensors, _GATED if gated else _FOUR)
 
 
-# -- saev: its encoder doesn't subtract b_dec ---------------------------------------------------------------------------------------------
-
+# Its encoder doesn't subtract b_dec.
 _SAEV = {"Relu": "relu", "TopK": "topk", "BatchTopK": "batchtopk"}
 
 
@@ -239,13 +208,9 @@ def saev_defaults(header: dict[str, Any]) -> dict[str, Any]:
         kind = {"cls": header["cls"], "params": {"top_k": cfg.pop("top_k", 32)}}
     kind = kind if isinstance(kind, dict) else {}
     params = kind["params"] if isinstance(kind.get("params"), dict) else {}
-    known = {
-        "schema": schema,
-        "activation": kind.get("cls", header.get("cls")),
-        "top_k": params.get("top_k", 32),
-        "patchsae": header.get("patchsae"),
-    }
-    return cfg | {name: value for name, value in params.items() if name not in ("sparsity", "aux", "kind")} | known
+    cfg |= {name: value for name, value in params.items() if name not in ("sparsity", "aux", "kind")}
+    cfg |= {"schema": schema, "activation": kind.get("cls", header.get("cls"))}
+    return cfg | {"top_k": params.get("top_k", 32), "patchsae": header.get("patchsae")}
 
 
 def read_saev(settings: dict[str, Any], state: Mapping[str, Any], file: Path) -> Weights:
@@ -271,8 +236,6 @@ def write_saev(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, named(centred(weights.tensors, -1), names)
 
 
-# -- sparsify -----------------------------------------------------------------------------------------------------------------------
-
 _SPARSIFY = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
 
 
@@ -289,11 +252,8 @@ def write_sparsify(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]
     return config, named(weights.tensors, _SPARSIFY)
 
 
-# -- dictionary_learning: a class for each variant ----------------------------------------------------------------------------------------
-
-
 class _Class(NamedTuple):
-    """One of its classes: our activation, its names of the weights, whether it subtracts b_dec, and tensors that its equation doesn't use."""
+    """One of dictionary_learning's: our activation, names of weights, whether it subtracts b_dec, tensors that its equation doesn't use."""
 
     activation: str
     names: Mapping[str, str]
@@ -314,13 +274,10 @@ _CLASSES = {  # to write, the first of an activation
 
 
 def _norms_count(kind: str, trainer: Mapping[str, Any]) -> bool:
-    """Whether latents are times their decoder rows' norms: ``AutoEncoder`` as it is loaded since January 2025, others before.
-
-    ``JumpReluTrainer`` says its bandwidth, and the gated trainers the start of a decay, since the versions in which norms no longer count.
-    """
-    jump = trainer.get("trainer_class") == "TrainerJumpRelu" or (
-        trainer.get("trainer_class") == "JumpReluTrainer" and "submodule_name" in trainer and "bandwidth" not in trainer
-    )
+    """Whether latents are times their decoder rows' norms: ``AutoEncoder`` as it is loaded since January 2025, others before."""
+    # JumpReluTrainer says its bandwidth, and gated trainers the start of a decay, since the versions in which norms no longer count.
+    late = trainer.get("trainer_class") == "JumpReluTrainer" and "submodule_name" in trainer and "bandwidth" not in trainer
+    jump = late or trainer.get("trainer_class") == "TrainerJumpRelu"
     gated = "trainer_class" in trainer and "warmup_steps" in trainer and "decay_start" not in trainer
     return {"AutoEncoder": True, "JumpReluAutoEncoder": jump, "GatedAutoEncoder": gated}.get(kind, False)
 
@@ -341,9 +298,7 @@ def read_dictionary_learning(trainer: dict[str, Any], state: Mapping[str, Any], 
     if "k" in unused:
         options = _k(trainer) if state.get("k") is None else {"k": int(state["k"])}  # before December 2024 it stood in the config alone
         if trainer.get("k") not in (None, options["k"]):
-            raise ValueError(
-                f"{file} keeps k={options['k']} latents, its config.json k={trainer['k']!r}. The two files don't belong together."
-            )
+            raise ValueError(f"{file} keeps k={options['k']} latents, its config.json k={trainer['k']!r}: they don't belong together.")
     if "group_sizes" in unused:
         groups = renamed(state, {"group_sizes": "groups"}, file, unused=state)["groups"]
         options["groups"] = tuple(groups.long().cumsum(0).tolist())
@@ -364,18 +319,15 @@ def write_dictionary_learning(weights: Weights) -> tuple[dict[str, Any], dict[st
     _, names, subtracts, unused = _CLASSES[kind]
     state = named(weights.tensors if subtracts else centred(weights.tensors, -1), names)
     k, (d_in, d_sae) = weights.options.get("k"), weights.tensors["W_enc"].shape
-    trainer = {
-        "dict_class": kind, "activation_dim": d_in, "dict_size": d_sae, "layer": weights.metadata.get("layer"),
-        "lm_name": weights.metadata.get("model_name"),
-    } | ({"k": k} if k else {})  # fmt: skip
+    trainer = {"dict_class": kind, "activation_dim": d_in, "dict_size": d_sae}
+    trainer |= {"layer": weights.metadata.get("layer"), "lm_name": weights.metadata.get("model_name")}
     if k:
+        trainer["k"] = k
         state = {"threshold": torch.tensor(-1.0)} | state | {"k": torch.tensor(k, dtype=torch.int32)}
     if groups := weights.options.get("groups"):
         state["group_sizes"] = torch.tensor([end - start for start, end in zip((0, *groups), groups, strict=False)])
     return {"trainer": trainer, "patchsae": as_json(weights.metadata)}, state
 
-
-# -- VISAEBench, and overcomplete's own tensors -------------------------------------------------------------------------------------------
 
 _OVERCOMPLETE = "encoder.final_block.0."
 _BACKBONES = {"clip_vitb16": "openai/clip-vit-base-patch16"}  # of VISAEBench's, open_clip's; it reads patches alone
@@ -389,7 +341,7 @@ def visaebench_defaults(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decoder_rows(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
-    """overcomplete's dictionary [S, D]: rows as they are, or RA-SAE's exp(m) (W C + Relax), W row-stochastic and Relax no longer than delta."""
+    """overcomplete's dictionary [S, D]: as it is, or RA-SAE's exp(m) (W C + Relax), W row-stochastic, Relax no longer than delta."""
     if "dictionary._weights" in state:
         rows = state["dictionary._weights"].double()
     else:
@@ -426,10 +378,9 @@ def read_visaebench(settings: dict[str, Any], state: Mapping[str, Any], file: Pa
     elif kind == "batchtopk":
         threshold = settings["threshold"] if settings.get("threshold") is not None else state.get("_running_threshold", 0.0)
         tensors["threshold"] = just_below(torch.as_tensor(threshold).float().reshape(())).clamp_min(0)
+        options = _k(settings)
         if settings["k"] is None:  # then it is known by its threshold alone
-            kind, tensors["threshold"] = "jumprelu", tensors["threshold"].expand(d_sae)
-        else:
-            options = _k(settings)
+            kind, options, tensors["threshold"] = "jumprelu", {}, tensors["threshold"].expand(d_sae)
     else:
         values = torch.full((d_sae,), 0.01) if thresholds is None else state[thresholds].float()
         logarithms = thresholds == "thresholds" and encoder == _OVERCOMPLETE and bool((values < 0).any())  # as overcomplete trains them

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-SOURCE = "model_name pretrained layer weights_hash tokens preprocessing".split()
-"""What metadata says of where activations come from."""
+SOURCE = "model_name pretrained layer weights_hash tokens preprocessing".split()  # what metadata says of where activations come from
 
 
 @cache
@@ -57,14 +56,10 @@ def preprocessing_fingerprint(preprocessing: str) -> str:
     return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", preprocessing).encode()).hexdigest()[:8]
 
 
-# -- the comparison ---------------------------------------------------------------------------------------------------------
-
-
 def check_source(reads: int, own: Mapping[str, Any], d_in: int, source: str, given: Mapping[str, Any]) -> None:
-    """Refuse activations that an SAE, which ``reads`` so many dimensions and has metadata ``own``, was not trained on; the one comparison there is.
+    """Refuse activations that an SAE, which ``reads`` so many dimensions and has metadata ``own``, was not trained on.
 
-    Hashes decide on the model where they are known: equal weights may have two names. Else names do, translated to open_clip's; a name that
-    nobody here knows can't be compared, and a warning says so. CLS and patch tokens don't fit each other; either fits ``all``.
+    Hashes decide on the model where both are known, else names, translated to open_clip's, else a warning; ``all`` fits any tokens.
     """
     both: dict[str, tuple[Any, ...]] = {name: (own.get(name), given.get(name)) for name in SOURCE}
     known = {name: pair for name, pair in both.items() if all(value is not None and value != "" for value in pair)}
@@ -83,7 +78,7 @@ def check_source(reads: int, own: Mapping[str, Any], d_in: int, source: str, giv
     elif not same_name:
         what = f"The SAE was trained on {names[0]!r}, which can't be compared with {names[1]!r}: be sure that it is the same model."
         warnings.warn(what, stacklevel=4)
-    elif same_name and comparable and name:
+    elif comparable and name:
         tags = (tag or own.get("pretrained"), given.get("pretrained"))
         from open_clip.pretrained import list_pretrained_tags_by_model
 
@@ -94,23 +89,18 @@ def check_source(reads: int, own: Mapping[str, Any], d_in: int, source: str, giv
     if d_in == reads and not wrong:
         return
     where = "over" if own.get("layer") is None else f"with layer={own['layer']}"
-    raise ValueError(
-        f"The SAE reads {reads}-dimensional activations{described(own, wrong)}; {source} holds {d_in}-dimensional ones"
-        f"{described(given, wrong)}. Extract again {where} from the model the SAE was trained on, or load the SAE that was trained on these."
-    )
+    what = f"The SAE reads {reads}-dimensional activations{described(own, wrong)}; {source} holds {d_in}-dimensional ones{described(given, wrong)}."
+    raise ValueError(f"{what} Extract again {where} from the model the SAE was trained on, or load the SAE that was trained on these.")
 
 
 def _architecture(name: str, foreign: bool) -> tuple[str | None, str | None]:
-    """Architecture and tag in open_clip of a model's name; the name itself where it is of ours; None where nobody here knows it.
-
-    open_clip has two names for OpenAI's "ViT-B-16". Names with a slash are Hugging Face's, or folders.
-    """
+    """Architecture and tag in open_clip of a model's name; the name itself where it is of ours; None where nobody here knows it."""
     translated, tag = open_clip_name(name) or (name, None)
     from open_clip import list_models
 
     local = name == "openmoji" or name.startswith("timm:") or name in list_models()  # load_clip opens it
-    known = tag is not None or local or not ("/" in name or foreign)
-    return (translated.removesuffix("-quickgelu") if known else None), tag
+    known = tag is not None or local or not ("/" in name or foreign)  # with a slash: Hugging Face's, or a folder
+    return (translated.removesuffix("-quickgelu") if known else None), tag  # of OpenAI's "ViT-B-16", open_clip has both names
 
 
 def described(known: Mapping[str, Any], more: set[str] | frozenset[str] = frozenset()) -> str:

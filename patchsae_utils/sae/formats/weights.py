@@ -24,8 +24,6 @@ class Weights(NamedTuple):
     statistics: Mapping[str, Any] = {}  # STATISTICS, where known; and token_norm, which our own folder alone can say
 
 
-# -- tensors ------------------------------------------------------------------------------------------------------------------
-
 _TRANSPOSED = ("encoder.weight", "decoder.weight")  # torch.nn.Linear's: [out, in]
 
 
@@ -37,10 +35,8 @@ def renamed(
     if missing := [name for name in names if name not in tensors]:
         raise ValueError(f"{file} lacks the weights {', '.join(missing)}; it holds {shapes(tensors)}.")
     if more := sorted(set(tensors) - set(names) - set(unused)):
-        raise ValueError(
-            f"{file} holds the weights {', '.join(more[:8])}, which an SAE of the kind that its settings name has no use for. "
-            "What they change is not known here, so such an SAE would give wrong latents."
-        )
+        what = f"{file} holds the weights {', '.join(more[:8])}, for which an SAE of the kind that its settings name has no use."
+        raise ValueError(f"{what} What they change is not known here, so such an SAE would give wrong latents.")
     return {ours: tensors[name].T if name in transposed else tensors[name] for name, ours in names.items()}
 
 
@@ -77,8 +73,6 @@ def unit_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors | {name: value.float() for name, value in changed.items()}
 
 
-# -- settings -----------------------------------------------------------------------------------------------------------------
-
 # Words of settings that say how, on what and where an SAE was trained, and not what it computes; unless the name holds one of the second.
 _TRAINING = set(
     "adam alpha anneal autocast aux auxk bandwidth batch batches beta beta1 beta2 bf16 bos buffer buffers cache checkpoint checkpoints "
@@ -113,18 +107,15 @@ def check_settings(
         if name in allowed:
             values, changes = allowed[name]
             if not any(type(value) is type(valid) and value == valid for valid in values):
-                raise ValueError(
-                    f"{file} says {name}={value!r}; only {values[0]!r} is read: any other {changes}. Such an SAE would give wrong latents here."
-                )
+                what = f"{file} says {name}={value!r}; only {values[0]!r} is read: any other {changes}."
+                raise ValueError(f"{what} Such an SAE would give wrong latents here.")
         elif name not in read:
             words = set(re.split(r"[_.]+", name.strip("_").lower()))
             about_training = (words & _TRAINING or not documented) and not _TOUCHING.search(name.lower())
             known = about_training or re.fullmatch(harmless, name) or not isinstance(value, str | int | float | list | dict)
             if not known and not any(type(value) is type(neutral) and value == neutral for neutral in _NEUTRAL):
-                raise ValueError(
-                    f"{file} says {name}={value!r}, a setting that is not known here. If it changes the equation, the SAE would give wrong "
-                    f"latents; if it is about training alone, take it out of the settings."
-                )
+                what = f"{file} says {name}={value!r}, a setting that is not known here. If it changes the equation, the SAE would give"
+                raise ValueError(f"{what} wrong latents; if it is about training alone, take it out of the settings.")
             ignored.append(name)
             continue
         understood[name] = value

@@ -1,7 +1,6 @@
 """Adam that reads sparse gradients: one pass over both weights sums, projects, moves and normalises a block while it is in cache.
 
-Beside it what follows a rule: the rate and the weight of the L1 term, as functions of the step. Letters: N tokens, D d_in, S d_sae.
-"""
+Beside it the rate and the weight of the L1 term, as functions of the step. Letters: N tokens, D d_in, S d_sae."""
 
 from __future__ import annotations
 
@@ -28,7 +27,8 @@ class DeferredGradients:
     """
 
     def __init__(self, sae: SparseAutoencoder):
-        lay_out_columns(sae)
+        if not sae.W_enc.T.is_contiguous():  # column after column, in place: what sparse gradients touch are columns
+            sae.W_enc.data = sae.W_enc.data.T.contiguous().T
         self.sae = sae
         self._parts: dict[str, list[WeightedRows | ChosenRows]] = {"W_enc": [], "W_dec": []}
 
@@ -48,11 +48,9 @@ class DeferredGradients:
         found = [part.bounds(len(weight), _BLOCK_CPU) for part in parts]
         bounds = found[0][0] if found else [0, len(weight)]
         for i, rows in enumerate(slice(*ends) for ends in pairwise(bounds)):
-            block = None
+            block = None if parts else torch.zeros_like(weight[rows])
             for part, (_, at) in zip(parts, found, strict=True):
                 block = part.add_to(block, rows, slice(at[i], at[i + 1]))
-            if block is None:
-                block = torch.zeros_like(weight[rows])
             yield rows, block if dense is None else block.add_(dense[rows])
 
     @torch.no_grad()
@@ -140,13 +138,6 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def l1_weight(step: int, config: TrainConfig) -> float:
     """Weight of the L1 term at a step, counted from 0: linear up to ``l1_coefficient`` over ``l1_warmup_steps``, then constant."""
     return config.l1_coefficient * min(1.0, (step + 1) / config.l1_warmup_steps) if config.l1_warmup_steps else config.l1_coefficient
-
-
-@torch.no_grad()
-def lay_out_columns(sae: SparseAutoencoder) -> None:
-    """Store ``W_enc`` [D, S] column after column, in place: what sparse gradients touch are columns. The parameter stays the same object."""
-    if not sae.W_enc.T.is_contiguous():
-        sae.W_enc.data = sae.W_enc.data.T.contiguous().T
 
 
 def remove_parallel(gradient: Tensor, rows: Tensor) -> None:

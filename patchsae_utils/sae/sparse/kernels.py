@@ -1,12 +1,12 @@
-"""Sparse kernels: only the encoder's forward product is computed whole, a piece at a time, in bfloat16 where asked.
+"""Sparse kernels: only the encoder's forward product, which finds the active latents, is whole, a piece at a time, in bfloat16 where asked.
 
-It *finds* the active latents; their values are computed again from the float32 weights. All else touches active latents alone, in two
-orders: by token (CSR; decode) and by latent (CSC; weight gradients). Letters: N tokens of any images, D d_in, S d_sae.
-"""
+All else, their float32 values too, touches active latents alone, in two orders: by token (CSR) and by latent (CSC; weight gradients).
+Letters: N tokens of any images, D d_in, S d_sae."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -33,8 +33,9 @@ class BatchTopK(NamedTuple):
     k: int
 
 
-Select = TopK | BatchTopK | Tensor | None
-"""What is active: the largest; what lies above a level, one for all or one for each latent; or what is positive."""
+Select = (
+    TopK | BatchTopK | Tensor | None
+)  # active are the largest; what lies above a level, for all or for each latent; or what is positive
 
 
 class ByLatent(NamedTuple):
@@ -43,14 +44,10 @@ class ByLatent(NamedTuple):
     tokens: Tensor  # [nnz]
     offsets: Tensor  # [S + 1]
 
-    def latents(self) -> Tensor:
-        return _numbers(self.offsets, len(self.tokens))
-
     def blocks(self) -> Iterator[tuple[slice, slice]]:
         """(rows, entries) slices of consecutive latents; one block where there is no cache to mind, nor a wait for the device."""
-        bounds, at = block_bounds(self.offsets, BLOCK_CPU, len(self.tokens))
-        for i in range(len(bounds) - 1):
-            yield slice(bounds[i], bounds[i + 1]), slice(at[i], at[i + 1])
+        for rows, entries in zip(*map(pairwise, block_bounds(self.offsets, BLOCK_CPU, len(self.tokens))), strict=True):
+            yield slice(*rows), slice(*entries)
 
 
 class SparseLatents(NamedTuple):
@@ -64,7 +61,6 @@ class SparseLatents(NamedTuple):
 
     @property
     def n_tokens(self) -> int:
-        """N."""
         return len(self.offsets) - 1
 
     def tokens(self) -> Tensor:
@@ -93,10 +89,7 @@ class SparseLatents(NamedTuple):
 
 
 def encode(x: Tensor, W_enc: Tensor, bias: Tensor, select: Select = None, *, precision: str = "float32") -> SparseLatents:
-    """The active latents of x @ W_enc + bias (centred x [N, D], W_enc [D, S], bias [S]), with their gradients.
-
-    ``precision`` is of the dense product that finds them. Fastest where columns of ``W_enc`` are contiguous, as in ``torch.empty(S, D).T``.
-    """
+    """The active latents of x @ W_enc + bias (x [N, D], W_enc [D, S], best with contiguous columns), found in ``precision``."""
     if isinstance(select, Tensor):
         select = select.detach().expand_as(bias)
     values, indices, offsets, tokens, by_latent, order = _Encode.apply(x.to(W_enc.dtype), W_enc, bias, select, precision, _deferred(W_enc))
@@ -104,10 +97,7 @@ def encode(x: Tensor, W_enc: Tensor, bias: Tensor, select: Select = None, *, pre
 
 
 def decode(latents: SparseLatents, W_dec: Tensor, b_dec: Tensor, groups: Sequence[int] | None = None) -> Tensor:
-    """latents @ W_dec + b_dec [N, D], from active latents alone.
-
-    With ``groups``, rising ends of nested prefixes (Matryoshka): [G, N, D], one reconstruction from the latents before each end.
-    """
+    """latents @ W_dec + b_dec [N, D]; with ``groups``, rising ends of nested prefixes, [G, N, D]: from the latents before each end."""
     if groups is None:
         values, indices, offsets, entries, order = latents
         return _Decode.apply(values, indices, offsets, *entries, order, W_dec, _deferred(W_dec)) + b_dec
@@ -124,9 +114,6 @@ def worthwhile(density: float, device: torch.device | str) -> bool:
 def take_rows(W: Tensor, index: Tensor) -> Tensor:
     """W[index]: some latents' rows [n, D]; within :class:`~patchsae_utils.sae.sparse.adam.DeferredGradients` the gradient stays these rows."""
     return _Rows.apply(W, index, _deferred(W))
-
-
-# -- which latents are active: a dense product a piece at a time, searched while it is in cache ----------------------------------------
 
 
 def _numbers(offsets: Tensor, n: int) -> Tensor:
@@ -146,11 +133,8 @@ def run_offsets(sorted_numbers: Tensor, n: int) -> Tensor:
 
 def block_bounds(offsets: Tensor, size: int, nnz: int) -> tuple[list[int], list[int]]:
     """Where blocks of ``size`` latents begin and end, and their entries; a GPU has one block, and isn't waited for."""
-    n = len(offsets) - 1
-    if offsets.device.type != "cpu":
-        return [0, n], [0, nnz]
-    bounds = [*range(0, n, size), n]
-    return bounds, offsets[bounds].tolist()
+    bounds = [*range(0, n := len(offsets) - 1, size), n]
+    return (bounds, offsets[bounds].tolist()) if offsets.device.type == "cpu" else ([0, n], [0, nnz])
 
 
 def positions(array: Tensor) -> Tensor:
@@ -220,9 +204,6 @@ def best_of_batch(x: Tensor, W: Tensor, bias: Tensor, k: int, dtype: torch.dtype
     return _ordered(found, d_sae)
 
 
-# -- sums over entries ---------------------------------------------------------------------------------------
-
-
 def _bags(rows: Tensor, numbers: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
     """sum of weights[e] rows[numbers[e]] over each bag's entries e: [bags, D]."""
     if len(numbers) == 0:
@@ -231,7 +212,7 @@ def _bags(rows: Tensor, numbers: Tensor, offsets: Tensor, weights: Tensor) -> Te
 
 
 def _pair_products(rows: Tensor, numbers: Tensor, bags: Tensor, bag_rows: Tensor, offsets: Tensor) -> Tensor:
-    """<rows[numbers[e]], bag_rows[bags[e]]> of every entry e: [nnz]; a bag's entries lie together. It is the gradient of :func:`_bags` in its weights."""
+    """<rows[numbers[e]], bag_rows[bags[e]]> of every entry e, bag by bag: [nnz]. It is the gradient of :func:`_bags` in its weights."""
     if len(numbers) == 0:
         return rows.new_zeros(0)
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(bag_rows, rows, numbers, offsets, bags, 0, -1)
@@ -255,7 +236,6 @@ class WeightedRows(NamedTuple):
     weights: Tensor  # [nnz]
 
     def bounds(self, n: int, size: int) -> tuple[list[int], list[int]]:
-        """:func:`block_bounds` of n latents."""
         return block_bounds(self.entries.offsets, size, len(self.weights))
 
     def add_to(self, block: Tensor | None, rows: slice, span: slice) -> Tensor:
@@ -272,7 +252,6 @@ class ChosenRows(NamedTuple):
     rows: Tensor  # [n, D]
 
     def bounds(self, n: int, size: int) -> tuple[list[int], list[int]]:
-        """:func:`block_bounds` of n latents."""
         return block_bounds(run_offsets(self.index, n), size, len(self.index))
 
     def add_to(self, block: Tensor | None, rows: slice, span: slice) -> Tensor:
@@ -292,15 +271,11 @@ def _weight_gradient(gradient: WeightedRows, like: Tensor, deferred: list | None
     return out
 
 
-COLLECTED: dict[int, list[WeightedRows | ChosenRows]] = {}
-"""Address of a weight -> where its gradients are collected, while somebody does."""
+COLLECTED: dict[int, list[WeightedRows | ChosenRows]] = {}  # address of a weight -> where its gradients are collected
 
 
 def _deferred(W: Tensor) -> list[WeightedRows | ChosenRows] | None:
     return COLLECTED.get(W.data_ptr()) if torch.is_grad_enabled() and W.requires_grad else None
-
-
-# -- autograd -----------------------------------------------------------------------------------------------------------------
 
 
 class _Encode(torch.autograd.Function):
@@ -318,7 +293,7 @@ class _Encode(torch.autograd.Function):
                 entries = best_of_batch(x, W, bias, select.k, dtype)
             else:
                 entries = above(x, W, bias, select, dtype)
-            latents = entries.latents()
+            latents = _numbers(entries.offsets, len(entries.tokens))
             values = _products_by_latent(x, W, entries).add_(bias[latents])
             kept = positions(values > (select[latents] if isinstance(select, Tensor) else 0))
             if len(kept) < len(values):
