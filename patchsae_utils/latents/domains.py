@@ -24,11 +24,10 @@ N_SHUFFLES = 1000
 class CrossDomain(NamedTuple):
     """Some latents' reference images in several data sets."""
 
-    references: dict[int, dict[str, References]]
-    """Latent -> name of the data set -> its reference images there."""
+    references: dict[int, dict[str, References]]  # latent -> name of the data set -> its reference images there
+    # latent, domain, frequency, mean_activation; where all have the same classes also same_class (share of the reference images whose class
+    # is one of the first data set's references), chance (of all images) and correlation (of the classes' means)
     table: pd.DataFrame
-    """latent, domain, frequency, mean_activation; where all have the same classes also ``same_class`` (share of the reference images whose
-    class is one of the first data set's references), ``chance`` (of all images) and ``correlation`` (of the classes' means)."""
 
 
 @torch.no_grad()
@@ -121,18 +120,17 @@ def word_scenes(class_names: Sequence[str], n_per_word: int = 4, size: tuple[int
 
 
 class TextAndImage(NamedTuple):
-    """Which latents answer to a thing and to its written name."""
+    """Which latents answer to a thing and to its written name.
+
+    The table has a row for each latent active on things, best score first: latent, label (class on whose pictures it is strongest), p (share
+    of all words on which it is at least as active as on that class's name), score (how far its mean on the class exceeds that on the others,
+    in standard deviations over classes, on pictures or on words, whichever is less; at least 0).
+    """
 
     table: pd.DataFrame
-    """A row for each latent active on things, best score first: latent, label (class on whose pictures it is strongest), p (share of all
-    words on which it is at least as active as on that class's name), score (how far its mean on the class exceeds that on the others, in
-    standard deviations over classes, on pictures or on words, whichever is less; at least 0)."""
-    share: float
-    """Of these latents, with p <= alpha."""
-    shuffled: np.ndarray
-    """[R] that share when names are dealt to the words at random, all latents alike."""
-    p: float
-    """Share of the shuffles that reach ``share``: (1 + hits) / (1 + R)."""
+    share: float  # of these latents, with p <= alpha
+    shuffled: np.ndarray  # [R] that share when names are dealt to the words at random, all latents alike
+    p: float  # share of the shuffles that reach ``share``: (1 + hits) / (1 + R)
     alpha: float = ALPHA
 
 

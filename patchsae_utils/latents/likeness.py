@@ -65,11 +65,10 @@ class RunningScores:
 class Likeness(NamedTuple):
     """How alike the images are that latents answer to, beside controls; and the embeddings in which that was measured."""
 
+    # A row a feature: dictionary ("SAE", "random directions", "single dimensions"), latent, score by CLIP's own embedding, by pixels and,
+    # where they are known, objects (NaN below two images); n_images (where it is active)
     table: pd.DataFrame
-    """One row a feature: dictionary ("SAE", "random directions", "single dimensions"), latent, score by CLIP's own embedding, by ``pixels``
-    and, where they are known, ``objects`` (NaN below two images); n_images (where it is active)."""
-    vectors: dict[str, Tensor]
-    """Unit vectors [N, width] of the images: ``clip`` (features), ``pixels`` (8 x 8 means), ``objects`` (patches of each object)."""
+    vectors: dict[str, Tensor]  # unit [N, width], of the images: clip (features), pixels (8 x 8 means), objects (patches of each object)
 
     @property
     def embeddings(self) -> Tensor:

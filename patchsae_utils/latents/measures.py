@@ -19,9 +19,9 @@ def label_entropy(top_values: Tensor, top_labels: Tensor, n_classes: int) -> Ten
 
 
 def label_std(top_values: Tensor, top_labels: Tensor) -> Tensor:
-    """Standard deviation [S] of the label indices of each latent's reference images [S, k], each image counted once; NaN for dead latents.
+    """Standard deviation [S], by n, of the label indices of each latent's reference images [S, k]; NaN for dead latents.
 
-    Where neighbouring labels are related a small value says: related classes. Divided by n. Source: Lim et al., ICLR 2025, section 3.2.
+    Source: Lim et al., ICLR 2025, section 3.2.
     """
     labels, real = top_labels.double(), (top_values > 0).double()
     n = real.sum(1)
@@ -33,10 +33,9 @@ _PLACES = 2**32  # places that a key can name
 
 
 def pack_top(values: Tensor, places: Tensor) -> Tensor:
-    """One integer for a float32 value and its place in ``range(2**32)``: larger for larger values, then for earlier places.
+    """One integer for a float32 value and its place in ``range(2**32)``: larger for larger values, then for earlier places; 0 is padding.
 
-    The bits of a positive float32, which as integers are in the order of the floats, are its upper half, the place, counted backwards, its
-    lower one. What is not positive (or NaN) becomes key 0, which is padding.
+    The bits of a positive float32, ordered like the floats, are its upper half, the place, counted backwards, its lower one.
     """
     keys = (values.contiguous().view(torch.int32).long() << 32) + (_PLACES - 1 - places)
     return keys.masked_fill(~(values > 0), 0)

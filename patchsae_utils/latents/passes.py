@@ -32,11 +32,10 @@ SAVE_SECONDS = 300.0  # between two savings of what was counted
 class Observer:
     """What counts something while :func:`summarize_latents` reads a data set; a subclass overrides what it needs.
 
-    Each image comes once, in one of the processes; what was counted by another, or before a kill, is absorbed in any order. ``key`` is the
-    fingerprint of what is made from which inputs.
+    Each image comes once, in one of the processes; what was counted by another, or before a kill, is absorbed in any order.
     """
 
-    key = ""
+    key = ""  # fingerprint of what is made from which inputs
 
     def is_complete(self) -> bool:
         """Whether what it makes is there already."""
@@ -78,11 +77,9 @@ def read_streams(
             yield batch.images[rows], batch.labels[rows], batch.indices[rows], stream
 
 
-def read_latents(
-    clip, sae, dataset, layer: int, batch_size: int = 64, progress: str | None = None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def read_latents(clip, sae, dataset, layer: int, progress: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Labels [b], places [b] and latents [b, 1+P, S] at CLS and the patches, a few images at a time."""
-    for _, labels, places, stream in read_streams(clip, dataset, layer, batch_size, progress=progress):
+    for _, labels, places, stream in read_streams(clip, dataset, layer, progress=progress):
         for rows, h in latent_chunks(sae, stream.tokens[:, : clip.n_tokens]):
             yield labels[rows], places[rows], h
 

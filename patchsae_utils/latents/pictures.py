@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -40,14 +40,10 @@ def seen_image(clip, image) -> Tensor:
 class References(NamedTuple):
     """A latent's strongest images and where it is active in them."""
 
-    images: Tensor
-    """[n, H, W, 3] uint8, as CLIP saw them; n <= 5, no padding."""
-    masks: Tensor
-    """[n, rows, columns] activations on the patch grid."""
-    values: Tensor
-    """[n] mean activations, descending."""
-    indices: Tensor
-    """[n] indices in the data set."""
+    images: Tensor  # [n, H, W, 3] uint8, as CLIP saw them; n <= 5, no padding
+    masks: Tensor  # [n, rows, columns] activations on the patch grid
+    values: Tensor  # [n] mean activations, descending
+    indices: Tensor  # [n] indices in the data set
 
 
 def reference_images(clip, sae, dataset, summary: LatentSummary, latents: Sequence[int], layer: int) -> list[References]:
@@ -72,31 +68,21 @@ def reference_images(clip, sae, dataset, summary: LatentSummary, latents: Sequen
 def references(clip, sae, dataset, latent: int, images: Tensor, values: Tensor, layer: int) -> References:
     """A latent's images by their places [k], strongest first; -1 is padding."""
     images = images[images >= 0]
-    pictures = [dataset[int(i)].image for i in images]
-    return References(*seen_with_masks(clip, sae, pictures, latent, layer), values[: len(images)], images)
-
-
-def seen_with_masks(clip, sae, pictures: Sequence[Any], latent: int, layer: int) -> tuple[Tensor, Tensor]:
-    """Pictures as CLIP saw them, uint8 [n, H, W, 3], and a latent's activations there [n, rows, columns]."""
-    if not len(pictures):
-        return torch.zeros(0, *clip.image_size, 3, dtype=torch.uint8), torch.zeros(0, *clip.grid)
-    inputs = torch.stack([clip.preprocess(picture) for picture in pictures])
+    if not len(images):
+        return References(torch.zeros(0, *clip.image_size, 3, dtype=torch.uint8), torch.zeros(0, *clip.grid), values[:0], images)
+    inputs = torch.stack([clip.preprocess(dataset[int(i)].image) for i in images])
     masks = latent_masks(clip, sae, inputs, [latent], layer)[:, 0].cpu()
-    return torch.stack([seen_image(clip, x) for x in inputs]), masks
+    return References(torch.stack([seen_image(clip, x) for x in inputs]), masks, values[: len(images)], images)
 
 
 class Levels(NamedTuple):
     """One image's top latents at the four levels of Lim et al., section 3: patch, image, class, data set."""
 
-    image: Tensor
-    """[H, W, 3] uint8, as CLIP saw it."""
+    image: Tensor  # [H, W, 3] uint8, as CLIP saw it
     class_name: str
-    patch: tuple[int, int]
-    """Row and column of the patch."""
-    table: pd.DataFrame
-    """level, rank, latent, value: h at the patch; a_i; a_c and a_D as tokens per image."""
-    masks: dict[int, Tensor]
-    """[rows, columns] activations in the image of every latent in the table."""
+    patch: tuple[int, int]  # row and column
+    table: pd.DataFrame  # level, rank, latent, value: h at the patch; a_i; a_c and a_D as tokens per image
+    masks: dict[int, Tensor]  # [rows, columns] activations in the image of every latent in the table
 
 
 @torch.no_grad()

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from patchsae_utils.latents.matching import matched_cosine, stability
+from patchsae_utils.latents.matching import matched_cosine
 from patchsae_utils.sae.model import SparseAutoencoder
 
 
-def permuted(sae, seed=0, noise=0.0):
-    order = torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(seed))
+def permuted(sae):
+    order = torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(0))
     other = SparseAutoencoder(sae.d_in, sae.d_sae)
     with torch.no_grad():
-        other.W_dec.copy_(sae.W_dec[order] + noise * torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(seed)))
+        other.W_dec.copy_(sae.W_dec[order])
     return other, order.numpy()
 
 
@@ -51,26 +51,3 @@ def test_unrelated_dictionaries_reach_the_baseline_even_with_a_shared_mean():
             sae.W_dec.copy_(torch.randn(60, 16) + shared)
     found = matched_cosine(*pair)
     assert found.cosine.mean() > 0.8 and found.random_mean == pytest.approx(found.cosine.mean(), abs=0.05)
-
-
-def test_only_living_latents_are_matched():
-    a = SparseAutoencoder(16, 30, seed=0)
-    b, order = permuted(a)
-    alive_a, alive_b = torch.ones(30, dtype=torch.bool), torch.ones(30, dtype=torch.bool)
-    alive_a[:20] = False
-    alive_b[torch.from_numpy(np.isin(order, [25, 26]))] = False
-    found = matched_cosine(a, b, alive_a, alive_b)
-    assert found.a.tolist() == [*range(20, 30)] and not set(found.b) & set(np.flatnonzero(~alive_b.numpy()))
-    kept = ~np.isin(found.a, [25, 26])
-    assert (order[found.b[kept]] == found.a[kept]).all() and found.cosine[~kept].max() < 0.99
-
-
-def test_stability_has_a_row_a_pair():
-    a = SparseAutoencoder(16, 40, seed=0)
-    saes = {0: a, 1: permuted(a, 1, noise=0.03)[0], 2: SparseAutoencoder(16, 40, seed=9)}
-    table = stability(saes).set_index(["a", "b"])
-    assert list(table.index) == [(0, 1), (0, 2), (1, 2)]
-    assert table.loc[(0, 1), "cosine"] > 0.95 > table.loc[(0, 2), "cosine"]
-    assert table.loc[(0, 1), "found"] == 1 and table.loc[(0, 2), "found"] < 0.7
-    assert table.loc[(0, 2), "cosine"] == pytest.approx(table.loc[(0, 2), "random"], abs=0.06)
-    assert (table["low"] <= table["cosine"]).all() and (table["cosine"] <= table["high"]).all()
