@@ -130,8 +130,7 @@ def describe_activations(clip, dataset, layer: int, tokens: str, dtype: str) -> 
     for name, value, valid in (("tokens", tokens, TOKENS), ("dtype", dtype, tuple(DTYPES))):
         if value not in valid:
             raise ValueError(f"Unknown {name} {value!r}. Valid: {', '.join(valid)}.")
-    if tokens == "cls":
-        clip.check_class_token(tokens)
+    clip.check_class_token(tokens)
     if len(dataset) == 0:
         raise ValueError(f"The data set {dataset.spec!r} ({dataset.split}) is empty: there is nothing to extract.")
     model = {"name": clip.name, "pretrained": clip.pretrained, "weights": clip.weights_hash}
@@ -167,11 +166,9 @@ def check_fits(tokens: Tensor, places: Any, inputs: dict[str, Any], dataset: str
 
 def _told(folder: Folder, name: str, manifest: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest that lies there, if it is of the same inputs; another program's is refused."""
-    if folder.size(name) is None:
-        return None
     with suppress(OtherVersion):
-        found = read_manifest(folder, name)
-        return found if found["fingerprint"] == manifest["fingerprint"] else None
+        if folder.size(name) is not None and (found := read_manifest(folder, name))["fingerprint"] == manifest["fingerprint"]:
+            return found
     return None
 
 
@@ -197,7 +194,6 @@ def _begin(folder: Folder, manifest: dict[str, Any], shards: dict[str, range]) -
 
 def _write(folder: Folder, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Write a safetensors file and return its manifest entry."""
-    content = safetensors.torch.save(tensors)
-    folder.write(name, content)
+    folder.write(name, content := safetensors.torch.save(tensors))
     n_images = len(next(iter(tensors.values())))
     return {"n_images": n_images, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

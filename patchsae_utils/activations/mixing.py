@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TOKENS = {"all": slice(None), "cls": slice(0, 1), "patches": slice(1, None)}
-"""Named tokens of [CLS, patch 1, ..., patch P]."""
+TOKENS = {"all": slice(None), "cls": slice(0, 1), "patches": slice(1, None)}  # of [CLS, patch 1, ..., patch P]
 
 
 class StoreMetadata(NamedTuple):

@@ -44,6 +44,7 @@ class ActivationStore(TokenSource):
     def __init__(self, place: Folder, manifest: dict[str, Any]):
         self._place, self._manifest = place, manifest
         self.folder: Path | str = place.name if place.local is None else place.local
+        self.fingerprint: str = manifest["fingerprint"]  # names everything that the activations depend on
         super().__init__(manifest)
         self._shards = [name for name in manifest["files"] if name != INDEX]
         self._sizes = np.array([manifest["files"][name]["n_images"] for name in self._shards], np.int64)
@@ -61,11 +62,6 @@ class ActivationStore(TokenSource):
         if not manifest["complete"]:
             raise ValueError(f"The activation store {place} is unfinished. Call {_AGAIN}: it goes on where it stopped.")
         return cls(place, manifest)
-
-    @property
-    def fingerprint(self) -> str:
-        """Names everything that the activations depend on."""
-        return self._manifest["fingerprint"]
 
     @cached_property
     def _index(self) -> dict[str, Tensor]:

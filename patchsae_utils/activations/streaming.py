@@ -49,7 +49,6 @@ class TokenStream(TokenSource):
         self.clip, self.dataset = clip, dataset
         super().__init__(self._inputs)
         self.fingerprint: str = fingerprint(stage="stream", batch_size=batch_size, buffer_bytes=buffer_bytes, **self._inputs)
-        """Names everything that the batches depend on."""
         self.buffer_bytes, self._least_parts = buffer_bytes, batch_size
         self._sizes = np.ones(self.n_images, np.int64)
         self._fitting = HalvedBatches(clip.device)

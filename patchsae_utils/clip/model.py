@@ -52,8 +52,7 @@ class ClipModel:
         If the image tower can't be read, or the precision is unknown.
     """
 
-    has_class_token = True
-    """Whether the tower has a class token; if not, see ``Residual.tokens``."""
+    has_class_token = True  # of the tower; if not, see ``Residual.tokens``
 
     def __init__(
         self, model: open_clip.CLIP, preprocess: Callable, tokenizer: Callable | None, name: str, pretrained: str | None = None,

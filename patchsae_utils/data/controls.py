@@ -60,7 +60,7 @@ class ControlData(Dataset):
 
     def __init__(self, task: str, variant: str, split: str, half: str | None = None, n_images: int | None = None, seed: int = 0):
         self.spec, self.name = f"openmoji/{task}" + f":{variant}" * bool(variant), f"{task} ({variant})" if variant else task
-        self.split, self.half, self.seed, self.task = split, half, seed, task
+        self.split, self.half, self.seed, self.task, self.contents = split, half, seed, task, f"{artwork.version()}, controls {_FORMAT}"
         names, table = nonce_words(2) if task in SIGN_SHARES else list(UNSEEN), openmoji.class_table()
         n = 20 * len(half_of_classes(len(names), half)) if n_images is None and not variant else n_images
         self._world = openmoji.OpenMojiData(task if variant else "all", split, "color", half if variant else None, n, seed)
@@ -74,8 +74,7 @@ class ControlData(Dataset):
         draws = np.array([openmoji.scene_rng(seed, split, i, stream=2).random(4) for i in range(len(self._world))]).reshape(-1, 4)
         self._places = (draws[:, 2:] * (openmoji.IMAGE_SIZE - SIGN_SIZE)).astype(int)
         self.labels = self._world.labels if variant else torch.arange(len(draws)) % len(self.class_names)
-        self.planted = F.one_hot(self.labels, len(self.class_names)).bool()
-        """bool [N, F]: which new things each picture shows."""
+        self.planted = F.one_hot(self.labels, len(self.class_names)).bool()  # [N, F]: which new things each picture shows
         if task in SIGN_SHARES:
             self.labels = torch.from_numpy((draws[:, 0] < 0.5).astype(np.int64))
         if signs := SIGN_SHARES.get(variant or task):
@@ -85,10 +84,6 @@ class ControlData(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    @property
-    def contents(self) -> str:
-        return f"{artwork.version()}, controls {_FORMAT}"
 
     def __getitem__(self, index: int) -> Example:
         scene, sheet = self._world.scene(index), openmoji.sprites()

@@ -63,22 +63,21 @@ class ImageData(Dataset):
         If a label is anything else (names the row), no row has one though there are classes, or a half of no classes is asked for.
     """
 
-    workers: int | None = None
-    """Processes that :func:`batches` opens pictures with; None: as many as suit the machine."""
+    workers: int | None = None  # processes that :func:`batches` opens pictures with; None: as many as suit the machine
 
     def __init__(
         self, spec: str, split: str, class_names: Sequence[str], labels: Sequence[int] | Tensor, open_image: Callable[[int], Any],
         half: str | None = None, n_images: int | None = None, seed: int = 0, rows: Sequence[int] | None = None,
     ):  # fmt: skip
-        self.spec, self.split, self.half, self.seed = spec, split, half, seed
+        self.spec, self.name, self.split, self.half, self.seed = spec, name_of(spec), split, half, seed
         self.opener, self.n_listed = open_image, len(labels)
         given = checked_labels(labels, len(class_names), self.where_row)
         kept = half_of_classes(len(class_names), half)
-        self.class_names = [class_names[i] for i in kept]
+        self.class_names, self.has_labels = [class_names[i] for i in kept], bool(kept)
         relabel = torch.full((len(class_names) + 1,), UNLABELLED)  # the last is that of rows without label
         relabel[kept] = torch.arange(len(kept))
+        # [N] place of each picture in the whole listing, before halves, subsets and broken images were taken out.
         self.rows: Tensor = torch.arange(len(given)) if rows is None else torch.as_tensor(rows, dtype=torch.int64)
-        """[N] place of each picture in the whole listing, before halves, subsets and broken images were taken out."""
         if half is not None:
             require_labels(self)
         if self.has_labels:
@@ -91,14 +90,6 @@ class ImageData(Dataset):
             drawn = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed))[:n_images]
             self.rows = self.rows[drawn.sort().values]
         self.labels = relabel[given[self.rows]]
-
-    @property
-    def has_labels(self) -> bool:
-        return bool(self.class_names)
-
-    @property
-    def name(self) -> str:
-        return name_of(self.spec)
 
     @property
     def contents(self) -> str | None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
 from ..run.artifacts import folder_lock, read_json, write_json
@@ -47,9 +47,8 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
         file, that names a picture a line; one of the paper's eleven (``caltech101``, ``oxford_pets``, ``stanford_cars``, ``flowers102``, ``food101``,
         ``fgvc_aircraft``, ``sun397``, ``dtd``, ``eurosat``, ``ucf101``, ``imagenet``; a folder of such a name is written ``./dtd``);
         ``torchvision:<Name>``; ``hf:<repository>[:<configuration>]``; or ``hf-stream:<repository>[:<configuration>]``, of which only ``n_images``
-        (10,000 by default) are fetched; ``<folder>/*.tar`` in place of a
-        repository, or alone, for shards of webdataset. Names may end in ``?root=<folder>``, instead of ``$PATCHSAE_DATA``; those of the hub in
-        ``?image=<column>&label=<column>``. With what every pixel shows instead of labels:
+        (10,000 by default) are fetched; ``<folder>/*.tar`` in place of a repository, or alone, for shards of webdataset. Names may end in
+        ``?root=<folder>``, instead of ``$PATCHSAE_DATA``; those of the hub in ``?image=<column>&label=<column>``. With what every pixel shows instead of labels:
         ``coco:<images>:<annotations.json>[:<more.json>...]`` and ``masks:<images>:<label images>[:<names.txt>]``.
     split : str
         ``train``, ``val`` or ``test``.
@@ -160,8 +159,8 @@ def load(read: Callable[[int], Any], n: int, batch_size: int, workers: int | Non
     n_batches, workers = -(-n // batch_size), automatic_workers() if workers is None else workers
     workers = min(workers, n_batches) if n_batches > 1 else 0  # starting a process takes longer than opening a batch
     loader = DataLoader(
-        _Items(read, n), batch_size, num_workers=workers, prefetch_factor=PREFETCH if workers else None,
-        pin_memory=torch.cuda.is_available(), collate_fn=partial(_collate, collate),
+        range(n), batch_size, num_workers=workers, prefetch_factor=PREFETCH if workers else None,  # type: ignore[arg-type]
+        pin_memory=torch.cuda.is_available(), collate_fn=partial(_opened, read, collate),
     )  # fmt: skip
     with _no_signals():
         parts = iter(loader)
@@ -183,24 +182,12 @@ def load(read: Callable[[int], Any], n: int, batch_size: int, workers: int | Non
         yield batch
 
 
-class _Items(Dataset):
-    """Hands a broken image on as a value: between processes an error would become a wall of text."""
-
-    def __init__(self, read: Callable[[int], Any], n: int):
-        self.read, self.n = read, n
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        try:
-            return self.read(i)
-        except BrokenImage as error:
-            return error
-
-
-def _collate(collate: Callable[[list], Any], items: list) -> Any:
-    return next((item for item in items if isinstance(item, BrokenImage)), None) or collate(items)
+def _opened(read: Callable[[int], Any], collate: Callable[[list], Any], places: Sequence[int]) -> Any:
+    """A batch, or the broken image in it as a value: between processes an error would become a wall of text."""
+    try:
+        return collate([read(i) for i in places])
+    except BrokenImage as error:
+        return error
 
 
 def _means_dead(error: Exception) -> bool:

@@ -99,8 +99,7 @@ class OpenMojiData(Dataset):
     """
 
     has_labels = True
-    workers: int | None = None
-    """Processes that :func:`batches` draws scenes with; None: as many as suit the machine."""
+    workers: int | None = None  # processes that :func:`batches` draws scenes with; None: as many as suit the machine
 
     def __init__(self, task: str, split: str, domain: str = "color", half: str | None = None, n_images: int | None = None, seed: int = 0):
         table, valid = class_table(), ["all", "scenes", *tasks()]
@@ -116,7 +115,7 @@ class OpenMojiData(Dataset):
             raise ValueError("openmoji/scenes mixes objects of both halves; halves are for openmoji/all and the tasks.")
         rows = table if task in ("all", "scenes") else table[table["task"] == task]
         rows = rows if half is None else rows[rows["half"] == half]
-        self.task, self.split, self.domain, self.half, self.seed = task, split, domain, half, seed
+        self.task, self.split, self.domain, self.half, self.seed, self.contents = task, split, domain, half, seed, artwork.version()
         self.spec = f"openmoji/{task}" + ("" if domain == "color" else f":{domain}")
         self.name = task if domain == "color" else f"{task} ({domain})"
         self.class_ids, self.class_names = rows.index.to_numpy(), rows["name"].tolist()
@@ -128,10 +127,6 @@ class OpenMojiData(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    @property
-    def contents(self) -> str:
-        return artwork.version()
 
     def scene(self, index: int) -> Scene:
         if not 0 <= index < len(self):
@@ -212,14 +207,12 @@ def draw_scene(rng: np.random.Generator, main: int, layout: str = "main", domain
             placements.append(place(rng.choice(others), x, rng.uniform(14, 98), rng.uniform(20, 32), 4))
         placements.append(main_placement)
     else:
-        n_objects = 2 if rng.random() < 0.6 else 3
+        n_objects, low, high, jitter = (2, 42, 60, 6) if rng.random() < 0.6 else (3, 38, 52, 5)
         class_ids = [main, *rng.integers(0, len(class_table()), n_objects - 1)]
         if n_objects == 2:
             spots = [[(30, 56), (82, 56)], [(56, 30), (56, 82)], [(32, 32), (80, 80)], [(32, 80), (80, 32)]][rng.integers(4)]
-            low, high, jitter = 42, 60, 6
         else:
             spots = [[(30, 30), (82, 30), (30, 82), (82, 82)][i] for i in rng.permutation(4)[:3]]
-            low, high, jitter = 38, 52, 5
         order = rng.permutation(n_objects)
         placements = [place(class_ids[i], spots[j][0], spots[j][1], rng.uniform(low, high), jitter) for j, i in enumerate(order)]
 
@@ -268,8 +261,7 @@ def scene_truth(scene: Scene) -> SceneTruth:
         level = 0 if placement.size > SPRITE_SIZES[1] else 1
         sprite = sheet.truth[level][placement.class_id]
         if placement.paint is not None:
-            old, new = placement.paint
-            sprite = np.where(sprite == old + 1, new + 1, sprite).astype(np.uint8)
+            sprite = np.where(sprite == placement.paint[0] + 1, placement.paint[1] + 1, sprite).astype(np.uint8)
         patch, rows, columns = _warp(Image.fromarray(sprite, "L"), placement, Image.Resampling.NEAREST)
         visible = (mark := np.asarray(patch)) > 0
         owner[rows, columns][visible] = i

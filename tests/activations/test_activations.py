@@ -58,9 +58,6 @@ def shard_bytes(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
-# -- what is written ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", 2**-8), ("float16", 2**-11)])
 def test_images_come_back_to_the_precision_of_the_dtype(tiny_clip, dataset, residual, tmp_path, dtype, precision):
     store = extract(tiny_clip, dataset, tmp_path, dtype=dtype)
@@ -88,9 +85,6 @@ def test_metadata_says_what_the_activations_are(store, tiny_clip, dataset):
     assert "Normalize" in m.preprocessing
     assert (store.n_images, store.n_tokens, store.d_in, len(store)) == (21, 197, 32, 21 * 197)
     assert "4 shards" in store.describe()["on disk"]
-
-
-# -- again, and after an interruption ---------------------------------------------------------------------------------------
 
 
 def test_every_shard_has_its_own_images_however_many_there_are():
@@ -203,9 +197,6 @@ def test_other_inputs_replace_the_store_and_nothing_else(tiny_clip, tmp_path, ch
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-# -- errors ---------------------------------------------------------------------------------------------------------------
-
-
 def test_unknown_choices_name_the_valid_ones(tiny_clip, dataset, store, tmp_path):
     for message, call in (
         ("Unknown tokens 'patch'. Valid: all, cls, patches", lambda: extract(tiny_clip, dataset, tmp_path, tokens="patch")),
@@ -240,9 +231,6 @@ def test_values_that_the_dtype_cannot_hold_are_refused(tiny_clip, dataset, tmp_p
     loud = Changed(tiny_clip, residual=lambda images, layer: tiny_clip.residual(images, layer) * 1e6)
     with pytest.raises(ValueError, match="don't fit float16. Use dtype='bfloat16'"):
         extract(loud, dataset, tmp_path, dtype="float16")
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------------
 
 
 def test_images_come_in_the_order_asked_for(store, residual):

@@ -48,9 +48,6 @@ def images():
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-# -- the residual stream -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_residual_then_finish_is_encode_image_at_every_layer(variant):
     clip = build(variant)
@@ -118,9 +115,6 @@ def test_unknown_layers_and_wrong_shapes_are_answered(clip, images):
             clip.residual(wrong, -2)
 
 
-# -- the zero-shot head --------------------------------------------------------------------------------------------------------
-
-
 TEMPLATES = ("a {}.", "a picture of a {}.", "many {} on grass.")
 
 
@@ -155,9 +149,6 @@ def test_logits_are_scaled_cosines(clip, images):
     torch.testing.assert_close(
         clip.logits(features, clip.zero_shot_head(["cat", "dog"], ["a {}."])), expected[2] * expected[0] @ expected[1].T
     )
-
-
-# -- identity and loading --------------------------------------------------------------------------------------------------------
 
 
 def test_the_fingerprint_names_the_weights():
@@ -301,9 +292,6 @@ def test_a_folder_in_open_clips_form_loads(clip, images, tmp_path):
         (tmp_path / "open_clip_config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_clip(str(tmp_path))
-
-
-# -- the shipped model ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_shipped_model_has_the_papers_grid_and_names_unseen_scenes():

@@ -103,9 +103,6 @@ def test_how_images_are_opened_names_no_artifact():
     assert automatic_workers() == 0 if not torch.cuda.is_available() else automatic_workers() <= 16
 
 
-# -- worker processes -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_breaks_later_is_named_without_a_wall_of_text(tiny_clip, pictures, workers):
     data = load_dataset(str(pictures), "train")

@@ -37,9 +37,6 @@ def split_file(path, base, names, per_class=(2, 1, 1)):
     path.write_text(json.dumps(content))
 
 
-# -- CoOp's split files -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "folder", "images"),
     [
@@ -83,9 +80,6 @@ def test_a_wrong_split_file_says_what_is_wrong(tmp_path, content, message):
     (tmp_path / "split_zhou_Y.json").write_text("{}")
     with pytest.raises(ValueError, match="2 files split_zhou"):
         load_dataset(str(tmp_path), "train")
-
-
-# -- torchvision's layouts ----------------------------------------------------------------------------------------------
 
 
 def fill(base, names, form="{0}/{1}.jpg"):
@@ -251,9 +245,6 @@ def test_a_missing_set_says_where_it_was_sought_and_how_to_get_it(tmp_path, monk
         for words in (str(tmp_path / entry.folders[0]), entry.page, f"{name}?root=/data", "PATCHSAE_DATA"):
             assert words in str(caught.value)
     assert (paper_name("./dtd"), paper_name("/data/dtd"), paper_name("hf:dtd"), paper_name("dtd")) == (None, None, None, "dtd")
-
-
-# -- the hub --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_stream_is_read_once_and_no_further_than_wanted(hub):
