@@ -173,7 +173,9 @@ def trained_controls(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) 
     shorter, store = min(profile.training.n_tokens, 1_000_000), training_store(profile, clip)
     options, found = {name: getattr(sae, name) for name in sae.variant.options}, {}
     for name, constraint in CONTROLS.items():
-        recipe = dataclasses.replace(profile.training, n_tokens=shorter, start="random", constraint=constraint, lr=max(CONTROL_RATE, profile.training.lr))
+        recipe = dataclasses.replace(
+            profile.training, n_tokens=shorter, start="random", constraint=constraint, lr=max(CONTROL_RATE, profile.training.lr)
+        )
         out = profile.folder("latents") / "comparison" / constraint
         fresh = SparseAutoencoder(sae.d_in, sae.d_sae, sae.activation, **options, seed=profile.training.seed)
         found[name] = train_sae(fresh, store, recipe, out).requires_grad_(False)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data import batches, dataset_fingerprint
+from ..data import batches
+from ..data.dataset import describe_dataset
 from ..run.artifacts import MANIFEST, fingerprint
 from ..run.memory import HalvedBatches
 from ..run.processes import Processes
@@ -133,7 +134,7 @@ def describe_activations(clip, dataset, layer: int, tokens: str, dtype: str) -> 
     clip.check_class_token(tokens)
     if len(dataset) == 0:
         raise ValueError(f"The data set {dataset.spec!r} ({dataset.split}) is empty: there is nothing to extract.")
-    model = {"name": clip.name, "pretrained": clip.pretrained, "weights": clip.weights_hash}
+    data, model = describe_dataset(dataset), {"name": clip.name, "pretrained": clip.pretrained, "weights": clip.weights_hash}
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -142,12 +143,8 @@ def describe_activations(clip, dataset, layer: int, tokens: str, dtype: str) -> 
         "tokens": tokens,
         "dtype": dtype,
         "preprocessing": re.sub(r" at 0x[0-9a-f]+", "", repr(clip.preprocess)),
-        "dataset": {
-            **{name: getattr(dataset, name, None) for name in ("spec", "split", "half", "seed")},
-            "n_images": len(dataset),
-            "class_names": list(dataset.class_names),
-            "fingerprint": dataset_fingerprint(dataset),
-        },
+        "dataset": {name: value for name, value in data.items() if name not in ("labels", "contents")}
+        | {"fingerprint": fingerprint(**data)},
         "shape": [len(dataset), len(range(clip.n_tokens)[TOKENS[tokens]]), clip.width],
     }
 

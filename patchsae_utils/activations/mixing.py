@@ -58,14 +58,11 @@ class TokenSource:
     buffer_bytes = 2**31  # at most so many bytes of tokens are held at a time, but at least one part
     _least_parts = 1
     _sizes: np.ndarray  # images in each part
+    _read: Any  # (parts [n], places of the model's sequence: a range) -> tokens [images, T, d]
 
     def __init__(self, inputs: dict[str, Any]):
         self.metadata = StoreMetadata.of(inputs)
         self.n_images, self.n_tokens, self.d_in = inputs["shape"]
-
-    def _read(self, parts: np.ndarray, places: range) -> Tensor:
-        """Tokens [images, T, d] of some parts, at these places of the model's sequence."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return self.n_images * self.n_tokens

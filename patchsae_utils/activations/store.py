@@ -1,8 +1,4 @@
-"""The activation store: a CLIP's residual stream over a data set, in a folder or behind a URL: a manifest, an index, and shards of some images each.
-
-``docs/formats.md`` says what each file holds. Every file is written under a temporary name and renamed, and enters the manifest afterwards: an
-interrupted extraction goes on behind the last whole shard.
-"""
+"""The activation store, in a folder or behind a URL: a manifest, an index, and shards of some images each; ``docs/formats.md`` says what they hold."""
 
 from __future__ import annotations
 
@@ -64,18 +60,14 @@ class ActivationStore(TokenSource):
         return cls(place, manifest)
 
     @cached_property
-    def _index(self) -> dict[str, Tensor]:
-        return self._load(INDEX)
-
-    @property
     def labels(self) -> Tensor:
         """LongTensor [N]: each image's label."""
-        return self._index["labels"]
+        return self._load(INDEX)["labels"]
 
-    @property
+    @cached_property
     def indices(self) -> Tensor:
         """LongTensor [N]: each image's place in the data set."""
-        return self._index["indices"]
+        return self._load(INDEX)["indices"]
 
     def __repr__(self) -> str:
         m = self.metadata

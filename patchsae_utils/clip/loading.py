@@ -80,7 +80,11 @@ def load_clip(model: str = "openmoji", pretrained: str | None = None, device: st
     try:
         with nullcontext() if place is None else _weights_from(place, model):
             with tempfile.TemporaryDirectory() as safe:
-                weights = None if file is None else _as_safetensors(file, Path(safe))
+                weights = None if file is None else Path(safe) / "weights.safetensors"
+                if file and weights:  # so that open_clip, which reads them and converts older forms, opens no pickle
+                    save_file(
+                        {key: value.clone(memory_format=torch.contiguous_format) for key, value in _state_dict(file).items()}, weights
+                    )
                 given = str(weights) if weights and folder is None else tag
                 load = pretrained is None or given is not None
                 network, _, preprocess = open_clip.create_model_and_transforms(source, pretrained=given, load_weights=load, **options)
@@ -204,24 +208,16 @@ def _load_timm(model: str, name: str, size: int | None, pretrained: str | None) 
 def _state_dict(file: Path) -> dict[str, Tensor]:
     """The weights in a file: safetensors, or torch.save of a state dict or of a training checkpoint, read without running anything."""
     content = load_file(file) if file.suffix == ".safetensors" else read_torch(file)
+    content = content if isinstance(content, dict) else {}
     for name in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-    state = {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
-    if not state:
+        content = content[name] if isinstance(content.get(name), dict) else content
+    if not (state := {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}):
         raise ValueError(f"{file} holds no weights: wanted is a state dict, alone or as 'state_dict' of a training checkpoint")
     if any(key.startswith("vision_model.") for key in state):
         raise ValueError("it is in the form of transformers; wanted is open_clip's: give a tag, or open_clip's own file of these weights")
     wrapped = all(key.startswith("module.") for key in state)  # of DistributedDataParallel
     state = {key.removeprefix("module.") if wrapped else key: value for key, value in state.items()}
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}  # halves can't be resampled
-
-
-def _as_safetensors(file: Path, folder: Path) -> Path:
-    """The same weights as a file of safetensors, so that open_clip, which reads them and converts older forms, opens no pickle."""
-    state = {key: value.clone(memory_format=torch.contiguous_format) for key, value in _state_dict(file).items()}
-    save_file(state, folder / "weights.safetensors")
-    return folder / "weights.safetensors"
 
 
 def _fill_timm(network: torch.nn.Module, name: str, file: Path) -> None:

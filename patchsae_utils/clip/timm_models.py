@@ -12,10 +12,9 @@ from .model import ClipModel, Residual, other_tower
 
 
 class TimmModel(ClipModel):
-    """As :class:`ClipModel`, of any transformer of timm whose forward pass is an embedding, ``blocks``, ``norm`` and ``forward_head``.
+    """As :class:`ClipModel`, of any transformer of timm that is an embedding, ``blocks``, ``norm`` and ``forward_head``, as one picture shows.
 
-    That it is, one picture shows when the model is opened. Tokens between CLS and the patches (registers, a distillation token) travel as
-    ``Residual.extra``.
+    Tokens between CLS and the patches (registers, a distillation token) travel as ``Residual.extra``.
     """
 
     _batch_first = True
@@ -118,8 +117,7 @@ class TimmModel(ClipModel):
 
     def _joined(self, residual: Residual) -> Tensor:
         tokens, extra = residual
-        n_extra = self.trunk.num_prefix_tokens - self.has_class_token
-        if n_extra and extra is None:
+        if (n_extra := self.trunk.num_prefix_tokens - self.has_class_token) and extra is None:
             remedy = "give finish() the Residual of run_to(), with its tokens replaced"
             raise ValueError(f"{self.name!r} has {n_extra} register tokens: {remedy}.")
         cls, patches = tokens.tensor_split([1], dim=1)

@@ -109,5 +109,4 @@ def domains_of(spec: str) -> list[str]:
     if not spec.startswith("openmoji/"):
         return [spec]
     task, _, given = spec.partition(":")
-    given = given or "color"
-    return [spec, *(task if domain == "color" else f"{task}:{domain}" for domain in openmoji.DOMAINS if domain != given)]
+    return [spec, *(task if domain == "color" else f"{task}:{domain}" for domain in openmoji.DOMAINS if domain != (given or "color"))]

@@ -1,8 +1,7 @@
 """Tasks of the embedded world whose answer is known: what, if anything, is new to the CLIP that was trained on it?
 
-Nothing, but names: a task's classes under invented words (``nonce``), or each under the name of the next one (``relabelled``). Something:
-``unseen`` objects, and a sign that no scene ever held, which tells two classes apart that are alike else (``sign-<per cent>``) or says
-nothing about the classes of a task (``<task>:sign-<per cent>``).
+Nothing, but names: classes under invented words (``nonce``), or each under the name of the next (``relabelled``). Something: ``unseen`` objects, and
+a sign that no scene ever held, which tells two classes apart (``sign-<per cent>``) or says nothing (``<task>:sign-<per cent>``).
 """
 
 from __future__ import annotations
@@ -40,19 +39,10 @@ _FORMAT = 1  # of the sign's drawing
 
 
 class ControlData(Dataset):
-    """Scenes of the embedded world, drawn on demand.
+    """Scenes of the embedded world, drawn on demand; further arguments as of :class:`OpenMojiData`.
 
-    Parameters
-    ----------
-    task : str
-        ``"unseen"``, a sign (``"sign-10"``: a tenth of the pictures of one of two classes shows it), or a task of the embedded world.
-    variant : str
-        Of such a task: ``"nonce"``, ``"relabelled"``, or a sign (a tenth of all pictures shows it); else empty.
-    split : {"train", "val", "test"}
-    half : {"base", "novel"}, optional
-    n_images : int, optional
-        Default: 20 a class.
-    seed : int
+    ``task``: ``"unseen"``, a sign (``"sign-10"``: a tenth of the pictures of one of two classes shows it), or one of the world with a ``variant``:
+    ``"nonce"``, ``"relabelled"``, or a sign (a tenth of all pictures shows it).
     """
 
     has_labels = True
@@ -114,8 +104,7 @@ def nonce_words(n: int) -> list[str]:
 def sign() -> tuple[np.ndarray, np.ndarray]:
     """A disc of rings in two colours that are not OpenMoji's: what it covers, bool [24, 24], and its paint, uint8 [24, 24, 3]."""
     y, x = np.mgrid[:SIGN_SIZE, :SIGN_SIZE] - (SIGN_SIZE - 1) / 2
-    radius = np.hypot(x, y)
-    rings = (radius // 3 % 2 == 0)[..., None]
+    rings = ((radius := np.hypot(x, y)) // 3 % 2 == 0)[..., None]
     return radius < SIGN_SIZE / 2, np.where(rings, (255, 0, 255), (0, 255, 160)).astype(np.uint8)
 
 

@@ -16,10 +16,7 @@ _NO_CLASSES = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volum
 
 
 def read_folder(root: Path, split: str, names: Callable[[Sequence[str]], list[str]] = class_names) -> Listing:
-    """``<root>[/<split>]/<class>/<image>``, without classes ``<root>[/<split>]/<image>``, or what a file ``split_zhou_*.json`` says.
-
-    ``names``: folders' names -> names of the classes, which are those of all splits together.
-    """
+    """``<root>[/<split>]/[<class>/]<image>``, or what ``split_zhou_*.json`` says; ``names``: all splits' folders' names -> names of classes."""
     if not root.is_dir():
         raise FileNotFoundError(
             f"There is no folder {str(root)!r}. Expected {root}/train/<class>/<image> and {root}/val/<class>/<image>, or {root}/<class>/<image>. "

@@ -168,10 +168,11 @@ class _Source:
         for role, name in self.wanted.items():
             if name not in features:
                 raise ValueError(f"{self.spec} has no column {name!r} for its {role}; it has {', '.join(features)}.")
-        pictures, classes = _of_kind(features, self.datasets.Image), _of_kind(features, self.datasets.ClassLabel)
-        plain = [name for name in LABELS if name in _of_kind(features, getattr(self.datasets, "Value", ()))]
+        kinds = self.datasets.Image, self.datasets.ClassLabel, getattr(self.datasets, "Value", ())
+        pictures, classes, plain = ([name for name, feature in features.items() if isinstance(feature, kind)] for kind in kinds)
         image = self.wanted.get("image") or next((name for name in (*IMAGES, *pictures) if name in pictures), None)
-        label = self.wanted.get("label") or next((name for name in (*LABELS, *classes) if name in classes), None) or next(iter(plain), None)
+        found = (*(name for name in (*LABELS, *classes) if name in classes), *(name for name in LABELS if name in plain), None)
+        label = self.wanted.get("label") or found[0]
         if image not in pictures:
             raise ValueError(f"{self.spec} needs a column of images (of datasets.Image); it has {dict(features)}.")
         for role, taken, others in (("image", image, pictures), ("label", label, classes)):
@@ -192,10 +193,6 @@ class _Source:
         order = {each: i for i, each in enumerate(sorted(set(every)))}
         names = class_names(int(each) if isinstance(each, float) else each for each in order)
         return names, [UNLABELLED if each is None else order[each] for each in found[own]]
-
-
-def _of_kind(features, kind) -> list[str]:
-    return [name for name, feature in features.items() if isinstance(feature, kind)]
 
 
 @contextmanager

@@ -219,18 +219,15 @@ def automatic_workers() -> int:
     return max(0, min(16, processors - 1))
 
 
-# -- broken images, found before a run: so that all stages mean the same image by the same index ---------------------------------------
-
-
 class TooManyBroken(ValueError):
     """More images than allowed can't be read; the message names the first few, and the report of all."""
 
 
 def without_broken(dataset, report: str | Path, max_broken: float = 0.01, *, workers: int | None = None, progress: bool = True):
-    """A data set without the images that can't be decoded; the others keep their order, labels and classes. Drawn scenes are never broken.
+    """A data set without the images that can't be decoded, found before a run: so all stages mean the same image by the same index.
 
-    More than the share ``max_broken`` is :class:`TooManyBroken`; a single image never stops a run, and with 0 nothing is checked. The ``report``, a
-    JSON file, is shared by subsets and halves of one data set, an interrupted check goes on, and broken images are looked at again each time.
+    More than the share ``max_broken`` is :class:`TooManyBroken` (one image never is); with 0 nothing is checked. The ``report``, a JSON file, is shared
+    by subsets and halves of one data set, an interrupted check goes on, and broken images are looked at again each time.
     """
     if max_broken <= 0 or not hasattr(getattr(dataset, "opener", None), "listing"):
         return dataset

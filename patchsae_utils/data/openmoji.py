@@ -1,7 +1,6 @@
 """The embedded world: scenes composed of OpenMoji artwork (:mod:`.artwork`), with exact ground truth for every patch.
 
-A scene is one to three objects on a background, 112x112 pixels: with patches of 8 pixels the 14x14 grid of the paper. It is a pure function of
-``(seed, split, index)``: nothing is stored but the rasterised sprites, and every process draws the same bytes.
+A scene, one to three objects on a background of 112x112 pixels, is a pure function of ``(seed, split, index)``: every process draws the same bytes.
 """
 
 from __future__ import annotations
@@ -120,10 +119,9 @@ class OpenMojiData(Dataset):
         self.name = task if domain == "color" else f"{task} ({domain})"
         self.class_ids, self.class_names = rows.index.to_numpy(), rows["name"].tolist()
         n = 20 * len(rows) if n_images is None else n_images
+        self.labels = torch.arange(n) % len(rows)
         if task == "scenes":  # the class that :func:`pretraining_scene` draws first
             self.labels = torch.tensor([int(scene_rng(seed, split, i).integers(len(table))) for i in range(n)])
-        else:
-            self.labels = torch.arange(n) % len(rows)
 
     def __len__(self) -> int:
         return len(self.labels)

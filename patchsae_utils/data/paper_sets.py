@@ -45,8 +45,6 @@ _RENAMED: dict[str, Callable[[str], str]] = {
 
 
 class PaperSet(NamedTuple):
-    """One of the eleven."""
-
     torchvision: str  # torchvision's class
     template: str  # CoOp's prompt
     folders: list[str]  # where it lies under the root

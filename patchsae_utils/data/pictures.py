@@ -46,9 +46,8 @@ def open_picture(source: Any, where: str | None = None, draft: bool = False) -> 
                 image.draft(None, (1, 1))
             return as_rgb(image)
     except Exception as error:  # decoders of damaged files raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
-        path, reason = None, (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        if isinstance(source, str | os.PathLike):
-            path = Path(source)
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        path = Path(source) if isinstance(source, str | os.PathLike) else None
         where = where or str(path or "A picture")
         if path and path.exists():
             where += f" ({path.stat().st_size:,} bytes)"
@@ -113,11 +112,9 @@ class ImageFiles:
         """Names what lies in the files' place: names, sizes, times of change; 16 hex digits."""
         digest = hashlib.sha256()
         for path in map(self, rows):
-            try:
-                state = os.stat(path)
-                size, time = state.st_size, state.st_mtime_ns
-            except OSError:  # the one who opens it says so
-                size = time = -1
+            size = time = -1
+            with suppress(OSError):  # the one who opens it says so
+                size, time = (state := os.stat(path)).st_size, state.st_mtime_ns
             digest.update(f"{os.path.relpath(path, self.root)}\0{size}\0{time}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()[:16]
 

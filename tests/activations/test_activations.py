@@ -81,8 +81,7 @@ def test_metadata_says_what_the_activations_are(store, tiny_clip, dataset):
     m = store.metadata
     assert (m.model_name, m.weights_hash, m.layer, m.tokens, m.grid) == ("tiny", tiny_clip.weights_hash, 1, "all", (14, 14))
     assert (m.dataset, m.split, m.n_images, m.n_tokens, m.d_in, m.dtype) == ("openmoji/tools", "test", 21, 197, 32, "bfloat16")
-    assert m.class_names == dataset.class_names
-    assert "Normalize" in m.preprocessing
+    assert m.class_names == dataset.class_names and "Normalize" in m.preprocessing
     assert (store.n_images, store.n_tokens, store.d_in, len(store)) == (21, 197, 32, 21 * 197)
     assert "4 shards" in store.describe()["on disk"]
 
@@ -96,10 +95,8 @@ def test_every_shard_has_its_own_images_however_many_there_are():
 
 
 def test_a_finished_store_is_opened_without_looking_at_an_image(store, tiny_clip, dataset):
-    watched = Watched(dataset)
-    again = extract(tiny_clip, watched, store.folder)
-    assert watched.asked == []
-    assert again.fingerprint == store.fingerprint
+    again = extract(tiny_clip, watched := Watched(dataset), store.folder)
+    assert watched.asked == [] and again.fingerprint == store.fingerprint
 
 
 @pytest.mark.parametrize("n_per_shard", [8, 6])  # batches of 4 divide a shard, or become smaller
@@ -108,11 +105,9 @@ def test_an_interrupted_extraction_goes_on_behind_the_last_whole_shard(tiny_clip
         extract(tiny_clip, Watched(dataset, stop_at=18), tmp_path, n_per_shard=n_per_shard)
     with pytest.raises(ValueError, match="unfinished.*goes on"):
         ActivationStore.open(tmp_path)
-    watched = Watched(dataset)
-    resumed = extract(tiny_clip, watched, tmp_path, n_per_shard=n_per_shard)
+    resumed = extract(tiny_clip, watched := Watched(dataset), tmp_path, n_per_shard=n_per_shard)
     assert watched.asked == list(range(18 // n_per_shard * n_per_shard, 21))
-    ours = torch.cat([batch[0] for batch in resumed.images()])
-    whole = torch.cat([batch[0] for batch in store.images()])
+    ours, whole = (torch.cat([batch[0] for batch in each.images()]) for each in (resumed, store))
     torch.testing.assert_close(ours, whole, rtol=2**-7, atol=1e-5)
     assert not list(tmp_path.glob(".*"))
 
@@ -135,10 +130,8 @@ tests.extract(clip, load_dataset("openmoji/tools", "test", n_images=21), {str(tm
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -9
     assert list(tmp_path.glob(".shard-*.tmp"))
-    watched = Watched(dataset)
-    extract(tiny_clip, watched, tmp_path).verify()
-    assert watched.asked == list(range(12, 21))
-    assert not list(tmp_path.glob(".*"))
+    extract(tiny_clip, watched := Watched(dataset), tmp_path).verify()
+    assert watched.asked == list(range(12, 21)) and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("name", ["shard-00002.safetensors", "index.safetensors"])
@@ -157,9 +150,7 @@ def test_a_damaged_file_is_named_and_can_be_made_again_alone(tiny_clip, dataset,
         store.verify()
 
     (tmp_path / name).unlink()
-    watched = Watched(dataset)
-    repaired = extract(tiny_clip, watched, tmp_path)
-    repaired.verify()
+    extract(tiny_clip, watched := Watched(dataset), tmp_path).verify()
     assert watched.asked == (list(range(12, 18)) if name.startswith("shard") else [])
     assert {key: value for key, value in shard_bytes(tmp_path).items() if key != name} == {k: v for k, v in before.items() if k != name}
     (tmp_path / "shard-00000.safetensors").write_bytes(before["shard-00000.safetensors"][:1000])
@@ -173,14 +164,9 @@ def test_a_damaged_file_is_named_and_can_be_made_again_alone(tiny_clip, dataset,
 
 
 CHANGES = {
-    "layer": {"layer": 0},
-    "tokens": {"tokens": "cls"},
-    "dtype": {"dtype": "float16"},
-    "data": {"spec": "openmoji/tools:gray"},
-    "seed": {"seed": 1},
-    "n_per_shard": {},
-    "weights": {"fingerprint": "other"},
-}
+    "layer": {"layer": 0}, "tokens": {"tokens": "cls"}, "dtype": {"dtype": "float16"}, "data": {"spec": "openmoji/tools:gray"}, "seed": {"seed": 1},
+    "n_per_shard": {}, "weights": {"fingerprint": "other"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -192,8 +178,7 @@ def test_other_inputs_replace_the_store_and_nothing_else(tiny_clip, tmp_path, ch
     clip = Changed(tiny_clip, **dict.fromkeys(("weights_hash", "fingerprint"), changes.pop("fingerprint", name)))
     new = extract_activations(clip, data, changes.pop("layer", LAYER), tmp_path, n_per_shard=4, batch_size=4, progress=False, **changes)
     new.verify()
-    assert new.fingerprint != old.fingerprint
-    assert len(list(tmp_path.glob("shard-*"))) == 2
+    assert new.fingerprint != old.fingerprint and len(list(tmp_path.glob("shard-*"))) == 2
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -237,8 +222,7 @@ def test_images_come_in_the_order_asked_for(store, residual):
     wanted = [20, 0, 7, 7, 13]
     tokens, labels, indices = (torch.cat(parts) for parts in zip(*store.images(wanted, batch_size=2), strict=True))
     torch.testing.assert_close(tokens, residual[wanted], rtol=2**-8, atol=1e-5)
-    assert indices.tolist() == wanted
-    assert labels.tolist() == store.labels[wanted].tolist()
+    assert indices.tolist() == wanted and labels.tolist() == store.labels[wanted].tolist()
 
 
 def test_unshuffled_tokens_are_the_images_in_order(store, residual):

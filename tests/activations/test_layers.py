@@ -48,9 +48,7 @@ def test_without_ground_truth_patches_have_their_images_label(tiny_clip):
 
 def test_norms_are_summarised_by_layer_and_token(survey):
     norms = survey.norms.clone()
-    norms[2, :, 1:] = 1.0
-    norms[2, :, 0] = 5.0
-    norms[2, 0, 7] = 2.5
+    norms[2, :, 1:], norms[2, :, 0], norms[2, 0, 7] = 1.0, 5.0, 2.5
     table = norm_table(survey._replace(norms=norms)).set_index(["layer", "token"])
     assert len(table) == 6
     assert table.loc[(2, "CLS"), "median"] == 5.0 and table.loc[(2, "CLS"), "outliers"] == 1.0
@@ -67,8 +65,7 @@ def test_components_paint_what_varies():
     stream = torch.cat([torch.full((2, 1, 8), 50.0), tokens], 1)
     both = torch.stack([stream, -stream]).requires_grad_()  # FAULTS C3: as on a GPU, .numpy() alone would fail
     colors, explained = patch_components(both, (20, 20))
-    assert colors.shape == (2, 2, 20, 20, 3)
-    assert (colors.min(), colors.max()) == (0, 1)
+    assert colors.shape == (2, 2, 20, 20, 3) and (colors.min(), colors.max()) == (0, 1)
     torch.testing.assert_close(explained.sum(1), torch.ones(2))
     for channel in range(3):
         pair = torch.stack([colors[0, ..., channel].flatten(), maps[..., channel].flatten()])
@@ -107,9 +104,7 @@ def test_layers_are_probed_with_a_control(monkeypatch):
         )
 
     table = probe_layers(written(0), written(1), n_classes).set_index(["layer", "token"])
-    assert table.loc[(2, "patch"), "accuracy"] > 0.95
-    assert table.loc[(2, "patch"), "control"] < 0.5
-    assert table.loc[(0, "patch"), "accuracy"] < 0.4
-    assert table.loc[(2, "CLS"), "accuracy"] < 0.5
+    assert table.loc[(2, "patch"), "accuracy"] > 0.95 and table.loc[(2, "patch"), "control"] < 0.5
+    assert table.loc[(0, "patch"), "accuracy"] < 0.4 and table.loc[(2, "CLS"), "accuracy"] < 0.5
     assert table.loc[(2, "patch"), "n_train"] == table.loc[(2, "patch"), "n_test"] == 5 * n_images
     assert (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()

@@ -60,14 +60,11 @@ def test_the_files_are_those_of_a_folder_and_reading_gives_the_same(memory, stor
 def test_only_what_is_read_is_fetched_and_kept(memory, store, monkeypatch):
     fetched = []
     get = type(memory).get_file
-    monkeypatch.setattr(
-        type(memory), "get_file", lambda self, path, *rest, **options: fetched.append(path) or get(self, path, *rest, **options)
-    )
+    noted = lambda self, path, *rest, **options: fetched.append(path) or get(self, path, *rest, **options)  # noqa: E731
+    monkeypatch.setattr(type(memory), "get_file", noted)
     opened = ActivationStore.open(URL)
     assert fetched == []
-    next(opened.images([9]))
-    next(opened.images([10]))
-    next(ActivationStore.open(URL).images([11]))
+    next(opened.images([9])), next(opened.images([10])), next(ActivationStore.open(URL).images([11]))
     assert [path.rsplit("/", 1)[-1] for path in fetched] == ["shard-00001.safetensors", "index.safetensors"]
 
 
@@ -101,11 +98,8 @@ def test_an_interrupted_upload_goes_on(memory, tiny_clip, tiny_dataset, monkeypa
     with pytest.raises(ValueError, match="memory://.* is unfinished. Call extract_activations again"):
         ActivationStore.open(URL)
     monkeypatch.undo()
-    monkeypatch.setattr(
-        tiny_dataset.__class__,
-        "__getitem__",
-        (lambda get: lambda self, i: get(self, i) if i > 15 else pytest.fail())(tiny_dataset.__class__.__getitem__),
-    )
+    get = type(tiny_dataset).__getitem__
+    monkeypatch.setattr(type(tiny_dataset), "__getitem__", lambda self, i: get(self, i) if i > 15 else pytest.fail())
     assert extract_activations(tiny_clip, tiny_dataset, -2, URL, **OPTIONS).n_images == 24
 
 

@@ -21,21 +21,16 @@ VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 4, "head_wid
 
 # What open_clip's own list (test_kinds.py) has none of.
 VARIANTS = {
-    "plain": {},
-    "rectangular": {"image_size": [24, 40]},
-    "patch dropout": {"patch_dropout": 0.5},
-    "layer scale": {"ls_init_value": 0.1},
-}
+    "plain": {}, "rectangular": {"image_size": [24, 40]}, "patch dropout": {"patch_dropout": 0.5}, "layer scale": {"ls_init_value": 0.1},
+}  # fmt: skip
 
 
 def build(variant="plain", **options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = open_clip.CLIP(embed_dim=24, vision_cfg=VISION | VARIANTS[variant], text_cfg=TEXT)
-    size = model.visual.image_size
-    return ClipModel(
-        model, open_clip.image_transform(size, is_train=False), open_clip.SimpleTokenizer(context_length=16), name=variant, **options
-    )
+    preprocess = open_clip.image_transform(model.visual.image_size, is_train=False)
+    return ClipModel(model, preprocess, open_clip.SimpleTokenizer(context_length=16), name=variant, **options)
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +59,9 @@ def test_residual_then_finish_is_encode_image_at_every_layer(variant):
 def test_models_that_put_the_sequence_first_work_alike(clip, images):
     """Older weights and models run their blocks on [T, B, d]."""
     model = open_clip.CLIP(embed_dim=24, vision_cfg=VISION, text_cfg=TEXT)
-    visual = VisionTransformer(
-        **{k: VISION[k] for k in ("image_size", "patch_size", "width", "layers")}, heads=2, mlp_ratio=4.0, output_dim=24
-    )
-    visual.transformer = open_clip.transformer.Transformer(32, 4, 2, batch_first=False)
-    model.visual = visual
+    sizes = {key: VISION[key] for key in ("image_size", "patch_size", "width", "layers")}
+    model.visual = VisionTransformer(**sizes, heads=2, mlp_ratio=4.0, output_dim=24)
+    model.visual.transformer = open_clip.transformer.Transformer(32, 4, 2, batch_first=False)
     model.load_state_dict(clip.model.state_dict())
     first = ClipModel(model, clip.preprocess, clip.tokenize, name="sequence first")
     torch.testing.assert_close(first.residual(images, -2), clip.residual(images, -2))
@@ -145,18 +138,15 @@ def test_logits_are_scaled_cosines(clip, images):
     logits = clip.logits(features, head)
     torch.testing.assert_close(logits, clip.logit_scale * F.cosine_similarity(features[:, None], head[None], dim=-1))
     torch.testing.assert_close(clip.logits(7 * features, head), logits)
-    expected = clip.model(images, clip.tokenize(["a cat.", "a dog."]))
-    torch.testing.assert_close(
-        clip.logits(features, clip.zero_shot_head(["cat", "dog"], ["a {}."])), expected[2] * expected[0] @ expected[1].T
-    )
+    seen, said, scale = clip.model(images, clip.tokenize(["a cat.", "a dog."]))
+    torch.testing.assert_close(clip.logits(features, clip.zero_shot_head(["cat", "dog"], ["a {}."])), scale * seen @ said.T)
 
 
 def test_the_fingerprint_names_the_weights():
     one, same, other = build(), build(), build()
     assert one.fingerprint == same.fingerprint
     other.model.visual.proj.data[0, 0] += 1e-3
-    assert one.weights_hash != other.weights_hash
-    assert one.fingerprint != other.fingerprint
+    assert one.weights_hash != other.weights_hash and one.fingerprint != other.fingerprint
 
 
 CONFIG = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}
@@ -218,9 +208,8 @@ def test_a_weight_file_that_is_none_is_named_and_nothing_of_it_runs(tmp_path, sm
     else:
         torch.save({"list": [1, 2], "code": {"a": Runs()}, "other": {"a": torch.zeros(3)}}[what], path)
     for model in (small_model, "timm:test_vit"):
-        with pytest.raises(
-            ValueError, match=rf"{kind} \([\d,]+ bytes\) can't be loaded as weights of '{model}' .*of this very architecture"
-        ):
+        message = rf"{kind} \([\d,]+ bytes\) can't be loaded as weights of '{model}' .*of this very architecture"
+        with pytest.raises(ValueError, match=message):
             load_clip(model, str(path))
     assert not (tmp_path / "ran").exists()
 
@@ -244,10 +233,9 @@ def test_weights_in_the_form_of_transformers_say_which_file_is_wanted(small_mode
 def test_openais_torchscript_says_which_file_is_wanted(small_model, tmp_path):
     """FAULTS C5."""
     torch.jit.trace(torch.nn.Linear(2, 3), torch.zeros(1, 2)).save(tmp_path / "ViT-B-16.pt")
+    message = "ViT-B-16.pt is refused: it is a TorchScript archive.*Wanted is a file of the weights alone.*'openai'"
     for model in (small_model, "timm:test_vit"):
-        with pytest.raises(
-            ValueError, match="ViT-B-16.pt is refused: it is a TorchScript archive.*Wanted is a file of the weights alone.*'openai'"
-        ):
+        with pytest.raises(ValueError, match=message):
             load_clip(model, str(tmp_path / "ViT-B-16.pt"))
 
 
@@ -259,10 +247,9 @@ def test_pretrained_is_obeyed_or_refused_for_folders_and_the_shipped_model(clip,
         load_clip(str(tmp_path))
     assert load_clip(str(tmp_path), str(tmp_path / "other.safetensors"), "cpu").weights_hash == clip.weights_hash
     assert load_clip("openmoji", "random", "cpu").weights_hash != load_clip("openmoji", device="cpu").weights_hash
+    message = "Unknown weights 'openai' of .*Valid: nothing .the folder's own weights., a weight file, or 'random'"
     for model in ("openmoji", str(tmp_path)):
-        with pytest.raises(
-            ValueError, match="Unknown weights 'openai' of .*Valid: nothing .the folder's own weights., a weight file, or 'random'"
-        ):
+        with pytest.raises(ValueError, match=message):
             load_clip(model, "openai")
         with pytest.raises(FileNotFoundError, match="No weight file '/nowhere.pt'"):
             load_clip(model, "/nowhere.pt")
@@ -277,8 +264,7 @@ def test_a_folder_in_open_clips_form_loads(clip, images, tmp_path):
     loaded = load_clip(str(tmp_path), device="cpu")
     assert loaded.weights_hash == clip.weights_hash
     torch.testing.assert_close(loaded.encode_image(images), clip.encode_image(images))
-    weights = tmp_path / "open_clip_model.safetensors"
-    whole = weights.read_bytes()
+    whole = (weights := tmp_path / "open_clip_model.safetensors").read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="can't be loaded as weights of .*SafetensorError.*copy or download it again"):
         load_clip(str(tmp_path))

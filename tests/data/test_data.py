@@ -15,6 +15,9 @@ def folder(tmp_path):
     return picture_folder(tmp_path, tabby_cat=10, dog=10)
 
 
+# -- the embedded world -----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("task", ["all", *openmoji.tasks()])
 def test_scenes_are_balanced_over_classes(task):
     data = load_dataset(f"openmoji/{task}", "test")
@@ -63,6 +66,9 @@ def test_halves_share_the_classes_and_no_class_is_in_both():
     assert novel.truth(0).class_ids[-1] == novel.class_ids[0] != base.class_ids[0]
 
 
+# -- pictures from outside -----------------------------------------------------------------------------------------------------
+
+
 def test_a_folder_with_train_alone_is_split_as_one_without_splits(folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("alone")
     (root / "train").symlink_to(folder)
@@ -100,6 +106,9 @@ def test_classes_are_keyed_by_index_not_by_name():
     assert [novel[i].image.getpixel((0, 0))[0] for i in range(2)] == [0, 4]
 
 
+# -- splits, shots, batches ------------------------------------------------------------------------------------------------------
+
+
 def test_few_shot_takes_the_same_number_of_each_class():
     data = load_dataset("openmoji/sports", "train")
     chosen = few_shot(data, 4, seed=1)
@@ -134,6 +143,9 @@ def test_unknown_names_are_answered_with_the_valid_ones(folder):
     ):
         with pytest.raises(ValueError, match=message):
             load_dataset(spec, split, half=half)
+
+
+# -- templates ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_templates_suit_the_data_set():

@@ -127,6 +127,9 @@ def test_masks_of_a_single_picture(tiny_clip, tiny_sae, tmp_path):
         latent_masks(tiny_clip, tiny_sae, "nowhere.png", [0], -2)
 
 
+# -- Hugging Face ---------------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """``serve(train={column: values}, ...)`` makes data sets of ``datasets`` in memory; ``features`` are those of all columns."""

@@ -39,9 +39,8 @@ def pictures(tmp_path):
 def cleaned(data, report, share=0.2, **options):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        return without_broken(data, report, share, progress=False, **options), [
-            str(w.message) for w in said if "can't be read" in str(w.message)
-        ]
+        data = without_broken(data, report, share, progress=False, **options)
+    return data, [str(w.message) for w in said if "can't be read" in str(w.message)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

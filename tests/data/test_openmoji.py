@@ -39,6 +39,9 @@ def to_patches(pixels):
     return pixels.reshape(14, 8, 14, 8, *rest).swapaxes(1, 2).reshape(14, 14, 64, *rest)
 
 
+# -- the class table --------------------------------------------------------------------------------------------------------
+
+
 def test_the_table_holds_what_the_design_asks_for():
     table = openmoji.class_table()
     assert list(table.columns) == ["codepoint", "name", "task", "half", "category", "tier"]
@@ -56,6 +59,9 @@ def test_the_table_holds_what_the_design_asks_for():
         if task in ("instruments", "tools"):  # the control: features of these objects exist, their names are barely known
             assert set(rows["tier"]) == {"rare"}
     assert (table["tier"] == "common").mean() > 0.5
+
+
+# -- determinism -------------------------------------------------------------------------------------------------------------
 
 
 def test_another_process_draws_the_same_bytes():
@@ -83,6 +89,9 @@ def test_splits_and_seeds_are_disjoint():
                 picture = openmoji.render(scene(index, split=split, seed=seed)).tobytes()
                 assert picture not in seen, f"{(split, seed, index)} repeats {seen.get(picture)}"
                 seen[picture] = (split, seed, index)
+
+
+# -- ground truth ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["main", "several"])
@@ -181,6 +190,9 @@ def test_concept_masks_follow_the_shares():
         np.testing.assert_array_equal(masks["outline"], truth.outline_share >= 0.25)
         objects = np.stack([mask for name, mask in masks.items() if name.startswith("object:")])
         assert objects.sum(0).max() <= 2  # only a tie at one half lets two own a patch
+
+
+# -- domains, layouts ----------------------------------------------------------------------------------------------
 
 
 def test_domains_show_the_same_scenes_as_they_are_called():
