@@ -146,14 +146,10 @@ class Ablations:
     def _quality(self, sae, layer: int) -> dict[str, float]:
         table = evaluate_sae(self.clip, sae, self.test, layer, progress=False)
         found = table[table["variant"] == "reconstruction"].set_index(["tokens", "metric"])
-        row: dict[str, float] = {}
-        for tokens in ("all", "cls", "patch"):
-            for metric in ("explained_variance", "l0"):
-                row |= {f"{metric}_{tokens}{end}": found.loc[(tokens, metric), column] for end, column in _ENDS.items()}
-        for metric in ("mse", "l1", "dead_fraction", "contrastive_loss", "zero_shot_change"):
-            ends = {"": "value"} if metric == "dead_fraction" else _ENDS
-            row |= {f"{metric}{end}": found.loc[("all", metric), column] for end, column in ends.items()}
-        return {name: float(value) for name, value in row.items()}
+        keys = {f"{metric}_{tokens}": (tokens, metric) for tokens in ("all", "cls", "patch") for metric in ("explained_variance", "l0")}
+        keys |= {metric: ("all", metric) for metric in ("mse", "l1", "dead_fraction", "contrastive_loss", "zero_shot_change")}
+        row = {f"{name}{end}": float(found.loc[key, column]) for name, key in keys.items() for end, column in _ENDS.items()}
+        return {name: value for name, value in row.items() if name not in ("dead_fraction_low", "dead_fraction_high")}
 
     def _statistics(self, sae, layer: int, tokens: str) -> dict[str, float]:
         """Quantiles over alive latents of the paper's scatter, and what turning one off changes; of the tokens it was trained on."""

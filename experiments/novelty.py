@@ -39,20 +39,13 @@ from patchsae_utils.sae.model import SparseAutoencoder
 from . import grid
 from .train_openmoji_clip import PretrainingScenes, normalise
 
-N_FIT = 300
-"""Training pictures of each control; a class of 18 has 16 shots."""
-N_PICTURES, N_SPLIT = 400, 240
-"""Test pictures: half of the first train the dictionaries; on the second number the gain is split."""
-SIZE = {"d_sae": 768, "k": 16, "n_tokens": 150_000}
-"""Of each dictionary."""
-DIRECTIONS = {0.005: 4, 0.02: 4, 0.1: 4}
-"""Share of pictures -> how many planted directions they show, each on six of a picture's tokens."""
+N_FIT = 300  # training pictures of each control; a class of 18 has 16 shots
+N_PICTURES, N_SPLIT = 400, 240  # test pictures: half of the first train the dictionaries; on the second number the gain is split
+SIZE = {"d_sae": 768, "k": 16, "n_tokens": 150_000}  # of each dictionary
+DIRECTIONS = {0.005: 4, 0.02: 4, 0.1: 4}  # share of pictures -> how many planted directions they show, each on six of a picture's tokens
 METHODS = {
-    "joint dictionary's norms": "norms_evidence",
-    "Latent Scaling": "scaling_evidence",
-    "ridge": "predicted_evidence",
-    "combined": "verdict",
-}
+    "joint dictionary's norms": "norms_evidence", "Latent Scaling": "scaling_evidence", "ridge": "predicted_evidence", "combined": "verdict",
+}  # fmt: skip
 SPLIT = "split of the gain"
 
 
@@ -126,9 +119,8 @@ class Novelty:
             return self.clip
         if control.how in ("further", "planted"):
             return self._further
-        config = self.profile.adapters
         data = self.data(control, "train", 4 * self.n_fit)
-        config = dataclasses.replace(config, n_shots=max(1, self.n_fit // len(data.class_names)))
+        config = dataclasses.replace(self.profile.adapters, n_shots=max(1, self.n_fit // len(data.class_names)))
         out = self.folder / f"{_slug(control.name)}-model"
         return fit_adapter(self.clip, control.how, data, config, out, precision=stages.ADAPTER_PRECISION, progress=self.progress)
 
@@ -242,26 +234,26 @@ def belongs(activations: Iterable[Tensor], planted: Tensor) -> np.ndarray:
 
 def scores(called: np.ndarray, inside: np.ndarray) -> dict[str, Any]:
     """Recall and precision of what is called new, its share of the candidates, and their intervals; None where there is nothing to count."""
-    n_planted = inside.shape[1]
-    got = inside[called].any(0).sum()
-    right = inside[called].any(1).sum()
-    row = {"planted": n_planted, "found": int(got), "called": int(called.sum()), "candidates": len(called)}
-    return row | _share("recall", got, n_planted) | _share("precision", right, called.sum() if n_planted else 0) | _share("new_share", called.sum(), len(called))  # fmt: skip
+    n_planted, n_called = inside.shape[1], int(called.sum())
+    found, right = (int(inside[called].any(axis).sum()) for axis in (0, 1))
+    row = {"planted": n_planted, "found": found, "called": n_called, "candidates": len(called)}
+    row |= _share("recall", found, n_planted) | _share("precision", right, n_called if n_planted else 0)
+    return row | _share("new_share", n_called, len(called))
 
 
 def _share(name: str, part: int, whole: int) -> dict[str, float | None]:
-    found = binomtest(int(part), int(whole)) if whole else None
-    ends = (None, None) if found is None else found.proportion_ci(method="wilson")
-    return {name: None if found is None else found.statistic, f"{name}_low": ends[0], f"{name}_high": ends[1]}
+    found = binomtest(part, whole) if whole else None
+    numbers = (None,) * 3 if found is None else (found.statistic, *found.proportion_ci(method="wilson"))
+    return dict(zip((name, f"{name}_low", f"{name}_high"), numbers, strict=True))
 
 
 def split_shares(parts: pd.DataFrame) -> dict[str, Any]:
     """The "new concepts" part of a gain: its share, in nats, and the whole gain."""
     rows = parts.set_index("part").astype(object).where(lambda table: table.notna(), None)
     new, gain = rows.loc["new concepts"], rows.loc["both"]
-    shares = {f"new_share{end}": new[f"share{end}"] for end in ("", "_low", "_high")}
-    nats = {"new_nats": new["gain"], "new_nats_low": new["low"], "new_nats_high": new["high"]}
-    return shares | nats | {"gain_nats": gain["gain"], "gain_nats_low": gain["low"], "gain_nats_high": gain["high"]}
+    ends = {"": "gain", "_low": "low", "_high": "high"}
+    nats = {f"{name}_nats{end}": row[column] for name, row in (("new", new), ("gain", gain)) for end, column in ends.items()}
+    return {f"new_share{end}": new[f"share{end}"] for end in ends} | nats
 
 
 def _slug(name: str) -> str:
@@ -271,19 +263,15 @@ def _slug(name: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Make and measure the controls."""
     parser = grid.parser("novelty", __doc__)
-    parser.add_argument(
-        "--control", action="append", choices=[control.name for control in CONTROLS], help="only this one; may be given again"
-    )
+    parser.add_argument("--control", action="append", choices=[each.name for each in CONTROLS], help="only this one; may be given again")
     options = parser.parse_args(arguments)
     profile = load_profile(options.profile)
     clip, _ = stages.load_world(profile)
     chosen = [Cell(c, what) for what in ("latents", "split") for c in CONTROLS if not options.control or c.name in options.control]
     chosen = [cell for cell in chosen if cell.what == "latents" or cell.control.how not in ("itself", "planted")]
     for number, (cell, row, _) in enumerate(grid.run(Novelty(profile, clip), chosen, options.out), 1):
-        table = pd.DataFrame(row["rows"]).set_index("method")
-        print(
-            f"[{number}/{len(chosen)}] {cell.control.name}, {cell.what} ({row['seconds']:.0f} s)", table.to_string(), sep="\n", flush=True
-        )
+        print(f"[{number}/{len(chosen)}] {cell.control.name}, {cell.what} ({row['seconds']:.0f} s)")
+        print(pd.DataFrame(row["rows"]).set_index("method").to_string(), flush=True)
 
 
 if __name__ == "__main__":

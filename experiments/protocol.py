@@ -38,8 +38,7 @@ from . import grid
 KINDS = (ZERO_SHOT, *ADAPTERS, SHUFFLED)
 SEEDS = (1, 2, 3)
 HALVES = ("base", "novel")
-N_TEST = 180
-"""Test pictures of each half of a task: ten a class."""
+N_TEST = 180  # test pictures of each half of a task: ten a class
 
 
 class Cell(NamedTuple):

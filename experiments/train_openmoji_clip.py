@@ -8,7 +8,6 @@ colour and texture alone. Interrupted, it goes on from ``--out``/state.pt; the w
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import open_clip
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
@@ -176,8 +176,7 @@ class Phase(NamedTuple):
     scenes: int
     batch: int
     patch_dropout: float
-    balanced: bool
-    """Whether object and background patches weigh alike in the owner term; else each patch does."""
+    balanced: bool  # whether object and background patches weigh alike in the owner term; else each patch does
 
 
 # As the shipped weights were trained.
@@ -218,7 +217,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--evaluate-every", type=int, default=40_000, help="scenes")
     parser.add_argument("--save-every", type=int, default=8_000, help="scenes")
-    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/openmoji_clip"))
     args = parser.parse_args()
 
@@ -252,9 +250,6 @@ def main() -> None:
         torch.set_rng_state(state["rng"].cpu())
         seen, elapsed = state["scenes"], state["elapsed"]
 
-    if args.compile:
-        for block in model.visual.transformer.resblocks:
-            block.compile()
     clip_loss = ClipLoss()
     model.train()
     sums, started, count, begin = {}, time.time(), 0, 0
@@ -301,7 +296,8 @@ def main() -> None:
                 row |= {name: f"{value:.4f}" for name, value in evaluate(model, heads, tokenizer, device, autocast).items()}
                 model.visual.patch_dropout.share = share
                 sums, count = {}, 0
-                log_row(log_path, row)
+                pd.DataFrame([row]).to_csv(log_path, mode="a", header=not log_path.exists(), index=False)
+                tqdm.write(str(row))
                 weights = {name: value.detach().cpu().half().contiguous() for name, value in model.state_dict().items()}
                 save_file(weights, args.out / "model.tmp", metadata={"format": "pt", "scenes": str(seen), "seed": str(args.seed)})
                 os.replace(args.out / "model.tmp", args.out / "open_clip_model.safetensors")
@@ -311,16 +307,6 @@ def main() -> None:
                 torch.save(state, state_path.with_suffix(".tmp"))
                 os.replace(state_path.with_suffix(".tmp"), state_path)
                 bar.set_postfix({name: f"{value.item():.3f}" for name, value in terms.items()})
-
-
-def log_row(path: Path, row: dict) -> None:
-    """Append a row to the CSV log, and show it."""
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
-    tqdm.write(str(row))
 
 
 if __name__ == "__main__":
