@@ -125,8 +125,7 @@ def compare_models(
     Parameters
     ----------
     base, adapted, sae, layer : models, and an SAE that was trained on ``base`` and reads this block's output
-    dataset : data set
-        Labelled pictures that neither the SAE nor the adapter has seen.
+    dataset : data set of labelled pictures that neither the SAE nor the adapter has seen
     progress : bool
     """
     check_same_tower(base, adapted)
@@ -176,8 +175,7 @@ def masked_predictions(
     Parameters
     ----------
     base, adapted, sae, layer : models, and an SAE that was trained on ``base`` and reads this block's output
-    train, test : data set
-        Labelled pictures of the same classes: CLIP's latents are ranked on the first, the others are classified.
+    train, test : data sets of the same classes: CLIP's latents are ranked on the first, the second is classified
     progress : bool
 
     Returns
@@ -203,8 +201,7 @@ def base_to_novel(base: Remapping, novel: Remapping) -> pd.DataFrame:
 
     Parameters
     ----------
-    base, novel : Remapping
-        On the classes that the adapter was fitted to, and on those that it never saw.
+    base, novel : Remapping, on the classes that the adapter was fitted to, and on those that it never saw
 
     Returns
     -------

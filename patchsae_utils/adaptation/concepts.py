@@ -70,13 +70,11 @@ def remapped_concepts(
     Parameters
     ----------
     base, adapted, sae, layer : models, and an SAE that was trained on ``base`` and reads this block's output
-    dataset : data set
-        Labelled pictures that chose neither the links nor the new latents.
+    dataset : data set of labelled pictures that chose neither the links nor the new latents
     links : DataFrame of ``ClassLinks.links()``
         On other pictures. Of the links that appeared, and of those that vanished, the five that changed most are shown, each class and latent
         once.
-    names : mapping of int to str
-        Of the SAE's latents; a new latent is called by the class that it is most characteristic of.
+    names : mapping of int to str, of the SAE's latents; a new latent is called by the class that it is most characteristic of
     joint, verdicts : what :func:`new_latents` returns
     progress : bool
     """

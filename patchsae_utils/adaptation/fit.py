@@ -66,10 +66,8 @@ def fit_adapter(
     dataset : data set
         Training images, e.g. ``load_dataset("openmoji/tools", "train", half="base")``; ``config.n_shots`` of each class are drawn.
     config : AdapterConfig
-    out : path, optional
-        Folder for the adapter. One of the same inputs is opened; fitting that was stopped goes on after its last whole epoch.
-    seed : int, optional
-        Of shots, initial values, order and flips. Default: the first of ``config.seeds``.
+    out : path, optional; one of the same inputs is opened; fitting that was stopped goes on after its last whole epoch
+    seed : int, optional, of shots, initial values, order and flips; default: the first of ``config.seeds``
     precision : {"fp32", "bf16"}, optional
         Arithmetic of the image tower while fitting; learned weights are float32 either way. Default: the model's.
     shuffle_labels : bool, the control: every image has the label of another
@@ -77,8 +75,7 @@ def fit_adapter(
 
     Returns
     -------
-    AdaptedClip
-        Frozen; ``.log`` holds each epoch's learning rate, loss and accuracy on the training images.
+    AdaptedClip : frozen; ``.log`` holds each epoch's learning rate, loss and accuracy on the training images
 
     Raises
     ------
@@ -224,8 +221,7 @@ def load_adapter(path: str | Path, clip: ClipModel | None = None, *, template: s
     Parameters
     ----------
     path : path
-    clip : ClipModel, optional
-        The model it adapts. Default, for a folder of ours: the one that its manifest names.
+    clip : ClipModel, optional, that it adapts; default, for a folder of ours: the one that its manifest names
     template : str, optional
         For an official checkpoint: the prompt whose first words it learned. By default that of the file (``token_suffix``), or
         "a photo of a {}." where it keeps none.

@@ -34,17 +34,10 @@ MEASURES = ("accuracy", "log-probability")
 CHANGES = ("adaptation", "another picture")
 BATCH = 32
 EXPERIMENTS = {  # name -> which parts are the adapted model's
-    "CLIP": (0, 0, 0, 0),
-    "existing latents' part only": (1, 0, 0, 0),
-    "outside part only": (0, 1, 0, 0),
-    "whole change at the hook": (1, 1, 0, 0),
-    "image tower": (1, 1, 1, 0),
-    "text head": (0, 0, 0, 1),
-    "remapping only": (0, 0, 1, 1),
-    "adapted, without the outside part": (1, 0, 1, 1),
-    "adapted, without the latents' part": (0, 1, 1, 1),
-    "adapted": (1, 1, 1, 1),
-}
+    "CLIP": (0, 0, 0, 0), "existing latents' part only": (1, 0, 0, 0), "outside part only": (0, 1, 0, 0),
+    "whole change at the hook": (1, 1, 0, 0), "image tower": (1, 1, 1, 0), "text head": (0, 0, 0, 1), "remapping only": (0, 0, 1, 1),
+    "adapted, without the outside part": (1, 0, 1, 1), "adapted, without the latents' part": (0, 1, 1, 1), "adapted": (1, 1, 1, 1),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,9 +54,8 @@ class GainSplit:
     def parts(self, measure: str = "accuracy") -> pd.DataFrame:
         """Each part of the gain in "accuracy" or "log-probability": part, gain, low, high, share, share_low, share_high; over pictures.
 
-        After ``PARTS`` come the sums "image tower" and ``CONCEPTS``, the text head's "template" and "learning" (FAULTS D16: CLIP's head is
-        a mean over templates, that of learned prompts has one), then "both" and "interaction". Shares are NaN where the gain's interval
-        holds 0.
+        The text head's part is "template" plus "learning" (FAULTS D16: CLIP's head is a mean over templates, that of learned prompts has
+        one). Shares are NaN where the gain's interval holds 0.
         """
         values = self.outcomes[MEASURES.index(measure)]
         parts = owen_values(values)
@@ -141,8 +133,7 @@ def explain_gain(
     ----------
     base, sae, layer : a model, and an SAE that was trained on it and reads this block's output
     adapted : mapping of str to ClipModel, by name
-    dataset : data set
-        Labelled pictures that neither the SAE nor the adapters have seen.
+    dataset : data set of labelled pictures that neither the SAE nor the adapters have seen
     progress : bool
     """
     models = [base, *adapted.values()]

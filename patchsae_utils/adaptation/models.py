@@ -140,8 +140,7 @@ class LinearHead(AdaptedClip):
     ----------
     clip : ClipModel
     class_names : sequence of str, the classes that it has rows for
-    templates, template : sequence of str, str
-        Of the text head that it starts from; ``template`` where there are no ``templates``.
+    templates, template : of the text head that it starts from; ``template`` where there are no ``templates``
     seed : int, unused: nothing is drawn
 
     Source: Radford et al., 2021, section 3.2 (linear probe); started from the text head as in Wortsman et al., CVPR 2022.

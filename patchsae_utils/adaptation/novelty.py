@@ -163,18 +163,15 @@ def new_latents(
     Parameters
     ----------
     base, adapted, sae, layer : models, and an SAE that was trained on ``base`` and reads this block's output
-    dataset : data set
-        Every other picture trains the dictionaries, the rest is measured on.
-    d_sae, k : int
-        Latents of the joint dictionary and of that of the difference, and how many of them are active per token.
+    dataset : data set, of which every other picture trains the dictionaries, and the rest is measured on
+    d_sae, k : int, latents of the joint dictionary and of that of the difference, and how many of them are active per token
     n_tokens : int, on which each is trained
     progress : bool
 
     Returns
     -------
     JointDictionary
-    DataFrame
-        As :func:`verdicts`; latents that fire on no measured picture are left out.
+    DataFrame : as :func:`verdicts`; latents that fire on no measured picture are left out
     """
     sae.check_model(base, layer)
     sae.check_model(adapted, layer)

@@ -24,8 +24,7 @@ class PromptedClip(AdaptedClip):
     Parameters
     ----------
     clip : ClipModel
-    n_ctx : int
-        Learned context vectors in the text, prompt tokens in the image.
+    n_ctx : int, learned context vectors in the text, prompt tokens in the image
     depth : int, optional
         Blocks, counted from the input, that get prompts of their own. Default: 9 (``CoOp``: 1), or all blocks of a smaller image tower.
     seed : int, of what is drawn at random

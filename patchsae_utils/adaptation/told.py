@@ -20,12 +20,6 @@ def _span(values: pd.Series, form: str = "{:+.0f}") -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _points(rows: pd.DataFrame, value: str = "gain") -> pd.Series:
-    """Shares as points, with their intervals: "+6 [+2, +9]"."""
-    parts = (100 * rows[name] for name in (value, "low", "high"))
-    return pd.Series([f"{x:+z.0f} [{a:+z.0f}, {b:+z.0f}]" for x, a, b in zip(*parts, strict=True)], rows.index)
-
-
 def accuracy_sentence(accuracy: pd.DataFrame) -> str:
     """What an adapter gains on base and novel classes, as it is and through the reconstruction; from ``base_to_novel``."""
     table = accuracy.set_index(["form", "half", "task", "model"])["accuracy"].unstack()
@@ -75,11 +69,9 @@ def overlap_sentence(groups: pd.DataFrame) -> str:
 def parts_table(parts: pd.DataFrame) -> pd.DataFrame:
     """The parts of each gain in points of accuracy with 95 % intervals over pictures, one row a task and adapter."""
     rows = parts[parts["part"].isin(list(COLUMNS))]
-    return (
-        rows.assign(told=_points(rows))
-        .pivot(index=["task", "adapter"], columns="part", values="told")[list(COLUMNS)]
-        .rename(columns=COLUMNS)
-    )
+    told = [f"{x:+z.0f} [{a:+z.0f}, {b:+z.0f}]" for x, a, b in (100 * rows[["gain", "low", "high"]]).itertuples(index=False)]
+    table = rows.assign(told=told).pivot(index=["task", "adapter"], columns="part", values="told")
+    return table[list(COLUMNS)].rename(columns=COLUMNS)
 
 
 def parts_sentence(parts: pd.DataFrame) -> str:

@@ -7,20 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from patchsae_utils.adaptation.compare import (
-    APART,
-    COMPARISONS,
-    FORMS,
-    GROUPS,
-    OTHER,
-    OVERLAPS,
-    RANDOM,
-    SAME,
-    TWICE,
-    base_to_novel,
-    compare_models,
-    stack,
-)
+from patchsae_utils.adaptation import base_to_novel, compare_models, stack
+from patchsae_utils.adaptation.compare import APART, COMPARISONS, FORMS, GROUPS, OTHER, OVERLAPS, RANDOM, SAME, TWICE
 from patchsae_utils.data import load_dataset
 from patchsae_utils.latents.reading import summarize_latents
 

@@ -50,9 +50,8 @@ def test_the_strongest_links_are_shown_each_class_and_latent_once(found, scenes,
     assert shown == [[*row, model] for row in expected for model in ("CLIP", "adapted")]
     new = found.table[found.table["kind"] == "new"]
     assert 0 < len(new) <= 10 and not new["label"].iloc[::2].duplicated().any() and new["latent"].max() < 20
-    assert (new["name"] == "mostly " + new["class_name"]).all() and (
-        found.table["class_name"] == np.array(scenes.class_names)[found.table["label"]]
-    ).all()
+    assert (new["name"] == "mostly " + new["class_name"]).all()
+    assert (found.table["class_name"] == np.array(scenes.class_names)[found.table["label"]]).all()
     assert len(found.pictures) == len(found.table) / 2
     for images, masks in (side for pair in found.pictures for side in pair.values()):
         assert images.shape == (len(masks), 112, 112, 3) and masks.shape[1:] == (14, 14) and len(masks) <= 3
@@ -84,13 +83,10 @@ def test_sentences_say_their_tables():
     assert "no link changed" in RemappedConcepts(table.iloc[:0], []).sentence()
 
     values = {"jaccard": (0.9, 0.4, 0.5, 0.03, 0.01), "high-to-low": (1.5, 0, 0, 0, 0), "low-to-high": (2.5, 0, 0, 0, 0)}
-    groups = [
-        (task, name, measure, x) for task in "ab" for measure, some in values.items() for name, x in zip(COMPARISONS, some, strict=True)
-    ]
-    said = told.overlap_sentence(pd.DataFrame(groups, columns=["task", "comparison", "measure", "value"]))
-    assert all(
-        text in said for text in ("share 90%", "share 40%", "shares 50% with itself", "share 3%", "2.5 latents doubled and 1.5 halved")
-    )
+    groups = [(name, measure, x) for measure, some in values.items() for name, x in zip(COMPARISONS, some, strict=True)]
+    said = told.overlap_sentence(pd.DataFrame(groups, columns=["comparison", "measure", "value"]))
+    for text in ("share 90%", "share 40%", "shares 50% with itself", "share 3%", "2.5 latents doubled and 1.5 halved"):
+        assert text in said
 
     parts = pd.DataFrame(
         [("a", "MaPLe", part, gain, gain - 0.01, gain + 0.01) for part, gain in (("remapping", 0.1), ("retuning", 0.0), ("new concepts", 0.02), ("both", 0.12))],
@@ -98,7 +94,6 @@ def test_sentences_say_their_tables():
     )  # fmt: skip
     assert told.parts_table(parts).loc[("a", "MaPLe"), "whole gain"] == "+12 [+11, +13]"
     assert "MaPLe gains +12 points: +10.0 by remapping, +0.0 by retuning, +2.0 by new concepts" in told.parts_sentence(parts)
-    experiments = pd.DataFrame(
-        {"task": "a", "experiment": ["adapted", "remapping only", "whole change at the hook"], "gain": [0.1, 0.08, 0.02]}
-    )
+    names = ["adapted", "remapping only", "whole change at the hook"]
+    experiments = pd.DataFrame({"task": "a", "experiment": names, "gain": [0.1, 0.08, 0.02]})
     assert "reaches 80% of the gain" in told.experiments_sentence(experiments) and "reaches 20%" in told.experiments_sentence(experiments)

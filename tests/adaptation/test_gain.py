@@ -42,10 +42,8 @@ def gains(analysis, measure="log-probability"):
 @pytest.mark.parametrize("measure", ["accuracy", "log-probability"])
 @pytest.mark.parametrize("name", ["maple", "vpt", "coop"])
 def test_parts_sum_to_the_gain_picture_by_picture(found, name, measure):
-    split = found[name].split
-    values = split.outcomes[MEASURES.index(measure)]
-    parts = owen_values(values)
-    np.testing.assert_allclose(sum(parts.values()), values[1, 1, 1, 1] - values[0, 0, 0, 0], atol=1e-12)
+    values = found[name].split.outcomes[MEASURES.index(measure)]
+    np.testing.assert_allclose(sum(owen_values(values).values()), values[1, 1, 1, 1] - values[0, 0, 0, 0], atol=1e-12)
     table = gains(found[name], measure)
     assert sum(table[part] for part in PARTS) == pytest.approx(table["both"], abs=1e-12)
     assert sum(table[concept] for concept in CONCEPTS) == pytest.approx(table["both"], abs=1e-12)
@@ -153,8 +151,10 @@ def test_slow_float64_arithmetic_gives_the_same_split(tiny_clip, tiny_sae, scene
         assert {part: float(quick[part]) for part in PARTS} == pytest.approx(slow, abs=5e-3)
 
 
-@pytest.mark.parametrize("run", ["explain", "compare"])
-def test_an_sae_of_another_layer_weights_or_width_is_refused(tiny_clip, scenes, models, run):
+@pytest.mark.parametrize(
+    "refuse", [lambda base, adapted, *rest, **options: explain_gain(base, {"": adapted}, *rest, **options), compare_models]
+)
+def test_an_sae_of_another_layer_weights_or_width_is_refused(tiny_clip, scenes, models, refuse):
     """FAULTS C8: width alone was checked."""
     adapted = models["maple"]
     for metadata, width, match in (
@@ -164,10 +164,7 @@ def test_an_sae_of_another_layer_weights_or_width_is_refused(tiny_clip, scenes, 
     ):
         sae = SparseAutoencoder(width, 2 * width, metadata=metadata)
         with pytest.raises(ValueError, match=match):
-            if run == "explain":
-                explain_gain(tiny_clip, {"maple": adapted}, sae, scenes, LAYER, progress=False)
-            else:
-                compare_models(tiny_clip, adapted, sae, scenes, LAYER, progress=False)
+            refuse(tiny_clip, adapted, sae, scenes, LAYER, progress=False)
 
 
 def test_links_are_attributions(tiny_clip, tiny_sae, scenes, models, found):

@@ -26,9 +26,7 @@ def small(tmp_path):
 
 def test_cells_are_fitted_measured_and_kept(small, tiny_clip, tiny_sae, tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr(
-        protocol, "feature_forms", lambda clip, *rest, **options: read.append(clip) or feature_forms(clip, *rest, **options)
-    )
+    monkeypatch.setattr(protocol, "feature_forms", lambda clip, *rest: read.append(clip) or feature_forms(clip, *rest))
     monkeypatch.setattr(grid, "current_commit", lambda: "abc")
     chosen = cells([TASK], ["zero-shot", "linear", "lora"], [1, 2])
     measured = {cell: row for cell, row, _ in grid.run(Protocol(small, tiny_clip, tiny_sae, n_images=36, progress=False), chosen)}
@@ -67,12 +65,8 @@ def test_cells_are_fitted_measured_and_kept(small, tiny_clip, tiny_sae, tmp_path
 
 
 def row(base: str, novel: str):
-    return {
-        "right": {"base": dict.fromkeys(FORMS, base), "novel": dict.fromkeys(FORMS, novel)},
-        "n_classes": {"base": 2, "novel": 2},
-        "fit_seconds": 1.0,
-        "commit": "abc",
-    }
+    right = {"base": dict.fromkeys(FORMS, base), "novel": dict.fromkeys(FORMS, novel)}
+    return {"right": right, "n_classes": {"base": 2, "novel": 2}, "fit_seconds": 1.0, "commit": "abc"}
 
 
 def test_the_table_averages_seeds_and_tasks():

@@ -6,16 +6,7 @@ import pandas as pd
 import pytest
 
 from patchsae_utils.config import load_profile
-from patchsae_utils.tables import (
-    QUANTILES,
-    STATISTICS,
-    at_matched_l0,
-    by_layer,
-    frontier,
-    load_benchmark,
-    load_table,
-    planted_and_found,
-)
+from patchsae_utils.tables import QUANTILES, STATISTICS, at_matched_l0, by_layer, frontier, load_benchmark, load_table, planted_and_found
 
 
 def row(axis: str, value: str, l0: float = 30.0, ap: float = 0.3, layer: int = 4, **other) -> dict:
@@ -51,15 +42,9 @@ def test_the_committed_tables_and_benchmarks_are_found(tmp_path):
 
 def test_the_frontier_compares_like_with_like():
     row = {"layer": 4, "expansion": 16, "tokens": "all", "activation": "relu", "l0_all": 30.0, "axis": "seed", "value": "0"}
-    others = [
-        {"axis": "layer", "layer": 1},
-        {"axis": "tokens", "tokens": "cls"},
-        {"axis": "ghost"},
-        {"axis": "topk", "activation": "topk", "l0_all": 16.0},
-    ]
-    table = pd.DataFrame([row, *({**row, **other} for other in others), {**row, "axis": "lambda", "l0_all": 20.0}])
-    kept = frontier(table)
-    assert list(kept["axis"]) == ["lambda", "seed", "topk"]
+    others = [{"axis": "layer", "layer": 1}, {"axis": "tokens", "tokens": "cls"}, {"axis": "ghost"}, {"axis": "lambda", "l0_all": 20.0},
+              {"axis": "topk", "activation": "topk", "l0_all": 16.0}]  # fmt: skip
+    assert list(frontier(pd.DataFrame([row, *({**row, **other} for other in others)]))["axis"]) == ["lambda", "seed", "topk"]
 
 
 def test_variants_are_compared_where_they_are_as_sparse():
