@@ -73,21 +73,14 @@ def ica_dictionary(x: Tensor) -> Dictionary:
     return projections("ICA", np.concatenate([fit.components_, -fit.components_]), fit.mean_)
 
 
-def kmeans_directions(x: Tensor, n: int, *, cosine: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Unit directions [n, D] from the mean of the tokens to the centroids of k-means (``cosine``: of unit-norm tokens), and that mean."""
+def kmeans_dictionary(x: Tensor, n: int) -> Dictionary:
+    """Lengths of centred tokens along unit directions to the centroids of k-means, 0 where they are negative: n features."""
     if len(x) < n:
         raise ValueError(f"k-means needs a token for each of the {n} centroids, got {len(x)}. Sample more patches.")
     mean = x.mean(0)
-    z = x - mean
-    if cosine:
-        z = z / z.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    fit = MiniBatchKMeans(n, init="random", n_init=1, batch_size=8192, max_iter=10, random_state=0).fit(z.numpy())
-    return fit.cluster_centers_ / np.maximum(np.linalg.norm(fit.cluster_centers_, axis=1, keepdims=True), 1e-12), mean.numpy()
-
-
-def kmeans_dictionary(x: Tensor, n: int) -> Dictionary:
-    """Lengths of centred tokens along the directions of k-means, 0 where they are negative: n features."""
-    return projections("k-means", *kmeans_directions(x, n), relu=True)
+    fit = MiniBatchKMeans(n, init="random", n_init=1, batch_size=8192, max_iter=10, random_state=0).fit((x - mean).numpy())
+    sizes = np.maximum(np.linalg.norm(fit.cluster_centers_, axis=1, keepdims=True), 1e-12)
+    return projections("k-means", fit.cluster_centers_ / sizes, mean.numpy(), relu=True)
 
 
 def nmf_dictionary(x: Tensor) -> Dictionary:

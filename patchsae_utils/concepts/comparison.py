@@ -34,15 +34,12 @@ class Competitor(NamedTuple):
     """One dictionary in the comparison."""
 
     name: str
+    # By ways of reading, its own first: "activations", "pre-activations", "cosine" (of centred tokens and the written directions); "dense",
+    # where there is one way alone; "nearest" and "4 nearest" of k-means.
     readouts: Mapping[str, Dictionary]
-    """Its features by ways of reading: "activations", "pre-activations", "cosine" (of centred tokens and the written directions); "dense",
-    where there is one way alone; "nearest" and "4 nearest" of k-means. The first is its own way."""
-    role: str = "baseline"
-    """"sae", "control" (an SAE trained with a part frozen), "baseline", or "ceiling" (supervised: feature k belongs to concept k)."""
-    reconstruct: Mapping[str, Reconstruct] | None = None
-    """For ways of reading in which the dictionary writes tokens."""
-    patches: tuple[ConceptPatches, ConceptPatches] | None = None
-    """Of its own, when it reads another model: of the same scenes, in the same order."""
+    role: str = "baseline"  # or "sae", "control" (an SAE trained with a part frozen), "ceiling" (supervised: feature k is of concept k)
+    reconstruct: Mapping[str, Reconstruct] | None = None  # for ways of reading in which the dictionary writes tokens
+    patches: tuple[ConceptPatches, ConceptPatches] | None = None  # of the same scenes in the same order, when it reads another model
 
 
 def sae_competitor(

@@ -229,10 +229,9 @@ def precisions(
 
 @torch.no_grad()
 def concept_correlations(features: Activations, *more: sparse.csr_matrix) -> tuple[list[np.ndarray], np.ndarray]:
-    """Pearson correlations [K, S] of features with the patches' masks and with each of some others; 0 where either side is constant.
+    """Pearson correlations [K, S] of features with the patches' masks and some others (0 where a side is constant); effective images [S].
 
-    And the effective number of images where each feature is active, [S]: the squared sum over images of its activation over the sum of
-    squares.
+    Effective is the squared sum over images of a feature's activation over the sum of squares.
     """
     patches, S = features.patches, features.n
     n, n_concepts = patches.masks.shape
@@ -270,10 +269,7 @@ def best_features(
     name: str, role: str, choose: Activations, report: Activations, concepts: np.ndarray, tried: np.ndarray, weights: np.ndarray,
     coarse: bool = False,
 ) -> tuple[pd.DataFrame, np.ndarray]:  # fmt: skip
-    """The best of the features tried [K', n] for each concept on ``choose``; its AP on ``report``, and there in every resample [K', R].
-
-    Features ascend in each row: of equal ones the lower is taken.
-    """
+    """The best of the features tried [K', n], ascending, for each concept on ``choose``; its AP on ``report``, and in resamples [K', R]."""
     ap = precisions(choose, tried.ravel(), np.repeat(concepts, tried.shape[1]))[0].reshape(tried.shape)
     best = np.take_along_axis(tried, ap.argmax(1)[:, None], 1)[:, 0]
     held_out, resampled = precisions(report, best, concepts, weights, coarse)
@@ -323,8 +319,7 @@ def detect_concepts(dictionary: Dictionary, choose: ConceptPatches, report: Conc
 def answers(correlation: np.ndarray, held_out: np.ndarray, null: np.ndarray, spread: np.ndarray, names: np.ndarray) -> pd.DataFrame:
     """The concept that each latent correlates with most, the runner-up, and how often shuffled pictures (``null``, all [K', S]) do as well.
 
-    Latents active in few images correlate more by chance: each is compared with the ``N_PEERS`` that are active in about as many
-    (``spread`` [S]).
+    Each is compared with the ``N_PEERS`` that are active in about as many images (``spread`` [S]): few images correlate more by chance.
     """
     latents, order = np.arange(correlation.shape[1]), np.argsort(-correlation, axis=0, kind="stable")
     best, score = correlation[order[0], latents], held_out[order[0], latents]

@@ -132,12 +132,9 @@ class Vocabulary(NamedTuple):
     """Words that may become names."""
 
     words: tuple[str, ...]
-    kinds: tuple[str, ...]
-    """Of each word: object, category, color, background or texture."""
-    embeddings: Tensor
-    """[V, d_embed] unit vectors."""
-    class_index: tuple[int, ...]
-    """Class of each word in the data set, -1 where it is none."""
+    kinds: tuple[str, ...]  # of each word: object, category, color, background or texture
+    embeddings: Tensor  # [V, d_embed] unit vectors
+    class_index: tuple[int, ...]  # class of each word in the data set, -1 where it is none
 
 
 def make_vocabulary(clip, dataset) -> Vocabulary:

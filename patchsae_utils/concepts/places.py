@@ -75,12 +75,9 @@ class Localization(NamedTuple):
     """One row a concept: concept, kind, name, n_patches, n_images; latent (of highest AP), ap_choose, ap; iou_latent (of highest IoU),
     threshold, iou_choose, iou; pointing (share of its images where the latent's most active patch lies on it), pointing_chance (a random
     patch)."""
-    by_image: dict[str, tuple[np.ndarray, np.ndarray]]
-    """"iou" and "pointing": what each reported image adds to numerator and denominator, two arrays [rows, n_images]."""
-    matrix: ConceptMatrix
-    """On the choosing scenes; all latents, the concepts of the rows in their order."""
-    features: Activations
-    """On the reported scenes."""
+    by_image: dict[str, tuple[np.ndarray, np.ndarray]]  # "iou", "pointing": each image's numerator and denominator [rows, n_images]
+    matrix: ConceptMatrix  # on the choosing scenes; all latents, the concepts of the rows in their order
+    features: Activations  # on the reported scenes
 
     def table(self) -> pd.DataFrame:
         """Means by kind of concept ("all" last): kind, n_concepts, ap, iou, pointing, pointing_chance; 95 % over images, centred."""

@@ -57,11 +57,7 @@ def probe_dictionary(weights: Tensor, bias: Tensor) -> Dictionary:
 
 
 def train_probes(tokens: Tensor, masks: sparse.csr_matrix, choose: ConceptPatches) -> tuple[Tensor, Tensor]:
-    """Probes of masks [N, K] on tokens [N, D]: weights [K, D], bias [K].
-
-    The best of ridge regression at the strengths ``RIDGE`` and of :func:`logistic_probes`; of concepts that ``choose`` doesn't show the
-    last.
-    """
+    """Weights [K, D] and bias [K]: of ridge and :func:`logistic_probes` the best on ``choose``; of concepts it doesn't show the last."""
     mean = tokens.mean(0)
     covariance, cross = moments(tokens, masks, mean)
     scale = float(np.trace(covariance)) / len(covariance)
@@ -86,10 +82,7 @@ def moments(tokens: Tensor, masks: sparse.csr_matrix, mean: Tensor) -> tuple[np.
 
 
 def logistic_probes(tokens: Tensor, masks: sparse.csr_matrix, mean: Tensor, covariance: np.ndarray) -> list[np.ndarray]:
-    """Logistic regression of every concept, all at once, by Adam on whitened tokens with a rate that falls to 0.
-
-    Read half way and at the end: two arrays [K, D] for centred tokens, biases left out.
-    """
+    """Logistic regression of all concepts by Adam on whitened tokens: weights [K, D] for centred tokens, half way and at the end."""
     spread, directions = np.linalg.eigh(covariance)
     whiten = torch.from_numpy(directions / np.sqrt(np.maximum(spread, 1e-9 * spread.max()))).float()
     share = np.asarray(masks.mean(0)).ravel()

@@ -39,10 +39,8 @@ class Shipped(NamedTuple):
 
     sae: SparseAutoencoder
     summary: LatentSummary
-    names: pd.DataFrame
-    """latent, name, kind, score of the latents that have a name."""
-    likeness: Likeness
-    """Monosemanticity of the SAE's latents alone; embeddings by CLIP alone."""
+    names: pd.DataFrame  # latent, name, kind, score of the latents that have a name
+    likeness: Likeness  # monosemanticity of the SAE's latents alone; embeddings by CLIP alone
 
 
 def ship(found: Shipped, profile: str, folder: Path = SHIPPED) -> dict[str, Any]:

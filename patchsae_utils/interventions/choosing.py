@@ -12,8 +12,7 @@ from torch import Tensor
 CHOICES = ("oracle", "predicted", "wrong", "dataset", "random", "matched")
 RANKINGS = ("count", "attribution")
 N_NEAREST = 8  # a control is drawn among so many latents that are nearest to the one it stands for
-SILENT, NONE_LEFT = -1, -2
-"""In place of a latent: none, or a control of one that is silent in this image; no other active latent is left that could be a control."""
+SILENT, NONE_LEFT = -1, -2  # in place of a latent: none, or control of one silent in this image; no active latent is left as a control
 
 
 class Choosing:

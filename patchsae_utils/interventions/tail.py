@@ -16,8 +16,7 @@ from .choosing import NONE_LEFT
 
 BATCH = 32  # images at a time, where no caller says otherwise
 PRODUCT_BYTES = 64 * 2**20  # of the largest block of gathered decoder rows
-Tail = Callable[[Residual], Tensor]
-"""Residual -> image features [B, d_embed], not normalised."""
+Tail = Callable[[Residual], Tensor]  # residual -> image features [B, d_embed], not normalised
 
 
 class Read(NamedTuple):
