@@ -15,18 +15,12 @@ def folder(tmp_path):
     return picture_folder(tmp_path, tabby_cat=10, dog=10)
 
 
-# -- the embedded world -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("task", ["all", *openmoji.tasks()])
 def test_scenes_are_balanced_over_classes(task):
-    data = load_dataset(f"openmoji/{task}", "test")
-    assert len(data) == 20 * len(data.class_names)
-    assert torch.bincount(data.labels).unique().tolist() == [20]
-    table = openmoji.class_table()
+    data, table = load_dataset(f"openmoji/{task}", "test"), openmoji.class_table()
+    assert len(data) == 20 * len(data.class_names) and torch.bincount(data.labels).unique().tolist() == [20]
     assert data.class_names == table["name"][data.class_ids].tolist()
-    if task != "all":
-        assert set(table["task"][data.class_ids]) == {task}
+    assert task == "all" or set(table["task"][data.class_ids]) == {task}
 
 
 def test_the_label_is_the_main_object():
@@ -34,8 +28,7 @@ def test_the_label_is_the_main_object():
         data = load_dataset(spec, "val", n_images=20)
         for i in range(20):
             example = data[i]
-            assert example.index == i
-            assert example.label == int(data.labels[i]) == i % len(data.class_names)
+            assert example.index == i and example.label == int(data.labels[i]) == i % len(data.class_names)
             assert data.truth(i).class_ids[-1] == data.class_ids[example.label]
             assert (example.image.mode, example.image.size) == ("RGB", (112, 112))
 
@@ -66,9 +59,6 @@ def test_halves_share_the_classes_and_no_class_is_in_both():
     assert novel.truth(0).class_ids[-1] == novel.class_ids[0] != base.class_ids[0]
 
 
-# -- pictures from outside -----------------------------------------------------------------------------------------------------
-
-
 def test_a_folder_with_train_alone_is_split_as_one_without_splits(folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("alone")
     (root / "train").symlink_to(folder)
@@ -85,8 +75,7 @@ def test_a_subset_is_drawn_by_its_seed(folder):
         data = load_dataset(str(folder), "train", n_images=6, seed=seed)
         return [data[i].image.getpixel((0, 0)) for i in range(len(data))]
 
-    assert len(draw(0)) == 6 and draw(0) == draw(0)
-    assert draw(0) != draw(1)
+    assert len(draw(0)) == 6 and draw(0) == draw(0) != draw(1)
 
 
 def test_a_missing_or_empty_folder_says_what_is_expected(tmp_path):
@@ -106,14 +95,10 @@ def test_classes_are_keyed_by_index_not_by_name():
     assert [novel[i].image.getpixel((0, 0))[0] for i in range(2)] == [0, 4]
 
 
-# -- splits, shots, batches ------------------------------------------------------------------------------------------------------
-
-
 def test_few_shot_takes_the_same_number_of_each_class():
     data = load_dataset("openmoji/sports", "train")
     chosen = few_shot(data, 4, seed=1)
-    assert len(set(chosen)) == 4 * len(data.class_names)
-    assert torch.bincount(data.labels[chosen]).unique().tolist() == [4]
+    assert len(set(chosen)) == 4 * len(data.class_names) and torch.bincount(data.labels[chosen]).unique().tolist() == [4]
     assert chosen == few_shot(data, 4, seed=1) != few_shot(data, 4, seed=2)
     with pytest.raises(ValueError, match="21 shots were asked for"):
         few_shot(data, 21)
@@ -126,9 +111,8 @@ def test_batches_keep_order_and_places(tiny_clip, workers):
     assert [len(batch.images) for batch in found] == [4, 1]
     assert torch.cat([batch.indices for batch in found]).tolist() == [8, 0, 3, 3, 5]
     assert torch.cat([batch.labels for batch in found]).tolist() == data.labels[[8, 0, 3, 3, 5]].tolist()
-    assert torch.equal(
-        torch.cat([batch.images for batch in found]), torch.stack([tiny_clip.preprocess(data[i].image) for i in (8, 0, 3, 3, 5)])
-    )
+    images = torch.stack([tiny_clip.preprocess(data[i].image) for i in (8, 0, 3, 3, 5)])
+    assert torch.equal(torch.cat([batch.images for batch in found]), images)
 
 
 def test_unknown_names_are_answered_with_the_valid_ones(folder):
@@ -143,9 +127,6 @@ def test_unknown_names_are_answered_with_the_valid_ones(folder):
     ):
         with pytest.raises(ValueError, match=message):
             load_dataset(spec, split, half=half)
-
-
-# -- templates ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_templates_suit_the_data_set():

@@ -127,9 +127,6 @@ def test_masks_of_a_single_picture(tiny_clip, tiny_sae, tmp_path):
         latent_masks(tiny_clip, tiny_sae, "nowhere.png", [0], -2)
 
 
-# -- Hugging Face ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """``serve(train={column: values}, ...)`` makes data sets of ``datasets`` in memory; ``features`` are those of all columns."""
@@ -139,9 +136,8 @@ def hub(monkeypatch, tmp_path):
         served.clear()
         served.update({name: datasets.Dataset.from_dict(columns, datasets.Features(features)) for name, columns in rows.items()})
 
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda _, split, streaming=False: served[split].to_iterable_dataset() if streaming else served[split]
-    )
+    load = lambda _, split, streaming=False: served[split].to_iterable_dataset() if streaming else served[split]  # noqa: E731
+    monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda _: list(served))
     monkeypatch.setenv("PATCHSAE_DATA", str(tmp_path))
     return serve
@@ -175,11 +171,8 @@ def test_each_kind_of_label_of_the_hub(hub, tiny_clip, tiny_sae, features, value
 
 def test_classes_of_plain_columns_are_those_of_all_splits_and_gaps_are_left_out(hub):
     """FAULTS A1, A3: a split that lacks a class; None, empty and -1."""
-    hub(
-        {"image": PICTURE, "label": TEXT},
-        train={"image": pictures(3), "label": ["a", "c", None]},
-        test={"image": pictures(2), "label": ["b", ""]},
-    )
+    rows = {"train": {"image": pictures(3), "label": ["a", "c", None]}, "test": {"image": pictures(2), "label": ["b", ""]}}
+    hub({"image": PICTURE, "label": TEXT}, **rows)
     with pytest.warns(UserWarning, match="1 of . rows .* have no label"):
         train, test = load_dataset("hf:a/b", "train"), load_dataset("hf:a/b", "test")
     assert train.class_names == test.class_names == ["a", "b", "c"] and (train.labels.tolist(), test.labels.tolist()) == ([0, 2], [1])

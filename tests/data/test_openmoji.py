@@ -39,29 +39,19 @@ def to_patches(pixels):
     return pixels.reshape(14, 8, 14, 8, *rest).swapaxes(1, 2).reshape(14, 14, 64, *rest)
 
 
-# -- the class table --------------------------------------------------------------------------------------------------------
-
-
 def test_the_table_holds_what_the_design_asks_for():
     table = openmoji.class_table()
     assert list(table.columns) == ["codepoint", "name", "task", "half", "category", "tier"]
-    assert len(table) >= 300
-    assert not table.isna().any().any()
-    assert len(openmoji.tasks()) >= 8
+    assert len(table) >= 300 and not table.isna().any().any() and len(openmoji.tasks()) >= 8
     assert table["codepoint"].is_unique and table["name"].is_unique
-    assert set(table["half"]) == {"base", "novel"}
-    assert set(table["tier"]) == {"common", "occasional", "rare"}
+    assert set(table["half"]) == {"base", "novel"} and set(table["tier"]) == {"common", "occasional", "rare"}
     assert table.equals(table.sort_values(["task", "name"], ignore_index=True))
     for task, rows in table.groupby("task"):
-        half = -(-len(rows) // 2)
-        assert len(rows) >= 20
-        assert rows["half"].tolist() == ["base"] * half + ["novel"] * (len(rows) - half)  # sorted names: the first half is base
+        half = -(-len(rows) // 2)  # sorted names: the first half is base
+        assert len(rows) >= 20 and rows["half"].tolist() == ["base"] * half + ["novel"] * (len(rows) - half)
         if task in ("instruments", "tools"):  # the control: features of these objects exist, their names are barely known
             assert set(rows["tier"]) == {"rare"}
     assert (table["tier"] == "common").mean() > 0.5
-
-
-# -- determinism -------------------------------------------------------------------------------------------------------------
 
 
 def test_another_process_draws_the_same_bytes():
@@ -89,9 +79,6 @@ def test_splits_and_seeds_are_disjoint():
                 picture = openmoji.render(scene(index, split=split, seed=seed)).tobytes()
                 assert picture not in seen, f"{(split, seed, index)} repeats {seen.get(picture)}"
                 seen[picture] = (split, seed, index)
-
-
-# -- ground truth ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["main", "several"])
@@ -135,8 +122,7 @@ def test_palette_colours_are_those_of_the_pixels():
                 continue  # bright scenes saturate
             nearest = names[np.abs(tints - middle).sum(1).argmin()]
             right, filled = right + (nearest == openmoji.COLORS[color]), filled + 1
-    assert filled > 200
-    assert right / filled > 0.97
+    assert filled > 200 and right / filled > 0.97
 
 
 def test_outlines_and_black_fills_are_dark():
@@ -151,11 +137,9 @@ def test_outlines_and_black_fills_are_dark():
 
 
 def test_later_objects_hide_earlier_ones():
-    a = openmoji.Placement(0, 56, 56, 60.0, 0.0, False)
-    b = openmoji.Placement(1, 56, 56, 90.0, 0.0, False)
+    a, b = openmoji.Placement(0, 56, 56, 60.0, 0.0, False), openmoji.Placement(1, 56, 56, 90.0, 0.0, False)
     drawn = openmoji.Scene(0, (0, 0, 0), 1.0, (a, b), "color")
-    alone = openmoji.scene_truth(drawn._replace(placements=(b,)))
-    both = openmoji.scene_truth(drawn)
+    alone, both = openmoji.scene_truth(drawn._replace(placements=(b,))), openmoji.scene_truth(drawn)
     np.testing.assert_array_equal(both.object_share[1], alone.object_share[0])
     assert both.object_share[0].sum() < 0.3 * openmoji.scene_truth(drawn._replace(placements=(a,))).object_share.sum()
 
@@ -173,8 +157,7 @@ def test_concept_masks_follow_the_shares():
     twice = openmoji.Scene(0, (0, 0, 0), 1.0, (place, place._replace(x=82)), "color")
     mask = openmoji.concept_masks(openmoji.scene_truth(twice))[5]
     assert mask[:, :7].any() and mask[:, 7:].any(), "equal objects add up"
-    names = openmoji.concept_names()
-    table = openmoji.class_table()
+    names, table = openmoji.concept_names(), openmoji.class_table()
     assert len(set(names)) == len(names)
     for index in range(N // 2):
         truth = openmoji.scene_truth(scene(index, layout="several"))
@@ -190,9 +173,6 @@ def test_concept_masks_follow_the_shares():
         np.testing.assert_array_equal(masks["outline"], truth.outline_share >= 0.25)
         objects = np.stack([mask for name, mask in masks.items() if name.startswith("object:")])
         assert objects.sum(0).max() <= 2  # only a tie at one half lets two own a patch
-
-
-# -- domains, layouts ----------------------------------------------------------------------------------------------
 
 
 def test_domains_show_the_same_scenes_as_they_are_called():
@@ -214,8 +194,7 @@ def test_the_main_object_is_large_and_whole_and_several_are_of_similar_size():
     for index in range(N):
         drawn = scene(index)
         main = drawn.placements[-1]
-        assert main.class_id == index * 7 % len(openmoji.class_table())
-        assert main.size == max(p.size for p in drawn.placements)
+        assert main.class_id == index * 7 % len(openmoji.class_table()) and main.size == max(p.size for p in drawn.placements)
         assert openmoji.scene_truth(drawn).object_share[-1].sum() > 8  # patches
         sizes = [p.size for p in scene(index, layout="several").placements]
         assert len(sizes) in (2, 3) and max(sizes) / min(sizes) < 1.6

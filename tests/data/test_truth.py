@@ -40,8 +40,6 @@ def eye(size, grid, steps=None):
     return SimpleNamespace(grid=grid, image_size=size, preprocess=steps or resize, name="eye")
 
 
-# -- the embedded world, exported ---------------------------------------------------------------------------------------------
-
 N = 60
 
 
@@ -115,9 +113,6 @@ def test_the_embedded_world_knows_itself_on_any_grid(grid):
         assert found.shape == (len(data.concept_names), *grid) and set(np.flatnonzero(found.any((1, 2)))) <= set(truth.concepts)
 
 
-# -- crops ---------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("size", [(48, 80), (97, 41), (224, 224), (20, 30)])
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
 def test_masks_take_the_way_of_the_picture(size, mode):
@@ -154,9 +149,6 @@ def test_masks_are_turned_with_their_photograph(tmp_path, orientation, stored):
     spec = coco(tmp_path / "c.json", [given.shape, (20, 40), (20, 40)], [(0, 1, rle(given))], [{"id": 1, "name": "it"}])
     data = next(each for each in (load_dataset(spec, split) for split in ("train", "val", "test")) if each.rows.tolist() == [0])
     np.testing.assert_array_equal(data.truth(0).masks[0], upright)
-
-
-# -- what files hold -------------------------------------------------------------------------------------------------------------
 
 
 def blank(root, n, size=(16, 16)):
