@@ -19,8 +19,8 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# What the browser is called on Debian, on older Ubuntu, and by Google. Playwright's own download is not needed.
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-"""What the browser is called on Debian, on older Ubuntu, and by Google. Playwright's own download is not needed."""
 
 # No sandbox: build machines often run as root. The rest keeps the browser from calling anybody.
 FLAGS = (

@@ -22,15 +22,11 @@ import psutil
 from benchmarks.browser import chromium, voila
 from benchmarks.common import parser, report
 
+# Medians, for the default profile; the large world may take twice as long. What has no target is measured beside them.
 TARGETS_MS = {"heat map": 50, "patch latents": 150, "steering step": 400}
-"""Medians, for the default profile; the large world may take twice as long. What has no target is measured beside them."""
-FIRST_USE_MS = 2000
-"""Of an image that was never shown, with 49,152 latents."""
-GROWTH = 0.05
-"""Share by which memory may exceed its half-way value at the end: what garbage collection leaves to chance."""
-
-PAUSE_MS = 700
-"""Between interactions: a visitor looks, and meanwhile Python looks ahead."""
+FIRST_USE_MS = 2000  # of an image that was never shown, with 49,152 latents
+GROWTH = 0.05  # share by which memory may exceed its half-way value at the end: what garbage collection leaves to chance
+PAUSE_MS = 700  # between interactions: a visitor looks, and meanwhile Python looks ahead
 
 WORLDS = {
     "openmoji": """
@@ -96,7 +92,6 @@ PAGE = """
   };
 })()
 """
-
 
 SHOWN = """document.querySelector('.psx-patch .psx-pick') && document.querySelector('.psx-steering .psx-odds li')
   || document.body.innerText.includes('Traceback (most recent call last)')"""

@@ -24,8 +24,7 @@ from patchsae_utils.sae.model import SparseAutoencoder
 
 from .common import noise, read_options, report, set_l0
 
-KS = (1, 2, 5, 10, 50, 100, 500, 1000, 2000, 10_000)
-"""Ten numbers of latents, as in the paper's figure; on and off make twenty masks."""
+KS = (1, 2, 5, 10, 50, 100, 500, 1000, 2000, 10_000)  # latents, as in the paper's figure; on and off make twenty masks
 LAYER = -2
 
 

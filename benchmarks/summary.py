@@ -14,10 +14,8 @@ import torch
 
 from benchmarks.common import in_subprocess, noise, peak_memory, read_options, report, set_l0
 
-MEMORY_LIMIT = 4e9
-"""Bytes: the target at batch 128 and 49,152 latents."""
-SCENES_LIMIT = 180.0
-"""Seconds: the target for 5,000 scenes of the default profile on two CPU cores."""
+MEMORY_LIMIT = 4e9  # bytes: the target at batch 128 and 49,152 latents
+SCENES_LIMIT = 180.0  # seconds: the target for 5,000 scenes of the default profile on two CPU cores
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
@@ -123,7 +121,6 @@ def textbook(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 SIDES = {"ours": ours, "textbook": textbook, "scenes": scenes}
-
 
 if __name__ == "__main__":
     main()

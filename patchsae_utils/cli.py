@@ -55,9 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m patchsae_utils", description="PatchSAE's stages, one command each.", epilog=_EPILOG, formatter_class=layout
-    )
+    what = "PatchSAE's stages, one command each."
+    parser = argparse.ArgumentParser(prog="python -m patchsae_utils", description=what, epilog=_EPILOG, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     # Shown in the help and in errors; main hands them on.
     commands.add_parser("notebooks", help="run the notebooks in order (the same as python -m patchsae_utils.reproduce)", add_help=False)
@@ -251,13 +250,8 @@ def _info(options: argparse.Namespace) -> dict[str, Any]:
 
 def _short(manifest: dict[str, Any]) -> dict[str, Any]:
     """A manifest with its long lists counted."""
-
-    def shown(value: Any) -> Any:
-        if isinstance(value, list | dict) and len(value) > _LONG:
-            return f"{len(value)} entries"
-        return {key: shown(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-    return {key: shown(value) for key, value in manifest.items()}
+    long = {key: f"{len(value)} entries" for key, value in manifest.items() if isinstance(value, list | dict) and len(value) > _LONG}
+    return {key: long.get(key) or (_short(value) if isinstance(value, dict) else value) for key, value in manifest.items()}
 
 
 def _text(result: Any, indent: str = "") -> str:
@@ -270,8 +264,6 @@ def _text(result: Any, indent: str = "") -> str:
             lines.append(f"{indent}{name}:\n{pd.DataFrame(value).to_string(index=False)}")
         elif isinstance(value, list):
             lines.append(f"{indent}{name}: " + ("".join(f"\n{indent}  - {item}" for item in value) or "nothing"))
-        elif isinstance(value, dict):
-            lines.append(f"{indent}{name}:\n{_text(value, indent + '  ')}")
         else:
-            lines.append(f"{indent}{name}: {value}")
+            lines.append(f"{indent}{name}:" + (f"\n{_text(value, indent + '  ')}" if isinstance(value, dict) else f" {value}"))
     return "\n".join(lines)

@@ -87,12 +87,9 @@ def _disk(profile: Profile) -> int:
 def _needs(profile: Profile, clip: ClipModel, sets: dict[str, Any]) -> dict[str, int]:
     """Bytes that the large stages take: on the disk (activations) and of memory, beyond model and batch (SAE, statistics of the latents)."""
     d_sae = profile.sae.expansion_factor * clip.width
-    n_images, n_classes = (
-        (len(sets["train"]) if "train" in sets else 0),
-        (len(sets["statistics"].class_names) if "statistics" in sets else 0),
-    )
+    n_classes = len(sets["statistics"].class_names) if "statistics" in sets else 0
     return {
-        "activations": 2 * n_images * clip.n_tokens * clip.width,
+        "activations": 2 * len(sets.get("train", ())) * clip.n_tokens * clip.width,
         "SAE": 4 * 4 * 2 * d_sae * clip.width,  # float32: weights, gradients, two moments
         "statistics of the latents": 8 * d_sae * max(1, n_classes),
     }

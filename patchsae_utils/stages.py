@@ -33,12 +33,10 @@ from .sae.files import load_sae
 from .sae.model import SparseAutoencoder
 from .sae.trainer import train_sae
 
+# What the comparison calls them -> ``TrainConfig.constraint``.
 CONTROLS = {"decoder frozen": "frozen_decoder", "decoder softly frozen": "soft_decoder", "encoder frozen": "frozen_encoder"}
-"""What the comparison calls them -> ``TrainConfig.constraint``."""
-CONTROL_RATE = 1.5e-3
-"""Their rate: from random weights the way is longer; at the rate that suits a start from k-means they would hardly learn, which is no control."""
-ADAPTER_PRECISION = "bf16"
-"""Arithmetic of the image tower while an adapter is fitted: half the time on a CPU; learned weights are float32 either way."""
+CONTROL_RATE = 1.5e-3  # from random weights the way is longer: at the rate that suits a start from k-means they would hardly learn
+ADAPTER_PRECISION = "bf16"  # of the image tower while an adapter is fitted: half the time on a CPU; learned weights are float32 either way
 
 
 def load_world(profile: Profile) -> tuple[ClipModel, int]:
@@ -172,10 +170,9 @@ def trained_controls(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) 
     """
     shorter, store = min(profile.training.n_tokens, 1_000_000), training_store(profile, clip)
     options, found = {name: getattr(sae, name) for name in sae.variant.options}, {}
+    recipe = dataclasses.replace(profile.training, n_tokens=shorter, start="random", lr=max(CONTROL_RATE, profile.training.lr))
     for name, constraint in CONTROLS.items():
-        recipe = dataclasses.replace(
-            profile.training, n_tokens=shorter, start="random", constraint=constraint, lr=max(CONTROL_RATE, profile.training.lr)
-        )
+        recipe = dataclasses.replace(recipe, constraint=constraint)
         out = profile.folder("latents") / "comparison" / constraint
         fresh = SparseAutoencoder(sae.d_in, sae.d_sae, sae.activation, **options, seed=profile.training.seed)
         found[name] = train_sae(fresh, store, recipe, out).requires_grad_(False)
@@ -226,9 +223,8 @@ def is_made(folder: Path) -> bool:
 def missing_artifacts(profile: Profile) -> list[str]:
     """Artifacts that notebook 06 shows and that are not there, each as a sentence that names the notebook that makes it; empty when all are."""
     if explorers_ship(profile):
-        return [
-            "Nothing is made yet: the explorers open on the dictionary that ships with the package, without adapted models (notebook 05 makes them)."
-        ]
+        opened = "the explorers open on the dictionary that ships with the package, without adapted models (notebook 05 makes them)"
+        return [f"Nothing is made yet: {opened}."]
     return [
         f"The {what} is missing: notebook {by} makes it in a few minutes; here it is made on the way."
         for what, (folder, by) in artifacts(profile).items()

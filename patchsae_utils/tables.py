@@ -14,13 +14,10 @@ import pandas as pd
 
 from .config import Profile, repository_root
 
-STATISTICS = ("log_frequency", "log_mean_activation", "label_entropy")
-"""The three numbers of the paper's scatter; logarithms to the base 10."""
-QUANTILES = (10, 25, 50, 75, 90)
-"""Percent of the alive latents."""
+STATISTICS = ("log_frequency", "log_mean_activation", "label_entropy")  # of the paper's scatter; logarithms to the base 10
+QUANTILES = (10, 25, 50, 75, 90)  # percent of the alive latents
 ZERO_SHOT, SHUFFLED = "zero-shot", "maple, shuffled labels"
-MEAN, AVERAGE = "harmonic mean", "average"
-"""Of both halves of the classes; and the task name of the rows over all tasks."""
+MEAN, AVERAGE = "harmonic mean", "average"  # of both halves of the classes; and the task name of the rows over all tasks
 _AP = ["object_ap", "object_ap_low", "object_ap_high"]
 
 

@@ -87,14 +87,11 @@ class AdaptationView(_View):
         self._clip, self._adapters, self._top, self._layer = clip, dict(adapters), top, layer
         self._datasets = dict(datasets) if datasets else {}
         self._opened: dict[str, tuple[Reader, Reader, Tensor, Tensor]] = {}
-        self._sae, self._ready = sae, False
+        self._sae, self._ready = sae, False  # until all that changes has changed: one picture for all
         self._weights = None if summary is None else torch.from_numpy(distinctiveness(summary))
         self._said: tuple[Any, tuple[np.ndarray, np.ndarray]] | None = None
-        task = traits.setdefault("task", next(iter(adapters)))
-        self._check_known(task)
-        traits.setdefault("image", 0)
-        traits = {"kind": "adaptation", "tasks": list(adapters), "mode": "heat", **traits}
-        super().__init__(clip, sae, None, self._data(task), names, layer, **traits)
+        traits = {"kind": "adaptation", "tasks": list(adapters), "mode": "heat", "task": next(iter(adapters)), "image": 0, **traits}
+        super().__init__(clip, sae, None, self._data(self._check_known(traits["task"])), names, layer, **traits)
         self._ready = True
         self._show()
         self.observe(self._new_task, "task")
@@ -124,11 +121,8 @@ class AdaptationView(_View):
         gain = scores[1] - scores[0]
         halved, doubled = (means[0] > 0) & (2 * means[1] <= means[0]), (means[1] > 0) & (2 * means[0] <= means[1])
         both = (means > 0).all(0) & ~halved & ~doubled
-        groups = {
-            "common": _largest(scores.min(0).values, both, self._top),
-            "base": _largest(-gain, halved, self._top // 2),
-            "adapted": _largest(gain, doubled, self._top // 2),
-        }
+        groups = {"common": _largest(scores.min(0).values, both, self._top), "base": _largest(-gain, halved, self._top // 2)}
+        groups["adapted"] = _largest(gain, doubled, self._top // 2)
         listed = list(dict.fromkeys([*sum(groups.values(), []), *([self.latent] if self.latent >= 0 else [])]))
         if self._said is None or self._said[0] != (self.task, self.image):
             self._said = ((self.task, self.image), (self._probabilities(base, heads[0]), self._probabilities(adapted, heads[1])))
@@ -161,7 +155,7 @@ class AdaptationView(_View):
         return self._opened[task]
 
     def _new_task(self, _: Any) -> None:
-        self._ready = False  # one picture for all that changes
+        self._ready = False
         self.image = 0
         self._ready = True
         self._show()

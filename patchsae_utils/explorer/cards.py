@@ -22,8 +22,6 @@ from .reader import Reader
 
 # Sort orders of latents that a summary knows, and whether the largest comes first.
 ORDERS = {"frequency": True, "mean_activation": True, "label_entropy": False}
-# Those that need more, the largest first: how alike a latent's images are, and how well its name fits.
-MEASURES = ("monosemanticity", "score")
 
 
 class Name(NamedTuple):
@@ -217,13 +215,6 @@ def patch_card(
     )  # fmt: skip
 
 
-def patch_tops(reader: Reader, image: int, scores: Tensor, signed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The strongest latents of every patch of an image, for lists that follow the pointer."""
-    scores = scores[1:]
-    top = (scores.abs() if signed else scores).topk(min(8, scores.shape[1]), dim=1).indices
-    return top.numpy().astype(np.uint32), (scores if signed else reader.latents(image)[1:]).gather(1, top).numpy()
-
-
 def _strongest(scores: Tensor, h: Tensor | None) -> list[tuple[int, float]]:
     """The first latents by score and their activations; without these, by size, and the scores themselves."""
     top = (scores.abs() if h is None else scores).topk(min(8, len(scores))).indices
@@ -250,3 +241,32 @@ def encode_heats(heats: np.ndarray) -> tuple[bytes, float]:
         raise ValueError("Heat maps hold activations: finite and not negative. Pass latents after the SAE's nonlinearity.")
     scale = float(heats.max(initial=0.0)) or 1.0
     return np.round(255 * np.sqrt(heats / scale)).astype(np.uint8).tobytes(), scale
+
+
+def reference_message(card: LatentCard | EffectCard | None) -> dict[str, Any]:
+    """Reference images as the page wants them."""
+    heats, scale = (b"", 1.0) if card is None else encode_heats(card.heats)
+    rows = [] if card is None else zip(card.images, card.labels, card.values, card.pictures, strict=True)
+    return {
+        "images": [{"index": int(i), "label": label, "value": f"{value:.3g}", "jpeg": encode_picture(p)} for i, label, value, p in rows],
+        "heats": heats, "scale": scale,
+        "note": "Choose a latent." if card is None else "" if len(card.images) else "No image of the data set activates this latent.",
+    }  # fmt: skip
+
+
+def patch_message(card: PatchCard, signed: bool) -> dict[str, Any]:
+    """A card as the page wants it, with the heat maps of all listed latents: choosing one of them needs no answer from Python."""
+    heat, scale = encode_heats(card.heat[None])
+    listed = [encode_heats(one[None]) for one in card.listed]
+
+    def entries(latents):
+        form = "+.2g" if signed else ".3g"
+        return [{"latent": i, "name": str(card.names.get(i) or ""), "value": value, "text": f"{value:{form}}"} for i, value in latents]
+
+    return {name: getattr(card, name) for name in ("image", "label", "patch", "latent")} | {
+        "jpeg": encode_picture(card.picture), "name": str(card.names.get(card.latent) or ""), "heat": heat, "scale": scale,
+        "most": f"{card.heat.max():.3g}", "cls": f"{card.cls:.3g}", "patches": list(card.patches),
+        "patch_latents": entries(card.patch_latents), "image_latents": entries(card.image_latents),
+        "listed": [latent for latent, _ in card.patch_latents + card.image_latents],
+        "listed_heats": b"".join(codes for codes, _ in listed), "listed_scales": [scale for _, scale in listed],
+    }  # fmt: skip

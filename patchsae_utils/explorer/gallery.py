@@ -61,9 +61,7 @@ def export_gallery(
     entries = []
     for latent in tqdm(chosen.tolist(), desc="gallery"):
         card = latent_card(reader, summary, latent, known, k=N_IMAGES, n_classes=3, n_neighbors=0)
-        for image, picture in zip(card.images.tolist(), card.pictures, strict=True):
-            if image not in pictures:
-                pictures[image] = _jpeg(picture)
+        pictures |= {i: _jpeg(picture) for i, picture in zip(card.images.tolist(), card.pictures, strict=True) if i not in pictures}
         heats, scale = encode_heats(card.heats)
         sorts = {name: getattr(card, name) for name in ORDERS} | {"score": card.name.score if card.name else None}
         entries.append({
@@ -77,14 +75,10 @@ def export_gallery(
         "tau": float(summary.tau), "order": order, "ascending": [name for name, largest_first in ORDERS.items() if not largest_first],
     }  # fmt: skip
     note = f"{len(entries)} of {int((~summary.dead).sum())} living latents, strongest images of {summary.n_images} first."
-    page = _PAGE.format(
-        title=html.escape(title),
-        note=html.escape(note + (" Artwork: OpenMoji, CC BY-SA 4.0." if is_openmoji(dataset) else "")),
-        css=styles("gallery.css"),
-        # As JSON in a script element: "<" is the one character that could end it.
-        data=json.dumps(data, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c"),
-        js=module("gallery.js"),
-    )
+    note += " Artwork: OpenMoji, CC BY-SA 4.0." if is_openmoji(dataset) else ""
+    # As JSON in a script element: "<" is the one character that could end it.
+    text = json.dumps(data, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
+    page = _PAGE.format(title=html.escape(title), note=html.escape(note), css=styles("gallery.css"), data=text, js=module("gallery.js"))
     with atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return Path(path)

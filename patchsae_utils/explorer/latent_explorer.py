@@ -12,24 +12,13 @@ import traitlets as t
 
 from ..data import templates_for
 from ..run.artifacts import atomic_file
-from .cards import (
-    MEASURES,
-    ORDERS,
-    EffectCard,
-    LatentCard,
-    Name,
-    effect_card,
-    encode_heats,
-    encode_picture,
-    first_sight,
-    latent_card,
-    living,
-    read_names,
-)  # fmt: skip
+from .cards import ORDERS, EffectCard, LatentCard, Name, effect_card, first_sight, latent_card, living, read_names, reference_message
 from .reader import EDGES
 from .search import TextSearch
 from .widgets import SelectionError, _View, encode_names, measures_of, module
 
+# Sort orders beyond a summary's, the largest first: how alike a latent's images are, and how well its name fits.
+MEASURES = ("monosemanticity", "score")
 NOTES = ("latent", "star", "name", "note")  # columns of the file of one's own words
 
 
@@ -82,10 +71,9 @@ class LatentExplorer(_View):
             self._rename(read_names(table, self._reader.d_sae))
             self.kept = {str(row.pop("latent")): row for row in table[list(NOTES)].to_dict("records")}
         self._measures = measures_of(self._names, likeness, self._reader.d_sae)
-        self._find = None
-        if likeness is not None and clip.has_text:
-            self._find = TextSearch(clip, summary, likeness.embeddings, templates_for(dataset.spec))
-        self.searches = self._find is not None
+        searches = likeness is not None and clip.has_text
+        self._find = TextSearch(clip, summary, likeness.embeddings, templates_for(dataset.spec)) if searches else None
+        self.searches = searches
         self.sorts = [*ORDERS, *self._measures]
         self._check_known(self.sort)
         self._sort()
@@ -204,17 +192,6 @@ def effect_message(card: EffectCard, names: Mapping[int, Name]) -> dict[str, Any
         "pushes": [[name, *found[:3]] for name, found in card.pushes],
         "together": [[latent, str(names.get(latent) or ""), r] for latent, r in card.together],
     }  # fmt: skip
-
-
-def reference_message(card: LatentCard | EffectCard | None) -> dict[str, Any]:
-    """Reference images as the page wants them."""
-    heats, scale = (b"", 1.0) if card is None else encode_heats(card.heats)
-    rows = [] if card is None else zip(card.images, card.labels, card.values, card.pictures, strict=True)
-    return {
-        "images": [{"index": int(i), "label": label, "value": f"{value:.3g}", "jpeg": encode_picture(p)} for i, label, value, p in rows],
-        **{"heats": heats, "scale": scale},
-        "note": "Choose a latent." if card is None else "" if len(card.images) else "No image of the data set activates this latent.",
-    }
 
 
 def latent_facts(card: LatentCard) -> list[list[str]]:

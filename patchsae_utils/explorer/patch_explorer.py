@@ -5,23 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import traitlets as t
 from torch import Tensor
 
-from .cards import (
-    RANKS,
-    LatentCard,
-    PatchCard,
-    distinctiveness,
-    encode_heats,
-    encode_picture,
-    first_sight,
-    latent_card,
-    patch_card,
-    patch_tops,
-)
-from .latent_explorer import reference_message
+from .cards import RANKS, LatentCard, PatchCard, distinctiveness, first_sight, latent_card, patch_card, patch_message, reference_message
 from .reader import read_upload
 from .widgets import SelectionError, _View, module
 
@@ -57,15 +46,14 @@ class PatchExplorer(_View):
     n_images = t.Int().tag(sync=True)
 
     def __init__(self, clip: Any, sae: Any, summary: Any, dataset: Any, names: Any = None, layer: int = -2, **traits: Any):
-        n = len(dataset)
         self._last: tuple[Any, ...] | None = None
         self._explained: tuple[Any, Any] = (None, None)
         self._upload = (-1, "")  # the picture of one's own: its index for the reader, its name
-        if n == 0:
+        if not len(dataset):
             raise ValueError(f"{dataset.spec!r} ({dataset.split}) holds no images.")
         classes = list(dataset.class_names) if clip.has_text else []
         can = {"distinctive": summary is not None, "prediction": bool(classes)}
-        traits |= {"kind": "patch", "n_images": n, "classes": classes}
+        traits |= {"kind": "patch", "n_images": len(dataset), "classes": classes}
         super().__init__(clip, sae, summary, dataset, names, layer, ranks=[rank for rank in RANKS if can.get(rank, True)], **traits)
         if summary is not None and not {"image", "patch", "patches", "latent"} & set(traits):
             self.latent = first_sight(summary, self._names)  # at its strongest place, as in a LatentExplorer
@@ -79,7 +67,7 @@ class PatchExplorer(_View):
         self._show_references()
         self.observe(self._one_patch, "patch")
         self.observe(self._many_patches, "patches")
-        self.observe(self._new_image, ["image", "uploaded"])
+        self.observe(lambda _: setattr(self, "uploaded", ""), "image")
         self.observe(lambda _: self._show_tops(), ["image", "uploaded", "rank", "target"])
         self.observe(lambda _: self._show(), ["image", "uploaded", "patch", "patches", "latent", "rank", "target"])
         self.observe(lambda _: self._show_references(), "latent")
@@ -140,17 +128,14 @@ class PatchExplorer(_View):
     @property
     def prediction(self) -> tuple[str, float] | None:
         """The explained class and its probability in this image; None where lists are sorted otherwise."""
-        if not self._signed:
-            return None
-        _, probabilities, target = self._owed
-        return self.classes[target], float(probabilities[target])
+        _, probabilities, target = self._owed if self._signed else (None, None, -1)
+        return None if probabilities is None else (self.classes[target], float(probabilities[target]))
 
     @property
     def references(self) -> LatentCard | None:
         """The chosen latent's own card, with five reference images; None without a latent or a summary."""
-        if self.latent < 0 or self._summary is None:
-            return None
-        return latent_card(self._reader, self._summary, self.latent, self._names, k=5)
+        known = self.latent >= 0 and self._summary is not None
+        return latent_card(self._reader, self._summary, self.latent, self._names, k=5) if known else None
 
     @property
     def _shown_image(self) -> int:
@@ -189,8 +174,10 @@ class PatchExplorer(_View):
         self.found = reference_message(self.references)
 
     def _show_tops(self) -> None:
-        latents, values = patch_tops(self._reader, self._shown_image, self._scores(), self._signed)
-        self.tops = {"latents": latents.tobytes(), "values": values.tobytes(), "n": latents.shape[1]}
+        scores = self._scores()[1:]
+        top = (scores.abs() if self._signed else scores).topk(min(8, scores.shape[1]), dim=1).indices
+        values = (scores if self._signed else self._reader.latents(self._shown_image)[1:]).gather(1, top)
+        self.tops = {"latents": top.numpy().astype(np.uint32).tobytes(), "values": values.numpy().tobytes(), "n": top.shape[1]}
 
     def _one_patch(self, change: Any) -> None:
         if self.patch not in self.patches:
@@ -200,29 +187,5 @@ class PatchExplorer(_View):
         if self.patch not in self.patches:
             self.patch = self.patches[-1] if self.patches else -1
 
-    def _new_image(self, change: Any) -> None:
-        if change["name"] == "image":
-            self.uploaded = ""
-
     def _on_upload(self, content: Mapping, buffers: list) -> None:
         self.upload(buffers[0], str(content.get("name", "")))
-
-
-def patch_message(card: PatchCard, signed: bool = False) -> dict[str, Any]:
-    """A card as the page wants it, with the heat maps of all listed latents: choosing one of them needs no answer from Python."""
-    heat, scale = encode_heats(card.heat[None])
-    listed = [encode_heats(one[None]) for one in card.listed]
-
-    def entries(latents):
-        return [
-            {"latent": i, "name": str(card.names.get(i) or ""), "value": value, "text": f"{value:+.2g}" if signed else f"{value:.3g}"}
-            for i, value in latents
-        ]
-
-    return {name: getattr(card, name) for name in ("image", "label", "patch", "latent")} | {
-        "jpeg": encode_picture(card.picture), "name": str(card.names.get(card.latent) or ""), "heat": heat, "scale": scale,
-        "most": f"{card.heat.max():.3g}", "cls": f"{card.cls:.3g}", "patches": list(card.patches),
-        "patch_latents": entries(card.patch_latents), "image_latents": entries(card.image_latents),
-        "listed": [latent for latent, _ in card.patch_latents + card.image_latents],
-        "listed_heats": b"".join(codes for codes, _ in listed), "listed_scales": [scale for _, scale in listed],
-    }  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,11 +95,11 @@ def pointing_sentence(answers: pd.DataFrame) -> str:
     """
     said = {(row.kind, row.answer): percent(row.hits, row.low, row.high) for row in answers.itertuples()}
     chance = answers.groupby("kind", sort=False)["chance"].mean()
-    each = ", ".join(
-        f"the same {kind} in {said[kind, 'distinctive']} (any active latent: {said[kind, 'random']}; any patch: {chance[kind]:.1%})"
-        for kind in chance.index
-    )
-    return f"Followed to another image, the most distinctive latent of a patch finds {each}."
+    each = [
+        f"{kind} in {said[kind, 'distinctive']} (any active latent: {said[kind, 'random']}; any patch: {share:.1%})"
+        for kind, share in chance.items()
+    ]
+    return f"Followed to another image, the most distinctive latent of a patch finds the same {', the same '.join(each)}."
 
 
 def _summarise(records: pd.DataFrame, n_images: int) -> pd.DataFrame:
@@ -108,14 +107,9 @@ def _summarise(records: pd.DataFrame, n_images: int) -> pd.DataFrame:
     for (kind, answer), part in records.groupby(["kind", "answer"], sort=False):
         places, hits = part["place"].to_numpy(), part["hit"].to_numpy()
         with np.errstate(invalid="ignore"):
-            found = interval(partial(_share, places=places, hits=hits), n_images, "images")
+            found = interval(lambda w, at=places, h=hits: (w[:, at] * h).sum(1) / w[:, at].sum(1), n_images, "images")
         rows.append((kind, answer, found.value, found.low, found.high, part["chance"].mean(), len(part)))
     return pd.DataFrame(rows, columns=["kind", "answer", "hits", "low", "high", "chance", "n"])
-
-
-def _share(weights: np.ndarray, places: np.ndarray, hits: np.ndarray) -> np.ndarray:
-    """Weighted share of hits, under weights [R, n_images] of the images that were asked."""
-    return (weights[:, places] * hits).sum(1) / weights[:, places].sum(1)
 
 
 def _shown(dataset: Any, image: int, grid: tuple[int, int]) -> dict[str, np.ndarray]:

@@ -60,6 +60,7 @@ class Reader:
         self._heats: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()
         self._uploads: dict[int, tuple[Image.Image, str]] = {}
         self._n_uploads = 0
+        self._norms = sae.W_dec.detach().norm(dim=1).float().cpu()
 
     def upload(self, picture: Image.Image, name: str, instead: int = -1) -> int:
         """Keep a picture of one's own, ``instead`` of an earlier one; the index under which it is read: -2 or less."""
@@ -80,7 +81,7 @@ class Reader:
         """What CLIP saw of an image: uint8 [h, w, 3]. Reads the picture only."""
         if image in self._images:
             return self._images[image][0]
-        return seen_image(self.clip, self._preprocessed(image)).numpy()
+        return seen_image(self.clip, self.inputs([image])[0]).numpy()
 
     def tokens(self, images: Sequence[int] | np.ndarray) -> Tensor:
         """The residual stream of images: CLS, then the patches [B, 1+P, D]."""
@@ -151,24 +152,15 @@ class Reader:
 
     def nearest(self, latent: int, n: int, dead: np.ndarray) -> list[tuple[int, float]]:
         """The latents whose decoder rows point most nearly where this one's does, with their cosines."""
-        with torch.no_grad():
-            rows = self.sae.W_dec
-            cosine = (rows @ rows[latent]).float().cpu() / (self._norms * self._norms[latent]).clamp_min(1e-12)
-        cosine[latent] = -torch.inf
-        cosine[torch.as_tensor(dead)] = -torch.inf
+        rows, norms = self.sae.W_dec.detach(), self._norms
+        cosine = (rows @ rows[latent]).float().cpu() / (norms * norms[latent]).clamp_min(1e-12)
+        cosine[latent] = cosine[torch.as_tensor(dead)] = -torch.inf
         top = cosine.topk(min(n, len(cosine) - 1))
         return [(int(i), float(v)) for v, i in zip(*top, strict=True) if v > -torch.inf]
 
-    @cached_property
-    def _norms(self) -> Tensor:
-        return self.sae.W_dec.detach().norm(dim=1).float().cpu()
-
     def inputs(self, images: Sequence[int]) -> Tensor:
         """Images as CLIP takes them: [B, 3, H, W]."""
-        return torch.stack([self._preprocessed(i) for i in images])
-
-    def _preprocessed(self, image: int) -> Tensor:
-        return self.clip.preprocess(self._uploads[image][0] if image < 0 else self.dataset[int(image)].image)
+        return torch.stack([self.clip.preprocess(self._uploads[i][0] if i < 0 else self.dataset[int(i)].image) for i in images])
 
 
 def _remember(store: OrderedDict, key: Hashable, value: Any, keep: int) -> None:

@@ -20,9 +20,8 @@ class TextSearch:
 
     def __init__(self, clip: Any, summary: Any, embeddings: Tensor, templates: Sequence[str]):
         if len(embeddings) != summary.n_images:
-            raise ValueError(
-                f"The summary read {summary.n_images} images, and there are embeddings of {len(embeddings)}: give those of its data set."
-            )
+            n = len(embeddings)
+            raise ValueError(f"The summary read {summary.n_images} images, and there are embeddings of {n}: give those of its data set.")
         self.clip, self.templates = clip, tuple(templates)
         self.living = (~summary.dead).nonzero().flatten()
         images = summary.top_images[self.living]

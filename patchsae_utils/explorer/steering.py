@@ -122,10 +122,9 @@ class SteeringPanel(_View):
     @property
     def steered(self) -> Steered:
         """What the network says, before and after."""
-        residual, _ = self._reading()
-        return steer(self._reader.clip, self._reader.sae, residual, self.to_edits(), self._reader.layer, self._head)
+        return steer(self._reader.clip, self._reader.sae, self._reading()[0], self.to_edits(), self._reader.layer, self._head)
 
-    def add_here(self) -> None:
+    def _on_add_here(self, content: Mapping, buffers: list) -> None:
         """A slider for the latent that is strongest on the selected patches (without any: in the image) and has none yet."""
         h = self._reading()[1]
         values = h[[1 + patch for patch in self.patches] or slice(None)].mean(0)
@@ -133,9 +132,6 @@ class SteeringPanel(_View):
         if not values.any():
             raise SelectionError("No other latent is active there.")
         self.latents, self.latent = [*self.latents, int(values.argmax())], int(values.argmax())
-
-    def _on_add_here(self, content: Mapping, buffers: list) -> None:
-        self.add_here()
 
     def reset(self) -> None:
         """Take all edits back, and the selected patches; edits then act on all tokens again if they acted on selected ones."""
@@ -146,8 +142,7 @@ class SteeringPanel(_View):
     @property
     def card(self) -> dict[str, Any]:
         """What is shown, as plain values: picture, heat, sliders (a dict each), bars (class, before, after), code."""
-        _, h = self._reading()
-        steered = self.steered
+        h, steered = self._reading()[1], self.steered
         before, after = steered.probabilities_before[0].cpu().numpy(), steered.probabilities[0].cpu().numpy()
         first, then = (np.argsort(-p, kind="stable").tolist() for p in (before, after))
         top = list(dict.fromkeys(first[: N_CLASSES // 2] + then[:N_CLASSES]))[:N_CLASSES]
@@ -156,13 +151,11 @@ class SteeringPanel(_View):
         heat = h[1:, self.latent] if self.latent >= 0 else torch.zeros(len(h) - 1)
         if self.latent in edits:  # the heat map shows the edited state
             heat = steered.activations[0, 1:, list(edits).index(self.latent)].float().cpu()
-        sliders = []
-        for latent in self.latents:
-            sliders.append({
-                "latent": latent, "name": str(self._names.get(latent) or ""), "op": "scale", "value": 1.0, **edits.get(latent, {}),
-                "edited": latent in edits, "most": float(h[1:, latent].max()), "cls": float(h[0, latent]),
-                "limit": max(float(h[:, latent].max()), float(h.max()) / 4, 1e-3),
-            })  # fmt: skip
+        sliders = [{
+            "latent": latent, "name": str(self._names.get(latent) or ""), "op": "scale", "value": 1.0, **edits.get(latent, {}),
+            "edited": latent in edits, "most": float(h[1:, latent].max()), "cls": float(h[0, latent]),
+            "limit": max(float(h[:, latent].max()), float(h.max()) / 4, 1e-3),
+        } for latent in self.latents]  # fmt: skip
         return {
             "image": self.image, "label": self._reader.label(self.image), "picture": self._reader.picture(self.image), "grid": self.grid,
             "latent": self.latent, "name": str(self._names.get(self.latent) or ""), "where": self.where, "patches": list(self.patches),
@@ -174,9 +167,8 @@ class SteeringPanel(_View):
         """The shown image's residual stream and its latents [1 + P, S]; kept until another image is shown."""
         if self._read is None or self._read[0] != self.image:
             reader = self._reader
-            picture = reader.clip.preprocess(self.dataset[self.image].image)[None]
             with torch.no_grad():
-                residual = reader.clip.run_to(picture, reader.layer)
+                residual = reader.clip.run_to(reader.inputs([self.image]), reader.layer)
                 self._read = (self.image, residual, reader.sae.encode(residual.tokens)[0].float().cpu())
         return self._read[1:]
 

@@ -70,7 +70,6 @@ class _View(anywidget.AnyWidget):
     contour = t.Bool(False, help="Whether a line goes around the patches above tau.").tag(sync=True)
     grid = t.Tuple(t.Int(), t.Int()).tag(sync=True)
     n_latents = t.Int().tag(sync=True)
-    has_summary = t.Bool().tag(sync=True)
     names = t.Bytes(help="Names of latents, as encode_names writes them.").tag(sync=True)
     palette = t.Bytes().tag(sync=True)
     shown = t.Dict(help="The card that the page draws.").tag(sync=True)
@@ -87,12 +86,11 @@ class _View(anywidget.AnyWidget):
         self._summary = summary
         if summary is not None:
             traits.setdefault("tau", summary.tau)
-        fixed = {"grid": self._reader.grid, "n_latents": self._reader.d_sae, "has_summary": summary is not None, "palette": palette()}
-        fixed |= {
-            "call": f"ps.{type(self).__name__}({self.TAKES}, {self._reader.layer}",
-            "choices": [name for name in self.CHOICES if self.has_trait(name)],
-        }
-        super().__init__(**fixed, names=encode_names(self._names), **traits)
+        super().__init__(
+            grid=self._reader.grid, n_latents=self._reader.d_sae, palette=palette(), names=encode_names(self._names),
+            call=f"ps.{type(self).__name__}({self.TAKES}, {self._reader.layer}", choices=[c for c in self.CHOICES if self.has_trait(c)],
+            **traits,
+        )  # fmt: skip
         self.on_msg(lambda _, content, buffers: self._receive(content, buffers))
 
     def set_state(self, sync_data: dict) -> None:
@@ -122,9 +120,8 @@ class _View(anywidget.AnyWidget):
     @selection.setter
     def selection(self, chosen: Mapping[str, Any]) -> None:
         known = list(self.selection)
-        for name in chosen:
-            if name not in known:
-                raise SelectionError(f"There is no choice {name!r}; valid are {', '.join(known)}.")
+        if unknown := [name for name in chosen if name not in known]:
+            raise SelectionError(f"There is no choice {unknown[0]!r}; valid are {', '.join(known)}.")
         with contextlib.nullcontext() if self.IN_TURN else self.hold_trait_notifications():
             for name in known:
                 if name in chosen:

@@ -241,9 +241,7 @@ def plain(value: Any) -> Any:
         return value._asdict()
     if isinstance(value, Mapping):
         return dict(value)
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu().tolist()
-    if isinstance(value, np.ndarray | np.generic):
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, Path):
         return value.as_posix()

@@ -57,9 +57,7 @@ def drawn_interval(value: Any, draws: np.ndarray, unit: str, *, centred: bool = 
         shift = value - np.nanmean(draws, axis=0)
         low, high = low + shift, high + shift
     low, high = (np.where(bare, np.nan, end) for end in (low, high))
-    if value.ndim == 0:
-        return Interval(float(value), float(low), float(high), unit)
-    return Interval(value, low, high, unit)
+    return Interval(*(float(one) if value.ndim == 0 else one for one in (value, low, high)), unit)
 
 
 def mean_interval(values: Iterable[float] | np.ndarray | Tensor, unit: str = "images", *, groups: Any = None, seed: int = 0) -> Interval:
@@ -67,17 +65,13 @@ def mean_interval(values: Iterable[float] | np.ndarray | Tensor, unit: str = "im
     values = np.asarray(values if hasattr(values, "__len__") else list(values), np.float64)
     if not values.shape[-1]:
         raise ValueError(f"There is nothing to resample: no {unit}.")
-    if groups is None:
-        sums = np.moveaxis(values, -1, 0)
-        return interval(lambda w: np.tensordot(w, sums, 1) / _column(w.sum(1), values), len(sums), unit, seed=seed)
-    _, group = np.unique(np.asarray(groups), return_inverse=True)
-    sums = np.stack([np.bincount(group, row) for row in values.reshape(-1, values.shape[-1])]).reshape(*values.shape[:-1], -1)
-    sums, counts = np.moveaxis(sums, -1, 0), np.bincount(group)
-    return interval(lambda w: np.tensordot(w, sums, 1) / _column(w @ counts, values), len(counts), unit, seed=seed)
-
-
-def _column(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    return weights.reshape(-1, *[1] * (values.ndim - 1))
+    sums, counts = values, np.ones(values.shape[-1])
+    if groups is not None:
+        _, group = np.unique(np.asarray(groups), return_inverse=True)
+        sums = np.stack([np.bincount(group, row) for row in values.reshape(-1, values.shape[-1])]).reshape(*values.shape[:-1], -1)
+        counts = np.bincount(group)
+    sums, column = np.moveaxis(sums, -1, 0), (-1, *[1] * (values.ndim - 1))
+    return interval(lambda w: np.tensordot(w, sums, 1) / (w @ counts).reshape(column), len(counts), unit, seed=seed)
 
 
 def resamples(n: int, *, seed: int = 0) -> Iterator[np.ndarray]:

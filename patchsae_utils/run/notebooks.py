@@ -8,8 +8,8 @@ from collections.abc import Collection
 
 from nbformat import NotebookNode
 
+# Tags of cells: the embedded world's pictures; pictures whose concepts have known places; a model with a text tower.
 NEEDS = ("openmoji", "truth", "words")
-"""Tags of cells: the embedded world's pictures; pictures whose concepts have known places; a model with a text tower."""
 _ELSEWHERE = re.compile(r"<!-- any\b(.*?)-->", re.DOTALL)
 
 

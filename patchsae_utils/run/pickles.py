@@ -91,9 +91,10 @@ def _read_archive(path: Path) -> Any:
     with open(path, "rb") as whole:
         whole.seek(start)
         file = io.BytesIO(whole.read()) if start else whole
-        stubs: list[Any] = [_stub(name) for name in get_unsafe_globals_in_checkpoint(file)]
+        names = get_unsafe_globals_in_checkpoint(file)
+        stubs: list[Any] = [(_CONTAINERS.get(name, type("Record", (Record,), {"name": name})), name) for name in names]
         file.seek(0)
-        with safe_globals(stubs):
+        with safe_globals(stubs):  # for classes that torch doesn't allow
             return torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -127,11 +128,6 @@ def _check_archive(archive: zipfile.ZipFile, path: Path) -> int:
         raise ValueError(f"its entry {damaged} is not what was written")
     _check_pickle(io.BytesIO(archive.read(pickles[0])))
     return min(entry.header_offset for entry in entries)
-
-
-def _stub(name: str) -> tuple[Any, str]:
-    """What stands for a class that torch doesn't allow, and its name."""
-    return _CONTAINERS.get(name, type("Record", (Record,), {"name": name})), name
 
 
 class _Name(str):

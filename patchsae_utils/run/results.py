@@ -44,9 +44,7 @@ def results(profile: Any, notebook: str, **numbers: Any) -> dict[str, Any]:
 
 
 def check_claims(profile: Any, claims: Mapping[str, bool]) -> None:
-    """Print the claims of a notebook that hold, and say which don't.
-
-    They are findings about the default profile. On other images or sizes another result is a finding too: there the notebook goes on.
+    """Print the claims of a notebook that hold, and say which don't; they are findings about the default profile, and others' notebooks go on.
 
     Parameters
     ----------
@@ -79,12 +77,9 @@ def beside_committed(entries: Sequence[Mapping[str, Any]], folder: Path) -> pd.D
 
 def measured_anew(entries: Sequence[Mapping[str, Any]], folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The same entries with the values and intervals of a ``results`` folder; and what was not found there and stays as it was."""
-    found = [_quoted(folder, entry) for entry in entries]
-    made = [
-        {**entry, **({} if new is None else {"value": new.value, "low": new.low, "high": new.high})}
-        for entry, new in zip(entries, found, strict=True)
-    ]
-    return made, [f"{entry['notebook']}: {entry['at']}" for entry, new in zip(entries, found, strict=True) if new is None]
+    found = [(entry, _quoted(folder, entry)) for entry in entries]
+    made = [{**entry, **({} if new is None else {"value": new.value, "low": new.low, "high": new.high})} for entry, new in found]
+    return made, [f"{entry['notebook']}: {entry['at']}" for entry, new in found if new is None]
 
 
 def _quoted(folder: Path, entry: Mapping[str, Any]) -> Interval | None:
