@@ -19,22 +19,13 @@ function adaptationView(page, root) {
   root.append(
     h("div", { class: "psx-bar" }, select(page, "task", "Task", tasks), ...steps.elements, finder.element),
     h("div", { class: "psx-bar" }, ...controls(page), legend.element),
-    h(
-      "div",
-      { class: "psx-body" },
-      h(
-        "div",
-        {},
-        title,
-        h("div", { class: "psx-pair" }, ...sides.map((side) => h("div", {}, side.head, side.canvas, side.most))),
-        chosen,
-      ),
+    h("div", { class: "psx-body" },
+      h("div", {}, title, h("div", { class: "psx-pair" }, ...sides.map((side) => h("div", {}, side.head, side.canvas, side.most))), chosen),
       h("div", { class: "psx-side" }, h("div", {}, h("h4", {}, "Class probabilities"), h("p", { class: "psx-key" }, ...key), bars), h("p", { class: "psx-soft" }, "Latents by their mean activation in this image; each list has its own scale."), ...Object.values(groups).map((group) => group.element)),
     ),
   );
 
-  let card = null;
-  let picture = null;
+  let [card, picture] = [null, null];
   const showOdds = barsOf(bars, ["psx-base", "psx-adapted"], (base, adapted) => `${Math.round(100 * base)} % | ${Math.round(100 * adapted)} %`);
   const decoder = decoding();
 
@@ -71,10 +62,9 @@ function adaptationView(page, root) {
   }
   async function showCard() {
     const next = page.get("shown");
-    const pictures = await decoder([next.jpeg]);
-    if (!pictures) return; // overtaken by a later card
-    card = next;
-    picture = pictures[0];
+    const opened = await decoder(next.jpeg);
+    if (!opened) return; // overtaken by a later card
+    [card, picture] = [next, opened];
     title.textContent = `Image ${next.image} · ${next.label}`;
     steps.show(next.image);
     ["CLIP", next.adapter].forEach((word, i) => (sides[i].head.textContent = key[i].textContent = word));

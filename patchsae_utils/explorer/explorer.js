@@ -19,9 +19,7 @@ export function widget(view) {
           model.save_changes();
         },
         // A message that is no state: a wish, or a file.
-        send(content, ...buffers) {
-          model.send?.(content, undefined, buffers);
-        },
+        send: (content, ...buffers) => model.send?.(content, undefined, buffers),
         on(names, call) {
           const safe = () => page.run(call);
           for (const name of names) {
@@ -223,23 +221,25 @@ export function chipsOf(page, heading, word) {
 
 // -- the grid of patches -------------------------------------------------------------------------------------------------------
 
-const INK = [["#1a1a1a", 2], ["#ffffff", 0]]; // white over black shows on any picture
+// The path's line: white over black shows on any picture.
+function ink(context, thickness, scale) {
+  for (const [color, extra] of [["#1a1a1a", 2], ["#ffffff", 0]]) {
+    context.strokeStyle = color;
+    context.lineWidth = (thickness + extra) * scale;
+    context.stroke();
+  }
+}
 
 export function outline(context, patch, [width, height], columns, thickness) {
   if (patch < 0) return;
-  const scale = context.canvas.width / SIZE.stage;
-  const box = [(patch % columns) * width, Math.floor(patch / columns) * height, width, height];
-  for (const [color, extra] of INK) {
-    context.strokeStyle = color;
-    context.lineWidth = (thickness + extra) * scale;
-    context.strokeRect(...box);
-  }
+  context.beginPath();
+  context.rect((patch % columns) * width, Math.floor(patch / columns) * height, width, height);
+  ink(context, thickness, context.canvas.width / SIZE.stage);
 }
 
 // The edge of a set of patches, given as patch -> whether it is inside.
 export function border(context, inside, [rows, columns], thickness = 2) {
   const [width, height] = [context.canvas.width / columns, context.canvas.height / rows];
-  const scale = Math.max(0.5, context.canvas.width / SIZE.stage);
   context.beginPath();
   for (let patch = 0; patch < rows * columns; patch++) {
     if (!inside(patch)) continue;
@@ -251,11 +251,7 @@ export function border(context, inside, [rows, columns], thickness = 2) {
     if (column === 0 || !inside(patch - 1)) line(x, y, x, y + height);
     if (column === columns - 1 || !inside(patch + 1)) line(x + width, y, x + width, y + height);
   }
-  for (const [color, extra] of INK) {
-    context.strokeStyle = color;
-    context.lineWidth = (thickness + extra) * scale;
-    context.stroke();
-  }
+  ink(context, thickness, Math.max(0.5, context.canvas.width / SIZE.stage));
 }
 
 export function patchAt(event, canvas, [rows, columns]) {
@@ -271,9 +267,7 @@ export function stepped(patch, [down, right], [rows, columns]) {
   return row * columns + Math.min(columns - 1, Math.max(0, (patch % columns) + right));
 }
 
-export function placeOf(patch, columns) {
-  return `Row ${Math.floor(patch / columns) + 1}, column ${(patch % columns) + 1}`;
-}
+export const placeOf = (patch, columns) => `Row ${Math.floor(patch / columns) + 1}, column ${(patch % columns) + 1}`;
 
 // -- names and lists -----------------------------------------------------------------------------------------------------------
 
@@ -283,9 +277,7 @@ export function namesOf(page) {
   return new Map(text.split("\n").filter(Boolean).map((line) => [parseInt(line, 10), line.slice(line.indexOf("\t") + 1)]));
 }
 
-export function titled(latent, name) {
-  return latent < 0 ? "No latent chosen" : `Latent ${latent}${name ? ` · ${name}` : ""}`;
-}
+export const titled = (latent, name) => (latent < 0 ? "No latent chosen" : `Latent ${latent}${name ? ` · ${name}` : ""}`);
 
 // Up to `most` latents whose index or name fits: the index itself, equal names, names that begin so, names that hold it.
 function found(names, n_latents, asked, most) {
@@ -316,9 +308,7 @@ export function finderOf(page, take = (latent) => page.set("latent", latent)) {
   const list = h("ul", { id, role: "listbox", "aria-label": "Latents found" });
   const said = h("span", { class: "psx-hidden", "aria-live": "polite" });
   list.hidden = true;
-  let hits = [];
-  let at = 0;
-  let later = 0;
+  let [hits, at, later] = [[], 0, 0];
   function close() {
     list.hidden = true;
     box.setAttribute("aria-expanded", "false");
@@ -414,9 +404,7 @@ export function listOf(page, heading) {
       rows = fillRows(latents);
       this.mark(page.get("latent"));
     },
-    mark(latent) {
-      for (const row of rows) row.button.setAttribute("aria-pressed", row.latent === latent);
-    },
+    mark: (latent) => rows.forEach((row) => row.button.setAttribute("aria-pressed", row.latent === latent)),
   };
 }
 
@@ -480,7 +468,7 @@ export function legendOf(page) {
 // -- drawing -------------------------------------------------------------------------------------------------------------------
 
 export function lookOf(page, scale) {
-  return { scale, grid: page.get("grid"), tau: page.get("tau"), opacity: page.get("opacity"), mode: page.get("mode"), contour: page.get("contour"), palette: bytes(page.get("palette")) };
+  return { scale, grid: page.get("grid"), palette: bytes(page.get("palette")), ...Object.fromEntries(LOOK.map((name) => [name, page.get(name)])) };
 }
 
 // A picture and, over it, one byte a patch: activation = scale * (byte / 255)^2. heat.py's `overlay` is the same in Python.
@@ -535,23 +523,18 @@ export function fit(canvas) {
 
 // -- small things --------------------------------------------------------------------------------------------------------------
 
-// JPEG bytes to pictures, in colour and in grey; null when a later call has overtaken this one. The last bitmaps are freed when new ones come.
+// JPEG bytes to a picture, in colour and in grey; null when a later call has overtaken this one. The last bitmap is freed when a new one comes.
 export function decoding() {
-  let latest = 0;
-  let current = [];
-  const decode = async (list) => {
+  let [latest, current] = [0, null];
+  const decode = async (jpeg) => {
     const mine = ++latest;
-    const bitmaps = await Promise.all(list.map(bitmapOf));
-    const old = mine === latest ? current : bitmaps;
-    if (mine === latest) current = bitmaps;
-    old.forEach((bitmap) => bitmap.close());
-    return mine === latest ? bitmaps.map(pictureOf) : null;
+    const bitmap = await bitmapOf(jpeg);
+    (mine === latest ? current : bitmap)?.close();
+    if (mine !== latest) return null;
+    current = bitmap;
+    return pictureOf(bitmap);
   };
-  decode.close = () => {
-    latest++;
-    current.forEach((bitmap) => bitmap.close());
-    current = [];
-  };
+  decode.close = () => (latest++, current?.close(), (current = null));
   return decode;
 }
 
@@ -571,28 +554,17 @@ function shelfOf(limit) {
       for (const old of [...kept.keys()].slice(0, Math.max(0, kept.size - limit))) if (!held.includes(old)) free(old);
       return picture;
     },
-    hold(indices) {
-      held = indices;
-    },
-    close() {
-      [...kept.keys()].forEach(free);
-    },
+    hold: (indices) => (held = indices),
+    close: () => [...kept.keys()].forEach(free),
   };
 }
 
-function bitmapOf(jpeg) {
-  return createImageBitmap(new Blob([bytes(jpeg)], { type: "image/jpeg" }));
-}
+const bitmapOf = (jpeg) => createImageBitmap(new Blob([bytes(jpeg)], { type: "image/jpeg" }));
 
 // A picture, and its grey twin when a heat map first needs it.
 export function pictureOf(color) {
   let gray = null;
-  return {
-    color,
-    get gray() {
-      return (gray ??= grayOf(color));
-    },
-  };
+  return { color, get gray() { return (gray ??= grayOf(color)); } };
 }
 
 function grayOf(bitmap) {
@@ -607,22 +579,13 @@ function grayOf(bitmap) {
   return canvas;
 }
 
-export function bytes(view) {
-  return view instanceof Uint8Array ? view : new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
-}
+export const bytes = (view) => (view instanceof Uint8Array ? view : new Uint8Array(view.buffer, view.byteOffset, view.byteLength));
 
 // Numbers out of bytes that may begin anywhere.
-export function words(view, Kind) {
-  return new Kind(bytes(view).slice().buffer);
-}
+export const words = (view, Kind) => new Kind(bytes(view).slice().buffer);
 
-export function three(value) {
-  return String(Number(value.toPrecision(3)));
-}
-
-export function short(value) {
-  return value >= 100 ? value.toFixed(0) : value.toPrecision(2);
-}
+export const three = (value) => String(Number(value.toPrecision(3)));
+export const short = (value) => (value >= 100 ? value.toFixed(0) : value.toPrecision(2));
 
 export function fillBar(bar, value, most = 1) {
   bar.style.setProperty("--share", Math.abs(value) / most);

@@ -34,9 +34,7 @@ function galleryOf(data, root) {
   const cards = data.latents.map((entry) => {
     const canvases = entry.images.map(([image, label, value]) => h("canvas", { role: "img", title: `${label}, ${value}`, "aria-label": `${label}, mean activation ${value}` }));
     const facts = entry.facts.filter(([name]) => name !== "Label std");
-    const element = h(
-      "li",
-      {},
+    const element = h("li", {},
       h("h3", {}, titled(entry.latent, entry.name)),
       h("div", { class: "psx-strip" }, ...canvases),
       h("p", { class: "psx-soft" }, facts.map((fact) => fact.join(" ").toLowerCase()).join(" · ")),
@@ -60,9 +58,7 @@ function galleryOf(data, root) {
       }),
     { rootMargin: "300px" },
   );
-  function fits(card, word) {
-    return /^\d+$/.test(word) ? String(card.entry.latent) === word : card.text.includes(word);
-  }
+  const fits = (card, word) => (/^\d+$/.test(word) ? String(card.entry.latent) === word : card.text.includes(word));
   function arrange() {
     const word = box.value.trim().toLowerCase();
     const sign = data.ascending.includes(state.sort) ? 1 : -1;

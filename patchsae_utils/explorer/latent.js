@@ -22,12 +22,8 @@ function latentView(page, root) {
   const near = chipsOf(page, "Nearest latents, by cosine of their decoder directions", "cosine");
   const effect = effectOf(page);
   const legend = legendOf(page);
-  const body = h(
-    "div",
-    { class: "psx-body" },
-    h(
-      "div",
-      { class: "psx-side" },
+  const body = h("div", { class: "psx-body" },
+    h("div", { class: "psx-side" },
       h("div", {}, title, keeperOf(page), facts),
       h("div", {}, h("h4", {}, "Among all latents"), scatter, h("div", { class: "psx-axis" }, h("span", {}, "rare"), h("span", {}, "→ frequency, ↑ activation"), h("span", {}, "common"))),
       h("div", {}, h("h4", {}, "Classes, share of its active tokens"), classes),
@@ -40,10 +36,8 @@ function latentView(page, root) {
     body,
   );
 
-  let order = new Uint32Array();
-  let card = null;
+  let [order, card, idle] = [new Uint32Array(), null, 0];
   let asked = null; // the latent whose card was drawn last, or is being drawn
-  let idle = 0;
   const known = new Map(); // the last cards that came
 
   function readOrder() {

@@ -25,31 +25,20 @@ function patchView(page, root) {
   const here = listOf(page, "Chosen patch");
   const whole = listOf(page, "Whole image");
   const legend = legendOf(page);
-  const body = h(
-    "div",
-    { class: "psx-body" },
-    h("div", {}, title, stage, hint, live),
-    h("div", { class: "psx-side" }, h("div", { class: "psx-lists" }, here.element, whole.element), h("div", {}, chosen, most), references.element),
-  );
-  root.append(
-    h("div", { class: "psx-bar" }, ...steps.elements, open, file, rank, target),
-    h("div", { class: "psx-bar" }, ...controls(page), legend.element),
-    body,
-  );
+  const side = h("div", { class: "psx-side" }, h("div", { class: "psx-lists" }, here.element, whole.element), h("div", {}, chosen, most), references.element);
+  const body = h("div", { class: "psx-body" }, h("div", {}, title, stage, hint, live), side);
+  root.append(h("div", { class: "psx-bar" }, ...steps.elements, open, file, rank, target), h("div", { class: "psx-bar" }, ...controls(page), legend.element), body);
 
   const names = namesOf(page);
-  let card = null;
-  let picture = null;
-  let hovered = -1;
-  let cursor = -1; // the patch that keys move
+  let [card, picture] = [null, null];
+  let [hovered, cursor] = [-1, -1]; // patches: under the pointer, and that which keys move
   const decoder = decoding();
 
   async function showCard() {
     const next = page.get("shown");
-    const pictures = await decoder([next.jpeg]);
-    if (!pictures) return; // overtaken by a later card
-    card = next;
-    picture = pictures[0];
+    const opened = await decoder(next.jpeg);
+    if (!opened) return; // overtaken by a later card
+    [card, picture] = [next, opened];
     title.textContent = next.uploaded ? `Your image · ${next.uploaded}` : `Image ${next.image} · ${next.label}`;
     const spot = next.patches.length > 1 ? `${next.patches.length} patches chosen` : next.patch < 0 ? "" : placeOf(next.patch, columns);
     const top = next.patch_latents[0];
@@ -139,8 +128,7 @@ function patchView(page, root) {
     if (!step) return choose(-1, false);
     const from = page.get("patch") < 0 ? -1 : cursor < 0 ? page.get("patch") : cursor;
     if (from < 0) return choose(Math.floor(rows / 2) * columns + Math.floor(columns / 2), false);
-    const next = stepped(from, step, [rows, columns]);
-    cursor = next;
+    const next = (cursor = stepped(from, step, [rows, columns]));
     if (!event.shiftKey) choose(next, false);
     else page.set({ patch: next, patches: [...new Set([...page.get("patches"), next])].sort((a, b) => a - b) });
   });
@@ -172,13 +160,9 @@ function patchView(page, root) {
 
   page.on(["shown"], showCard);
   page.on(["found"], showReferences);
-  page.on(["tops"], showSelection);
-  page.on(["image", "uploaded", "patches", "latent", "rank"], showSelection);
+  page.on(["tops", "image", "uploaded", "patches", "latent", "rank"], showSelection);
   page.on(LOOK, draw);
   page.run(showCard);
   page.run(showReferences);
-  return () => {
-    decoder.close();
-    references.close();
-  };
+  return () => (decoder.close(), references.close());
 }

@@ -25,13 +25,9 @@ function steeringView(page, root) {
   root.append(
     h("div", { class: "psx-bar" }, ...steps.elements, where, reset),
     h("div", { class: "psx-bar" }, ...controls(page), legend.element),
-    h(
-      "div",
-      { class: "psx-body" },
+    h("div", { class: "psx-body" },
       h("div", {}, title, stage, seen, hint, live),
-      h(
-        "div",
-        { class: "psx-side" },
+      h("div", { class: "psx-side" },
         h("div", {}, h("h4", {}, "Latents: 1 leaves them as they are, 0 turns them off"), sliders, h("div", { class: "psx-bar" }, finder.element, add)),
         h("div", {}, h("h4", {}, "Class probabilities"), h("p", { class: "psx-key" }, h("span", { class: "psx-before" }, "before"), h("span", { class: "psx-after" }, "after")), bars, said),
         h("div", {}, h("h4", {}, "The same in Python"), h("div", { class: "psx-code" }, code, copy)),
@@ -39,9 +35,7 @@ function steeringView(page, root) {
     ),
   );
 
-  let card = null;
-  let picture = null;
-  let cursor = -1;
+  let [card, picture, cursor] = [null, null, -1];
   let dragged = null; // patches that a drag has touched, and whether it selects or deselects
   const percent = (share) => `${(100 * share).toFixed(share > 0.0995 || share === 0 ? 0 : 1)} %`;
   const points = (change) => (Math.abs(change) < 0.0005 ? "" : ` (${change < 0 ? "−" : "+"}${(100 * Math.abs(change)).toFixed(Math.abs(change) < 0.0995 ? 1 : 0)})`);
@@ -50,10 +44,9 @@ function steeringView(page, root) {
 
   async function showCard() {
     const next = page.get("shown");
-    const pictures = await decoder([next.jpeg]);
-    if (!pictures) return; // overtaken by a later card
-    card = next;
-    picture = pictures[0];
+    const opened = await decoder(next.jpeg);
+    if (!opened) return; // overtaken by a later card
+    [card, picture] = [next, opened];
     title.textContent = `Image ${next.image} · ${next.label}`;
     steps.show(next.image);
     legend.show(next.scale);
@@ -62,7 +55,8 @@ function steeringView(page, root) {
     const what = titled(next.latent, next.name);
     seen.textContent = next.latent < 0 ? "Choose a latent by its number to see where it is active." : active ? `${what}: where it is active${next.edited ? ", as edited" : ""}` : `${what} is active on no patch of this image${next.edited ? " as edited" : ""}.`;
     fillSliders(card.sliders);
-    showBars();
+    showOdds(card.bars);
+    said.textContent = card.sliders.some((slider) => slider.edited) ? card.bars.slice(0, 2).map(([name, before, after]) => `${name} ${percent(before)}, now ${percent(after)}`).join(". ") : "";
     stage.setAttribute("aria-label", `Image ${next.image}, ${next.label}. ${next.patches.length} of ${rows * columns} patches selected.`);
     draw();
   }
@@ -104,15 +98,9 @@ function steeringView(page, root) {
     row.range.setAttribute("aria-valuetext", op === "scale" ? `times ${value.toFixed(1)}` : `plus ${value.toPrecision(2)}`);
   }
   function change(row, op, value) {
-    const untouched = op === "scale" ? value === 1 : false;
     const others = page.get("edits").filter((edit) => edit.latent !== row.latent);
     showRow(row, op, value, row.limit);
-    page.set("edits", untouched ? others : [...others, { latent: row.latent, op, value }]);
-  }
-  // -- probabilities --
-  function showBars() {
-    showOdds(card.bars);
-    said.textContent = card.sliders.some((slider) => slider.edited) ? card.bars.slice(0, 2).map(([name, before, after]) => `${name} ${percent(before)}, now ${percent(after)}`).join(". ") : "";
+    page.set("edits", op === "scale" && value === 1 ? others : [...others, { latent: row.latent, op, value }]);
   }
 
   // -- the picture and its patches --

@@ -114,19 +114,16 @@ def bomb():
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "empty"),
-        (b"GIF89a but no picture", "can't be read"),
-        (b"%PDF-1.4", "can't be read"),
-        (picture_file()[:60], "can't be read"),
-        (picture_file("TIFF"), "can't be read"),
-        (bytes(reader.MAX_BYTES + 1), "at most 8 MB"),
-        (bomb(), "million"),
-        (picture_file(size=(8000, 6000)), "48 million"),
-    ],
-)
+@pytest.mark.parametrize(("data", "message"), [
+    (b"", "empty"),
+    (b"GIF89a but no picture", "can't be read"),
+    (b"%PDF-1.4", "can't be read"),
+    (picture_file()[:60], "can't be read"),
+    (picture_file("TIFF"), "can't be read"),
+    (bytes(reader.MAX_BYTES + 1), "at most 8 MB"),
+    (bomb(), "million"),
+    (picture_file(size=(8000, 6000)), "48 million"),
+])  # fmt: skip
 def test_bad_uploads_are_told_and_change_nothing(patches, data, message):
     with pytest.raises(reader.UploadError, match=message):
         patches.upload(data, BAD)

@@ -91,19 +91,16 @@ def test_another_image_starts_afresh(panel, tiny_clip, tiny_sae, tiny_dataset, h
     assert free.latents == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("trait", "value", "message"),
-    [
-        ("image", 24, "no image 24"),
-        ("latents", [64], "no latent 64"),
-        ("patches", [196], "0 to 195"),
-        ("edits", [{"latent": 64, "op": "scale", "value": 1.0}], "no latent 64"),
-        ("edits", [{"latent": 3, "op": "set", "value": 1.0}], "scale"),
-        ("edits", [{"latent": 3, "op": "scale", "value": -1.0}], "0 or more"),
-        ("edits", [{"latent": 3, "op": "add", "value": "many"}], "finite"),
-        ("edits", [{"latent": 3}], "An edit is"),
-    ],
-)
+@pytest.mark.parametrize(("trait", "value", "message"), [
+    ("image", 24, "no image 24"),
+    ("latents", [64], "no latent 64"),
+    ("patches", [196], "0 to 195"),
+    ("edits", [{"latent": 64, "op": "scale", "value": 1.0}], "no latent 64"),
+    ("edits", [{"latent": 3, "op": "set", "value": 1.0}], "scale"),
+    ("edits", [{"latent": 3, "op": "scale", "value": -1.0}], "0 or more"),
+    ("edits", [{"latent": 3, "op": "add", "value": "many"}], "finite"),
+    ("edits", [{"latent": 3}], "An edit is"),
+])  # fmt: skip
 def test_choices_that_do_not_exist_are_refused_and_change_nothing(panel, trait, value, message):
     before = getattr(panel, trait)
     with pytest.raises(ValueError, match=message):

@@ -130,16 +130,13 @@ def test_the_doctor_knows_what_a_run_of_the_papers_size_takes():
     assert round(needs["statistics of the latents"] / 1e6) == 393
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ("data.train=/nowhere/at/all", "data.train: There is no folder '/nowhere/at/all'"),
-        ("model.name=ViT-B-16", "model: 'ViT-B-16' needs weights"),
-        ("sae.path=/no/sae", "sae.path: No SAE at /no/sae"),
-        ("sae.expansion_factor=4000000000", "memory: training 128,000,000,000 latents takes"),
-        ("data.train=elsewhere; data.n_train_images=3", "data.train: "),
-    ],
-)
+@pytest.mark.parametrize(("change", "said"), [
+    ("data.train=/nowhere/at/all", "data.train: There is no folder '/nowhere/at/all'"),
+    ("model.name=ViT-B-16", "model: 'ViT-B-16' needs weights"),
+    ("sae.path=/no/sae", "sae.path: No SAE at /no/sae"),
+    ("sae.expansion_factor=4000000000", "memory: training 128,000,000,000 latents takes"),
+    ("data.train=elsewhere; data.n_train_images=3", "data.train: "),
+])  # fmt: skip
 def test_the_doctor_says_what_is_missing(run, monkeypatch, change, said):
     monkeypatch.setattr(doctor, "_trial", lambda *_: {})
     status, found, _ = run("doctor", "--set", change)
@@ -182,17 +179,14 @@ def test_info_says_what_was_understood_and_what_ignored(run, tmp_path):
     assert status == 1 and "normalize_activations='layer_norm'" in found["error"]
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("train", "--set", "training.speed=3"), "unknown setting 'speed'. Valid: "),
-        (("train", "--set", "data.train=/nowhere/at/all", "--set", "name=x"), "There is no folder '/nowhere/at/all'"),
-        (("train", "--set", "lr"), "A setting is written section.key=value"),
-        (("sweep", "--ks", "few"), "--ks takes numbers with commas"),
-        (("sweep", "--choose", "random,magic"), "--choose takes words with commas between them, of oracle, predicted"),
-        (("adapt", "--kind", "magic"), "magic"),
-    ],
-)
+@pytest.mark.parametrize(("words", "message"), [
+    (("train", "--set", "training.speed=3"), "unknown setting 'speed'. Valid: "),
+    (("train", "--set", "data.train=/nowhere/at/all", "--set", "name=x"), "There is no folder '/nowhere/at/all'"),
+    (("train", "--set", "lr"), "A setting is written section.key=value"),
+    (("sweep", "--ks", "few"), "--ks takes numbers with commas"),
+    (("sweep", "--choose", "random,magic"), "--choose takes words with commas between them, of oracle, predicted"),
+    (("adapt", "--kind", "magic"), "magic"),
+])  # fmt: skip
 def test_errors_are_sentences_and_status_1(run, words, message):
     status, found, err = run(*words)
     assert status == 1 and message in found["error"] and err.strip().endswith(f"error: {found['error']}"[-40:])

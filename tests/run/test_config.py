@@ -122,27 +122,24 @@ def test_settings_as_text():
     assert profile.sae.groups == (8, 16) and profile.sae.bandwidth is None
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"data.n_images": 3}, r"section \[data\]: unknown setting 'n_images'. Valid: train, .*n_train_images"),
-        ({"dat.seed": 3}, "unknown section 'dat'. Valid: name, needs, model"),
-        ({"speed": 3}, "unknown section 'speed'"),
-        ({"data.n_train_images": 0}, r"section \[data\]: n_train_images must be positive, got 0"),
-        ({"data.n_train_images": 2.5}, "n_train_images must be of type int, got 2.5"),
-        ({"training.lr": -1}, "lr must be positive, got -1.0"),
-        ({"training.lr": True}, "lr must be of type float, got True"),
-        ({"training.warmup_steps": -1}, "warmup_steps must be 0 or more"),
-        ({"training.ghost": 1}, "ghost must be of type bool, got 1"),
-        ({"training.n_tokens": float("inf")}, "n_tokens must be of type int, got inf"),
-        ({"training.trackers": "tensorboard, csv"}, "trackers must be one of tensorboard, wandb, got 'csv'"),
-        ({"model.name": ""}, "name must be given, not empty"),
-        ({"data.workers": -1}, "workers must be 0 or more"),
-        ({"data.max_broken": 1.5}, "max_broken must be a share"),
-        ({"adapters.seeds": []}, "seeds must be given, not empty"),
-        ({"name": "../elsewhere"}, "folder's name"),
-    ],
-)
+@pytest.mark.parametrize(("overrides", "message"), [
+    ({"data.n_images": 3}, r"section \[data\]: unknown setting 'n_images'. Valid: train, .*n_train_images"),
+    ({"dat.seed": 3}, "unknown section 'dat'. Valid: name, needs, model"),
+    ({"speed": 3}, "unknown section 'speed'"),
+    ({"data.n_train_images": 0}, r"section \[data\]: n_train_images must be positive, got 0"),
+    ({"data.n_train_images": 2.5}, "n_train_images must be of type int, got 2.5"),
+    ({"training.lr": -1}, "lr must be positive, got -1.0"),
+    ({"training.lr": True}, "lr must be of type float, got True"),
+    ({"training.warmup_steps": -1}, "warmup_steps must be 0 or more"),
+    ({"training.ghost": 1}, "ghost must be of type bool, got 1"),
+    ({"training.n_tokens": float("inf")}, "n_tokens must be of type int, got inf"),
+    ({"training.trackers": "tensorboard, csv"}, "trackers must be one of tensorboard, wandb, got 'csv'"),
+    ({"model.name": ""}, "name must be given, not empty"),
+    ({"data.workers": -1}, "workers must be 0 or more"),
+    ({"data.max_broken": 1.5}, "max_broken must be a share"),
+    ({"adapters.seeds": []}, "seeds must be given, not empty"),
+    ({"name": "../elsewhere"}, "folder's name"),
+])  # fmt: skip
 def test_bad_settings_are_named(overrides, message):
     with pytest.raises(ValueError, match=message):
         load_profile(overrides=overrides)
@@ -154,18 +151,15 @@ def test_unknown_profile_names_the_valid_ones(given):
         load_profile(given)
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        (b"[sae]", b"[autoencoder]", "unknown section 'autoencoder'. Valid: name, needs, model, data, sae, training, adapters"),
-        (b"lr = ", b"learning_rate = ", "unknown setting 'learning_rate'. Valid: n_tokens, lr"),
-        (b'train = "openmoji/scenes"', b"", "train must be given"),
-        (b"[sae]", b"[sae", "not valid TOML"),
-        (b"[sae]", b'name = "\xff"', "not valid TOML: 'utf-8' codec can't decode"),
-        (b"[model]", b"needs = 3\n[model]", r"\[needs\] must be a section with settings, got needs = 3"),
-        (b"[model]", b"name = [3]\n[model]", r"A profile's name is a folder's name of letters.*got '\[3\]'"),
-    ],
-)
+@pytest.mark.parametrize(("old", "new", "message"), [
+    (b"[sae]", b"[autoencoder]", "unknown section 'autoencoder'. Valid: name, needs, model, data, sae, training, adapters"),
+    (b"lr = ", b"learning_rate = ", "unknown setting 'learning_rate'. Valid: n_tokens, lr"),
+    (b'train = "openmoji/scenes"', b"", "train must be given"),
+    (b"[sae]", b"[sae", "not valid TOML"),
+    (b"[sae]", b'name = "\xff"', "not valid TOML: 'utf-8' codec can't decode"),
+    (b"[model]", b"needs = 3\n[model]", r"\[needs\] must be a section with settings, got needs = 3"),
+    (b"[model]", b"name = [3]\n[model]", r"A profile's name is a folder's name of letters.*got '\[3\]'"),
+])  # fmt: skip
 def test_bad_file_is_named(tmp_path, old, new, message):
     (tmp_path / "mine.toml").write_bytes(packaged("openmoji").encode().replace(old, new))
     with pytest.raises(ValueError, match=message) as error:

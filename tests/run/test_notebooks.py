@@ -27,14 +27,11 @@ NOTEBOOK = new_notebook(
 )
 
 
-@pytest.mark.parametrize(
-    ("given", "sources"),
-    [
-        ({"openmoji", "truth", "words"}, [cell.source for cell in NOTEBOOK.cells]),
-        ({"truth", "words"}, ["always", "Your own pictures.", "## A section about colours", "colours()", "last()"]),
-        (set(), ["always", "Your own pictures.", "last()"]),
-    ],
-)
+@pytest.mark.parametrize(("given", "sources"), [
+    ({"openmoji", "truth", "words"}, [cell.source for cell in NOTEBOOK.cells]),
+    ({"truth", "words"}, ["always", "Your own pictures.", "## A section about colours", "colours()", "last()"]),
+    (set(), ["always", "Your own pictures.", "last()"]),
+])  # fmt: skip
 def test_a_cell_whose_need_is_not_met_is_left_out_or_says_its_other_text(given, sources):
     before = [cell.source for cell in NOTEBOOK.cells]
     assert [cell.source for cell in cells_for(NOTEBOOK, given).cells] == sources

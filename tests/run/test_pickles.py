@@ -213,19 +213,16 @@ def test_a_tensor_is_not_larger_than_its_numbers(tmp_path):
             read_torch(path)
 
 
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        (b"ctorch._utils\n_rebuild_tensor_v2\n(X\x01\x00\x00\x00aK\x00))tR.", "_rebuild_tensor_v2"),
-        (b"ctorch._utils\n_rebuild_parameter\n(K\x01tR.", "_rebuild_parameter"),
-        (b"K\x01Q.", "a reference to a storage makes no sense"),
-        (tensor_pickle(6, 0, (6,), (1,)).replace(b"FloatStorage", b"DoubleStorage"), "24 bytes.*48 bytes"),
-        (b"K\x01K\x02a.", "append to lists, but got .*int"),
-        (b"K\x01}b.", "build Tensor.*but got .*int"),
-        (b"K\x01)R.", "calls a int.*Nothing of it was run"),
-        (b"K\x01", "pickle exhausted before seeing STOP"),
-    ],
-)
+@pytest.mark.parametrize(("code", "message"), [
+    (b"ctorch._utils\n_rebuild_tensor_v2\n(X\x01\x00\x00\x00aK\x00))tR.", "_rebuild_tensor_v2"),
+    (b"ctorch._utils\n_rebuild_parameter\n(K\x01tR.", "_rebuild_parameter"),
+    (b"K\x01Q.", "a reference to a storage makes no sense"),
+    (tensor_pickle(6, 0, (6,), (1,)).replace(b"FloatStorage", b"DoubleStorage"), "24 bytes.*48 bytes"),
+    (b"K\x01K\x02a.", "append to lists, but got .*int"),
+    (b"K\x01}b.", "build Tensor.*but got .*int"),
+    (b"K\x01)R.", "calls a int.*Nothing of it was run"),
+    (b"K\x01", "pickle exhausted before seeing STOP"),
+])  # fmt: skip
 def test_pickles_that_make_no_sense_are_named(tmp_path, code, message):
     path = archive(tmp_path / "x.pt", code, n0=bytes(24))
     with pytest.raises(ValueError, match=rf"x.pt is (refused|no archive of torch.save, or is damaged).*{message}"):

@@ -232,14 +232,11 @@ def test_dead_kernel_is_an_error(repository, capsys):
     assert "01_first, cell 3: the kernel died" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--only", "09"], "no notebook '09'. Valid: 01_first, 02_second"),
-        (["--set", "training.budget=3"], "unknown setting 'budget'. Valid: n_tokens"),
-        (["--notebooks", "elsewhere"], "No notebooks 0*.ipynb in"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--only", "09"], "no notebook '09'. Valid: 01_first, 02_second"),
+    (["--set", "training.budget=3"], "unknown setting 'budget'. Valid: n_tokens"),
+    (["--notebooks", "elsewhere"], "No notebooks 0*.ipynb in"),
+])  # fmt: skip
 def test_bad_arguments_are_named(repository, capsys, arguments, message):
     assert reproduce.main(arguments) == 1
     assert message in capsys.readouterr().err
