@@ -2,8 +2,7 @@
 
 CLIP's own latents (h: "retuning"), what is outside its dictionary (e: "new concepts", no bound on what is new: :mod:`.novelty`), the later
 blocks and the text head (both "remapping"). Each of the 16 combinations classifies every picture; a part's share is its *Owen value*, in
-which the tower's three parts are one union, so the parts sum to the gain. Sources: Shapley (1953); Owen, "Values of games with a priori
-unions" (1977).
+which the tower's three parts are one union, so the parts sum to the gain.
 """
 
 from __future__ import annotations
@@ -117,8 +116,6 @@ def owen_values(values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 class GainAnalysis(NamedTuple):
-    """Of one adapted model."""
-
     split: GainSplit
     links: ClassLinks
 

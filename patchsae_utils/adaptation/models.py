@@ -97,10 +97,7 @@ class LoRA(AdaptedClip):
         generator = Generator().manual_seed(seed)
         self.learned = nn.ModuleList(_LowRank(clip.width, rank, generator) for _ in self.blocks).to(self.device).requires_grad_(False)
         for block, change in zip(self.blocks, self.learned, strict=True):
-            attention = getattr(block, "attn", None)
-            if not isinstance(attention, nn.MultiheadAttention) or attention.in_proj_weight is None:
-                raise ValueError(f"LoRA changes packed weights (nn.MultiheadAttention); {clip.name!r} has {type(attention).__name__}.")
-            parametrize.register_parametrization(attention, "in_proj_weight", change)
+            parametrize.register_parametrization(block.attn, "in_proj_weight", change)
 
 
 class _LowRank(nn.Module):

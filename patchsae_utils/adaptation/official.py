@@ -25,10 +25,8 @@ def read_official(path: Path, clip: ClipModel, template: str | None = None) -> A
     """``prompt_learner/model.pth.tar-*`` of CoOp, or ``MultiModalPromptLearner/model.pth.tar-*`` of MaPLe."""
     state = read_torch(path)
     state = state.get("state_dict", {}) if isinstance(state, dict) else {}
-    prefix = "prompt_learner."
-    held = {
-        k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix) or k in ("ctx", "token_prefix", "token_suffix")
-    }
+    prefix, bare = "prompt_learner.", ("ctx", "token_prefix", "token_suffix")
+    held = {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix) or k in bare}
     tensors = {k: v for k, v in held.items() if not k.startswith("token_")}
     # Other prompt learners (PromptSRC, CoCoOp) call their context ctx as well, and learn more elsewhere.
     if "ctx" not in tensors or (len(tensors) > 1 and "proj.weight" not in tensors) or any("VPT" in key for key in state):

@@ -103,9 +103,8 @@ class PromptedClip(AdaptedClip):
         prompts, text = self.text_prompts(), text_tower(self.model)
 
         def replace(x: Tensor, prompt: Tensor, dim: int) -> Tensor:
-            start, stop = x.narrow(dim, 0, 1), x.narrow(dim, 1 + self.n_ctx, x.shape[dim] - 1 - self.n_ctx)
-            prompt = prompt.to(x.dtype).unsqueeze(1 - dim).expand_as(x.narrow(dim, 1, self.n_ctx))
-            return torch.cat([start, prompt, stop], dim)
+            start, here, stop = x.split([1, self.n_ctx, x.shape[dim] - 1 - self.n_ctx], dim)
+            return torch.cat([start, prompt.to(x.dtype).unsqueeze(1 - dim).expand_as(here), stop], dim)
 
         with ExitStack() as hooks:  # they replace what stands at positions 1 to n_ctx
             hooks.enter_context(text.token_embedding.register_forward_hook(lambda module, args, out: replace(out, prompts[0], 1)))
