@@ -28,7 +28,7 @@ _HUB_FILES = ("*.json", "*.yaml", "*.yml", "*.safetensors", "*.pt")  # what an S
 
 
 def save_sae(sae: SparseAutoencoder, directory: str | Path, format: str = "saelens", unit_norm: bool = True) -> Path:
-    """Write an SAE as SAELens's folder, which is also ours, or in another program's form; :func:`load_sae` reads all of them.
+    """Write an SAE as SAELens's folder, which is also ours, or in another program's form; returns what :func:`load_sae` opens.
 
     Decoder rows are written at unit norm: each norm goes into its latent's activation, which leaves the reconstruction what it was.
 
@@ -41,11 +41,6 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, format: str = "saele
         The others leave the rows as they are, and can't say every variant. ``overcomplete`` is another name of the last.
     unit_norm : bool
         False writes the rows as they are in SAELens's form too, so that the latents keep their sizes.
-
-    Returns
-    -------
-    Path
-        The folder, or the file: what :func:`load_sae` opens.
 
     Raises
     ------
@@ -247,7 +242,7 @@ def _is_settings(file: str) -> bool:
 
 
 def push_sae(sae: SparseAutoencoder, repository: str, *, metrics: Mapping[str, float] | None = None, folder: str | None = None) -> str:
-    """Upload an SAE, with a model card, to the hub, by the token of ``hf auth login`` or ``$HF_TOKEN``; ``load_sae`` and SAELens open it.
+    """Upload an SAE, with a model card, to the hub, by the token of ``hf auth login`` or ``$HF_TOKEN``; returns its address.
 
     Parameters
     ----------
@@ -258,11 +253,6 @@ def push_sae(sae: SparseAutoencoder, repository: str, *, metrics: Mapping[str, f
         Name -> number for the card; default: those that training left in the metadata.
     folder : str, optional
         Folder within the repository, for several SAEs in one; the card then stays as the repository has it.
-
-    Returns
-    -------
-    str
-        Its address.
 
     Raises
     ------

@@ -85,11 +85,9 @@ def variant_loss(
 ) -> SaeLoss:  # fmt: skip
     """The published objectives of the other variants, by the table's ``loss``; ||x - x_hat||^2 is summed over D, mean over tokens.
 
-    - ``auxk``: squared error + AuxK, in ``ghost``. Gao et al., 2024, section 2.3 and appendix A.2. Matryoshka sums every nested
-      dictionary's error, Bussmann et al., 2025, section 3.
-    - ``l0`` (JumpReLU): squared error + lambda L0, whose gradients reach the thresholds. "Jumping ahead", eq. 9 to 12.
-    - ``gate``: squared error + lambda ||ReLU(gate)||_1 + ||x - x_hat_frozen(ReLU(gate))||^2, the last in ``ghost``, which ``ghost=False``
-      doesn't leave out. Rajamanoharan et al., "Gated sparse autoencoders", eq. 8. It and JumpReLU get AuxK on top for the dead.
+    ``auxk``: squared error (Matryoshka: of each nested dictionary) + AuxK, in ``ghost``, and no ``l1_coefficient``. ``l0``: + lambda L0,
+    that reaches the thresholds ("Jumping ahead", eq. 9 to 12). ``gate``: + lambda ||ReLU(gate)||_1 + ||x - x_hat_frozen(ReLU(gate))||^2,
+    the last in ``ghost``, which ``ghost=False`` doesn't leave out ("Gated sparse autoencoders", eq. 8).
     """
     output = sae(x) if output is None else output
     weights = _token_weights(x, cls_coefficient, is_cls)

@@ -324,9 +324,8 @@ def dead_causes(sae: SparseAutoencoder, train: Iterable[Tensor], test: Iterable[
     ValueError
         If there are no train or no test tokens.
     """
-    (train_rate, *of_train), (test_rate, *of_test) = (
-        _rates(sae, tokens, n_tokens, f"dead_causes got no {name}") for name, tokens in (("train", train), ("test", test))
-    )
+    train_rate, *of_train = _rates(sae, train, n_tokens, "dead_causes got no train")
+    test_rate, *of_test = _rates(sae, test, n_tokens, "dead_causes got no test")
     largest, longest = map(torch.maximum, of_train, of_test)
     needed = 0 if sae.threshold is None else sae.threshold
     bound = (sae.W_enc.norm(dim=0) * longest + sae.b_enc - needed).cpu().numpy()

@@ -71,7 +71,7 @@ def train_sae(
     Raises
     ------
     ValueError
-        If the store's activations are not those the SAE reads, or lack the tokens wanted; the folder holds another run, a damaged checkpoint,
+        If the store's activations aren't those the SAE reads, or lack the tokens wanted; the folder holds another run, a broken checkpoint,
         or is in use; a start would overwrite weights that were loaded or trained; ``target_l0`` is asked of a variant with ``k``; loss or
         weights stop being finite (the checkpoint before stays); or SAEs, configs and folders are not as many, or the same.
     ImportError
@@ -123,9 +123,7 @@ def _tokens(store: Tokens, config: TrainConfig, batch_size: int, seed: int, star
     return store.tokens(batch_size, seed=seed, epochs=None, start_step=start_step, positions=True, **options)
 
 
-def _run(
-    sae: SparseAutoencoder, config: TrainConfig, out: Path, store: Tokens, resume: bool, progress: bool, draw: Callable[[int], Tensor]
-) -> Generator[int, Any, SparseAutoencoder]:
+def _run(sae: SparseAutoencoder, config: TrainConfig, out: Path, store: Tokens, resume: bool, progress: bool, draw: Callable) -> Generator:
     """One run of :func:`train_sae`: yields the step whose batch it waits for, returns the SAE."""
     kept = _kept_tokens(config, store)
     sae.check_store(store)
@@ -133,9 +131,8 @@ def _run(
     device = sae.W_enc.device if processes.number == 1 and sae.W_enc.device.type != "cpu" else processes.device
     before, after = sae.trained_in.get(out.resolve(), (None, None))
     start = before if resume and sae.fingerprint == after else sae.fingerprint  # what a run has made of these weights still names it
-    recipe = {
-        name: value for name, value in dataclasses.asdict(config).items() if value != getattr(TrainConfig, name) and name != "trackers"
-    }
+    said = dataclasses.asdict(config)
+    recipe = {name: value for name, value in said.items() if value != getattr(TrainConfig, name) and name != "trackers"}
     inputs = {"sae": start, "training": recipe, "store": store.fingerprint}
 
     def opened() -> SparseAutoencoder:
@@ -365,10 +362,8 @@ class Training(Steps):
     def _check_finite(self, finite: bool, reason: str) -> None:
         """Stop the run before a checkpoint could keep what is no number."""
         if not finite:
-            what = (
-                f"{reason} Look for NaN or infinite activations in the store; if there are none, lower lr (now {self.config.lr}) or raise"
-            )
-            raise ValueError(f"{what} warmup_steps (now {self.config.warmup_steps}). The last checkpoint is from before.")
+            what = f"{reason} Look for NaN or infinite activations in the store; if there are none, lower lr (now {self.config.lr}) or"
+            raise ValueError(f"{what} raise warmup_steps (now {self.config.warmup_steps}). The last checkpoint is from before.")
 
 
 def _write_rows(rows: list[dict[str, Any]], path: Path, **options: Any) -> None:

@@ -69,10 +69,7 @@ def _window(pre_activations: Tensor, threshold: Tensor, width: Tensor | float) -
 
 
 class _JumpReLU(torch.autograd.Function):
-    """z where it exceeds its threshold t, else 0. Derivative in z: exact; in t: -(t / width) K((z - t) / width), K(u) = 1 for |u| < 1/2.
-
-    Source: Rajamanoharan et al., "Jumping ahead", 2024, eq. 11.
-    """
+    """z above its threshold t, else 0; d/dt: -(t / width) K((z - t) / width), K(u) = [|u| < 1/2]. Source: "Jumping ahead", eq. 11."""
 
     @staticmethod
     def forward(ctx, z, threshold, width):

@@ -109,9 +109,8 @@ def dictionary(folder, kind, state, **trainer):
     return with_config("ae.pt", state, settings, folder)
 
 
-GATED_DL = {"encoder.weight": W["W_enc"].T, "decoder.weight": W["W_dec"].T, "decoder_bias": W["b_dec"], "gate_bias": W["b_enc"]} | {
-    "mag_bias": W["b_mag"], "r_mag": W["r_mag"]
-}  # fmt: skip
+GATED_DL = {"encoder.weight": W["W_enc"].T, "decoder.weight": W["W_dec"].T, "decoder_bias": W["b_dec"], "gate_bias": W["b_enc"]}
+GATED_DL |= {"mag_bias": W["b_mag"], "r_mag": W["r_mag"]}
 LATE = {"lr": 1e-4, "steps": 100, "seed": 0, "warmup_steps": 10, "submodule_name": None, "sparsity_warmup_steps": 5, "decay_start": None}
 BATCH_DL = {"b_dec": W["b_dec"], "k": COUNT, "threshold": torch.tensor(1.5)}
 
@@ -145,29 +144,24 @@ READ = {
     # SAELens: version 6, and before it what its own defaulting makes of files that lack or rename entries (FAULTS B4)
     "saelens 6 encoder not centred": (lambda f: saelens(f, apply_b_dec_to_input=False), torch.relu(PLAIN)),
     "saelens 6 topk by norms": (
-        lambda f: saelens(f, architecture="topk", k=K, rescale_acts_by_decoder_norm=True, apply_b_dec_to_input=False), top(PLAIN * NORMS),
-    ),
+        lambda f: saelens(f, architecture="topk", k=K, rescale_acts_by_decoder_norm=True, apply_b_dec_to_input=False), top(PLAIN * NORMS)),
     "saelens 6 jumprelu": (  # as Gemma Scope's
-        lambda f: saelens(f, FOUR | {"threshold": THRESHOLD}, architecture="jumprelu", apply_b_dec_to_input=False), above(PLAIN, THRESHOLD),
-    ),
+        lambda f: saelens(f, FOUR | {"threshold": THRESHOLD}, architecture="jumprelu", apply_b_dec_to_input=False), above(PLAIN, THRESHOLD)),
     "saelens 6 gated": (lambda f: saelens(f, GATED, architecture="gated", apply_b_dec_to_input=False), gate(X)),
     "saelens 2 FAULTS B4": (lambda f: saelens(f, FOUR | {"scaling_factor": torch.ones(S)}, architecture=None, **OLD_SAELENS), torch.relu(CENTRED)),
     "saelens 3 FAULTS B4": (
         lambda f: saelens(f, activation_fn="topk", activation_fn_kwargs={"k": K}, normalize_activations=None, hook_name="blocks.8.hook_resid_pre"),
-        top(CENTRED),
-    ),
+        top(CENTRED)),
     "saelens 5 FAULTS B4": (
         lambda f: saelens(f, activation_fn_str="topk", activation_fn_kwargs={"k": K}, normalize_activations="none", sae_lens_version="5.10.5"),
-        top(CENTRED),
-    ),
+        top(CENTRED)),
     # ViT-Prisma
     "prisma relu": (lambda f: prisma(f), torch.relu(CENTRED)),
     "prisma topk": (lambda f: prisma(f, activation_fn_str="topk", activation_fn_kwargs={"k": K}), top(CENTRED)),
     "prisma gated": (lambda f: prisma(f, GATED | {"b_enc": torch.ones(S)}, architecture="gated"), gate(X - W["b_dec"])),
     # saev: no version's loader of today subtracts b_dec (FAULTS B1)
     "saev before schemas FAULTS B1": (
-        lambda f: saev(f, {"d_vit": D, "exp_factor": 4, "sparsity_coeff": 4e-4, "n_reinit_samples": 9, "ghost_grads": True, "seed": 1}), torch.relu(PLAIN),
-    ),
+        lambda f: saev(f, {"d_vit": D, "exp_factor": 4, "sparsity_coeff": 4e-4, "n_reinit_samples": 9, "ghost_grads": True, "seed": 1}), torch.relu(PLAIN)),
     "saev 1 TopK FAULTS B1": (lambda f: saev(f, {"schema": 1, "cls": "TopK", "cfg": {"d_model": D, "exp_factor": 4, "top_k": K}}), top(PLAIN)),
     "saev 1 Relu FAULTS B1": (lambda f: saev(f, {"schema": 1, "cls": "Relu", "cfg": {"d_vit": D, "exp_factor": 4, "seed": 2}}), torch.relu(PLAIN)),
     "saev 1 BatchTopK FAULTS B1": (lambda f: saev(f, {"schema": 1, "cls": "BatchTopK", "cfg": {"d_model": D, "top_k": K}}), top(PLAIN)),
@@ -175,63 +169,50 @@ READ = {
     "saev 2 Relu": (lambda f: saev(f, schema(2, "Relu")), torch.relu(PLAIN)),
     "saev 3 TopK": (lambda f: saev(f, schema(3, "TopK", top_k=K)), top(PLAIN)),
     "saev 4 BatchTopK": (
-        lambda f: saev(f, schema(4, "BatchTopK", top_k=K, momentum=0.1), FOUR | {"activation.threshold": torch.tensor(1.5)}), above(PLAIN, 1.5),
-    ),
+        lambda f: saev(f, schema(4, "BatchTopK", top_k=K, momentum=0.1), FOUR | {"activation.threshold": torch.tensor(1.5)}), above(PLAIN, 1.5)),
     "saev 5 BatchTopK, new": (
-        lambda f: saev(f, schema(5, "BatchTopK", top_k=K), FOUR | {"activation.threshold": torch.tensor(-0.5)}), torch.relu(PLAIN),
-    ),
+        lambda f: saev(f, schema(5, "BatchTopK", top_k=K), FOUR | {"activation.threshold": torch.tensor(-0.5)}), torch.relu(PLAIN)),
     # sparsify
     "sparsify": (lambda f: sparsify(f, activation="topk", transcode=False, skip_connection=False), top(CENTRED)),
     "sparsify 2024": (lambda f: sparsify(f, signed=False, num_latents=S), top(CENTRED)),
     # dictionary_learning: where the decoder's norms count, and since when (FAULTS B3)
     "dictionary_learning AutoEncoder FAULTS B3": (
-        lambda f: dictionary(f, "AutoEncoder", LINEAR | {"bias": W["b_dec"]}, **LATE, l1_penalty=0.1), torch.relu(CENTRED) * NORMS,
-    ),
+        lambda f: dictionary(f, "AutoEncoder", LINEAR | {"bias": W["b_dec"]}, **LATE, l1_penalty=0.1), torch.relu(CENTRED) * NORMS),
     "dictionary_learning AutoEncoderNew": (lambda f: dictionary(f, "AutoEncoderNew", LINEAR | {"decoder.bias": W["b_dec"]}), torch.relu(PLAIN)),
     "dictionary_learning JumpReLU FAULTS B3": (
         lambda f: dictionary(f, "JumpReluAutoEncoder", FOUR | {"threshold": THRESHOLD}, trainer_class="JumpReluTrainer", bandwidth=1e-3, **LATE),
-        above(PLAIN, THRESHOLD),
-    ),
+        above(PLAIN, THRESHOLD)),
     "dictionary_learning JumpReLU 2024 FAULTS B3": (
         lambda f: dictionary(f, "JumpReluAutoEncoder", FOUR | {"threshold": THRESHOLD}, trainer_class="TrainerJumpRelu", lr=7e-5, steps=9),
-        above(PLAIN, THRESHOLD) * NORMS,
-    ),
+        above(PLAIN, THRESHOLD) * NORMS),
     "dictionary_learning gated FAULTS B3": (
-        lambda f: dictionary(f, "GatedAutoEncoder", GATED_DL, trainer_class="GatedSAETrainer", **LATE), gate(X - W["b_dec"]),
-    ),
+        lambda f: dictionary(f, "GatedAutoEncoder", GATED_DL, trainer_class="GatedSAETrainer", **LATE), gate(X - W["b_dec"])),
     "dictionary_learning gated 2024 FAULTS B3": (
-        lambda f: dictionary(f, "GatedAutoEncoder", GATED_DL, trainer_class="GatedSAETrainer", warmup_steps=9), gate(X - W["b_dec"]) * NORMS,
-    ),
+        lambda f: dictionary(f, "GatedAutoEncoder", GATED_DL, trainer_class="GatedSAETrainer", warmup_steps=9), gate(X - W["b_dec"]) * NORMS),
     "dictionary_learning TopK": (
-        lambda f: dictionary(f, "AutoEncoderTopK", LINEAR | BATCH_DL, k=K, threshold_beta=0.999, auxk_alpha=0.03, **LATE), top(CENTRED),
-    ),
+        lambda f: dictionary(f, "AutoEncoderTopK", LINEAR | BATCH_DL, k=K, threshold_beta=0.999, auxk_alpha=0.03, **LATE), top(CENTRED)),
     "dictionary_learning TopK 2024": (lambda f: dictionary(f, "AutoEncoderTopK", LINEAR | {"b_dec": W["b_dec"]}, k=K), top(CENTRED)),
     "dictionary_learning BatchTopK": (lambda f: dictionary(f, "BatchTopKSAE", LINEAR | BATCH_DL, top_k_aux=9), above(CENTRED, 1.5)),
     "dictionary_learning BatchTopK, new": (
-        lambda f: dictionary(f, "BatchTopKSAE", LINEAR | BATCH_DL | {"threshold": torch.tensor(-1.0)}), torch.relu(CENTRED),
-    ),
+        lambda f: dictionary(f, "BatchTopKSAE", LINEAR | BATCH_DL | {"threshold": torch.tensor(-1.0)}), torch.relu(CENTRED)),
     "dictionary_learning Matryoshka": (
         lambda f: dictionary(f, "MatryoshkaBatchTopKSAE", FOUR | BATCH_DL | {"group_sizes": torch.tensor([5, 5, 10])}, group_weights=[1, 1, 1]),
-        above(CENTRED, 1.5),
-    ),
+        above(CENTRED, 1.5)),
     # VISAEBench, and overcomplete's own tensors: at least the threshold, and no bias is subtracted
     "visaebench topk": (lambda f: visaebench(f, activation="topk", k=K, expansion_factor=4, backbone="clip_vitb16"), top(PLAIN)),
     "visaebench batchtopk": (lambda f: visaebench(f, sae_type="BatchTopK", k=K, threshold=1.5, fvu=0.2), above(PLAIN, 1.5)),
     "visaebench batchtopk at a latent": (  # that equals the threshold
         lambda f: visaebench(f, {"encoder.bias": W["b_enc"]}, activation="batchtopk", threshold=float(PLAIN[0].max())),
-        torch.where(PLAIN >= PLAIN[0].max(), PLAIN, 0),
-    ),
+        torch.where(PLAIN >= PLAIN[0].max(), PLAIN, 0)),
     "visaebench running threshold": (
-        lambda f: visaebench(f, {"_running_threshold": torch.tensor(1.5)}, activation="batchtopk", k=K, threshold=None), above(PLAIN, 1.5),
-    ),
+        lambda f: visaebench(f, {"_running_threshold": torch.tensor(1.5)}, activation="batchtopk", k=K, threshold=None), above(PLAIN, 1.5)),
     "visaebench jumprelu": (lambda f: visaebench(f, {"jump_thresholds": THRESHOLD}, architecture="jumprelu"), above(PLAIN, THRESHOLD)),
     "visaebench jumprelu by its default": (lambda f: visaebench(f, activation="jumprelu"), above(PLAIN, 0.01)),
     "overcomplete topk": (lambda f: overcomplete(f, ROWS, activation="topk", k=K), top(PLAIN)),
     "overcomplete jumprelu": (lambda f: overcomplete(f, ROWS | {"thresholds": THRESHOLD.log(), "bandwidth": torch.tensor(1e-3)}, activation="jumprelu"),
                               above(PLAIN, THRESHOLD)),
     "overcomplete archetypal": (
-        lambda f: overcomplete(f, {"dictionary.W": MIXTURE, "dictionary.C": POINTS, "dictionary.Relax": SHIFT}, activation="topk", top_k=K), top(PLAIN),
-    ),
+        lambda f: overcomplete(f, {"dictionary.W": MIXTURE, "dictionary.C": POINTS, "dictionary.Relax": SHIFT}, activation="topk", top_k=K), top(PLAIN)),
 }  # fmt: skip
 
 
@@ -239,8 +220,7 @@ READ = {
 def test_files_give_the_latents_of_their_program(tmp_path, case):
     """FAULTS B1, B3, B4, and each version of each program that is read."""
     write, expected = READ[case]
-    sae = load_sae(write(tmp_path))
-    found = sae.encode(X)
+    found = (sae := load_sae(write(tmp_path))).encode(X)
     if "at a latent" in case:  # rounding decides on equality: elsewhere nothing may differ
         found, expected = (torch.where((latents - PLAIN[0].max()).abs() < 1e-5, 0, latents) for latents in (found, expected))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
@@ -462,10 +442,7 @@ def test_files_have_the_names_that_the_programs_look_for(tmp_path):
 
 
 def test_weights_without_a_word_on_their_use_are_refused(tmp_path):
-    for content, what in (
-        (FOUR, "tensors .*W_enc.*nothing that says how to use it.*config.json"),
-        ([1, 2], "a list, and nothing that says"),
-    ):
+    for content, what in ((FOUR, "tensors .*W_enc.*nothing that says how to use it.*config"), ([1, 2], "a list, and nothing that says")):
         torch.save(content, tmp_path / "weights.pt")
         with pytest.raises(ValueError, match=f"holds {what}"):
             load_sae(tmp_path / "weights.pt")

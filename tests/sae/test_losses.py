@@ -29,9 +29,7 @@ def tokens():
 
 @pytest.fixture
 def dead():
-    mask = torch.zeros(S, dtype=torch.bool)
-    mask[[1, 7, 12, 13, 19]] = True
-    return mask
+    return torch.isin(torch.arange(S), torch.tensor([1, 7, 12, 13, 19]))
 
 
 def largest(values, n):
@@ -108,7 +106,7 @@ def named(sae):
 
 
 @pytest.mark.parametrize(
-    ("activation", "cls", "with_dead"), [*((name, 1.0, True) for name in ACTIVATIONS), ("relu", 3.5, True), ("relu", 3.5, False)]
+    "activation, cls, with_dead", [*((name, 1, True) for name in ACTIVATIONS), ("relu", 3.5, True), ("relu", 3.5, False)]
 )
 def test_terms_equal_the_reference(activation, cls, with_dead, tokens, dead):
     """FAULTS D21: the ghost term's ratio is taken before the CLS coefficient, as in the official code."""

@@ -174,9 +174,8 @@ def test_a_target_l0_is_met_from_any_weight(tmp_path, activation):
     """FAULTS D5: nobody has to know which lambda suits the width; kept in the last third, in which it drifts, and over an interruption."""
     found = []
     for start in (1e-2, 1e-1):
-        config = dataclasses.replace(
-            CONFIG, n_tokens=1500 * 64, l1_coefficient=start, target_l0=1.5, normalize="mean_and_norm", start="data", checkpoint_every=400
-        )
+        config = dataclasses.replace(CONFIG, n_tokens=1500 * 64, l1_coefficient=start, target_l0=1.5, checkpoint_every=400)
+        config = dataclasses.replace(config, normalize="mean_and_norm", start="data")
         sae = train_sae(fresh(activation=activation), Store(), config, tmp_path / str(start), progress=False)
         found.append(training_log(tmp_path / str(start))["l0"].iloc[-100:].mean())
         assert sae.metadata["l1_coefficient"] != start
@@ -199,9 +198,8 @@ class Clustered(Store):
 @pytest.mark.parametrize("sparse", ["never", "always"])
 def test_dead_latents_start_anew_and_a_resumed_run_is_the_same(tmp_path, sparse):
     """FAULTS D6: of the same run, fewer latents end dead; restarts follow from the step alone, so that resuming stays bit-exact."""
-    config = dataclasses.replace(
-        CONFIG, start="random", n_tokens=60 * 64, dead_after_tokens=640, ghost=False, sparse=sparse, checkpoint_every=17, warmup_steps=0
-    )
+    config = dataclasses.replace(CONFIG, start="random", n_tokens=60 * 64, dead_after_tokens=640, ghost=False)
+    config = dataclasses.replace(config, sparse=sparse, checkpoint_every=17, warmup_steps=0)
     anew = dataclasses.replace(config, restart_dead=True)
 
     def train(config, name, store=None, **options):

@@ -180,9 +180,8 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, name, monkeypatch):
 def test_trackers_get_the_log(tmp_path, monkeypatch):
     """Through accelerate, into a stand-in for wandb's module."""
     seen = {"rows": [], "config": {}, "finished": 0}
-    run = SimpleNamespace(
-        log=lambda values, step=None, **_: seen["rows"].append((step, values)), finish=lambda: seen.__setitem__("finished", 1)
-    )
+    log = lambda values, step=None, **_: seen["rows"].append((step, values))  # noqa: E731
+    run = SimpleNamespace(log=log, finish=lambda: seen.__setitem__("finished", 1))
     module = ModuleType("wandb")
     module.init = lambda **_: run
     module.config = SimpleNamespace(update=lambda values, **_: seen["config"].update(values))

@@ -89,8 +89,8 @@ def check_source(reads: int, own: Mapping[str, Any], d_in: int, source: str, giv
     if d_in == reads and not wrong:
         return
     where = "over" if own.get("layer") is None else f"with layer={own['layer']}"
-    what = f"The SAE reads {reads}-dimensional activations{described(own, wrong)}; {source} holds {d_in}-dimensional ones{described(given, wrong)}."
-    raise ValueError(f"{what} Extract again {where} from the model the SAE was trained on, or load the SAE that was trained on these.")
+    what = f"The SAE reads {reads}-dimensional activations{described(own, wrong)}; {source} holds {d_in}-dimensional ones"
+    raise ValueError(f"{what}{described(given, wrong)}. Extract again {where} from the model it was trained on, or load these ones' SAE.")
 
 
 def _architecture(name: str, foreign: bool) -> tuple[str | None, str | None]:

@@ -27,9 +27,7 @@ class Weights(NamedTuple):
 _TRANSPOSED = ("encoder.weight", "decoder.weight")  # torch.nn.Linear's: [out, in]
 
 
-def renamed(
-    state: Any, names: Mapping[str, str], file: Path, unused: Iterable[str] = (), transposed: Iterable[str] = _TRANSPOSED
-) -> dict[str, Tensor]:
+def renamed(state: Any, names: Mapping[str, str], file: Path, unused: Iterable[str] = (), transposed=_TRANSPOSED) -> dict[str, Tensor]:
     """A state dict's tensors by our names. Those in ``unused`` don't take part in the equation; any other is refused, for it may."""
     tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)} if isinstance(state, dict) else {}
     if missing := [name for name in names if name not in tensors]:
@@ -98,10 +96,7 @@ class Allowed(NamedTuple):
 def check_settings(
     settings: Mapping[str, Any], file: Path, read: Iterable[str], allowed: Mapping[str, Allowed], harmless: str, documented: bool = True
 ) -> tuple[dict[str, Any], list[str]]:
-    """Refuse by name what would change the equation; returns what was understood, and the names of what says nothing about it.
-
-    A setting is read, or has allowed values, or is harmless by its name or words; others may only have a value by which they do nothing.
-    """
+    """Refuse by name what would change the equation; returns what was understood, and the names of what says nothing about it."""
     understood, ignored = {}, []
     for name, value in settings.items():
         if name in allowed:

@@ -21,10 +21,7 @@ _BLOCK_CPU = 512  # latents a block
 
 
 class DeferredGradients:
-    """Collects what the gradients of ``W_enc`` and ``W_dec`` are summed from, of forward passes in its ``with`` block; then :meth:`step`.
-
-    ``backward()`` may be called inside or after it, several times for a batch in chunks. The weights' ``.grad`` stays None.
-    """
+    """Collects what gradients of ``W_enc`` and ``W_dec`` are summed from, of forward passes in its ``with`` block; ``.grad`` stays None."""
 
     def __init__(self, sae: SparseAutoencoder):
         if not sae.W_enc.T.is_contiguous():  # column after column, in place: what sparse gradients touch are columns

@@ -33,9 +33,7 @@ class BatchTopK(NamedTuple):
     k: int
 
 
-Select = (
-    TopK | BatchTopK | Tensor | None
-)  # active are the largest; what lies above a level, for all or for each latent; or what is positive
+Select = TopK | BatchTopK | Tensor | None  # active are the largest; what lies above a level, of all or each latent; or what is positive
 
 
 class ByLatent(NamedTuple):
