@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
@@ -10,10 +9,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator
 
 from ..adaptation.fit import NAMES
-from .drawing import clip, colorbar, errors, heat, interval_panels, legend, look, panels, pretty
+from .drawing import clip, colorbar, errors, heat, interval_panels, legend, look, panels, plain_log, pretty
 from .heat import blend
 from .style import COLORS, drawn, figure, image_axes
 
@@ -73,8 +72,7 @@ def class_scatter(latents: pd.DataFrame) -> Figure:
         ax.set(xscale="log", yscale="log", xlim=line, ylim=line, box_aspect=1)
         for axis in (ax.xaxis, ax.yaxis):  # over less than a decade matplotlib labels every minor tick, in powers of ten
             axis.set_major_locator(LogLocator(subs=(1, 2, 5) if largest < 30 * floor else (1,)))
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter(NullFormatter())
+            plain_log(axis)
     legend(fig, axes, ncols=3, markerscale=2)
     return fig
 
@@ -133,8 +131,8 @@ def gain_experiments(experiments: pd.DataFrame) -> Figure:
     return fig
 
 
-@drawn(links="DataFrame of ``ClassLinks.links()`` of one data set", names="mapping of int to str, optional; what to call the latents")
-def class_links(links: pd.DataFrame, names: Mapping[int, str] | None = None) -> Figure:
+@drawn(links="DataFrame of ``ClassLinks.links()`` of one data set")
+def class_links(links: pd.DataFrame) -> Figure:
     """The remapping matrix: which latents (columns) each class rests on, and which of these links stayed, vanished or appeared.
 
     The three strongest of each class are shown, and these latents' other links. A disc's area is the share of the class's evidence,
@@ -145,9 +143,8 @@ def class_links(links: pd.DataFrame, names: Mapping[int, str] | None = None) -> 
     owner = shown.drop_duplicates("latent").sort_values(["class", "size"], ascending=[True, False])
     column = {latent: i for i, latent in enumerate(owner["latent"])}
     classes = links.sort_values("class").drop_duplicates("class").set_index("class")["class_name"].map(pretty)
-    fig, ax = figure(height=(2.3 if names else 1.5) + 0.24 * len(classes))
-    largest, disc = float(shown["size"].max()), {"linestyle": "none", "marker": "o"}
-    handles = []
+    fig, ax = figure(height=1.5 + 0.24 * len(classes))
+    largest, disc, handles = float(shown["size"].max()), {"linestyle": "none", "marker": "o"}, []
     for name, color in _LINKS.items():
         part = shown[shown["link"] == name]
         spots = part["latent"].map(column), part["class"].map(classes.index.get_loc)
@@ -155,7 +152,7 @@ def class_links(links: pd.DataFrame, names: Mapping[int, str] | None = None) -> 
         handles.append(Line2D([], [], ms=7, color=color, label=f"{name} ({len(part)})", **disc))
     ax.set(xlabel="latent of CLIP's dictionary", xlim=(-0.8, len(column) - 0.2), ylim=(len(classes) - 0.4, -0.6))
     ax.set_yticks(range(len(classes)), classes)
-    ax.set_xticks(range(len(column)), [f"{latent} {(names or {}).get(latent, '')}".strip() for latent in column], rotation=90, fontsize=7)
+    ax.set_xticks(range(len(column)), list(column), rotation=90, fontsize=7)
     for share in [share for share in (0.5, 0.2, 0.05) if share <= largest] or [largest]:
         size = np.sqrt(150 * share / largest)
         handles.append(Line2D([], [], ms=size, color="#CCCCCC", label=f"{share:.0%} of the class's evidence", **disc))
@@ -190,11 +187,8 @@ def remapped_concepts(found: Any) -> Figure:
         first, (color, words) = pair.iloc[0], _CHANGES[pair.iloc[0]["kind"]]
         image_axes(row[0]).set(xlim=(0, 1), ylim=(0, 1))
         row[0].axvline(0, color=COLORS[color], lw=6)
-        for y, text, weight in (
-            (0.78, clip(first["name"], 26), "bold"),
-            (0.45, f"latent {first['latent']}", "normal"),
-            (0.14, f"{words}: {pretty(first['class_name'])}", "normal"),
-        ):
+        texts = clip(first["name"], 26), f"latent {first['latent']}", f"{words}: {pretty(first['class_name'])}"
+        for y, text, weight in zip((0.78, 0.45, 0.14), texts, ("bold", "normal", "normal"), strict=True):
             row[0].text(0.05, y, text, va="center", fontsize=8.5, fontweight=weight)
         for side, (images, masks) in enumerate(pictures.values()):
             for ax, image, mask in zip(row[1 + side * k :], images, masks, strict=False):

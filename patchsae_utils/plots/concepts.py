@@ -40,8 +40,7 @@ def latent_statistics(frame: pd.DataFrame, annotate: Mapping[int, str]) -> Figur
 
 def _looks(table: pd.DataFrame) -> dict[str, dict]:
     """Colour and marker of each dictionary: the SAE is blue and round, the ceiling black."""
-    looks, others = {"sae": look("blue", ms=7, elinewidth=2.4), "ceiling": look("black", "|")}, 0
-    found = {}
+    looks, found, others = {"sae": look("blue", ms=7, elinewidth=2.4), "ceiling": look("black", "|")}, {}, 0
     for name, role in table.drop_duplicates("dictionary")[["dictionary", "role"]].itertuples(index=False):
         found[name] = looks.get(role) or {"color": _OTHERS[others % len(_OTHERS)], "marker": "s^vDPX<"[others % 7], "ms": 5}
         others += role not in looks

@@ -64,9 +64,7 @@ def mask_tasks(frame: pd.DataFrame) -> Figure:
     return fig
 
 
-def _curves(
-    ax: Axes, frame: pd.DataFrame, mode: str, error: str | None = None, choose: Sequence[str] | None = None, by: str | None = None
-) -> list[int]:
+def _curves(ax: Axes, frame: pd.DataFrame, mode: str, error: Any = None, choose: Any = None, by: str | None = None) -> list[int]:
     """Accuracy with its interval over k, and without any mask; ks stand at equal distances. Returns them."""
     for unmasked, (label, dashes) in _UNMASKED.items():
         if unmasked == "raw" or error == "dropped":

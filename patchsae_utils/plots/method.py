@@ -24,9 +24,7 @@ _TITLES = {  # where, and what happens there
 }
 
 
-@drawn(
-    highlight="str, optional; the stage in colour: extraction, training, concepts, interventions, adaptation; explorer or None: all of them"
-)
+@drawn(highlight="str, optional; in colour: extraction, training, concepts, interventions, adaptation; explorer or None: all of them")
 def method(highlight: str | None = None) -> Figure:
     """PatchSAE in one picture: what is read, what is trained on it, and what the latents are used for; one stage stands out."""
     if highlight not in (None, *STAGES):
@@ -55,13 +53,8 @@ def method(highlight: str | None = None) -> Figure:
     values = np.zeros(14)
     values[[2, 6, 11]] = 0.9, 0.5, 0.7
     used = lit["training"] or lit["concepts"] or lit["interventions"]
-    ax.barh(
-        np.linspace(2.8, 13.6, 14),
-        0.4 + 6.5 * values,
-        0.55,
-        46,
-        color=np.where(values > 0, COLORS["orange"] if used else _PALE_INK, "#D0D0D0"),
-    )
+    color = np.where(values > 0, COLORS["orange"] if used else _PALE_INK, "#D0D0D0")
+    ax.barh(np.linspace(2.8, 13.6, 14), 0.4 + 6.5 * values, 0.55, 46, color=color)
     ax.text(53, 0.6, "latents: few active", ha="right", va="center", fontsize=8)
     ax.add_patch(Polygon([(55.5, 14), (55.5, 2.4), (60.2, 6), (60.2, 10.4)], closed=True, **_colors(lit["training"])))
     ax.text(57.8, 8.2, "decoder", rotation=90, ha="center", va="center", fontsize=8)

@@ -35,15 +35,10 @@ def concept_masks(examples: Sequence) -> Figure:
     """Concepts in scenes: the picture with the concept's patches outlined, and the activation of its best latent."""
     cells = []
     for each in examples:
-        seen, mask = np.asarray(each.image), np.asarray(each.truth, float)
-        outlined = blend(seen, mask, 1.0, 0.5, 0.0, contour=True)
+        outlined = blend(np.asarray(each.image), np.asarray(each.truth, float), 1.0, 0.5, 0.0, contour=True)
         quiet = "" if float(each.activation.max()) else " (silent)"
-        cells.append(
-            (
-                f"{each.concept}: AP {each.ap:.2f}",
-                [(outlined, None, 1, "where it is"), (each.activation, None, 1, f"latent {each.latent}{quiet}")],
-            )
-        )
+        shots = [(outlined, None, 1, "where it is"), (each.activation, None, 1, f"latent {each.latent}{quiet}")]
+        cells.append((f"{each.concept}: AP {each.ap:.2f}", shots))
     return strips(cells, 2, 4, 1.75)
 
 

@@ -40,12 +40,10 @@ def effects(names: list[str], **columns) -> pd.DataFrame:
     return table
 
 
-def sweep(
-    groups=("all",), choose=("oracle", "predicted", "matched", "random"), where=("all",), ranks=("count",), errors=("kept",)
-) -> pd.DataFrame:
-    masked = grid("accuracy", choose=choose, rank=ranks, mode=["on", "off"], k=[1, 5, 20, 100], where=where, error=errors, group=groups)
+def sweep(groups=("all",), choose=("oracle", "predicted", "matched", "random"), ranks=("count",), errors=("kept",)) -> pd.DataFrame:
+    masked = grid("accuracy", choose=choose, rank=ranks, mode=["on", "off"], k=[1, 5, 20, 100], where=["all"], error=errors, group=groups)
     masked.loc[masked["choose"] == "random", "rank"] = "none"
-    masked = masked.drop_duplicates(["choose", "rank", "mode", "k", "where", "error", "group"])
+    masked = masked.drop_duplicates(["choose", "rank", "mode", "k", "error", "group"])
     modes = ["raw", "reconstructed", "error_kept"]
     unmasked = grid("accuracy", choose=["none"], rank=["none"], mode=modes, k=[0], where=["all"], error=["kept"], group=groups)
     return pd.concat([unmasked, masked], ignore_index=True)
@@ -75,23 +73,9 @@ def comparison() -> pd.DataFrame:
     return table.assign(role=table["dictionary"].map(roles))
 
 
-def norms() -> pd.DataFrame:
-    return grid("median", top=60, layer=range(6), token=["CLS", "patch"])
-
-
 def made(n: int, **columns) -> pd.DataFrame:
     """Rows at random: one of a list, or a number between two ends."""
     return pd.DataFrame({name: RNG.choice(each, n) if isinstance(each, list) else RNG.uniform(*each, n) for name, each in columns.items()})
-
-
-def latents(n: int = 400) -> pd.DataFrame:
-    logs = made(n, frequency=(-3.5, 0), mean_activation=(-2, 0))
-    return (10**logs).assign(latent=range(n), label_entropy=RNG.uniform(0, 2.3, n))
-
-
-def links() -> pd.DataFrame:
-    table = made(40, base=(0, 0.3), adapted=(0, 0.3), link=["stayed", "vanished", "appeared"])
-    return table.assign(**{"class": np.repeat(range(10), 4), "class_name": np.repeat(WORDS, 4)}, latent=range(40))
 
 
 def changed_concepts() -> SimpleNamespace:
@@ -134,21 +118,21 @@ def figures(world) -> dict:
     found = {i: {d: references(3 * (d != "line")) for d in ("color", "line", "gray")} for i in (3, 5)}
     domains = SimpleNamespace(table=elsewhere, references=found)
     words = SimpleNamespace(table=elsewhere, share=0.017, shuffled=RNG.normal(0.012, 0.002, 300), p=0.05, alpha=0.05)
-    named = pd.DataFrame(
-        [
-            ["labels", "text", 1820, 285, 175, 0.07, 0.0, 0.09, 0.01],
-            ["labels", "ground truth", 1820, 1489, 0, np.nan, 0.0, np.nan, 0.01],
-            ["text", "ground truth", 285, 1489, 155, 0.57, 0.02, 0.65, 0.03],
-        ],
-        columns=["a", "b", "n_a", "n_b", "n_both", "agreement", "chance", "related", "related_chance"],
-    )
+    agreed = [
+        ["labels", "text", 1820, 285, 175, 0.07, 0.0, 0.09, 0.01], ["labels", "ground truth", 1820, 1489, 0, np.nan, 0.0, np.nan, 0.01],
+        ["text", "ground truth", 285, 1489, 155, 0.57, 0.02, 0.65, 0.03],
+    ]  # fmt: skip
+    named = pd.DataFrame(agreed, columns=["a", "b", "n_a", "n_b", "n_both", "agreement", "chance", "related", "related_chance"])
     scores = made(600, dictionary=["SAE", "random directions", "single dimensions"], score=(0.1, 0.8), n_images=[*range(1, 3000)])
     concepts = made(200, kind=KINDS, ap=(0, 1), iou=(0, 1), pointing=(0, 1), pointing_chance=(0, 1))
     states = {"removed_before": 0.5, "stays_before": 0.2, "removed_after": 0.1, "stays_after": 0.6}
     removal = [{"index": i, "kind": "own", "removed": i + which, **states} for i in world.pairs for which in (0, 1)]
+    logs = made(400, frequency=(-3.5, 0), mean_activation=(-2, 0))
+    latents = (10**logs).assign(latent=range(400), label_entropy=RNG.uniform(0, 2.3, 400))
     groups = ["high", "high-to-low", "low-to-high"]
+    links = made(40, base=(0, 0.3), adapted=(0, 0.3), link=["stayed", "vanished", "appeared"])
+    links = links.assign(**{"class": np.repeat(range(10), 4), "class_name": np.repeat(WORDS, 4)}, latent=range(40))
     scatter = made(300, task=TASKS, base=(0, 60), adapted=(0, 60), group=groups).assign(**{"class": RNG.integers(0, 9, 300)})
-    compared = COMPARISONS
     masked = pd.concat([sweep(WORDS, ("oracle",)).assign(model=model) for model in ("CLIP", "CLIP, adapted head", "adapted")])
     masked = masked.assign(**{"class": masked["group"].map(WORDS.index)})
     layers = pd.DataFrame({"layer": range(6), "main": [i == 4 for i in range(6)], **QUANTILES})
@@ -169,7 +153,7 @@ def figures(world) -> dict:
             grid("accuracy", domain=["color", "line"], tier=["common", "rare"]).assign(chance=0.01),
             grid("accuracy", task=["openmoji/birds_sea", "tools", "meals"], domain=["color", "line"]).assign(chance=0.05),
         ),
-        "residual_norms": (norms(), torch.rand(6, 40, 197) * 20 + 30, 4, (14, 14)),
+        "residual_norms": (grid("median", top=60, layer=range(6), token=["CLS", "patch"]), torch.rand(6, 40, 197) * 20 + 30, 4, (14, 14)),
         "residual_pca": (pictures(3).numpy(), torch.rand(6, 3, 14, 14, 3), torch.rand(6, 3) / 5),
         "patch_probe": (grid("accuracy", layer=range(6), token=["CLS", "patch"]).assign(control=0.02), 360, 4),
         "training_curves": (log,),
@@ -179,7 +163,7 @@ def figures(world) -> dict:
         "ablation_effects": (ABLATIONS,),
         "reconstruction_frontier": (frontier,),
         "step_costs": (json.loads((ROOT / "benchmarks" / "results" / "sae_step.json").read_text()),),
-        "latent_statistics": (latents(), {5: "one class", 70: "everywhere"}),
+        "latent_statistics": (latents, {5: "one class", 70: "everywhere"}),
         "monosemanticity": (scores, 0.15),
         "concept_families": (comparison(),),
         "coverage_curves": (grid("share", dictionary=["SAE", "PCA"], role=["sae"], threshold=np.linspace(0, 1, 11)).assign(n_concepts=9),),
@@ -200,11 +184,11 @@ def figures(world) -> dict:
         "object_removal": (pd.DataFrame(removal), effects(["removed_change", "stays_change"], kind=["own", "control"]), world, world.pairs),
         "adaptation_accuracy": (grid("accuracy", **series, half=["base", "novel", "harmonic mean"]),),
         "class_scatter": (scatter,),
-        "latent_groups": (grid("value", task=TASKS, comparison=compared, measure=measures),),
+        "latent_groups": (grid("value", task=TASKS, comparison=COMPARISONS, measure=measures),),
         "prediction_heat": (masked,),
         "gain_parts": (grid("gain", task=TASKS, adapter=["MaPLe", "fine-tuning"], part=parts),),
         "gain_experiments": (grid("value", task=TASKS, experiment=experiments),),
-        "class_links": (links(),),
+        "class_links": (links,),
         "remapped_concepts": (changed_concepts(),),
         "planted_controls": (planted(),),
         "adapter_table": (pd.read_csv(ROOT / "experiments" / "results" / "adaptation.csv").query("kind != 'maple, shuffled labels'"),),
