@@ -1,7 +1,8 @@
 """A joint dictionary of models m, a crosscoder: f = act(sum_m x_m W_enc^m + b_enc), and x_m (centred, scaled) is read back as f W_dec^m.
 
 BatchTopK: the k N largest f_s n_s of N tokens stay, n_s the summed norms of decoder rows; later those above the running mean of the smallest
-that stayed. Sources: Lindsey et al., "Sparse crosscoders", 2024; Minder et al., "Overcoming sparsity artifacts in crosscoders", 2025.
+that stayed. L1 (``k`` None): all stay, and lambda times the mean sum of f_s n_s is added to the loss. Sources: Lindsey et al., "Sparse
+crosscoders", 2024; Minder et al., "Overcoming sparsity artifacts in crosscoders", 2025.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ class JointDictionary(nn.Module):
     scale: Tensor
     threshold: Tensor
 
-    def __init__(self, tokens: Tensor, d_sae: int, *, k: int):
+    def __init__(self, tokens: Tensor, d_sae: int, *, k: int | None, l1_coefficient: float = 0.0):
         super().__init__()
-        self.k = k
+        self.k, self.l1_coefficient = k, l1_coefficient
         self.register_buffer("mean", tokens.mean(0))
         self.register_buffer("scale", (tokens - self.mean).square().mean().sqrt())
         self.register_buffer("threshold", tokens.new_zeros(()))
@@ -57,22 +58,25 @@ class JointDictionary(nn.Module):
         return torch.stack([f @ rows for rows in self.W_dec], -2) * self.scale + self.mean
 
     def loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The squared error on tokens [N, M, D], in units of the scale, and the smallest product f_s n_s that stayed."""
+        """The squared error on tokens [N, M, D], in units of the scale, plus the L1 penalty; and the smallest product f_s n_s that stayed."""
         f = self._positive(x)
-        products = (f * self.norms.sum(0)).detach()
-        best = products[products > 0].topk(min(self.k * len(x), int((products > 0).sum()))).values
-        smallest = best[-1] if len(best) else f.new_zeros(())
-        f = f * (products >= smallest)
+        products, smallest = f * self.norms.sum(0), f.new_zeros(())
+        if self.k is not None:
+            best = products[products > 0].detach().topk(min(self.k * len(x), int((products > 0).sum()))).values
+            smallest = best[-1] if len(best) else smallest
+            f = f * (products >= smallest)
         error = self._scaled(x) - torch.stack([f @ rows for rows in self.W_dec], 1)
-        return error.square().sum((1, 2)).mean(), smallest
+        return error.square().sum((1, 2)).mean() + self.l1_coefficient * products.sum(1).mean(), smallest
 
     def _positive(self, x: Tensor) -> Tensor:
         return (self._scaled(x).flatten(-2) @ self.W_enc.flatten(0, 1) + self.b_enc).relu()
 
 
-def train_joint(tokens: Tensor, d_sae: int, *, k: int, n_tokens: int, progress: bool = True) -> JointDictionary:
+def train_joint(
+    tokens: Tensor, d_sae: int, *, k: int | None, n_tokens: int, l1_coefficient: float = 0.0, progress: bool = True
+) -> JointDictionary:
     """A joint dictionary of tokens [n, M, D], trained on ``n_tokens`` draws of them; Adam, the rate rises at first and falls to 0."""
-    joint = JointDictionary(tokens, d_sae, k=k)
+    joint = JointDictionary(tokens, d_sae, k=k, l1_coefficient=l1_coefficient)
     generator, batch = Generator().manual_seed(0), min(BATCH, len(tokens))
     steps = max(1, n_tokens // batch)
     optimizer = torch.optim.Adam(joint.parameters(), lr=LR)

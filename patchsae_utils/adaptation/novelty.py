@@ -155,8 +155,8 @@ def verdicts(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def new_latents(
-    base: ClipModel, adapted: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: int, *, d_sae: int, k: int = 32,
-    n_tokens: int = 600_000, progress: bool = True,
+    base: ClipModel, adapted: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: int, *, d_sae: int, k: int | None = 32,
+    l1_coefficient: float = 0.0, n_tokens: int = 600_000, progress: bool = True,
 ) -> tuple[JointDictionary, pd.DataFrame]:  # fmt: skip
     """Which latents of a joint dictionary are new in an adapted model, changed, or as before: measured five ways.
 
@@ -164,7 +164,9 @@ def new_latents(
     ----------
     base, adapted, sae, layer : models, and an SAE that was trained on ``base`` and reads this block's output
     dataset : data set, of which every other picture trains the dictionaries, and the rest is measured on
-    d_sae, k : int, latents of the joint dictionary and of that of the difference, and how many of them are active per token
+    d_sae : int, latents of the joint dictionary and of that of the difference
+    k : int, optional, latents active per token (BatchTopK); None: an L1 penalty of weight ``l1_coefficient`` in its place
+    l1_coefficient : float, of the latents' activations times their summed decoder norms
     n_tokens : int, on which each is trained
     progress : bool
 
@@ -177,18 +179,22 @@ def new_latents(
     sae.check_model(adapted, layer)
     both = read_streams(base, adapted, dataset, layer, progress=progress)
     train, measured = both[::2].contiguous(), both[1::2].contiguous()
-    return judge(train, measured, sae.W_dec, sae.encode, d_sae=d_sae, k=k, n_tokens=n_tokens, progress=progress)
+    options = {"d_sae": d_sae, "k": k, "l1_coefficient": l1_coefficient, "n_tokens": n_tokens, "progress": progress}
+    return judge(train, measured, sae.W_dec, sae.encode, **options)
 
 
 @torch.no_grad()
 def judge(
-    train: Tensor, streams: Tensor, rows: Tensor, encode: Callable[[Tensor], Tensor], *, d_sae: int, k: int, n_tokens: int, progress: bool
+    train: Tensor, streams: Tensor, rows: Tensor, encode: Callable[[Tensor], Tensor], *, d_sae: int, k: int | None, n_tokens: int,
+    l1_coefficient: float = 0.0, progress: bool,
 ) -> tuple[JointDictionary, pd.DataFrame]:  # fmt: skip
     """:func:`new_latents` of streams [N, T, 2, D], beside a dictionary of CLIP with these decoder rows and this encoder."""
     tokens = train.flatten(0, 1)
     with torch.enable_grad():
-        joint = train_joint(tokens, d_sae, k=k, n_tokens=n_tokens, progress=progress)
-        changes = train_joint(tokens[:, 1:] - tokens[:, :1], d_sae, k=k, n_tokens=n_tokens, progress=progress)
+        joint, changes = (
+            train_joint(each, d_sae, k=k, n_tokens=n_tokens, l1_coefficient=l1_coefficient, progress=progress)
+            for each in (tokens, tokens[:, 1:] - tokens[:, :1])
+        )
     tables = {
         "norms": norms(joint), "difference": difference(joint, streams, changes), "scaling": scaling(joint, streams),
         "matched": matched(joint, streams, rows, encode), "predicted": predicted(joint, streams, train),

@@ -42,19 +42,21 @@ def by_hand(W_dec):
     return joint
 
 
-def test_the_loss_in_slow_float64():
+@pytest.mark.parametrize("options", [{"k": 3}, {"k": None, "l1_coefficient": 0.3}])
+def test_the_losses_in_slow_float64(options):
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randn(12, 2, 5, generator=generator)
-    joint = JointDictionary(tokens, 9, k=3).requires_grad_(False)
+    joint = JointDictionary(tokens, 9, **options).requires_grad_(False)
     joint.W_dec.copy_(torch.randn(2, 9, 5, generator=generator))
     joint.b_enc.copy_(0.1 * torch.randn(9, generator=generator))
     x = ((tokens - joint.mean) / joint.scale).double().numpy()
     W_enc, W_dec, b = (p.double().numpy() for p in (joint.W_enc, joint.W_dec, joint.b_enc))
     f = np.array([[max(sum(x[n, m] @ W_enc[m][:, s] for m in range(2)) + b[s], 0) for s in range(9)] for n in range(12)])
     sizes = np.array([sum(np.linalg.norm(W_dec[m, s]) for m in range(2)) for s in range(9)])
-    smallest = np.sort((f * sizes).ravel())[::-1][3 * 12 - 1]
+    smallest = np.sort((f * sizes).ravel())[::-1][3 * 12 - 1] if options["k"] else 0
     f[f * sizes < smallest] = 0
     expected = np.mean([sum(((x[n, m] - f[n] @ W_dec[m]) ** 2).sum() for m in range(2)) for n in range(12)])
+    expected += options.get("l1_coefficient", 0) * (f * sizes).sum(1).mean()
     loss, found = joint.loss(tokens)
     assert float(loss) == pytest.approx(expected, rel=1e-5) and float(found) == pytest.approx(smallest, rel=1e-5)
     difference = norm_difference(joint)

@@ -129,7 +129,10 @@ def test_a_class_that_its_categorys_latent_skips_is_absorbed(found, monkeypatch)
     assert frame["skipped"].tolist() == [False, False, True] and frame.loc["c", "recall"] == 0
     assert frame.loc["c", "absorbed"] and frame.loc["c", "object_latent"] == 2 and not frame.loc["a", "absorbed"]
     assert frame["found"].tolist() == [True, True, False]
-    assert "1 of 1 categories have a latent of their own. Of their 3 classes it skips 1; another latent stands for 1 of these" in found.sharing()
+    assert (
+        "1 of 1 categories have a latent of their own. Of their 3 classes it skips 1; another latent stands for 1 of these"
+        in found.sharing()
+    )
     monkeypatch.setattr(places, "MIN_SPECIAL_AP", 1.01)
     assert not found.absorption()["absorbed"].any() and found.absorption()["skipped"].sum() == 1
     monkeypatch.setattr(places, "MIN_RECALL", 1.01)
