@@ -89,7 +89,7 @@ def remapped_concepts(
     effects: list[list[Tensor]] = [[] for _ in chosen]  # of each concept [2 models, 2 (change, control), images]
     shown: list[list[Tensor]] = []  # of each batch and concept [2 models, B, T]
     for pair in reads:
-        codes = {
+        codes: dict[bool, tuple[list[Tensor], list[Tensor]]] = {
             False: ([sae.encode(read.residual.tokens) for read in pair], [sae.W_dec] * 2),
             True: ([joint.encode(_both(pair))] * 2, [joint.rows(0), joint.rows(1)]),
         }
@@ -97,8 +97,9 @@ def remapped_concepts(
         for found, each in zip(effects, chosen, strict=True):
             images = (pair[0].labels == each.label).nonzero()[:, 0]
             if len(images):
-                of_models = zip(models, pair, *codes[each.kind == NEW], heads, strict=True)
-                found.append(torch.stack([_turned_off(*parts, images, each) for parts in of_models]))
+                h, rows = codes[each.kind == NEW]
+                of_models = zip(models, pair, h, rows, heads, strict=True)
+                found.append(torch.stack([_turned_off(model, read, f, d, head, images, each) for model, read, f, d, head in of_models]))
     kept = [i for i, found in enumerate(effects) if found]
     table = pd.DataFrame([row for i in kept for row in _rows(chosen[i], torch.cat(effects[i], 2).double().numpy())])
     if len(table):

@@ -97,7 +97,7 @@ class LoRA(AdaptedClip):
         generator = Generator().manual_seed(seed)
         self.learned = nn.ModuleList(_LowRank(clip.width, rank, generator) for _ in self.blocks).to(self.device).requires_grad_(False)
         for block, change in zip(self.blocks, self.learned, strict=True):
-            parametrize.register_parametrization(block.attn, "in_proj_weight", change)
+            parametrize.register_parametrization(block.get_submodule("attn"), "in_proj_weight", change)
 
 
 class _LowRank(nn.Module):

@@ -7,6 +7,7 @@ reconstruction); Kondapaneni et al., 2025.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def scaling(joint: JointDictionary, streams: Tensor) -> pd.DataFrame:
         )
         sums.append(torch.stack([*errors, rebuilt[0] - square * own[0], rebuilt[1]]))
     totals = torch.cat(sums, 1).double().cpu().numpy()  # [4, N, S]
-    ratio = [interval(lambda w, pair=totals[i : i + 2]: _over(*(w @ pair)), totals.shape[1], "images") for i in (0, 2)]
+    ratio = [interval(partial(_ratio, *totals[i : i + 2]), totals.shape[1], "images") for i in (0, 2)]
     new = (ratio[0].high < RATIOS[0]) & (ratio[1].high < RATIOS[1])
     before = (ratio[0].low > RATIOS[0]) | (ratio[1].low > RATIOS[1])
     return _table(ratio[0], new, before).assign(reconstruction=ratio[1].value)
@@ -133,6 +134,10 @@ def _table(found: Interval, new: np.ndarray, before: np.ndarray) -> pd.DataFrame
     return pd.DataFrame({"latent": range(len(new)), "score": found.value, "low": found.low, "high": found.high, "evidence": evidence})
 
 
+def _ratio(above: np.ndarray, below: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return _over(weights @ above, weights @ below)
+
+
 def _over(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, below, out=np.full(np.broadcast_shapes(above.shape, below.shape), np.nan), where=below > 0)
 
@@ -179,8 +184,9 @@ def new_latents(
     sae.check_model(adapted, layer)
     both = read_streams(base, adapted, dataset, layer, progress=progress)
     train, measured = both[::2].contiguous(), both[1::2].contiguous()
-    options = {"d_sae": d_sae, "k": k, "l1_coefficient": l1_coefficient, "n_tokens": n_tokens, "progress": progress}
-    return judge(train, measured, sae.W_dec, sae.encode, **options)
+    return judge(
+        train, measured, sae.W_dec, sae.encode, d_sae=d_sae, k=k, n_tokens=n_tokens, l1_coefficient=l1_coefficient, progress=progress
+    )
 
 
 @torch.no_grad()

@@ -207,8 +207,8 @@ def _load_timm(model: str, name: str, size: int | None, pretrained: str | None) 
 
 def _state_dict(file: Path) -> dict[str, Tensor]:
     """The weights in a file: safetensors, or torch.save of a state dict or of a training checkpoint, read without running anything."""
-    content = load_file(file) if file.suffix == ".safetensors" else read_torch(file)
-    content = content if isinstance(content, dict) else {}
+    found: Any = load_file(file) if file.suffix == ".safetensors" else read_torch(file)
+    content: dict[str, Any] = found if isinstance(found, dict) else {}
     for name in ("state_dict", "model"):
         content = content[name] if isinstance(content.get(name), dict) else content
     if not (state := {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}):

@@ -158,7 +158,7 @@ def load(read: Callable[[int], Any], n: int, batch_size: int, workers: int | Non
     """``read(0)`` to ``read(n - 1)``, in batches, by torch's DataLoader, with errors for people."""
     n_batches, workers = -(-n // batch_size), automatic_workers() if workers is None else workers
     workers = min(workers, n_batches) if n_batches > 1 else 0  # starting a process takes longer than opening a batch
-    loader = DataLoader(
+    loader: DataLoader = DataLoader(
         range(n), batch_size, num_workers=workers, prefetch_factor=PREFETCH if workers else None,  # type: ignore[arg-type]
         pin_memory=torch.cuda.is_available(), collate_fn=partial(_opened, read, collate),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -102,12 +103,16 @@ def pointing_sentence(answers: pd.DataFrame) -> str:
     return f"Followed to another image, the most distinctive latent of a patch finds the same {', the same '.join(each)}."
 
 
+def _share_of_hits(places: np.ndarray, hits: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return (weights[:, places] * hits).sum(1) / weights[:, places].sum(1)
+
+
 def _summarise(records: pd.DataFrame, n_images: int) -> pd.DataFrame:
     rows = []
     for (kind, answer), part in records.groupby(["kind", "answer"], sort=False):
         places, hits = part["place"].to_numpy(), part["hit"].to_numpy()
         with np.errstate(invalid="ignore"):
-            found = interval(lambda w, at=places, h=hits: (w[:, at] * h).sum(1) / w[:, at].sum(1), n_images, "images")
+            found = interval(partial(_share_of_hits, places, hits), n_images, "images")
         rows.append((kind, answer, found.value, found.low, found.high, part["chance"].mean(), len(part)))
     return pd.DataFrame(rows, columns=["kind", "answer", "hits", "low", "high", "chance", "n"])
 

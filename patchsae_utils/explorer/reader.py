@@ -130,7 +130,7 @@ class Reader:
         means, counts = [], torch.zeros(self.d_sae, len(EDGES) - 1)
         with torch.inference_mode():
             for start in range(0, len(images), 16):
-                batch = self.inputs(images[start : start + 16])
+                batch = self.inputs(images[start : start + 16].tolist())
                 for tokens in self.clip.residual(batch, self.layer)[:, : self.clip.n_tokens]:
                     h = self.sae.encode(tokens.to(self.sae.W_enc.device)).float().cpu()
                     means.append(h.mean(0))

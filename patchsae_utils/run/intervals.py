@@ -57,7 +57,8 @@ def drawn_interval(value: Any, draws: np.ndarray, unit: str, *, centred: bool = 
         shift = value - np.nanmean(draws, axis=0)
         low, high = low + shift, high + shift
     low, high = (np.where(bare, np.nan, end) for end in (low, high))
-    return Interval(*(float(one) if value.ndim == 0 else one for one in (value, low, high)), unit)
+    value, low, high = (float(one) if value.ndim == 0 else one for one in (value, low, high))
+    return Interval(value, low, high, unit)
 
 
 def mean_interval(values: Iterable[float] | np.ndarray | Tensor, unit: str = "images", *, groups: Any = None, seed: int = 0) -> Interval:

@@ -164,7 +164,8 @@ def evaluation_sentence(frame: pd.DataFrame) -> str:
     rows = frame[(frame["variant"] == "reconstruction") & (frame["tokens"] == "all")].set_index(["sae", "metric"])[["value", "low", "high"]]
     said = []
     for name in frame["sae"].unique():
-        of, share = rows.loc[name], percent(*rows.loc[(name, "explained_variance")], 1)
+        of, (value, low, high) = rows.loc[name], rows.loc[(name, "explained_variance")]
+        share = percent(value, low, high, 1)
         said.append(f"{name} explains {share} of the variance with {of.value['l0']:.0f} latents per token")
         if "zero_shot_change" in of.index:
             said[-1] += f" and changes CLIP's accuracy by {Interval(*100 * of.loc['zero_shot_change'])} points"

@@ -11,7 +11,7 @@ import time
 import zipfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def _train_together(jobs: Sequence[tuple], store: Tokens, resume: bool, progress
     config, done, at = jobs[0][1], dict[int, SparseAutoencoder](), dict[int, int]()  # at: the step whose batch a run waits for
     draw = cache(lambda n: next(_tokens(store, config, n, config.seed + 1, 0))[0])  # of another order than the training's
     with ExitStack() as stack:
-        runs = [stack.enter_context(closing(_run(*job, store, resume, progress, draw))) for job in jobs]
+        runs = [stack.enter_context(closing(_run(sae, own, out, store, resume, progress, draw))) for sae, own, out in jobs]
 
         def advance(i: int, batch: Any = None) -> None:
             try:
@@ -123,7 +123,9 @@ def _tokens(store: Tokens, config: TrainConfig, batch_size: int, seed: int, star
     return store.tokens(batch_size, seed=seed, epochs=None, start_step=start_step, positions=True, **options)
 
 
-def _run(sae: SparseAutoencoder, config: TrainConfig, out: Path, store: Tokens, resume: bool, progress: bool, draw: Callable) -> Generator:
+def _run(
+    sae: SparseAutoencoder, config: TrainConfig, out: Path, store: Tokens, resume: bool, progress: bool, draw: Callable
+) -> Generator[int, Any, SparseAutoencoder]:
     """One run of :func:`train_sae`: yields the step whose batch it waits for, returns the SAE."""
     kept = _kept_tokens(config, store)
     sae.check_store(store)
@@ -154,7 +156,7 @@ def _run(sae: SparseAutoencoder, config: TrainConfig, out: Path, store: Tokens, 
         if config.target_l0 is not None and sae.k is not None:
             raise ValueError(f"target_l0={config.target_l0} has no meaning for activation={sae.activation!r}, whose k={sae.k} sets it.")
         for name in (MANIFEST, SUMMARY, CONFIG, WEIGHTS, *(() if resume else (CHECKPOINT,))):  # what lies there now is not finished
-            processes.on_main(lambda name=name: (out / name).unlink(missing_ok=True))
+            processes.on_main(partial((out / name).unlink, missing_ok=True))
         values = {name: getattr(store.metadata, name) for name in _ORIGIN}
         origin = {**values, "grid": list(values["grid"]), "store_fingerprint": store.fingerprint}
         sae.metadata = origin | ({"tokens": kept} if kept else {}) | sae.metadata
