@@ -42,8 +42,9 @@ def protocol_table(table: pd.DataFrame, kinds: Sequence[str] = ("zero-shot", "ma
 
 def protocol_sentence(table: pd.DataFrame) -> str:
     """Harmonic means over the tasks of the committed table, and where MaPLe does not gain."""
-    rows = table[table["form"] == "raw"].set_index(["task", "half", "kind"])
-    average, base = rows.loc["average", "harmonic mean"], rows["accuracy"].unstack().xs("base", level="half").drop("average")
+    rows = table[table["form"] == "raw"]
+    average = rows[(rows["task"] == "average") & (rows["half"] == "harmonic mean")].set_index("kind")
+    base = rows[(rows["half"] == "base") & (rows["task"] != "average")].pivot(index="task", columns="kind", values="accuracy")
     means = [f"{NAMES.get(kind, kind)} {row.accuracy:.1%} [{row.low:.1%}, {row.high:.1%}]" for kind, row in average.iterrows()]
     gain = base["maple"] - base["zero-shot"]
     return (
@@ -113,8 +114,8 @@ def prediction_sentence(table: pd.DataFrame) -> str:
     whole = rows[rows["mode"] == "reconstructed"].set_index("model")["accuracy"]
     more, less, every = (100 * (part["CLIP, adapted head"] - part["CLIP"]) for part in (kept.loc["oracle"], kept.loc["random"], whole))
     return (
-        f"With CLIP's image tower unchanged, the adapted head classifies {more:+.1f} points more correctly from 10 to 100 latents of the "
-        f"true class, {less:+.1f} from as many random ones, and {every:+.1f} from all latents of the reconstruction."
+        f"With CLIP's image tower unchanged, the adapted head changes the accuracy by {more:+.1f} points where only 10 to 100 latents of the "
+        f"true class are kept, by {less:+.1f} where as many random ones are, and by {every:+.1f} where all are."
     )
 
 

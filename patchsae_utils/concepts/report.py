@@ -12,7 +12,7 @@ import pandas as pd
 from ..run.artifacts import atomic_folder, read_folder_manifest, write_folder_manifest
 from ..run.intervals import Interval, drawn_interval
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 OWN = ("activations", "dense")  # how a dictionary is read where nothing else is said
 
 

@@ -156,7 +156,7 @@ class Steps:
         self._update(fired, sums, sparse, rows_of)
         self.silent_for = torch.where(fired, 0, self.silent_for + len(x))
         may_restart = config.restart_dead and config.constraint == "none" and self.step < _RESTART_SHARE * self.n_steps
-        if may_restart and (self.step + 1) * len(x) // config.dead_after_tokens > self.step * len(x) // config.dead_after_tokens:
+        if may_restart and (self.step + 1) * len(x) % max(1, config.dead_after_tokens) < len(x):
             self._restart(x, self.silent_for > config.dead_after_tokens)
         if config.target_l0 is not None:
             self._control(float(sums[TERMS.index("l0")]))
@@ -171,10 +171,12 @@ class Steps:
         parts = x.split(self._chunk(len(x), 0, False))
         error = torch.cat([(sae(part).reconstruction - part).double().square().sum(1) for part in parts]).cpu()
         generator = torch.Generator().manual_seed(self.config.seed + self.step)
-        drawn = torch.multinomial(error.square(), len(index), generator=generator).to(x.device)
+        drawn = torch.multinomial(error.square().clamp_min(1e-30), len(index), generator=generator).to(x.device)
         rows = torch.nn.functional.normalize(x[drawn] - sae.b_dec, dim=1)
         size = sae.W_enc[:, ~dead].norm(dim=0).mean() * (1.0 if sae.k is not None else _RESTART_SIZE)
         starts = {"W_dec": (rows, (index,)), "W_enc": (rows.T * size, (slice(None), index)), "b_enc": (0, (index,))}
+        if sae.variant.gate:
+            starts |= {"b_mag": (0, (index,)), "r_mag": (0, (index,))}
         if sae.variant.threshold == "each":
             starts["threshold"] = (sae.threshold[~dead].median(), (index,))
         for name, (value, at) in starts.items():
