@@ -137,7 +137,8 @@ def test_a_killed_notebook_run_leaves_the_notebook_as_it_was_and_no_kernel(tmp_p
     (tmp_path / "quick").touch()
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert again.returncode == 0, again.stderr
-    code = nbformat.read(source, as_version=4).cells[1]
+    assert source.read_bytes() == before
+    code = nbformat.read(tmp_path / "runs" / "openmoji" / "notebooks" / source.name, as_version=4).cells[1]
     assert code.execution_count == 2 and code.outputs[0].data["text/plain"] == "2"
     (stamp,) = tmp_path.rglob("stamps/01_slow.json")
     assert read_json(stamp)["key"]
