@@ -1,7 +1,7 @@
-"""Why this layer, this size, this penalty? A grid of SAEs, each of which differs from :data:`MAIN` in one thing, and the profile's own.
+"""Why this recipe? A grid of SAEs, each of which differs from the profile's own in one thing, and the variants over a range of sparsities.
 
 The counterpart of Table 2 of Lim et al. (ICLR 2025), with dead latents, seeds, and how well latents find concepts. ``make ablations``
-(about an hour on two CPU cores; it goes on where it was stopped) writes ``experiments/results/ablations.csv``, one row an SAE.
+(an hour or two on two CPU cores; it goes on where it was stopped) writes ``experiments/results/ablations.csv``, one row an SAE.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.clip.model import ClipModel
 from patchsae_utils.concepts.comparison import compare, sae_competitor
 from patchsae_utils.concepts.detection import ConceptPatches, concept_patches
-from patchsae_utils.config import Profile, load_profile
+from patchsae_utils.config import Profile, load_profile, paper_recipe
 from patchsae_utils.interventions import one_latent_off, summarize_effects
 from patchsae_utils.latents.matching import matched_cosine
 from patchsae_utils.latents.reading import summarize_latents
@@ -30,15 +30,9 @@ from patchsae_utils.tables import QUANTILES, STATISTICS
 
 from . import grid
 
-N_TOKENS = 1_000_000  # of training, for each SAE but the profile's own
-MAIN = {  # the paper's objective, from a start in the data
-    "sae.activation": "relu", "sae.k": None, "training.start": "data", "training.normalize": "none", "training.lr": 1.5e-3,
-    "training.schedule": "constant", "training.l1_coefficient": 8e-4, "training.target_l0": None, "training.ghost": True,
-    "training.restart_dead": False, "training.dead_after_tokens": 204_800, "training.sparse": "always",
-}  # fmt: skip
 N_TEST, N_STATISTICS = 720, 1080
-JUMPRELU = (0.3, 10)  # weights of the number of active latents; the input is scaled to unit size, as its authors train
-GATED = (0.1, 0.6)  # weights of the gate's L1, on the same scale
+L0S = (10, 20, 40)  # active latents per token that variants without a k are trained for
+KS = {"topk": (2, 4, 8, 16, 32, 64), "batchtopk": (4, 8, 16, 32), "matryoshka": (8, 16, 32)}
 _ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 
@@ -54,44 +48,44 @@ class Cell(NamedTuple):
         return f"{self.axis}-{self.value}".replace(" ", "_").replace("/", "-")
 
 
-def cells(profile: Profile, n_layers: int) -> list[Cell]:
-    """One thing varied at a time around :data:`MAIN`, each variant over a range of sparsities, and the profile's own recipe."""
-    main_layer, weight = profile.model.layer % n_layers, MAIN["training.l1_coefficient"]
+def cells(profile: Profile, n_layers: int, width: int) -> list[Cell]:
+    """One thing varied at a time around the profile's recipe, the variants by that recipe at many sparsities, and the paper's recipe."""
+    main_layer, paper = profile.model.layer % n_layers, paper_recipe(width)
+    weight = paper["training.l1_coefficient"]
     found = [("seed", str(seed), {"training.seed": seed}) for seed in (0, 1, 2)]
     found += [("layer", str(layer), {"model.layer": layer}) for layer in range(n_layers) if layer != main_layer]
     found += [("expansion", f"x{n}", {"sae.expansion_factor": n}) for n in (8, 32, 64) if n != profile.sae.expansion_factor]
-    found += [("lambda", f"{factor * weight:.1e}", {"training.l1_coefficient": factor * weight}) for factor in (0.25, 0.5, 2, 4)]
+    found += [("paper", f"lambda x{factor:g}", paper | {"training.l1_coefficient": factor * weight}) for factor in (0.5, 1, 2, 4)]
     found += [
-        ("ghost", "off", {"training.ghost": False}),
+        ("start", "tokens", {"training.start": "data"}),
         ("start", "random weights", {"training.start": "random"}),
-        ("start", "random weights without ghost", {"training.start": "random", "training.ghost": False}),
-        # start="data" puts b_dec at the median itself: these belong beside "random weights".
-        ("b_dec", "mean, random weights", {"training.start": "random", "training.b_dec_start": "mean"}),
-        ("b_dec", "zero, random weights", {"training.start": "random", "training.b_dec_start": "zero"}),
-        ("arithmetic", "dense float32", {"training.precision": "float32", "training.sparse": "never"}),
+        ("dead", "AuxK", {"training.restart_dead": False, "training.ghost": True}),
+        ("dead", "no help", {"training.restart_dead": False}),
+        ("units", "as they are", {"training.normalize": "none"}),
+        ("units", "one scale for all", {"training.normalize": "mean_and_norm"}),
+        ("rate", "1.5e-3", {"training.lr": 1.5e-3}),
+        ("rate", "constant", {"training.schedule": "constant"}),
+        ("length", "2 million tokens", {"training.n_tokens": 2_000_000}),
+        ("arithmetic", "float32", {"training.precision": "float32"}),
         ("tokens", "cls", {"training.tokens": "cls"}),
         ("tokens", "patches", {"training.tokens": "patches"}),
+        ("constraint", "archetypal", {"training.constraint": "archetypal", "training.restart_dead": False}),
     ]
-    for activation, ks in (("topk", (16, 32, 64)), ("batchtopk", (24, 48)), ("matryoshka", (24, 48))):
-        found += [(activation, f"k {k}", {"sae.activation": activation, "sae.k": k}) for k in ks]
-    for activation, weights in (("jumprelu", JUMPRELU), ("gated", GATED)):
-        scaled = {"sae.activation": activation, "training.normalize": "mean_and_norm"}
-        found += [(activation, f"{w:g}", {**scaled, "training.l1_coefficient": w}) for w in weights]
-    own = {name: getattr(getattr(profile, section), setting) for name in MAIN for section, setting in [name.split(".")]}
-    own |= {"training.n_tokens": profile.training.n_tokens}
-    ks = [4, 10, 20, 40] if profile.sae.k else [None]
-    found += [("recipe", f"{profile.sae.activation} {k or ''}".strip(), {**own, "sae.k": k}) for k in ks]
+    for activation, ks in KS.items():
+        found += [(activation, f"k {k}", {"sae.activation": activation, "sae.k": k}) for k in ks if k != profile.sae.k]
+    for activation in ("relu", "jumprelu", "gated"):
+        own = {"sae.activation": activation, "sae.k": None}
+        found += [(activation, f"L0 {l0}", own | {"training.target_l0": float(l0)}) for l0 in L0S]
     return [Cell(axis, value, tuple(settings.items())) for axis, value, settings in found]
 
 
 class Ablations:
     """Trains and measures cells, and keeps what several cells share: the model, and the patches of one layer."""
 
-    def __init__(self, profile: Profile, clip: ClipModel, n_tokens: int = N_TOKENS, progress: bool = True):
+    def __init__(self, profile: Profile, clip: ClipModel, progress: bool = True):
         self.profile, self.clip, self.progress = profile, clip, progress
-        self.common = {**MAIN, "training.n_tokens": n_tokens}
         self.folder = profile.folder("ablations")
-        self.cells = cells(profile, clip.n_layers)
+        self.cells = cells(profile, clip.n_layers, clip.width)
         data = profile.data
         self.test = stages.open_data(profile, data.evaluation, "test", min(N_TEST, data.n_evaluation_images or N_TEST))
         self.labelled = stages.open_data(profile, data.statistics, "train", min(N_STATISTICS, data.n_statistics_images or N_STATISTICS))
@@ -100,7 +94,7 @@ class Ablations:
     def _profile(self, settings: Mapping[str, Any]) -> tuple[Profile, int]:
         """The profile with settings changed, and its layer."""
         profile = self.profile
-        for name, value in {**self.common, **settings}.items():
+        for name, value in settings.items():
             section, _, setting = name.partition(".")
             profile = dataclasses.replace(profile, **{section: dataclasses.replace(getattr(profile, section), **{setting: value})})
         return profile, self.clip.layer_index(profile.model.layer)
@@ -108,7 +102,7 @@ class Ablations:
     def inputs(self, cell: Cell) -> dict[str, Any]:
         profile, layer = self._profile(dict(cell.settings))
         return {
-            "what": "ablations", "format": 6, "clip": self.clip.fingerprint, "data": profile.data.choice(), "sae": profile.sae,
+            "what": "ablations", "format": 7, "clip": self.clip.fingerprint, "data": profile.data.choice(), "sae": profile.sae,
             "training": profile.training, "layer": layer,
         }  # fmt: skip
 
@@ -182,16 +176,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Train and measure the grid of a profile."""
     parser = grid.parser("ablations", __doc__)
     parser.add_argument("--axis", action="append", help="measure only cells of this axis; may be given several times")
-    parser.add_argument("--n-tokens", type=lambda text: int(float(text)), default=N_TOKENS, help="of every cell's training (default: 1e6)")
     options = parser.parse_args(arguments)
     profile = load_profile(options.profile)
     clip, _ = stages.load_world(profile)
-    every = cells(profile, clip.n_layers)
+    every = cells(profile, clip.n_layers, clip.width)
     axes = list(dict.fromkeys(cell.axis for cell in every))
     if unknown := set(options.axis or ()) - set(axes):
         parser.error(f"unknown axis {sorted(unknown)[0]!r}; valid: {', '.join(axes)}")
     chosen = [cell for cell in every if not options.axis or cell.axis in options.axis]
-    for number, (_, row, _) in enumerate(grid.run(Ablations(profile, clip, options.n_tokens), chosen, options.out), 1):
+    for number, (_, row, _) in enumerate(grid.run(Ablations(profile, clip), chosen, options.out), 1):
         print(
             f"[{number}/{len(chosen)}] {row['axis']} {row['value']}: EV {row['explained_variance_all']:.3f}, L0 {row['l0_all']:.1f}, "
             f"dead {row['dead_fraction']:.1%}, object AP {row.get('object_ap', float('nan')):.3f} ({row['seconds']:.0f} s)",

@@ -183,6 +183,18 @@ class TrainConfig(_Section):
     """Initial weights and the order of the tokens."""
 
 
+def paper_recipe(width: int) -> dict[str, Any]:
+    """Overrides of a profile by which an SAE of a stream of ``width`` dimensions is trained as the paper's was, scaled to small runs.
+
+    The error is a mean over dimensions and the L1 term a sum over latents: lambda keeps its balance as 768 / width times the paper's.
+    """
+    return {
+        "sae.activation": "relu", "sae.k": None, "training.l1_coefficient": TrainConfig.l1_coefficient * 768 / width, "training.target_l0": None,
+        "training.start": "random", "training.normalize": "none", "training.lr": 1.5e-3, "training.schedule": "constant",
+        "training.ghost": True, "training.restart_dead": False, "training.dead_after_tokens": 204_800, "training.n_tokens": 1_000_000,
+    }  # fmt: skip
+
+
 @dataclass(frozen=True)
 class AdapterConfig(_Section):
     """How CLIP is adapted to a task. Defaults are MaPLe's, for ViT-B/16."""

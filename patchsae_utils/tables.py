@@ -39,29 +39,26 @@ def load_benchmark(name: str) -> dict[str, Any]:
 
 
 def frontier(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of SAEs that read the same tokens at the main layer and size, by variant, from sparse to dense; the ReLU's vary
-    lambda. The profile's own recipe is a variant by itself."""
-    main = _main(table).iloc[0]
-    same = table[(table["layer"] == main["layer"]) & (table["expansion"] == main["expansion"]) & (table["tokens"] == main["tokens"])]
-    variants = same[~same["axis"].isin(["ghost", "start", "b_dec", "arithmetic"])]
-    variants = variants.assign(activation=variants["activation"].mask(variants["axis"] == "recipe", "recipe"))
-    return variants.sort_values(["activation", "l0_all"])
+    """Rows of the variants by the main recipe, with the main setting itself, and of the paper's recipe: by ``variant``, from sparse to dense."""
+    main = _main(table).iloc[:1]
+    rows = pd.concat([main.assign(axis=main["activation"]), table[table["axis"].isin([*table["activation"].unique(), "paper"])]])
+    return rows.rename(columns={"axis": "variant"}).sort_values(["variant", "l0_all"])
 
 
 def at_matched_l0(rows: pd.DataFrame, l0: float) -> pd.DataFrame:
     """What each variant of :func:`frontier` reaches at ``l0`` active latents, linear in log L0; NaN beyond its sparsest and densest SAE."""
     found = {}
-    for activation, runs in rows.groupby("activation", sort=False):
+    for variant, runs in rows.groupby("variant", sort=False):
         runs = runs.groupby("l0_all")[["explained_variance_all", "object_ap"]].mean()
         place = np.log(runs.index.to_numpy())
-        found[activation] = {name: np.interp(np.log(l0), place, runs[name], left=np.nan, right=np.nan) for name in runs}
-    return pd.DataFrame.from_dict(found, orient="index").rename_axis("activation")
+        found[variant] = {name: np.interp(np.log(l0), place, runs[name], left=np.nan, right=np.nan) for name in runs}
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis("variant")
 
 
 def ablation_sentence(table: pd.DataFrame) -> str:
     """The table of ablations in words: which changes of the main setting find objects better or worse than all of its seeds do."""
     main = _main(table)
-    rest = table[(table["axis"] != "seed") & (table["activation"] == main["activation"].iloc[0])].sort_values("object_ap")
+    rest = table[~table["axis"].isin(["seed", *table["activation"].unique()])].sort_values("object_ap")
     changes = [f"{row.axis} {row.value} ({row.object_ap:.2f})" for row in rest.itertuples()]
     better, worse = rest["object_ap_low"] > main["object_ap"].max(), rest["object_ap_high"] < main["object_ap"].min()
     above, below = (", ".join(np.array(changes, dtype=object)[which]) or "none" for which in (better, worse))

@@ -19,11 +19,11 @@ _TOKENS = {"cls": "CLS", "patch": "patches", "all": "all tokens"}
 _VARIANTS = {
     "relu": look("blue", "o", "ReLU + L1"), "topk": look("orange", "s", "TopK"), "batchtopk": look("green", "^", "BatchTopK"),
     "matryoshka": look("purple", "v", "Matryoshka"), "jumprelu": look("red", "D", "JumpReLU"), "gated": look("black", "P"),
-    "recipe": look("sky", "X", "TopK from k-means"),
+    "paper": look("sky", "X", "paper's recipe"),
 }  # fmt: skip
 _AXES = {
-    "layer": "layer", "expansion": "size", "lambda": "λ", "ghost": "ghost term", "start": "start", "b_dec": "b_dec starts at",
-    "arithmetic": "arithmetic", "tokens": "tokens",
+    "layer": "layer", "expansion": "size", "paper": "paper,", "start": "start:", "dead": "dead latents:", "units": "units:", "rate": "rate:",
+    "length": "training:", "arithmetic": "arithmetic:", "tokens": "tokens:", "constraint": "decoder:",
 }  # fmt: skip
 _MEASURES = {
     "object_ap": "Object\nAP", "explained_variance_all": "Explained\nvariance", "l0_all": "L0", "dead_fraction": "Dead\nlatents",
@@ -119,13 +119,13 @@ def reconstruction_frontier(table: pd.DataFrame) -> Figure:
     """Explained variance, and how well single latents find objects, against the number of active latents: one line a variant."""
     titles = {"explained_variance_all": "Explained variance of unseen tokens", "object_ap": "Object AP of the best latent"}
     fig, axes = panels([*titles.values()], 3.6, xlabel="active latents per token (L0)", sharey=False)
-    for activation, rows in table.groupby("activation", sort=False):
+    for variant, rows in table.groupby("variant", sort=False):
         for ax, measure in zip(axes, titles, strict=True):
-            how = {"lw": 1.4, "elinewidth": 0.9, "label": activation, **_VARIANTS[activation]}
+            how = {"lw": 1.4, "elinewidth": 0.9, "label": variant, **_VARIANTS[variant]}
             ax.errorbar(rows["l0_all"], rows[measure], errors(rows, measure), **how)
     for ax in axes:
         ax.set_xscale("log")
-        plain_log(ax.xaxis, [8, 16, 32, 64, 128])
+        plain_log(ax.xaxis, [2, 4, 8, 16, 32, 64, 128])
     axes[0].yaxis.set_major_formatter(PERCENT)
     legend(fig, axes, ncols=6)
     return fig

@@ -18,23 +18,24 @@ def small(tmp_path):
     profile = load_profile(
         overrides={
             "data.n_train_images": 24, "data.n_evaluation_images": 24, "data.evaluation": "openmoji/tools", "data.statistics": "openmoji/tools", "sae.expansion_factor": 4,
-            "training.batch_tokens": 256, "training.start": "random", "training.warmup_steps": 2,
+            "training.batch_tokens": 256, "training.start": "random", "training.warmup_steps": 2, "training.n_tokens": 1024,
         }
     )  # fmt: skip
     return dataclasses.replace(profile, root=tmp_path)
 
 
 def test_cells_differ_from_the_profile_in_what_they_say(small, tiny_clip):
-    found, grid_ = cells(small, 6), Ablations(small, tiny_clip, n_tokens=small.training.n_tokens, progress=False)
-    assert len({cell.name for cell in found}) == len(found)
-    assert {"seed", "layer", "expansion", "lambda", "ghost", "start", "b_dec", "tokens", "recipe"} < {cell.axis for cell in found}
+    found, grid_ = cells(small, 6, 768), Ablations(small, tiny_clip, progress=False)
+    assert len({cell.name for cell in found}) == len(found) == len({repr(cell.settings) for cell in found})
+    assert {"seed", "layer", "expansion", "paper", "start", "dead", "units", "tokens", "topk", "relu", "jumprelu", "gated"} < {
+        cell.axis for cell in found
+    }
     assert sum(cell.axis == "layer" for cell in found) >= 4 and sum(cell.axis == "seed" for cell in found) >= 3
-    assert len({repr(cell.settings) for cell in found}) == len(found)
-    main, own = (grid_._profile(dict(settings))[0] for settings in ((), found[-3].settings))
-    assert found[-3].name == "recipe-topk_10" and own == small  # the profile's own recipe
-    for cell in cells(small, tiny_clip.n_layers):
+    for cell in cells(small, tiny_clip.n_layers, tiny_clip.width):
         changed = grid_._profile(dict(cell.settings))[0]
-        assert (changed == main) == (cell.value == "0" and cell.axis == "seed"), f"{cell} is the main setting itself, or should be"
+        assert (changed == small) == (cell.name in ("seed-0", "start-random_weights")), f"{cell} is the main setting itself, or should be"
+    papers = grid_._profile(dict(next(cell.settings for cell in found if cell.name == "paper-lambda_x1")))[0].training
+    assert (papers.l1_coefficient, papers.start, papers.normalize) == (8e-5, "random", "none")  # in 768 dimensions
 
 
 @pytest.fixture
@@ -46,9 +47,9 @@ def fewer_scenes(monkeypatch):
 
 
 def test_a_cell_is_trained_measured_and_kept(small, tiny_clip, tmp_path, monkeypatch, fewer_scenes):
-    chosen = [cell for cell in cells(small, tiny_clip.n_layers) if cell.name in ("layer-0", "topk-k_16")]
+    chosen = [cell for cell in cells(small, tiny_clip.n_layers, tiny_clip.width) if cell.name in ("layer-0", "topk-k_16")]
     monkeypatch.setattr(grid, "current_commit", lambda: "abc")
-    rows = [row for _, row, _ in grid.run(Ablations(small, tiny_clip, n_tokens=1024, progress=False), chosen)]
+    rows = [row for _, row, _ in grid.run(Ablations(small, tiny_clip, progress=False), chosen)]
     table = load_table(small, "ablations")
     assert table_path(small, "ablations") == tmp_path / "experiments" / "ablations.csv"
     assert list(table["axis"]) == ["layer", "topk"] and list(table["layer"]) == [0, 1] and set(table["commit"]) == {"abc"}
@@ -65,14 +66,14 @@ def test_a_cell_is_trained_measured_and_kept(small, tiny_clip, tmp_path, monkeyp
 
     monkeypatch.setattr(ablations, "train_sae", lambda *args, **options: pytest.fail("trained again"))
     monkeypatch.setattr(grid, "current_commit", lambda: "def")  # a row keeps the commit that measured it
-    again = list(grid.run(Ablations(small, tiny_clip, n_tokens=1024, progress=False), chosen, tmp_path / "elsewhere"))
+    again = list(grid.run(Ablations(small, tiny_clip, progress=False), chosen, tmp_path / "elsewhere"))
     assert [row for _, row, _ in again] == rows and (tmp_path / "elsewhere" / "ablations.csv").exists()
 
 
 def test_seeds_are_matched_with_the_first(small, tiny_clip, monkeypatch):
     monkeypatch.setattr(ablations.stages, "concept_scenes", lambda *_: None)
-    few = Ablations(small, tiny_clip, n_tokens=512, progress=False)
-    first, second = (grid.row(few, cell) for cell in cells(small, tiny_clip.n_layers)[:2])
+    few = Ablations(small, tiny_clip, progress=False)
+    first, second = (grid.row(few, cell) for cell in cells(small, tiny_clip.n_layers, tiny_clip.width)[:2])
     assert "matched_cosine" not in first and "object_ap" not in first
     assert second["matched_cosine_low"] <= second["matched_cosine"] <= second["matched_cosine_high"] <= 1
     assert second["matched_cosine"] == pytest.approx(

@@ -41,15 +41,16 @@ def test_the_committed_tables_and_benchmarks_are_found(tmp_path):
 
 
 def test_the_frontier_compares_like_with_like():
-    row = {"layer": 4, "expansion": 16, "tokens": "all", "activation": "relu", "l0_all": 30.0, "axis": "seed", "value": "0"}
-    others = [{"axis": "layer", "layer": 1}, {"axis": "tokens", "tokens": "cls"}, {"axis": "ghost"}, {"axis": "lambda", "l0_all": 20.0},
-              {"axis": "topk", "activation": "topk", "l0_all": 16.0}]  # fmt: skip
-    assert list(frontier(pd.DataFrame([row, *({**row, **other} for other in others)]))["axis"]) == ["lambda", "seed", "topk"]
+    row = {"activation": "topk", "l0_all": 10.0, "axis": "seed", "value": "0"}
+    others = [{"axis": "seed", "value": "1"}, {"axis": "layer"}, {"axis": "units"}, {"axis": "paper", "activation": "relu", "l0_all": 90.0},
+              {"axis": "topk", "l0_all": 4.0}, {"axis": "relu", "activation": "relu", "l0_all": 20.0}]  # fmt: skip
+    rows = frontier(pd.DataFrame([row, *({**row, **other} for other in others)]))
+    assert list(zip(rows["variant"], rows["l0_all"], strict=True)) == [("paper", 90.0), ("relu", 20.0), ("topk", 4.0), ("topk", 10.0)]
 
 
 def test_variants_are_compared_where_they_are_as_sparse():
     rows = [("relu", 10, 0.5), ("relu", 40, 0.7), ("topk", 16, 0.8), ("topk", 32, 0.9), ("gated", 50, 0.9)]
-    table = pd.DataFrame(rows, columns=["activation", "l0_all", "object_ap"]).assign(explained_variance_all=1.0)
+    table = pd.DataFrame(rows, columns=["variant", "l0_all", "object_ap"]).assign(explained_variance_all=1.0)
     found = at_matched_l0(table, 20)["object_ap"]
     assert found["relu"] == pytest.approx(0.6)  # 20 is half-way between 10 and 40 on a logarithmic scale
     assert 0.8 < found["topk"] < 0.9 and pd.isna(found["gated"])

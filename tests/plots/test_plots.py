@@ -16,6 +16,7 @@ from PIL import Image
 
 from patchsae_utils import plots
 from patchsae_utils.adaptation.compare import COMPARISONS
+from patchsae_utils.tables import frontier
 
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
@@ -106,8 +107,6 @@ def figures(world) -> dict:
         grid("value", 0.02, sae=["PatchSAE", "random directions"], metric=["explained_variance", "zero_shot_top1"], variant=["reconstruction"], tokens=["cls", "patch", "all"]),
         grid("value", 0.02, sae=["PatchSAE"], metric=["zero_shot_top1"], variant=["raw", "error_kept"], tokens=["all"]),
     ])  # fmt: skip
-    compared = ABLATIONS["axis"].isin(["seed", "lambda", "topk", "batchtopk", "matryoshka", "jumprelu", "gated"])
-    frontier = ABLATIONS[compared].sort_values("l0_all")
     seen = dict(image=pictures(1)[0], truth=masks(1)[0] > 0, activation=masks(1)[0])
     examples = [SimpleNamespace(concept=f"object:{word}", latent=7, ap=0.5, **seen) for word in WORDS[:3]]
     rows = [(level, 10 * i + j % 3, 9 - j) for i, level in enumerate(["patch", "image", "class", "data set"]) for j in range(8)]
@@ -161,7 +160,7 @@ def figures(world) -> dict:
         "firing_rates": ({"PatchSAE": 10 ** torch.randn(500).clamp(-3, 1) / 100, "random directions": torch.rand(500) / 50 * (torch.rand(500) > 0.1)}, 100_000),
         "patch_maps": ([Image.fromarray(each.numpy()) for each in pictures(6)], masks(6), masks(6)),
         "ablation_effects": (ABLATIONS,),
-        "reconstruction_frontier": (frontier,),
+        "reconstruction_frontier": (frontier(ABLATIONS),),
         "step_costs": (json.loads((ROOT / "benchmarks" / "results" / "sae_step.json").read_text()),),
         "latent_statistics": (latents, {5: "one class", 70: "everywhere"}),
         "monosemanticity": (scores, 0.15),

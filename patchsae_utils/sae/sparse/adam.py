@@ -17,7 +17,7 @@ from ..model import SparseAutoencoder
 from ..variants import normalize_rows
 from .kernels import COLLECTED, ChosenRows, WeightedRows
 
-_BLOCK_CPU = 512  # latents a block
+_BLOCK_CPU = 2048  # latents a block
 
 
 class DeferredGradients:

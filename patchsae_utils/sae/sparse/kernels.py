@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK_CPU = 256  # latents whose weight rows stay in a core's cache together with what is computed from them
+BLOCK_CPU = 2048  # latents whose weight rows are worked on at once: fewer calls weigh more than a core's own cache
 # Elements of one piece of pre-activations: bounds memory, and on a CPU keeps a piece in a cache until it was searched.
-_PIECE_CPU, _PIECE_GPU = 1 << 19, 1 << 28
+_PIECE_CPU, _PIECE_GPU = 1 << 21, 1 << 28
 _TOKENS_CPU = 8 << 20  # the same of pieces of whole tokens
 _CROSSOVER = {"cpu": 0.05, "cuda": 0.02}  # on a CPU measured by ``benchmarks.sae_step`` (rows "density"); for GPUs a cautious guess
 
@@ -155,8 +155,8 @@ def above(x: Tensor, W: Tensor, bias: Tensor, level: Tensor | None, dtype: torch
     size = max(8, (_PIECE_CPU if x.device.type == "cpu" else _PIECE_GPU) // max(n, 1))
     found = []
     for start in range(0, d_sae, size):
-        excess = F.linear(W[start : start + size].to(dtype), x)  # [latents, N]: positions come by latent
-        found.append(positions(excess.sub_(threshold[start : start + size, None]).relu_()).add_(start * n))
+        product = F.linear(W[start : start + size].to(dtype), x)  # [latents, N]: positions come by latent
+        found.append(positions(product > threshold[start : start + size, None]).add_(start * n))
     at = torch.cat(found)
     latent = at // n
     return ByLatent(at - latent * n, run_offsets(latent, d_sae))
