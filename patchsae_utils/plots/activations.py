@@ -21,13 +21,13 @@ _TOKENS = {"patch": COLORS["blue"], "CLS": COLORS["orange"]}
 
 @drawn(credit=True, examples="sequence of (data set, index); data sets other than the embedded world's show their pictures alone")
 def embedded_world(examples: Sequence[tuple]) -> Figure:
-    """Pictures, and below each what the ground truth says of its patches: whose they are, and which colour or outline they show."""
+    """Pictures, and below each what the ground truth says of its patches: whose they are, and which color or outline they show."""
     pictures = [np.asarray(data[index].image) for data, index in examples]
     if not all(hasattr(data, "scene") for data, _ in examples):
         return image_rows({"": pictures}, [data.class_names[data[index].label] if data.class_names else "" for data, index in examples])[0]
     scenes, truths = zip(*((data.scene(index), data.truth(index)) for data, index in examples), strict=True)
     pale = [(255 - (255 - picture.astype(float)) * 0.35).astype(np.uint8) for picture in pictures]
-    rows = {"what CLIP sees": pictures, "object of each patch": pale, "colour, outline": [_painted(truth) for truth in truths]}
+    rows = {"what CLIP sees": pictures, "object of each patch": pale, "color, outline": [_painted(truth) for truth in truths]}
     fig, axes = image_rows(rows, [f"{scene.domain}, {openmoji.BACKGROUND_KINDS[scene.background]}" for scene in scenes])
     names, box = openmoji.class_table()["name"], {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
     for ax, picture, truth in zip(axes[1], pictures, truths, strict=True):
@@ -40,7 +40,7 @@ def embedded_world(examples: Sequence[tuple]) -> Figure:
 
 
 def _painted(truth: openmoji.SceneTruth) -> np.ndarray:
-    """[14, 14, 3]: each patch in the mean of its palette colours and black outline, over near-white background."""
+    """[14, 14, 3]: each patch in the mean of its palette colors and black outline, over near-white background."""
     palette = np.array([list(bytes.fromhex(openmoji.PALETTE[name][0])) for name in openmoji.COLORS]) / 255
     background = 1 - truth.color_share.sum(0) - truth.outline_share  # the outline is black: it adds nothing
     return np.einsum("chw,cd->hwd", truth.color_share, palette) + 0.95 * background[..., None]

@@ -19,8 +19,9 @@ NOTEBOOK = new_notebook(
     cells=[
         new_markdown_cell("always"),
         tagged(new_markdown_cell("Scenes of OpenMoji.\n\n<!-- any\nYour own pictures.\n-->"), "openmoji"),
-        tagged(new_markdown_cell("## A section about colours"), "truth"),
-        tagged(new_code_cell("colours()"), "truth", "nbval-ignore-output"),
+        tagged(new_markdown_cell("Found on scenes.\n\n<!-- any\nFound by masks.\n-->"), "openmoji", "truth"),
+        tagged(new_markdown_cell("## A section about colors"), "truth"),
+        tagged(new_code_cell("colors()"), "truth", "nbval-ignore-output"),
         tagged(new_code_cell("names()"), "openmoji", "words"),
         new_code_cell("last()"),
     ]
@@ -29,7 +30,7 @@ NOTEBOOK = new_notebook(
 
 @pytest.mark.parametrize(("given", "sources"), [
     ({"openmoji", "truth", "words"}, [cell.source for cell in NOTEBOOK.cells]),
-    ({"truth", "words"}, ["always", "Your own pictures.", "## A section about colours", "colours()", "last()"]),
+    ({"truth", "words"}, ["always", "Your own pictures.", "Found by masks.", "## A section about colors", "colors()", "last()"]),
     (set(), ["always", "Your own pictures.", "last()"]),
 ])  # fmt: skip
 def test_a_cell_whose_need_is_not_met_is_left_out_or_says_its_other_text(given, sources):
