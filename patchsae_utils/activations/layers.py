@@ -174,8 +174,8 @@ def probe_sentence(probes: pd.DataFrame, layer: int) -> str:
     patch, cls, first = table.loc[("patch", layer)], table.loc[("CLS", layer)], table.loc["patch"].iloc[0]
     patch_said, cls_said = (percent(*row[["accuracy", "low", "high"]]) for row in (patch, cls))
     return (
-        f"After block {layer} a single patch reveals its object in {patch_said} of cases ({first['accuracy']:.0%} after the first block, "
-        f"{patch['control']:.1%} with permuted labels); CLS reveals the main object in {cls_said}."
+        f"At layer {layer} a probe reads the class from a single patch in {patch_said} of cases ({first['accuracy']:.0%} at layer "
+        f"{probes['layer'].min()}, {patch['control']:.1%} with permuted labels), and from CLS in {cls_said}."
     )
 
 

@@ -92,7 +92,7 @@ def experiments_sentence(experiments: pd.DataFrame) -> str:
     share = gain.div(gain["adapted"], axis=0)[gain["adapted"].abs() > 0.005]
     return (
         f"CLIP's residual stream, read by the adapted model's later blocks and text head, reaches {_span(share['remapping only'], '{:.0%}')} "
-        f"of the gain; the whole change of the stream at the hook, read by CLIP, reaches {_span(share['whole change at the hook'], '{:.0%}')}."
+        f"of the gain; the whole change of the stream, read by CLIP, reaches {_span(share['whole change of the stream'], '{:.0%}')}."
     )
 
 

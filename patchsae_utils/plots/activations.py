@@ -79,7 +79,7 @@ def residual_norms(table: pd.DataFrame, norms: Tensor, layer: int, grid: tuple[i
     middle.axvline(limit, color=COLORS["red"], ls="--", lw=1.2)
     where: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "center"}
     middle.annotate("outliers from here ", (limit, 0.5), fontsize=8, **where)
-    middle.set(xlabel=f"norm after block {layer}", ylabel="density", title="At the layer that is read")
+    middle.set(xlabel=f"norm at layer {layer}", ylabel="density", title="At the layer that we read")
     middle.legend(loc="upper center")
     sns.heatmap(here[:, 1:].mean(0).reshape(grid), square=True, cmap=HEAT, xticklabels=False, yticklabels=False, ax=right)
     right.set_title("Mean norm over the grid")
@@ -97,14 +97,14 @@ def residual_pca(pictures: Sequence, colors: Tensor, explained: Tensor) -> Figur
 def patch_probe(table: pd.DataFrame, n_classes: int, layer: int) -> Figure:
     """What a linear probe reads from a single token, by layer, with the probe on permuted labels beside it."""
     fig, ax = figure(0.7, 3.2)
-    for (token, color), label in zip(_TOKENS.items(), ("one patch: the object on it", "CLS: the main object"), strict=True):
+    for (token, color), label in zip(_TOKENS.items(), ("one patch", "CLS"), strict=True):
         rows = table[table["token"] == token]
         band(ax, rows, "layer", "accuracy", color, scale=100, label=label)
         ax.plot(rows["layer"], 100 * rows["control"], color=color, ls="--", lw=1.2, label="the same, permuted labels")
     ax.axhline(100 / n_classes, color=COLORS["gray"], lw=1)
     ax.annotate("chance", (table["layer"].max(), 100 / n_classes), ha="right", va="bottom", fontsize=8, color=COLORS["gray"])
     ax.axvline(layer, color=COLORS["gray"], ls=":", lw=1)
-    ax.set(xlabel="after block", ylabel="accuracy on unseen scenes (%)", ylim=(0, 100), xticks=table["layer"].unique())
+    ax.set(xlabel="after block", ylabel="accuracy on unseen pictures (%)", ylim=(0, 100), xticks=table["layer"].unique())
     ax.set_title("Linear probes on single tokens")
     ax.legend(fontsize=8)
     return fig

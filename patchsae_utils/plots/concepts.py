@@ -147,17 +147,18 @@ def monosemanticity(table: pd.DataFrame, chance: float) -> Figure:
     return fig
 
 
-@drawn(rows="DataFrame of ``by_layer``")
-def by_layer(rows: pd.DataFrame) -> Figure:
-    """Statistics of living latents by layer (dot: median; bars: middle half, and from the 10th to the 90th percentile), and object AP."""
+@drawn(rows="DataFrame of ``by_axis``")
+def by_axis(rows: pd.DataFrame) -> Figure:
+    """Statistics of living latents by layer, or by the tokens that are read (dot: median; bars: middle half, and from the 10th to the 90th percentile), and object AP."""
+    axis = rows.columns[0]
     fig, axes = panels([*_STATISTICS.values(), "object AP"], 2.8, size=9.5, sharey=False)
     thin = {False: look("blue"), True: look("red")}
     thick = {main: {**how, "marker": "", "elinewidth": 6, "alpha": 0.5} for main, how in thin.items()}
     for ax, name in zip(axes, _STATISTICS, strict=False):
         for looks, low, high in ((thick, 25, 75), (thin, 10, 90)):
             between = (f"{name}_q{low}", f"{name}_q{high}")
-            intervals(ax, rows, "layer", f"{name}_q50", "main", looks, between=between, upright=True, spread=0)
-    intervals(axes[-1], rows, "layer", "object_ap", "main", thin, upright=True, spread=0)
+            intervals(ax, rows, axis, f"{name}_q50", "main", looks, between=between, upright=True, spread=0)
+    intervals(axes[-1], rows, axis, "object_ap", "main", thin, upright=True, spread=0)
     axes[-1].set_ylim(bottom=0)
-    fig.supxlabel("layer (block whose output is read); red: the layer of this notebook; object AP with its 95 % interval", fontsize=9)
+    fig.supxlabel(f"{axis} that an SAE reads; red: the main setting's; object AP with its 95 % interval", fontsize=9)
     return fig
