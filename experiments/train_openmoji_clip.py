@@ -1,8 +1,8 @@
 """Train the small CLIP of the embedded world: ``python -m experiments.train_openmoji_clip``.
 
 CLIP's loss (Radford et al., 2021) with patch dropout (FLIP, Li et al., 2023), plus two terms on single patches after ``resblocks[-2]``,
-through heads that are thrown away: what the patch belongs to and its palette colour, without which the patches of a CLIP this small know
-colour and texture alone. Interrupted, it goes on from ``--out``/state.pt; the weights are written as fp16 safetensors at every evaluation.
+through heads that are thrown away: what the patch belongs to and its palette color, without which the patches of a CLIP this small know
+color and texture alone. Interrupted, it goes on from ``--out``/state.pt; the weights are written as fp16 safetensors at every evaluation.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from patchsae_utils.data import openmoji
 
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
-# How often a training caption says an object's name; otherwise it says its colour and category.
+# How often a training caption says an object's name; otherwise it says its color and category.
 NAMED_SHARE = {"common": 0.95, "occasional": 0.45, "rare": 0.04}
 
 
 class PretrainingScenes(Dataset):
-    """Scene ``index`` of the training split: image, caption tokens, and for every patch its owner and its colour (-100: mixed)."""
+    """Scene ``index`` of the training split: image, caption tokens, and for every patch its owner and its color (-100: mixed)."""
 
     def __init__(self, seed: int, start: int, stop: int, tokenizer):
         self.seed, self.start, self.stop, self.tokenizer = seed, start, stop, tokenizer
@@ -53,9 +53,9 @@ class PretrainingScenes(Dataset):
 
 
 def caption(scene: openmoji.Scene, rng: np.random.Generator) -> str:
-    """A sentence about the scene: its objects, sometimes their colours and places, and the background.
+    """A sentence about the scene: its objects, sometimes their colors and places, and the background.
 
-    Objects of the rare tier are seldom named: the caption says their colour and category instead ("a brown tool").
+    Objects of the rare tier are seldom named: the caption says their color and category instead ("a brown tool").
     """
     table = openmoji.class_table()
     large = [p for p in scene.placements if p.size > 36]
@@ -102,7 +102,7 @@ def patch_owner(truth: openmoji.SceneTruth) -> np.ndarray:
 
 
 def patch_color(truth: openmoji.SceneTruth) -> np.ndarray:
-    """[196] palette colour that fills at least 40 % of a patch; else -100."""
+    """[196] palette color that fills at least 40 % of a patch; else -100."""
     best = truth.color_share.argmax(0)
     return np.where(truth.color_share.max(0) >= 0.4, best, -100).ravel()
 
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="shorten or lengthen every phase by this factor")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--patch-weight", type=float, default=1.0, help="weight of the patches' owner term")
-    parser.add_argument("--color-weight", type=float, default=0.25, help="weight of the patches' colour term")
+    parser.add_argument("--color-weight", type=float, default=0.25, help="weight of the patches' color term")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--evaluate-every", type=int, default=40_000, help="scenes")

@@ -66,11 +66,11 @@ def ablation_sentence(table: pd.DataFrame) -> str:
     return f"The main setting finds objects with a mean AP of {main['object_ap'].mean():.2f} ({seeds}). Above all of these: {above}. Below: {below}."
 
 
-def by_layer(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a layer, ascending: the main setting's SAE (its first seed) and those that differ from it in the layer alone."""
-    rows = pd.concat([_main(table).iloc[:1], table[table["axis"] == "layer"]])
-    rows = rows.assign(main=rows["axis"] == "seed").sort_values("layer")
-    return rows[["layer", "main", *(f"{name}_q{q}" for name in STATISTICS for q in QUANTILES), *_AP]].reset_index(drop=True)
+def by_axis(table: pd.DataFrame, axis: str) -> pd.DataFrame:
+    """One row a "layer", or kind of "tokens", in order: the main setting's SAE (its first seed) and those that differ from it in that alone."""
+    rows = pd.concat([_main(table).iloc[:1], table[table["axis"] == axis]])
+    rows = rows.assign(main=rows["axis"] == "seed").sort_values(axis)
+    return rows[[axis, "main", *(f"{name}_q{q}" for name in STATISTICS for q in QUANTILES), *_AP]].reset_index(drop=True)
 
 
 def _main(table: pd.DataFrame) -> pd.DataFrame:

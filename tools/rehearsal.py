@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from patchsae_utils.data import load_dataset
 
 N_CLASSES, SIDE = 6, 160
-KINDS = ("png", "jpg", "webp", "bmp", "gif", "tiff", "16-bit png", "cmyk jpg", "grey jpg")
+KINDS = ("png", "jpg", "webp", "bmp", "gif", "tiff", "16-bit png", "cmyk jpg", "gray jpg")
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def write_pictures(folder: Path, n_images: int, seed: int) -> None:
 def _in_form(image: Image.Image, kind: str) -> Image.Image:
     if kind == "16-bit png":
         return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
-    if kind.startswith(("cmyk", "grey")):
+    if kind.startswith(("cmyk", "gray")):
         return image.convert("CMYK" if kind.startswith("cmyk") else "L")
     return image
 

@@ -77,9 +77,9 @@ def norm_table(survey: ResidualSurvey) -> pd.DataFrame:
 
 
 def patch_components(stream: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The first three principal components of each layer's patch tokens, over all images, as colours over the grid.
+    """The first three principal components of each layer's patch tokens, over all images, as colors over the grid.
 
-    Their order and sign, which are arbitrary, are matched to the layer before, so that colours change only where the content does.
+    Their order and sign, which are arbitrary, are matched to the layer before, so that colors change only where the content does.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def patch_components(stream: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Ten
     colors : Tensor [L, B, rows, columns, 3]
         In [0, 1]: each component between its 1st and 99th percentile.
     explained : Tensor [L, 3]
-        Share of the patches' variance, in the order of the colours.
+        Share of the patches' variance, in the order of the colors.
     """
     n_images = stream.shape[1]
     patches = stream[:, :, 1:].flatten(1, 2).double().numpy(force=True)
@@ -174,8 +174,8 @@ def probe_sentence(probes: pd.DataFrame, layer: int) -> str:
     patch, cls, first = table.loc[("patch", layer)], table.loc[("CLS", layer)], table.loc["patch"].iloc[0]
     patch_said, cls_said = (percent(*row[["accuracy", "low", "high"]]) for row in (patch, cls))
     return (
-        f"After block {layer} a single patch reveals its object in {patch_said} of cases ({first['accuracy']:.0%} after the first block, "
-        f"{patch['control']:.1%} with permuted labels); CLS reveals the main object in {cls_said}."
+        f"At layer {layer} a probe reads the class from a single patch in {patch_said} of cases ({first['accuracy']:.0%} at layer "
+        f"{probes['layer'].min()}, {patch['control']:.1%} with permuted labels), and from CLS in {cls_said}."
     )
 
 

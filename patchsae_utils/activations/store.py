@@ -79,7 +79,7 @@ class ActivationStore(TokenSource):
         m, n_bytes = self.metadata, sum(entry["bytes"] for entry in self._manifest["files"].values())
         facts = {
             "model": f"{m.model_name} (weights {m.weights_hash})",
-            "layer": f"after block {m.layer + 1} (resblocks[{m.layer}])",
+            "layer": f"{m.layer}: after resblocks[{m.layer}], counted from 0",
             "data set": f"{m.dataset}, {m.split}, {m.n_images:,} images",
             "tokens": f"{m.tokens}: {m.n_tokens} an image, {len(self):,} in all",
             "width": str(m.d_in),

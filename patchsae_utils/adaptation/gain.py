@@ -34,7 +34,7 @@ CHANGES = ("adaptation", "another picture")
 BATCH = 32
 EXPERIMENTS = {  # name -> which parts are the adapted model's
     "CLIP": (0, 0, 0, 0), "existing latents' part only": (1, 0, 0, 0), "outside part only": (0, 1, 0, 0),
-    "whole change at the hook": (1, 1, 0, 0), "image tower": (1, 1, 1, 0), "text head": (0, 0, 0, 1), "remapping only": (0, 0, 1, 1),
+    "whole change of the stream": (1, 1, 0, 0), "image tower": (1, 1, 1, 0), "text head": (0, 0, 0, 1), "remapping only": (0, 0, 1, 1),
     "adapted, without the outside part": (1, 0, 1, 1), "adapted, without the latents' part": (0, 1, 1, 1), "adapted": (1, 1, 1, 1),
 }  # fmt: skip
 

@@ -48,7 +48,7 @@ def protocol_sentence(table: pd.DataFrame) -> str:
     means = [f"{NAMES.get(kind, kind)} {row.accuracy:.1%} [{row.low:.1%}, {row.high:.1%}]" for kind, row in average.iterrows()]
     gain = base["maple"] - base["zero-shot"]
     return (
-        f"Harmonic mean over the {len(set(table['task'])) - 1 - gain.index.str.contains(':').sum()} tasks in colour: {'; '.join(means)} "
+        f"Harmonic mean over the {len(set(table['task'])) - 1 - gain.index.str.contains(':').sum()} tasks in color: {'; '.join(means)} "
         f"({average['n_seeds'].max():.0f} seeds; zero-shot CLIP has none). On base classes MaPLe is above CLIP on {(gain > 0).sum()} of "
         f"{len(gain)} tasks. Tasks on which CLIP was already good gain less: over tasks, the gain and CLIP's accuracy correlate by "
         f"{gain.corr(base['zero-shot']):.2f}."
@@ -92,7 +92,7 @@ def experiments_sentence(experiments: pd.DataFrame) -> str:
     share = gain.div(gain["adapted"], axis=0)[gain["adapted"].abs() > 0.005]
     return (
         f"CLIP's residual stream, read by the adapted model's later blocks and text head, reaches {_span(share['remapping only'], '{:.0%}')} "
-        f"of the gain; the whole change of the stream at the hook, read by CLIP, reaches {_span(share['whole change at the hook'], '{:.0%}')}."
+        f"of the gain; the whole change of the stream, read by CLIP, reaches {_span(share['whole change of the stream'], '{:.0%}')}."
     )
 
 

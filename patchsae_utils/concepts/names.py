@@ -138,7 +138,7 @@ class Vocabulary(NamedTuple):
 
 
 def make_vocabulary(clip, dataset) -> Vocabulary:
-    """Words to name latents by: class names, colours, and in the embedded world categories and backgrounds, elsewhere textures.
+    """Words to name latents by: class names, colors, and in the embedded world categories and backgrounds, elsewhere textures.
 
     Parameters
     ----------
@@ -302,6 +302,6 @@ def name_agreement(sources: Mapping[str, pd.DataFrame], related: Mapping[str, Se
 
 
 def related_names() -> dict[str, list[str]]:
-    """Names in the embedded world that are no contradiction: an object's category and its main colour."""
+    """Names in the embedded world that are no contradiction: an object's category and its main color."""
     table = openmoji.class_table()
     return {name: [category, color] for name, category, color in zip(table["name"], table["category"], openmoji.main_colors(), strict=True)}

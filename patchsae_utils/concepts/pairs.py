@@ -36,7 +36,7 @@ class ScenePair(NamedTuple):
 def scene_pairs(dataset, attribute: str, n: int) -> list[ScenePair]:
     """At most n pairs from the first scenes of a data set that allow the change, and nothing else changed.
 
-    The largest object becomes one of another category ("object"), is painted in another colour ("color"), or moved ("place"); or what is
+    The largest object becomes one of another category ("object"), is painted in another color ("color"), or moved ("place"); or what is
     behind it all is another kind ("background").
     """
     if attribute not in ATTRIBUTES:
@@ -45,7 +45,7 @@ def scene_pairs(dataset, attribute: str, n: int) -> list[ScenePair]:
     kinds = np.array([name.partition(":")[0] for name in names])
     for index in range(len(dataset)):
         before = dataset.scene(index)
-        if before.domain not in ("color", "night"):  # the others show no colour
+        if before.domain not in ("color", "night"):  # the others show no color
             continue
         after = _changed(before, attribute, np.random.default_rng([list(ATTRIBUTES).index(attribute), index]))
         if after is None:

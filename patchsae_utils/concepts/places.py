@@ -217,7 +217,7 @@ class ConceptExample(NamedTuple):
 
 
 def concept_examples(clip, sae, dataset, layer: int, report: ConceptReport, concepts: Sequence[str]) -> list[ConceptExample]:
-    """For each concept the scene in full colour that shows most of it, whatever its latent does there.
+    """For each concept the scene in full color that shows most of it, whatever its latent does there.
 
     Parameters
     ----------

@@ -48,7 +48,7 @@ class Sprites(NamedTuple):
 
     color: list[np.ndarray]  # uint8 [n, size, size, 4], alpha premultiplied
     line: list[np.ndarray]  # the same with the outlines alone
-    truth: list[np.ndarray]  # uint8 [n, size, size]: 0 empty, else 1 + palette colour, plus 128 on the outline
+    truth: list[np.ndarray]  # uint8 [n, size, size]: 0 empty, else 1 + palette color, plus 128 on the outline
 
 
 def cache_folder() -> Path:
@@ -106,7 +106,7 @@ def rasterise(svg: str) -> tuple[list[np.ndarray], list[np.ndarray], list[np.nda
 
 
 def painted(color: np.ndarray, truth: np.ndarray, old: int, new: int) -> np.ndarray:
-    """A colour sprite [size, size, 4] whose fill of one palette colour is painted in another's first tint."""
+    """A color sprite [size, size, 4] whose fill of one palette color is painted in another's first tint."""
     tint, alpha = np.array([*bytes.fromhex(PALETTE[COLORS[new]][0])]), color[..., 3:] / 255
     fill = (truth == old + 1)[..., None] & (np.arange(4) < 3)
     return np.where(fill, np.concatenate([tint * alpha, color[..., 3:]], -1), color).astype(np.uint8)

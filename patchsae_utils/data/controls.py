@@ -102,7 +102,7 @@ def nonce_words(n: int) -> list[str]:
 
 
 def sign() -> tuple[np.ndarray, np.ndarray]:
-    """A disc of rings in two colours that are not OpenMoji's: what it covers, bool [24, 24], and its paint, uint8 [24, 24, 3]."""
+    """A disc of rings in two colors that are not OpenMoji's: what it covers, bool [24, 24], and its paint, uint8 [24, 24, 3]."""
     y, x = np.mgrid[:SIGN_SIZE, :SIGN_SIZE] - (SIGN_SIZE - 1) / 2
     rings = ((radius := np.hypot(x, y)) // 3 % 2 == 0)[..., None]
     return radius < SIGN_SIZE / 2, np.where(rings, (255, 0, 255), (0, 255, 160)).astype(np.uint8)

@@ -46,7 +46,7 @@ class Placement(NamedTuple):
     size: float
     angle: float
     flip: bool
-    paint: tuple[int, int] | None = None  # palette colour that is painted over with another one, if any: indices into ``COLORS``
+    paint: tuple[int, int] | None = None  # palette color that is painted over with another one, if any: indices into ``COLORS``
 
 
 class Scene(NamedTuple):
@@ -64,7 +64,7 @@ class SceneTruth(NamedTuple):
 
     class_ids: np.ndarray  # [n] class of each placed object
     object_share: np.ndarray  # [n, 14, 14] visible pixels of each object, outline included
-    color_share: np.ndarray  # [13, 14, 14] fill of each palette colour; zero in `line` and `gray`, which show none
+    color_share: np.ndarray  # [13, 14, 14] fill of each palette color; zero in `line` and `gray`, which show none
     outline_share: np.ndarray  # [14, 14] pixels of black outline
     background: int  # index into ``BACKGROUND_KINDS``
     concepts: np.ndarray  # [m] what is shown: places in :func:`concept_names`
@@ -282,7 +282,7 @@ def scene_truth(scene: Scene) -> SceneTruth:
 
 @lru_cache
 def main_colors() -> tuple[str, ...]:
-    """The palette colour that fills most of each class's picture (black only where nothing else is)."""
+    """The palette color that fills most of each class's picture (black only where nothing else is)."""
     filled = (sprite[(sprite > 0) & (sprite < OUTLINE)] for sprite in sprites().truth[0])
     counts = np.stack([np.bincount(fill, minlength=len(COLORS) + 1)[1:] for fill in filled]) * np.where(np.arange(len(COLORS)), 1, 0.01)
     return tuple(COLORS[i] for i in counts.argmax(1))  # where nothing is filled the first: black

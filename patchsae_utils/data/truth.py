@@ -72,7 +72,7 @@ def seen_pixels(preprocess, size: tuple[int, int]) -> np.ndarray:
     for step in getattr(preprocess, "transforms", ()):
         if type(step).__name__.endswith(("ToTensor", "ToImage", "Normalize")):
             break
-        if hasattr(step, "size"):  # what scales, crops or pads; the rest changes colours
+        if hasattr(step, "size"):  # what scales, crops or pads; the rest changes colors
             step = copy.copy(step)
             for name, value in (("interpolation", InterpolationMode.NEAREST), ("fill", 0)):
                 if hasattr(step, name):
@@ -217,7 +217,7 @@ class _LabelImages:
         with Image.open(self._files(row)) as image:
             pixels = np.asarray(ImageOps.exif_transpose(image))
         if pixels.ndim != 2:
-            raise ValueError(f"{self._files(row)} is a picture of colours (mode {image.mode}); a label image has one number a pixel.")
+            raise ValueError(f"{self._files(row)} is a picture of colors (mode {image.mode}); a label image has one number a pixel.")
         values = [value for value in np.unique(pixels).tolist() if value not in self._void]
         if unknown := [value for value in values if value not in self._places]:
             raise ValueError(f"{self._files(row)} holds the value {unknown[0]}, for which there is no name; name them all in a names file.")

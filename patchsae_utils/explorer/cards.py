@@ -28,7 +28,7 @@ class Name(NamedTuple):
     """What a latent was called."""
 
     name: str
-    kind: str = ""  # what sort of thing it names: object, color, class, ...; tells the colour orange from the fruit
+    kind: str = ""  # what sort of thing it names: object, color, class, ...; tells the color orange from the fruit
     score: float | None = None  # how well the name fits; None when not measured
 
     def __str__(self) -> str:

@@ -435,7 +435,7 @@ export function select(page, trait, label, options) {
   return h("label", {}, label, box);
 }
 
-// Colours are linear in the activation, a spotlight's brightness in its square root.
+// Colors are linear in the activation, a spotlight's brightness in its square root.
 export function legendOf(page) {
   const bar = h("div", { "aria-hidden": "true" });
   const labels = [h("span", {}, "0"), h("span"), h("span")];
@@ -454,11 +454,11 @@ export function legendOf(page) {
     element,
     // Where every latent has a scale of its own.
     relative() {
-      element.setAttribute("aria-label", "Colours: activation from 0 to the latent's maximum");
+      element.setAttribute("aria-label", "Colors: activation from 0 to the latent's maximum");
       labels[2].textContent = "its maximum";
     },
     show(scale) {
-      element.setAttribute("aria-label", `Colours: activation from 0 to ${short(scale)}`);
+      element.setAttribute("aria-label", `Colors: activation from 0 to ${short(scale)}`);
       labels[1].textContent = short(scale / 2);
       labels[2].textContent = `${short(scale)} activation`;
     },
@@ -523,7 +523,7 @@ export function fit(canvas) {
 
 // -- small things --------------------------------------------------------------------------------------------------------------
 
-// JPEG bytes to a picture, in colour and in grey; null when a later call has overtaken this one. The last bitmap is freed when a new one comes.
+// JPEG bytes to a picture, in color and in gray; null when a later call has overtaken this one. The last bitmap is freed when a new one comes.
 export function decoding() {
   let [latest, current] = [0, null];
   const decode = async (jpeg) => {
@@ -561,7 +561,7 @@ function shelfOf(limit) {
 
 const bitmapOf = (jpeg) => createImageBitmap(new Blob([bytes(jpeg)], { type: "image/jpeg" }));
 
-// A picture, and its grey twin when a heat map first needs it.
+// A picture, and its gray twin when a heat map first needs it.
 export function pictureOf(color) {
   let gray = null;
   return { color, get gray() { return (gray ??= grayOf(color)); } };

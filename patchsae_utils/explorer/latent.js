@@ -184,7 +184,7 @@ function keeperOf(page) {
   return h("div", { class: "psx-keep" }, star, fields.name, fields.note);
 }
 
-// A point a latent, from two bytes each (0 0: dead). Mid-grey shows on light and dark pages alike.
+// A point a latent, from two bytes each (0 0: dead). Mid-gray shows on light and dark pages alike.
 function drawScatter(canvas, points, chosen) {
   const { width, height } = fit(canvas);
   const context = canvas.getContext("2d");

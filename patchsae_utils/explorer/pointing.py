@@ -15,14 +15,14 @@ from ..sae.dictionary import select_latents
 from .cards import Reader, distinctiveness
 
 N_CLASSES, PER_CLASS = 40, 4  # so many images of so many classes are drawn: every class comes back, so that it can be found
-LEAST_SHARE = 0.5  # of a patch's pixels that an object or a colour must fill to be what the patch shows
+LEAST_SHARE = 0.5  # of a patch's pixels that an object or a color must fill to be what the patch shows
 
 
 def point(clip: Any, sae: Any, summary: Any, dataset: Any, layer: int = -2) -> pd.DataFrame:
     """How often a patch's latent finds the same thing elsewhere: the latent is followed to the patch of *another* image where it is most active.
 
     Where the data set knows its ground truth, two patches of each image are asked: the one that the main object fills most, for object,
-    category and colour; and one of background alone, for the background. Elsewhere the patch in the middle is asked for the image's class.
+    category and color; and one of background alone, for the background. Elsewhere the patch in the middle is asked for the image's class.
     Object and class are asked for only where a second image of the class was drawn.
 
     Parameters

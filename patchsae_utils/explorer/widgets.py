@@ -1,7 +1,7 @@
 """What the explorers share: widgets that join cards (what is shown) to the page (``explorer.js``, which draws it), and links between them.
 
 A choice is a trait: set ``explorer.latent = 12`` in Python, or move the slider; either way Python looks up one card and sends it.
-A heat map costs one byte a patch and is coloured in the page, so that opacity, threshold and contour need no Python at all.
+A heat map costs one byte a patch and is colored in the page, so that opacity, threshold and contour need no Python at all.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _View(anywidget.AnyWidget):
     image = t.Int(-1, help="The chosen image, by its index in the data set; -1 for none.").tag(sync=True)
     tau = t.Float(0.2, help="Activations up to it are not shown.").tag(sync=True)
     opacity = t.Float(0.75, help="Of the heat map, in [0, 1].").tag(sync=True)
-    mode = t.Enum(MODES, MODES[0], help="spotlight: the rest of the picture darkened; heat: colours over it.").tag(sync=True)
+    mode = t.Enum(MODES, MODES[0], help="spotlight: the rest of the picture darkened; heat: colors over it.").tag(sync=True)
     contour = t.Bool(False, help="Whether a line goes around the patches above tau.").tag(sync=True)
     grid = t.Tuple(t.Int(), t.Int()).tag(sync=True)
     n_latents = t.Int().tag(sync=True)

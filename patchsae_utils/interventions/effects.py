@@ -1,4 +1,4 @@
-"""What single latents do to scores: of concepts, over doses, of swapped colours, of removed objects.
+"""What single latents do to scores: of concepts, over doses, of swapped colors, of removed objects.
 
 Every experiment keeps the SAE's error and sets a control beside the latents: others that are about as active in the same place. Latents are
 chosen on the train split, effects are measured on test. Another model's SAE, data without ground truth and too few scenes raise ValueError.
@@ -28,7 +28,7 @@ DOSES = (0, 0.5, 1, 1.5, 2, 3, 4)
 DOSE_BATCH = 36  # images at a time where each receives the pattern of the one in front of it
 N_CONTROLS = 3  # draws of as many other latents; their effects are averaged
 MIN_OBJECT = 10  # patches that an object fills by half, so that it is worth removing
-MAIN_COLOR = 0.6  # share of the coloured pixels on an object's patches that makes a colour its own
+MAIN_COLOR = 0.6  # share of the colored pixels on an object's patches that makes a color its own
 
 
 def summarize_effects(frame: pd.DataFrame, columns: Sequence[str], by: Sequence[str] = ("kind",), over: str = "index") -> pd.DataFrame:
@@ -227,9 +227,9 @@ def swap_colors(
     clip: ClipModel, sae: SparseAutoencoder, dataset: Any, latents: ConceptLatents, layer: int = -2, *, doses: Sequence[float] = (1.0,),
     edit_cls: bool = False, n_scenes: int = 100,
 ) -> pd.DataFrame:  # fmt: skip
-    """Exchange the latents of two colours on an object's patches: does CLIP then see it in the other colour?
+    """Exchange the latents of two colors on an object's patches: does CLIP then see it in the other color?
 
-    The latents of the main object's dominant colour are turned off there, and those of another colour, which is drawn, set to their usual
+    The latents of the main object's dominant color are turned off there, and those of another color, which is drawn, set to their usual
     level where it is seen. In the control others that are as active on these patches go, and random ones arrive in the same amounts.
 
     Parameters
@@ -239,25 +239,25 @@ def swap_colors(
         Scenes with one main object (``openmoji/all`` or a task).
     latents : ConceptLatents, with kind ``color``, from the train split
     doses : sequence of float, factors on the level of what arrives
-    edit_cls : bool; exchange them on the class token too, which has gathered the colour from the blocks before
+    edit_cls : bool; exchange them on the class token too, which has gathered the color from the blocks before
     n_scenes : int, from the front of the data set
 
-    Returns two rows for each scene and dose, kind "own" and "control": index, source, target (colours), dose, saw_source (before the edit
+    Returns two rows for each scene and dose, kind "own" and "control": index, source, target (colors), dose, saw_source (before the edit
     the source's prompts fit best), sees_target (1 where after it the target's do), source_change, target_change (of the probabilities among
-    colours), object_change (of the logit of the object's class).
+    colors), object_change (of the logit of the object's class).
     """
     check_truth(dataset)
     sae.check_model(clip, layer)
     names = [name for name in openmoji.COLORS if f"color:{name}" in latents.concepts]
     if len(names) < 2:
-        raise ValueError("swap_colors needs the latents of two colours: latents=rank_concepts(..., kinds=['color']).")
-    scenes = _first_scenes(dataset, n_scenes, lambda index: _color_swap(dataset, index, names), "whose main object has one dominant colour")
+        raise ValueError("swap_colors needs the latents of two colors: latents=rank_concepts(..., kinds=['color']).")
+    scenes = _first_scenes(dataset, n_scenes, lambda index: _color_swap(dataset, index, names), "whose main object has one dominant color")
     colors, objects = concept_head(clip, [f"color:{name}" for name in names]), dataset_head(clip, dataset)
     rows = [latents.concepts.index(f"color:{name}") for name in names]
     table, levels, cls_levels = (part[rows] for part in (latents.latents, latents.levels, latents.cls_levels))
     spare = np.setdiff1d(np.arange(sae.d_sae), table)
     parts = []
-    for read in read_batches(clip, dataset, layer, "colours", indices=list(scenes)):
+    for read in read_batches(clip, dataset, layer, "colors", indices=list(scenes)):
         indices, z = read.indices.tolist(), read.residual.tokens
         h, features = sae.encode(z), read.features(z)
         before, before_objects = clip.logits(features, colors).cpu(), clip.logits(features, objects)
@@ -283,7 +283,7 @@ def swap_colors(
 
 
 def _color_swap(dataset: Any, index: int, names: Sequence[str]) -> tuple[str, str] | None:
-    """The (source, target) colours of a scene, if its main object is mostly of one colour."""
+    """The (source, target) colors of a scene, if its main object is mostly of one color."""
     truth = dataset.truth(index)
     grid = object_patches(truth, -1).numpy().reshape(truth.color_share.shape[1:])
     fill = (truth.color_share * grid).sum((1, 2))
@@ -337,7 +337,7 @@ def remove_objects(
 
 
 def _two_objects(dataset: Any, index: int) -> bool | None:
-    """True if a scene in colour shows exactly two objects, of different classes and each large enough; else None."""
+    """True if a scene in color shows exactly two objects, of different classes and each large enough; else None."""
     scene = dataset.scene(index)
     if scene.domain != "color" or len(scene.placements) != 2 or scene.placements[0].class_id == scene.placements[1].class_id:
         return None

@@ -11,7 +11,7 @@ from .adaptation import (
     prediction_heat, remapped_concepts,
 )  # fmt: skip
 from .concepts import (
-    by_layer, concept_families, coverage_curves, latent_statistics, localization, monosemanticity, name_agreement,
+    by_axis, concept_families, coverage_curves, latent_statistics, localization, monosemanticity, name_agreement,
 )  # fmt: skip
 from .explorer import pointing
 from .interventions import (
@@ -25,7 +25,7 @@ from .training import (
 )  # fmt: skip
 
 __all__ = [
-    "ablation_effects", "adaptation_accuracy", "adapter_table", "by_layer", "class_links", "class_scatter", "color_swap",
+    "ablation_effects", "adaptation_accuracy", "adapter_table", "by_axis", "class_links", "class_scatter", "color_swap",
     "concept_families", "concept_masks", "concept_specificity", "coverage_curves", "cross_domain", "dose_response", "embedded_world",
     "figure", "firing_rates", "gain_experiments", "gain_parts", "latent_groups", "latent_statistics", "levels", "localization",
     "mask_curves", "mask_tasks", "method", "monosemanticity", "name_agreement", "object_removal", "patch_maps", "patch_probe",

@@ -21,13 +21,13 @@ _TOKENS = {"patch": COLORS["blue"], "CLS": COLORS["orange"]}
 
 @drawn(credit=True, examples="sequence of (data set, index); data sets other than the embedded world's show their pictures alone")
 def embedded_world(examples: Sequence[tuple]) -> Figure:
-    """Pictures, and below each what the ground truth says of its patches: whose they are, and which colour or outline they show."""
+    """Pictures, and below each what the ground truth says of its patches: whose they are, and which color or outline they show."""
     pictures = [np.asarray(data[index].image) for data, index in examples]
     if not all(hasattr(data, "scene") for data, _ in examples):
         return image_rows({"": pictures}, [data.class_names[data[index].label] if data.class_names else "" for data, index in examples])[0]
     scenes, truths = zip(*((data.scene(index), data.truth(index)) for data, index in examples), strict=True)
     pale = [(255 - (255 - picture.astype(float)) * 0.35).astype(np.uint8) for picture in pictures]
-    rows = {"what CLIP sees": pictures, "object of each patch": pale, "colour, outline": [_painted(truth) for truth in truths]}
+    rows = {"what CLIP sees": pictures, "object of each patch": pale, "color, outline": [_painted(truth) for truth in truths]}
     fig, axes = image_rows(rows, [f"{scene.domain}, {openmoji.BACKGROUND_KINDS[scene.background]}" for scene in scenes])
     names, box = openmoji.class_table()["name"], {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
     for ax, picture, truth in zip(axes[1], pictures, truths, strict=True):
@@ -40,7 +40,7 @@ def embedded_world(examples: Sequence[tuple]) -> Figure:
 
 
 def _painted(truth: openmoji.SceneTruth) -> np.ndarray:
-    """[14, 14, 3]: each patch in the mean of its palette colours and black outline, over near-white background."""
+    """[14, 14, 3]: each patch in the mean of its palette colors and black outline, over near-white background."""
     palette = np.array([list(bytes.fromhex(openmoji.PALETTE[name][0])) for name in openmoji.COLORS]) / 255
     background = 1 - truth.color_share.sum(0) - truth.outline_share  # the outline is black: it adds nothing
     return np.einsum("chw,cd->hwd", truth.color_share, palette) + 0.95 * background[..., None]
@@ -79,7 +79,7 @@ def residual_norms(table: pd.DataFrame, norms: Tensor, layer: int, grid: tuple[i
     middle.axvline(limit, color=COLORS["red"], ls="--", lw=1.2)
     where: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "center"}
     middle.annotate("outliers from here ", (limit, 0.5), fontsize=8, **where)
-    middle.set(xlabel=f"norm after block {layer}", ylabel="density", title="At the layer that is read")
+    middle.set(xlabel=f"norm at layer {layer}", ylabel="density", title="At the layer that we read")
     middle.legend(loc="upper center")
     sns.heatmap(here[:, 1:].mean(0).reshape(grid), square=True, cmap=HEAT, xticklabels=False, yticklabels=False, ax=right)
     right.set_title("Mean norm over the grid")
@@ -97,14 +97,14 @@ def residual_pca(pictures: Sequence, colors: Tensor, explained: Tensor) -> Figur
 def patch_probe(table: pd.DataFrame, n_classes: int, layer: int) -> Figure:
     """What a linear probe reads from a single token, by layer, with the probe on permuted labels beside it."""
     fig, ax = figure(0.7, 3.2)
-    for (token, color), label in zip(_TOKENS.items(), ("one patch: the object on it", "CLS: the main object"), strict=True):
+    for (token, color), label in zip(_TOKENS.items(), ("one patch", "CLS"), strict=True):
         rows = table[table["token"] == token]
         band(ax, rows, "layer", "accuracy", color, scale=100, label=label)
         ax.plot(rows["layer"], 100 * rows["control"], color=color, ls="--", lw=1.2, label="the same, permuted labels")
     ax.axhline(100 / n_classes, color=COLORS["gray"], lw=1)
     ax.annotate("chance", (table["layer"].max(), 100 / n_classes), ha="right", va="bottom", fontsize=8, color=COLORS["gray"])
     ax.axvline(layer, color=COLORS["gray"], ls=":", lw=1)
-    ax.set(xlabel="after block", ylabel="accuracy on unseen scenes (%)", ylim=(0, 100), xticks=table["layer"].unique())
+    ax.set(xlabel="after block", ylabel="accuracy on unseen pictures (%)", ylim=(0, 100), xticks=table["layer"].unique())
     ax.set_title("Linear probes on single tokens")
     ax.legend(fontsize=8)
     return fig

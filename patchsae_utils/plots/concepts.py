@@ -20,7 +20,7 @@ _LOCAL = {"ap": "average precision", "iou": "intersection over union", "pointing
 
 @drawn(frame="DataFrame of ``LatentSummary.to_frame()``", annotate="mapping of int to str; latents to point at, and their names")
 def latent_statistics(frame: pd.DataFrame, annotate: Mapping[int, str]) -> Figure:
-    """How often each latent is active against how strongly, coloured by label entropy."""
+    """How often each latent is active against how strongly, colored by label entropy."""
     fig, ax = figure(height=4.6)
     points = ax.scatter(frame["frequency"], frame["mean_activation"], c=frame["label_entropy"], s=9, cmap="viridis", alpha=0.8, lw=0)
     bar = fig.colorbar(points, ax=ax, pad=0.01, label="label entropy (nats)")
@@ -39,7 +39,7 @@ def latent_statistics(frame: pd.DataFrame, annotate: Mapping[int, str]) -> Figur
 
 
 def _looks(table: pd.DataFrame) -> dict[str, dict]:
-    """Colour and marker of each dictionary: the SAE is blue and round, the ceiling black."""
+    """Color and marker of each dictionary: the SAE is blue and round, the ceiling black."""
     looks, found, others = {"sae": look("blue", ms=7, elinewidth=2.4), "ceiling": look("black", "|")}, {}, 0
     for name, role in table.drop_duplicates("dictionary")[["dictionary", "role"]].itertuples(index=False):
         found[name] = looks.get(role) or {"color": _OTHERS[others % len(_OTHERS)], "marker": "s^vDPX<"[others % 7], "ms": 5}
@@ -88,7 +88,7 @@ def coverage_curves(coverage: pd.DataFrame) -> Figure:
 
 @drawn(concepts="DataFrame of ``Localization.concepts``")
 def localization(concepts: pd.DataFrame) -> Figure:
-    """Average precision, IoU and the pointing game by family: every concept a dot, the mean a bar; dotted grey for the pointing of a random patch."""
+    """Average precision, IoU and the pointing game by family: every concept a dot, the mean a bar; dotted gray for the pointing of a random patch."""
     counts, means = concepts["kind"].value_counts(sort=False), concepts.groupby("kind", sort=False)[[*_LOCAL, "pointing_chance"]].mean()
     fig, axes = panels([*_LOCAL.values()], 0.42 * len(counts) + 1.2)
     for ax, metric in zip(axes, _LOCAL, strict=True):
@@ -101,7 +101,7 @@ def localization(concepts: pd.DataFrame) -> Figure:
                 ax.vlines(means["pointing_chance"].iloc[y], y - 0.38, y + 0.38, color=COLORS["gray"], lw=1.6, ls=":")
         ax.set(xlim=(-0.02, 1.02), xlabel="", ylabel="")
         ax.set_yticks(range(len(counts)), [f"{kind} ({n})" for kind, n in counts.items()])
-    fig.supxlabel("each dot a concept, latent and threshold chosen on other scenes; red: mean; dotted grey: a random patch", fontsize=9)
+    fig.supxlabel("each dot a concept, latent and threshold chosen on other scenes; red: mean; dotted gray: a random patch", fontsize=9)
     return fig
 
 
@@ -147,17 +147,18 @@ def monosemanticity(table: pd.DataFrame, chance: float) -> Figure:
     return fig
 
 
-@drawn(rows="DataFrame of ``by_layer``")
-def by_layer(rows: pd.DataFrame) -> Figure:
-    """Statistics of living latents by layer (dot: median; bars: middle half, and from the 10th to the 90th percentile), and object AP."""
+@drawn(rows="DataFrame of ``by_axis``")
+def by_axis(rows: pd.DataFrame) -> Figure:
+    """Statistics of living latents by layer, or by the tokens that are read (dot: median; bars: middle half, and from the 10th to the 90th percentile), and object AP."""
+    axis = rows.columns[0]
     fig, axes = panels([*_STATISTICS.values(), "object AP"], 2.8, size=9.5, sharey=False)
     thin = {False: look("blue"), True: look("red")}
     thick = {main: {**how, "marker": "", "elinewidth": 6, "alpha": 0.5} for main, how in thin.items()}
     for ax, name in zip(axes, _STATISTICS, strict=False):
         for looks, low, high in ((thick, 25, 75), (thin, 10, 90)):
             between = (f"{name}_q{low}", f"{name}_q{high}")
-            intervals(ax, rows, "layer", f"{name}_q50", "main", looks, between=between, upright=True, spread=0)
-    intervals(axes[-1], rows, "layer", "object_ap", "main", thin, upright=True, spread=0)
+            intervals(ax, rows, axis, f"{name}_q50", "main", looks, between=between, upright=True, spread=0)
+    intervals(axes[-1], rows, axis, "object_ap", "main", thin, upright=True, spread=0)
     axes[-1].set_ylim(bottom=0)
-    fig.supxlabel("layer (block whose output is read); red: the layer of this notebook; object AP with its 95 % interval", fontsize=9)
+    fig.supxlabel(f"{axis} that an SAE reads; red: the main setting's; object AP with its 95 % interval", fontsize=9)
     return fig

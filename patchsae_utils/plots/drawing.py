@@ -137,14 +137,14 @@ def band(ax: Axes, rows: pd.DataFrame, x: Any, y: str, color: str, *, scale: flo
 
 
 def heat(ax: Axes, values: Any, texts: Any = None, size: float = 8, **options: Any) -> None:
-    """A heat map with texts in its cells and no colour bar of its own."""
+    """A heat map with texts in its cells and no color bar of its own."""
     colors = {"cmap": HEAT, "vmin": 0, "vmax": 100, **options}
     sns.heatmap(values, annot=texts, fmt="", annot_kws={"fontsize": size}, cbar=False, ax=ax, **colors)
     ax.tick_params(length=0)
 
 
 def colorbar(fig: Figure, axes: Any, label: str, **options: Any) -> None:
-    """One colour bar beside all heat maps."""
+    """One color bar beside all heat maps."""
     fig.colorbar(axes[0].collections[0], ax=list(axes), label=label, pad=0.01, **options).outline.set_visible(False)
 
 
@@ -185,7 +185,7 @@ def outline(ax: Axes, mask: np.ndarray, shape: tuple[int, int], color: str, tint
 
 
 def image_rows(rows: Mapping[str, Any], titles: Sequence[str] = (), scaled: bool = False) -> tuple[Figure, Any]:
-    """Rows of as many pictures, each named on the left; titles over the columns. ``scaled``: rows of numbers get a colour bar."""
+    """Rows of as many pictures, each named on the left; titles over the columns. ``scaled``: rows of numbers get a color bar."""
     n = max(map(len, rows.values()))
     fig, axes = figure(height=(8.4 if scaled else 9.0) / n * len(rows) + 0.3, nrows=len(rows), ncols=n, squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
@@ -201,7 +201,7 @@ def image_rows(rows: Mapping[str, Any], titles: Sequence[str] = (), scaled: bool
 
 
 def strips(cells: Sequence[tuple[str, Sequence[tuple]]], k: int, columns: int, height: float, fig: Any = None, size: float = 9) -> Any:
-    """Cells of up to k pictures in a row under a title. A picture is (array, mask or None, mask's top, caption); one without colours is a heat map."""
+    """Cells of up to k pictures in a row under a title. A picture is (array, mask or None, mask's top, caption); one without colors is a heat map."""
     rows = -(-len(cells) // columns)
     if fig is None:
         fig, ax = figure(height=height * rows + 0.1)

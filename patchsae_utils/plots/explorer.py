@@ -176,7 +176,7 @@ def _picture(ax: Axes, picture: np.ndarray, grid: tuple[int, int], patches: Sequ
 
 
 def _colorbar(ax: Axes, place: list[float], scale: float, mode: str) -> None:
-    # Colours are linear in the activation, a spotlight's brightness in its square root.
+    # Colors are linear in the activation, a spotlight's brightness in its square root.
     root = FuncNorm((lambda x: np.sqrt(np.clip(x, 0, None)), np.square), vmin=0, vmax=scale)
     shades = ScalarMappable(Normalize(0, scale), HEAT) if mode == "heat" else ScalarMappable(root, "gray")
     bar = ax.figure.colorbar(shades, cax=ax.inset_axes(place))

@@ -6,11 +6,11 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw
 
-MODES = ("spotlight", "heat")  # the rest of the picture darkened, or colours laid over a picture that fades to grey
+MODES = ("spotlight", "heat")  # the rest of the picture darkened, or colors laid over a picture that fades to gray
 
 
 def palette() -> bytes:
-    """The colour map as 256 RGB triples: 768 bytes."""
+    """The color map as 256 RGB triples: 768 bytes."""
     return np.round(matplotlib.colormaps["magma"](np.linspace(0, 1, 256))[:, :3] * 255).astype(np.uint8).tobytes()
 
 
@@ -34,7 +34,7 @@ def blend(
 ) -> np.ndarray:  # fmt: skip
     """A picture, uint8 [H, W, 3], with a heat map [rows, columns] over it, as the page shows it: uint8 [size * H / W, size, 3].
 
-    ``scale`` is the activation at the top of the colour map; activations up to ``tau`` are not shown; ``contour``: a line around those above it.
+    ``scale`` is the activation at the top of the color map; activations up to ``tau`` are not shown; ``contour``: a line around those above it.
     """
     shape = (size, round(size * picture.shape[0] / picture.shape[1]))
     below = Image.fromarray(picture)

@@ -1,4 +1,4 @@
-"""Figures of notebook 04: masking sweeps, one picture steered, concepts turned off, dose and response, swapped colours, removed objects."""
+"""Figures of notebook 04: masking sweeps, one picture steered, concepts turned off, dose and response, swapped colors, removed objects."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LINES = {
 }
 _UNMASKED = {"raw": ("no mask, raw", "-"), "reconstructed": ("no mask, reconstructed", (0, (4, 3)))}
 _KINDS = {
-    "object": ("objects", "blue"), "category": ("categories", "green"), "color": ("colours", "red"), "background": ("backgrounds", "purple"),
+    "object": ("objects", "blue"), "category": ("categories", "green"), "color": ("colors", "red"), "background": ("backgrounds", "purple"),
 }  # fmt: skip
 
 
@@ -36,7 +36,7 @@ _KINDS = {
     by='{"where", "rank"}, optional; a line style for each place or ranking, otherwise all tokens and the first ranking alone',
 )  # fmt: skip
 def mask_curves(frame: pd.DataFrame, choose: Sequence[str] | None = None, by: str | None = None) -> Figure:
-    """Zero-shot accuracy over k, one column for on and off, one row for the error term kept and dropped, a colour for each choice of latents."""
+    """Zero-shot accuracy over k, one column for on and off, one row for the error term kept and dropped, a color for each choice of latents."""
     frame = frame[(frame["group"] == "all") & ((frame["where"] == "all") if by != "where" else True)]
     rows = frame[frame["choose"].isin(choose or [*_CHOICES])].drop_duplicates(["error", "mode"])[["error", "mode"]].itertuples(index=False)
     pairs = sorted(rows, key=lambda pair: (pair.error, [*_MODES].index(pair.mode)))
@@ -166,9 +166,9 @@ def dose_response(table: pd.DataFrame, class_names: Sequence[str]) -> Figure:
 
 @drawn(tables="mapping of what was edited to ``summarize_effects(..., ['sees_target', 'object_change'], by=['kind', 'dose'])``")
 def color_swap(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """How often CLIP sees the other colour after two colours' latents changed places."""
+    """How often CLIP sees the other color after two colors' latents changed places."""
     n = int(next(iter(tables.values()))["n"].iloc[0])
-    titles = {"sees_target": f"Sees the other colour ({n} scenes)", "object_change": "What it costs the object"}
+    titles = {"sees_target": f"Sees the other color ({n} scenes)", "object_change": "What it costs the object"}
     fig, (left, right) = panels([*titles.values()], 3.4, xlabel="dose (1: usual level)", sharey=False)
     for (place, table), color in zip(tables.items(), ("blue", "red", "green", "purple"), strict=False):
         for kind, words, dashes in (("own", "own latents", "-"), ("control", "others, as active", "--")):

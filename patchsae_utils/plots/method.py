@@ -24,7 +24,7 @@ _TITLES = {  # where, and what happens there
 }
 
 
-@drawn(highlight="str, optional; in colour: extraction, training, concepts, interventions, adaptation; explorer or None: all of them")
+@drawn(highlight="str, optional; in color: extraction, training, concepts, interventions, adaptation; explorer or None: all of them")
 def method(highlight: str | None = None) -> Figure:
     """PatchSAE in one picture: what is read, what is trained on it, and what the latents are used for; one stage stands out."""
     if highlight not in (None, *STAGES):

@@ -44,7 +44,7 @@ def concept_masks(examples: Sequence) -> Figure:
 
 @drawn(credit=True, found="Levels", names="mapping of int to str; what to call the latents")
 def levels(found: Any, names: Mapping[int, str]) -> Figure:
-    """One image from patch to data set: its top latents at each level; a latent that several levels share keeps its colour."""
+    """One image from patch to data set: its top latents at each level; a latent that several levels share keeps its color."""
     count = found.table.groupby("latent", sort=False)["level"].nunique()
     colors = {latent: COLORS[name] for latent, name in zip(count.index[count > 1], _SHARED, strict=False)}
     titles = {"patch": f"patch {tuple(found.patch)}", "class": f"class: {found.class_name}"}

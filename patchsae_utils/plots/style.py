@@ -1,4 +1,4 @@
-"""One look for every figure: sizes, colours that colour-blind readers can tell apart (Okabe and Ito, 2008), saving, credit."""
+"""One look for every figure: sizes, colors that color-blind readers can tell apart (Okabe and Ito, 2008), saving, credit."""
 
 from __future__ import annotations
 

@@ -14,12 +14,12 @@ _ELSEWHERE = re.compile(r"<!-- any\b(.*?)-->", re.DOTALL)
 
 
 def cells_for(notebook: NotebookNode, given: Collection[str]) -> NotebookNode:
-    """A copy without the cells whose tags name a need that is not ``given``; the text between ``<!-- any`` and ``-->`` takes such a cell's place."""
+    """A copy without cells whose tags name a need that is not ``given``; where that is the embedded world alone, what ``<!-- any -->`` holds stays."""
     fitting = copy.deepcopy(notebook)
     fitting.cells = []
     for cell in copy.deepcopy(notebook.cells):
-        if not (set(NEEDS) & set(cell.metadata.get("tags", ()))) <= set(given):
-            other = _ELSEWHERE.search(cell.source) if cell.cell_type == "markdown" else None
+        if missing := set(NEEDS) & set(cell.metadata.get("tags", ())) - set(given):
+            other = _ELSEWHERE.search(cell.source) if cell.cell_type == "markdown" and missing == {"openmoji"} else None
             if other is None:
                 continue
             cell.source = other[1].strip()

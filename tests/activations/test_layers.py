@@ -57,7 +57,7 @@ def test_norms_are_summarised_by_layer_and_token(survey):
 
 
 def test_components_paint_what_varies():
-    """Tokens made of three independent maps of falling strength come back as the three colours, at every layer."""
+    """Tokens made of three independent maps of falling strength come back as the three colors, at every layer."""
     generator = torch.Generator().manual_seed(0)
     maps = torch.rand(2, 400, 3, generator=generator)
     basis = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q[:, :3]

@@ -352,7 +352,7 @@ def test_an_official_checkpoint_that_lacks_a_layer_or_is_of_another_model_or_pro
 
 
 @pytest.mark.parametrize("kind", ["maple", "coop", "coop alone"])
-@pytest.mark.parametrize("template", ["a photo of the {}.", "a photo of a {}", "a photo of {}, in colour."])
+@pytest.mark.parametrize("template", ["a photo of the {}.", "a photo of a {}", "a photo of {}, in color."])
 def test_faults_c7_a_files_head_is_built_on_its_own_sentence(tiny_clip, tmp_path, template, kind):
     """FAULTS C7: whatever the order of its classes, the length of its context, or the program; ``template=`` is held against the file."""
     cls, path = MaPLe if kind == "maple" else CoOp, tmp_path / "model.pth.tar-5"
@@ -382,8 +382,8 @@ def test_faults_c7_what_may_be_a_name_is_not_guessed(tiny_clip, tmp_path):
             load_adapter(path, tiny_clip)
         assert load_adapter(path, tiny_clip, template="a photo of a {}.").template == "a photo of a {}."
     assert load_adapter(official(adapted, path, names=("old harp",)), tiny_clip).template == "a photo of a {}."
-    adapted = CoOp(tiny_clip, 6, template="a photo of a {}, in colour.")
-    assert adapted.template == "X X X X X X {}, in colour."
+    adapted = CoOp(tiny_clip, 6, template="a photo of a {}, in color.")
+    assert adapted.template == "X X X X X X {}, in color."
     loaded = load_adapter(official(adapted, path, adapted.template), tiny_clip)
     assert torch.equal(loaded.class_tokens(NAMES), adapted.class_tokens(NAMES))
 

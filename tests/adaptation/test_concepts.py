@@ -94,6 +94,6 @@ def test_sentences_say_their_tables():
     )  # fmt: skip
     assert told.parts_table(parts).loc[("a", "MaPLe"), "whole gain"] == "+12 [+11, +13]"
     assert "MaPLe gains +12 points: +10.0 by remapping, +0.0 by retuning, +2.0 by new concepts" in told.parts_sentence(parts)
-    names = ["adapted", "remapping only", "whole change at the hook"]
+    names = ["adapted", "remapping only", "whole change of the stream"]
     experiments = pd.DataFrame({"task": "a", "experiment": names, "gain": [0.1, 0.08, 0.02]})
     assert "reaches 80% of the gain" in told.experiments_sentence(experiments) and "reaches 20%" in told.experiments_sentence(experiments)

@@ -48,7 +48,7 @@ def test_pairs_differ_in_one_attribute(scenes, attribute):
         scene_pairs(scenes, "size", 3)
 
 
-def test_paint_changes_one_colour_and_nothing_else(scenes):
+def test_paint_changes_one_color_and_nothing_else(scenes):
     before, after, _, _ = scene_pairs(scenes, "color", 1)[0]
     old, new = next(p.paint for p in after.placements if p.paint)
     truths = [openmoji.scene_truth(scene) for scene in (before, after)]

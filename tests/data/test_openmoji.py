@@ -89,7 +89,7 @@ def test_shares_are_shares(domain, layout):
         objects, colors = truth.object_share.sum(0), truth.color_share.sum(0)
         for share in (truth.object_share, truth.color_share, truth.outline_share, truth.background_share, objects, colors):
             assert share.min() >= 0 and share.max() <= 1 + 1e-6
-        assert (colors + truth.outline_share <= objects + 1e-6).all()  # only objects have palette colours and outlines
+        assert (colors + truth.outline_share <= objects + 1e-6).all()  # only objects have palette colors and outlines
         np.testing.assert_allclose(objects + truth.background_share, 1, atol=1e-6)
         if domain in ("color", "night"):
             np.testing.assert_allclose(colors + truth.outline_share, objects, atol=1e-6)
@@ -108,8 +108,8 @@ def test_objects_are_where_the_picture_changes():
         assert np.abs((changed > 5).mean(-1) - truth.object_share.sum(0)).mean() < 0.06
 
 
-def test_palette_colours_are_those_of_the_pixels():
-    """Where one colour fills a patch, the pixels are nearer to its tints than to any other colour's."""
+def test_palette_colors_are_those_of_the_pixels():
+    """Where one color fills a patch, the pixels are nearer to its tints than to any other color's."""
     names = [name for name in openmoji.COLORS for _ in openmoji.PALETTE[name]]
     tints = np.array([list(bytes.fromhex(code)) for name in openmoji.COLORS for code in openmoji.PALETTE[name]])
     right, filled = 0, 0

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from patchsae_utils.config import load_profile
-from patchsae_utils.tables import QUANTILES, STATISTICS, at_matched_l0, by_layer, frontier, load_benchmark, load_table, planted_and_found
+from patchsae_utils.tables import QUANTILES, STATISTICS, at_matched_l0, by_axis, frontier, load_benchmark, load_table, planted_and_found
 
 
 def row(axis: str, value: str, l0: float = 30.0, ap: float = 0.3, layer: int = 4, **other) -> dict:
@@ -23,15 +23,20 @@ def row(axis: str, value: str, l0: float = 30.0, ap: float = 0.3, layer: int = 4
 def table():
     rows = [row("seed", "0", 28.0), row("seed", "1", 30.0), row("seed", "2", 32.0)]
     rows += [row("layer", str(layer), layer=layer, ap=0.1 + 0.05 * layer) for layer in (0, 1, 2, 3, 5)]
-    rows += [row("expansion", "x32", 30.0, 0.9), row("tokens", "cls", 80.0, 0.05, tokens="cls"), row("tokens", "patches", 31.0, 0.35)]
+    rows += [
+        row("expansion", "x32", 30.0, 0.9),
+        row("tokens", "cls", 80.0, 0.05, tokens="cls"),
+        row("tokens", "patches", 31.0, 0.35, tokens="patches"),
+    ]
     return pd.DataFrame(rows)
 
 
-def test_layers_are_the_main_setting_once_and_those_that_differ_in_the_layer_alone(table):
-    rows = by_layer(table)
+def test_an_axis_is_the_main_setting_once_and_what_differs_in_it_alone(table):
+    rows = by_axis(table, "layer")
     assert rows["layer"].tolist() == [0, 1, 2, 3, 4, 5] and rows["main"].tolist() == [False] * 4 + [True, False]
     assert rows.loc[5, "object_ap"] == pytest.approx(0.35) and rows.loc[4, "object_ap"] == 0.3
     assert rows.loc[2, "label_entropy_q75"] == 2.75
+    assert by_axis(table, "tokens")[["tokens", "main"]].values.tolist() == [["all", True], ["cls", False], ["patches", False]]
 
 
 def test_the_committed_tables_and_benchmarks_are_found(tmp_path):

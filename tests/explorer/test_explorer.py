@@ -151,7 +151,7 @@ def test_linked_explorers_share_their_choices_until_parted(latents, patches):
 def test_all_views_open_on_one_named_latent_where_it_is_strongest(tiny_clip, tiny_sae, summary, tiny_dataset, named, show):
     parts = tiny_clip, tiny_sae, summary, tiny_dataset, named
     latents, patches, panel = LatentExplorer(*parts), PatchExplorer(*parts), SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, named)
-    assert latents.latent == patches.latent == 7  # the surest name of an object, not the one of a colour
+    assert latents.latent == patches.latent == 7  # the surest name of an object, not the one of a color
     assert latents.image == patches.image == int(summary.top_images[7, 0])
     assert patches.card.heat.flat[patches.patch] == patches.card.heat.max() > 0
     link(latents, patches, panel)

@@ -62,8 +62,8 @@ def test_a_selection_is_kept_and_set_again(panel):
     panel.reset()
     panel.selection = chosen
     assert panel.selection == chosen
-    with pytest.raises(ValueError, match="no choice 'colour'; valid are image, latents, latent, patches, where, edits"):
-        panel.selection = {"colour": 3}
+    with pytest.raises(ValueError, match="no choice 'color'; valid are image, latents, latent, patches, where, edits"):
+        panel.selection = {"color": 3}
 
 
 def test_the_line_of_python_is_the_edit(panel, tiny_clip, tiny_sae, tiny_dataset, head):

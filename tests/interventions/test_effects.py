@@ -1,4 +1,4 @@
-"""Effects in scenes whose every patch is known: concepts, doses, swapped colours, removed objects; each is what ``steer`` does."""
+"""Effects in scenes whose every patch is known: concepts, doses, swapped colors, removed objects; each is what ``steer`` does."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_concept_specificity_measures_what_steer_does(tiny_clip, sae, scenes):
     row = frame.query("kind == 'own' and index == 0 and concept_kind == 'background'").iloc[0]
     change = steered(tiny_clip, sae, scenes, 0, [Edit(7), Edit(11)], quick_head(tiny_clip, list(latents)))
     assert row["own"] == pytest.approx(float(change[0]), abs=1e-4)
-    assert row["others"] == pytest.approx(float(change[1]), abs=1e-4)  # the other background, not the colour
+    assert row["others"] == pytest.approx(float(change[1]), abs=1e-4)  # the other background, not the color
     table = summarize_effects(frame, ["own", "others"], over="concept")
     assert table["own"].tolist() == pytest.approx(
         [frame.query("kind == @k").groupby("concept")["own"].mean().mean() for k in table["kind"]]
@@ -186,10 +186,10 @@ def test_faults_d22_one_latent_off_is_an_edit_of_steer(tiny_clip, sae, tiny_data
 
 
 @pytest.mark.parametrize("edit_cls", [False, True])
-def test_swapped_colours_are_edits_of_steer(edit_cls, tiny_clip, sae, scenes):
+def test_swapped_colors_are_edits_of_steer(edit_cls, tiny_clip, sae, scenes):
     """Source latents off, target latents at their level, on the object's patches (and CLS): the same as a sequence of edits."""
     names = openmoji.COLORS
-    # Latents of their own for each colour, so that the order of the edits doesn't matter.
+    # Latents of their own for each color, so that the order of the edits doesn't matter.
     own = torch.arange(2 * len(names)).view(-1, 2)
     levels = torch.rand(own.shape, generator=torch.Generator().manual_seed(0)) + 0.5
     ranked = ConceptLatents(tuple(f"color:{name}" for name in names), own, levels, levels.flip(0), torch.full((len(names),), 50))

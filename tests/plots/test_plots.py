@@ -173,7 +173,7 @@ def figures(world) -> dict:
         "levels": (levels, {10: "crossed swords"}),
         "cross_domain": (domains,),
         "text_and_image": (words,),
-        "by_layer": (layers,),
+        "by_axis": (layers,),
         "mask_curves": (sweep(errors=("dropped", "kept")),),
         "mask_tasks": (sweep(["all", "animals", "birds sea", "clothing", "home", "instruments", "meals", "tools"], ("oracle", "predicted", "wrong", "matched", "random")),),
         "steered": (pictures(2).numpy(), [steered(), steered()], WORDS, ["hedgehog's latents off", "and computer mouse's added"]),

@@ -23,7 +23,7 @@ from patchsae_utils.sae.formats import FORMATS
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A CLIP of random weights on disk, and 4 classes of 52 pictures, their colours by class; one of them is broken."""
+    """A CLIP of random weights on disk, and 4 classes of 52 pictures, their colors by class; one of them is broken."""
     root = tmp_path_factory.mktemp("eine Welt für sich")
     torch.manual_seed(0)
     config = {"embed_dim": 16, "vision_cfg": TINY_VISION | {"image_size": 32}, "text_cfg": TINY_TEXT}

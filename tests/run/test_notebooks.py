@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
@@ -19,8 +23,9 @@ NOTEBOOK = new_notebook(
     cells=[
         new_markdown_cell("always"),
         tagged(new_markdown_cell("Scenes of OpenMoji.\n\n<!-- any\nYour own pictures.\n-->"), "openmoji"),
-        tagged(new_markdown_cell("## A section about colours"), "truth"),
-        tagged(new_code_cell("colours()"), "truth", "nbval-ignore-output"),
+        tagged(new_markdown_cell("Found on scenes.\n\n<!-- any\nFound by masks.\n-->"), "openmoji", "truth"),
+        tagged(new_markdown_cell("## A section about colors"), "truth"),
+        tagged(new_code_cell("colors()"), "truth", "nbval-ignore-output"),
         tagged(new_code_cell("names()"), "openmoji", "words"),
         new_code_cell("last()"),
     ]
@@ -29,7 +34,7 @@ NOTEBOOK = new_notebook(
 
 @pytest.mark.parametrize(("given", "sources"), [
     ({"openmoji", "truth", "words"}, [cell.source for cell in NOTEBOOK.cells]),
-    ({"truth", "words"}, ["always", "Your own pictures.", "## A section about colours", "colours()", "last()"]),
+    ({"truth", "words"}, ["always", "Your own pictures.", "Found by masks.", "## A section about colors", "colors()", "last()"]),
     (set(), ["always", "Your own pictures.", "last()"]),
 ])  # fmt: skip
 def test_a_cell_whose_need_is_not_met_is_left_out_or_says_its_other_text(given, sources):
@@ -44,3 +49,27 @@ def test_what_a_profile_gives(tmp_path, monkeypatch):
     assert reproduce.given_by(load_profile("imagefolder")) == {"words"}
     assert reproduce.given_by(load_profile("dinov2")) == set()
     assert reproduce.given_by(load_profile("imagefolder", {"data.train": "coco:pictures:labels.json"})) == {"truth", "words"}
+
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
+WORLD = re.compile(r"openmoji|embedded world|this world|drawing|artwork|palette|supervised\*? at|1,800|a \*?tool", re.IGNORECASE)
+
+
+@pytest.mark.parametrize("given", [{"words"}, {"truth", "words"}, set()], ids=["folder", "masks", "no words"])
+def test_elsewhere_no_lesson_speaks_of_the_embedded_world_or_announces_what_it_leaves_out(given):
+    sections, mentioned = set(), set()
+    for path in sorted(FOLDER.glob("0*.ipynb")):
+        heads, empty = [], None
+        for cell in cells_for(nbformat.read(path, as_version=4), given).cells:
+            if cell.cell_type == "markdown":
+                assert not (found := WORLD.search(cell.source)), f"{path.stem}: {found[0]!r} in {cell.source[:80]!r}"
+                for head in re.findall(r"^##+ (.*)$", cell.source, re.MULTILINE):
+                    assert empty is None, f"{path.stem}: nothing is shown under {empty!r}"
+                    heads.append(empty := head)
+                mentioned |= set(re.findall(r"(?:section|of|in) (\d\.\d)\b(?! of the paper)", cell.source))
+            else:
+                assert "Markdown(" not in cell.source or not WORLD.search(cell.source), f"{path.stem}: {cell.source[:80]!r}"
+                empty = None
+        assert empty is None, f"{path.stem}: nothing is shown under {empty!r}"
+        sections |= {head.split()[0] for head in heads}
+    assert mentioned <= sections, f"sections that are spoken of and left out: {mentioned - sections}"

@@ -28,8 +28,8 @@ def test_probes():
         [(*row, row[2] - 0.05, row[2] + 0.05, 0.01) for row in rows], columns=["layer", "token", "accuracy", "low", "high", "control"]
     )
     assert probe_sentence(probes, 4) == (
-        "After block 4 a single patch reveals its object in 80 % [75, 85] of cases (20% after the first block, 1.0% with permuted labels); "
-        "CLS reveals the main object in 60 % [55, 65]."
+        "At layer 4 a probe reads the class from a single patch in 80 % [75, 85] of cases (20% at layer 0, 1.0% with permuted labels), "
+        "and from CLS in 60 % [55, 65]."
     )
 
 
