@@ -27,7 +27,7 @@ N_LEVELS, FEW_LEVELS = 128, 24  # thresholds of an average precision under weigh
 THIN, MANY = 5, 20_000  # coarsely, one in so many patches without the concept stands for all, where there are many
 N_PEERS = 300  # latents whose correlations by chance a latent is compared with
 DENSE = 0.1  # share of activations that are not 0, above which they are kept dense
-_ROWS = 32  # images at a time: float32 [_ROWS x patches, n]
+_ROWS = 4  # images at a time, so that float32 [_ROWS x patches, n] stays in the memory that was used before
 _KEPT = 2**27  # dense activations are kept where they are fewer
 
 
@@ -118,10 +118,15 @@ def common_concepts(choose: ConceptPatches, report: ConceptPatches, min_patches:
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray, ascending: np.ndarray | None = None) -> float:
-    """Average precision of scores [N] for some rows [n], ties sharing one threshold, as in scikit-learn; ``ascending``: scores, sorted."""
+    """Average precision of scores [N] for some rows [n], ties sharing one threshold, as in scikit-learn.
+
+    ``ascending``: all scores, sorted; or an even part of them that stands for all.
+    """
+    ascending = np.sort(scores) if ascending is None else ascending
     thresholds, mine = np.unique(scores[positive], return_counts=True)
-    every = len(scores) - np.searchsorted(np.sort(scores) if ascending is None else ascending, thresholds, "left")
-    return float((mine * mine[::-1].cumsum()[::-1] / every).sum() / mine.sum()) if len(mine) else float("nan")
+    hits = mine[::-1].cumsum()[::-1]
+    every = np.maximum(hits, len(scores) / len(ascending) * (len(ascending) - np.searchsorted(ascending, thresholds, "left")))
+    return float((mine * hits / every).sum() / mine.sum()) if len(mine) else float("nan")
 
 
 def resampled_precision(
@@ -208,13 +213,17 @@ class Activations:
 def precisions(
     features: Activations, some: np.ndarray, concepts: np.ndarray, weights: np.ndarray | None = None, coarse: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Average precision of pairs of feature and concept, [m], and with weights [R, n_images] in every resample, [m, R]. On all cores."""
+    """Average precision of pairs of feature and concept, [m], and with weights [R, n_images] in every resample, [m, R]. On all cores.
+
+    ``coarse``: in resamples as :func:`resampled_precision`; without weights, to choose by, a part of the patches stands for all.
+    """
     patches, (each, which) = features.patches, np.unique(some, return_inverse=True)
     rows, weights = patches.rows(), np.zeros((0, patches.n_images)) if weights is None else weights
     ap, resampled = np.zeros(len(some)), np.zeros((len(some), len(weights)), np.float32)
+    thin = coarse and not len(weights) and len(patches.tokens) > MANY
 
     def of_one(scores: np.ndarray, mine: np.ndarray) -> None:
-        ascending = np.sort(scores)  # once for all its concepts
+        ascending = np.sort(scores[::THIN] if thin else scores)  # once for all its concepts
         for i in mine:
             ap[i] = average_precision(scores, rows[concepts[i]], ascending)
             if len(weights):
@@ -270,7 +279,7 @@ def best_features(
     coarse: bool = False,
 ) -> tuple[pd.DataFrame, np.ndarray]:  # fmt: skip
     """The best of the features tried [K', n], ascending, for each concept on ``choose``; its AP on ``report``, and in resamples [K', R]."""
-    ap = precisions(choose, tried.ravel(), np.repeat(concepts, tried.shape[1]))[0].reshape(tried.shape)
+    ap = precisions(choose, tried.ravel(), np.repeat(concepts, tried.shape[1]), coarse=True)[0].reshape(tried.shape)
     best = np.take_along_axis(tried, ap.argmax(1)[:, None], 1)[:, 0]
     held_out, resampled = precisions(report, best, concepts, weights, coarse)
     frame = report.patches.concepts(concepts)
