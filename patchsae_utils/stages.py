@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -148,13 +149,13 @@ def concept_comparison(
 ) -> ComparisonReport | None:
     """How well latents find ground-truth concepts beside other dictionaries and a supervised probe; None where the data set knows no concepts.
 
-    The control on a CLIP of random weights sees at most a million tokens, of as many scenes as keep the main run's passes over them.
+    The control on a CLIP of random weights sees at most a million tokens, of no more scenes than hold so many.
     """
     choose, held_out = (concept_scenes(profile, split) for split in ("val", "test"))
     if choose is None or held_out is None:
         return None
     training, shorter = training_data(profile), min(profile.training.n_tokens, 1_000_000)
-    n_scenes = max(1, round(len(training) * shorter / profile.training.n_tokens))
+    n_scenes = min(len(training), math.ceil(shorter / clip.n_tokens))
     fewer = open_data(profile, profile.data.train, "train", n_scenes)
     return measure_dictionaries(
         clip, sae, training_store(profile, clip), training, choose, held_out, profile.model.layer, patches=patches,

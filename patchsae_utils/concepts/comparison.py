@@ -118,10 +118,10 @@ def compare(
         for i, (way, dictionary) in enumerate(readouts.items()):
             choose_from, report_on = (Activations(dictionary, each) for each in sets)
             l0, explained = qualities.get((reconstruct or {}).get(way), (np.nan, np.nan))
-            tried, coarse = concepts[:, None], i > 0 or role != "sae"  # intervals: of what is said of the SAE, finely
+            tried = concepts[:, None]
             if role != "ceiling":
                 tried = detection.candidates(detection.concept_correlations(choose_from)[0][0][concepts])
-            frame, resampled = detection.best_features(name, role, choose_from, report_on, concepts, tried, weights, coarse)
+            frame, resampled = detection.best_features(name, role, choose_from, report_on, concepts, tried, weights, coarse=True)
             found = [(way, frame, resampled)]
             if i == 0 and role != "ceiling" and len(competitors) > 1:
                 for k, ap, draws in sparse_probes(choose_from, report_on, concepts, tried, weights):

@@ -27,7 +27,6 @@ N_LEVELS, FEW_LEVELS = 128, 24  # thresholds of an average precision under weigh
 THIN, MANY = 5, 20_000  # coarsely, one in so many patches without the concept stands for all, where there are many
 N_PEERS = 300  # latents whose correlations by chance a latent is compared with
 DENSE = 0.1  # share of activations that are not 0, above which they are kept dense
-_ROWS = 4  # images at a time, so that float32 [_ROWS x patches, n] stays in the memory that was used before
 _KEPT = 2**27  # dense activations are kept where they are fewer
 
 
@@ -171,7 +170,7 @@ class Activations:
         self.dictionary, self.patches, self.n = dictionary, patches, dictionary.n
         self.kept: Any = None  # csc_matrix, array or neither
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        step = _ROWS * len(patches.tokens) // patches.n_images
+        step = len(patches.tokens) // patches.n_images  # an image at a time stays in a cache, and in memory that was used before
         for start, some in zip(range(0, len(patches.tokens), step), patches.tokens.split(step), strict=True):
             h = dictionary.encode(some, None).cpu()
             row, column = h.nonzero(as_tuple=True)
@@ -203,7 +202,7 @@ class Activations:
         if sparse.issparse(self.kept):
             yield slice(0, self.kept.shape[0]), self.kept
             return
-        step = _ROWS * len(self.patches.tokens) // self.patches.n_images
+        step = len(self.patches.tokens) // self.patches.n_images
         for start in range(0, len(self.patches.tokens), step):
             rows = slice(start, start + step)
             yield rows, self.dictionary.encode(self.patches.tokens[rows], None).cpu().numpy() if self.kept is None else self.kept[rows]
