@@ -157,12 +157,11 @@ def evaluation_sentence(frame: pd.DataFrame) -> str:
     rows = frame[(frame["variant"] == "reconstruction") & (frame["tokens"] == "all")].set_index(["sae", "metric"])[["value", "low", "high"]]
     said = []
     for name in frame["sae"].unique():
-        of, (value, low, high) = rows.loc[name], rows.loc[(name, "explained_variance")]
-        share = percent(value, low, high, 1)
-        said.append(f"{name} explains {share} of the variance with {of.value['l0']:.0f} latents per token")
+        of = rows.loc[name]
+        said.append(f"{name} {percent(*of.loc['explained_variance'], 1)} of the variance with {of.value['l0']:.0f} latents per token")
         if "zero_shot_change" in of.index:
-            said[-1] += f" and changes CLIP's accuracy by {Interval(*100 * of.loc['zero_shot_change'])} points"
-    return f"On unseen pictures {'; '.join(said)}."
+            said[-1] += f", CLIP's accuracy changed by {Interval(*100 * of.loc['zero_shot_change'])} points"
+    return f"Explained on unseen pictures: {'; '.join(said)}."
 
 
 def places_sentence(places: pd.DataFrame) -> str:
