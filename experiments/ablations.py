@@ -21,7 +21,6 @@ from patchsae_utils.concepts.comparison import compare, sae_competitor
 from patchsae_utils.concepts.detection import ConceptPatches, concept_patches
 from patchsae_utils.config import Profile, load_profile, paper_recipe
 from patchsae_utils.interventions import one_latent_off, summarize_effects
-from patchsae_utils.latents.matching import matched_cosine
 from patchsae_utils.latents.reading import summarize_latents
 from patchsae_utils.sae.files import load_sae
 from patchsae_utils.sae.quality import evaluate_sae
@@ -29,6 +28,7 @@ from patchsae_utils.sae.trainer import train_sae, training_log
 from patchsae_utils.tables import QUANTILES, STATISTICS
 
 from . import grid
+from .matching import matched_cosine
 
 N_TEST, N_STATISTICS = 720, 1080
 L0S = (10, 20, 40)  # active latents per token that variants without a k are trained for

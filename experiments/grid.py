@@ -8,6 +8,7 @@ code that measured them.
 from __future__ import annotations
 
 import argparse
+import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,8 +16,15 @@ from typing import Any
 
 import pandas as pd
 
-from patchsae_utils.run.artifacts import current_commit, fingerprint, is_current, read_json, write_json, write_table
+from patchsae_utils.config import repository_root
+from patchsae_utils.run.artifacts import fingerprint, is_current, read_json, write_json, write_table
 from patchsae_utils.tables import table_path
+
+
+def current_commit() -> str:
+    """The commit of the code that runs, with a mark when files differ from it; "unknown" outside a repository."""
+    command = ["git", "describe", "--always", "--abbrev=10", "--dirty=+changes", "--exclude=*"]
+    return subprocess.run(command, cwd=repository_root(), capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def row(experiment: Any, cell: Any) -> dict[str, Any]:

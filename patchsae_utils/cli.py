@@ -209,7 +209,7 @@ def _convert(options: argparse.Namespace) -> dict[str, Any]:
     from .sae.files import load_sae, save_sae
 
     sae = load_sae(options.path)
-    path = save_sae(sae, options.out, format=options.format, unit_norm=False)
+    path = save_sae(sae, options.out, format=options.format)
     return {"written": str(path), "format": options.format, "activation": sae.activation, "d_in": sae.d_in, "d_sae": sae.d_sae}
 
 

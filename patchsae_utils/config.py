@@ -44,7 +44,6 @@ _CHOICES = {
     "constraint": ("none", "frozen_decoder", "soft_decoder", "frozen_encoder", "archetypal"),
     "precision": ("float32", "bfloat16"),
     "sparse": ("auto", "never", "always"),
-    "trackers": ("tensorboard", "wandb"),
 }
 
 
@@ -177,8 +176,6 @@ class TrainConfig(_Section):
     """Of the matrix products: ``float32``, or ``bfloat16`` (autocast; weights stay float32), about 1.7 times as fast on two CPU cores."""
     sparse: str = "auto"
     """Compute with active latents alone: ``always``, ``never``, or ``auto``: when that is faster, from 8,192 latents on."""
-    trackers: tuple[str, ...] = ()
-    """Where the log also goes: ``tensorboard``, ``wandb``. The CSV is always written."""
     seed: int = 0
     """Initial weights and the order of the tokens."""
 
@@ -265,16 +262,11 @@ def load_profile(name_or_path: str | os.PathLike | None = None, overrides: Mappi
         Settings to change, by dotted name: ``{"data.n_train_images": 500}``. They are applied after those of ``$PATCHSAE_SET``
         ("data.n_train_images=500; training.n_tokens=20000"). ``{"name": "quick"}`` gives the changed profile a folder of its own under ``runs/``.
 
-    Returns
-    -------
-    Profile
-
     Raises
     ------
-    ValueError
-        For an unknown profile or setting (naming the valid ones), or a value of the wrong type or range.
-    FileNotFoundError
-        If the profile needs a folder that an environment variable should name, and that is not set or not there.
+    ValueError, FileNotFoundError
+        For an unknown profile or setting (naming the valid ones), or a value of the wrong type or range; if the profile needs a folder that an
+        environment variable should name, and that is not set or not there.
     """
     given = os.environ.get("PATCHSAE_PROFILE") or DEFAULT_PROFILE if name_or_path is None else name_or_path
     settings = _read(given)

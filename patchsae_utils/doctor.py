@@ -123,7 +123,7 @@ def _trial(profile: Profile, clip: ClipModel) -> dict[str, float]:
             sae = stages.trained_sae(profile, clip)
         else:
             size = min(profile.training.batch_tokens, len(store))
-            few = dataclasses.replace(profile.training, n_tokens=4 * size, batch_tokens=size, log_every=1, start="random", trackers=())
+            few = dataclasses.replace(profile.training, n_tokens=4 * size, batch_tokens=size, log_every=1, start="random")
             sae = train_sae(stages.fresh_sae(profile, clip), store, few, Path(folder) / "sae", progress=False)
             spent["SAE"] = 1 / training_log(Path(folder) / "sae")["tokens_per_second"].iloc[-1]
         bar.update()

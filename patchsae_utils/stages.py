@@ -126,10 +126,9 @@ def concept_scenes(profile: Profile, split: str) -> ImageData | OpenMojiData | N
 
 def concept_patches(profile: Profile, clip: ClipModel) -> tuple[ConceptPatches, ConceptPatches] | None:
     """Patches of the choosing and the reported scenes, for all measurements; not kept: 150 MB a thousand scenes. None without concepts."""
-    choose, held_out = (concept_scenes(profile, split) for split in ("val", "test"))
-    if choose is None or held_out is None:
+    if not has_truth(profile.data.train):
         return None
-    chosen, reported = (detection.concept_patches(clip, scenes, profile.model.layer) for scenes in (choose, held_out))
+    chosen, reported = (detection.concept_patches(clip, concept_scenes(profile, split), profile.model.layer) for split in ("val", "test"))
     return chosen, reported
 
 
@@ -137,9 +136,9 @@ def concept_report(
     profile: Profile, clip: ClipModel, sae: SparseAutoencoder, patches: Sequence[ConceptPatches] | None = None
 ) -> ConceptReport | None:
     """Which latents find which ground-truth concepts; None where the data set knows none. ``patches``: :func:`concept_patches`, if at hand."""
-    choose, held_out = (concept_scenes(profile, split) for split in ("val", "test"))
-    if choose is None or held_out is None:
+    if not has_truth(profile.data.train):
         return None
+    choose, held_out = (concept_scenes(profile, split) for split in ("val", "test"))
     out = profile.folder("latents") / "concepts"
     return measure_concepts(clip, sae, choose, held_out, profile.model.layer, patches=patches, out=out)
 
@@ -151,9 +150,9 @@ def concept_comparison(
 
     The control on a CLIP of random weights sees at most a million tokens, of no more scenes than hold so many.
     """
-    choose, held_out = (concept_scenes(profile, split) for split in ("val", "test"))
-    if choose is None or held_out is None:
+    if not has_truth(profile.data.train):
         return None
+    choose, held_out = (concept_scenes(profile, split) for split in ("val", "test"))
     training, shorter = training_data(profile), min(profile.training.n_tokens, 1_000_000)
     n_scenes = min(len(training), math.ceil(shorter / clip.n_tokens))
     fewer = open_data(profile, profile.data.train, "train", n_scenes)
@@ -182,7 +181,7 @@ def trained_controls(profile: Profile, clip: ClipModel, sae: SparseAutoencoder) 
 
 def pair_selectivity(profile: Profile, clip: ClipModel, sae: SparseAutoencoder, compared: ComparisonReport) -> Selectivity:
     """How the latents of :func:`concept_comparison` answer when one thing in a scene of the embedded world is changed, beside controls."""
-    control = random_sae(sae, 0, sample_patches(training_store(profile, clip)))
+    control = random_sae(sae, sample_patches(training_store(profile, clip)))
     saes = {"SAE": sae, **trained_controls(profile, clip, sae), "random SAE": control}
     return selectivity(clip, saes, compared, concept_scenes(profile, "test"), profile.model.layer)
 

@@ -90,6 +90,8 @@ def experiments_sentence(experiments: pd.DataFrame) -> str:
     """How far a few exchanges of parts alone go, as shares of the gain."""
     gain = experiments.pivot_table(index="task", columns="experiment", values="gain", sort=False)
     share = gain.div(gain["adapted"], axis=0)[gain["adapted"].abs() > 0.005]
+    if share.empty:
+        return "On no task there is a gain of which these could be shares."
     return (
         f"CLIP's residual stream, read by the adapted model's later blocks and text head, reaches {_span(share['remapping only'], '{:.0%}')} "
         f"of the gain; the whole change of the stream, read by CLIP, reaches {_span(share['whole change of the stream'], '{:.0%}')}."
@@ -127,7 +129,8 @@ def order_sentence(nats: pd.DataFrame, adapter: str = "fine-tuning") -> str:
         for r in rows.itertuples()
     ]
     apart = "don't overlap" if rows["low"].iloc[-1] > rows["high"].iloc[0] else "overlap"
-    return f"New concepts of {adapter}: {'; '.join(told)}. The intervals of the first and the last task in nats {apart}."
+    compared = f" The intervals of the first and the last task in nats {apart}." if len(rows) > 1 else ""
+    return f"New concepts of {adapter}: {'; '.join(told)}.{compared}"
 
 
 def conclusion(parts: pd.DataFrame, groups: pd.DataFrame, reuse: pd.DataFrame, concepts: RemappedConcepts) -> str:

@@ -35,21 +35,11 @@ class ClipModel:
     Parameters
     ----------
     model : open_clip.CLIP
-        With a ``VisionTransformer`` as image tower; other towers are read by ``clip.timm_models.TimmModel``.
-    preprocess : callable
-        PIL image -> Tensor [3, H, W].
-    tokenizer : callable
-        List of str -> LongTensor [B, context].
-    name : str
-    pretrained : str, optional
-    device : str or torch.device
-    precision : {"fp32", "bf16"}
-        Arithmetic of the image tower; results are float32 either way.
-
-    Raises
-    ------
-    ValueError
-        If the image tower can't be read, or the precision is unknown.
+        With a ``VisionTransformer`` as image tower (others are read by ``clip.timm_models.TimmModel``); one that can't be read is a ``ValueError``.
+    preprocess : callable, PIL image -> Tensor [3, H, W]
+    tokenizer : callable, list of str -> LongTensor [B, context]
+    name, pretrained, device : str
+    precision : {"fp32", "bf16"}, arithmetic of the image tower; results are float32 either way
     """
 
     has_class_token = True  # of the tower; if not, see ``Residual.tokens``

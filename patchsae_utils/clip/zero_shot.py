@@ -18,18 +18,12 @@ def zero_shot_predictions(clip, dataset, *, progress: bool = True) -> pd.DataFra
 
     Parameters
     ----------
-    clip : ClipModel
-        With a text tower; ``NoText`` without.
-    dataset : ImageData or OpenMojiData
-    progress : bool
-        Show a bar.
+    clip : ClipModel with a text tower; ``NoText`` without
+    dataset, progress : ImageData or OpenMojiData, and whether to show a bar
 
-    Returns
-    -------
-    DataFrame
-        One row per image: ``dataset``, ``index``, ``label``, ``prediction``, ``correct``, ``n_classes``; ``domain``, ``task`` and ``tier``
-        of the image's class; ``correct_in_task`` with ``n_in_task``: the answer among the classes of its task alone. Outside the embedded
-        world the data set is its own domain and task, and all classes are of tier "all".
+    Returns one row per image: ``dataset``, ``index``, ``label``, ``prediction``, ``correct``, ``n_classes``; ``domain``, ``task`` and ``tier``
+    of the image's class; ``correct_in_task`` with ``n_in_task``: the answer among the classes of its task alone. Outside the embedded world
+    the data set is its own domain and task, and all classes are of tier "all".
     """
     require_labels(dataset)
     head = clip.zero_shot_head(dataset.class_names, templates_for(dataset.spec))
@@ -59,17 +53,11 @@ def accuracy_table(predictions: pd.DataFrame, by: str | Sequence[str] = (), *, c
 
     Parameters
     ----------
-    predictions : DataFrame
-        Of :func:`zero_shot_predictions`; several may be concatenated.
-    by : str or sequence of str
-        Columns to group by; none: one row.
-    correct : {"correct", "correct_in_task"}
-        Among all classes of the data set, or among those of the image's task.
+    predictions : DataFrame of :func:`zero_shot_predictions`; several may be concatenated
+    by : str or sequence of str, columns to group by; none: one row
+    correct : {"correct", "correct_in_task"}; among all classes of the data set, or among those of the image's task
 
-    Returns
-    -------
-    DataFrame
-        The grouping columns, ``n`` (images), ``accuracy``, ``low``, ``high``, ``chance``; shares, not per cent.
+    Returns the grouping columns, ``n`` (images), ``accuracy``, ``low``, ``high``, ``chance``; shares, not per cent.
     """
     by = [by] if isinstance(by, str) else list(by)
     choices = "n_in_task" if correct == "correct_in_task" else "n_classes"
@@ -85,8 +73,7 @@ def accuracy_sentence(predictions: pd.DataFrame) -> str:
 
     Parameters
     ----------
-    predictions : DataFrame
-        Of :func:`zero_shot_predictions`.
+    predictions : DataFrame of :func:`zero_shot_predictions`
     """
     first, *others = accuracy_table(predictions, "domain").itertuples()
     tiers = [*accuracy_table(predictions[predictions["domain"] == first.domain].sort_values("tier"), "tier").itertuples()]
@@ -103,8 +90,7 @@ def domains_of(spec: str) -> list[str]:
 
     Parameters
     ----------
-    spec : str
-        As of :func:`patchsae_utils.load_dataset`.
+    spec : str, as of :func:`patchsae_utils.load_dataset`
     """
     if not spec.startswith("openmoji/"):
         return [spec]

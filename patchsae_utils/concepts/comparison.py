@@ -219,7 +219,7 @@ def measure_dictionaries(
             *(plain_competitor(make(x)) for make in (baselines.pca_dictionary, baselines.ica_dictionary, baselines.nmf_dictionary)),
             plain_competitor(baselines.kmeans_dictionary(x, n)),
             kmeans_competitor(x, n),
-            sae_competitor(random_sae(sae, 0, x), "random SAE", "baseline", centre=centre),
+            sae_competitor(random_sae(sae, x), "random SAE", "baseline", centre=centre),
             sae_competitor(trained, "SAE on random weights", "baseline", patches=theirs),
             plain_competitor(fit_probes(store, training, patches[0], out / "probes", clip), "ceiling"),
         ],

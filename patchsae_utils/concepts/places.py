@@ -130,10 +130,14 @@ class Localization(NamedTuple):
         """Absorption and matching in words."""
         absorbed, matched = self.absorption(), self.matching()
         found = absorbed[absorbed["found"].astype(bool) | absorbed["skipped"].astype(bool)]
+        words = ""
+        if len(absorbed):
+            words = f"{found['category'].nunique()} of {absorbed['category'].nunique()} categories have a latent of their own. "
+        if len(found):
+            skips, others = found["skipped"].sum(), found["absorbed"].sum()
+            words += f"Of their {len(found)} classes it skips {skips}; another latent stands for {others} of these (absorption). "
         return (
-            f"{found['category'].nunique()} of {absorbed['category'].nunique()} categories have a latent of their own. Of their "
-            f"{len(found)} classes it skips {found['skipped'].sum()}; another latent stands for {found['absorbed'].sum()} of these (absorption). "
-            f"If no latent may serve two concepts, mean AP is {matched['ap'].mean():.3f} instead of {matched['best_ap'].mean():.3f}."
+            f"{words}If no latent may serve two concepts, mean AP is {matched['ap'].mean():.3f} instead of {matched['best_ap'].mean():.3f}."
         )
 
     def matching(self) -> pd.DataFrame:

@@ -54,7 +54,7 @@ def ship(found: Shipped, profile: str, folder: Path = SHIPPED) -> dict[str, Any]
     scores = likeness.table.loc[likeness.table["dictionary"] == "SAE", "score"].to_numpy("float32")
     tensors |= {"likeness": torch.from_numpy(scores), "embeddings": likeness.embeddings.half()}
     with atomic_folder(folder) as temporary:
-        weights = save_sae(sae, temporary, unit_norm=False) / "sae_weights.safetensors"
+        weights = save_sae(sae, temporary) / "sae_weights.safetensors"
         save_file({name: value.half().contiguous() for name, value in load_file(weights).items()}, weights)
         settings = read_json(temporary / "cfg.json")
         settings["metadata"]["weights_sha256"] = file_sha256(weights)

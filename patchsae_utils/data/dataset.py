@@ -43,24 +43,13 @@ class ImageData(Dataset):
     Parameters
     ----------
     spec, split : str
-    class_names : sequence of str [C]
-        Empty for pictures without labels.
+    class_names : sequence of str [C], empty for pictures without labels
     labels : sequence of int [N], or LongTensor [N]
-        One a row, in range(C), or -1 where there is none.
-    open_image : callable
-        Row -> path, bytes or PIL image.
-    half : {"base", "novel"}, optional
-        Keep this half of the classes, relabelled from 0.
-    n_images : int, optional
-        Keep so many pictures, drawn with ``seed``.
-    seed : int
-    rows : sequence of int, optional
-        Keep only these.
-
-    Raises
-    ------
-    ValueError
-        If a label is anything else (names the row), no row has one though there are classes, or a half of no classes is asked for.
+        One a row, in range(C), or -1 where there is none; a ``ValueError`` names the row of any other, and says if there is none at all.
+    open_image : callable, row -> path, bytes or PIL image
+    half : {"base", "novel"}, optional; keep this half of the classes, relabelled from 0
+    n_images, seed : int; keep so many pictures, drawn with the seed
+    rows : sequence of int, optional; keep only these
     """
 
     workers: int | None = None  # processes that :func:`batches` opens pictures with; None: as many as suit the machine

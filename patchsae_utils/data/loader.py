@@ -116,26 +116,17 @@ def batches(
     dataset: Sized, preprocess: Callable[[Image.Image], Tensor], batch_size: int = 64, workers: int | None = None,
     indices: Sequence[int] | None = None, progress: str | None = None,
 ) -> Iterator[Batch]:  # fmt: skip
-    """Preprocessed pictures in order, a batch at a time; the same ones however many processes open them.
+    """Preprocessed pictures in order, a batch at a time, in pinned memory where there is a GPU; the same however many processes open them.
 
     Parameters
     ----------
-    dataset : ImageData or OpenMojiData
-    preprocess : callable
-        ``clip.preprocess``.
+    dataset, preprocess : ImageData or OpenMojiData, and ``clip.preprocess``
     batch_size : int
     workers : int, optional
         Processes that open and preprocess pictures; with 0 they are opened here. None: ``dataset.workers``, which a profile sets, and where that
         is None too, one a spare processor if a GPU computes, else none.
-    indices : sequence of int, optional
-        Only these places, in this order.
-    progress : str, optional
-        Show a bar with this label.
-
-    Yields
-    ------
-    Batch
-        In pinned memory where there is a GPU.
+    indices : sequence of int, optional; only these places, in this order
+    progress : str, optional; show a bar with this label
 
     Raises
     ------

@@ -81,20 +81,13 @@ class OpenMojiData(Dataset):
 
     Parameters
     ----------
-    task : str
-        One of ``openmoji.tasks()``; ``"all"``; or ``"scenes"``, the mixture that the small CLIP was trained on.
+    task : str, one of ``openmoji.tasks()``; ``"all"``; or ``"scenes"``, the mixture that the small CLIP was trained on
     split : {"train", "val", "test"}
-    domain : {"color", "line", "gray", "night"}
-        ``scenes`` mixes them.
+    domain : {"color", "line", "gray", "night"}; ``scenes`` mixes them
     half : {"base", "novel"}, optional
-    n_images : int, optional
-        Default: 20 a class.
-    seed : int
+    n_images, seed : int; by default 20 a class
 
-    Raises
-    ------
-    ValueError
-        For anything unknown, naming the valid ones.
+    Anything unknown is a ``ValueError`` that names the valid ones.
     """
 
     has_labels = True

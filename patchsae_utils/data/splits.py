@@ -89,8 +89,7 @@ def few_shot(dataset, n_shots: int, seed: int = 0) -> list[int]:
 
     Parameters
     ----------
-    dataset : ImageData or OpenMojiData
-    n_shots, seed : int
+    dataset, n_shots, seed : ImageData or OpenMojiData, and int
     """
     require_labels(dataset)
     labels, generator = torch.as_tensor(dataset.labels), torch.Generator().manual_seed(seed)

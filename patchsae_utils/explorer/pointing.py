@@ -97,7 +97,8 @@ def pointing_sentence(answers: pd.DataFrame) -> str:
     said = {(row.kind, row.answer): percent(row.hits, row.low, row.high) for row in answers.itertuples()}
     chance = answers.groupby("kind", sort=False)["chance"].mean()
     each = [
-        f"{kind} in {said[kind, 'distinctive']} (any active latent: {said[kind, 'random']}; any patch: {share:.1%})"
+        f"{kind} in {said[kind, 'distinctive']} (the strongest: {said[kind, 'strongest']}; any active latent: {said[kind, 'random']}; any patch: "
+        f"{share:.1%})"
         for kind, share in chance.items()
     ]
     return f"Followed to another image, the most distinctive latent of a patch finds the same {', the same '.join(each)}."

@@ -68,7 +68,7 @@ def quote(table: pd.DataFrame, column: str = "accuracy", style: str = ".1%", **w
         raise ValueError(f"No row of the table has {where}.")
     ends = ("low", "high") if column == "accuracy" else (f"{column}_low", f"{column}_high")
     value, low, high = rows.iloc[0][[column, *ends]]
-    return f"{value:{style}} [{low:{style}}, {high:{style}}]"
+    return "not measured" if np.isnan(value) else f"{value:{style}} [{low:{style}}, {high:{style}}]"
 
 
 @torch.no_grad()

@@ -92,8 +92,7 @@ def dataset_head(clip: ClipModel, dataset: Any) -> Tensor:
 
     Parameters
     ----------
-    clip : ClipModel
-    dataset : ImageData or OpenMojiData
+    clip, dataset : ClipModel, and ImageData or OpenMojiData
     """
     require_labels(dataset)
     return clip.zero_shot_head(dataset.class_names, templates_for(dataset.spec))

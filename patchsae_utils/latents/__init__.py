@@ -1,7 +1,7 @@
 """Latents: one pass over a data set, and what it says of every latent.
 
 Statistics (`summary`, `measures`), what else reads the same pass (`passes`, `likeness`), latents of a class (`classes`), pictures
-(`pictures`), other domains and written words (`domains`), other seeds (`matching`). May import: sae, activations, clip, data, run.
+(`pictures`), other domains and written words (`domains`). May import: sae, activations, clip, data, run.
 """
 
 from .classes import class_scores, top_latents

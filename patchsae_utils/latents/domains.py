@@ -38,14 +38,9 @@ def cross_domain_references(
 
     Parameters
     ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
-    datasets : mapping of str to data set
-        By name. The first is compared with.
-    latents : sequence of int
-    layer : int
-    pictured : sequence of int
-        Those of the latents whose images are drawn and read once more; the table holds all.
+    clip, sae, layer : ClipModel, SparseAutoencoder and int
+    datasets : mapping of name to data set; the first is compared with
+    latents, pictured : sequence of int; those of the latents whose images are drawn and read once more (the table holds all)
     """
     sae.check_model(clip, layer)
     latents = [int(s) for s in latents]
@@ -111,9 +106,7 @@ def word_scenes(class_names: Sequence[str], n_per_word: int = 4, size: tuple[int
     Parameters
     ----------
     class_names : sequence of str
-    n_per_word : int
-        Pictures of each word, at other places and in other shades.
-    size : (width, height)
+    n_per_word, size : int, (width, height); pictures of each word, at other places and in other shades
     """
     names, labels = list(class_names), [c for c in range(len(class_names)) for _ in range(n_per_word)]
     return ImageData("words", "test", names, labels, lambda i: word_scene(names[labels[i]], size, i % n_per_word))
@@ -143,16 +136,10 @@ def text_and_image_latents(clip, sae, objects, words, layer: int) -> TextAndImag
 
     Parameters
     ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
+    clip, sae, layer : ClipModel, SparseAutoencoder and int
     objects, words
-        Data sets of things, and of written words with the same class names: ``word_scenes(objects.class_names)``.
-    layer : int
-
-    Raises
-    ------
-    ValueError
-        If the class names differ, or fewer than two classes have images in both.
+        Data sets of things, and of written words with the same class names: ``word_scenes(objects.class_names)``. Other names, or fewer than
+        two classes with images in both, are a ``ValueError``.
     """
     sae.check_model(clip, layer)
     if list(words.class_names) != list(objects.class_names):

@@ -142,7 +142,7 @@ class LikenessObserver(Observer):
         """Random directions, as sparse as the SAE is on the first images."""
         first = next(read_streams(self.clip, self.dataset, self.layer, indices=range(min(CONTROL_IMAGES, len(self.dataset)))))[3]
         tokens = first.tokens[:, : self.clip.n_tokens].to(self.sae.W_enc.device).flatten(0, 1)
-        return random_sae(self.sae, 0, tokens[:: -(-len(tokens) // 2048)])
+        return random_sae(self.sae, tokens[:: -(-len(tokens) // 2048)])
 
     def read(self, images: Tensor, stream: Residual, places: Tensor) -> None:
         """Embed a batch, and read the controls."""

@@ -59,11 +59,8 @@ def shuffled_label_entropy(top_values: Tensor, top_images: Tensor, labels: Tenso
 
     Parameters
     ----------
-    top_values, top_images : Tensor [S, k]
-        Of a ``LatentSummary``.
-    labels : LongTensor [n_images]
-        Of the whole data set.
-    n_classes : int
+    top_values, top_images : Tensor [S, k], of a ``LatentSummary``
+    labels, n_classes : LongTensor [n_images] of the whole data set, and int
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     return label_entropy(top_values, labels[order][top_images.clamp_min(0)], n_classes)
@@ -74,14 +71,10 @@ def contrasting_latents(frame: pd.DataFrame) -> dict[int, str]:
 
     Parameters
     ----------
-    frame : DataFrame
-        ``LatentSummary.to_frame()``; latents that are not faint and have as many reference images as any are considered.
+    frame : DataFrame of ``LatentSummary.to_frame()``; latents that are not faint and have as many reference images as any are considered
 
-    Returns
-    -------
-    dict
-        Latent -> what it stands for: "one class" (lowest label entropy), "related classes" (label indices closest together, of more than
-        median entropy), "everywhere" (most frequent), "seldom, mixed" (least frequent in the tenth of highest entropy).
+    Returns latent -> what it stands for: "one class" (lowest label entropy), "related classes" (label indices closest together, of more than
+    median entropy), "everywhere" (most frequent), "seldom, mixed" (least frequent in the tenth of highest entropy).
     """
     full = frame[~frame["faint"]]
     full = full[full["n_reference"] == full["n_reference"].max()]

@@ -51,13 +51,9 @@ def reference_images(clip, sae, dataset, summary: LatentSummary, latents: Sequen
 
     Parameters
     ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
-    dataset
-        The one that ``summary`` was made from.
-    summary : LatentSummary
+    clip, sae, layer : ClipModel, SparseAutoencoder and int
+    dataset, summary : the one that the LatentSummary was made from, and that
     latents : sequence of int
-    layer : int
     """
     if summary.n_images != len(dataset):
         raise ValueError(f"The summary read {summary.n_images} images, this data set has {len(dataset)}: give the one that was summarised.")
@@ -93,11 +89,8 @@ def activation_levels(clip, sae, dataset, index: int, layer: int, summary: Laten
 
     Parameters
     ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
-    dataset
-        With the classes of ``summary``.
-    index, layer : int
+    clip, sae, layer : ClipModel, SparseAutoencoder and int
+    dataset, index : with the classes of ``summary``, and a place in it
     summary : LatentSummary
     """
     sae.check_model(clip, layer)
@@ -128,11 +121,8 @@ def level_overlap(summary: LatentSummary, k: int = 10) -> pd.DataFrame:
     summary : LatentSummary
     k : int
 
-    Returns
-    -------
-    DataFrame
-        A row a class with images: class_index, dataset (latents shared with the data set's top k), other (mean number shared with the other
-        classes' top k), chance (what as many random living latents would share with the data set's).
+    Returns a row a class with images: class_index, dataset (latents shared with the data set's top k), other (mean number shared with the
+    other classes' top k), chance (what as many random living latents would share with the data set's).
     """
     present = summary.class_images.nonzero().flatten()
     overall = set(top_latents(summary.dataset_counts[None], k)[0])

@@ -32,31 +32,19 @@ def summarize_latents(
 
     Parameters
     ----------
-    clip : ClipModel
-        Or an adapted model.
-    sae : SparseAutoencoder
-    dataset
-        Of :func:`patchsae_utils.load_dataset`: examples with labels in ``range(len(class_names))``, or without classes.
-    layer : int
-        Block whose output the SAE reads.
-    k : int
-        Reference images, and reference patches, of each latent.
-    tau : float
-        A token counts in a_i where h > tau.
-    tokens : {"all", "patches", "cls"}
-        "all": CLS and the patches, as the paper's 197.
-    batch_size : int
-        Images in one forward pass of CLIP; latents are computed in smaller chunks.
+    clip, sae, layer : ClipModel or an adapted model, SparseAutoencoder, and int: the block whose output the SAE reads
+    dataset : of :func:`patchsae_utils.load_dataset`, with labels in ``range(len(class_names))``, or without classes
+    k : int, reference images, and reference patches, of each latent
+    tau : float; a token counts in a_i where h > tau
+    tokens : {"all", "patches", "cls"}; "all": CLS and the patches, as the paper's 197
+    batch_size : int, images in one forward pass of CLIP; latents are computed in smaller chunks
     out : path, optional
         Folder for the summary, returned when it is there already; counts are saved every five minutes, and a killed run goes on from them.
     observers : sequence of Observer, optional
         What else reads the same pass, e.g. a :class:`LikenessObserver`. Those that are complete are left out.
     progress : bool
 
-    Raises
-    ------
-    ValueError
-        If the SAE does not fit the model and layer, a label has no class name, or an image's residual stream holds NaN or infinity.
+    An SAE that does not fit model and layer, a label without class name, and NaN in an image's residual stream raise ``ValueError``.
     """
     sae.check_model(clip, layer)
     if tokens not in TOKENS:
@@ -91,12 +79,10 @@ def latent_masks(clip, sae, images, latents: Sequence[int] | Tensor, layer: int)
 
     Parameters
     ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
+    clip, sae, layer : ClipModel, SparseAutoencoder and int
     images : Tensor [B, 3, H, W], or one or several of path, PIL image, array [H, W, 3]
         A tensor as ``clip.preprocess`` makes it. The grid covers what that leaves, which may be a crop (:func:`seen_image`).
     latents : sequence of int, length n
-    layer : int
     """
     sae.check_model(clip, layer)
     if not isinstance(images, Tensor):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -77,10 +76,7 @@ def residual_norms(table: pd.DataFrame, norms: Tensor, layer: int, grid: tuple[i
     left.legend()
     limit = OUTLIER_FACTOR * table.set_index(["token", "layer"]).loc[("patch", layer), "median"]
     middle.axvline(limit, color=COLORS["red"], ls="--", lw=1.2)
-    where: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "center"}
-    middle.annotate("outliers from here ", (limit, 0.5), fontsize=8, **where)
     middle.set(xlabel=f"norm at layer {layer}", ylabel="density", title="At the layer that we read")
-    middle.legend(loc="upper center")
     sns.heatmap(here[:, 1:].mean(0).reshape(grid), square=True, cmap=HEAT, xticklabels=False, yticklabels=False, ax=right)
     right.set_title("Mean norm over the grid")
     return fig
@@ -105,6 +101,5 @@ def patch_probe(table: pd.DataFrame, n_classes: int, layer: int) -> Figure:
     ax.annotate("chance", (table["layer"].max(), 100 / n_classes), ha="right", va="bottom", fontsize=8, color=COLORS["gray"])
     ax.axvline(layer, color=COLORS["gray"], ls=":", lw=1)
     ax.set(xlabel="after block", ylabel="accuracy on unseen pictures (%)", ylim=(0, 100), xticks=table["layer"].unique())
-    ax.set_title("Linear probes on single tokens")
     ax.legend(fontsize=8)
     return fig

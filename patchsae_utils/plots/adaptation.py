@@ -169,8 +169,7 @@ def adapter_table(table: pd.DataFrame) -> Figure:
     table = table.assign(**{name: 100 * (table[name] - before) for name in ("accuracy", "low", "high")})
     looks = {kind: look(color, marker, NAMES.get(kind, kind)) for kind, (color, marker) in _KINDS.items()}
     words: dict[str, Any] = {"xlabel": "points over zero-shot CLIP", "zero": True, "spread": 0.8, "ncols": 6, "subplots": {"sharex": True}}
-    panel = {"half": {half: half for half in ("base", "novel", "harmonic mean")}}
-    return interval_panels(table, panel, "task", "accuracy", "kind", looks, height=1.3 + 0.48 * table["task"].nunique(), **words)[0]
+    return interval_panels(table, "half", "task", "accuracy", "kind", looks, height=1.3 + 0.48 * table["task"].nunique(), **words)[0]
 
 
 @drawn(credit=True, found="RemappedConcepts")

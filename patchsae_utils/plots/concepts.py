@@ -63,8 +63,9 @@ def concept_families(table: pd.DataFrame) -> Figure:
             ax.axvspan(row.low, row.high, color=COLORS["black"], alpha=0.12, lw=0)
             ax.axvline(row.ap, color=COLORS["black"], lw=1.2, ls="--")
         ax.axvline(table.loc[table["kind"] == kind, "chance"].iloc[0], color=COLORS["gray"], lw=1.1, ls=":")
-    text = "mean average precision of the best feature, on scenes it was not chosen on (95 % interval); dotted: chance"
-    fig.supxlabel(text + "".join(f"; dashed: {name}" for name in ceiling["dictionary"].unique()), fontsize=9)
+    fig.supxlabel(
+        "mean average precision; dotted: chance" + "".join(f"; dashed: {name}" for name in ceiling["dictionary"].unique()), fontsize=9
+    )
     return fig
 
 
@@ -101,14 +102,15 @@ def localization(concepts: pd.DataFrame) -> Figure:
                 ax.vlines(means["pointing_chance"].iloc[y], y - 0.38, y + 0.38, color=COLORS["gray"], lw=1.6, ls=":")
         ax.set(xlim=(-0.02, 1.02), xlabel="", ylabel="")
         ax.set_yticks(range(len(counts)), [f"{kind} ({n})" for kind, n in counts.items()])
-    fig.supxlabel("each dot a concept, latent and threshold chosen on other scenes; red: mean; dotted gray: a random patch", fontsize=9)
     return fig
 
 
 @drawn(agreement="DataFrame of ``name_agreement``")
 def name_agreement(agreement: pd.DataFrame) -> Figure:
     """How often two sources of names agree, against chance: equal names, and names that are no contradiction."""
-    titles = {"equal names": ("agreement", "chance"), "equal or related": ("related", "related_chance")}
+    titles = {"equal names": ("agreement", "chance")}
+    if not agreement["related"].equals(agreement["agreement"]):  # where it is known which names are related
+        titles["equal or related"] = ("related", "related_chance")
     named = dict(zip(agreement["a"], agreement["n_a"], strict=True)) | dict(zip(agreement["b"], agreement["n_b"], strict=True))
     fig, axes = panels([*titles], 0.75 * len(named) + 1.2)
     for ax, (value, chance) in zip(axes, titles.values(), strict=True):

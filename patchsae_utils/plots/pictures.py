@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
-from .drawing import DARKNESS, clip, strips
+from .drawing import DARKNESS, clip, legend, strips
 from .heat import blend
 from .style import COLORS, drawn, figure, image_axes
 
@@ -94,9 +94,8 @@ def text_and_image(found: Any) -> Figure:
     """The share of latents of things that answer to the things' written names, against names dealt at random."""
     fig, ax = figure(width=0.75, height=2.9)
     sns.histplot(x=found.shuffled, bins=24, color="#C4C4C4", alpha=1, lw=0, label="names dealt at random", ax=ax)
-    ax.axvline(found.share, 0, 0.74, color=COLORS["red"], label=f"own names: {found.share:.1%} (p = {found.p:.2g})")
+    ax.axvline(found.share, color=COLORS["red"], label=f"own names: {found.share:.1%} (p = {found.p:.2g})")
     ax.set(xlabel=f"share of {len(found.table):,} latents that prefer their own thing's name (p ≤ {found.alpha:g})", ylabel="shuffles")
-    ax.set_ylim(0, 1.35 * ax.get_ylim()[1])
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    ax.legend(loc="upper left", ncols=2)
+    legend(fig, ax)
     return fig

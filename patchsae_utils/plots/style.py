@@ -40,10 +40,7 @@ def figure(width: float = 1.0, height: float = 3.2, **subplots: Any) -> tuple[Fi
 
     Parameters
     ----------
-    width : float
-        Share of the page's nine inches.
-    height : float
-        In inches.
+    width, height : float, share of the page's nine inches, and inches
     **subplots
         Passed to ``matplotlib.pyplot.subplots``: ``ncols``, ``sharey``, ...
     """
@@ -91,10 +88,8 @@ def save(fig: Figure, name: str | None, credit: bool = False) -> Figure:
     Parameters
     ----------
     fig : Figure
-    name : str or None
-        Without folder and ending, e.g. ``"04_mask_curves"``.
-    credit : bool
-        Whether it shows OpenMoji artwork, which must be attributed.
+    name : str or None, without folder and ending, e.g. ``"04_mask_curves"``
+    credit : bool, whether it shows OpenMoji artwork, which must be attributed
     """
     if credit:
         fig.text(0.995, -0.01, "Artwork: OpenMoji, CC BY-SA 4.0", ha="right", va="top", fontsize=7, color="#6E6E6E")

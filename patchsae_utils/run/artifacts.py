@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..config import repository_root
 from .memory import is_out_of_memory
 
 
@@ -97,12 +95,6 @@ def write_table(path: str | Path, table: pd.DataFrame) -> None:
     """Write a table as CSV by :func:`atomic_file`, numbers to six digits, without its index."""
     with atomic_file(path) as temporary:
         table.round(6).to_csv(temporary, index=False)
-
-
-def current_commit() -> str:
-    """The commit of the code that runs, with a mark when files differ from it; "unknown" outside a repository."""
-    command = ["git", "describe", "--always", "--abbrev=10", "--dirty=+changes", "--exclude=*"]
-    return subprocess.run(command, cwd=repository_root(), capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 @contextmanager

@@ -5,41 +5,30 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _PATIENCE = timedelta(days=7)  # a process that has done its share waits for the slowest; torch's ten minutes are for lost messages
-_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 
 
 class Processes:
     """The processes that work together; most often there is one, for which nothing is set up and nothing waited for."""
 
-    def __init__(self, trackers: Sequence[str] = (), folder: str | Path | None = None):
-        for name in trackers:
-            if not any(importlib.util.find_spec(package) for package in _PACKAGES[name]):
-                raise ImportError(f"The tracker {name!r} needs a package that is not installed: pip install {_PACKAGES[name][0]}.")
+    def __init__(self):
         self.device, self.number, self.index, self.main = torch.device(default_device()), 1, 0, True
-        self._tracks, self._accelerator = bool(trackers), None
-        if not trackers and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return
-        from accelerate import Accelerator, InitProcessGroupKwargs  # here: whoever only opens a trained SAE needs none of it
+        from accelerate import PartialState  # here: whoever only opens a trained SAE needs none of it
 
         # Apple's GPUs have no float64, in which medians and variances are summed.
-        self._accelerator = Accelerator(
-            cpu=torch.backends.mps.is_available(), log_with=list(trackers) or None, project_dir=folder,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
-        )  # fmt: skip
-        self.device, self.main = self._accelerator.device, self._accelerator.is_main_process
-        self.number, self.index = self._accelerator.num_processes, self._accelerator.process_index
+        state = PartialState(cpu=torch.backends.mps.is_available(), timeout=_PATIENCE)
+        self.device, self.main, self.number, self.index = state.device, state.is_main_process, state.num_processes, state.process_index
 
     def share(self, n: int) -> slice:
         """This process's part of n rows."""
@@ -92,22 +81,6 @@ class Processes:
         found = [torch.empty_like(own) for _ in range(self.number)]
         torch.distributed.all_gather(found, own)
         return [part.to(tensor.device) for index, part in enumerate(found) if index != self.index]
-
-    def begin_tracking(self, settings: Mapping[str, Any]) -> None:
-        """Open the trackers; settings are shown beside the curves."""
-        if self._tracks:
-            shown = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}
-            self._accelerator.init_trackers("patchsae", config=shown)
-
-    def log(self, numbers: Mapping[str, float], step: int) -> None:
-        """Send numbers to the trackers, if there are any."""
-        if self._tracks:
-            self._accelerator.log(dict(numbers), step=step)
-
-    def end_tracking(self) -> None:
-        """Close the trackers; the processes stay together."""
-        for tracker in self._accelerator.trackers if self._tracks else ():
-            tracker.finish()
 
 
 def default_device() -> str:

@@ -17,23 +17,15 @@ _BEGUN: set[Path] = set()  # files that this process has begun anew: a notebook'
 
 
 def results(profile: Any, notebook: str, **numbers: Any) -> dict[str, Any]:
-    """Add numbers that a notebook quotes to ``runs/<profile>/results/<notebook>.json``.
+    """Add numbers that a notebook quotes to ``runs/<profile>/results/<notebook>.json``; returns all of this run so far.
 
     The file is valid JSON (NaN is null). What an earlier run of the notebook wrote there is gone with its first call.
 
     Parameters
     ----------
-    profile : Profile
-        Its ``folder("results")`` is written to.
-    notebook : str
-        The notebook's name without its ending, e.g. ``"01_activation_extraction"``.
+    profile, notebook : Profile and str, the notebook's name without its ending, e.g. ``"01_activation_extraction"``
     **numbers
         Plain values, arrays, tensors, data frames (as records), or nested mappings of them; floats are rounded to six digits.
-
-    Returns
-    -------
-    dict
-        All numbers of this run so far.
     """
     path = Path(profile.folder("results")).resolve() / f"{notebook}.json"
     known = read_json(path) if path in _BEGUN and path.exists() else {}
@@ -44,18 +36,11 @@ def results(profile: Any, notebook: str, **numbers: Any) -> dict[str, Any]:
 
 
 def check_claims(profile: Any, claims: Mapping[str, bool]) -> None:
-    """Print the claims of a notebook that hold, and say which don't; they are findings about the default profile, and others' notebooks go on.
+    """Print the claims of a notebook that hold, and say which don't: an ``AssertionError`` on the default profile, about which they are.
 
     Parameters
     ----------
-    profile : Profile
-    claims : mapping of str to bool
-        A sentence each, and whether it holds.
-
-    Raises
-    ------
-    AssertionError
-        If one does not hold on the default profile.
+    profile, claims : Profile, and mapping of a sentence to whether it holds
     """
     for claim, holds in claims.items():
         print(claim if holds else f"DOES NOT HOLD HERE: {claim}")

@@ -30,8 +30,7 @@ def sae_dictionary(sae: SparseAutoencoder, name: str = "SAE") -> Dictionary:
     Parameters
     ----------
     sae : SparseAutoencoder
-    name : str
-        How tables and figures call it.
+    name : str, how tables and figures call it
     """
 
     def encode(x: Tensor, columns: np.ndarray | None) -> Tensor:
@@ -53,33 +52,19 @@ def dimensions(d_in: int) -> Dictionary:
 
 
 @torch.no_grad()
-def random_sae(sae: SparseAutoencoder, seed: int = 0, tokens: Tensor | None = None) -> SparseAutoencoder:
+def random_sae(sae: SparseAutoencoder, tokens: Tensor) -> SparseAutoencoder:
     """The random control of an SAE: same size, variant and centre ``b_dec``, tied random directions at unit norm.
 
     Parameters
     ----------
     sae : SparseAutoencoder
-    seed : int
-        Of the directions.
-    tokens : Tensor [N, D], optional
+    tokens : Tensor [N, D]
         Of the residual stream: one threshold leaves as many latents active as the SAE has, one gain makes the reconstruction the best in
-        least squares. Without them ``relu`` has no encoder bias: half is active.
-
-    Returns
-    -------
-    SparseAutoencoder
-        Without gradients.
-
-    Raises
-    ------
-    ValueError
-        If the SAE's activation has a threshold or a gate, and there are no tokens to set one by.
+        least squares.
     """
-    if tokens is None and (sae.variant.threshold or sae.variant.gate):
-        raise ValueError(f"A random SAE of activation {sae.activation!r} needs a threshold of its own: give tokens [N, D] of the stream.")
     options = {name: getattr(sae, name) for name in sae.variant.options}
-    control = SparseAutoencoder(sae.d_in, sae.d_sae, sae.activation, **options, seed=seed, metadata=sae.metadata)
-    directions = torch.randn(sae.d_sae, sae.d_in, generator=torch.Generator().manual_seed(seed))
+    control = SparseAutoencoder(sae.d_in, sae.d_sae, sae.activation, **options, metadata=sae.metadata)
+    directions = torch.randn(sae.d_sae, sae.d_in, generator=torch.Generator().manual_seed(0))
     directions /= directions.norm(dim=1, keepdim=True)
     control.W_dec.copy_(directions)
     control.W_enc.copy_(directions.T)
@@ -87,8 +72,6 @@ def random_sae(sae: SparseAutoencoder, seed: int = 0, tokens: Tensor | None = No
     for name in ("b_dec", *STATISTICS):
         getattr(control, name).copy_(getattr(sae, name))
     control = control.to(sae.W_enc.device).requires_grad_(False).eval()
-    if tokens is None:
-        return control
     if tokens.ndim != 2 or not len(tokens):
         raise ValueError(f"Sparsity is measured on tokens [N, D], got {list(tokens.shape)}.")
     most = max(64, _CONTROL_PAIRS // sae.d_sae)

@@ -7,7 +7,6 @@ import glob
 import json
 import os
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,10 +26,10 @@ SHIPPED = Path(__file__).parent / "openmoji_sae"  # the default profile's SAE
 _HUB_FILES = ("*.json", "*.yaml", "*.yml", "*.safetensors", "*.pt")  # what an SAE may consist of
 
 
-def save_sae(sae: SparseAutoencoder, directory: str | Path, format: str = "saelens", unit_norm: bool = True) -> Path:
+def save_sae(sae: SparseAutoencoder, directory: str | Path, format: str = "saelens") -> Path:
     """Write an SAE as SAELens's folder, which is also ours, or in another program's form; returns what :func:`load_sae` opens.
 
-    Decoder rows are written at unit norm: each norm goes into its latent's activation, which leaves the reconstruction what it was.
+    Latents stay what they are, decoder rows too, at whatever norm (:meth:`SparseAutoencoder.save` brings them to 1).
 
     Parameters
     ----------
@@ -38,20 +37,15 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, format: str = "saele
     directory : str or Path
         Made when missing. PatchSAE's and saev's forms are single files: a path that ends in ``.pt``, or ``sae.pt`` in this folder.
     format : {"saelens", "patchsae", "prisma", "saev", "sparsify", "dictionary_learning", "visaebench"}
-        The others leave the rows as they are, and can't say every variant. ``overcomplete`` is another name of the last.
-    unit_norm : bool
-        False writes the rows as they are in SAELens's form too, so that the latents keep their sizes.
-
-    Raises
-    ------
-    ValueError
-        If rows are not at unit norm and size decides which latents are kept; or the format is unknown, or can't say this SAE's activation.
+        ``overcomplete`` is another name of the last. One that is unknown, or can't say this SAE's activation, is a ``ValueError``.
     """
-    return sae.save(directory) if format == "saelens" and unit_norm else write(sae.to_weights(), Path(directory), format)
+    return write(sae.to_weights(), Path(directory), format)
 
 
 def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
     """Open an SAE of this package, SAELens, PatchSAE, ViT-Prisma, saev, sparsify, dictionary_learning or VISAEBench; it detects the format.
+
+    It comes in our equations, with the same latents, in ``eval()`` mode.
 
     Parameters
     ----------
@@ -59,17 +53,11 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAuto
         A folder, a file, ``hf:<owner>/<repository>[/<folder or file>][@<revision>]`` on the hub, or ``"openmoji"``, which ships.
     device : str or torch.device
 
-    Returns
-    -------
-    SparseAutoencoder
-        In our equations, with the same latents, in ``eval()`` mode.
-
     Raises
     ------
-    FileNotFoundError
-        If nothing is there, or files are missing in the folder.
-    ValueError
-        If it is of another format or architecture, damaged, or holds code; or a setting changes the equation to one that is not known here.
+    FileNotFoundError, ValueError
+        If nothing is there, or files are missing in the folder; if it is of another format or architecture, damaged, or holds code, or a setting
+        changes the equation to one that is not known here.
     """
     return read(path)[0].to(device)
 
@@ -241,23 +229,15 @@ def _is_settings(file: str) -> bool:
     return not file.endswith((".safetensors", ".pt"))
 
 
-def push_sae(sae: SparseAutoencoder, repository: str, *, metrics: Mapping[str, float] | None = None, folder: str | None = None) -> str:
+def push_sae(sae: SparseAutoencoder, repository: str) -> str:
     """Upload an SAE, with a model card, to the hub, by the token of ``hf auth login`` or ``$HF_TOKEN``; returns its address.
+
+    A hub that can't be reached, or doesn't let this token write there, is a ``ConnectionError``.
 
     Parameters
     ----------
-    sae : SparseAutoencoder
-    repository : str
-        ``<owner>/<name>``; made when missing.
-    metrics : mapping, optional
-        Name -> number for the card; default: those that training left in the metadata.
-    folder : str, optional
-        Folder within the repository, for several SAEs in one; the card then stays as the repository has it.
-
-    Raises
-    ------
-    ValueError, ConnectionError
-        If the name is no ``<owner>/<name>``; if the hub can't be reached, or doesn't let this token write there.
+    sae : SparseAutoencoder; the card shows the metrics that training left in its metadata
+    repository : str, ``<owner>/<name>``; made when missing
     """
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise ValueError(f"A repository is named <owner>/<name>, got {repository!r}.")
@@ -266,11 +246,10 @@ def push_sae(sae: SparseAutoencoder, repository: str, *, metrics: Mapping[str, f
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
     with tempfile.TemporaryDirectory() as temporary:
         sae.save(temporary)
-        if folder is None:
-            _model_card(sae, repository, metrics).save(Path(temporary) / "README.md")
+        _model_card(sae, repository).save(Path(temporary) / "README.md")
         try:
             address = str(api.create_repo(repository, exist_ok=True))
-            api.upload_folder(repo_id=repository, folder_path=temporary, path_in_repo=folder, commit_message="Upload a sparse autoencoder")
+            api.upload_folder(repo_id=repository, folder_path=temporary, commit_message="Upload a sparse autoencoder")
         except Exception as error:  # the client's errors come from several libraries
             what = f"{repository} could not be written on the hub ({type(error).__name__}: {shortened(error)}). Check the owner's name"
             raise ConnectionError(f"{what} and the network, log in with a token that may write: `hf auth login`, or HF_TOKEN.") from error
@@ -308,7 +287,7 @@ The files `cfg.json` and `sae_weights.safetensors` are SAELens's (v6): `sae_lens
 {credit}"""
 
 
-def _model_card(sae: SparseAutoencoder, repository: str, metrics: Mapping[str, float] | None):
+def _model_card(sae: SparseAutoencoder, repository: str):
     """What an SAE reads, what it was trained on, how good it is, how to use it."""
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -325,8 +304,7 @@ def _model_card(sae: SparseAutoencoder, repository: str, metrics: Mapping[str, f
         "Activation": sae.activation + (f", k = {sae.k}" if sae.k else ""), "Size": f"{sae.d_in} → {sae.d_sae:,} latents",
         "Input": "normalised in training; the statistics are folded into the weights" if sae.normalizes else "the residual stream as it is",
     }  # fmt: skip
-    metrics = known.get("metrics") if metrics is None else metrics
-    numbers = [f"| {name} | {value:.4g} |" for name, value in (metrics or {}).items() if isinstance(value, int | float)]
+    numbers = [f"| {name} | {value:.4g} |" for name, value in (known.get("metrics") or {}).items() if isinstance(value, int | float)]
     tags = ["sparse-autoencoder", "saelens", "patchsae", "clip", "interpretability"]
     credit = "\nTrained on scenes of OpenMoji artwork (https://openmoji.org), CC BY-SA 4.0.\n"
     return ModelCard(_CARD.format(

@@ -42,31 +42,16 @@ def patchsae_loss(
 
     Parameters
     ----------
-    sae : SparseAutoencoder
-        Its decoder's rows are expected at unit norm.
+    sae : SparseAutoencoder, its decoder's rows at unit norm
     x : Tensor [B, T, D] or [N, D]
         Residual activations of whole images with CLS as token 0, or of mixed tokens.
-    dead : bool Tensor [S], optional
-        Latents that have not fired for long: they receive the ghost term.
-    l1_coefficient : float
-        lambda.
-    cls_coefficient : float
-        Factor of the CLS tokens' squared error.
+    dead : bool Tensor [S], optional; latents that have not fired for long: they receive the ghost term
+    l1_coefficient : float, lambda
+    cls_coefficient : float, factor of the CLS tokens' squared error
     is_cls : bool Tensor [N], optional
-        Which rows of mixed tokens are CLS; needed there when ``cls_coefficient`` is not 1.
-    output : SaeOutput, optional
-        ``sae(x)`` or ``sae(x, sparse=True)``, if it is at hand already.
-    ghost : bool
-        False leaves the ghost term out.
-
-    Returns
-    -------
-    SaeLoss
-
-    Raises
-    ------
-    ValueError
-        If shapes don't fit, or ``cls_coefficient`` can't be applied because it is not known which tokens are CLS.
+        Which rows of mixed tokens are CLS; not knowing it where ``cls_coefficient`` is not 1 is a ``ValueError``.
+    output : SaeOutput, optional; ``sae(x)`` or ``sae(x, sparse=True)``, if it is at hand already
+    ghost : bool; False leaves the ghost term out
     """
     output = sae(x) if output is None else output
     error = normalized_squared_error(x, output.reconstruction)

@@ -35,15 +35,11 @@ def evaluate_sae(
 
     Parameters
     ----------
-    clip : ClipModel
-        Or an adapted model: how well does the SAE read *its* residual stream?
-    sae : SparseAutoencoder or mapping of name to SparseAutoencoder
-        Several are measured on the same images, in one pass of the model.
+    clip : ClipModel, or an adapted model: how well does the SAE read *its* residual stream?
+    sae : SparseAutoencoder or mapping of name to SparseAutoencoder; several are measured on the same images, in one pass of the model
     dataset : ImageData or OpenMojiData
-    layer : int
-        Block whose output goes through the SAE.
-    batch_size : int
-    progress : bool
+    layer : int, the block whose output goes through the SAE
+    batch_size, progress : int, bool
 
     Returns
     -------
@@ -58,10 +54,7 @@ def evaluate_sae(
         - Where the model has a text tower, of an image's logits over the class prompts: ``contrastive_loss``, the mean cross-entropy in
           nats; ``zero_shot_top1``, the share of hits; ``zero_shot_change``, that share minus the raw one.
 
-    Raises
-    ------
-    ValueError
-        If an SAE reads another width, layer or model, or activations that these don't resemble, or the data set is empty.
+    An SAE of another width, layer or model, activations unlike those of training, and an empty data set raise ``ValueError``.
     """
     layer, saes = clip.layer_index(layer), {"SAE": sae} if isinstance(sae, SparseAutoencoder) else dict(sae)
     for each in saes.values():
@@ -135,7 +128,7 @@ def _estimates(names: tuple[str, ...], measure: Callable[[np.ndarray], Any], sum
 
 
 def evaluation_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """What :func:`evaluate_sae` measured: a row for each SAE, variant and token type; cells "value [low, high]".
+    """What :func:`evaluate_sae` measured (``frame``): a row for each SAE, variant and token type; cells "value [low, high]".
 
     Parameters
     ----------
@@ -164,12 +157,11 @@ def evaluation_sentence(frame: pd.DataFrame) -> str:
     rows = frame[(frame["variant"] == "reconstruction") & (frame["tokens"] == "all")].set_index(["sae", "metric"])[["value", "low", "high"]]
     said = []
     for name in frame["sae"].unique():
-        of, (value, low, high) = rows.loc[name], rows.loc[(name, "explained_variance")]
-        share = percent(value, low, high, 1)
-        said.append(f"{name} explains {share} of the variance with {of.value['l0']:.0f} latents per token")
+        of = rows.loc[name]
+        said.append(f"{name} {percent(*of.loc['explained_variance'], 1)} of the variance with {of.value['l0']:.0f} latents per token")
         if "zero_shot_change" in of.index:
-            said[-1] += f" and changes CLIP's accuracy by {Interval(*100 * of.loc['zero_shot_change'])} points"
-    return f"On unseen pictures {'; '.join(said)}."
+            said[-1] += f", CLIP's accuracy changed by {Interval(*100 * of.loc['zero_shot_change'])} points"
+    return f"Explained on unseen pictures: {'; '.join(said)}."
 
 
 def places_sentence(places: pd.DataFrame) -> str:
@@ -226,17 +218,11 @@ def readings_by_place(clip, sae: SparseAutoencoder, dataset, layer: int) -> pd.D
 
     Parameters
     ----------
-    clip : ClipModel
-    sae : SparseAutoencoder
-    dataset : OpenMojiData
-        Or any with ``truth(i).background_share`` [rows, columns]: the share of each patch that no object covers.
-    layer : int
+    clip, sae, layer : ClipModel, SparseAutoencoder and int
+    dataset : OpenMojiData, or any with ``truth(i).background_share`` [rows, columns]: the share of each patch that no object covers
 
-    Returns
-    -------
-    DataFrame, tidy
-        ``place`` (``object``: at least half covered; ``background``: at least 90 % bare), ``metric`` (``l0`` or ``error``), ``value``,
-        ``low``, ``high``: means over patches, 95 % intervals over images.
+    Returns ``place`` (``object``: at least half covered; ``background``: at least 90 % bare), ``metric`` (``l0`` or ``error``), ``value``,
+    ``low``, ``high``: means over patches, 95 % intervals over images.
     """
     sums = []
     for batch in batches(dataset, clip.preprocess, 64, progress="readings"):
@@ -256,24 +242,13 @@ def readings_by_place(clip, sae: SparseAutoencoder, dataset, layer: int) -> pd.D
 
 @torch.no_grad()
 def firing_rates(sae: SparseAutoencoder, tokens: Iterable[Tensor], n_tokens: int = 200_000) -> Tensor:
-    """Share of tokens on which each latent fires.
+    """Share of tokens on which each latent fires: Tensor [S] in [0, 1]. No tokens at all are a ``ValueError``.
 
     Parameters
     ----------
     sae : SparseAutoencoder
-    tokens : iterable of Tensor [N, D]
-        E.g. ``store.tokens(4096)``.
-    n_tokens : int
-        Stop after so many.
-
-    Returns
-    -------
-    Tensor [S], in [0, 1]; 0 for latents that never fired
-
-    Raises
-    ------
-    ValueError
-        If there are no tokens.
+    tokens : iterable of Tensor [N, D], e.g. ``store.tokens(4096)``
+    n_tokens : int; stop after so many
     """
     return _rates(sae, tokens, n_tokens, "firing_rates got no")[0].float()
 
@@ -310,20 +285,11 @@ def dead_causes(sae: SparseAutoencoder, train: Iterable[Tensor], test: Iterable[
     Parameters
     ----------
     sae : SparseAutoencoder
-    train, test : iterable of Tensor [n, D]
-        E.g. ``store.tokens(4096)`` of the training images, and of others.
-    n_tokens : int
-        Of each, the first so many.
+    train, test : iterable of Tensor [n, D], e.g. ``store.tokens(4096)`` of the training images, and of others; none is a ``ValueError``
+    n_tokens : int; of each, the first so many
 
-    Returns
-    -------
-    DataFrame, one row a latent
-        ``cause``; ``train_rate``, ``test_rate``: share of tokens on which it fires; ``largest``: the largest z - t; ``bound``: see ``bias``, minus t.
-
-    Raises
-    ------
-    ValueError
-        If there are no train or no test tokens.
+    Returns a row a latent: ``cause``; ``train_rate``, ``test_rate``: share of tokens on which it fires; ``largest``: the largest z - t;
+    ``bound``: see ``bias``, minus t.
     """
     train_rate, *of_train = _rates(sae, train, n_tokens, "dead_causes got no train")
     test_rate, *of_test = _rates(sae, test, n_tokens, "dead_causes got no test")

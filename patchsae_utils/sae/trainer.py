@@ -74,8 +74,6 @@ def train_sae(
         If the store's activations aren't those the SAE reads, or lack the tokens wanted; the folder holds another run, a broken checkpoint,
         or is in use; a start would overwrite weights that were loaded or trained; ``target_l0`` is asked of a variant with ``k``; loss or
         weights stop being finite (the checkpoint before stays); or SAEs, configs and folders are not as many, or the same.
-    ImportError
-        If a tracker's package is missing.
     """
     if isinstance(sae, SparseAutoencoder):
         return train_sae([sae], store, config, [out], resume, progress)[0]
@@ -129,12 +127,12 @@ def _run(
     """One run of :func:`train_sae`: yields the step whose batch it waits for, returns the SAE."""
     kept = _kept_tokens(config, store)
     sae.check_store(store)
-    processes = Processes(config.trackers, out)
+    processes = Processes()
     device = sae.W_enc.device if processes.number == 1 and sae.W_enc.device.type != "cpu" else processes.device
     before, after = sae.trained_in.get(out.resolve(), (None, None))
     start = before if resume and sae.fingerprint == after else sae.fingerprint  # what a run has made of these weights still names it
     said = dataclasses.asdict(config)
-    recipe = {name: value for name, value in said.items() if value != getattr(TrainConfig, name) and name != "trackers"}
+    recipe = {name: value for name, value in said.items() if value != getattr(TrainConfig, name)}
     inputs = {"sae": start, "training": recipe, "store": store.fingerprint}
 
     def opened() -> SparseAutoencoder:
@@ -319,9 +317,7 @@ class Training(Steps):
                 self.save()
         started, before, tokens = time.perf_counter(), self.seconds, 0
         self.n_starts += 1
-        processes.begin_tracking(dataclasses.asdict(config))
         with ExitStack() as stack:
-            stack.callback(processes.end_tracking)
             if processes.main:
                 _write_rows(self.rows, temporary := self.out / f".{LOG}.tmp")  # those a checkpoint knows: none is there twice
                 os.replace(temporary, self.out / LOG)
@@ -338,7 +334,6 @@ class Training(Steps):
                     row = self._row(x, sums, tokens / (time.perf_counter() - started))
                     if processes.main:
                         _write_rows([row], self.out / LOG, mode="a", header=False)
-                    processes.log({name: row[name] for name in LOG_COLUMNS[1:]}, self.step)
                     bar.set_postfix({name: f"{row[name]:.4g}" for name in _SHOWN})
                 self.step += 1
                 bar.update()

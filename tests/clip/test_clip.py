@@ -9,7 +9,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
 
 from patchsae_utils.clip.loading import load_clip
@@ -54,18 +53,6 @@ def test_residual_then_finish_is_encode_image_at_every_layer(variant):
         assert residual.shape == (3, clip.n_tokens, clip.width)
         torch.testing.assert_close(clip.finish(residual, layer), whole, rtol=0, atol=1e-5)
         torch.testing.assert_close(clip.finish(Residual(residual), layer - clip.n_layers), whole, rtol=0, atol=1e-5)
-
-
-def test_models_that_put_the_sequence_first_work_alike(clip, images):
-    """Older weights and models run their blocks on [T, B, d]."""
-    model = open_clip.CLIP(embed_dim=24, vision_cfg=VISION, text_cfg=TEXT)
-    sizes = {key: VISION[key] for key in ("image_size", "patch_size", "width", "layers")}
-    model.visual = VisionTransformer(**sizes, heads=2, mlp_ratio=4.0, output_dim=24)
-    model.visual.transformer = open_clip.transformer.Transformer(32, 4, 2, batch_first=False)
-    model.load_state_dict(clip.model.state_dict())
-    first = ClipModel(model, clip.preprocess, clip.tokenize, name="sequence first")
-    torch.testing.assert_close(first.residual(images, -2), clip.residual(images, -2))
-    torch.testing.assert_close(first.finish(first.residual(images, 1), 1), clip.encode_image(images), rtol=0, atol=1e-5)
 
 
 def test_patches_are_row_by_row_behind_cls(clip):

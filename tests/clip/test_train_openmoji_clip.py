@@ -34,16 +34,6 @@ def test_balanced_owner_loss_weighs_objects_by_themselves():
     torch.testing.assert_close(train.owner_loss(logits, owner, 5, balanced=False), F.cross_entropy(logits[:7], owner[:7]))
 
 
-def test_patch_labels_follow_the_ground_truth():
-    scene = openmoji.pretraining_scene(0, "val", 3)
-    truth = openmoji.scene_truth(scene)
-    owner, color = train.patch_owner(truth).reshape(14, 14), train.patch_color(truth).reshape(14, 14)
-    for class_id, share in zip(truth.class_ids, truth.object_share, strict=True):
-        assert (owner[share > 0.5] == class_id).all()
-    assert (owner[truth.background_share == 1] == len(openmoji.class_table()) + truth.background).all()
-    assert ((color >= 0) == (truth.color_share.max(0) >= 0.4)).all()
-
-
 def test_captions_are_seeded_and_name_by_tier():
     table = openmoji.class_table()
     named = {tier: [] for tier in train.NAMED_SHARE}

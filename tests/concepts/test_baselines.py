@@ -237,14 +237,6 @@ def test_table_ratio_and_headline_are_consistent(compared):
         compared.ratio(to="PCA")
 
 
-def test_coverage_falls_with_the_threshold(compared):
-    curve = compared.coverage(np.linspace(0, 1, 11)).query("dictionary == 'mine'")
-    assert curve["share"].is_monotonic_decreasing and curve["share"].iloc[0] == 1 and curve["share"].iloc[-1] == 0
-    at = compared.coverage([0.5]).set_index("dictionary").loc["mine"]
-    assert at["threshold"] == 0.5
-    assert at["share"] == (compared.detection.query("dictionary == 'mine' and readout == 'activations'")["ap"] > 0.5).mean()
-
-
 def test_a_competitor_may_read_another_model_but_not_other_scenes():
     twice = [p._replace(tokens=-p.tokens) for p in (planted(0), planted(1))]
     minus = Dictionary("minus", 6, lambda x, c: (-x if c is None else -x[:, c]).relu())
@@ -327,10 +319,3 @@ def test_from_scenes_to_the_table(tiny_clip, tiny_sae, store, training, tmp_path
     assert trained.d_sae == tiny_sae.d_sae and control.fingerprint == random_clip(tiny_clip).fingerprint
     with pytest.raises(ValueError, match="Give 3 splits"):
         measure_dictionaries(tiny_clip, tiny_sae, store, training, choose, choose, LAYER, **settings)
-
-
-def test_the_table_of_read_outs_shows_every_way_of_every_dictionary(compared):
-    table, frame = compared.readouts(), compared.frame.query("kind == 'all'")
-    assert list(table.index) == list(dict.fromkeys(frame["dictionary"])) and list(table.columns[2:]) == list(frame["readout"].unique())
-    row = frame.iloc[0]
-    assert table.loc[row["dictionary"], row["readout"]] == f"{row['ap']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"

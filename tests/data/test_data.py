@@ -59,17 +59,6 @@ def test_halves_share_the_classes_and_no_class_is_in_both():
     assert novel.truth(0).class_ids[-1] == novel.class_ids[0] != base.class_ids[0]
 
 
-def test_a_folder_with_train_alone_is_split_as_one_without_splits(folder, tmp_path_factory):
-    root = tmp_path_factory.mktemp("alone")
-    (root / "train").symlink_to(folder)
-    for split in ("train", "val", "test"):
-        ours, theirs = load_dataset(str(root), split), load_dataset(str(folder), split)
-        assert [ours[i].image.tobytes() for i in range(len(ours))] == [theirs[i].image.tobytes() for i in range(len(theirs))]
-        assert ours.labels.tolist() == theirs.labels.tolist()
-    (root / "test").symlink_to(folder)
-    assert len(load_dataset(str(root), "train")) == len(load_dataset(str(root), "test")) == 20, "both have folders: nothing is split"
-
-
 def test_a_subset_is_drawn_by_its_seed(folder):
     def draw(seed):
         data = load_dataset(str(folder), "train", n_images=6, seed=seed)

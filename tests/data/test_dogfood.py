@@ -202,16 +202,3 @@ def test_of_several_columns_one_is_chosen_and_said(hub):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             load_dataset(f"hf:a/b{spec}", "train")
-
-
-def test_a_folder_that_datasets_reads(tmp_path, monkeypatch):
-    """Parquet, as the hub has it: no stand-in for the package at all."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    features = datasets.Features({"image": PICTURE, "label": datasets.ClassLabel(names=["a", "b"])})
-    rows = datasets.Dataset.from_dict({"image": pictures(10), "label": [0, 1] * 5}, features)
-    (tmp_path / "set").mkdir()
-    rows.to_parquet(tmp_path / "set" / "train-00000-of-00001.parquet")
-    data = load_dataset(f"hf:{tmp_path}/set", "train")
-    assert data.class_names == ["a", "b"] and data.labels.bincount().tolist() == [3, 3]
-    assert without_broken(data, tmp_path / "report.json", progress=False) is data

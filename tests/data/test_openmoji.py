@@ -188,13 +188,3 @@ def test_domains_show_the_same_scenes_as_they_are_called():
         assert pictures["night"].mean() < 0.6 * pictures["color"].mean()
         assert np.median(pictures["line"]) > 190  # light paper shows through
     assert np.median(saturation) > 100
-
-
-def test_the_main_object_is_large_and_whole_and_several_are_of_similar_size():
-    for index in range(N):
-        drawn = scene(index)
-        main = drawn.placements[-1]
-        assert main.class_id == index * 7 % len(openmoji.class_table()) and main.size == max(p.size for p in drawn.placements)
-        assert openmoji.scene_truth(drawn).object_share[-1].sum() > 8  # patches
-        sizes = [p.size for p in scene(index, layout="several").placements]
-        assert len(sizes) in (2, 3) and max(sizes) / min(sizes) < 1.6

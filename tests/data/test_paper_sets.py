@@ -12,8 +12,7 @@ import scipy.io
 import torch
 from PIL import Image
 
-from patchsae_utils.data import BrokenImage, load_dataset, templates_for
-from patchsae_utils.data.loader import without_broken
+from patchsae_utils.data import load_dataset, templates_for
 from patchsae_utils.data.paper_sets import PAPER_SETS, paper_name
 
 
@@ -278,22 +277,3 @@ def test_what_the_hub_cannot_give_is_said(hub, tmp_path, monkeypatch):
     for kind in ("hf", "hf-stream"):
         with pytest.raises(ImportError, match=f"{kind}:somebody/birds needs the package `datasets`: pip install datasets"):
             load_dataset(f"{kind}:somebody/birds", "train")
-
-
-def test_broken_images_of_the_hub_are_left_out_with_their_rows(hub, tmp_path):
-    class Torn:
-        def __getattr__(self, name):
-            raise OSError("image file is truncated")
-
-    data = load_dataset("hf:somebody/birds", "test")
-    assert (data.class_names, data.labels.tolist(), data.where(3)) == (["crane", "jay"], [0, 1] * 4, "hf:somebody/birds (test), row 3")
-    data.opener.data[3]["picture"] = Torn()
-    with pytest.raises(BrokenImage, match=r"^hf:somebody/birds \(test\), row 3 can't be read as an image: image file is truncated"):
-        data[3]
-    with pytest.warns(UserWarning, match=r"1 of 8 images .*left out: hf:somebody/birds \(test\), row 3: image file is truncated"):
-        whole = without_broken(data, tmp_path / "report.json", 0.2, progress=False)
-    assert len(whole) == 7 and [red(whole, i) for i in range(7)] == [0, 10, 20, 40, 50, 60, 70]
-    stream = load_dataset("hf-stream:somebody/birds", "train", n_images=4)
-    next(tmp_path.rglob("0000/002")).write_bytes(b"no picture")
-    with pytest.raises(BrokenImage, match=r"somebody-birds-train-\w+/0000/002 \(10 bytes\) can't be read as an image"):
-        stream[2]

@@ -12,7 +12,6 @@ import torch
 from experiments import grid, novelty
 from experiments.novelty import CONTROLS, SPLIT, Cell, Novelty, belongs, called_new, plant, scores, split_shares, trained_further
 from patchsae_utils.config import load_profile
-from patchsae_utils.data import load_dataset
 from patchsae_utils.tables import load_table
 
 
@@ -112,8 +111,3 @@ def test_the_split_says_the_new_part_in_nats_and_as_a_share():
     row = split_shares(parts)
     assert row["new_share"] == 0.2 and row["new_nats_high"] == 0.2 and row["gain_nats"] == 0.5
     assert split_shares(parts.assign(share=np.nan))["new_share"] is None
-
-
-def test_every_control_opens_its_pictures():
-    for control in CONTROLS:
-        assert len(load_dataset(control.spec, "test", n_images=4)) == 4

@@ -110,7 +110,7 @@ STAGES = {
     "training, archetypal": partial(train, activation="topk", sparse="never", start="kmeans", constraint="archetypal"),
     "evaluation": lambda w: ps.evaluate_sae(w.clip, w.sae, w.few, LAYER, progress=False)[["value"]],
     "dead latents": lambda w: ps.sae.dead_causes(w.sae, w.store.tokens(512), w.store.tokens(512))[["largest"]],
-    "random SAE": lambda w: ps.sae.random_sae(w.sae, 0, next(iter(w.store.tokens(512)))).b_enc,
+    "random SAE": lambda w: ps.sae.random_sae(w.sae, next(iter(w.store.tokens(512)))).b_enc,
     "statistics": lambda w: w.summary.to_frame(),
     "likeness": likeness,
     "latent masks": lambda w: ps.latent_masks(w.clip, w.sae, w.pictures, [1, 5], LAYER),

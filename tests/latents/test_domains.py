@@ -162,12 +162,3 @@ def test_classes_without_pictures_stay_out_and_equal_names_stay_two(monkeypatch)
         text_and_image_latents(Fake(4), Fake(4), objects, words_of(objects), 0)
     with pytest.raises(ValueError, match="same order"):
         text_and_image_latents(Fake(4), Fake(4), objects, word_scenes(["ox", "hen"]), 0)
-
-
-def test_with_a_real_model_numbers_are_those_of_the_pictures(tiny_clip, sae, worlds):
-    data = load_dataset("openmoji/tools", "test", n_images=5)
-    data.class_names = data.class_names[:5]
-    words = word_scenes(data.class_names, 2)
-    found = text_and_image_latents(tiny_clip, sae, data, words, LAYER)
-    thing = encode(tiny_clip, sae, data)[:, 1:].mean(1)
-    assert all(row.label == int(thing[:, row.latent].argmax()) for row in found.table.itertuples())

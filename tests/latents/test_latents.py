@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from patchsae_utils.data import ImageData
 from patchsae_utils.latents import passes
 from patchsae_utils.latents.measures import contrasting_latents, label_entropy, merge_keys, pack_top, shuffled_label_entropy, unpack_top
-from patchsae_utils.latents.passes import Observer, latent_chunks
+from patchsae_utils.latents.passes import latent_chunks
 from patchsae_utils.latents.reading import latent_masks, summarize_latents
 from patchsae_utils.latents.summary import LatentSummary
 from patchsae_utils.sae.model import SparseAutoencoder
@@ -235,27 +235,3 @@ def test_bad_arguments_are_named(tiny_clip, sae, data):
         summarize_latents(tiny_clip, sae, data, LAYER, tokens="image")
     with pytest.raises(ValueError, match="empty"):
         summarize_latents(tiny_clip, sae, ImageData("noise", "test", ["a"], torch.zeros(0, dtype=torch.long), None), LAYER)
-
-
-def test_observers_read_the_same_pass_and_those_that_are_complete_none(tiny_clip, sae, data, summary):
-    class Counter(Observer):
-        def __init__(self, complete):
-            self.complete, self.told = complete, []
-
-        def is_complete(self):
-            return self.complete
-
-        def read(self, images, stream, places):
-            self.told.append(("read", *places.tolist()))
-
-        def add(self, h, labels, places):
-            self.told.append(("add", *places.tolist()))
-
-        def finish(self):
-            self.told.append(("finish",))
-
-    reading, complete = Counter(False), Counter(True)
-    found = summarize_latents(tiny_clip, sae, data, LAYER, k=4, batch_size=7, observers=[complete, reading], progress=False)
-    assert torch.equal(found.top_images, summary.top_images) and complete.told == []
-    first, last = range(7), range(7, 12)
-    assert reading.told == [("read", *first), ("add", *first), ("read", *last), ("add", *last), ("finish",)]

@@ -72,7 +72,7 @@ def test_the_statistics_pass_scores_latents_and_controls(tiny_clip, tiny_sae, ti
     blocks = inputs.view(24, 3, 8, 14, 8, 14).mean((3, 5)).flatten(1)
     torch.testing.assert_close(found.vectors["pixels"], torch.nn.functional.normalize(blocks, dim=1), rtol=1e-4, atol=1e-5)
     tokens = torch.stack([tiny_clip.residual(tiny_clip.preprocess(example.image)[None], 1)[0] for example in tiny_dataset]).detach()
-    control = random_sae(sae, 0, tokens.flatten(0, 1)[::3])
+    control = random_sae(sae, tokens.flatten(0, 1)[::3])
     centred = tokens - sae.b_dec
     means = {
         "SAE": sae.encode(tokens), "random directions": control.encode(tokens), "single dimensions": torch.cat([centred, -centred], -1).relu(),

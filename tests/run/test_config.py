@@ -92,13 +92,6 @@ def test_missing_images_are_an_error_that_says_what_to_provide(name, variable, m
         load_profile(name)
 
 
-def test_other_data_need_no_variable(monkeypatch):
-    monkeypatch.delenv("PATCHSAE_IMAGENET", raising=False)
-    keys = ("data.train", "data.statistics", "data.evaluation", "data.tasks", "adapters.tasks")
-    profile = load_profile("imagenet", overrides=dict.fromkeys(keys, "hf:owner/flowers"))
-    assert profile.data.train == "hf:owner/flowers" and profile.data.tasks == ("hf:owner/flowers",)
-
-
 def test_environment_chooses_and_changes(monkeypatch, image_folders):
     monkeypatch.setenv("PATCHSAE_PROFILE", "imagenet")
     assert load_profile().name == "imagenet"
@@ -116,10 +109,9 @@ def test_environment_chooses_and_changes(monkeypatch, image_folders):
 def test_settings_as_text():
     assert parse_settings("") == {}
     assert parse_settings("a.b=1;c.d=x/y ; e.f=[1, 2];g.h=true;") == {"a.b": 1, "c.d": "x/y", "e.f": [1, 2], "g.h": True}
-    text = "training.ghost=false; training.trackers=tensorboard, wandb; sae.activation=matryoshka; sae.k=4; sae.groups=[8, 16]"
+    text = "training.ghost=false; sae.activation=matryoshka; sae.k=4; sae.groups=[8, 16]"
     profile = load_profile(overrides=parse_settings(text))
-    assert profile.training.ghost is False and profile.training.trackers == ("tensorboard", "wandb")
-    assert profile.sae.groups == (8, 16) and profile.sae.bandwidth is None
+    assert profile.training.ghost is False and profile.sae.groups == (8, 16) and profile.sae.bandwidth is None
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
@@ -133,7 +125,7 @@ def test_settings_as_text():
     ({"training.warmup_steps": -1}, "warmup_steps must be 0 or more"),
     ({"training.ghost": 1}, "ghost must be of type bool, got 1"),
     ({"training.n_tokens": float("inf")}, "n_tokens must be of type int, got inf"),
-    ({"training.trackers": "tensorboard, csv"}, "trackers must be one of tensorboard, wandb, got 'csv'"),
+    ({"training.schedule": "step"}, "schedule must be one of constant, linear, cosine, got 'step'"),
     ({"model.name": ""}, "name must be given, not empty"),
     ({"data.workers": -1}, "workers must be 0 or more"),
     ({"data.max_broken": 1.5}, "max_broken must be a share"),

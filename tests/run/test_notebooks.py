@@ -73,3 +73,12 @@ def test_elsewhere_no_lesson_speaks_of_the_embedded_world_or_announces_what_it_l
         assert empty is None, f"{path.stem}: nothing is shown under {empty!r}"
         sections |= {head.split()[0] for head in heads}
     assert mentioned <= sections, f"sections that are spoken of and left out: {mentioned - sections}"
+
+
+def test_the_sections_that_the_readme_names_are_there():
+    table = (FOLDER.parent / "README.md").read_text(encoding="utf-8").partition("| paper | notebook and section |")[2].partition("\n\n")[0]
+    named = [(number, title.strip()) for number, title in re.findall(r"(0\d), ([A-Z][^;|(]+)", table)]
+    for number, title in named:
+        cells = nbformat.read(next(FOLDER.glob(f"{number}_*.ipynb")), as_version=4).cells
+        assert re.search(rf"^## [\d.]* ?{re.escape(title)}$", "\n".join(cell.source for cell in cells), re.MULTILINE), f"{number}, {title}"
+    assert len(named) > 15

@@ -37,8 +37,8 @@ def test_quality_of_an_sae_with_and_without_words():
     rows = [("SAE", "explained_variance", 0.9), ("SAE", "l0", 8.0), ("SAE", "zero_shot_change", -0.03)]
     frame = pd.DataFrame([("reconstruction", "all", *row, row[2] - 0.01, row[2] + 0.01) for row in rows])
     frame.columns = ["variant", "tokens", "sae", "metric", "value", "low", "high"]
-    kept = "On unseen pictures SAE explains 90.0 % [89.0, 91.0] of the variance with 8 latents per token"
-    assert evaluation_sentence(frame) == f"{kept} and changes CLIP's accuracy by -3.00 [-4.00, -2.00] points."
+    kept = "Explained on unseen pictures: SAE 90.0 % [89.0, 91.0] of the variance with 8 latents per token"
+    assert evaluation_sentence(frame) == f"{kept}, CLIP's accuracy changed by -3.00 [-4.00, -2.00] points."
     assert evaluation_sentence(frame[:2]) == f"{kept}."
     readings = [("object", "l0", 8.0), ("object", "error", 0.3), ("background", "l0", 7.0), ("background", "error", 0.2)]
     places = pd.DataFrame([(*row, row[2], row[2]) for row in readings], columns=["place", "metric", "value", "low", "high"])
@@ -64,5 +64,5 @@ def test_pointing():
     answers = pd.DataFrame(
         [(*row, row[2] - 0.1, row[2] + 0.1, 0.004) for row in rows], columns=["kind", "answer", "hits", "low", "high", "chance"]
     )
-    found = "the same object in 80 % [70, 90] (any active latent: 20 % [10, 30]; any patch: 0.4%)"
+    found = "the same object in 80 % [70, 90] (the strongest: 70 % [60, 80]; any active latent: 20 % [10, 30]; any patch: 0.4%)"
     assert pointing_sentence(answers) == f"Followed to another image, the most distinctive latent of a patch finds {found}."

@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -240,13 +239,3 @@ def test_other_python_and_broken_environments_are_said_not_half_used(clone, dama
     result = install(clone)
     said = "is not usable" if isinstance(damage, str) else f"was made by Python 3.{damage[1]}"
     assert result.returncode == 1 and said in result.stderr and "rm -rf" in result.stderr and asked(clone) == []
-
-
-def test_nbval_redraws_progress_bars_seldom(monkeypatch):
-    """Ten times a second, a bar of some minutes loses the message that its cell has ended: see notebooks/conftest.py."""
-    for given, expected in ((None, 5), ("9", 9)):
-        monkeypatch.setenv("TQDM_MININTERVAL", given or "")
-        if given is None:
-            monkeypatch.delenv("TQDM_MININTERVAL")
-        runpy.run_path(str(ROOT / "notebooks" / "conftest.py"))
-        assert float(os.environ["TQDM_MININTERVAL"]) == expected

@@ -93,7 +93,8 @@ def hub(monkeypatch, tmp_path):
 
 def test_what_is_pushed_is_what_is_loaded(hub):
     sae = trained({"activation": "jumprelu"}, "mean_and_norm").eval()
-    address = push_sae(sae, "somebody/animals", metrics={"explained_variance": 0.87654})
+    sae.metadata["metrics"] = {"explained_variance": 0.87654}
+    address = push_sae(sae, "somebody/animals")
     names = ["README.md", "cfg.json", "sae_weights.safetensors"]
     assert address.endswith("/somebody/animals") and sorted(hub.files["somebody/animals"]) == names
     loaded = load_sae("hf:somebody/animals")
@@ -103,8 +104,7 @@ def test_what_is_pushed_is_what_is_loaded(hub):
     front = yaml.safe_load(card.split("---")[1])
     assert (front["library_name"], front["license"]) == ("saelens", "mit") and "patchsae" in front["tags"]
     assert "| explained_variance | 0.8765 |" in card and 'ps.load_sae("hf:somebody/animals")' in card and "layer=4" in card
-    push_sae(sae, "somebody/animals", folder="layer_4")
-    assert load_sae("hf:somebody/animals/layer_4@main").fingerprint == sae.fingerprint
+    assert load_sae("hf:somebody/animals@main").fingerprint == sae.fingerprint
 
 
 def test_other_programs_sae_is_loaded_from_the_hub(hub, tmp_path):

@@ -1,9 +1,7 @@
 """The trainer's settings: schedules, clipping, warm-ups, token types, normalisation, variants, the sparse path, trackers."""
 
 import dataclasses
-import importlib.util
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from patchsae_utils.sae import trainer as training
 from patchsae_utils.sae.files import load_sae
 from patchsae_utils.sae.sparse.adam import l1_weight, learning_rate
 from patchsae_utils.sae.starts import geometric_median, start_bias
-from patchsae_utils.sae.trainer import LOG_COLUMNS, train_sae, training_log
+from patchsae_utils.sae.trainer import train_sae, training_log
 
 NEW = dataclasses.replace(CONFIG, n_tokens=12 * 64, log_every=1)
 
@@ -168,34 +166,3 @@ def test_auto_goes_on_bit_for_bit_over_the_change(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train_sae(fresh(), Store(stop_at=stop), config, out, progress=False)
     assert_same(weights(train_sae(fresh(), Store(), config, out, progress=False)), weights(whole))
-
-
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_tracker_that_is_not_installed_is_named(tmp_path, name, monkeypatch):
-    monkeypatch.setattr("patchsae_utils.run.processes.importlib.util.find_spec", lambda package: None)
-    with pytest.raises(ImportError, match=f"'{name}' needs a package that is not installed: pip install {name}"):
-        train(tmp_path, trackers=(name,))
-
-
-def test_trackers_get_the_log(tmp_path, monkeypatch):
-    """Through accelerate, into a stand-in for wandb's module."""
-    seen = {"rows": [], "config": {}, "finished": 0}
-    log = lambda values, step=None, **_: seen["rows"].append((step, values))  # noqa: E731
-    run = SimpleNamespace(log=log, finish=lambda: seen.__setitem__("finished", 1))
-    module = ModuleType("wandb")
-    module.init = lambda **_: run
-    module.config = SimpleNamespace(update=lambda values, **_: seen["config"].update(values))
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda package, *rest: package if package == "wandb" else real(package, *rest))
-    monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: True)
-    import accelerate.tracking
-
-    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "wandb", accelerate.tracking.WandBTracker)
-    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [accelerate.tracking.LoggerType.WANDB])
-    _, log = train(tmp_path, trackers=("wandb",), log_every=4)
-    assert [step for step, _ in seen["rows"]] == log["step"].tolist()
-    for (_, values), (_, row) in zip(seen["rows"], log.iterrows(), strict=True):
-        assert set(values) == set(LOG_COLUMNS[1:]) and values["loss"] == pytest.approx(row["loss"], rel=1e-5)
-    assert seen["config"]["lr"] == NEW.lr and seen["finished"] == 1
-    train_sae(fresh(), Store(stop_at=0), dataclasses.replace(NEW, log_every=4), tmp_path / "0", progress=False)  # the same run, opened

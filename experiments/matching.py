@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..run.intervals import Interval, mean_interval
+from patchsae_utils.run.intervals import Interval, mean_interval
 
 MAX_LATENTS = 12_288  # that are matched one to one: the assignment takes cubic time and a [S, S] matrix
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from patchsae_utils.latents.matching import matched_cosine
+from experiments.matching import matched_cosine
 from patchsae_utils.sae.model import SparseAutoencoder
 
 
