@@ -31,8 +31,8 @@ from . import grid
 from .matching import matched_cosine
 
 N_TEST, N_STATISTICS = 720, 1080
-L0S = (10, 20, 40)  # active latents per token that variants without a k are trained for
-KS = {"topk": (2, 4, 8, 16, 32, 64), "batchtopk": (4, 8, 16, 32), "matryoshka": (8, 16, 32)}
+KS = {"topk": (2, 4, 8, 16, 32, 64), "batchtopk": (8, 16, 32), "matryoshka": (8, 32)}
+L0S = {"relu": (10, 20, 40), "jumprelu": (10, 40), "gated": (10, 40)}  # active latents per token that those without a k are trained for
 _ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 
@@ -55,7 +55,7 @@ def cells(profile: Profile, n_layers: int, width: int) -> list[Cell]:
     found = [("seed", str(seed), {"training.seed": seed}) for seed in (0, 1, 2)]
     found += [("layer", str(layer), {"model.layer": layer}) for layer in range(n_layers) if layer != main_layer]
     found += [("expansion", f"x{n}", {"sae.expansion_factor": n}) for n in (8, 32, 64) if n != profile.sae.expansion_factor]
-    found += [("paper", f"lambda x{factor:g}", paper | {"training.l1_coefficient": factor * weight}) for factor in (0.5, 1, 2, 4)]
+    found += [("paper", f"lambda x{factor:g}", paper | {"training.l1_coefficient": factor * weight}) for factor in (1, 4)]
     found += [
         ("start", "tokens", {"training.start": "data"}),
         ("start", "random weights", {"training.start": "random"}),
@@ -64,18 +64,15 @@ def cells(profile: Profile, n_layers: int, width: int) -> list[Cell]:
         ("units", "as they are", {"training.normalize": "none"}),
         ("units", "one scale for all", {"training.normalize": "mean_and_norm"}),
         ("rate", "1.5e-3", {"training.lr": 1.5e-3}),
-        ("rate", "constant", {"training.schedule": "constant"}),
-        ("length", "2 million tokens", {"training.n_tokens": 2_000_000}),
-        ("arithmetic", "float32", {"training.precision": "float32"}),
         ("tokens", "cls", {"training.tokens": "cls"}),
         ("tokens", "patches", {"training.tokens": "patches"}),
         ("constraint", "archetypal", {"training.constraint": "archetypal", "training.restart_dead": False}),
     ]
     for activation, ks in KS.items():
         found += [(activation, f"k {k}", {"sae.activation": activation, "sae.k": k}) for k in ks if k != profile.sae.k]
-    for activation in ("relu", "jumprelu", "gated"):
+    for activation, l0s in L0S.items():
         own = {"sae.activation": activation, "sae.k": None}
-        found += [(activation, f"L0 {l0}", own | {"training.target_l0": float(l0)}) for l0 in L0S]
+        found += [(activation, f"L0 {l0}", own | {"training.target_l0": float(l0)}) for l0 in l0s]
     return [Cell(axis, value, tuple(settings.items())) for axis, value, settings in found]
 
 
