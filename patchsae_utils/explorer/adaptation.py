@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ..activations.mixing import TOKENS
 from ..adaptation.fit import NAMES
-from ..data import load_dataset
+from ..interventions.tail import check_same_tower
 from .cards import distinctiveness, encode_heats, encode_picture
 from .reader import Reader
 from .widgets import SelectionError, _View, module
 
 N_CLASSES = 6  # classes with bars: the most probable ones of either model
+N_COMMON = 6  # common latents that are listed, and at most half as many of either model alone
 
 
 class AdaptationCard(NamedTuple):
@@ -47,7 +48,7 @@ class AdaptationView(_View):
     ----------
     clip : ClipModel
     adapters : mapping of str to ClipModel
-        Task (what :func:`~patchsae_utils.load_dataset` takes) -> ``clip`` adapted to it.
+        Task -> ``clip`` adapted to it.
     sae : SparseAutoencoder
         Trained on ``clip``; it reads both.
     names : DataFrame, mapping or sequence, optional
@@ -55,10 +56,8 @@ class AdaptationView(_View):
     layer : int
     summary : LatentSummary, optional
         Of ``sae`` on any data set: the strongest latents are then chosen by activation times log(1 / frequency); bars stay activations.
-    datasets : mapping of str to data set, optional
-        Task -> images. By default the test images of its base classes, which the adapter was fitted to.
-    top : int
-        Common latents in the list; at most half as many of either model alone.
+    datasets : mapping of str to data set
+        Task -> images, such as the test images of the base classes, to which the adapter was fitted.
     **traits
         First choices: ``task``, ``image``, ``patch``, ``latent``, ``tau``, ``opacity``, ``mode``, ``contour``.
     """
@@ -66,6 +65,7 @@ class AdaptationView(_View):
     LINKED = ("latent",)  # images of a task mean nothing in another view
     CHOICES = ("task", "image", "patch", "latent")  # the task first: an image is one of its images
     TAKES = "clip, adapters, sae, names"
+    ALSO = ", datasets=datasets, summary=summary"
     IN_TURN = True
 
     _esm = module("adaptation.js")
@@ -76,23 +76,21 @@ class AdaptationView(_View):
     n_images = t.Int().tag(sync=True)
 
     def __init__(
-        self, clip: Any, adapters: Mapping[str, Any], sae: Any, names: Any = None, layer: int = -2, *, summary: Any = None,
-        datasets: Mapping[str, Any] | None = None, top: int = 6, **traits: Any,
+        self, clip: Any, adapters: Mapping[str, Any], sae: Any, names: Any = None, layer: int = -2, *,
+        datasets: Mapping[str, Any], summary: Any = None, **traits: Any,
     ):  # fmt: skip
-        if not adapters:
-            raise ValueError("AdaptationView needs an adapted model for each task: {task: stages.adapter(profile, clip, task)}.")
-        if not 2 <= top <= 50:
-            raise ValueError(f"top must lie between 2 and 50, got {top}.")
-        for task, model in adapters.items():
-            if (model.width, tuple(model.grid)) != (clip.width, tuple(clip.grid)):
-                raise ValueError(f"The model for {task!r} has another image tower than {clip!r}: give the one that it was adapted from.")
-        self._clip, self._adapters, self._top, self._layer = clip, dict(adapters), top, layer
-        self._datasets = dict(datasets) if datasets else {}
+        if not adapters or not set(adapters) <= set(datasets):
+            raise ValueError(
+                "AdaptationView needs for each task an adapted model, {task: stages.adapter(profile, clip, task)}, and images."
+            )
+        for model in adapters.values():
+            check_same_tower(clip, model)
+        self._clip, self._adapters, self._datasets, self._layer = clip, dict(adapters), datasets, layer
         self._opened: dict[str, list[Reader]] = {}
         self._sae, self._ready = sae, False  # until all that changes has changed: one picture for all
         self._weights = None if summary is None else torch.from_numpy(distinctiveness(summary))
         traits = {"kind": "adaptation", "tasks": list(adapters), "mode": "heat", "task": next(iter(adapters)), "image": 0, **traits}
-        super().__init__(clip, sae, None, self._data(self._check_known(traits["task"])), names, layer, **traits)
+        super().__init__(clip, sae, None, datasets[self._check_known(traits["task"])], names, layer, **traits)
         self._ready = True
         self._show()
         self.observe(self._new_task, "task")
@@ -110,7 +108,7 @@ class AdaptationView(_View):
     @property
     def dataset(self) -> Any:
         """The task's images."""
-        return self._data(self.task)
+        return self._datasets[self.task]
 
     @property
     def card(self) -> AdaptationCard:
@@ -122,8 +120,8 @@ class AdaptationView(_View):
         gain = scores[1] - scores[0]
         halved, doubled = (means[0] > 0) & (2 * means[1] <= means[0]), (means[1] > 0) & (2 * means[0] <= means[1])
         both = (means > 0).all(0) & ~halved & ~doubled
-        groups = {"common": _largest(scores.min(0).values, both, self._top), "base": _largest(-gain, halved, self._top // 2)}
-        groups["adapted"] = _largest(gain, doubled, self._top // 2)
+        groups = {"common": _largest(scores.min(0).values, both, N_COMMON), "base": _largest(-gain, halved, N_COMMON // 2)}
+        groups["adapted"] = _largest(gain, doubled, N_COMMON // 2)
         listed = list(dict.fromkeys([*sum(groups.values(), []), *([self.latent] if self.latent >= 0 else [])]))
         before, after = (self._probabilities(reader) for reader in (base, adapted))
         shown = np.argsort(-np.maximum(before, after), kind="stable")[:N_CLASSES]
@@ -139,16 +137,11 @@ class AdaptationView(_View):
         with torch.no_grad():
             return reader.clip.logits(reader.tail(reader.residual([self.image])), reader.head).softmax(-1)[0].float().cpu().numpy()
 
-    def _data(self, task: str) -> Any:
-        if task not in self._datasets:
-            self._datasets[task] = load_dataset(task, "test", half="base")
-        return self._datasets[task]
-
     def _open(self, task: str) -> list[Reader]:
         """Both models' readers; made when the task is first shown."""
         if task not in self._opened:
             models = (self._clip, self._adapters[task])
-            self._opened[task] = [Reader.shared(model, self._sae, self._data(task), self._layer) for model in models]
+            self._opened[task] = [Reader.shared(model, self._sae, self._datasets[task], self._layer) for model in models]
         return self._opened[task]
 
     def _new_task(self, change: Any) -> None:

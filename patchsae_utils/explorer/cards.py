@@ -255,10 +255,10 @@ def distinctiveness(summary: Any) -> np.ndarray:
     return -np.log(np.clip(frequency, 1e-6, 1), where=frequency > 0, out=np.zeros(len(frequency))).astype(np.float32)
 
 
-def encode_picture(picture: np.ndarray, quality: int = 92) -> bytes:
+def encode_picture(picture: np.ndarray) -> bytes:
     """A picture, uint8 [H, W, 3], as JPEG without chroma subsampling: crisp edges, a few kilobytes."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=quality, subsampling=0)
+    Image.fromarray(picture).save(buffer, "JPEG", quality=92, subsampling=0)
     return buffer.getvalue()
 
 

@@ -13,7 +13,18 @@ import traitlets as t
 from ..data import templates_for
 from ..run.artifacts import atomic_file
 from .cards import (
-    ORDERS, EffectCard, LatentCard, Name, PlaceCard, effect_card, first_sight, latent_card, living, place_card, read_names, reference_message,
+    ORDERS,
+    EffectCard,
+    LatentCard,
+    Name,
+    PlaceCard,
+    effect_card,
+    first_sight,
+    latent_card,
+    living,
+    place_card,
+    read_names,
+    reference_message,
 )  # fmt: skip
 from .reader import EDGES, Reader
 from .search import TextSearch

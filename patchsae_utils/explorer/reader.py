@@ -61,7 +61,7 @@ class Reader:
         self._keep = min(256, MEMORY // (4 * clip.n_tokens * clip.width + 3 * math.prod(clip.image_size)))
         self._images: OrderedDict[int, tuple[np.ndarray, Residual]] = OrderedDict()
         self._latents: OrderedDict[int, Tensor] = OrderedDict()
-        self._heats: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()
+        self._activations: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
         self._uploads: dict[int, tuple[Image.Image, str]] = {}
         self._n_uploads = 0
         self._norms = sae.W_dec.detach().norm(dim=1).float().cpu()
@@ -105,16 +105,20 @@ class Reader:
         parts = zip(*(found[i][1] for i in images), strict=True)
         return Residual(*(None if part[0] is None else torch.cat(part).to(self.clip.device) for part in parts))
 
+    def activations(self, images: Sequence[int] | np.ndarray, latent: int) -> Tensor:
+        """Of one latent on the tokens of images: [B, 1+P]. The last two thousand answers are kept."""
+        key = (int(latent), *map(int, images))
+        if key not in self._activations:
+            with torch.no_grad():
+                h = select_latents(self.sae, self.residual(images).tokens, [latent])
+            _remember(self._activations, key, h[..., 0].float().cpu(), 2000)
+        return self._activations[key]
+
     def heats(self, images: Sequence[int] | np.ndarray, latent: int) -> np.ndarray:
-        """Activations of one latent over images of the data set: float32 [B, H, W]. The last two thousand answers are kept."""
+        """The same on the patches: float32 [B, H, W]."""
         if not len(images):
             return np.zeros((0, *self.grid), np.float32)
-        key = (int(latent), *map(int, images))
-        if key not in self._heats:
-            with torch.no_grad():
-                h = select_latents(self.sae, self.residual(images).tokens[:, 1:], [latent])
-            _remember(self._heats, key, h.float().cpu().numpy().reshape(-1, *self.grid), 2000)
-        return self._heats[key]
+        return self.activations(images, latent)[:, 1:].numpy().reshape(-1, *self.grid)
 
     def latents(self, image: int) -> Tensor:
         """Activations of all latents on an image's CLS and patches: [1+P, S]."""
@@ -153,13 +157,13 @@ class Reader:
                     counts.view(-1).index_add_(0, latent * counts.shape[1] + place, torch.ones(len(latent)))
         return Sample(images, torch.stack(means), counts)
 
-    def owed(self, image: int, target: int = -1) -> tuple[Tensor, Tensor, int]:
+    def owed(self, image: int, target: int = -1, head: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
         """What a class's logit (-1: the predicted one's) owes to each latent on each token [1+P, S], all probabilities [C], and the class."""
-        residual, rows = self.residual([image]), self.sae.W_dec.detach()
+        residual, rows, head = self.residual([image]), self.sae.W_dec.detach(), self.head if head is None else head
         with torch.no_grad():
-            logits = self.clip.logits(self.tail(residual), self.head)
+            logits = self.clip.logits(self.tail(residual), head)
         target = int(logits.argmax()) if target < 0 else target
-        gradient = logit_gradient(self.clip, self.tail, residual, self.head, torch.tensor([target], device=logits.device))
+        gradient = logit_gradient(self.clip, self.tail, residual, head, torch.tensor([target], device=logits.device))
         active = Active.of(self.latents(image)[None].to(rows.device))  # few latents are, and their rows alone are read
         shares = torch.zeros(self.latents(image).shape)
         shares[active.token.cpu(), active.latent.cpu()] = active.project(gradient.to(rows.device), rows).float().cpu()

@@ -13,16 +13,15 @@ import torch
 import traitlets as t
 from torch import Tensor
 
-from ..interventions.attribution import image_attribution
 from ..interventions.steering import Edit, Steered, steer
 from ..run.intervals import mean_interval
-from ..sae.dictionary import select_latents
 from .cards import encode_heats, encode_picture, reference_message
 from .widgets import SelectionError, _ImageView, module
 
 OPERATIONS = ("scale", "add")
 WHERE = ("all", "cls", "patches", "selected")
 N_CLASSES = 6  # classes with bars: the most probable ones before and after
+N_SLIDERS = 5  # unless latents are given
 N_BATCH = 10  # other images that the page asks for at once
 
 
@@ -61,8 +60,7 @@ class SteeringPanel(_ImageView):
         By default from the data set's class names and templates.
     latents : sequence of int, optional
         Those with sliders. By default, and whenever the image changes, the ones to which the predicted class owes most in this image
-        (gradient times activation), ``n_sliders`` of them.
-    n_sliders : int
+        (gradient times activation).
     **traits
         First choices: ``image``, ``edits``, ``where``, ``patches``, ``batch``, ``latent``, ``tau``, ``opacity``, ``mode``.
     """
@@ -82,10 +80,8 @@ class SteeringPanel(_ImageView):
 
     def __init__(
         self, clip: Any, sae: Any, dataset: Any, names: Any = None, layer: int = -2, *, head: Tensor | None = None,
-        latents: Sequence[int] | None = None, n_sliders: int = 5, **traits: Any,
+        latents: Sequence[int] | None = None, **traits: Any,
     ):  # fmt: skip
-        if not 1 <= n_sliders <= 20:
-            raise ValueError(f"n_sliders must lie between 1 and 20, got {n_sliders}.")
         self._ready = False
         super().__init__(clip, sae, None, dataset, names, layer, kind="steering", **{"mode": "heat", **traits})
         self._head = self._reader.head if head is None else head
@@ -93,7 +89,7 @@ class SteeringPanel(_ImageView):
             raise ValueError("Without a text tower, or classes, there is nothing to say of an image: give head=.")
         if len(self._head) != len(dataset.class_names):
             raise ValueError(f"head must have a row for each of the {len(dataset.class_names)} classes, got {len(self._head)}.")
-        self._n_sliders, self._own = n_sliders, latents is not None
+        self._own = latents is not None
         self.latents = self._check(latents) if self._own else self._suggested()
         self._ready, self._seen = True, self._shown_image
         self._show()
@@ -147,8 +143,9 @@ class SteeringPanel(_ImageView):
         return self._steer([self._shown_image])
 
     def _steer(self, images: list[int]) -> Steered:
-        reader = self._reader
-        return steer(reader.clip, reader.sae, reader.residual(images), self.to_edits(), reader.layer, self._head)
+        reader, edits = self._reader, self.to_edits()
+        known = torch.stack([reader.activations(images, edit.latent) for edit in edits], -1) if edits else None  # one edit a latent
+        return steer(reader.clip, reader.sae, reader.residual(images), edits, reader.layer, self._head, known=known, tail=reader.tail)
 
     def _heats(self, images: list[int], steered: Steered) -> np.ndarray:
         """The chosen latent over images, as edited: [B, H, W]."""
@@ -216,10 +213,8 @@ class SteeringPanel(_ImageView):
         )  # fmt: skip
 
     def _suggested(self) -> list[int]:
-        reader, image = self._reader, self._shown_image
-        h = reader.latents(image)[None]
-        scores = image_attribution(reader.clip, reader.sae, reader.residual([image]), self._head, layer=reader.layer, h=h)[0]
-        top = scores.topk(min(self._n_sliders, len(scores)))
+        scores = self._reader.owed(self._shown_image, head=self._head)[0].sum(0)
+        top = scores.topk(min(N_SLIDERS, len(scores)))
         return [int(i) for i, score in zip(top.indices, top.values, strict=True) if score > 0] or top.indices[:1].tolist()
 
     def _new_image(self, _: Any) -> None:

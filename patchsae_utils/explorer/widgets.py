@@ -58,7 +58,8 @@ class _View(anywidget.AnyWidget):
 
     LINKED: tuple[str, ...] = ("latent", "image", "patch", "patches")  # choices that link joins, where a view has them
     CHOICES: tuple[str, ...] = LINKED  # what ``selection`` holds, where a view has it
-    TAKES = "clip, sae, summary, dataset, names"  # what it is made of
+    TAKES = "clip, sae, summary, dataset, names"  # what it is made of, before the layer
+    ALSO = ""  # and behind it
     IN_TURN = False  # choices are set one after the other, since the first changes what the next may be; otherwise with one message
 
     # One sheet for all: with one each, the shared rules of the view that is drawn last would override the others' own.
@@ -92,7 +93,7 @@ class _View(anywidget.AnyWidget):
             traits.setdefault("tau", summary.tau)
         super().__init__(
             grid=self._reader.grid, n_latents=self._reader.d_sae, palette=palette(), names=encode_names(self._names),
-            call=f"ps.{type(self).__name__}({self.TAKES}, {self._reader.layer}", choices=[c for c in self.CHOICES if self.has_trait(c)],
+            call=f"ps.{type(self).__name__}({self.TAKES}, {self._reader.layer}{self.ALSO}", choices=[c for c in self.CHOICES if self.has_trait(c)],
             **traits,
         )  # fmt: skip
         self.on_msg(lambda _, content, buffers: self._receive(content, buffers))

@@ -36,5 +36,7 @@ def test_the_report_sets_each_median_beside_its_target(monkeypatch, capsys, tmp_
 def test_its_notebook_is_python_and_shows_three_views(tmp_path, world):
     path = explorer.write_notebook(tmp_path, world, {"d_sae": 64}, threads=1)
     cells = nbformat.read(path, as_version=4).cells
-    assert len(cells) == 3 and cells[-1].source.endswith("display(latents, patches, panel)\n")  # one cell, which is run again for the memory
+    assert len(cells) == 3 and cells[-1].source.endswith(
+        "display(latents, patches, panel)\n"
+    )  # one cell, which is run again for the memory
     ast.parse("\n".join(cell.source for cell in cells))

@@ -81,13 +81,13 @@ def test_another_image_starts_afresh(panel, tiny_clip, tiny_sae, tiny_dataset, h
     panel.edits = [{"latent": 5, "op": "scale", "value": 2.0}]
     panel.image = 4
     assert panel.edits == [] and panel.latents == [3, 5, 9] and panel.shown["image"] == 4  # latents that were given stay
-    free = SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, head=head, n_sliders=4, image=1)
+    free = SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, head=head, image=1)
     for image in (1, 3):
         free.image = image
         scores = image_attribution(tiny_clip, tiny_sae, tiny_clip.run_to(tiny_clip.preprocess(tiny_dataset[image].image)[None], -2), head)[
             0
         ]
-        assert free.latents == scores.topk(4).indices.tolist()
+        assert free.latents == scores.topk(5).indices.tolist()
     free.latents = [0, 1]
     free.image = 5
     assert free.latents == [0, 1]
