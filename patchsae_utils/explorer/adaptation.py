@@ -42,8 +42,6 @@ class AdaptationCard(NamedTuple):
 class AdaptationView(_View):
     """What adaptation changed in one image: latents that both models show, that only one shows, and what each then says.
 
-    Each choice is a trait with a ``help``: set it in Python or in the page.
-
     Parameters
     ----------
     clip : ClipModel
@@ -51,9 +49,8 @@ class AdaptationView(_View):
         Task -> ``clip`` adapted to it.
     sae : SparseAutoencoder
         Trained on ``clip``; it reads both.
-    names : DataFrame, mapping or sequence, optional
-        Names of latents, such as ``label_latents`` returns.
-    layer : int
+    names, layer
+        As for :class:`LatentExplorer`.
     summary : LatentSummary, optional
         Of ``sae`` on any data set: the strongest latents are then chosen by activation times log(1 / frequency); bars stay activations.
     datasets : mapping of str to data set

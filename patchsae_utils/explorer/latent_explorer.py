@@ -38,8 +38,6 @@ NOTES = ("latent", "star", "name", "note")  # columns of the file of one's own w
 class LatentExplorer(_View):
     """Look through an SAE's latents: statistics, reference images with heat maps, classes.
 
-    Each choice is a trait with a ``help``: set it in Python or in the page.
-
     Parameters
     ----------
     clip : ClipModel
@@ -121,18 +119,17 @@ class LatentExplorer(_View):
         """The latent in the other data sets and models; the first one reads a sample of each."""
         return {name: place_card(reader, self._reader, self.latent) for name, reader in self._elsewhere.items() if self.latent >= 0}
 
-    def find(self, text: str, n: int = 8) -> list[tuple[int, float]]:
+    def find(self, text: str) -> list[tuple[int, float]]:
         """The latents whose reference images look most like a text, and how far above the mean latent, in standard deviations.
 
         Parameters
         ----------
         text : str
             Any words: ``"red wheel"``.
-        n : int
         """
         if self._find is None:
             raise SelectionError("Finding latents by words needs likeness=, and a model with a text tower.")
-        return self._find(text, n)
+        return self._find(text)
 
     def keep(self, latent: int, **words: Any) -> None:
         """Keep one's own words on a latent, and write them to the file of ``notes``.

@@ -17,8 +17,6 @@ from .widgets import SelectionError, _ImageView, module
 class PatchExplorer(_ImageView):
     """Point at a patch of an image: its latents, the whole image's latents, and where a chosen latent is.
 
-    Each choice is a trait with a ``help``: set it in Python or in the page.
-
     Parameters
     ----------
     clip, sae, summary, dataset, names, layer

@@ -44,8 +44,6 @@ class BatchCard(NamedTuple):
 class SteeringPanel(_ImageView):
     """Steer one image by a few latents, and see the class probabilities before and after.
 
-    Each choice is a trait with a ``help``: set it in Python or in the page.
-
     Parameters
     ----------
     clip : ClipModel
@@ -53,9 +51,8 @@ class SteeringPanel(_ImageView):
     sae : SparseAutoencoder
     dataset : data set of ``Example``
         Whose images are shown.
-    names : DataFrame, mapping or sequence, optional
-        Names of latents, such as ``label_latents`` returns.
-    layer : int
+    names, layer
+        As for :class:`LatentExplorer`.
     head : Tensor [C, d_embed], optional
         By default from the data set's class names and templates.
     latents : sequence of int, optional
@@ -170,12 +167,6 @@ class SteeringPanel(_ImageView):
             raise SelectionError("No other latent is active there.")
         self.latents, self.latent = [*self.latents, int(values.argmax())], int(values.argmax())
 
-    def reset(self) -> None:
-        """Take all edits back, and the selected patches; edits then act on all tokens again if they acted on selected ones."""
-        with self.hold_trait_notifications():
-            self.edits, self.patches = [], []
-            self.where = "all" if self.where == "selected" else self.where
-
     @property
     def card(self) -> dict[str, Any]:
         """What is shown, as plain values: picture, heat, sliders (a dict each), bars (class, before, after), code."""
@@ -185,16 +176,16 @@ class SteeringPanel(_ImageView):
         first, then = (np.argsort(-p, kind="stable").tolist() for p in (before, after))
         top = list(dict.fromkeys(first[: N_CLASSES // 2] + then[:N_CLASSES]))[:N_CLASSES]
         top = sorted(top, key=lambda c: -max(before[c], after[c]))
-        edits = {edit["latent"]: edit for edit in self.edits}
+        edits, usual = {edit["latent"]: edit for edit in self.edits}, float(h.max()) / 4
         sliders = [{
             "latent": latent, "name": str(self._names.get(latent) or ""), "op": "scale", "value": 1.0, **edits.get(latent, {}),
             "edited": latent in edits, "most": float(h[1:, latent].max()), "cls": float(h[0, latent]),
-            "limit": max(float(h[:, latent].max()), float(h.max()) / 4, 1e-3),
+            "limit": max(float(h[:, latent].max()), usual, 1e-3),
         } for latent in self.latents]  # fmt: skip
         return {
             "image": self.image, "label": self._reader.label(image), "picture": self._reader.picture(image), "grid": self.grid,
-            "uploaded": self.uploaded,
-            "latent": self.latent, "name": str(self._names.get(self.latent) or ""), "where": self.where, "patches": list(self.patches),
+            "uploaded": self.uploaded, "latent": self.latent, "name": str(self._names.get(self.latent) or ""), "where": self.where,
+            "patches": list(self.patches),
             "heat": self._heats([image], steered)[0], "sliders": sliders, "edited": self.latent in edits,
             "bars": [(self.dataset.class_names[c], float(before[c]), float(after[c])) for c in top], "code": self.code,
         }  # fmt: skip

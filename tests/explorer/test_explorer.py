@@ -366,7 +366,9 @@ def test_page_fits_narrow_and_dark_outputs(show, tiny_clip, tiny_sae, summary, t
     for view in (
         LatentExplorer(*parts, names={latent: f"{latent}_" + 3 * BAD.replace(" ", "_") for latent in range(64)}, latent=3),
         PatchExplorer(*parts, patch=100, latent=3),
+        SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, {3: BAD}, latents=[3, 5, 9], latent=3, batch=[3, 4, 5]),
+        AdaptationView(tiny_clip, {"tools": tiny_clip}, tiny_sae, summary=summary, datasets={"tools": tiny_dataset}, latent=3, patch=100),
     ):
         page = show(view, dark=dark)
-        page.wait_for_selector(".psx-ref")
+        page.wait_for_selector(".psx-odds li" if view.kind == "adaptation" else ".psx-ref")
         check_that_it_fits(page, view, dark)

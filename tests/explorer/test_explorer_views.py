@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from explorer_pages import BAD, UNLABELLED, check_that_it_fits, picture_file, pixels, wait_for_pixels, wire
+from explorer_pages import BAD, UNLABELLED, picture_file, pixels, wait_for_pixels, wire
 
 from patchsae_utils.adaptation.prompts import VisualPrompt
 from patchsae_utils.explorer import AdaptationView, LatentExplorer, cards, export_gallery, reader
@@ -334,14 +334,6 @@ def test_page_of_two_models(show, adaptation):
     assert adaptation.image == 1 and adaptation.task == "more"
     page.evaluate("window.stop()")
     assert page.evaluate("window.model.count()") == 0
-
-
-@pytest.mark.parametrize("dark", [False, True])
-def test_page_of_two_models_fits_narrow_and_dark_outputs(show, adaptation, dark):
-    adaptation.latent = adaptation.card.listed[0]
-    page = show(adaptation, dark=dark)
-    page.wait_for_selector(".psx-odds li")
-    check_that_it_fits(page, adaptation, dark)
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from explorer_pages import check_that_it_fits, picture_file, pixels
+from explorer_pages import BAD, picture_file, pixels
 
 import patchsae_utils as ps
 from patchsae_utils.explorer import SteeringPanel
 from patchsae_utils.explorer.reader import read_upload
 from patchsae_utils.interventions import Edit, dataset_head, steer
 from patchsae_utils.interventions.attribution import image_attribution
-
-BAD = "<img src=x onerror=document.title='bad'>"
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +59,7 @@ def test_a_selection_is_kept_and_set_again(panel):
     }
     panel.selection = dict(reversed(chosen.items()))  # another image takes edits back: the order of setting is the panel's
     assert panel.selection == chosen and panel.shown["image"] == 6 and panel.to_edits() == [Edit(3, "scale", 2.0, [4, 90])]
-    panel.reset()
+    panel.edits, panel.patches, panel.where = [], [], "all"
     panel.selection = chosen
     assert panel.selection == chosen
     with pytest.raises(ValueError, match="no choice 'color'; valid are image, latents, latent, patches, where, edits, batch"):
@@ -269,10 +267,3 @@ def test_page_shows_a_latents_place_and_its_name_as_text(show, panel):
     assert np.abs(pixels(page, ".psx-stage").astype(int) - bare).mean() > 1
     assert "<img src=x" in page.inner_text(".psx-sliders")
     assert page.locator(".psx-sliders img").count() == 0 and page.title() == ""
-
-
-@pytest.mark.parametrize("dark", [False, True])
-def test_page_fits_narrow_and_dark_outputs(show, panel, dark):
-    page = show(panel, dark=dark)
-    page.wait_for_selector(".psx-odds li")
-    check_that_it_fits(page, panel, dark)
