@@ -22,11 +22,11 @@ function steeringView(page, root) {
   const code = h("code", { tabindex: 0, "aria-label": "This edit as a line of Python" });
   const copy = copier(page, "Copy", () => code.textContent);
   const legend = legendOf(page);
-  const more = [["", "this image alone"], ["class", "and others of its class"], ["any", "and others of any class"]].map(([value, text]) => h("option", { value }, text));
-  const batch = h("select", { onchange: () => page.send({ kind: "batch", of: batch.value }) }, ...more);
+  const more = [["", "on this image alone"], ["class", "on others of its class, too"], ["any", "on others of any class, too"]].map(([value, text]) => h("option", { value }, text));
+  const batch = h("select", { "aria-label": "Images that the edits act on", onchange: () => page.send({ kind: "batch", of: batch.value }) }, ...more);
   const others = referencesOf(page, "The same edits on other images", "probability of its class");
   root.append(
-    h("div", { class: "psx-bar" }, ...steps.elements, ...uploadOf(page, root), where, h("label", {}, "On", batch), reset),
+    h("div", { class: "psx-bar" }, ...steps.elements, ...uploadOf(page, root), where, batch, reset),
     h("div", { class: "psx-bar" }, ...controls(page), legend.element),
     h("div", { class: "psx-body" },
       h("div", {}, title, stage, seen, hint, live),

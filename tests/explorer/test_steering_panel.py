@@ -131,13 +131,13 @@ def test_page_steers_uploads_and_other_images(show, panel):
     page.click("[aria-label='Next image']")
     page.wait_for_selector("h3:has-text('Image 1 ·')")
     page.click("[aria-label^='Turn off latent 3']")
-    page.select_option("label:has-text('On') select", "any")
+    page.select_option("[aria-label='Images that the edits act on']", "any")
     page.wait_for_selector(".psx-ref:has-text('→')")
     assert page.locator(".psx-ref").count() == len(panel.batch) == 10 and 1 not in panel.batch
     page.click("[aria-label^='Turn off latent 9']")
     page.wait_for_function("window.model.get('edits').length === 2")
     assert panel.others["note"] in page.wait_for_selector(f"text={panel.others['note']}").inner_text()
-    page.select_option("label:has-text('On') select", "class")  # each class has one image here
+    page.select_option("[aria-label='Images that the edits act on']", "class")  # each class has one image here
     page.wait_for_selector(".psx-refs", state="hidden")
     assert panel.batch == [] and panel.edits
 
