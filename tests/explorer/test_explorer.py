@@ -188,7 +188,7 @@ def test_a_view_is_saved_as_png_and_svg(show, latents, patches):
     patches.patch, patches.latent = 20, 3
     for view, kind, start in ((latents, "png", b"\x89PNG"), (patches, "svg", b"<?xml")):
         page, others = show(view), plt.get_fignums()
-        with page.expect_download() as saved:
+        with page.expect_download(timeout=180_000) as saved:
             page.click(f"text=Save as {kind.upper()}")
         assert saved.value.suggested_filename == f"{view.kind}.{kind}" and Path(saved.value.path()).read_bytes().startswith(start)
         assert plt.get_fignums() == others
