@@ -71,6 +71,19 @@ class EffectCard(NamedTuple):
     together: list[tuple[int, float]]  # latents active in the same images of the sample, and their correlation
 
 
+class PlaceCard(NamedTuple):
+    """A latent elsewhere: in another data set, or as another model has it."""
+
+    n_active: int  # images of the sample there where it is active
+    n_images: int  # of the sample
+    correlation: float | None  # with the latent here, image by image; None for other images
+    images: np.ndarray  # [k] the strongest of the sample
+    values: np.ndarray
+    labels: list[str]
+    pictures: list[np.ndarray]
+    heats: np.ndarray
+
+
 class PatchCard(NamedTuple):
     """One image, its chosen patches, and one latent over it. Grid H x W."""
 
@@ -181,12 +194,27 @@ def effect_card(reader: Reader, summary: Any, latent: int, n: int = 6) -> Effect
     )  # fmt: skip
 
 
+def place_card(reader: Reader, here: Reader, latent: int, k: int = 5) -> PlaceCard:
+    """Look a latent up elsewhere, over the sample of another reader."""
+    sample = reader.sample
+    column = sample.means[:, latent].numpy()
+    some = [i for i in np.argsort(-column, kind="stable")[:k] if column[i] > 0]
+    images, both = sample.images[some], None
+    if reader.dataset is here.dataset:
+        both = np.stack([column, here.sample.means[:, latent].numpy()])
+    known = both is not None and both.std(1).min() > 0
+    return PlaceCard(
+        int((column > 0).sum()), len(column), float(np.corrcoef(both)[0, 1]) if known else None, images, column[some],
+        [reader.label(i) for i in images], [reader.picture(i) for i in images], reader.heats(images, latent),
+    )  # fmt: skip
+
+
 def _pushes(reader: Reader, summary: Any, latent: int, n: int = 4) -> list[tuple[str, Interval]]:
     """How much of each class's logit, less the mean over classes, goes when the latent is turned off in its reference images."""
     images = [int(i) for i in summary.top_images[latent] if i >= 0]
     if reader.head is None or not images:
         return []
-    steered = steer(reader.clip, reader.sae, reader.inputs(images), [Edit(latent)], reader.layer, reader.head)
+    steered = steer(reader.clip, reader.sae, reader.residual(images), [Edit(latent)], reader.layer, reader.head)
     effect = (steered.logits_before - steered.logits).float().cpu()
     value, low, high, unit = mean_interval((effect - effect.mean(1, keepdim=True)).T, "images")
     order = np.argsort(-value, kind="stable")
@@ -227,10 +255,10 @@ def distinctiveness(summary: Any) -> np.ndarray:
     return -np.log(np.clip(frequency, 1e-6, 1), where=frequency > 0, out=np.zeros(len(frequency))).astype(np.float32)
 
 
-def encode_picture(picture: np.ndarray, quality: int = 92) -> bytes:
+def encode_picture(picture: np.ndarray) -> bytes:
     """A picture, uint8 [H, W, 3], as JPEG without chroma subsampling: crisp edges, a few kilobytes."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=quality, subsampling=0)
+    Image.fromarray(picture).save(buffer, "JPEG", quality=92, subsampling=0)
     return buffer.getvalue()
 
 
@@ -243,12 +271,15 @@ def encode_heats(heats: np.ndarray) -> tuple[bytes, float]:
     return np.round(255 * np.sqrt(heats / scale)).astype(np.uint8).tobytes(), scale
 
 
-def reference_message(card: LatentCard | EffectCard | None) -> dict[str, Any]:
-    """Reference images as the page wants them."""
+def reference_message(card: Any, own: bool = True) -> dict[str, Any]:
+    """Reference images of a card (or None) as the page wants them; those that are not the view's ``own`` can't be chosen there: -2 or less."""
     heats, scale = (b"", 1.0) if card is None else encode_heats(card.heats)
     rows = [] if card is None else zip(card.images, card.labels, card.values, card.pictures, strict=True)
     return {
-        "images": [{"index": int(i), "label": label, "value": f"{value:.3g}", "jpeg": encode_picture(p)} for i, label, value, p in rows],
+        "images": [
+            {"index": int(i) if own else -2 - int(i), "label": label, "value": value if isinstance(value, str) else f"{value:.3g}", "jpeg": encode_picture(p)}
+            for i, label, value, p in rows
+        ],
         "heats": heats, "scale": scale,
         "note": "Choose a latent." if card is None else "" if len(card.images) else "No image of the data set activates this latent.",
     }  # fmt: skip

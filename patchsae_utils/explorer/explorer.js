@@ -2,6 +2,7 @@
 // Each view is a module that imports this one; module() in widgets.py makes one file of the two. Texts are set as text nodes only, never as HTML.
 
 export const LOOK = ["tau", "opacity", "mode", "contour"]; // how heat maps look
+const UPLOAD_BYTES = 8 * 2 ** 20; // as in reader.py
 export const SIZE = { reference: 160, stage: 448 };
 
 // An anywidget module that shows one view: `view(page, root)` fills the root and returns what ends it.
@@ -83,7 +84,15 @@ function sharing(page) {
   };
   const buttons = [copier(page, "Copy as Python", python)];
   if (!globalThis.jupyterapp) buttons.push(copier(page, "Copy link", link)); // JupyterLab takes an address's end for its own
-  return h("div", { class: "psx-bar psx-sharing" }, ...buttons);
+  const save = (format) => h("button", { class: "psx-step", type: "button", onclick: () => page.send({ kind: "export", format }) }, `Save as ${format.toUpperCase()}`);
+  page.on(["exported"], () => {
+    const file = page.get("exported");
+    if (!file.name) return;
+    const href = URL.createObjectURL(new Blob([bytes(file.bytes)]));
+    h("a", { href, download: file.name }).click();
+    setTimeout(() => URL.revokeObjectURL(href), 10_000);
+  });
+  return h("div", { class: "psx-bar psx-sharing" }, ...buttons, save("png"), save("svg"));
 }
 
 // A button that copies a text; without leave to write to the clipboard the text is told in the page.
@@ -103,7 +112,7 @@ export function copier(page, label, text) {
 }
 
 // Images of a latent as buttons; a click chooses the image.
-export function referencesOf(page, heading) {
+export function referencesOf(page, heading, unit = "mean activation") {
   const grid = h("div", { class: "psx-refs", role: "group", "aria-label": heading });
   const note = h("p", { class: "psx-soft" });
   const shelf = shelfOf(6 * 10);
@@ -123,8 +132,9 @@ export function referencesOf(page, heading) {
       Object.assign(tile, { image: index, picture, codes });
       tile.name.textContent = label;
       tile.value.textContent = value;
-      tile.element.title = `Image ${index}: ${label}`;
-      tile.element.setAttribute("aria-label", `${heading}, ${i + 1}: ${label}, image ${index}, mean activation ${value}${strongest(codes, page.get("grid"))}`);
+      tile.element.disabled = index < -1; // not one of this view's
+      tile.element.title = index < 0 ? label : `Image ${index}: ${label}`;
+      tile.element.setAttribute("aria-label", `${heading}, ${i + 1}: ${tile.element.title}, ${unit} ${value}${strongest(codes, page.get("grid"))}`);
     },
   );
   page.on(["image"], mark);
@@ -177,6 +187,39 @@ export function imageSteps(page) {
   };
   return { elements: [back, h("label", {}, "Image", field), forth], show };
 }
+
+// Buttons for a picture of one's own: a file, or one that is dropped on the view.
+export function uploadOf(page, root) {
+  const file = h("input", { type: "file", accept: "image/png,image/jpeg,image/webp,image/gif,image/bmp", "aria-label": "Your own image, from a file" });
+  const open = h("button", { class: "psx-step", type: "button", onclick: () => file.click() }, "Your image…");
+  file.hidden = true;
+  async function upload(chosen) {
+    if (!chosen) return;
+    if (chosen.size > UPLOAD_BYTES) return page.tell(`This file has ${(chosen.size / 2 ** 20).toFixed(1)} MB; at most ${UPLOAD_BYTES / 2 ** 20} MB are read.`);
+    page.tell("");
+    page.send({ kind: "upload", name: chosen.name }, await chosen.arrayBuffer());
+  }
+  file.addEventListener("change", () => {
+    const own = file.files[0];
+    page.run(() => upload(own));
+    file.value = ""; // the same file can be chosen again
+  });
+  const over = (event) => {
+    if (![...(event.dataTransfer?.types ?? [])].includes("Files")) return;
+    event.preventDefault();
+    event.stopPropagation();
+    root.classList.toggle("psx-over", event.type !== "drop");
+    if (event.type !== "drop") return;
+    const own = event.dataTransfer.files[0];
+    page.run(() => upload(own));
+  };
+  root.addEventListener("dragover", over);
+  root.addEventListener("drop", over);
+  root.addEventListener("dragleave", () => root.classList.remove("psx-over"));
+  return [open, file];
+}
+
+export const shownOf = (card) => (card.uploaded ? `Your image · ${card.uploaded}` : `Image ${card.image} · ${card.label}`);
 
 // A name, a bar for each mark (a class of the style sheet), and a text: rows [name, value, ...].
 export function barsOf(list, marks, text) {
@@ -308,7 +351,7 @@ export function finderOf(page, take = (latent) => page.set("latent", latent)) {
   const list = h("ul", { id, role: "listbox", "aria-label": "Latents found" });
   const said = h("span", { class: "psx-hidden", "aria-live": "polite" });
   list.hidden = true;
-  let [hits, at, later] = [[], 0, 0];
+  let [hits, at, asking] = [[], 0, false];
   function close() {
     list.hidden = true;
     box.setAttribute("aria-expanded", "false");
@@ -348,13 +391,20 @@ export function finderOf(page, take = (latent) => page.set("latent", latent)) {
     close();
     box.select();
   }
-  box.addEventListener("input", () => {
-    show();
-    clearTimeout(later);
+  // One question at a time: what was typed meanwhile is the next.
+  function ask() {
     const text = box.value.trim();
-    if (searches && text.length > 2 && !/^\d+$/.test(text)) later = setTimeout(() => page.send({ kind: "find", text }), 200);
+    if (asking || !searches || text.length < 3 || /^\d+$/.test(text) || page.get("hits").text === text) return;
+    asking = true;
+    page.send({ kind: "find", text });
+  }
+  box.addEventListener("input", () => (show(), ask()));
+  page.on(["hits"], () => {
+    asking = false;
+    if (document.activeElement === box) show();
+    ask();
   });
-  page.on(["hits"], () => document.activeElement === box && show());
+  page.on(["notice"], () => page.get("notice") && (asking = false));
   box.addEventListener("blur", close);
   box.addEventListener("keydown", (event) => {
     if (event.key === "Escape") return close();

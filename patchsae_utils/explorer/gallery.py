@@ -55,7 +55,7 @@ def export_gallery(
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}.")
-    reader, known = Reader(clip, sae, dataset, layer, keep=1024), read_names(names, sae.W_enc.shape[1])
+    reader, known = Reader.shared(clip, sae, dataset, layer), read_names(names, sae.W_enc.shape[1])
     chosen = living(summary, order, measures_of(known, None, reader.d_sae))[:n]
     pictures: dict[int, str] = {}
     entries = []

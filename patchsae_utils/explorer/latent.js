@@ -125,7 +125,9 @@ function effectOf(page) {
   const together = chipsOf(page, "Active in the same images, by correlation", "correlation");
   const status = h("p", { class: "psx-status" });
   const pushed = h("div", {}, h("h4", {}, "Classes it pushes up and down: logit lost without it, mean over its reference images"), pushes);
-  const content = h("div", { class: "psx-side" }, h("div", {}, h("h4", {}, "How strongly it is active"), histogram, h("div", { class: "psx-axis" }, ...ends)), examples.element, pushed, together.element);
+  const places = Object.fromEntries(page.get("places").map((name) => [name, referencesOf(page, `Elsewhere: ${name}`)]));
+  const elsewhere = Object.values(places).map((place) => place.element);
+  const content = h("div", { class: "psx-side" }, h("div", {}, h("h4", {}, "How strongly it is active"), histogram, h("div", { class: "psx-axis" }, ...ends)), examples.element, pushed, together.element, ...elsewhere);
   const element = h("details", { class: "psx-does" }, h("summary", {}, "What does it do?"), status, content);
   const showBins = rowsIn(histogram, () => ({ element: h("div") }), (row, [share, title]) => (row.element.style.setProperty("--share", share), (row.element.title = title)));
   let later = 0;
@@ -151,13 +153,28 @@ function effectOf(page) {
     content.hidden = false;
     status.textContent = "";
     content.classList.toggle("psx-busy", next.latent !== page.get("latent"));
+    elsewhere.forEach((place) => place.classList.add("psx-busy"));
     await examples.show(next);
+    askNext(-1);
+  }
+  // One place after the other, so that what is clicked meanwhile is answered in between.
+  function askNext(done) {
+    const place = page.get("places")[done + 1];
+    if (place !== undefined && element.open && page.get("effect").latent === page.get("latent")) page.send({ kind: "elsewhere", latent: page.get("latent"), place });
+  }
+  async function showPlace() {
+    const next = page.get("place");
+    if (next.latent !== page.get("latent")) return;
+    places[next.place].element.classList.remove("psx-busy");
+    await places[next.place].show(next);
+    askNext(page.get("places").indexOf(next.place));
   }
   element.addEventListener("toggle", ask);
   page.on(["effect"], show);
+  page.on(["place"], showPlace);
   page.on(["notice"], () => page.get("notice") && (status.textContent = "")); // it failed, and the page says why
   page.run(show);
-  return { element, ask, close: () => (clearTimeout(later), examples.close()) };
+  return { element, ask, close: () => (clearTimeout(later), [examples, ...Object.values(places)].forEach((one) => one.close())) };
 }
 
 const signed = (value) => `${value < 0 ? "−" : "+"}${short(Math.abs(value))}`;

@@ -12,8 +12,21 @@ import traitlets as t
 
 from ..data import templates_for
 from ..run.artifacts import atomic_file
-from .cards import ORDERS, EffectCard, LatentCard, Name, effect_card, first_sight, latent_card, living, read_names, reference_message
-from .reader import EDGES
+from .cards import (
+    ORDERS,
+    EffectCard,
+    LatentCard,
+    Name,
+    PlaceCard,
+    effect_card,
+    first_sight,
+    latent_card,
+    living,
+    place_card,
+    read_names,
+    reference_message,
+)  # fmt: skip
+from .reader import EDGES, Reader
 from .search import TextSearch
 from .widgets import SelectionError, _View, encode_names, measures_of, module
 
@@ -24,8 +37,6 @@ NOTES = ("latent", "star", "name", "note")  # columns of the file of one's own w
 
 class LatentExplorer(_View):
     """Look through an SAE's latents: statistics, reference images with heat maps, classes.
-
-    Each choice is a trait with a ``help``: set it in Python or in the page.
 
     Parameters
     ----------
@@ -41,6 +52,9 @@ class LatentExplorer(_View):
     likeness : Likeness, optional
         Of the same SAE and images, as ``ps.stages.latent_likeness`` opens it: latents can then be sorted by monosemanticity, and the box finds
         them by words ("red wheel") whether or not they have names.
+    elsewhere : mapping, optional
+        Name -> another data set, or a pair of another model and a data set: where the same latent's strongest images are shown as well, such as
+        ``{"line drawings": lines, "MaPLe": (adapted, dataset)}``.
     notes : path, optional
         CSV of one's own stars, names and notes: read if it is there, written with every change. ``pandas.read_csv`` of it can be given as ``names``.
     **traits
@@ -56,15 +70,20 @@ class LatentExplorer(_View):
     searches = t.Bool(help="Whether latents can be found by words that are no names.").tag(sync=True)
     hits = t.Dict(help="What was asked last, and the latents that fit it best: number, name, score.").tag(sync=True)
     effect = t.Dict(help="What a latent does, once the page has asked.").tag(sync=True)
+    places = t.List(t.Unicode(), help="The names of ``elsewhere``.").tag(sync=True)
+    place = t.Dict(help="The latent in one of these, once the page has asked.").tag(sync=True)
     kept = t.Dict(help="One's own words: latent, as text -> star, name, note.").tag(sync=True)
     points = t.Bytes(help="Two bytes a latent, log frequency and log mean activation, 1 to 255; 0 0 for dead latents.").tag(sync=True)
 
     def __init__(
         self, clip: Any, sae: Any, summary: Any, dataset: Any, names: Any = None, layer: int = -2, *, likeness: Any = None,
-        notes: str | Path | None = None, **traits: Any,
+        elsewhere: Mapping[str, Any] | None = None, notes: str | Path | None = None, **traits: Any,
     ):  # fmt: skip
         self._measures: dict[str, np.ndarray] | None = None  # known once there are names
         super().__init__(clip, sae, summary, dataset, names, layer, kind="latent", points=scatter_points(summary), **traits)
+        pairs = {name: value if isinstance(value, tuple) else (clip, value) for name, value in (elsewhere or {}).items()}
+        self._elsewhere = {name: Reader.shared(model, sae, data, layer) for name, (model, data) in pairs.items()}
+        self.places = list(self._elsewhere)
         self._notes = None if notes is None else Path(notes)
         if self._notes is not None and self._notes.exists():
             table = pd.read_csv(self._notes, dtype={"name": str, "note": str}, keep_default_na=False)
@@ -72,7 +91,7 @@ class LatentExplorer(_View):
             self.kept = {str(row.pop("latent")): row for row in table[list(NOTES)].to_dict("records")}
         self._measures = measures_of(self._names, likeness, self._reader.d_sae)
         searches = likeness is not None and clip.has_text
-        self._find = TextSearch(clip, summary, likeness.embeddings, templates_for(dataset.spec)) if searches else None
+        self._find = TextSearch.shared(clip, summary, likeness.embeddings, templates_for(dataset.spec)) if searches else None
         self.searches = searches
         self.sorts = [*ORDERS, *self._measures]
         self._check_known(self.sort)
@@ -95,18 +114,22 @@ class LatentExplorer(_View):
         """What the latent does beyond its strongest images, as arrays; the first one reads a sample of the data set."""
         return None if self.latent < 0 else effect_card(self._reader, self._summary, self.latent)
 
-    def find(self, text: str, n: int = 8) -> list[tuple[int, float]]:
+    @property
+    def elsewhere(self) -> dict[str, PlaceCard]:
+        """The latent in the other data sets and models; the first one reads a sample of each."""
+        return {name: place_card(reader, self._reader, self.latent) for name, reader in self._elsewhere.items() if self.latent >= 0}
+
+    def find(self, text: str) -> list[tuple[int, float]]:
         """The latents whose reference images look most like a text, and how far above the mean latent, in standard deviations.
 
         Parameters
         ----------
         text : str
             Any words: ``"red wheel"``.
-        n : int
         """
         if self._find is None:
             raise SelectionError("Finding latents by words needs likeness=, and a model with a text tower.")
-        return self._find(text, n)
+        return self._find(text)
 
     def keep(self, latent: int, **words: Any) -> None:
         """Keep one's own words on a latent, and write them to the file of ``notes``.
@@ -166,6 +189,14 @@ class LatentExplorer(_View):
     def _on_does(self, content: Mapping, buffers: list) -> None:
         latent = self._within("latent", content["latent"], self._reader.d_sae)
         self.effect = effect_message(effect_card(self._reader, self._summary, latent), self._names)
+
+    def _on_elsewhere(self, content: Mapping, buffers: list) -> None:
+        latent, reader = self._within("latent", content["latent"], self._reader.d_sae), self._elsewhere[content["place"]]
+        card = place_card(reader, self._reader, latent)
+        said = "" if card.correlation is None else f" Image by image, as here: r = {card.correlation:.2f}."
+        message = reference_message(card, own=reader.dataset is self.dataset)
+        note = f"Active in {card.n_active} of {card.n_images} sampled images.{said}"
+        self.place = message | {"latent": latent, "place": content["place"], "note": note}
 
     def _on_prefetch(self, content: Mapping, buffers: list) -> None:
         """The page is idle: look up what its next step would show, one by one, so that the likeliest is there first."""

@@ -1,11 +1,10 @@
 // The patch explorer.
 
-import { ARROWS, LOOK, SIZE, border, bytes, controls, decoding, h, imageSteps, legendOf, listOf, lookOf, namesOf, outline, paint, patchAt, placeOf, referencesOf, select, stepped, three, titled, widget, words } from "./explorer.js";
+import { ARROWS, LOOK, SIZE, border, bytes, controls, decoding, h, imageSteps, legendOf, listOf, lookOf, namesOf, outline, paint, patchAt, placeOf, referencesOf, select, shownOf, stepped, three, titled, uploadOf, widget, words } from "./explorer.js";
 
 export default widget(patchView);
 
 const RANKS = { activation: "activation", distinctive: "distinctiveness", contrast: "here, not elsewhere", prediction: "what a class owes" };
-const UPLOAD_BYTES = 8 * 2 ** 20; // as in reader.py
 
 function patchView(page, root) {
   const [rows, columns] = page.get("grid");
@@ -15,9 +14,6 @@ function patchView(page, root) {
   const stage = h("canvas", { class: "psx-stage", tabindex: 0, role: "application", "aria-roledescription": "grid of patches" });
   const title = h("h3");
   const hint = h("p", { class: "psx-status" }, "Point at a patch to see its latents, click to choose it; Shift and click, or Shift and arrow keys, choose several. Escape takes the choice back.");
-  const file = h("input", { type: "file", accept: "image/png,image/jpeg,image/webp,image/gif,image/bmp", "aria-label": "Your own image, from a file" });
-  const open = h("button", { class: "psx-step", type: "button", onclick: () => file.click() }, "Your image…");
-  file.hidden = true;
   const live = h("p", { class: "psx-hidden", "aria-live": "polite" });
   const chosen = h("h3");
   const most = h("p", { class: "psx-soft" });
@@ -27,7 +23,7 @@ function patchView(page, root) {
   const legend = legendOf(page);
   const side = h("div", { class: "psx-side" }, h("div", { class: "psx-lists" }, here.element, whole.element), h("div", {}, chosen, most), references.element);
   const body = h("div", { class: "psx-body" }, h("div", {}, title, stage, hint, live), side);
-  root.append(h("div", { class: "psx-bar" }, ...steps.elements, open, file, rank, target), h("div", { class: "psx-bar" }, ...controls(page), legend.element), body);
+  root.append(h("div", { class: "psx-bar" }, ...steps.elements, ...uploadOf(page, root), rank, target), h("div", { class: "psx-bar" }, ...controls(page), legend.element), body);
 
   const names = namesOf(page);
   let [card, picture] = [null, null];
@@ -39,12 +35,11 @@ function patchView(page, root) {
     const opened = await decoder(next.jpeg);
     if (!opened) return; // overtaken by a later card
     [card, picture] = [next, opened];
-    title.textContent = next.uploaded ? `Your image · ${next.uploaded}` : `Image ${next.image} · ${next.label}`;
+    title.textContent = shownOf(next);
     const spot = next.patches.length > 1 ? `${next.patches.length} patches chosen` : next.patch < 0 ? "" : placeOf(next.patch, columns);
     const top = next.patch_latents[0];
     live.textContent = spot && `${spot}. ${top ? `Strongest: latent ${top.latent}${top.name ? `, ${top.name}` : ""}` : "No latent is active here"}.`;
-    const what = next.uploaded ? `Your image ${next.uploaded}` : `Image ${next.image}, ${next.label}`;
-    stage.setAttribute("aria-label", `${what}. ${spot || "No patch chosen"}. Arrow keys move over ${rows} by ${columns} patches.`);
+    stage.setAttribute("aria-label", `${shownOf(next)}. ${spot || "No patch chosen"}. Arrow keys move over ${rows} by ${columns} patches.`);
     showSelection();
   }
   async function showReferences() {
@@ -132,31 +127,6 @@ function patchView(page, root) {
     if (!event.shiftKey) choose(next, false);
     else page.set({ patch: next, patches: [...new Set([...page.get("patches"), next])].sort((a, b) => a - b) });
   });
-
-  // -- your own image: a file, or one that is dropped on the view --
-  async function upload(chosen) {
-    if (!chosen) return;
-    if (chosen.size > UPLOAD_BYTES) return page.tell(`This file has ${(chosen.size / 2 ** 20).toFixed(1)} MB; at most ${UPLOAD_BYTES / 2 ** 20} MB are read.`);
-    page.tell("");
-    page.send({ kind: "upload", name: chosen.name }, await chosen.arrayBuffer());
-  }
-  file.addEventListener("change", () => {
-    const own = file.files[0];
-    page.run(() => upload(own));
-    file.value = ""; // the same file can be chosen again
-  });
-  const over = (event) => {
-    if (![...(event.dataTransfer?.types ?? [])].includes("Files")) return;
-    event.preventDefault();
-    event.stopPropagation();
-    root.classList.toggle("psx-over", event.type !== "drop");
-    if (event.type !== "drop") return;
-    const own = event.dataTransfer.files[0];
-    page.run(() => upload(own));
-  };
-  root.addEventListener("dragover", over);
-  root.addEventListener("drop", over);
-  root.addEventListener("dragleave", () => root.classList.remove("psx-over"));
 
   page.on(["shown"], showCard);
   page.on(["found"], showReferences);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,11 @@ import traitlets as t
 from torch import Tensor
 
 from .cards import RANKS, LatentCard, PatchCard, distinctiveness, first_sight, latent_card, patch_card, patch_message, reference_message
-from .reader import read_upload
-from .widgets import SelectionError, _View, module
+from .widgets import SelectionError, _ImageView, module
 
 
-class PatchExplorer(_View):
+class PatchExplorer(_ImageView):
     """Point at a patch of an image: its latents, the whole image's latents, and where a chosen latent is.
-
-    Each choice is a trait with a ``help``: set it in Python or in the page.
 
     Parameters
     ----------
@@ -28,12 +25,11 @@ class PatchExplorer(_View):
         First choices: ``image``, ``patch``, ``patches``, ``latent``, ``rank``, ``target``, ``tau``, ``opacity``, ``mode``, ``contour``.
     """
 
-    CHOICES = (*_View.LINKED, "rank", "target")
+    CHOICES = (*_ImageView.LINKED, "rank", "target")
     _esm = module("patch.js")
 
     patch = t.Int(-1, help="The chosen patch, counted row by row; -1 for none.").tag(sync=True)
     patches = t.List(t.Int(), help="All chosen patches, sorted.").tag(sync=True)
-    uploaded = t.Unicode("", help="Name of the uploaded picture that is shown; empty for none.").tag(sync=True)
     tops = t.Dict(help="The strongest latents of every patch.").tag(sync=True)
     found = t.Dict(help="The chosen latent's reference images.").tag(sync=True)
     rank = t.Enum(
@@ -43,23 +39,19 @@ class PatchExplorer(_View):
     ranks = t.List(t.Unicode(), help="Those that there are data for.").tag(sync=True)
     target = t.Int(-1, help="The class whose logit is explained; -1 for the predicted one.").tag(sync=True)
     classes = t.List(t.Unicode()).tag(sync=True)
-    n_images = t.Int().tag(sync=True)
 
     def __init__(self, clip: Any, sae: Any, summary: Any, dataset: Any, names: Any = None, layer: int = -2, **traits: Any):
         self._last: tuple[Any, ...] | None = None
         self._explained: tuple[Any, Any] = (None, None)
-        self._upload = (-1, "")  # the picture of one's own: its index for the reader, its name
-        if not len(dataset):
-            raise ValueError(f"{dataset.spec!r} ({dataset.split}) holds no images.")
         classes = list(dataset.class_names) if clip.has_text else []
         can = {"distinctive": summary is not None, "prediction": bool(classes)}
-        traits |= {"kind": "patch", "n_images": len(dataset), "classes": classes}
-        super().__init__(clip, sae, summary, dataset, names, layer, ranks=[rank for rank in RANKS if can.get(rank, True)], **traits)
-        if summary is not None and not {"image", "patch", "patches", "latent"} & set(traits):
+        ranks = [rank for rank in RANKS if can.get(rank, True)]
+        first = summary is not None and not {"image", "patch", "patches", "latent"} & set(traits)
+        super().__init__(clip, sae, summary, dataset, names, layer, kind="patch", classes=classes, ranks=ranks, **traits)
+        if first:
             self.latent = first_sight(summary, self._names)  # at its strongest place, as in a LatentExplorer
             if (seen := self.references) is not None and len(seen.images):
                 self.image, self.patch = int(seen.images[0]), int(seen.heats[0].argmax())
-        self.image = max(0, self.image)
         self.patches = self.patches or ([self.patch] if self.patch >= 0 else [])
         self.patch = self.patch if self.patch in self.patches else self.patches[-1] if self.patches else -1
         self._show_tops()
@@ -67,20 +59,9 @@ class PatchExplorer(_View):
         self._show_references()
         self.observe(self._one_patch, "patch")
         self.observe(self._many_patches, "patches")
-        self.observe(lambda _: setattr(self, "uploaded", ""), "image")
         self.observe(lambda _: self._show_tops(), ["image", "uploaded", "rank", "target"])
         self.observe(lambda _: self._show(), ["image", "uploaded", "patch", "patches", "latent", "rank", "target"])
         self.observe(lambda _: self._show_references(), "latent")
-
-    @t.validate("patch")
-    def _check_patch(self, proposal: Any) -> int:
-        return self._within("patch", proposal["value"], self.grid[0] * self.grid[1])
-
-    @t.validate("uploaded")
-    def _check_uploaded(self, proposal: Any) -> str:
-        if proposal["value"] and proposal["value"] != self._upload[1]:
-            raise SelectionError(f"No picture {proposal['value']!r} was uploaded: drop it on the view, or call .upload(data, name).")
-        return proposal["value"]
 
     @t.validate("rank")
     def _check_rank(self, proposal: Any) -> str:
@@ -93,29 +74,6 @@ class PatchExplorer(_View):
     @t.validate("target")
     def _check_target(self, proposal: Any) -> int:
         return self._within("target", proposal["value"], len(self.classes))
-
-    def upload(self, data: bytes, name: str = "") -> None:
-        """Show a picture that is not in the data set.
-
-        Parameters
-        ----------
-        data : bytes
-            A PNG, JPEG, WebP, GIF or BMP file.
-        name : str
-
-        Raises
-        ------
-        UploadError
-            If it is too large or can't be read; the view then shows what it showed before.
-        """
-        picture, name = read_upload(data, name)
-        self._upload = (self._reader.upload(picture, name, self._upload[0]), name)
-        self.notice = ""
-        again = self.uploaded == name
-        self.uploaded = name
-        if again:  # another picture of the same name
-            self._show_tops()
-            self._show()
 
     @property
     def card(self) -> PatchCard:
@@ -136,10 +94,6 @@ class PatchExplorer(_View):
         """The chosen latent's own card, with five reference images; None without a latent or a summary."""
         known = self.latent >= 0 and self._summary is not None
         return latent_card(self._reader, self._summary, self.latent, self._names, k=5) if known else None
-
-    @property
-    def _shown_image(self) -> int:
-        return self._upload[0] if self.uploaded else self.image
 
     @property
     def _signed(self) -> bool:
@@ -186,6 +140,3 @@ class PatchExplorer(_View):
     def _many_patches(self, change: Any) -> None:
         if self.patch not in self.patches:
             self.patch = self.patches[-1] if self.patches else -1
-
-    def _on_upload(self, content: Mapping, buffers: list) -> None:
-        self.upload(buffers[0], str(content.get("name", "")))

@@ -53,8 +53,8 @@ def point(clip: Any, sae: Any, summary: Any, dataset: Any, layer: int = -2) -> p
     labels = np.asarray(dataset.labels)
     classes = rng.permutation(np.unique(labels))[:N_CLASSES]
     images = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:PER_CLASS] for c in classes]).tolist()
-    reader = Reader(clip, sae, dataset, layer, keep=len(images))
-    tokens = reader.tokens(images)[:, 1:]
+    reader = Reader(clip, sae, dataset, layer)
+    tokens = reader.residual(images).tokens[:, 1:]
     shown = [_shown(dataset, image, reader.grid) for image in images]
     drawn = np.bincount(labels[images])
 

@@ -6,6 +6,7 @@ Uploads come from strangers: bounded before they are read, decoded by few decode
 from __future__ import annotations
 
 import io
+import math
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from functools import cached_property
@@ -17,9 +18,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..clip.model import Residual
 from ..data.pictures import as_rgb
 from ..interventions.attribution import logit_gradient
-from ..interventions.tail import dataset_head, network_tail
+from ..interventions.tail import Active, Tail, dataset_head, network_tail
 from ..latents.pictures import seen_image
 from ..sae.dictionary import select_latents
 
@@ -29,6 +31,7 @@ SIDE = 1024  # longer sides are scaled down to this: CLIP sees 112 to 336 pixels
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # the decoders that may run; Pillow has forty more
 
 SAMPLE = 200  # images, spread over the data set, that tell how a latent is active beyond its strongest images
+MEMORY = 100 * 2**20  # bytes of residual streams and pictures that are kept, of at most 256 images
 EDGES = 2.0 ** np.arange(-6, 6.5, 0.5)  # of the histograms' bins; the outer ones are open
 
 
@@ -51,13 +54,14 @@ class Reader:
         key = (id(clip), id(sae), id(dataset), clip.layer_index(layer))  # the reader holds them, so no id is given again while it lives
         return cls._shared.get(key) or cls._shared.setdefault(key, cls(clip, sae, dataset, layer))
 
-    def __init__(self, clip: Any, sae: Any, dataset: Any, layer: int = -2, keep: int = 256):
+    def __init__(self, clip: Any, sae: Any, dataset: Any, layer: int = -2):
         sae.check_model(clip, layer)
-        self.clip, self.sae, self.dataset, self.layer, self.keep = clip, sae, dataset, clip.layer_index(layer), keep
+        self.clip, self.sae, self.dataset, self.layer = clip, sae, dataset, clip.layer_index(layer)
         self.d_sae, self.grid = sae.W_enc.shape[1], tuple(clip.grid)
-        self._images: OrderedDict[int, tuple[np.ndarray, Tensor]] = OrderedDict()
+        self._keep = min(256, MEMORY // (4 * clip.n_tokens * clip.width + 3 * math.prod(clip.image_size)))
+        self._images: OrderedDict[int, tuple[np.ndarray, Residual]] = OrderedDict()
         self._latents: OrderedDict[int, Tensor] = OrderedDict()
-        self._heats: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()
+        self._activations: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
         self._uploads: dict[int, tuple[Image.Image, str]] = {}
         self._n_uploads = 0
         self._norms = sae.W_dec.detach().norm(dim=1).float().cpu()
@@ -83,40 +87,55 @@ class Reader:
             return self._images[image][0]
         return seen_image(self.clip, self.inputs([image])[0]).numpy()
 
-    def tokens(self, images: Sequence[int] | np.ndarray) -> Tensor:
-        """The residual stream of images: CLS, then the patches [B, 1+P, D]."""
+    def residual(self, images: Sequence[int] | np.ndarray) -> Residual:
+        """The residual stream of images, on the model's device: [B, 1+P, D], and what stands beside it."""
         images = [int(i) for i in images]
-        missing = [i for i in dict.fromkeys(images) if i not in self._images]
         found = {i: self._images[i] for i in images if i in self._images}
+        missing = [i for i in dict.fromkeys(images) if i not in found]
         for start in range(0, len(missing), 32):
             part = missing[start : start + 32]
             batch = self.inputs(part)
-            with torch.inference_mode():
-                residuals = self.clip.residual(batch, self.layer)[:, : self.clip.n_tokens].cpu()
-            for i, tensor, residual in zip(part, batch, residuals, strict=True):
-                found[i] = (seen_image(self.clip, tensor).numpy(), residual.clone())
+            with torch.no_grad():
+                read = self.clip.run_to(batch, self.layer)
+            for k, i in enumerate(part):
+                one = Residual(*(None if tokens is None else tokens[k : k + 1].cpu().clone() for tokens in read))
+                found[i] = (seen_image(self.clip, batch[k]).numpy(), one)
         for i in images:
-            _remember(self._images, i, found[i], self.keep)
-        return torch.stack([found[i][1] for i in images])
+            _remember(self._images, i, found[i], self._keep)
+        parts = zip(*(found[i][1] for i in images), strict=True)
+        return Residual(*(None if part[0] is None else torch.cat(part).to(self.clip.device) for part in parts))
+
+    def activations(self, images: Sequence[int] | np.ndarray, latent: int) -> Tensor:
+        """Of one latent on the tokens of images: [B, 1+P]. The last two thousand answers are kept."""
+        key = (int(latent), *map(int, images))
+        if key not in self._activations:
+            with torch.no_grad():
+                h = select_latents(self.sae, self.residual(images).tokens, [latent])
+            _remember(self._activations, key, h[..., 0].float().cpu(), 2000)
+        return self._activations[key]
 
     def heats(self, images: Sequence[int] | np.ndarray, latent: int) -> np.ndarray:
-        """Activations of one latent over images of the data set: float32 [B, H, W]. The last two thousand answers are kept."""
+        """The same on the patches: float32 [B, H, W]."""
         if not len(images):
             return np.zeros((0, *self.grid), np.float32)
-        key = (int(latent), *map(int, images))
-        if key not in self._heats:
-            with torch.inference_mode():
-                h = select_latents(self.sae, self.tokens(images)[:, 1:], [latent])
-            _remember(self._heats, key, h.float().cpu().numpy().reshape(-1, *self.grid), 2000)
-        return self._heats[key]
+        return self.activations(images, latent)[:, 1:].numpy().reshape(-1, *self.grid)
 
     def latents(self, image: int) -> Tensor:
         """Activations of all latents on an image's CLS and patches: [1+P, S]."""
         if image not in self._latents:
-            with torch.inference_mode():
-                h = self.sae.encode(self.tokens([image])[0].to(self.sae.W_enc.device)).float().cpu()
-            _remember(self._latents, image, h, 4)
+            with torch.no_grad():
+                h = self.sae.encode(self.residual([image]).tokens[0].to(self.sae.W_enc.device)).float().cpu()
+            _remember(self._latents, image, h, 2)  # 39 MB each, at ViT-B/16 with 49,152 latents
         return self._latents[image]
+
+    def forget(self) -> None:
+        """Free what is large."""
+        self._latents.clear()
+
+    @cached_property
+    def tail(self) -> Tail:
+        """The rest of the network."""
+        return network_tail(self.clip, self.layer, self.residual([next(reversed(self._images), 0)]))
 
     @cached_property
     def head(self) -> Tensor | None:
@@ -128,10 +147,9 @@ class Reader:
         """Read when it is first asked for, which takes seconds."""
         images = np.unique(np.linspace(0, len(self.dataset) - 1, SAMPLE).astype(int))
         means, counts = [], torch.zeros(self.d_sae, len(EDGES) - 1)
-        with torch.inference_mode():
+        with torch.no_grad():
             for start in range(0, len(images), 16):
-                batch = self.inputs(images[start : start + 16].tolist())
-                for tokens in self.clip.residual(batch, self.layer)[:, : self.clip.n_tokens]:
+                for tokens in self.clip.residual(self.inputs(images[start : start + 16].tolist()), self.layer):
                     h = self.sae.encode(tokens.to(self.sae.W_enc.device)).float().cpu()
                     means.append(h.mean(0))
                     latent = h.nonzero(as_tuple=True)[1]
@@ -139,15 +157,16 @@ class Reader:
                     counts.view(-1).index_add_(0, latent * counts.shape[1] + place, torch.ones(len(latent)))
         return Sample(images, torch.stack(means), counts)
 
-    def owed(self, image: int, target: int = -1) -> tuple[Tensor, Tensor, int]:
+    def owed(self, image: int, target: int = -1, head: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
         """What a class's logit (-1: the predicted one's) owes to each latent on each token [1+P, S], all probabilities [C], and the class."""
-        residual = self.clip.run_to(self.inputs([image]), self.layer)
-        tail = network_tail(self.clip, self.layer, residual)
+        residual, rows, head = self.residual([image]), self.sae.W_dec.detach(), self.head if head is None else head
         with torch.no_grad():
-            logits = self.clip.logits(tail(residual), self.head)
-            target = int(logits.argmax()) if target < 0 else target
-            gradient = logit_gradient(self.clip, tail, residual, self.head, torch.tensor([target], device=logits.device))[0]
-            shares = self.latents(image) * (gradient[: self.clip.n_tokens] @ self.sae.W_dec.T).float().cpu()
+            logits = self.clip.logits(self.tail(residual), head)
+        target = int(logits.argmax()) if target < 0 else target
+        gradient = logit_gradient(self.clip, self.tail, residual, head, torch.tensor([target], device=logits.device))
+        active = Active.of(self.latents(image)[None].to(rows.device))  # few latents are, and their rows alone are read
+        shares = torch.zeros(self.latents(image).shape)
+        shares[active.token.cpu(), active.latent.cpu()] = active.project(gradient.to(rows.device), rows).float().cpu()
         return shares, logits[0].softmax(-1).float().cpu(), target
 
     def nearest(self, latent: int, n: int, dead: np.ndarray) -> list[tuple[int, float]]:

@@ -1,6 +1,6 @@
 // The steering panel.
 
-import { ARROWS, LOOK, SIZE, barsOf, border, bytes, controls, copier, decoding, finderOf, h, imageSteps, legendOf, lookOf, outline, paint, patchAt, placeOf, rowsIn, select, short, stepped, titled, widget } from "./explorer.js";
+import { ARROWS, LOOK, SIZE, barsOf, border, bytes, controls, copier, decoding, finderOf, h, imageSteps, legendOf, lookOf, outline, paint, patchAt, placeOf, referencesOf, rowsIn, select, short, shownOf, stepped, titled, uploadOf, widget } from "./explorer.js";
 
 export default widget(steeringView);
 
@@ -22,14 +22,18 @@ function steeringView(page, root) {
   const code = h("code", { tabindex: 0, "aria-label": "This edit as a line of Python" });
   const copy = copier(page, "Copy", () => code.textContent);
   const legend = legendOf(page);
+  const more = [["", "on this image alone"], ["class", "on others of its class, too"], ["any", "on others of any class, too"]].map(([value, text]) => h("option", { value }, text));
+  const batch = h("select", { "aria-label": "Images that the edits act on", onchange: () => page.send({ kind: "batch", of: batch.value }) }, ...more);
+  const others = referencesOf(page, "The same edits on other images", "probability of its class");
   root.append(
-    h("div", { class: "psx-bar" }, ...steps.elements, where, reset),
+    h("div", { class: "psx-bar" }, ...steps.elements, ...uploadOf(page, root), where, batch, reset),
     h("div", { class: "psx-bar" }, ...controls(page), legend.element),
     h("div", { class: "psx-body" },
       h("div", {}, title, stage, seen, hint, live),
       h("div", { class: "psx-side" },
         h("div", {}, h("h4", {}, "Latents: 1 leaves them as they are, 0 turns them off"), sliders, h("div", { class: "psx-bar" }, finder.element, add)),
         h("div", {}, h("h4", {}, "Class probabilities"), h("p", { class: "psx-key" }, h("span", { class: "psx-before" }, "before"), h("span", { class: "psx-after" }, "after")), bars, said),
+        others.element,
         h("div", {}, h("h4", {}, "The same in Python"), h("div", { class: "psx-code" }, code, copy)),
       ),
     ),
@@ -47,7 +51,7 @@ function steeringView(page, root) {
     const opened = await decoder(next.jpeg);
     if (!opened) return; // overtaken by a later card
     [card, picture] = [next, opened];
-    title.textContent = `Image ${next.image} · ${next.label}`;
+    title.textContent = shownOf(next);
     steps.show(next.image);
     legend.show(next.scale);
     code.textContent = next.code;
@@ -57,8 +61,14 @@ function steeringView(page, root) {
     fillSliders(card.sliders);
     showOdds(card.bars);
     said.textContent = card.sliders.some((slider) => slider.edited) ? card.bars.slice(0, 2).map(([name, before, after]) => `${name} ${percent(before)}, now ${percent(after)}`).join(". ") : "";
-    stage.setAttribute("aria-label", `Image ${next.image}, ${next.label}. ${next.patches.length} of ${rows * columns} patches selected.`);
+    stage.setAttribute("aria-label", `${shownOf(next)}. ${next.patches.length} of ${rows * columns} patches selected.`);
     draw();
+  }
+
+  async function showOthers() {
+    const next = page.get("others");
+    others.element.hidden = !next.images;
+    if (next.images) await others.show(next);
   }
 
   // -- sliders: rows are kept and filled anew, so that the focus stays where it is --
@@ -159,7 +169,9 @@ function steeringView(page, root) {
   for (const event of ["focus", "blur"]) stage.addEventListener(event, draw);
 
   page.on(["shown"], showCard);
+  page.on(["others"], showOthers);
   page.on(["patches", ...LOOK], draw);
   page.run(showCard);
-  return () => decoder.close();
+  page.run(showOthers);
+  return () => (decoder.close(), others.close());
 }

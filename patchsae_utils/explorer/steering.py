@@ -6,28 +6,43 @@ The sliders are a trait, ``panel.edits``: with every change one tail of the netw
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import traitlets as t
 from torch import Tensor
 
-from ..interventions.attribution import image_attribution
 from ..interventions.steering import Edit, Steered, steer
-from ..interventions.tail import dataset_head
-from .cards import encode_heats, encode_picture
-from .widgets import SelectionError, _View, module
+from ..run.intervals import mean_interval
+from .cards import encode_heats, encode_picture, reference_message
+from .widgets import SelectionError, _ImageView, module
 
 OPERATIONS = ("scale", "add")
 WHERE = ("all", "cls", "patches", "selected")
 N_CLASSES = 6  # classes with bars: the most probable ones before and after
+N_SLIDERS = 5  # unless latents are given
+N_BATCH = 10  # other images that the page asks for at once
 
 
-class SteeringPanel(_View):
+class BatchCard(NamedTuple):
+    """What the same edits do to other images. The followed class is the image's own, or, without a label, the one predicted before."""
+
+    images: list[int]
+    labels: list[str]  # [n] their followed classes
+    before: np.ndarray  # [n] probability of the followed class
+    after: np.ndarray
+    kept: np.ndarray  # [n, 2] whether it is predicted, before and after
+    pictures: list[np.ndarray]
+    heats: np.ndarray  # [n, H, W] the chosen latent, as edited
+
+    @property
+    def values(self) -> list[str]:
+        return [f"{before:.0%} → {after:.0%}" for before, after in zip(self.before, self.after, strict=True)]
+
+
+class SteeringPanel(_ImageView):
     """Steer one image by a few latents, and see the class probabilities before and after.
-
-    Each choice is a trait with a ``help``: set it in Python or in the page.
 
     Parameters
     ----------
@@ -36,20 +51,18 @@ class SteeringPanel(_View):
     sae : SparseAutoencoder
     dataset : data set of ``Example``
         Whose images are shown.
-    names : DataFrame, mapping or sequence, optional
-        Names of latents, such as ``label_latents`` returns.
-    layer : int
+    names, layer
+        As for :class:`LatentExplorer`.
     head : Tensor [C, d_embed], optional
         By default from the data set's class names and templates.
     latents : sequence of int, optional
         Those with sliders. By default, and whenever the image changes, the ones to which the predicted class owes most in this image
-        (gradient times activation), ``n_sliders`` of them.
-    n_sliders : int
+        (gradient times activation).
     **traits
-        First choices: ``image``, ``edits``, ``where``, ``patches``, ``latent``, ``tau``, ``opacity``, ``mode``.
+        First choices: ``image``, ``edits``, ``where``, ``patches``, ``batch``, ``latent``, ``tau``, ``opacity``, ``mode``.
     """
 
-    CHOICES = ("image", "latents", "latent", "patches", "where", "edits")  # another image takes edits and patches back
+    CHOICES = ("image", "latents", "latent", "patches", "where", "edits", "batch")  # another image takes edits and patches back
     TAKES = "clip, sae, dataset, names"
     IN_TURN = True
 
@@ -59,30 +72,27 @@ class SteeringPanel(_View):
     edits = t.List(t.Dict(), help='One a slider that was moved: {"latent": 3, "op": "scale" or "add", "value": 0.0}.').tag(sync=True)
     where = t.Enum(WHERE, WHERE[0], help="The tokens that all edits act on.").tag(sync=True)
     patches = t.List(t.Int(), help="Selected patches, counted row by row.").tag(sync=True)
-    n_images = t.Int().tag(sync=True)
+    batch = t.List(t.Int(), help="Other images that the same edits act on.").tag(sync=True)
+    others = t.Dict(help="What the network says of these.").tag(sync=True)
 
     def __init__(
         self, clip: Any, sae: Any, dataset: Any, names: Any = None, layer: int = -2, *, head: Tensor | None = None,
-        latents: Sequence[int] | None = None, n_sliders: int = 5, **traits: Any,
+        latents: Sequence[int] | None = None, **traits: Any,
     ):  # fmt: skip
-        if len(dataset) == 0:
-            raise ValueError(f"{dataset.spec!r} ({dataset.split}) holds no images.")
-        if not 1 <= n_sliders <= 20:
-            raise ValueError(f"n_sliders must lie between 1 and 20, got {n_sliders}.")
         self._ready = False
-        super().__init__(clip, sae, None, dataset, names, layer, kind="steering", n_images=len(dataset), **{"mode": "heat", **traits})
-        self._head = dataset_head(clip, dataset) if head is None else head
+        super().__init__(clip, sae, None, dataset, names, layer, kind="steering", **{"mode": "heat", **traits})
+        self._head = self._reader.head if head is None else head
+        if self._head is None:
+            raise ValueError("Without a text tower, or classes, there is nothing to say of an image: give head=.")
         if len(self._head) != len(dataset.class_names):
             raise ValueError(f"head must have a row for each of the {len(dataset.class_names)} classes, got {len(self._head)}.")
-        self._n_sliders, self._own = n_sliders, latents is not None
-        self._read: tuple[int, Any, Tensor] | None = None
-        self.image = max(0, self.image)
+        self._own = latents is not None
         self.latents = self._check(latents) if self._own else self._suggested()
-        self._ready = True
+        self._ready, self._seen = True, self._shown_image
         self._show()
-        self.observe(self._new_image, "image")
+        self.observe(self._new_image, ["image", "uploaded"])
         self.observe(self._new_latents, "latents")
-        self.observe(lambda _: self._show(), ["edits", "where", "patches", "latent"])
+        self.observe(lambda _: self._show(), ["edits", "where", "patches", "latent", "batch"])
 
     @t.validate("latents")
     def _check_latents(self, proposal: Any) -> list[int]:
@@ -101,6 +111,10 @@ class SteeringPanel(_View):
             edits[latent] = {"latent": latent, "op": op, "value": float(value)}
         return list(edits.values())
 
+    @t.validate("batch")
+    def _check_batch(self, proposal: Any) -> list[int]:
+        return [self._within("image", image, self.n_images) for image in dict.fromkeys(proposal["value"]) if image >= 0]
+
     def _check(self, latents: Sequence[int]) -> list[int]:
         for latent in latents:
             if not isinstance(latent, int | np.integer) or not 0 <= latent < self._reader.d_sae:
@@ -114,72 +128,90 @@ class SteeringPanel(_View):
 
     @property
     def code(self) -> str:
-        """The edit as a line of Python."""
+        """The edit as a line of Python; a picture of one's own is called ``picture`` in it."""
         places = {"all": "", "cls": ', "cls"', "patches": ', "patches"', "selected": f", {list(self.patches)}"}[self.where]
         edits = ", ".join(f'ps.Edit({e["latent"]}, "{e["op"]}", {e["value"]:.4g}{places})' for e in self.edits)
-        return f"ps.steer(clip, sae, clip.preprocess(dataset[{self.image}].image)[None], [{edits}], layer={self._reader.layer}, head=head)"
+        picture = "picture" if self.uploaded else f"dataset[{self.image}].image"
+        return f"ps.steer(clip, sae, clip.preprocess({picture})[None], [{edits}], layer={self._reader.layer}, head=head)"
 
     @property
     def steered(self) -> Steered:
         """What the network says, before and after."""
-        return steer(self._reader.clip, self._reader.sae, self._reading()[0], self.to_edits(), self._reader.layer, self._head)
+        return self._steer([self._shown_image])
+
+    def _steer(self, images: list[int]) -> Steered:
+        reader, edits = self._reader, self.to_edits()
+        known = torch.stack([reader.activations(images, edit.latent) for edit in edits], -1) if edits else None  # one edit a latent
+        return steer(reader.clip, reader.sae, reader.residual(images), edits, reader.layer, self._head, known=known, tail=reader.tail)
+
+    def _heats(self, images: list[int], steered: Steered) -> np.ndarray:
+        """The chosen latent over images, as edited: [B, H, W]."""
+        edited = [edit["latent"] for edit in self.edits]
+        if self.latent in edited:
+            return steered.activations[:, 1:, edited.index(self.latent)].float().cpu().numpy().reshape(-1, *self.grid)
+        return self._reader.heats(images, self.latent) if self.latent >= 0 else np.zeros((len(images), *self.grid), np.float32)
+
+    def _on_batch(self, content: Mapping, buffers: list) -> None:
+        """More images, spread over those of the shown one's class or over all, for the same edits."""
+        labels = np.asarray(self.dataset.labels)
+        among = np.flatnonzero(labels == labels[self.image]) if content["of"] == "class" else np.arange(len(labels))
+        among = among[among != self.image] if content["of"] else among[:0]
+        self.batch = np.unique(among[np.linspace(0, max(len(among) - 1, 0), min(N_BATCH, len(among))).astype(int)]).tolist()
 
     def _on_add_here(self, content: Mapping, buffers: list) -> None:
         """A slider for the latent that is strongest on the selected patches (without any: in the image) and has none yet."""
-        h = self._reading()[1]
+        h = self._reader.latents(self._shown_image)
         values = h[[1 + patch for patch in self.patches] or slice(None)].mean(0)
         values[self.latents] = 0
         if not values.any():
             raise SelectionError("No other latent is active there.")
         self.latents, self.latent = [*self.latents, int(values.argmax())], int(values.argmax())
 
-    def reset(self) -> None:
-        """Take all edits back, and the selected patches; edits then act on all tokens again if they acted on selected ones."""
-        with self.hold_trait_notifications():
-            self.edits, self.patches = [], []
-            self.where = "all" if self.where == "selected" else self.where
-
     @property
     def card(self) -> dict[str, Any]:
         """What is shown, as plain values: picture, heat, sliders (a dict each), bars (class, before, after), code."""
-        h, steered = self._reading()[1], self.steered
+        image, steered = self._shown_image, self.steered
+        h = self._reader.latents(image)
         before, after = steered.probabilities_before[0].cpu().numpy(), steered.probabilities[0].cpu().numpy()
         first, then = (np.argsort(-p, kind="stable").tolist() for p in (before, after))
         top = list(dict.fromkeys(first[: N_CLASSES // 2] + then[:N_CLASSES]))[:N_CLASSES]
         top = sorted(top, key=lambda c: -max(before[c], after[c]))
-        edits = {edit["latent"]: edit for edit in self.edits}
-        heat = h[1:, self.latent] if self.latent >= 0 else torch.zeros(len(h) - 1)
-        if self.latent in edits:  # the heat map shows the edited state
-            heat = steered.activations[0, 1:, list(edits).index(self.latent)].float().cpu()
+        edits, usual = {edit["latent"]: edit for edit in self.edits}, float(h.max()) / 4
         sliders = [{
             "latent": latent, "name": str(self._names.get(latent) or ""), "op": "scale", "value": 1.0, **edits.get(latent, {}),
             "edited": latent in edits, "most": float(h[1:, latent].max()), "cls": float(h[0, latent]),
-            "limit": max(float(h[:, latent].max()), float(h.max()) / 4, 1e-3),
+            "limit": max(float(h[:, latent].max()), usual, 1e-3),
         } for latent in self.latents]  # fmt: skip
         return {
-            "image": self.image, "label": self._reader.label(self.image), "picture": self._reader.picture(self.image), "grid": self.grid,
-            "latent": self.latent, "name": str(self._names.get(self.latent) or ""), "where": self.where, "patches": list(self.patches),
-            "heat": heat.numpy().reshape(self.grid), "sliders": sliders, "edited": self.latent in edits,
+            "image": self.image, "label": self._reader.label(image), "picture": self._reader.picture(image), "grid": self.grid,
+            "uploaded": self.uploaded, "latent": self.latent, "name": str(self._names.get(self.latent) or ""), "where": self.where,
+            "patches": list(self.patches),
+            "heat": self._heats([image], steered)[0], "sliders": sliders, "edited": self.latent in edits,
             "bars": [(self.dataset.class_names[c], float(before[c]), float(after[c])) for c in top], "code": self.code,
         }  # fmt: skip
 
-    def _reading(self) -> tuple[Any, Tensor]:
-        """The shown image's residual stream and its latents [1 + P, S]; kept until another image is shown."""
-        if self._read is None or self._read[0] != self.image:
-            reader = self._reader
-            with torch.no_grad():
-                residual = reader.clip.run_to(reader.inputs([self.image]), reader.layer)
-                self._read = (self.image, residual, reader.sae.encode(residual.tokens)[0].float().cpu())
-        return self._read[1:]
+    @property
+    def batch_card(self) -> BatchCard:
+        """The same of the images of ``batch``, as arrays."""
+        steered, names, labels = self._steer(self.batch), self.dataset.class_names, np.asarray(self.dataset.labels)[self.batch]
+        before, after = (p.float().cpu().numpy() for p in (steered.probabilities_before, steered.probabilities))
+        followed = np.where(labels >= 0, labels, before.argmax(1))
+        rows = np.arange(len(followed))
+        return BatchCard(
+            self.batch, [names[c] for c in followed], before[rows, followed], after[rows, followed],
+            np.stack([before.argmax(1) == followed, after.argmax(1) == followed], 1), [self._reader.picture(i) for i in self.batch],
+            self._heats(self.batch, steered),
+        )  # fmt: skip
 
     def _suggested(self) -> list[int]:
-        residual, h = self._reading()
-        scores = image_attribution(self._reader.clip, self._reader.sae, residual, self._head, layer=self._reader.layer, h=h[None])[0]
-        top = scores.topk(min(self._n_sliders, len(scores)))
+        scores = self._reader.owed(self._shown_image, head=self._head)[0].sum(0)
+        top = scores.topk(min(N_SLIDERS, len(scores)))
         return [int(i) for i, score in zip(top.indices, top.values, strict=True) if score > 0] or top.indices[:1].tolist()
 
     def _new_image(self, _: Any) -> None:
-        self._ready = False  # one picture for all that changes
+        if self._seen == self._shown_image:
+            return
+        self._ready, self._seen = False, self._shown_image  # one picture for all that changes
         self.edits, self.patches = [], []
         if not self._own:
             self.latents = self._suggested()
@@ -195,10 +227,19 @@ class SteeringPanel(_View):
     def _show(self) -> None:
         if self._ready:
             self.shown = steering_message(self.card)
+            self.others = batch_message(self.batch_card) if self.batch else {}
 
 
 def steering_message(card: Mapping[str, Any]) -> dict[str, Any]:
     """A card as the page wants it: JPEG bytes, one byte a patch, texts."""
     heat, scale = encode_heats(card["heat"][None])
-    plain = {name: card[name] for name in ("image", "label", "latent", "name", "where", "patches", "sliders", "edited", "code")}
+    plain = {name: card[name] for name in ("image", "uploaded", "label", "latent", "name", "where", "patches", "sliders", "edited", "code")}
     return plain | {"jpeg": encode_picture(card["picture"]), "heat": heat, "scale": scale, "bars": [list(bar) for bar in card["bars"]]}
+
+
+def batch_message(card: BatchCard) -> dict[str, Any]:
+    """The same of a batch."""
+    change = mean_interval(100 * (card.after - card.before), "images")
+    before, after = card.kept.sum(0)
+    note = f"Probability of the images' classes: {change.value:+.0f} points on average [{change.low:+.0f}, {change.high:+.0f}]; "
+    return reference_message(card, own=False) | {"note": f"{note}predicted in {before} of {len(card.images)} before, in {after} now."}

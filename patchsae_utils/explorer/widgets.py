@@ -7,19 +7,22 @@ A heat map costs one byte a patch and is colored in the page, so that opacity, t
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import anywidget
+import matplotlib.pyplot as plt
 import numpy as np
 import traitlets as t
 from matplotlib.figure import Figure
 
 from ..plots import explorer as stills
 from ..plots.heat import MODES, palette
-from .cards import Name, Reader, read_names
+from .cards import Name, read_names
+from .reader import Reader, read_upload
 
 HERE = Path(__file__).parent
 _IMPORT = r"(?m)^import \{([^}]*)\} from \"\./(\w+\.js)\";\n"
@@ -55,7 +58,8 @@ class _View(anywidget.AnyWidget):
 
     LINKED: tuple[str, ...] = ("latent", "image", "patch", "patches")  # choices that link joins, where a view has them
     CHOICES: tuple[str, ...] = LINKED  # what ``selection`` holds, where a view has it
-    TAKES = "clip, sae, summary, dataset, names"  # what it is made of
+    TAKES = "clip, sae, summary, dataset, names"  # what it is made of, before the layer
+    ALSO = ""  # and behind it
     IN_TURN = False  # choices are set one after the other, since the first changes what the next may be; otherwise with one message
 
     # One sheet for all: with one each, the shared rules of the view that is drawn last would override the others' own.
@@ -75,6 +79,7 @@ class _View(anywidget.AnyWidget):
     shown = t.Dict(help="The card that the page draws.").tag(sync=True)
     call = t.Unicode(help="Python that makes this view, up to its choices.").tag(sync=True)
     choices = t.List(t.Unicode(), help="What a link and that line of Python hold.").tag(sync=True)
+    exported = t.Dict(help="A file for the page to save: its name and bytes.").tag(sync=True)
     notice = t.Unicode("", help="What went wrong last, for the person at the page.").tag(sync=True)
 
     def __init__(self, clip: Any, sae: Any, summary: Any, dataset: Any, names: Any = None, layer: int = -2, **traits: Any):
@@ -88,7 +93,7 @@ class _View(anywidget.AnyWidget):
             traits.setdefault("tau", summary.tau)
         super().__init__(
             grid=self._reader.grid, n_latents=self._reader.d_sae, palette=palette(), names=encode_names(self._names),
-            call=f"ps.{type(self).__name__}({self.TAKES}, {self._reader.layer}", choices=[c for c in self.CHOICES if self.has_trait(c)],
+            call=f"ps.{type(self).__name__}({self.TAKES}, {self._reader.layer}{self.ALSO}", choices=[c for c in self.CHOICES if self.has_trait(c)],
             **traits,
         )  # fmt: skip
         self.on_msg(lambda _, content, buffers: self._receive(content, buffers))
@@ -147,6 +152,10 @@ class _View(anywidget.AnyWidget):
         image = self._within("image", proposal["value"], len(self.dataset))
         return max(0, image) if self.has_trait("n_images") else image  # these views always show one
 
+    @t.validate("patch")
+    def _check_patch(self, proposal: Any) -> int:
+        return self._within("patch", proposal["value"], self.grid[0] * self.grid[1])
+
     @t.validate("patches")
     def _check_patches(self, proposal: Any) -> list[int]:
         n, patches = self.grid[0] * self.grid[1], sorted(set(proposal["value"]))
@@ -185,9 +194,66 @@ class _View(anywidget.AnyWidget):
             except Exception as error:
                 self._tell(error)
 
+    def _on_export(self, content: Mapping, buffers: list) -> None:
+        """What :meth:`figure` draws, as a file: PNG or SVG."""
+        kind = {"png": "png", "svg": "svg"}[content["format"]]
+        figure, file = self.figure(), io.BytesIO()
+        figure.savefig(file, format=kind, bbox_inches="tight", dpi=200)
+        plt.close(figure)
+        self.exported = {}  # the same file again is news, too
+        self.exported = {"name": f"{self.kind}.{kind}", "bytes": file.getvalue()}
+
     def _on_open(self, content: Mapping, buffers: list) -> None:
         """A link was followed."""
         self.selection = {name: value for name, value in content["selection"].items() if name in self.choices}
+
+
+class _ImageView(_View):
+    """A view that always shows an image: of the data set, or one's own."""
+
+    uploaded = t.Unicode("", help="Name of the uploaded picture that is shown; empty for none.").tag(sync=True)
+    n_images = t.Int().tag(sync=True)
+
+    def __init__(self, clip: Any, sae: Any, summary: Any, dataset: Any, names: Any = None, layer: int = -2, **traits: Any):
+        if not len(dataset):
+            raise ValueError(f"{dataset.spec!r} ({dataset.split}) holds no images.")
+        self._upload = (-1, "")  # the picture of one's own: its index for the reader, its name
+        super().__init__(clip, sae, summary, dataset, names, layer, n_images=len(dataset), **traits)
+        self.image = max(0, self.image)
+        self.observe(lambda _: setattr(self, "uploaded", ""), "image")
+
+    def upload(self, data: bytes, name: str = "") -> None:
+        """Show a picture that is not in the data set.
+
+        Parameters
+        ----------
+        data : bytes
+            A PNG, JPEG, WebP, GIF or BMP file.
+        name : str
+
+        Raises
+        ------
+        UploadError
+            If it is too large or can't be read; the view then shows what it showed before.
+        """
+        picture, name = read_upload(data, name)
+        self._upload = (self._reader.upload(picture, name, self._upload[0]), name)
+        self.notice = ""
+        self._trait_values["uploaded"] = ""  # another picture of the same name is news, too
+        self.uploaded = name
+
+    @property
+    def _shown_image(self) -> int:
+        return self._upload[0] if self.uploaded else self.image
+
+    @t.validate("uploaded")
+    def _check_uploaded(self, proposal: Any) -> str:
+        if proposal["value"] and proposal["value"] != self._upload[1]:
+            raise SelectionError(f"No picture {proposal['value']!r} was uploaded: drop it on the view, or call .upload(data, name).")
+        return proposal["value"]
+
+    def _on_upload(self, content: Mapping, buffers: list) -> None:
+        self.upload(buffers[0], str(content.get("name", "")))
 
 
 def link(*views: _View) -> list[t.link]:

@@ -15,7 +15,7 @@ from ..activations.mixing import TOKENS
 from ..clip.model import ClipModel, Residual
 from ..sae.dictionary import select_latents
 from ..sae.model import SparseAutoencoder
-from .tail import network_tail
+from .tail import Tail, network_tail
 
 OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "scale": lambda latent, value: latent * value,
@@ -99,8 +99,9 @@ def _probabilities(logits: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def steer(
-    clip: ClipModel, sae: SparseAutoencoder, images: Tensor | Residual, edits: Sequence[Edit], layer: int = -2, head: Tensor | None = None
-) -> Steered:
+    clip: ClipModel, sae: SparseAutoencoder, images: Tensor | Residual, edits: Sequence[Edit], layer: int = -2, head: Tensor | None = None, *,
+    known: Tensor | None = None, tail: Tail | None = None,
+) -> Steered:  # fmt: skip
     """Change single latents and let the network finish; the SAE's error stays, and no edit means no change, to the bit.
 
     Parameters
@@ -111,6 +112,10 @@ def steer(
     edits : sequence of Edit
         Applied in turn, e.g. ``[Edit(7), Edit(3, "scale", 2.0, [90, 91])]``: 7 off, then 3 doubled on two patches.
     head : Tensor [C, d_embed], optional, for logits and probabilities
+    known : Tensor [B, T, n], optional
+        Activations of the n latents that are edited, in the order of their first edits, where they were read before.
+    tail : callable, optional
+        What ``network_tail`` gave, where it was asked before.
     """
     sae.check_model(clip, layer)
     clip.check_class_token(*(edit.patches for edit in edits))
@@ -118,13 +123,15 @@ def steer(
     if unknown := [latent for latent in latents if not 0 <= latent < sae.d_sae]:
         raise ValueError(f"There is no latent {unknown[0]}; the SAE has latents 0 to {sae.d_sae - 1}.")
     before = images if isinstance(images, Residual) else clip.run_to(images, layer)
-    old = select_latents(sae, before.tokens, latents) if latents else before.tokens[..., :0]
+    old = before.tokens[..., :0] if known is None else known.to(before.tokens)
+    if latents and known is None:
+        old = select_latents(sae, before.tokens, latents)
     new = old.clone()
     for edit in edits:
         column = latents.index(edit.latent)
         new[..., column] = edit.apply(new[..., column])
     after = before._replace(tokens=before.tokens + (new - old) @ sae.W_dec[latents]) if edits else before
-    tail = network_tail(clip, layer, before)
+    tail = tail or network_tail(clip, layer, before)
     features_before = tail(before)
     features = tail(after) if edits else features_before
     logits, logits_before = (None if head is None else clip.logits(value, head) for value in (features, features_before))

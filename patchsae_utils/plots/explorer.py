@@ -105,10 +105,10 @@ def adaptation(card: Any, **shown: Any) -> Figure:
         picture = card.picture
         if place >= 0:
             picture = blend(card.picture, card.heats[place, i], float(card.heats[place].max()) or 1.0, **shown)
-        image_axes(ax).imshow(picture)
+        _picture(ax, picture, card.heats.shape[2:], [card.patch] if card.patch >= 0 else [])
         ax.set_title(models[i])
         ax.set_xlabel(words, fontsize=8)
-    image_axes(latents).set_title("Latents")
+    image_axes(latents).set_title("Latents" if card.patch < 0 else "Latents of the patch")
     heads = {"common": "in both", "base": f"at least halved by {card.adapter}", "adapted": f"at least doubled by {card.adapter}"}
     row = 0  # latents that change are often weak ones: each group of bars has its own scale
     for group, members in card.groups.items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -163,13 +165,35 @@ def test_all_views_open_on_one_named_latent_where_it_is_strongest(tiny_clip, tin
     assert summary.label_entropy[unnamed.latent] < summary.label_entropy.nanmedian()
 
 
-def test_views_of_the_same_things_share_what_they_have_read(tiny_clip, tiny_sae, summary, tiny_dataset):
-    views = [PatchExplorer(tiny_clip, tiny_sae, summary, tiny_dataset) for _ in range(2)]
-    assert views[0]._reader is views[1]._reader
+def test_views_of_the_same_things_share_what_they_have_read(tiny_clip, tiny_sae, summary, tiny_dataset, monkeypatch):
+    parts = tiny_clip, tiny_sae, summary, tiny_dataset
+    views = [PatchExplorer(*parts), PatchExplorer(*parts), SteeringPanel(tiny_clip, tiny_sae, tiny_dataset)]
+    views.append(AdaptationView(tiny_clip, {"tools": tiny_clip}, tiny_sae, datasets={"tools": tiny_dataset}))
+    likeness = SimpleNamespace(embeddings=torch.ones(24, 16), table=pd.DataFrame({"dictionary": ["SAE"] * 64, "score": 0.0}))
+    words = [LatentExplorer(*parts, likeness=likeness) for _ in range(2)]
+    assert len({id(view._reader) for view in views + words}) == 1 and len({id(reader) for reader in views[-1]._open("tools")}) == 1
+    assert words[0]._find is words[1]._find
+    read, run_to = [], tiny_clip.run_to
+    monkeypatch.setattr(tiny_clip, "run_to", lambda images, layer: read.append(len(images)) or run_to(images, layer))
+    for view in views:
+        view.image = 17
+    assert sum(read) <= 1  # once for all
     views[0].upload(picture_file(), "mine.png")
     assert views[1].uploaded == "" and views[1].image >= 0
     with pytest.raises(ValueError, match="No picture 'mine.png'"):
         views[1].uploaded = "mine.png"
+
+
+def test_a_view_is_saved_as_png_and_svg(show, latents, patches):
+    patches.patch, patches.latent = 20, 3
+    for view, kind, start in ((latents, "png", b"\x89PNG"), (patches, "svg", b"<?xml")):
+        page, others = show(view), plt.get_fignums()
+        with page.expect_download(timeout=180_000) as saved:
+            page.click(f"text=Save as {kind.upper()}")
+        assert saved.value.suggested_filename == f"{view.kind}.{kind}" and Path(saved.value.path()).read_bytes().startswith(start)
+        assert plt.get_fignums() == others
+    view._receive({"kind": "export", "format": "py"}, [])
+    assert view.notice and not {"py"} & set(view.exported)
 
 
 def test_page_tells_of_every_error(show, latents):
@@ -342,7 +366,9 @@ def test_page_fits_narrow_and_dark_outputs(show, tiny_clip, tiny_sae, summary, t
     for view in (
         LatentExplorer(*parts, names={latent: f"{latent}_" + 3 * BAD.replace(" ", "_") for latent in range(64)}, latent=3),
         PatchExplorer(*parts, patch=100, latent=3),
+        SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, {3: BAD}, latents=[3, 5, 9], latent=3, batch=[3, 4, 5]),
+        AdaptationView(tiny_clip, {"tools": tiny_clip}, tiny_sae, summary=summary, datasets={"tools": tiny_dataset}, latent=3, patch=100),
     ):
         page = show(view, dark=dark)
-        page.wait_for_selector(".psx-ref")
+        page.wait_for_selector(".psx-odds li" if view.kind == "adaptation" else ".psx-ref")
         check_that_it_fits(page, view, dark)

@@ -18,6 +18,9 @@ PATIENCE = 120
 """Seconds for one step: as long as a starved machine may need to import torch."""
 
 WORLD = """
+from types import SimpleNamespace
+import pandas as pd
+import torch
 import patchsae_utils as ps
 from tiny import random_clip
 from patchsae_utils.adaptation.prompts import VisualPrompt
@@ -25,9 +28,15 @@ from patchsae_utils.adaptation.prompts import VisualPrompt
 clip, data = random_clip(), ps.load_dataset("openmoji/tools", "test", n_images=24)
 sae = ps.SparseAutoencoder(clip.width, 64, seed=0)
 summary = ps.summarize_latents(clip, sae, data, -2, k=6, progress=False)
-latents, patches = ps.LatentExplorer(clip, sae, summary, data), ps.PatchExplorer(clip, sae, summary, data)
-panel = ps.SteeringPanel(clip, sae, data, latents=[3, 5])
-adaptation = ps.AdaptationView(clip, {"tools": VisualPrompt(clip, 2, 1, seed=1)}, sae, summary=summary, datasets={"tools": data})
+frog = int(sae.encode(clip.residual(clip.preprocess(data[2].image)[None], -2))[0, 101].argmax())  # the strongest on a patch
+others = [latent for latent in range(64) if latent != frog]
+likeness = SimpleNamespace(embeddings=torch.randn(24, 16), table=pd.DataFrame({"dictionary": ["SAE"] * 64, "score": 0.0}))
+words = {"names": {frog: "frog"}, "likeness": likeness, "notes": "notes.csv"}
+adapted = VisualPrompt(clip, 2, 1, seed=1)
+latents = ps.LatentExplorer(clip, sae, summary, data, latent=others[0], elsewhere={"VPT": (adapted, data)}, **words)
+patches = ps.PatchExplorer(clip, sae, summary, data, words["names"], latent=others[0])
+panel = ps.SteeringPanel(clip, sae, data, words["names"], latents=others[1:3])
+adaptation = ps.AdaptationView(clip, {"tools": adapted}, sae, summary=summary, datasets={"tools": data})
 links = ps.explorer.link(latents, patches, panel, adaptation)
 """
 VIEWS = ("latents", "patches", "panel", "adaptation")
@@ -59,12 +68,14 @@ def test_explorers_answer(front, notebook, page):
         with voila(notebook, paths=here) as address:
             page.goto(address)
             use(page, front)
+            walk(page, front)
             measure(page)
             page.close()  # before its server ends
     else:
         with jupyterlab(notebook, paths=here) as address:
             run_in_lab(page, address, PATIENCE)
             use(page, front)
+            walk(page, front)
             page.close()
 
 
@@ -101,6 +112,50 @@ def use(page, front):
     assert page.locator(".psx h3 img").count() == 0
     assert "Traceback" not in page.inner_text("body")
     shoot(page, f"end_to_end_{front}")
+
+
+def walk(page, front):
+    """Search a latent by its name, read what it does, keep it, open its link on a new page, and steer it from a patch."""
+    page.fill(".psx-latent input[type=search]", "frog")
+    page.keyboard.press("Enter")
+    frog = page.wait_for_selector(".psx-latent h3:has-text('· frog')").inner_text()
+    page.click(".psx-latent summary")
+    page.wait_for_selector(".psx-does .psx-pushes li")
+    page.wait_for_selector("[aria-label='Elsewhere: VPT'] .psx-ref")
+    page.click("[aria-label='Star this latent']")
+    page.wait_for_selector("[aria-label='Star this latent'][aria-pressed=true]")
+    page.fill("[aria-label='Your name for this latent']", "tree frog")
+    page.keyboard.press("Tab")
+    page.wait_for_selector(".psx-latent h3:has-text('· tree frog')")
+    if front == "voila":  # JupyterLab takes an address's end for its own
+        page.evaluate("navigator.clipboard.writeText = async (text) => void (window.copied = text)")
+        page.click(".psx-latent button:has-text('Copy link')")
+        page.wait_for_function("window.copied")
+        follow(page, page.evaluate("window.copied"), frog)
+
+    page.fill(".psx-steering [aria-label='Image, by its index']", "2")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".psx-steering h3:has-text('Image 2 ·')")
+    stage = page.locator(".psx-steering .psx-stage")
+    box = stage.bounding_box()
+    stage.click(position={"x": box["width"] * 2.5 / 14, "y": box["height"] * 7.5 / 14})  # patch 100
+    page.click("text=Add the patches' latent")
+    number = frog.split()[1]
+    page.wait_for_selector(f".psx-sliders [aria-label='Strength of latent {number}, frog']")
+    odds = page.inner_text(".psx-steering .psx-odds")
+    page.click(f"[aria-label='Turn off latent {number}, frog']")
+    page.wait_for_function("odds => document.querySelector('.psx-steering .psx-odds').innerText !== odds", arg=odds)
+    page.wait_for_selector(".psx-steering .psx-status:has-text('as edited')")
+
+
+def follow(page, link, frog):
+    """On a new page, with a kernel of its own, the latent is open, starred and named."""
+    other = page.context.new_page()
+    other.set_default_timeout(1000 * PATIENCE)
+    other.goto(link)
+    other.wait_for_selector(f".psx-latent h3:has-text('{frog.split(' · ')[0]} · tree frog')")
+    other.wait_for_selector("[aria-label='Star this latent'][aria-pressed=true]")
+    other.close()
 
 
 def measure(page):

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from explorer_pages import BAD, UNLABELLED, check_that_it_fits, picture_file, pixels, wait_for_pixels, wire
+from explorer_pages import BAD, UNLABELLED, picture_file, pixels, wait_for_pixels, wire
 
 from patchsae_utils.adaptation.prompts import VisualPrompt
 from patchsae_utils.explorer import AdaptationView, LatentExplorer, cards, export_gallery, reader
@@ -159,6 +159,27 @@ def test_groups_say_what_halved_and_what_doubled(adaptation, tiny_clip, tiny_sae
     assert card.groups["common"] and all(0.5 < adapted[i] / base[i] < 2 for i in card.groups["common"])
     place = card.listed.index(card.groups["common"][0])
     np.testing.assert_allclose(card.values[place], [float(base[card.listed[place]]), float(adapted[card.listed[place]])], atol=1e-5)
+
+
+def test_a_patch_is_read_by_both_models(show, adaptation, tiny_clip, tiny_sae, tiny_images):
+    adaptation.selection = {"image": 2, "patch": 31}
+    card = adaptation.card
+    models = (tiny_clip, adaptation._adapters["tools"])
+    base, adapted = (tiny_sae.encode(model.residual(tiny_images[2:3], -2))[0, 32].detach() for model in models)
+    np.testing.assert_allclose(card.values, torch.stack([base, adapted], 1)[card.listed], atol=1e-5)
+    assert card.groups["base"] and all(base[i] > 0 and adapted[i] <= base[i] / 2 for i in card.groups["base"])
+    page = show(adaptation)
+    page.wait_for_selector("text=Row 3, column 4: latents by their activation there")
+    box = page.locator(".psx-stage").last.bounding_box()
+    page.mouse.click(box["x"] + box["width"] * 5.5 / 14, box["y"] + box["height"] * 2.5 / 14)
+    page.wait_for_selector("text=Row 3, column 6")
+    page.keyboard.press("ArrowDown")
+    page.wait_for_selector("text=Row 4, column 6")
+    assert adaptation.patch == 3 * 14 + 5
+    page.keyboard.press("Escape")
+    page.wait_for_selector("text=Latents by their mean activation")
+    with pytest.raises(ValueError, match="no patch 196"):
+        adaptation.patch = 196
 
 
 def test_probabilities_are_those_of_each_model(adaptation, tiny_clip, tiny_images, tiny_dataset):
@@ -313,14 +334,6 @@ def test_page_of_two_models(show, adaptation):
     assert adaptation.image == 1 and adaptation.task == "more"
     page.evaluate("window.stop()")
     assert page.evaluate("window.model.count()") == 0
-
-
-@pytest.mark.parametrize("dark", [False, True])
-def test_page_of_two_models_fits_narrow_and_dark_outputs(show, adaptation, dark):
-    adaptation.latent = adaptation.card.listed[0]
-    page = show(adaptation, dark=dark)
-    page.wait_for_selector(".psx-odds li")
-    check_that_it_fits(page, adaptation, dark)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,11 @@ import pandas as pd
 import pytest
 import torch
 from explorer_pages import shoot
+from tiny import loud
 
 import patchsae_utils as ps
-from patchsae_utils.data import templates_for
+from patchsae_utils.adaptation.prompts import VisualPrompt
+from patchsae_utils.data import load_dataset, templates_for
 from patchsae_utils.explorer import LatentExplorer, SteeringPanel
 from patchsae_utils.explorer.reader import EDGES
 from patchsae_utils.explorer.search import TextSearch
@@ -27,7 +29,7 @@ WORDS = ("red wheel", "blue bird", "green leaf")
 def likeness(tiny_clip, tiny_dataset, summary):
     """Embeddings in which the reference images of latents 3, 9 and 20 look like one text each, beside what all images share."""
     rng = np.random.default_rng(0)
-    texts = tiny_clip.zero_shot_head(WORDS, templates_for(tiny_dataset.spec)).cpu().double().numpy()
+    texts = tiny_clip.zero_shot_head(WORDS, sorted(templates_for(tiny_dataset.spec), key=len)[:2]).cpu().double().numpy()
     inverse = np.linalg.pinv(texts)  # column w answers to text w alone
     shared = rng.standard_normal(16) + 0.3 * rng.standard_normal((24, 16))
     shared -= shared @ inverse @ texts
@@ -52,10 +54,11 @@ def planted(summary):
 def test_words_find_the_latents_whose_images_look_like_them(tiny_clip, tiny_dataset, planted, likeness):
     templates = templates_for(tiny_dataset.spec)
     search = TextSearch(tiny_clip, planted, likeness.embeddings, templates)
+    assert search.templates == ["a {}.", "there is a {}."]
     living = [latent for latent in range(64) if latent != 5]
     means = np.array([likeness.embeddings[[i for i in planted.top_images[s].tolist() if i >= 0]].double().mean(0).numpy() for s in living])
     for text, latent in zip(WORDS, (3, 9, 20), strict=True):
-        scores = (means - means.mean(0)) @ tiny_clip.zero_shot_head([text], templates)[0].double().cpu().numpy()
+        scores = (means - means.mean(0)) @ tiny_clip.zero_shot_head([text], search.templates)[0].double().cpu().numpy()
         found = search(f"  {text} ", 4)
         assert found[0][0] == latent
         assert [score for _, score in found] == pytest.approx(np.sort(scores)[:-5:-1] / scores.std(), rel=1e-4)
@@ -152,6 +155,44 @@ def test_what_a_latent_does_is_counted_over_the_images(tiny_clip, tiny_sae, tiny
             found.value == pytest.approx(float(mean[tiny_dataset.class_names.index(name)]), abs=1e-4)
             and found.low <= found.value <= found.high
         )
+
+
+@pytest.fixture
+def elsewhere(tiny_clip, tiny_sae, summary, tiny_dataset):
+    line = load_dataset("openmoji/tools:line", "test", n_images=12)
+    adapted = loud(VisualPrompt, tiny_clip)
+    view = LatentExplorer(
+        tiny_clip, tiny_sae, summary, tiny_dataset, elsewhere={"line": line, "adapted": (adapted, tiny_dataset)}, latent=3
+    )
+    return view, {"line": (tiny_clip, line), "adapted": (adapted, tiny_dataset)}
+
+
+def test_a_latent_is_followed_to_other_images_and_models(elsewhere, tiny_sae, latents):
+    view, places = elsewhere
+    here = view._reader.sample.means[:, 3].double().numpy()
+    for name, (model, data) in places.items():
+        inputs = torch.stack([model.preprocess(data[i].image) for i in range(len(data))])
+        h = tiny_sae.encode(model.residual(inputs, -2)).detach().double()[..., 3]
+        card, means = view.elsewhere[name], h.mean(1).numpy()
+        assert (card.n_active, card.n_images) == ((means > 0).sum(), len(data))
+        order = np.argsort(-means)[:5]
+        assert card.images.tolist() == order.tolist() and card.labels == [data.class_names[data.labels[i]] for i in order]
+        np.testing.assert_allclose(card.values, means[order], atol=1e-5)
+        np.testing.assert_allclose(card.heats.reshape(5, -1), h[order, 1:], atol=1e-5)
+        expected = None if name == "line" else np.corrcoef(means, here)[0, 1]
+        assert card.correlation == (expected if expected is None else pytest.approx(expected, abs=1e-4))
+    assert latents.elsewhere == {} and latents.places == []
+
+
+def test_page_shows_a_latent_elsewhere(show, elsewhere):
+    page = show(elsewhere[0])
+    page.click("summary")
+    page.wait_for_selector("[aria-label='Elsewhere: adapted'] .psx-ref")
+    assert page.is_disabled("[aria-label='Elsewhere: line'] .psx-ref >> nth=0")  # images of another data set
+    page.click("[aria-label='Elsewhere: adapted'] .psx-ref >> nth=1")
+    page.wait_for_selector("[aria-label='Elsewhere: adapted'] .psx-ref[aria-pressed=true]")
+    assert elsewhere[0].image == elsewhere[0].elsewhere["adapted"].images[1]
+    shoot(page, "latent_elsewhere")
 
 
 def test_page_tells_what_a_latent_does(show, latents):

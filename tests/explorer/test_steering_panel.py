@@ -6,14 +6,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from explorer_pages import check_that_it_fits, pixels
+from explorer_pages import BAD, picture_file, pixels
 
 import patchsae_utils as ps
 from patchsae_utils.explorer import SteeringPanel
+from patchsae_utils.explorer.reader import read_upload
 from patchsae_utils.interventions import Edit, dataset_head, steer
 from patchsae_utils.interventions.attribution import image_attribution
-
-BAD = "<img src=x onerror=document.title='bad'>"
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +55,14 @@ def test_a_selection_is_kept_and_set_again(panel):
         "patches": [4, 90],
         "where": "selected",
         "edits": [{"latent": 3, "op": "scale", "value": 2.0}],
+        "batch": [1, 2],
     }
     panel.selection = dict(reversed(chosen.items()))  # another image takes edits back: the order of setting is the panel's
     assert panel.selection == chosen and panel.shown["image"] == 6 and panel.to_edits() == [Edit(3, "scale", 2.0, [4, 90])]
-    panel.reset()
+    panel.edits, panel.patches, panel.where = [], [], "all"
     panel.selection = chosen
     assert panel.selection == chosen
-    with pytest.raises(ValueError, match="no choice 'color'; valid are image, latents, latent, patches, where, edits"):
+    with pytest.raises(ValueError, match="no choice 'color'; valid are image, latents, latent, patches, where, edits, batch"):
         panel.selection = {"color": 3}
 
 
@@ -79,21 +79,73 @@ def test_another_image_starts_afresh(panel, tiny_clip, tiny_sae, tiny_dataset, h
     panel.edits = [{"latent": 5, "op": "scale", "value": 2.0}]
     panel.image = 4
     assert panel.edits == [] and panel.latents == [3, 5, 9] and panel.shown["image"] == 4  # latents that were given stay
-    free = SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, head=head, n_sliders=4, image=1)
+    free = SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, head=head, image=1)
     for image in (1, 3):
         free.image = image
         scores = image_attribution(tiny_clip, tiny_sae, tiny_clip.run_to(tiny_clip.preprocess(tiny_dataset[image].image)[None], -2), head)[
             0
         ]
-        assert free.latents == scores.topk(4).indices.tolist()
+        assert free.latents == scores.topk(5).indices.tolist()
     free.latents = [0, 1]
     free.image = 5
     assert free.latents == [0, 1]
 
 
+def test_the_same_edits_on_other_images_say_how_their_classes_fare(panel, tiny_clip, tiny_sae, tiny_images, tiny_dataset, head):
+    panel.edits, panel.latent = [{"latent": 3, "op": "scale", "value": 4.0}], 3
+    assert panel.others == {}
+    panel.batch = [2, 5, 2]
+    expected = steer(tiny_clip, tiny_sae, tiny_images[[2, 5]], [Edit(3, "scale", 4.0)], -2, head)
+    card, rows, own = panel.batch_card, [0, 1], [tiny_dataset.labels[i] for i in (2, 5)]
+    assert card.images == [2, 5] and card.labels == [tiny_dataset.class_names[c] for c in own]
+    np.testing.assert_allclose(card.before, expected.probabilities_before[rows, own], atol=1e-5)
+    np.testing.assert_allclose(card.after, expected.probabilities[rows, own], atol=1e-5)
+    assert card.kept.tolist() == [[int(p[i].argmax()) == own[i] for p in (expected.logits_before, expected.logits)] for i in rows]
+    h = tiny_sae.encode(tiny_clip.residual(tiny_images[[2, 5]], -2)).detach()
+    np.testing.assert_allclose(card.heats.reshape(2, -1), 4 * h[:, 1:, 3], rtol=1e-4, atol=1e-5)
+    change = 100 * (card.after - card.before).mean()
+    assert f"{change:+.0f} points on average" in panel.others["note"]
+    panel.latent = 9  # not edited: as it is
+    np.testing.assert_allclose(panel.batch_card.heats.reshape(2, -1), h[:, 1:, 9], atol=1e-5)
+
+
+def test_a_picture_of_ones_own_is_steered(panel, tiny_clip, tiny_sae, tiny_dataset, head):
+    panel.edits = [{"latent": 5, "op": "scale", "value": 2.0}]
+    panel.upload(picture_file(), BAD)
+    assert panel.edits == [] and panel.shown["uploaded"] == BAD  # another picture starts afresh
+    panel.edits = [{"latent": 5, "op": "add", "value": 3.0}]
+    names = {"ps": ps, "clip": tiny_clip, "sae": tiny_sae, "head": head, "picture": read_upload(picture_file())[0]}
+    torch.testing.assert_close(eval(panel.code, names).logits, panel.steered.logits, rtol=0, atol=1e-4)  # noqa: S307
+    first = panel.shown["jpeg"]
+    panel.upload(picture_file(color=(20, 40, 200)), BAD)
+    assert panel.shown["jpeg"] != first and panel.edits == []
+    panel.image = 1
+    assert panel.uploaded == "" and panel.shown["image"] == 1 and panel.shown["label"] == tiny_dataset.class_names[tiny_dataset.labels[1]]
+
+
+def test_page_steers_uploads_and_other_images(show, panel):
+    page = show(panel)
+    page.set_input_files("input[type=file]", {"name": BAD, "mimeType": "image/png", "buffer": picture_file()})
+    page.wait_for_selector("h3:has-text('Your image')")
+    assert page.locator("h3 img").count() == 0 and page.locator(".psx-ref").count() == 0
+    page.click("[aria-label='Next image']")
+    page.wait_for_selector("h3:has-text('Image 1 ·')")
+    page.click("[aria-label^='Turn off latent 3']")
+    page.select_option("[aria-label='Images that the edits act on']", "any")
+    page.wait_for_selector(".psx-ref:has-text('→')")
+    assert page.locator(".psx-ref").count() == len(panel.batch) == 10 and 1 not in panel.batch
+    page.click("[aria-label^='Turn off latent 9']")
+    page.wait_for_function("window.model.get('edits').length === 2")
+    assert panel.others["note"] in page.wait_for_selector(f"text={panel.others['note']}").inner_text()
+    page.select_option("[aria-label='Images that the edits act on']", "class")  # each class has one image here
+    page.wait_for_selector(".psx-refs", state="hidden")
+    assert panel.batch == [] and panel.edits
+
+
 @pytest.mark.parametrize(("trait", "value", "message"), [
     ("image", 24, "no image 24"),
     ("latents", [64], "no latent 64"),
+    ("batch", [24], "no image 24"),
     ("patches", [196], "0 to 195"),
     ("edits", [{"latent": 64, "op": "scale", "value": 1.0}], "no latent 64"),
     ("edits", [{"latent": 3, "op": "set", "value": 1.0}], "scale"),
@@ -215,10 +267,3 @@ def test_page_shows_a_latents_place_and_its_name_as_text(show, panel):
     assert np.abs(pixels(page, ".psx-stage").astype(int) - bare).mean() > 1
     assert "<img src=x" in page.inner_text(".psx-sliders")
     assert page.locator(".psx-sliders img").count() == 0 and page.title() == ""
-
-
-@pytest.mark.parametrize("dark", [False, True])
-def test_page_fits_narrow_and_dark_outputs(show, panel, dark):
-    page = show(panel, dark=dark)
-    page.wait_for_selector(".psx-odds li")
-    check_that_it_fits(page, panel, dark)

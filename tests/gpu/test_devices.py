@@ -95,7 +95,7 @@ def likeness(w):
 
 def read(w):
     view = Reader(w.clip, w.sae, w.data, LAYER)
-    return [view.tokens([0, 1]), view.heats([0, 2], 3), view.latents(1), view.nearest(2, 3, np.zeros(64, bool))]
+    return [view.residual([0, 1]).tokens.cpu(), view.heats([0, 2], 3), view.latents(1), view.nearest(2, 3, np.zeros(64, bool))]
 
 
 STAGES = {
