@@ -2,7 +2,7 @@
 
 An experiment has a ``profile``, a ``folder`` for its cells, ``inputs(cell)`` (all that decides what it comes out as), ``measure(cell,
 folder)`` and ``tables({cell: numbers})``, name -> DataFrame; the numbers, as JSON can hold them, get "seconds" and "commit", that of the
-code that measured them.
+code that measured them. One whose rows stand for themselves has ``merged(before, table)`` as well, which keeps those of other cells.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pandas as pd
 
 from patchsae_utils.config import repository_root
 from patchsae_utils.run.artifacts import fingerprint, is_current, read_json, write_json, write_table
-from patchsae_utils.tables import table_path
+from patchsae_utils.tables import read_table, table_path
 
 
 def current_commit() -> str:
@@ -47,7 +47,10 @@ def run(experiment: Any, cells: Iterable[Any], out: Path | None = None) -> Itera
         measured[cell] = row(experiment, cell)
         tables = experiment.tables(measured)
         for name, table in tables.items():
-            write_table(table_path(experiment.profile, name) if out is None else out / f"{name}.csv", table)
+            path = table_path(experiment.profile, name) if out is None else out / f"{name}.csv"
+            if hasattr(experiment, "merged") and path.exists():
+                table = experiment.merged(read_table(path), table)
+            write_table(path, table)
         yield cell, measured[cell], tables
 
 

@@ -22,7 +22,7 @@ DEFAULT_PROFILE = "openmoji"
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {  # of settings, by name; None passes all
     **dict.fromkeys(
         "n_train_images n_statistics_images n_evaluation_images expansion_factor k bandwidth n_tokens lr batch_tokens log_every "
-        "checkpoint_every target_l0 n_shots epochs batch_size n_ctx depth".split(),
+        "checkpoint_every target_l0 n_shots epochs batch_size n_ctx depth rank".split(),
         (lambda value: value > 0, "positive"),
     ),
     **dict.fromkeys(
@@ -214,6 +214,10 @@ class AdapterConfig(_Section):
     """Prompt whose first ``n_ctx`` tokens are learned."""
     depth: int = 9
     """Blocks, counted from the input, that get prompts of their own."""
+    rank: int = 4
+    """Rank of LoRA's changes."""
+    random_crop: bool = False
+    """Fit on random crops of 8 to 100 % of a picture's area, as MaPLe does; small objects are often lost in them."""
     seeds: tuple[int, ...] = (1,)
     """One adapter is trained for each: which shots, and their order."""
 

@@ -30,7 +30,11 @@ def table_path(profile: Profile, name: str) -> Path:
 def load_table(profile: Profile, name: str) -> pd.DataFrame | None:
     """One of the tables "ablations", "adaptation", "gain_split" and "novelty"; None where the profile has none yet."""
     path = table_path(profile, name)
-    return pd.read_csv(path, keep_default_na=False, na_values=[""]) if path.exists() else None  # "null" is a kind of control
+    return read_table(path) if path.exists() else None
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])  # "null" is a kind of control
 
 
 def load_benchmark(name: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from torch.optim.lr_scheduler import LambdaLR
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from tqdm.auto import tqdm
 
 from ..clip.loading import load_clip
@@ -57,7 +58,7 @@ def fit_adapter(
     clip: ClipModel, kind: str, dataset: Any, config: AdapterConfig, out: str | Path | None = None, *, seed: int | None = None,
     precision: str | None = None, shuffle_labels: bool = False, progress: bool = True,
 ) -> AdaptedClip:  # fmt: skip
-    """Adapt a CLIP to a data set from a few images a class, flipped at random, by the kind's recipe (``RECIPES``).
+    """Adapt a CLIP to a data set from a few images a class, flipped (and cropped) at random, by the kind's recipe (``RECIPES``).
 
     Parameters
     ----------
@@ -82,7 +83,7 @@ def fit_adapter(
     ValueError
         For an unknown kind or precision, an impossible depth, a data set with fewer images than shots, or a model without a text tower.
 
-    Source: the recipe of MaPLe (Khattak et al., CVPR 2023), without random crops, in which small scenes often lose the object.
+    Source: the recipe of MaPLe (Khattak et al., CVPR 2023); ``config.random_crop`` crops what CLIP sees of an image, MaPLe the image itself.
     """
     _adapter_class(kind)
     if not clip.has_text:
@@ -94,6 +95,8 @@ def fit_adapter(
     lr, names = RECIPES[kind].rate(config), list(dataset.class_names)
     settings = {name: getattr(config, name) for name in ("n_shots", "epochs", "batch_size", "n_ctx", "depth", "template")}
     settings |= RECIPES[kind]._replace(lr=lr)._asdict() | {"precision": precision, "shuffle_labels": shuffle_labels}
+    settings |= {"random_crop": True} if config.random_crop else {}
+    settings |= {"rank": config.rank} if kind == LoRA.kind else {}
     data = {"spec": dataset.spec, "split": dataset.split, "class_names": names, "fingerprint": dataset_fingerprint(dataset)}
     fp = artifacts.fingerprint(version=FORMAT_VERSION, kind=kind, clip=clip.fingerprint, data=data, recipe=settings, seed=seed)
     if out is not None and artifacts.is_current(out, fp):
@@ -108,7 +111,7 @@ def fit_adapter(
     if shuffle_labels:
         labels = labels[torch.randperm(len(labels), generator=Generator().manual_seed(seed))]
     labels = labels.to(clip.device)
-    features = None if adapted.changes_images else _features(adapted, images)
+    features = None if adapted.changes_images or config.random_crop else _features(adapted, images)
     head = adapted.head_to_fit(names, templates)
 
     optimizer_class, extra = {"sgd": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {})}[RECIPES[kind].optimizer]
@@ -125,7 +128,8 @@ def fit_adapter(
             for chosen in order.split(config.batch_size):
                 flip = (torch.rand(len(chosen), generator=generator) < 0.5).long()
                 if features is None:
-                    batch = torch.where(flip[:, None, None, None] > 0, images[chosen].flip(-1), images[chosen])
+                    batch = random_crops(images[chosen], generator) if config.random_crop else images[chosen]
+                    batch = torch.where(flip[:, None, None, None] > 0, batch.flip(-1), batch)
                 seen = adapted.encode_image(batch.float()) if features is None else features[flip, chosen]
                 logits = adapted.logits(seen, head())
                 loss = F.cross_entropy(logits, labels[chosen])
@@ -161,9 +165,19 @@ def fresh_adapter(
     options: dict[str, Any] = {"seed": seed, "template": config.template}
     if issubclass(cls, PromptedClip):
         options |= {"n_ctx": config.n_ctx, "depth": config.depth if cls.default_depth > 1 else 1}
+    if cls is LoRA:
+        options |= {"rank": config.rank}
     if cls is LinearHead:
         options |= {"class_names": class_names, "templates": templates}
     return cls(clip, **options)
+
+
+def random_crops(images: Tensor, generator: Generator) -> Tensor:
+    """A random part of each image [B, 3, H, W], enlarged to its size: 8 to 100 % of the area, sides 3:4 to 4:3 (Dassl's, and so MaPLe's)."""
+    crop = RandomResizedCrop(images.shape[-2:], interpolation=InterpolationMode.BICUBIC)
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global state
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        return torch.stack([crop(image) for image in images.float()])
 
 
 def rate_factor(epoch: int, epochs: int, lr: float) -> float:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchsae_utils.adaptation import fit
-from patchsae_utils.adaptation.fit import ADAPTERS, RECIPES, Recipe, fit_adapter, fresh_adapter, load_adapter, save_adapter
+from patchsae_utils.adaptation.fit import ADAPTERS, RECIPES, Recipe, fit_adapter, fresh_adapter, load_adapter, random_crops, save_adapter
 from patchsae_utils.adaptation.models import FineTuned, LinearHead
 from patchsae_utils.adaptation.prompts import CoOp, MaPLe
 from patchsae_utils.clip.model import ClipModel
@@ -212,6 +212,26 @@ def test_the_learning_rate_is_constant_for_an_epoch_and_then_a_cosine(tiny_clip,
     assert rates == pytest.approx([1e-5, *(0.0035 * 0.5 * (1 + math.cos(epoch * math.pi / 5)) for epoch in range(4))], rel=1e-12)
 
 
+def test_random_crops_are_those_of_maple():
+    """A ramp's slope in a crop tells how wide and high a box was enlarged: Dassl's 8 to 100 % of the area, sides 3:4 to 4:3."""
+    ramp, state = torch.arange(64.0).expand(64, 64), torch.get_rng_state()
+    pictures = torch.stack([ramp, ramp.T, torch.zeros(64, 64)]).half().expand(300, -1, -1, -1)
+    crops, again = (random_crops(pictures, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(crops, again) and torch.equal(torch.get_rng_state(), state) and crops.shape == pictures.shape
+    wide, high = 2 * (crops[:, 0, 32, 48] - crops[:, 0, 32, 16]), 2 * (crops[:, 1, 48, 32] - crops[:, 1, 16, 32])
+    share, sides = wide * high / 64**2, wide / high
+    assert 0.075 < share.min() < 0.12 and 0.9 < share.max() < 1.001 and share.mean() == pytest.approx(0.54, abs=0.05)
+    assert 0.72 < sides.min() < 0.8 and 1.25 < sides.max() < 1.39
+
+
+def test_crops_and_loras_rank_are_the_configurations(tiny_clip, few):
+    config = dataclasses.replace(CONFIG, rank=2)
+    found = {name: fit_adapter(tiny_clip, "lora", few, c, progress=False) for name, c in (("4", CONFIG), ("2", config))}
+    assert found["4"].n_parameters == 2 * found["2"].n_parameters
+    plain, cropped = (fit_adapter(tiny_clip, "coop", few, dataclasses.replace(CONFIG, random_crop=on), progress=False) for on in (False, True))
+    assert plain.log != cropped.log
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_fitting_lowers_the_loss_and_repeats_with_the_seed(tiny_clip, few, kind, monkeypatch):
     config = dataclasses.replace(CONFIG, epochs=6, lr=0.05, batch_size=9, depth=3)
@@ -225,7 +245,7 @@ def test_fitting_lowers_the_loss_and_repeats_with_the_seed(tiny_clip, few, kind,
 
 @pytest.mark.parametrize("kind", ["maple", "lora", "linear"])
 def test_a_fit_that_was_stopped_goes_on_where_it_was(tiny_clip, few, tmp_path, kind, monkeypatch):
-    config = dataclasses.replace(CONFIG, epochs=4)
+    config = dataclasses.replace(CONFIG, epochs=4, random_crop=kind == "linear")
     whole = fit_adapter(tiny_clip, kind, few, config, tmp_path / "whole", progress=False)
 
     rate_factor, epochs = fit.rate_factor, []

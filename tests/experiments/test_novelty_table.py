@@ -103,6 +103,10 @@ def test_controls_are_measured_once_and_make_one_table(tmp_path, tiny_clip, tiny
     monkeypatch.setattr(Novelty, "measure", lambda *args: pytest.fail("measured again"))
     again = Novelty(profile, tiny_clip, **options)
     assert sum(len(grid.row(again, cell)["rows"]) for cell in cells) == len(table)
+    for _ in grid.run(again, cells[1:2]):  # one of them alone: the rows of the others stay
+        pass
+    kept = load_table(profile, "novelty").sort_values(["control", "method"], ignore_index=True)
+    pd.testing.assert_frame_equal(kept, table.sort_values(["control", "method"], ignore_index=True), check_dtype=False)
 
 
 def test_the_split_says_the_new_part_in_nats_and_as_a_share():

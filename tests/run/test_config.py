@@ -69,6 +69,7 @@ def test_imagenet_is_the_papers_recipe(image_folders):
     assert (training.lr, training.l1_coefficient, training.warmup_steps) == (4e-4, 8e-5, 500)
     assert training.n_tokens == 2_621_440 * 197 and training.batch_tokens == 128 * 197
     assert (profile.adapters.depth, profile.adapters.n_ctx, profile.adapters.seeds) == (9, 2, (1, 2, 3))
+    assert profile.adapters.random_crop and not load_profile("openmoji").adapters.random_crop
     assert profile.data.train == str(image_folders) and profile.data.n_train_images is None
 
 
