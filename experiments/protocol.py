@@ -74,9 +74,8 @@ class Protocol:
         return {half: stages.open_data(self.profile, cell.task, "test", self.n_images, half, self.progress) for half in HALVES}
 
     def inputs(self, cell: Cell) -> dict[str, Any]:
-        # Which tasks and seeds others use, and the profile's rate where the recipe has its own, does not matter to this cell.
         recipe, adapters = RECIPES.get(cell.kind), self.profile.adapters
-        lr = recipe.rate(adapters) if recipe else adapters.lr
+        lr = recipe and (adapters.lr or recipe.lr)  # the one that is used; nor does it matter which tasks and seeds others have
         return {
             "what": "protocol", "format": 4, "clip": self.clip.fingerprint, "sae": self.sae.fingerprint, "layer": self.layer, "cell": cell,
             "settings": dataclasses.replace(adapters, tasks=(cell.task,), kind=cell.kind, seeds=(cell.seed,), lr=lr), "recipe": recipe,

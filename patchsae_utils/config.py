@@ -204,8 +204,8 @@ class AdapterConfig(_Section):
     """Training images a base class."""
     epochs: int = 5
     """Passes over those images."""
-    lr: float = 0.0035
-    """Learning rate after the warm-up epoch, of kinds whose recipe has none of its own (MaPLe, CoOp)."""
+    lr: float | None = None
+    """Learning rate after the warm-up epoch; ``None`` ("auto" in a file): that of the kind's recipe."""
     batch_size: int = 4
     """Images a step."""
     n_ctx: int = 2

@@ -38,18 +38,14 @@ class Recipe(NamedTuple):
     """How the learned weights move."""
 
     optimizer: str  # "sgd" (momentum 0.9) or "adamw"
-    lr: float | None  # after the warm-up epoch; None: the configuration's
+    lr: float  # after the warm-up epoch
     weight_decay: float
 
-    def rate(self, config: AdapterConfig) -> float:
-        return config.lr if self.lr is None else self.lr
 
-
-_MAPLE = Recipe("sgd", None, 5e-4)
-# The prompts' is MaPLe's, the others' rates are customary. All but CoOp's beat neighbours in validation.
+# MaPLe's own for the prompts, but VPT's rate; customary ones for the others. All but CoOp's beat neighbours in validation.
 RECIPES = {
-    "maple": _MAPLE, "coop": _MAPLE, "vpt": _MAPLE._replace(lr=0.03), "lora": Recipe("adamw", 2e-3, 1e-2),
-    "finetune": Recipe("adamw", 1e-4, 1e-2), "linear": Recipe("adamw", 5e-3, 1e-2),
+    "maple": Recipe("sgd", 0.0035, 5e-4), "coop": Recipe("sgd", 0.0035, 5e-4), "vpt": Recipe("sgd", 0.03, 5e-4),
+    "lora": Recipe("adamw", 2e-3, 1e-2), "finetune": Recipe("adamw", 1e-4, 1e-2), "linear": Recipe("adamw", 5e-3, 1e-2),
 }  # fmt: skip
 
 
@@ -92,7 +88,7 @@ def fit_adapter(
     if precision not in PRECISIONS:
         raise ValueError(f"Unknown precision {precision!r}. Valid: {', '.join(PRECISIONS)}.")
     seed = config.seeds[0] if seed is None else seed
-    lr, names = RECIPES[kind].rate(config), list(dataset.class_names)
+    lr, names = config.lr or RECIPES[kind].lr, list(dataset.class_names)
     settings = {name: getattr(config, name) for name in ("n_shots", "epochs", "batch_size", "n_ctx", "depth", "template")}
     settings |= RECIPES[kind]._replace(lr=lr)._asdict() | {"precision": precision, "shuffle_labels": shuffle_labels}
     settings |= {"random_crop": True} if config.random_crop else {}

@@ -11,6 +11,7 @@ import torch
 from experiments import grid, protocol
 from experiments.protocol import Cell, Protocol, cells, feature_forms, tabulate
 from patchsae_utils.adaptation.compare import FORMS
+from patchsae_utils.adaptation.fit import RECIPES
 from patchsae_utils.config import load_profile
 from patchsae_utils.interventions.tail import dataset_head
 from patchsae_utils.tables import AVERAGE, MEAN, load_table
@@ -58,10 +59,10 @@ def test_cells_are_fitted_measured_and_kept(small, tiny_clip, tiny_sae, tmp_path
     monkeypatch.setattr(protocol.stages, "adapter", lambda *args, **options: pytest.fail("fitted again"))
     again = {cell: row for cell, row, _ in grid.run(Protocol(small, tiny_clip, tiny_sae, n_images=36, progress=False), chosen)}
     assert again == measured
-    # LoRA and the linear head have rates of their own: the profile's does not matter to them.
-    faster = dataclasses.replace(small, adapters=dataclasses.replace(small.adapters, lr=7 * small.adapters.lr))
-    another = Protocol(faster, tiny_clip, tiny_sae, n_images=36, progress=False)
-    assert all(grid.row(another, cell) == measured[cell] for cell in chosen if cell.kind != "zero-shot")
+    # A rate that is the recipe's own, written into the profile, changes nothing; zero-shot CLIP has none.
+    spelt = dataclasses.replace(small, adapters=dataclasses.replace(small.adapters, lr=RECIPES["lora"].lr))
+    another = Protocol(spelt, tiny_clip, tiny_sae, n_images=36, progress=False)
+    assert all(grid.row(another, cell) == measured[cell] for cell in chosen if cell.kind != "linear")
 
 
 def row(base: str, novel: str):
