@@ -157,7 +157,7 @@ class Novelty:
         """The table, with rows of controls that it doesn't measure, in the order of :data:`CONTROLS`."""
         place = {control.name: i for i, control in enumerate(CONTROLS)}
         rows = pd.concat([before.astype(object), table.astype(object)]).drop_duplicates(["control", "method"], keep="last")
-        return rows[rows["control"].isin(place)].sort_values("control", key=lambda names: names.map(place), kind="stable", ignore_index=True)
+        return rows[rows["control"].isin(place)].sort_values("control", key=lambda names: names.map(place), kind="stable")
 
 
 def trained_further(clip: ClipModel, n_steps: int, batch_size: int) -> FineTuned:

@@ -112,11 +112,10 @@ class Protocol:
         )  # fmt: skip
 
     def _split(self, model: ClipModel, dataset) -> list[dict[str, Any]]:
-        """Of a model's gain, change outside the dictionary and reuse of evidence: quantity, name, value, low, high."""
+        """Of a model's gain and reuse of evidence: quantity, name, value, low, high."""
         analysis = explain_gain(self.clip, {"model": model}, self.sae, dataset, self.layer, progress=self.progress)["model"]
         tables = [
             analysis.split.parts().rename(columns={"part": "name", "gain": "value"}).assign(quantity="gain"),
-            analysis.split.change().rename(columns={"change": "name", "outside": "value"}).assign(quantity="outside share of the change"),
             analysis.links.reuse().rename(columns={"comparison": "name", "reuse": "value"}).assign(quantity="reuse"),
         ]
         table = pd.concat(tables)[["quantity", "name", "value", "low", "high"]]

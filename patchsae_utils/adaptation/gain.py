@@ -30,7 +30,6 @@ TOWER_PARTS = ("existing latents", "outside the dictionary", "later blocks")
 PARTS = (*TOWER_PARTS, "text head")  # the players, in the order of the axes of GainSplit.outcomes
 CONCEPTS = {"retuning": ("existing latents",), "new concepts": ("outside the dictionary",), "remapping": ("later blocks", "text head")}
 MEASURES = ("accuracy", "log-probability")
-CHANGES = ("adaptation", "another picture")
 BATCH = 32
 EXPERIMENTS = {  # name -> which parts are the adapted model's
     "CLIP": (0, 0, 0, 0), "existing latents' part only": (1, 0, 0, 0), "outside part only": (0, 1, 0, 0),
@@ -47,8 +46,6 @@ class GainSplit:
     outcomes: np.ndarray
     """[2 measures, 2, 2, 2, 3, N]: whether picture n is classified correctly, and the log-probability of its class (nats), with each part of
     ``PARTS`` as in CLIP (0) or as in the adapted model (1); the text head may also be CLIP's with the adapter's own texts (2)."""
-    squares: np.ndarray
-    """[2, 2, N]: for each of ``CHANGES`` the squared norm outside the dictionary, and that of the whole change, summed over tokens."""
 
     def parts(self, measure: str = "accuracy") -> pd.DataFrame:
         """Each part of the gain in "accuracy" or "log-probability": part, gain, low, high, share, share_low, share_high; over pictures.
@@ -77,11 +74,6 @@ class GainSplit:
         value, gain = mean_interval(rows, "images"), mean_interval(rows - rows[0], "images")
         table = pd.DataFrame({"experiment": list(EXPERIMENTS), "value": value.value, "low": value.low, "high": value.high})
         return table.assign(gain=gain.value, gain_low=gain.low, gain_high=gain.high)
-
-    def change(self) -> pd.DataFrame:
-        """How much of each of :data:`CHANGES` the dictionary misses: change, outside (share of the squared norm), low, high."""
-        outside = [(name, *share_of(*each)[:3]) for name, each in zip(CHANGES, self.squares, strict=True)]
-        return pd.DataFrame(outside, columns=["change", "outside", "low", "high"])
 
 
 def share_of(rows: np.ndarray, whole: np.ndarray):
@@ -141,7 +133,7 @@ def explain_gain(
     texts = dataset.class_names, templates_for(dataset.spec)
     between = [model.untrained_head(*texts) if isinstance(model, AdaptedClip) else heads[0] for model in models]
     sums = {name: LinkSums(list(dataset.class_names), sae) for name in adapted}
-    found: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in adapted}
+    found: dict[str, list[Tensor]] = {name: [] for name in adapted}
     for batch in batches(dataset, base.preprocess, BATCH, progress=f"explaining {dataset.name}" if progress else None):
         labels = batch.labels.to(base.device)
         residuals = [model.run_to(batch.images, layer) for model in models]
@@ -151,14 +143,13 @@ def explain_gain(
         said = _decoded(sae, z)
         for name, after, untrained in zip(adapted, others, between[1:], strict=True):
             new = after.residual.tokens
-            change, change_said = new - z, _decoded(sae, new) - said
+            change_said = _decoded(sae, new) - said
             # With the latents' part, and with the part outside.
             streams = {(0, 0): z, (1, 0): z + change_said, (0, 1): new - change_said, (1, 1): new}
-            pairs = (change, change_said), (z.roll(1, 0) - z, said.roll(1, 0) - said)
-            found[name].append((_outcomes(streams, (before, after), untrained, labels), torch.stack([_squares(*pair) for pair in pairs])))
+            found[name].append(_outcomes(streams, (before, after), untrained, labels))
             sums[name].add((before, after), labels)
-    arrays = {name: [torch.cat(parts, -1).numpy() for parts in zip(*found[name], strict=True)] for name in adapted}
-    return {name: GainAnalysis(GainSplit(dataset.name, *arrays[name]), sums[name].links()) for name in adapted}
+    splits = {name: GainSplit(dataset.name, torch.cat(parts, -1).numpy()) for name, parts in found.items()}
+    return {name: GainAnalysis(split, sums[name].links()) for name, split in splits.items()}
 
 
 def _decoded(sae: SparseAutoencoder, tokens: Tensor) -> Tensor:
@@ -177,8 +168,3 @@ def _outcomes(streams: Mapping[tuple[int, int], Tensor], readers: tuple[Reader, 
                 found[(0, *parts, tail, head)] = (logits.argmax(1) == labels).double().cpu()
                 found[(1, *parts, tail, head)] = logits.double().log_softmax(1).gather(1, labels[:, None])[:, 0].cpu()
     return found
-
-
-def _squares(whole: Tensor, said: Tensor) -> Tensor:
-    """Squared norms [2, B] of a change: what the dictionary leaves out of it, and whole."""
-    return torch.stack([(whole - said).square().sum((1, 2)), whole.square().sum((1, 2))]).double().cpu()

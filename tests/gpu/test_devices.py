@@ -79,7 +79,7 @@ def compare(w):
     remapping = ps.compare_models(w.clip, adapted, w.sae, half, LAYER, progress=False)
     gain = ps.explain_gain(w.clip, {"MaPLe": adapted}, w.sae, half, LAYER, progress=False)["MaPLe"].split
     masked = ps.adaptation.masked_predictions(w.clip, adapted, w.sae, half, half, LAYER, progress=False)
-    return [remapping.latents(), remapping.comparisons(), gain.outcomes, gain.squares, masked[["accuracy"]]]
+    return [remapping.latents(), remapping.comparisons(), gain.outcomes, masked[["accuracy"]]]
 
 
 def concepts(w):
