@@ -73,4 +73,6 @@ def test_what_planted_features_say_over_controls():
     assert found == pytest.approx({"planted_recall": 10 / 13, "planted_precision": 0.5, "null_new_share": 5 / 800})
     shares = pd.DataFrame([("null", 0.0), ("null", 0.3), ("new", 0.4)], columns=["kind", "new_share"]).assign(method="split of the gain")
     said = tables.novelty_sentence(pd.concat([table, shares]))
-    assert all(words in said for words in ("finds 77%", "50% of what", "0.6% of the latents", "More than 85%", "lie 0% to 30% of", "40% to 40%"))
+    assert all(
+        words in said for words in ("finds 77%", "50% of what", "0.6% of the latents", "More than 85%", "lie 0% to 30% of", "40% to 40%")
+    )
