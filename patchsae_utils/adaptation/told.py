@@ -29,7 +29,7 @@ def accuracy_sentence(accuracy: pd.DataFrame) -> str:
         f"On base classes {name} changes the accuracy by {_span(gain['raw', 'base'])} points, on novel classes by {_span(gain['raw', 'novel'])}; "
         f"the mean over tasks of the harmonic mean goes from {means['CLIP']:.0%} to {means[name]:.0%}. When both models read the "
         f"dictionary's reconstruction instead of the residual stream, {_span(gain['reconstructed', 'base'])} points remain on base "
-        "classes: the rest of the gain uses what the dictionary leaves out."
+        "classes; what is lost of the gain uses what the dictionary leaves out."
     )
 
 

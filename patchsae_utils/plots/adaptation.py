@@ -95,7 +95,7 @@ def prediction_heat(table: pd.DataFrame) -> Figure:
     heats = {key: 100 * rows.pivot(index="group", columns="k", values="accuracy") for key, rows in table.groupby(["mode", "model"])}
     pairs, order = list(product(_MODES, _READERS)), heats["on", "adapted"].mean(axis=1).sort_values(ascending=False, kind="stable").index
     titles = [_READERS[model] if mode == "on" else "" for mode, model in pairs]
-    fig, axes = panels(titles, 0.9 + min(0.155 * len(order), 6), 3, size=9.5)
+    fig, axes = panels(titles, 0.9 + np.clip(0.155 * len(order), 1.2, 6), 3, size=9.5)
     for ax, (mode, model) in zip(axes, pairs, strict=True):
         rows = heats[mode, model].loc[order].rename(pretty)  # best read from few latents first
         ticks = [f"{k}\n{mean:.0f} %" for k, mean in rows.mean().items()]

@@ -18,7 +18,7 @@ def overlay(heat: np.ndarray, scale: float, tau: float, opacity: float, mode: st
     """The layer that is laid over a picture, one pixel a patch: uint8 RGBA [H, W, 4], alpha not premultiplied."""
     if mode not in MODES:
         raise ValueError(f"Unknown mode {mode!r}. Valid: {', '.join(MODES)}.")
-    share, shown = np.clip(heat / scale, 0, 1), heat > tau
+    share, shown = np.clip(heat / (scale or 1.0), 0, 1), heat > tau
     layer = np.zeros((*heat.shape, 4), np.float32)
     if mode == "heat":
         layer[..., :3] = np.frombuffer(palette(), np.uint8).reshape(256, 3)[np.round(255 * share).astype(int)]
