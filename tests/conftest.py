@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; the notebooks' kernels inherit it
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 from tiny import random_clip  # noqa: E402
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -55,11 +55,27 @@ def tiny_store(tiny_clip, tiny_dataset, tmp_path_factory):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """As much of the package ``datasets`` as is used here: eight pictures of two classes, whole or as a stream."""
-    from tools_for_hub import fake_datasets
+    """What the hub serves, in memory: eight pictures of two classes; tests put other ``rows`` (or columns), ``names`` or ``features`` there."""
+    import datasets
 
-    module, served = fake_datasets()
-    monkeypatch.setitem(sys.modules, "datasets", module)
+    birds = [{"picture": Image.new("RGB", (8, 8), (10 * i, 0, 0)), "species": i % 2} for i in range(8)]
+    served = {"rows": {"train": birds, "test": birds}, "names": ["crane", "jay"], "configurations": ["default"]}
+    picture, label = datasets.Image(), datasets.ClassLabel
+
+    def check(name):
+        if (name or "default") not in served["configurations"]:
+            raise ValueError("Config name is missing.")
+
+    def load(_, name=None, *, split, streaming=False):
+        check(name)
+        features = datasets.Features(served.get("features") or {"picture": picture, "species": label(names=served["names"])})
+        rows = served["rows"][split]
+        data = datasets.Dataset.from_dict(rows, features) if isinstance(rows, dict) else datasets.Dataset.from_list(rows, features)
+        return data.to_iterable_dataset() if streaming else data
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda _, name=None: check(name) or list(served["rows"]))
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda _: served["configurations"])
     monkeypatch.setenv("PATCHSAE_DATA", str(tmp_path))
     return served
 

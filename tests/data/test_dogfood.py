@@ -127,22 +127,6 @@ def test_masks_of_a_single_picture(tiny_clip, tiny_sae, tmp_path):
         latent_masks(tiny_clip, tiny_sae, "nowhere.png", [0], -2)
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """``serve(train={column: values}, ...)`` makes data sets of ``datasets`` in memory; ``features`` are those of all columns."""
-    served = {}
-
-    def serve(features, **rows):
-        served.clear()
-        served.update({name: datasets.Dataset.from_dict(columns, datasets.Features(features)) for name, columns in rows.items()})
-
-    load = lambda _, split, streaming=False: served[split].to_iterable_dataset() if streaming else served[split]  # noqa: E731
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda _: list(served))
-    monkeypatch.setenv("PATCHSAE_DATA", str(tmp_path))
-    return serve
-
-
 PICTURE, TEXT = datasets.Image(), datasets.Value("string")
 COLUMNS = [
     ({"image": PICTURE, "label": datasets.ClassLabel(names=["apple_pie", "b"])}, [0, 1] * 5, ["apple pie", "b"], [0, 1]),
@@ -158,7 +142,9 @@ COLUMNS = [
 @pytest.mark.parametrize(("features", "values", "names", "first"), COLUMNS)
 def test_each_kind_of_label_of_the_hub(hub, tiny_clip, tiny_sae, features, values, names, first):
     """FAULTS A1, A10: classes of ``datasets``, texts, numbers; none at all."""
-    hub(features, train={"image": pictures(10), list(features)[1]: values}, test={"image": pictures(4), list(features)[1]: values[:4]})
+    name = list(features)[1]
+    rows = {"train": {"image": pictures(10), name: values}, "test": {"image": pictures(4), name: values[:4]}}
+    hub.update(features=features, rows=rows)
     data, test = load_dataset("hf:a/b", "train"), load_dataset("hf:a/b", "test")
     assert data.class_names == test.class_names == names and data.labels.tolist() == first * 5 and len(test) == 4
     assert summarize_latents(tiny_clip, tiny_sae, data, -2, progress=False).n_images == 10
@@ -172,12 +158,12 @@ def test_each_kind_of_label_of_the_hub(hub, tiny_clip, tiny_sae, features, value
 def test_classes_of_plain_columns_are_those_of_all_splits_and_gaps_are_left_out(hub):
     """FAULTS A1, A3: a split that lacks a class; None, empty and -1."""
     rows = {"train": {"image": pictures(3), "label": ["a", "c", None]}, "test": {"image": pictures(2), "label": ["b", ""]}}
-    hub({"image": PICTURE, "label": TEXT}, **rows)
+    hub.update(features={"image": PICTURE, "label": TEXT}, rows=rows)
     with pytest.warns(UserWarning, match="1 of . rows .* have no label"):
         train, test = load_dataset("hf:a/b", "train"), load_dataset("hf:a/b", "test")
     assert train.class_names == test.class_names == ["a", "b", "c"] and (train.labels.tolist(), test.labels.tolist()) == ([0, 2], [1])
     for kind, value in (("float32", 0.5), ("float32", float("nan"))):
-        hub({"image": PICTURE, "label": datasets.Value(kind)}, train={"image": pictures(1), "label": [value]})
+        hub.update(features={"image": PICTURE, "label": datasets.Value(kind)}, rows={"train": {"image": pictures(1), "label": [value]}})
         with pytest.raises(ValueError, match=r"column 'label' holds (0.5|nan), which names no class. Choose another by \?label=<column>"):
             load_dataset("hf:a/b", "train")
 
@@ -187,7 +173,7 @@ def test_of_several_columns_one_is_chosen_and_said(hub):
         "mask": PICTURE, "image": PICTURE, "fine": datasets.ClassLabel(names=["x", "y"]), "coarse": datasets.ClassLabel(names=["z"]),
     }  # fmt: skip
     columns = {"mask": [Image.new("L", (4, 4))] * 3, "image": pictures(3), "fine": [0, 1, 1], "coarse": [0, 0, 0]}
-    hub(features, train=columns, test=columns)
+    hub.update(features=features, rows={"train": columns, "test": columns})
     with pytest.warns(UserWarning) as said:
         data = load_dataset("hf:a/b", "train")
     assert data.class_names == ["x", "y"] and data[1].image.getpixel((0, 0))[0] == 20

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import resource
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from tiny_training import CONFIG, Store, assert_same, fresh, weights
 
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.latents.reading import summarize_latents
-from patchsae_utils.run.artifacts import file_sha256
 from patchsae_utils.sae.model import SparseAutoencoder
 from patchsae_utils.sae.trainer import CHECKPOINT, train_sae
 
@@ -33,36 +30,6 @@ def files_of_at_most(n_bytes: int):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 400 KB."""
-    folder = tmp_path / "small disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a small disk needs root; the tests with a limit on the size of files do without")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def test_extraction_onto_a_full_disk_keeps_whole_shards(tiny_clip, tiny_dataset, tmp_path, small_disk):
-    """Of shards of 101 KB, one for eight images, the disk holds two beside what is there already."""
-    extract = lambda folder, n: extract_activations(tiny_clip, n, LAYER, folder, n_per_shard=8, progress=False)  # noqa: E731
-    filler = small_disk / "photographs"
-    filler.write_bytes(bytes(120_000))
-    message = "No space left on device, while this file was being written. What was whole before is kept"
-    with pytest.raises(OSError, match=message) as raised:
-        extract(small_disk / "store", tiny_dataset)
-    assert raised.value.errno == errno.ENOSPC and "shard-00002.safetensors" in str(raised.value)
-    kept = {path.name: file_sha256(path) for path in (small_disk / "store").glob("shard-*")}
-    assert sorted(kept) == ["shard-00000.safetensors", "shard-00001.safetensors"] and not list((small_disk / "store").glob(".*"))
-    filler.unlink()
-    store = extract(small_disk / "store", tiny_dataset)
-    store.verify()
-    whole = extract(tmp_path / "elsewhere", tiny_dataset).folder
-    assert {path.name: path.read_bytes() for path in store.folder.iterdir()} == {path.name: path.read_bytes() for path in whole.iterdir()}
 
 
 def test_training_on_a_full_disk_keeps_the_last_checkpoint(tmp_path):

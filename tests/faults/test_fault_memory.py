@@ -10,10 +10,8 @@ from tiny import Changed
 from tiny_training import CONFIG, Store, fresh, weights
 
 from patchsae_utils.activations.extraction import extract_activations
-from patchsae_utils.activations.streaming import TokenStream
 from patchsae_utils.adaptation import fit
 from patchsae_utils.adaptation.fit import fit_adapter
-from patchsae_utils.cli import main
 from patchsae_utils.config import AdapterConfig
 from patchsae_utils.data import load_dataset
 from patchsae_utils.interventions import sweep_masks
@@ -75,13 +73,6 @@ def test_statistics_halve_a_batch_and_count_nothing_twice(tiny_clip, tiny_sae, t
     assert torch.equal(Likeness.load(tmp_path / "small").embeddings, Likeness.load(tmp_path / "whole").embeddings)
 
 
-def test_a_stream_halves_its_batches(tiny_clip, tiny_dataset):
-    streams = [TokenStream(clip, tiny_dataset, LAYER, batch_size=size) for clip, size in ((Small(tiny_clip, 7), 8), (tiny_clip, 4))]
-    with pytest.warns(UserWarning, match="Set batch_size=4"):
-        small = next(streams[0].tokens(100))
-    assert torch.equal(small, next(streams[1].tokens(100)))
-
-
 def test_where_not_even_one_image_fits_it_says_what_to_do(tiny_clip, tiny_sae, tiny_dataset, tmp_path):
     small = Small(tiny_clip, 0)
     for call in (
@@ -134,11 +125,3 @@ def test_sweeps_and_adapters_say_which_setting_to_lower(tiny_clip, tiny_sae, tin
     monkeypatch.setattr(fit.F, "cross_entropy", full)
     with pytest.raises(MemoryError, match=r"ran out in fitting an adapter \(.*can't allocate memory.*\)\. Set adapters.batch_size lower"):
         fit_adapter(tiny_clip, "coop", load_dataset("openmoji/tools", "train", half="novel", n_images=20), config, progress=False)
-
-
-def test_a_command_ends_in_words(monkeypatch, capsys):
-    def full(*_):
-        raise MemoryError("Not even one image fits the memory of cuda:0.")
-
-    monkeypatch.setattr("patchsae_utils.stages.load_world", full)
-    assert main(["extract"]) == 1 and "error: Not even one image" in capsys.readouterr().err
