@@ -42,7 +42,14 @@ class ClipModel:
     precision : {"fp32", "bf16"}, arithmetic of the image tower; results are float32 either way
     """
 
-    has_class_token = True  # of the tower; if not, see ``Residual.tokens``
+    n_layers: int
+    width: int  # dimension d of the residual stream
+    d_embed: int  # of image and text features
+    grid: tuple[int, int]  # rows and columns of patches
+    n_tokens: int  # 1 + P: CLS and the patches
+    image_size: tuple[int, int]  # height and width of the picture that the tower sees, in pixels
+    has_text: bool  # whether there is a text tower: zero-shot heads, prompts
+    has_class_token = True  # of the image tower; if not, see ``Residual.tokens``
 
     def __init__(
         self, model: open_clip.CLIP, preprocess: Callable, tokenizer: Callable | None, name: str, pretrained: str | None = None,
@@ -55,6 +62,9 @@ class ClipModel:
         self.preprocess, self.name, self.pretrained = preprocess, name, pretrained
         self.device, self.precision = torch.device(device), precision
         self._tokenizer: Any = tokenizer
+        self.n_layers, self.has_text = len(self.blocks), hasattr(model, "encode_text")
+        self._measure()
+        self.n_tokens = 1 + self.grid[0] * self.grid[1]
         if precision == "bf16":
             self.put_sequence_first()
 
@@ -63,6 +73,12 @@ class ClipModel:
         """Refuse a tower that is not read here."""
         if not isinstance(model.visual, VisionTransformer):
             raise other_tower(name, type(model.visual).__name__)
+
+    def _measure(self) -> None:
+        """Note the tower's sizes."""
+        visual = self.visual
+        self.width, self.d_embed = visual.positional_embedding.shape[1], visual.output_dim
+        self.grid, self.image_size = tuple(visual.grid_size), tuple(visual.image_size)
 
     def put_sequence_first(self) -> None:
         """Let attention read [T, B, d], which it computes in anyway: the same numbers, on a CPU in bfloat16 six times as fast."""
@@ -83,41 +99,6 @@ class ClipModel:
     @property
     def _batch_first(self) -> bool:
         return self.visual.transformer.batch_first
-
-    @property
-    def n_layers(self) -> int:
-        return len(self.blocks)
-
-    @property
-    def width(self) -> int:
-        """Dimension d of the residual stream."""
-        return self.visual.positional_embedding.shape[1]
-
-    @property
-    def d_embed(self) -> int:
-        """Dimension of image and text features."""
-        return self.visual.output_dim
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return tuple(self.visual.grid_size)
-
-    @property
-    def n_tokens(self) -> int:
-        """1 + P: CLS and the patches."""
-        return 1 + self.grid[0] * self.grid[1]
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the picture that the tower sees, in pixels."""
-        size = self.visual.image_size
-        return tuple(size) if isinstance(size, tuple | list) else (size, size)
-
-    @property
-    def has_text(self) -> bool:
-        """Whether there is a text tower: zero-shot heads, prompts."""
-        return hasattr(self.model, "encode_text")
 
     @property
     def _both_towers(self) -> Any:

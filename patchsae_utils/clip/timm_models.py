@@ -48,14 +48,19 @@ class TimmModel(ClipModel):
         finally:
             for handle in handles:
                 handle.remove()
-        n_tokens = self.trunk.num_prefix_tokens + self.grid[0] * self.grid[1]
+        n_tokens = self.trunk.num_prefix_tokens + self.n_tokens - 1
         if (
             [x.shape for x in inputs] != self.n_layers * [(1, n_tokens, self.width)]
             or any(x is not before for x, before in zip(inputs[1:], outputs, strict=False))
             or not torch.allclose(self._features(outputs[-1]), whole, rtol=1e-4, atol=1e-5)
         ):
             raise other_tower(self.name, type(self.trunk).__name__)
-        self._d_embed = whole.shape[-1]
+        self.d_embed = whole.shape[-1]
+
+    def _measure(self) -> None:
+        trunk = self.trunk
+        self.width, self.grid, self.image_size = trunk.embed_dim, tuple(trunk.patch_embed.grid_size), tuple(trunk.patch_embed.img_size)
+        self.has_class_token = getattr(trunk, "cls_token", None) is not None
 
     def put_sequence_first(self) -> None:
         """timm's attention reads [B, T, d]."""
@@ -71,26 +76,6 @@ class TimmModel(ClipModel):
     @property
     def blocks(self) -> Sequence[torch.nn.Module]:
         return self.trunk.blocks
-
-    @property
-    def width(self) -> int:
-        return self.trunk.embed_dim
-
-    @property
-    def d_embed(self) -> int:
-        return self._d_embed
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return tuple(self.trunk.patch_embed.grid_size)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return tuple(self.trunk.patch_embed.img_size)
-
-    @property
-    def has_class_token(self) -> bool:  # type: ignore[override]
-        return getattr(self.trunk, "cls_token", None) is not None
 
     def _first_tokens(self, images: Tensor) -> Tensor:
         def stop(_: Any, args: tuple) -> None:

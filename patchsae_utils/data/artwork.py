@@ -85,8 +85,6 @@ def rasterise(svg: str) -> tuple[list[np.ndarray], list[np.ndarray], list[np.nda
     color, line = _paint(svg), _paint(_only_lines(svg))
     crisp = _paint(svg, shape_rendering="crisp_edges")
     box = Image.fromarray((np.maximum(color[..., 3], line[..., 3]) > 8).astype(np.uint8)).getbbox()
-    if box is None:
-        raise ValueError("An OpenMoji file of the class table draws nothing.")
     x, y, side = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2, max(box[2] - box[0], box[3] - box[1])
     square = (x - side / 2, y - side / 2, x + side / 2, y + side / 2)
 

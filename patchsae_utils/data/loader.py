@@ -50,19 +50,15 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
         (10,000 by default) are fetched; ``<folder>/*.tar`` in place of a repository, or alone, for shards of webdataset. Names may end in
         ``?root=<folder>``, instead of ``$PATCHSAE_DATA``; those of the hub in ``?image=<column>&label=<column>``. With what every pixel shows instead of labels:
         ``coco:<images>:<annotations.json>[:<more.json>...]`` and ``masks:<images>:<label images>[:<names.txt>]``.
-    split : str
-        ``train``, ``val`` or ``test``.
-    n_images : int, optional
-    half : {"base", "novel"}, optional
-    seed : int
-        Draws the scenes, or the subset.
+    split : str, ``train``, ``val`` or ``test``
+    n_images, half : int, and {"base", "novel"}; optional
+    seed : int, draws the scenes, or the subset
 
     Raises
     ------
-    ValueError
-        For anything unknown (naming the valid ones), a wrong label, classes too small to be split, or a half where there are no labels.
-    FileNotFoundError
-        For a missing folder; says what is expected in it.
+    ValueError, FileNotFoundError
+        For anything unknown (naming the valid ones), a wrong label, classes too small to be split, or a half where there are no labels; for a
+        missing folder (says what is expected in it).
     """
     check_split(split)
     if spec.startswith("openmoji/"):

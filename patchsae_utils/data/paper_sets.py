@@ -52,12 +52,11 @@ class PaperSet(NamedTuple):
     splits: dict[str, str]  # torchvision's names of our splits
 
 
-def _paper_set(name: str, kind: str, template: str, folders: str, page: str, splits: str) -> tuple[str, PaperSet]:
-    return name, PaperSet(kind, template, folders.split(), page, dict(pair.split("=") for pair in splits.split()))
-
-
 with (resources.files(__package__) / "paper_sets.csv").open(encoding="utf-8") as _file:
-    PAPER_SETS = dict(_paper_set(*row) for row in [*csv.reader(_file)][1:])  # by the names that CoOp, MaPLe and PatchSAE give them
+    PAPER_SETS = {  # by the names that CoOp, MaPLe and PatchSAE give them
+        name: PaperSet(kind, template, folders.split(), page, dict(pair.split("=") for pair in splits.split()))
+        for name, kind, template, folders, page, splits in [*csv.reader(_file)][1:]
+    }
 
 
 def data_root(given: str = "") -> Path:
@@ -208,8 +207,7 @@ def templates_for(spec: str) -> tuple[str, ...]:
 
     Parameters
     ----------
-    spec : str
-        As for ``load_dataset``; a folder of the name of one of the paper's data sets, CoOp's or torchvision's, gets its template.
+    spec : str, as for ``load_dataset``; a folder of the name of one of the paper's data sets, CoOp's or torchvision's, gets its template
     """
     name = spec.split("/")[0] if spec.startswith("openmoji") else name_of(spec).lower()
     return TEMPLATES.get(_OTHER_NAMES.get(name, name), TEMPLATES["imagenet"])

@@ -120,8 +120,6 @@ def steer(
     sae.check_model(clip, layer)
     clip.check_class_token(*(edit.patches for edit in edits))
     latents = list(dict.fromkeys(edit.latent for edit in edits))
-    if unknown := [latent for latent in latents if not 0 <= latent < sae.d_sae]:
-        raise ValueError(f"There is no latent {unknown[0]}; the SAE has latents 0 to {sae.d_sae - 1}.")
     before = images if isinstance(images, Residual) else clip.run_to(images, layer)
     old = before.tokens[..., :0] if known is None else known.to(before.tokens)
     if latents and known is None:

@@ -41,9 +41,7 @@ def top_latents(scores: Tensor, k: int = 10) -> list[list[int]]:
 
     Parameters
     ----------
-    scores : Tensor [C, S]
-        See :func:`class_scores`. Only positive ones count.
-    k : int
+    scores, k : Tensor [C, S], see :func:`class_scores`, of which only positive ones count; and int
     """
     best = scores.sort(dim=1, descending=True, stable=True)
     return [order[:k][values[:k] > 0].tolist() for values, order in zip(*best, strict=True)]

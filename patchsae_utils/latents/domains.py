@@ -44,8 +44,6 @@ def cross_domain_references(
     """
     sae.check_model(clip, layer)
     latents = [int(s) for s in latents]
-    if wrong := [s for s in latents if not 0 <= s < sae.d_sae]:
-        raise ValueError(f"Latents must lie in range({sae.d_sae}), got {wrong}.")
     same_classes = len({tuple(data.class_names) for data in datasets.values()}) == 1
     found: dict[int, dict[str, References]] = {int(latent): {} for latent in pictured}
     records, base = [], None

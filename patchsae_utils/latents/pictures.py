@@ -24,8 +24,7 @@ def seen_image(clip, image) -> Tensor:
 
     Parameters
     ----------
-    clip : ClipModel
-        Its ``preprocess`` must hold a normalisation, which is undone.
+    clip : ClipModel; its ``preprocess`` must hold a normalisation, which is undone
     image : PIL image, or preprocessed Tensor [3, H, W]
     """
     normalised = image if isinstance(image, Tensor) else clip.preprocess(image)

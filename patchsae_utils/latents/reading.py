@@ -88,9 +88,5 @@ def latent_masks(clip, sae, images, latents: Sequence[int] | Tensor, layer: int)
     if not isinstance(images, Tensor):
         single = isinstance(images, str | os.PathLike | bytes | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
         images = torch.stack([clip.preprocess(open_picture(each)) for each in ([images] if single else images)])
-    latents = torch.as_tensor(latents, dtype=torch.long).flatten()
-    n_latents = sae.W_enc.shape[1]
-    if latents.numel() and (latents.min() < 0 or latents.max() >= n_latents):
-        raise ValueError(f"Latents must lie in range({n_latents}), got {int(latents.min())} to {int(latents.max())}.")
     patches = clip.residual(images, layer)[:, 1 : clip.n_tokens]
     return select_latents(sae, patches, latents).transpose(1, 2).unflatten(2, clip.grid)

@@ -64,8 +64,6 @@ def drawn_interval(value: Any, draws: np.ndarray, unit: str, *, centred: bool = 
 def mean_interval(values: Iterable[float] | np.ndarray | Tensor, unit: str = "images", *, groups: Any = None, seed: int = 0) -> Interval:
     """Mean over the last axis of values [..., n], with its interval; ``groups`` [n], such as images of tokens, are resampled as wholes."""
     values = np.asarray(values if hasattr(values, "__len__") else list(values), np.float64)
-    if not values.shape[-1]:
-        raise ValueError(f"There is nothing to resample: no {unit}.")
     sums, counts = values, np.ones(values.shape[-1])
     if groups is not None:
         _, group = np.unique(np.asarray(groups), return_inverse=True)

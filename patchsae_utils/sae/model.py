@@ -49,38 +49,25 @@ class SparseAutoencoder(nn.Module):
 
     Parameters
     ----------
-    d_in : int
-        Width of the activations, D.
-    d_sae : int
-        Number of latents, S.
+    d_in, d_sae : int, width D of the activations, and number S of latents
     activation : {"relu", "topk", "batchtopk", "jumprelu", "gated", "matryoshka"}
-    k : int, optional
-        Latents kept per token (``topk``), or on average over a batch (``batchtopk``, ``matryoshka``).
+    k : int, optional; latents kept per token (``topk``), or on average over a batch (``batchtopk``, ``matryoshka``)
     groups : sequence of int, optional
         Sizes of the nested dictionaries of ``matryoshka``, rising, the last d_sae; by default a sixteenth, an eighth, ... and all of it.
     bandwidth : float, optional
         Width of the kernel through which ``jumprelu`` learns its thresholds, and their start; 0.03 by default, as in the source at D = 768.
-    metadata : mapping, optional
-        What the SAE reads: ``model_name``, ``layer``, ``tokens``, ... Plain JSON values; saved with the weights.
-    seed : int
-        Of the fresh weights.
+    metadata : mapping, optional; what the SAE reads: ``model_name``, ``layer``, ``tokens``, ... Plain JSON values; saved with the weights
+    seed : int, of the fresh weights
 
     Attributes
     ----------
-    W_enc, b_enc, W_dec, b_dec : Parameter [D, S], [S], [S, D], [D]
-        ``b_enc`` of ``gated`` is the gate's, ``b_gate`` in the source and in files.
-    b_mag, r_mag : Parameter [S]
-        Of ``gated`` alone.
+    W_enc, b_enc, W_dec, b_dec : Parameter [D, S], [S], [S, D], [D]; ``b_enc`` of ``gated`` is the gate's, ``b_gate`` in the source and in files
+    b_mag, r_mag : Parameter [S], of ``gated`` alone
     threshold : Parameter [S] (``jumprelu``), buffer [] (``batchtopk``, ``matryoshka``; 0 until trained), or None
     token_norm : bool
         Whether each token is brought to length sqrt(D) around ``b_dec`` before it is encoded, and its latents get its own length back.
     input_mean, input_norm : buffer [D], []
         Mean of the tokens that training saw, and the root mean square of their distance to it; 0 where that is not known.
-
-    Raises
-    ------
-    ValueError
-        If a size is not positive, the activation is unknown, or ``k``, ``groups`` or ``bandwidth`` don't fit it.
     """
 
     threshold: Tensor
@@ -152,9 +139,7 @@ class SparseAutoencoder(nn.Module):
         def of(weights: Tensor) -> Tensor:
             return weights if latents is None else weights.index_select(0, latents)
 
-        if self.variant.competes == "token":
-            if latents is not None:
-                raise ValueError(f"activation={self.activation!r} compares all latents of a token: activate all of them, then choose.")
+        if self.variant.competes == "token":  # all are given
             return keep_topk(torch.relu(pre_activations), self.k)
         if self.variant.threshold == "each":
             return jump_relu(pre_activations, of(self.threshold), self.bandwidth)

@@ -28,7 +28,7 @@ def test_latent_masks_are_the_latents_on_the_grid(tiny_clip, data, activation, k
         h = sae.encode(tiny_clip.residual(images, LAYER))
     torch.testing.assert_close(masks[:, 1], h[:, 1:, 0].reshape(3, 14, 14))  # row by row, CLS left out
     torch.testing.assert_close(masks[:, 0], masks[:, 2])
-    with pytest.raises(ValueError, match=r"range\(24\), got 0 to 24"):
+    with pytest.raises(ValueError, match=r"There is no latent 24: latents must lie in range\(24\)"):
         latent_masks(tiny_clip, sae, images, [0, 24], LAYER)
 
 

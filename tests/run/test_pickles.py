@@ -249,31 +249,6 @@ def test_pickles_that_grow_in_memory_do_not(tmp_path, monkeypatch):
         read_torch(path)
 
 
-def test_flipped_bits_and_cut_ends_are_noticed_or_change_nothing(tmp_path):
-    """torch's own archives have checksums of every entry; what lies between the entries means nothing."""
-    content = {"cfg": {"d_in": 4, "model_name": "m"}, "state_dict": {"W_enc": torch.randn(4, 8), "b_dec": torch.randn(4)}}
-    torch.save(content, tmp_path / "x.pt")
-    whole, draw = (tmp_path / "x.pt").read_bytes(), random.Random(0)
-    noticed = 0
-    for _ in range(300):
-        place = draw.randrange(len(whole))
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << draw.randrange(8)
-        (tmp_path / "x.pt").write_bytes(damaged)
-        try:
-            found = read_torch(tmp_path / "x.pt")
-        except ValueError:
-            noticed += 1
-            continue
-        assert found["cfg"] == content["cfg"]
-        torch.testing.assert_close(found["state_dict"], content["state_dict"], rtol=0, atol=0)
-    assert noticed > 30
-    for share in (0.0, 0.1, 0.5, 0.9, 0.99):
-        (tmp_path / "x.pt").write_bytes(whole[: int(share * len(whole))])
-        with pytest.raises(ValueError, match="no archive of torch.save, or is damaged"):
-            read_torch(tmp_path / "x.pt")
-
-
 def test_random_pickles_end_in_a_value_or_a_documented_error(tmp_path):
     """Bytes of real pickles, cut and shuffled."""
     draw = random.Random(1)
