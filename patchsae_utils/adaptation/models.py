@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -13,7 +12,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Generator, Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..clip.model import ClipModel
+from ..clip.model import ClipModel, hash_of
 
 TEMPLATE = "a photo of a {}."
 
@@ -58,12 +57,12 @@ class AdaptedClip(ClipModel):
     @property
     def fingerprint(self) -> str:
         """The base's, and a hash of what was learned."""
-        return f"{self.base.fingerprint}+{self.kind}:{_hash(self.learned.state_dict())}"
+        return f"{self.base.fingerprint}+{self.kind}:{hash_of(self.learned.state_dict())}"
 
     @property
     def weights_hash(self) -> str:
         """Hash of base and what was learned."""
-        return f"{self.base.weights_hash}+{_hash(self.learned.state_dict())}"
+        return f"{self.base.weights_hash}+{hash_of(self.learned.state_dict())}"
 
     def __repr__(self) -> str:
         options = "".join(f", {name}={getattr(self, name)}" for name in self.OPTIONS if name in ("n_ctx", "depth", "rank"))
@@ -171,14 +170,6 @@ class LinearHead(AdaptedClip):
             if name in self.class_names:
                 head[i] = learned[self.class_names.index(name)]
         return head
-
-
-def _hash(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for key, value in sorted(tensors.items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _twin(model: nn.Module, but: nn.Module | None = None) -> nn.Module:

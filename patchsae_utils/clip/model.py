@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -115,17 +115,12 @@ class ClipModel:
     @cached_property
     def weights_hash(self) -> str:
         """First 16 hex digits of the SHA-256 of all weights."""
-        digest = hashlib.sha256()
-        for key, value in sorted(self.model.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return hash_of(self.model.state_dict())
 
     @cached_property
     def fingerprint(self) -> str:
         """Names the model, its weights, its preprocessing and its arithmetic: equal strings give equal activations."""
-        preprocessing = re.sub(r" at 0x[0-9a-f]+", "", repr(self.preprocess))  # a lambda's address differs in every process
-        return f"{self.name}:{self.weights_hash}:{hashlib.sha256(preprocessing.encode()).hexdigest()[:8]}:{self.precision}"
+        return f"{self.name}:{self.weights_hash}:{preprocessing_fingerprint(repr(self.preprocess))}:{self.precision}"
 
     def check_class_token(self, *places: Any) -> None:
         """Refuse to store, mask or edit ``"cls"`` alone where there is no class token."""
@@ -237,6 +232,20 @@ class ClipModel:
     def logits(self, features: Tensor, head: Tensor) -> Tensor:
         """Class logits [B, C]: ``logit_scale`` times the cosine of image features [B, d_embed] and head rows [C, d_embed] (no bias of SigLIP's)."""
         return self.logit_scale * F.normalize(features, dim=-1) @ head.to(features.device).T
+
+
+def hash_of(tensors: Mapping[str, Tensor]) -> str:
+    """First 16 hex digits of the SHA-256 of a state dict."""
+    digest = hashlib.sha256()
+    for key, value in sorted(tensors.items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def preprocessing_fingerprint(preprocessing: str) -> str:
+    """First 8 hex digits of the SHA-256 of a preprocessing's description, without what differs between two processes."""
+    return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", preprocessing).encode()).hexdigest()[:8]
 
 
 def other_tower(name: str, tower: str) -> ValueError:

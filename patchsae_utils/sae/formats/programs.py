@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ... import __version__
+from ...clip.model import preprocessing_fingerprint
 from ...run.artifacts import file_sha256
 from ..variants import VARIANTS
-from .sources import place, preprocessing_fingerprint
+from .sources import place
 from .weights import STATISTICS, Weights, as_json, centred, named, plain, renamed, shapes, unit_rows
 
 _SAELENS_VERSION = "6.18.0"  # the form of the folder; older versions convert it and lose the metadata

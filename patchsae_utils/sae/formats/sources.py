@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import warnings
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
+
+from ...clip.model import preprocessing_fingerprint
 
 SOURCE = "model_name pretrained layer weights_hash tokens preprocessing".split()  # what metadata says of where activations come from
 
@@ -49,11 +50,6 @@ def place(name: Any, layer: Any = None, kind: str = "hook_resid_post", **more: A
     elif kind:
         known["hook_name"] = f"blocks.{layer}.{kind}"
     return {key: value for key, value in (known | more).items() if value is not None}
-
-
-def preprocessing_fingerprint(preprocessing: str) -> str:
-    """First 8 hex digits of the SHA-256 of a preprocessing's description, without what differs between two processes."""
-    return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", preprocessing).encode()).hexdigest()[:8]
 
 
 def check_source(reads: int, own: Mapping[str, Any], d_in: int, source: str, given: Mapping[str, Any]) -> None:
