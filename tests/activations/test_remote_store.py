@@ -68,22 +68,6 @@ def test_only_what_is_read_is_fetched_and_kept(memory, store, monkeypatch):
     assert [path.rsplit("/", 1)[-1] for path in fetched] == ["shard-00001.safetensors", "index.safetensors"]
 
 
-def test_finished_it_is_opened_and_unfinished_only_what_is_missing_is_made(memory, store, tiny_clip, tiny_dataset, monkeypatch):
-    written = []
-    write = Folder.write
-    monkeypatch.setattr(Folder, "write", lambda self, name, content: written.append(name) or write(self, name, content))
-    extract_activations(tiny_clip, tiny_dataset, -2, URL, **OPTIONS)
-    assert written == []
-    memory.rm_file(name_of("shard-00001.safetensors"))
-    with pytest.raises(FileNotFoundError, match="lacks memory://bucket.*shard-00001.*only this file is written"):
-        next(ActivationStore.open(URL).images([9]))
-    extract_activations(tiny_clip, tiny_dataset, -2, URL, **OPTIONS).verify()
-    assert [name for name in written if name != "manifest.json"] == ["shard-00001.safetensors"]
-    written.clear()
-    extract_activations(tiny_clip, tiny_dataset, 0, URL, **OPTIONS).verify()
-    assert len(written) > 4, "another layer: another store in its place"
-
-
 def test_an_interrupted_upload_goes_on(memory, tiny_clip, tiny_dataset, monkeypatch):
     pipe = type(memory).pipe_file
 

@@ -75,14 +75,6 @@ def test_edits_of_the_residual_reach_the_features_and_gradients_the_edit_but_no_
     assert all(not p.requires_grad for p in clip.model.parameters())
 
 
-def test_bfloat16_arithmetic_is_near_and_returns_float32(clip, images):
-    fast = build(precision="bf16")
-    residual = fast.residual(images, -2)
-    assert residual.dtype == fast.encode_image(images).dtype == torch.float32
-    torch.testing.assert_close(residual, clip.residual(images, -2), rtol=0.05, atol=0.05)
-    assert fast.fingerprint != clip.fingerprint
-
-
 def test_unknown_layers_and_wrong_shapes_are_answered(clip, images):
     assert [clip.layer_index(layer) for layer in (-4, -2, 0, 3)] == [0, 2, 0, 3]
     for layer in (4, -5):
