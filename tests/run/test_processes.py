@@ -59,10 +59,8 @@ def runs(tmp_path_factory, one_thread):
     return folders
 
 
-def files(folder: Path, *but: str) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in but
-    }
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.mark.parametrize("name", ["store", "statistics"])
