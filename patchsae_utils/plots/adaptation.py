@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
 from ..adaptation.fit import NAMES
-from .drawing import clip, colorbar, errors, heat, interval_panels, legend, look, panels, plain_log, pretty
+from .drawing import clip, colorbar, errors, heat, interval_panels, legend, look, measures, panels, plain_log, pretty
 from .heat import blend
 from .style import COLORS, drawn, figure, image_axes
 
@@ -214,8 +214,7 @@ def remapped_concepts(found: Any) -> Figure:
 def planted_controls(table: pd.DataFrame) -> Figure:
     """Controls whose answer is known: how many planted features each method finds, how many of what it calls new are planted, and the new share."""
     titles = {"recall": "Planted and found (%)", "precision": "Called new and planted (%)", "new_share": "Called new, of all (%)"}
-    parts = [table.assign(measure=name, value=table[name], low=table[f"{name}_low"], high=table[f"{name}_high"]) for name in titles]
-    rows = pd.concat(parts).dropna(subset="value")
+    rows = measures(table, titles).dropna(subset="value")
     panel = {"measure": {name: title for name, title in titles.items() if (rows["measure"] == name).any()}}
     height = 1.2 + 0.12 * rows["method"].nunique() * rows["control"].nunique()
     return interval_panels(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,12 @@ def legend(fig: Figure, axes: Any, ncols: int = 4, **options: Any) -> None:
     """One legend under the figure for all of its axes, each label once."""
     entries = {label: handle for ax in np.ravel(axes) for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     fig.legend(entries.values(), entries.keys(), **{"loc": "outside lower center", "ncols": ncols, "columnspacing": 1.4, **options})
+
+
+def measures(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
+    """A row each number: columns measure, value, low and high beside the others."""
+    parts = [table.assign(measure=name, value=table[name], low=table[f"{name}_low"], high=table[f"{name}_high"]) for name in names]
+    return pd.concat(parts, ignore_index=True)
 
 
 def ends(table: pd.DataFrame, value: str) -> tuple[str, str]:

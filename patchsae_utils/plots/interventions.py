@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .drawing import PERCENT, band, before_after, errors, intervals, legend, look, outline, panels, pretty
+from .drawing import PERCENT, band, before_after, errors, intervals, legend, look, measures, outline, panels, pretty
 from .style import COLORS, CYCLE, DIVERGING, drawn, figure, image_axes
 
 _CHOICES = {
@@ -128,7 +128,7 @@ def concept_specificity(by_concept: pd.DataFrame, overall: pd.DataFrame) -> Figu
         line(0, color=COLORS["black"], lw=0.8)
     left.set(xlabel="mean change of the others of its kind", ylabel="change of its own score")
     left.set_title(f"{len(own)} concepts, each its own latents off")
-    rows = _long(overall, ["own", "others"])
+    rows = measures(overall, ["own", "others"])
     rows["bar"] = rows["kind"] + ", " + rows["measure"]
     looks = {
         "own, own": look("sky", "o", "own latents off: own score"), "own, others": look("orange", "o", "own latents off: others of its kind"),
@@ -139,12 +139,6 @@ def concept_specificity(by_concept: pd.DataFrame, overall: pd.DataFrame) -> Figu
     right.set(title="Mean over concepts", ylabel="change of the score")
     legend(fig, [left, right], fontsize=8)
     return fig
-
-
-def _long(effects: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """A row each effect: columns measure, value, low and high beside the others."""
-    parts = [effects.assign(measure=name, value=effects[name], low=effects[f"{name}_low"], high=effects[f"{name}_high"]) for name in names]
-    return pd.concat(parts, ignore_index=True)
 
 
 @drawn(table="DataFrame of ``dose_response``")
@@ -215,7 +209,7 @@ def object_removal(frame: pd.DataFrame, overall: pd.DataFrame, dataset: Any, sce
     ax = right.subplots()
     places = {"removed_change": "removed\nobject", "stays_change": "other\nobject"}
     looks = {"own": look("red", "o", "its own latents off"), "control": look("gray", "o", "as active ones off")}
-    intervals(ax, _long(overall, list(places)), "measure", "value", "kind", looks, order=places, upright=True, bars=True)
+    intervals(ax, measures(overall, places), "measure", "value", "kind", looks, order=places, upright=True, bars=True)
     ax.axhline(0, color=COLORS["black"], lw=0.8)
     ax.set(title=f"Mean of {overall['n'].iloc[0]:.0f} scenes", ylabel="change of the logit")
     ax.margins(y=0.2)
