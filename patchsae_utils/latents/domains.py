@@ -46,7 +46,7 @@ def cross_domain_references(
     latents = [int(s) for s in latents]
     same_classes = len({tuple(data.class_names) for data in datasets.values()}) == 1
     found: dict[int, dict[str, References]] = {int(latent): {} for latent in pictured}
-    records, base = [], None
+    tables, base = [], None
     for name, data in datasets.items():
         means = torch.empty(len(data), len(latents))
         for _, _, places, stream in read_streams(clip, data, layer, progress=name):
@@ -54,30 +54,25 @@ def cross_domain_references(
         kept = torch.zeros(len(latents), N_REFERENCES, dtype=torch.long)
         merge_keys(kept, pack_top(means.T, torch.arange(len(data)).expand(len(latents), -1)))
         values, images = unpack_top(kept)
-        labels = torch.as_tensor(data.labels)
-        sums = torch.zeros(len(data.class_names), len(latents), dtype=torch.float64).index_add_(0, labels, means.double())
-        profiles = (sums / torch.bincount(labels, minlength=len(sums)).clamp_min(1)[:, None]).numpy()
-        base = (profiles, images, labels) if base is None else base
-        for column, latent in enumerate(latents):
-            if latent in found:
-                found[latent][name] = references(clip, sae, data, latent, images[column], values[column], layer)
-            active = means[:, column] > 0
-            record = {"latent": latent, "domain": name, "frequency": float(active.float().mean())}
-            record["mean_activation"] = float(means[active, column].mean()) if active.any() else 0.0
-            if same_classes:
-                first, own = (at[which[column][which[column] >= 0]] for which, at in (base[1:], (images, labels)))
-                record["same_class"] = float(torch.isin(own, first).float().mean()) if len(own) else 0.0
-                record["chance"] = float(torch.isin(labels, first).float().mean())
-                record["correlation"] = _correlation(base[0][:, column], profiles[:, column])
-            records.append(record)
-    return CrossDomain(found, pd.DataFrame(records))
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's; 0 where either is constant."""
-    a, b = a - a.mean(), b - b.mean()
-    scale = np.sqrt((a * a).sum() * (b * b).sum())
-    return float(a @ b / scale) if scale > 1e-12 else 0.0
+        for latent in found:
+            column = latents.index(latent)
+            found[latent][name] = references(clip, sae, data, latent, images[column], values[column], layer)
+        active = (means > 0).double()
+        table = pd.DataFrame({"latent": latents, "domain": name, "frequency": active.mean(0).numpy()})
+        table["mean_activation"] = (means.double().sum(0) / active.sum(0).clamp_min(1)).numpy()
+        if same_classes:
+            labels = torch.as_tensor(data.labels)
+            sums = torch.zeros(len(data.class_names), len(latents), dtype=torch.float64).index_add_(0, labels, means.double())
+            profiles = (sums / torch.bincount(labels, minlength=len(sums)).clamp_min(1)[:, None]).numpy()
+            profiles -= profiles.mean(0)
+            own = [labels[of[of >= 0]] for of in images]  # classes of each latent's references
+            base = base or (own, profiles)
+            table["same_class"] = [float(torch.isin(a, b).float().mean()) if len(a) else 0.0 for a, b in zip(own, base[0], strict=True)]
+            table["chance"] = [float(torch.isin(labels, first).float().mean()) for first in base[0]]
+            scale = np.sqrt((base[1] ** 2).sum(0) * (profiles**2).sum(0))  # 0 where either is constant
+            table["correlation"] = np.divide((base[1] * profiles).sum(0), scale, out=np.zeros(len(latents)), where=scale > 1e-12)
+        tables.append(table)
+    return CrossDomain(found, pd.concat(tables, ignore_index=True))
 
 
 def word_scene(word: str, size: tuple[int, int] = (112, 112), seed: int = 0) -> Image.Image:
