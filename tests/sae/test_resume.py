@@ -25,7 +25,7 @@ SETTINGS = {
 
 
 RUNS = {
-    "relu": {"n_kills": 20, "options": {}, "settings": SETTINGS},
+    "relu": {"n_kills": 10, "options": {}, "settings": SETTINGS},
     # Its threshold is a running mean.
     "batchtopk": {"n_kills": 5, "options": {"activation": "batchtopk", "k": 3}, "settings": SETTINGS | {"l1_coefficient": 0.0}},
     "sparse": {"n_kills": 5, "options": {}, "settings": SETTINGS | {"sparse": "always", "start": "data", "normalize": "none"}},
