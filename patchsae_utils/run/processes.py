@@ -25,9 +25,10 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return
         from accelerate import PartialState  # here: whoever only opens a trained SAE needs none of it
+        from accelerate.utils import parse_flag_from_env
 
         # Apple's GPUs have no float64, in which medians and variances are summed.
-        state = PartialState(cpu=torch.backends.mps.is_available(), timeout=_PATIENCE)
+        state = PartialState(cpu=not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
         self.device, self.main, self.number, self.index = state.device, state.is_main_process, state.num_processes, state.process_index
 
     def share(self, n: int) -> slice:
