@@ -90,7 +90,7 @@ def set_l0(sae: Any, x: torch.Tensor, l0: int) -> None:
     x = x.to(sae.b_dec)
     sae.b_dec.copy_(x.mean(0))
     sample = ((x[:: max(1, len(x) // 32)][:32] - sae.b_dec) @ sae.W_enc).flatten()
-    sae.b_enc.fill_(-sample.kthvalue(max(1, round(len(sample) * (1 - l0 / sae.d_sae)))).values)
+    sae.b_enc.fill_(-sample.kthvalue(max(1, round(len(sample) * (1 - l0 / sae.W_enc.shape[1])))).values)
 
 
 def timed(run: Callable[[], Any], *, repeats: int = 5, warmup: int = 1, device: str = "cpu") -> dict[str, float]:
@@ -132,7 +132,7 @@ def in_subprocess(
     except subprocess.TimeoutExpired:
         return {"error": f"took more than {timeout:.0f} seconds"}
     lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
+    if done.returncode == 0 and lines and lines[-1].startswith("{"):
         return json.loads(lines[-1])
     return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,32 +78,34 @@ def tests(run: Run) -> Iterator[Row]:
     command = [sys.executable, "-m", "pytest", *run.settings["tests"].split(), "-m", "gpu", "-q", "-p", "no:cacheprovider", "--tb=line"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=run.left(150), cwd=Path(__file__).resolve().parents[1])
     lines = done.stdout.strip().splitlines()
-    yield {"status": done.returncode, "summary": lines[-1] if lines else "", "failed": [line for line in lines if line.startswith("FAILED")]}
+    yield {
+        "status": done.returncode,
+        "summary": lines[-1] if lines else "",
+        "failed": [line for line in lines if line.startswith("FAILED")],
+    }
 
 
 def products(run: Run) -> Iterator[Row]:
     """Products of matrices: the wall that a dense step, or an encoder, runs into."""
     torch.backends.cuda.matmul.allow_tf32 = True
     for dtype in (torch.float32, torch.bfloat16):
-        yield {"dtype": str(dtype).removeprefix("torch."), "flops": matmul_peak(run.settings["device"], dtype, size=run.settings["product"])}
+        yield {
+            "dtype": str(dtype).removeprefix("torch."),
+            "flops": matmul_peak(run.settings["device"], dtype, size=run.settings["product"]),
+        }
 
 
 def step(run: Run, sizes: slice = slice(1)) -> Iterator[Row]:
-    """The SAE's step over densities, at the smallest batch with all sides, peers included."""
+    """The SAE's step over densities: at the smallest batch with all sides, peers included; at larger ones without."""
     for tokens in map(int, run.settings["tokens"].split(",")[sizes]):
         for l0 in map(int, run.settings["l0s"].split(",")):
             for side in SIDES if sizes == slice(1) else SIDES[:3]:
                 yield run.measure("gpu", side, tokens=tokens, l0=l0)
 
 
-def larger_steps(run: Run) -> Iterator[Row]:
-    """The same at larger batches."""
-    yield from step(run, slice(1, None))
-
-
-def extraction(run: Run) -> Iterator[Row]:
-    """The residual stream of the model, against the bare blocks and a whole forward pass."""
-    yield run.measure("gpu", "extraction")
+def single(side: str, run: Run) -> Iterator[Row]:
+    """One row: the residual stream against bare blocks and a whole forward pass; or twenty masks against the whole model for each."""
+    yield run.measure("gpu", side)
 
 
 def end_to_end(run: Run) -> Iterator[Row]:
@@ -111,19 +114,16 @@ def end_to_end(run: Run) -> Iterator[Row]:
         yield run.measure("end_to_end", side, l0=int(run.settings["l0s"].split(",")[-1]))
 
 
-def mask_sweep(run: Run) -> Iterator[Row]:
-    """Twenty masks over some pictures, against the whole model for each."""
-    yield run.measure("gpu", "mask sweep")
-
-
 def summary(run: Run) -> Iterator[Row]:
     """Statistics of every latent."""
-    yield run.measure("summary", "ours", images=run.settings["summary_images"], batch=min(128, run.settings["summary_images"]), classes=1000, l0=150)
+    yield run.measure(
+        "summary", "ours", images=run.settings["summary_images"], batch=min(128, run.settings["summary_images"]), classes=1000, l0=150
+    )
 
 
 PARTS = {
-    "tests": tests, "products": products, "step": step, "end to end": end_to_end, "extraction": extraction, "mask sweep": mask_sweep,
-    "statistics": summary, "larger steps": larger_steps,
+    "tests": tests, "products": products, "step": step, "end to end": end_to_end, "extraction": partial(single, "extraction"),
+    "mask sweep": partial(single, "mask sweep"), "statistics": summary, "larger steps": partial(step, sizes=slice(1, None)),
 }  # fmt: skip
 
 

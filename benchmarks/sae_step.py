@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .common import in_subprocess, matmul_peak, parser, peak_memory, report, timed
+from .common import in_subprocess, matmul_peak, parser, peak_memory, report, set_l0, timed
 
 L1, LR = 8e-5, 1e-7  # a rate so small that L0 stays where it was set
 TARGETS = {"dead ratio at 8 images": 8.0, "dead ratio at 32 images": 9.0, "peak memory at 8 images, share of the textbook's": 0.5}
@@ -36,21 +36,21 @@ class Step(NamedTuple):
     weights: nn.Module
 
 
-def tokens(n: int, d_in: int, device: str, seed: int = 0) -> Tensor:
+def tokens(n: int, d_in: int, device: str) -> Tensor:
     """Random activations [N, D] around a common mean, as a residual stream has one."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     return torch.randn(n, d_in, generator=generator).add_(torch.randn(d_in, generator=generator)).to(device)
 
 
 class Textbook(nn.Module):
     """The paper's autoencoder as one would write it: dense, float32, autograd."""
 
-    def __init__(self, d_in: int, d_sae: int, centre: Tensor, seed: int = 0):
+    def __init__(self, d_in: int, d_sae: int):
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         self.W_enc = nn.Parameter(torch.empty(d_sae, d_in).normal_(std=d_in**-0.5, generator=generator).T.contiguous())
         self.W_dec = nn.Parameter(torch.empty(d_sae, d_in).normal_(generator=generator))
-        self.b_enc, self.b_dec = nn.Parameter(torch.zeros(d_sae)), nn.Parameter(centre.cpu().clone())
+        self.b_enc, self.b_dec = nn.Parameter(torch.zeros(d_sae)), nn.Parameter(torch.zeros(d_in))
         self.normalize()
 
     @torch.no_grad()
@@ -67,14 +67,6 @@ class Textbook(nn.Module):
         bias = self.b_enc - (self.b_dec - centre) @ self.W_enc.detach()
         latents = torch.relu(torch.addmm(bias, x - centre, self.W_enc))
         return torch.addmm(self.b_dec, latents, self.W_dec), latents
-
-
-@torch.no_grad()
-def set_l0(weights: Textbook, x: Tensor, l0: int) -> None:
-    """One encoder bias for all latents, so that about ``l0`` of them fire a token."""
-    sample = (x[:32].cpu() - weights.b_dec) @ weights.W_enc
-    n_quiet = round(sample.numel() * (1 - l0 / sample.shape[1]))
-    weights.b_enc.fill_(-sample.flatten().kthvalue(max(1, min(n_quiet, sample.numel()))).values)
 
 
 def adam(module: nn.Module) -> torch.optim.Adam:
@@ -222,7 +214,7 @@ SIDES: dict[str, Callable[..., Step]] = {
 def prepare(side: str, settings: dict) -> Callable[[], Step]:
     """Tokens and weights of a size, ready to become a side's step."""
     x = tokens(settings["tokens"], settings["d_in"], settings["device"])
-    weights = Textbook(settings["d_in"], settings["d_sae"], x.mean(0))
+    weights = Textbook(settings["d_in"], settings["d_sae"])
     set_l0(weights, x, settings["l0"])
     if "dead" in side:
         weights.b_enc.data[::DEAD] -= 5  # five times a pre-activation's spread

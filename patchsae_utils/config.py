@@ -71,6 +71,8 @@ class ModelConfig(_Section):
     """open_clip's name of the weights, or a local file; ``None`` for the shipped model."""
     layer: int = -2
     """Block whose output is read; -2 is the paper's, ``resblocks[-2]``."""
+    precision: str = "float32"
+    """Of the image tower's products: ``float32``, or ``bfloat16`` (autocast), several times as fast on a GPU; checks by hand in notebooks expect the first."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,9 @@ ADAPTER_PRECISION = "bf16"  # of the image tower while an adapter is fitted: hal
 
 def load_world(profile: Profile) -> tuple[ClipModel, int]:
     """The profile's CLIP and the layer that is studied (the block whose output is read, counted from 0)."""
-    clip = load_clip(profile.model.name, profile.model.pretrained)
+    clip = load_clip(
+        profile.model.name, profile.model.pretrained, precision={"float32": "fp32", "bfloat16": "bf16"}[profile.model.precision]
+    )
     return clip, clip.layer_index(profile.model.layer)
 
 

@@ -6,6 +6,7 @@ on tensors of two devices, but for what CUDA allows: scalars of no dimension, co
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 
 import torch
@@ -79,17 +80,27 @@ class OtherDevice(TorchDispatchMode):
         self._functions.__enter__()
         self._adam = torch.optim.Adam
         torch.optim.Adam = lambda *groups, **options: self._adam(*groups, **options | {"fused": False})
+        self._submit, ThreadPoolExecutor.submit = ThreadPoolExecutor.submit, _at_once  # another thread would not know this device
         torch.autocast = lambda kind, *rest, **options: nullcontext() if kind == DEVICE else autocast(kind, *rest, **options)
         return super().__enter__()
 
     def __exit__(self, *error):
         torch.autocast, torch.inference_mode, torch.is_autocast_enabled = self._of_torch
         self._functions.__exit__(*error)
-        torch.optim.Adam = self._adam
+        torch.optim.Adam, ThreadPoolExecutor.submit = self._adam, self._submit
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
+
+
+def _at_once(_, function, *args):
+    done = Future()
+    try:
+        done.set_result(function(*args))
+    except Exception as error:
+        done.set_exception(error)
+    return done
 
 
 def run(func, args, kwargs):

@@ -48,3 +48,9 @@ def perturbed(d_in=6, d_sae=20, seed=0, **options):
         for parameter in sae.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return sae
+
+
+def dense(latents):
+    """Sparse latents [N, S] with zeros filled in; differentiable."""
+    d_sae = len(latents.entries.offsets) - 1
+    return latents.values.new_zeros(latents.n_tokens, d_sae).index_put((latents.tokens(), latents.indices), latents.values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -95,22 +96,28 @@ def _extract(clip, dataset, manifest, shards: dict[str, range], folder: Folder, 
     def residual(images: Tensor, rows: slice) -> Tensor:
         return clip.residual(images[rows], manifest["layer"])[:, TOKENS[manifest["tokens"]]]
 
+    def keep(name: str, shard: Tensor) -> None:
+        check_fits(shard, shards[name], manifest, dataset.spec, clip.name)
+        own[name] = _write(folder, name, {"tokens": shard.cpu()})
+        write_manifest(folder, {**manifest, "complete": False, "files": own}, where)
+
     def write_share() -> dict[str, Any]:
         wanted = [row for name in names for row in shards[name]]
         done = len(dataset) - len(wanted) if processes.number == 1 else 0
         hide = not progress or not wanted or not processes.main
         bar = tqdm(total=done + len(wanted), initial=done, desc=f"activations of {dataset.name}", unit="image", disable=hide)
         loaded, fitting = batches(dataset, clip.preprocess, batch_size, indices=wanted), HalvedBatches(clip.device)
-        with bar, torch.inference_mode():
+        with bar, torch.inference_mode(), ThreadPoolExecutor(1) as writer:
+            written = writer.submit(lambda: None)
             for name in names:
-                shard = torch.empty(len(shards[name]), *manifest["shape"][1:], dtype=DTYPES[manifest["dtype"]])
+                shard = torch.empty(len(shards[name]), *manifest["shape"][1:], dtype=DTYPES[manifest["dtype"]], device=clip.device)
                 for part in shard.split(batch_size):
                     for rows, tokens in fitting.run(len(part), partial(residual, next(loaded).images)):
                         part[rows] = tokens
                         bar.update(len(tokens))
-                check_fits(shard, shards[name], manifest, dataset.spec, clip.name)
-                own[name] = _write(folder, name, {"tokens": shard})
-                write_manifest(folder, {**manifest, "complete": False, "files": own}, where)
+                written.result()
+                written = writer.submit(keep, name, shard)  # while the next one is computed
+            written.result()
         return own
 
     files = {name: entry for part in processes.everywhere(write_share) for name, entry in part.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,17 +42,6 @@ class StoreMetadata(NamedTuple):
         return cls(model_name=model["name"], weights_hash=model["weights"], grid=tuple(model["grid"]), dataset=data["spec"], **known)
 
 
-def choose_tokens(held: str, wanted: str) -> slice:
-    """Which of an image's tokens are meant, of those that there are (``held``); ``"all"`` wants whatever there is."""
-    if wanted not in TOKENS:
-        raise ValueError(f"Unknown tokens {wanted!r}. Valid: {', '.join(TOKENS)}.")
-    if wanted in ("all", held):
-        return slice(0, None)
-    if held != "all":
-        raise ValueError(f"There are no tokens {wanted!r} here, only {held!r}. Extract with tokens={wanted!r} or 'all'.")
-    return TOKENS[wanted]
-
-
 class TokenSource:
     """Tokens of many images, mixed by a buffer that is filled with parts (shards, or single images), permuted and emptied."""
 
@@ -67,23 +57,32 @@ class TokenSource:
     def __len__(self) -> int:
         return self.n_images * self.n_tokens
 
+    def __repr__(self) -> str:
+        m, place = self.metadata, f"{str(self.folder)!r}: " if hasattr(self, "folder") else ""
+        size = f"{m.n_images:,} images of {m.dataset!r} x {m.n_tokens} tokens x {m.d_in}"
+        return f"{type(self).__name__}({place}{size}, {m.model_name!r} layer {m.layer}, {m.dtype})"
+
     def tokens(
         self, batch_size: int, *, shuffle: bool = True, seed: int = 0, epochs: int | None = 1, start_step: int = 0, positions: bool = False,
-        tokens: str = "all",
+        tokens: str = "all", device: torch.device | None = None,
     ) -> Iterator[Tensor] | Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-        """Batches of single tokens, mixed from many images."""
-        kept = choose_tokens(self.metadata.tokens, tokens)
+        """Batches of single tokens, mixed from many images; on a GPU as ``device`` whole buffers lie, the next one read and copied meanwhile."""
+        if tokens not in TOKENS:
+            raise ValueError(f"Unknown tokens {tokens!r}. Valid: {', '.join(TOKENS)}.")
+        wanted = (held := self.metadata.tokens) if tokens == "all" else tokens  # "all": whatever there is
+        if held not in ("all", wanted):
+            raise ValueError(f"There are no tokens {wanted!r} here, only {held!r}. Extract with tokens={wanted!r} or 'all'.")
         if batch_size < 1 or start_step < 0 or (epochs is not None and epochs < 1):
             raise ValueError(f"Needs batch_size >= 1, start_step >= 0, epochs >= 1 or None; got {batch_size}, {start_step}, {epochs}.")
-        first = kept.start + (self.metadata.tokens == "patches")
-        places = range(first, first + len(range(self.n_tokens)[kept]))
-        mixed = self._mixed(places, batch_size, shuffle, seed, itertools.count() if epochs is None else range(epochs), start_step)
+        places = range(self.n_tokens + (held == "patches"))[TOKENS[wanted]]  # of the model's sequence
+        buffers = self._buffers(places, shuffle, seed, itertools.count() if epochs is None else range(epochs), start_step * batch_size)
+        mixed = _batches(buffers if device is None or device.type == "cpu" else _ahead(buffers, device), places, batch_size)
         return mixed if positions else (x for x, _ in mixed)
 
-    def _mixed(self, places: range, batch_size: int, shuffle: bool, seed: int, epochs, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _buffers(self, places: range, shuffle: bool, seed: int, epochs, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens [m, D] of some parts at a time, and the order in which they come, without the first ``skip`` of all."""
         n, sizes = len(places), self._sizes
         per_buffer = max(self._least_parts, self.buffer_bytes // (2 * int(sizes.max()) * n * self.d_in))
-        skip, pending, needed = start_step * batch_size, [], batch_size
         for epoch in epochs:
             if skip >= self.n_images * n:
                 skip -= self.n_images * n
@@ -95,21 +94,42 @@ class TokenSource:
                     skip -= size
                     continue
                 order = np.random.default_rng([seed, epoch, number]).permutation(size) if shuffle else np.arange(size)
-                buffer = self._read(members, places).flatten(0, 1)
-                order = torch.from_numpy(order[skip:]).to(buffer.device)
+                yield self._read(members, places).flatten(0, 1), torch.from_numpy(order[skip:])
                 skip = 0
-                while len(order):
-                    rows, order = order[:needed], order[needed:]
-                    pending.append((buffer.index_select(0, rows).float(), rows % n + places.start))
-                    needed -= len(rows)
-                    if needed == 0:
-                        yield _joined(pending)
-                        pending, needed = [], batch_size
-                del buffer
-        if pending:
-            yield _joined(pending)
+
+
+def _batches(buffers: Iterator[tuple[Tensor, Tensor]], places: range, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Float32 tokens [n, D] and their places in the sequence [n], from one buffer after the other."""
+    pending, needed = [], batch_size
+    for buffer, order in buffers:
+        order = order.to(buffer.device)
+        while len(order):
+            rows, order = order[:needed], order[needed:]
+            pending.append((buffer.index_select(0, rows).float(), rows % len(places) + places.start))
+            needed -= len(rows)
+            if needed == 0:
+                yield _joined(pending)
+                pending, needed = [], batch_size
+        del buffer  # before the next one is read
+    if pending:
+        yield _joined(pending)
 
 
 def _joined(pending: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     tokens, places = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*pending, strict=True))
     return tokens, places
+
+
+def _ahead(buffers: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Buffers on a GPU: while one is emptied, a thread reads the next into pinned memory and lets it be copied."""
+
+    def following() -> tuple[Tensor, ...] | None:
+        found = next(buffers, None)
+        return found and tuple((part.pin_memory() if device.type == "cuda" else part).to(device, non_blocking=True) for part in found)
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(following)
+        while found := coming.result():
+            coming = thread.submit(following)
+            yield found
+            del found

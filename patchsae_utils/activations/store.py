@@ -69,11 +69,6 @@ class ActivationStore(TokenSource):
         """LongTensor [N]: each image's place in the data set."""
         return self._load(INDEX)["indices"]
 
-    def __repr__(self) -> str:
-        m = self.metadata
-        size = f"{m.n_images:,} images of {m.dataset!r} x {m.n_tokens} tokens x {m.d_in}"
-        return f"ActivationStore({str(self.folder)!r}: {size}, {m.model_name!r} layer {m.layer}, {m.dtype})"
-
     def describe(self) -> pd.Series:
         """The store in words and numbers, for a notebook."""
         m, n_bytes = self.metadata, sum(entry["bytes"] for entry in self._manifest["files"].values())

@@ -53,10 +53,6 @@ class TokenStream(TokenSource):
         self._sizes = np.ones(self.n_images, np.int64)
         self._fitting = HalvedBatches(clip.device)
 
-    def __repr__(self) -> str:
-        m = self.metadata
-        return f"TokenStream({m.n_images:,} images of {m.dataset!r} x {m.n_tokens} tokens x {m.d_in}, {m.model_name!r} layer {m.layer})"
-
     @torch.no_grad()
     def _read(self, parts: np.ndarray, places: range) -> Tensor:
         """Tokens [n, T, d] of some images; each process computes every so-many-th and gets the others' from them."""

@@ -140,7 +140,7 @@ def _read_tower(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: in
     counts = torch.zeros(2 * len(dataset.class_names), sae.d_sae, dtype=torch.float64, device=clip.device)
     seen = torch.zeros(2, len(dataset.class_names), dtype=torch.long)
     total = torch.zeros(clip.width, dtype=torch.float64, device=clip.device)
-    error = square = active = n = 0.0
+    error, square, active, n = 0.0, 0.0, 0, 0  # tensors soon: a GPU is waited for once, at the end
     labels, predicted = [], defaultdict(list)
     for read in read_batches(clip, dataset, layer, f"comparing on {dataset.name}" if progress else None, batch_size=BATCH):
         tokens, decoded = read.residual.tokens, torch.empty_like(read.residual.tokens)
@@ -149,9 +149,9 @@ def _read_tower(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: in
         for rows, h in latent_chunks(sae, tokens):
             decoded[rows] = sae.decode(h)
             counts.index_add_(0, place[rows].to(clip.device), (h > TAU).sum(1).double())
-            active += (h > 0).sum().item()
-        error += (tokens - decoded).square().sum(dtype=torch.float64).item()
-        square += tokens.square().sum(dtype=torch.float64).item()
+            active += (h > 0).sum()
+        error += (tokens - decoded).square().sum(dtype=torch.float64)
+        square += tokens.square().sum(dtype=torch.float64)
         total += tokens.sum((0, 1), dtype=torch.float64)
         n += tokens.shape[0] * tokens.shape[1]
         for form, edited in zip(FORMS, (tokens, decoded, decoded + (tokens - decoded)), strict=True):
@@ -160,8 +160,8 @@ def _read_tower(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, layer: in
                 predicted[head, form].append(clip.logits(features, matrix).argmax(1).cpu())
     counts = (counts.cpu().view(2, seen.shape[1], -1) / seen.clamp_min(1)[..., None]).float()
     predicted = {key: torch.cat(parts).numpy() for key, parts in predicted.items()}
-    explained = 1 - error / (square - total.square().sum().item() / n)
-    return Reading(counts, seen, torch.cat(labels).numpy(), predicted, {"explained_variance": explained, "l0": active / n})
+    explained = 1 - float(error / (square - total.square().sum() / n))
+    return Reading(counts, seen, torch.cat(labels).numpy(), predicted, {"explained_variance": explained, "l0": float(active) / n})
 
 
 def masked_predictions(

@@ -36,6 +36,7 @@ _KINDS = {
 _CHANGES = {"appeared": ("blue", "link appeared"), "vanished": ("orange", "link vanished"), "new": ("green", "new latent")}
 _READERS = {"CLIP": "CLIP", "CLIP, adapted head": "CLIP's tower, adapted head", "adapted": "adapted tower and head"}
 _MODES = {"on": "only k latents kept", "off": "k latents removed"}
+_LINKED = 24  # classes whose latents' numbers still have room beside each other
 _SEVERAL = "DataFrame of ``%s``, of several tasks (column ``task``) under each other"
 
 
@@ -136,8 +137,18 @@ def class_links(links: pd.DataFrame) -> Figure:
     """The remapping matrix: which latents (columns) each class rests on, and which of these links stayed, vanished or appeared.
 
     The three strongest of each class are shown, and these latents' other links. A disc's area is the share of the class's evidence,
-    in the model that has more of it. Latents stand in the order of the classes that rest on them most.
+    in the model that has more of it. Latents stand in the order of the classes that rest on them most. Of many classes, the 24 whose links
+    changed most are shown.
     """
+    changed = (
+        links[links["link"] != "stayed"]
+        .groupby("class")[["base", "adapted"]]
+        .sum()
+        .sum(axis=1)
+        .reindex(links["class"].unique(), fill_value=0)
+    )
+    n_classes = len(changed)
+    links = links[links["class"].isin(changed.nlargest(_LINKED).index)]
     links = links.assign(size=links[["base", "adapted"]].max(axis=1)).sort_values("size", ascending=False)
     shown = links[links["latent"].isin(links.groupby("class").head(3)["latent"])]
     owner = shown.drop_duplicates("latent").sort_values(["class", "size"], ascending=[True, False])
@@ -150,7 +161,8 @@ def class_links(links: pd.DataFrame) -> Figure:
         spots = part["latent"].map(column), part["class"].map(classes.index.get_loc)
         ax.scatter(*spots, s=150 * part["size"] / largest, color=color, lw=0, zorder=3)
         handles.append(Line2D([], [], ms=7, color=color, label=f"{name} ({len(part)})", **disc))
-    ax.set(xlabel="latent of CLIP's dictionary", xlim=(-0.8, len(column) - 0.2), ylim=(len(classes) - 0.4, -0.6))
+    some = f"; the {_LINKED} of {n_classes} classes whose links changed most" if n_classes > _LINKED else ""
+    ax.set(xlabel=f"latent of CLIP's dictionary{some}", xlim=(-0.8, len(column) - 0.2), ylim=(len(classes) - 0.4, -0.6))
     ax.set_yticks(range(len(classes)), classes)
     ax.set_xticks(range(len(column)), list(column), rotation=90, fontsize=7)
     for share in [share for share in (0.5, 0.2, 0.05) if share <= largest] or [largest]:

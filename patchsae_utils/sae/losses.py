@@ -45,7 +45,7 @@ def patchsae_loss(
     sae : SparseAutoencoder, its decoder's rows at unit norm
     x : Tensor [B, T, D] or [N, D]
         Residual activations of whole images with CLS as token 0, or of mixed tokens.
-    dead : bool Tensor [S], optional; latents that have not fired for long: they receive the ghost term
+    dead : bool Tensor [S], or LongTensor [n] of numbers, optional; latents that have not fired for long: they receive the ghost term
     l1_coefficient : float, lambda
     cls_coefficient : float, factor of the CLS tokens' squared error
     is_cls : bool Tensor [N], optional
@@ -59,7 +59,7 @@ def patchsae_loss(
     mse = (error if weights is None else error * weights).mean()
     l1 = l1_coefficient * _l1_norm(output.latents)
     ghost_term = mse.new_zeros(())
-    if ghost and dead is not None and len(index := dead.nonzero().squeeze(-1)):
+    if ghost and dead is not None and len(index := _numbers(dead)):
         ghost_term = _ghost_loss(x, output.reconstruction, *_dead_latents(sae, x, output, index), error)
     return SaeLoss(mse + l1 + ghost_term, mse, l1, ghost_term)
 
@@ -92,7 +92,7 @@ def variant_loss(
         gate = torch.relu(output.pre_activations)
         sparsity = l1_coefficient * _l1_norm(gate)
         auxiliary = squared(gate @ sae.W_dec.detach() + sae.b_dec.detach())
-    if ghost and dead is not None and len(index := dead.nonzero().squeeze(-1)):
+    if ghost and dead is not None and len(index := _numbers(dead)):
         auxiliary = auxiliary + AUXK_COEFFICIENT * auxk_loss(x, output.reconstruction, *_dead_latents(sae, x, output, index))
     return SaeLoss(mse + sparsity + auxiliary, mse, sparsity, auxiliary)
 
@@ -131,6 +131,11 @@ def _ghost_loss(x: Tensor, reconstruction: Tensor, pre_activations: Tensor, rows
     squared = (ghost * scale.detach() - residual).square() / residual_norm
     ratio = (error / (squared + _EPSILON)).detach()
     return (ratio * squared).mean()
+
+
+def _numbers(which: Tensor) -> Tensor:
+    """Numbers of the latents that a mask [S] names; a GPU is waited for, unless they are given already."""
+    return which.nonzero().squeeze(-1) if which.dtype == torch.bool else which
 
 
 def _dead_latents(sae: SparseAutoencoder, x: Tensor, output: SaeOutput, index: Tensor) -> tuple[Tensor, Tensor]:

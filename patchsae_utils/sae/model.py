@@ -24,6 +24,7 @@ from .variants import VARIANTS, centre_product, jump_relu, keep_batch_topk, keep
 ACTIVATIONS = tuple(VARIANTS)
 _BANDWIDTH = 0.03
 _THRESHOLD_RATE = 0.01  # of the running mean of the smallest activation a batch keeps
+_PAIRS_CPU, _PAIRS_GPU = 3 << 20, 1 << 28  # (token, latent) pairs that are computed at once: on a CPU they stay in its cache
 _MISFIT = 2.0  # activations whose spread differs by more than this factor, or whose mean lies a whole spread away, don't fit
 _UNIT = 1e-5  # how far from 1 a float32 row's norm may be
 
@@ -239,6 +240,11 @@ class SparseAutoencoder(nn.Module):
         """As of any module; the weights then no longer count as fresh."""
         self._loaded = True
         return super().load_state_dict(*args, **options)
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens whose latents are computed at once, where there are more."""
+        return max(1, (_PAIRS_CPU if self.W_enc.device.type == "cpu" else _PAIRS_GPU) // self.d_sae)
 
     @property
     def normalizes(self) -> bool:

@@ -24,7 +24,6 @@ TOKEN_TYPES = {"cls": slice(0, 1), "patch": slice(1, None), "all": slice(None)}
 RECONSTRUCTION_METRICS = ("mse", "l1", "l0", "explained_variance", "dead_fraction")
 CLASSIFICATION_METRICS = ("contrastive_loss", "zero_shot_top1", "zero_shot_change")
 _ENOUGH_IMAGES = 8  # to know their tokens' mean and spread
-_CHUNK = 3 << 20  # (token, latent) pairs encoded at once
 
 
 @torch.no_grad()
@@ -192,16 +191,17 @@ class TokenReadings(NamedTuple):
 
 @torch.no_grad()
 def read_tokens(sae: SparseAutoencoder, x: Tensor) -> TokenReadings:
-    """Encode and decode images' tokens [B, T, D], CLS first, a few hundred at a time."""
+    """Encode and decode images' tokens [B, T, D], CLS first, some at a time."""
     flat = x.reshape(-1, x.shape[-1]).to(sae.W_enc.device)
     is_cls = (torch.arange(len(flat), device=flat.device) % x.shape[1]) == 0
     fired = {name: torch.zeros(sae.d_sae, dtype=torch.bool, device=flat.device) for name in ("cls", "patch")}
-    parts, rows = [], max(1, _CHUNK // sae.d_sae)
+    parts, rows = [], sae.tokens_at_once
     for chunk, chunk_is_cls in zip(flat.split(rows), is_cls.split(rows), strict=True):
         h = sae.encode(chunk)
         parts.append((sae.decode(h), h.sum(1), h.count_nonzero(dim=1)))
-        fired["cls"] |= (h[chunk_is_cls] > 0).any(0)
-        fired["patch"] |= (h[~chunk_is_cls] > 0).any(0)
+        fires = h > 0
+        for name, of_type in (("cls", chunk_is_cls), ("patch", ~chunk_is_cls)):
+            fired[name] |= (fires & of_type[:, None]).any(0)
     reconstruction, l1, l0 = (torch.cat(part).unflatten(0, x.shape[:2]).to(x.device) for part in zip(*parts, strict=True))
     return TokenReadings(reconstruction, l1, l0, {**fired, "all": fired["cls"] | fired["patch"]})
 
@@ -261,7 +261,7 @@ def _rates(sae: SparseAutoencoder, tokens: Iterable[Tensor], n_tokens: int, none
     fired, largest = torch.zeros(sae.d_sae, dtype=torch.long, device=device), torch.full((sae.d_sae,), -torch.inf, device=device)
     longest = torch.zeros((), device=device)
     for batch in tokens:
-        for x in batch[: n_tokens - seen].to(device).split(max(1, _CHUNK // sae.d_sae)):
+        for x in batch[: n_tokens - seen].to(device).split(sae.tokens_at_once):
             pre_activations = sae.pre_activations(x)
             fired += (sae.activate(pre_activations) > 0).sum(0)
             largest = torch.maximum(largest, pre_activations.amax(0))

@@ -21,8 +21,7 @@ from .sparse.kernels import worthwhile
 from .starts import SOFT_COSINE, Archetypes, Normalization, centroids, start_bias, start_from
 
 TERMS = ("loss", "mse", "l1", "ghost", "l0", "residual")  # of a batch, summed over its chunks
-# So many (token, latent) pairs are computed at once, which on a CPU stay in its cache, but so many tokens at least: each chunk adds to all gradients.
-_CHUNK_CPU, _CHUNK_GPU, _CHUNK_TOKENS = 3 << 20, 1 << 28, 512
+_CHUNK_TOKENS = 512  # computed at once, at least: each chunk adds to all gradients
 _CLUSTERED = 128, 400_000  # tokens per centroid that k-means sees, and at most, but four per centroid: what it finds grows with them
 _CHUNK_DEAD = 1 << 26  # on the sparse path only the dead latents' pre-activations are computed whole, for the term that wakes them
 # sparse="auto": a smaller dictionary's dense step is short, and stays dense. Density is the mean over so many rows of the log.
@@ -115,7 +114,7 @@ class Steps:
             return max(1, n)
         if sparse:
             return max(1, _CHUNK_DEAD // max(1, n_dead))
-        return max(_CHUNK_TOKENS, (_CHUNK_CPU if self.device.type == "cpu" else _CHUNK_GPU) // self.sae.d_sae)
+        return max(_CHUNK_TOKENS, self.sae.tokens_at_once)
 
     def move(self, x: Tensor, is_cls: Tensor, logged: bool) -> dict[str, float] | None:
         """One step of Adam on a batch [N, D]; chunk by chunk, since every term is a mean over tokens."""
@@ -127,17 +126,17 @@ class Steps:
             sae.W_dec.data.copy_(rows_of.detach())
         elif not self.unit_rows:
             sae.normalize_decoder()
-        dead = self.silent_for > config.dead_after_tokens
-        n_dead = int(dead.sum()) if config.ghost else 0
-        dead = dead if n_dead else None
+        dead = None
+        if config.ghost and self.step * len(x) > config.dead_after_tokens:  # before, none can be: a GPU isn't waited for
+            dead = (self.silent_for > config.dead_after_tokens).nonzero().squeeze(1)
         sparse = self._is_sparse()
         self.n_sparse += sparse
         fired = torch.zeros_like(self.silent_for, dtype=torch.bool)
-        sums = torch.zeros(len(TERMS), dtype=torch.float64)
+        sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         own = processes.share(len(x))
         tokens, own_is_cls = x[own], is_cls[own].to(self.device)
-        rows = self._chunk(len(tokens), n_dead, sparse)
+        rows = self._chunk(len(tokens), 0 if dead is None else len(dead), sparse)
         with self.deferred if sparse else nullcontext():
             for part, part_is_cls in zip(tokens.split(rows), own_is_cls.split(rows), strict=True):
                 share = len(part) / len(x)
@@ -152,15 +151,16 @@ class Steps:
                     if logged:
                         n_active = latents.count_nonzero() if isinstance(latents, Tensor) else latents.counts().sum()
                         residual = (part - output.reconstruction).double().square().sum() / share
-                        sums += share * torch.stack([*(term.double() for term in loss), (n_active / len(part)).double(), residual]).cpu()
+                        sums += share * torch.stack([*(term.double() for term in loss), (n_active / len(part)).double(), residual])
         self._update(fired, sums, sparse, rows_of)
         self.silent_for = torch.where(fired, 0, self.silent_for + len(x))
         may_restart = config.restart_dead and config.constraint == "none" and self.step < _RESTART_SHARE * self.n_steps
         if may_restart and (self.step + 1) * len(x) % max(1, config.dead_after_tokens) < len(x):
             self._restart(x, self.silent_for > config.dead_after_tokens)
+        terms = dict(zip(TERMS, sums.tolist(), strict=True)) if logged else None
         if config.target_l0 is not None:
-            self._control(float(sums[TERMS.index("l0")]))
-        return dict(zip(TERMS, sums.tolist(), strict=True)) if logged else None
+            self._control(terms["l0"])
+        return terms
 
     @torch.no_grad()
     def _restart(self, x: Tensor, dead: Tensor) -> None:
@@ -236,7 +236,7 @@ class Steps:
                 self.processes.add_up(parameter.grad)
         if self.sae.variant.competes == "batch":
             self.processes.average(self.sae.threshold)
-        counts = torch.cat([fired.double(), sums.to(fired.device)])
+        counts = torch.cat([fired.double(), sums])
         self.processes.add_up(counts)
         fired.copy_(counts[: len(fired)] > 0)
         sums.copy_(counts[len(fired) :])

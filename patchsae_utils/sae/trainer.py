@@ -92,7 +92,7 @@ def train_sae(
 def _train_together(jobs: Sequence[tuple], store: Tokens, resume: bool, progress: bool) -> list[SparseAutoencoder]:
     """Train SAEs that read the same batches in the same order; one that was interrupted later waits for the others."""
     config, done, at = jobs[0][1], dict[int, SparseAutoencoder](), dict[int, int]()  # at: the step whose batch a run waits for
-    draw = cache(lambda n: next(_tokens(store, config, n, config.seed + 1, 0))[0])  # of another order than the training's
+    draw = cache(lambda n: next(_tokens(store, config, n, config.seed + 1))[0])  # of another order than the training's
     with ExitStack() as stack:
         runs = [stack.enter_context(closing(_run(sae, own, out, store, resume, progress, draw))) for sae, own, out in jobs]
 
@@ -108,7 +108,9 @@ def _train_together(jobs: Sequence[tuple], store: Tokens, resume: bool, progress
         draw.cache_clear()
         if at:
             first = min(at.values())
-            for step, batch in enumerate(_tokens(store, config, config.batch_tokens, config.seed, first), first):
+            # A stream computes where its model is, and its processes exchange tokens: it can't be read beside the step.
+            where = {"device": jobs[0][0].W_enc.device} if isinstance(store, ActivationStore) else {}
+            for step, batch in enumerate(_tokens(store, config, config.batch_tokens, config.seed, start_step=first, **where), first):
                 for i in [i for i, waits_for in at.items() if waits_for == step]:
                     advance(i, batch)
                 if not at:
@@ -116,8 +118,8 @@ def _train_together(jobs: Sequence[tuple], store: Tokens, resume: bool, progress
     return [done[i] for i in range(len(runs))]
 
 
-def _tokens(store: Tokens, config: TrainConfig, batch_size: int, seed: int, start_step: int) -> Iterator[Any]:
-    options: dict[str, Any] = {"tokens": kept} if (kept := _kept_tokens(config, store)) else {}
+def _tokens(store: Tokens, config: TrainConfig, batch_size: int, seed: int, start_step: int = 0, **options: Any) -> Iterator[Any]:
+    options |= {"tokens": kept} if (kept := _kept_tokens(config, store)) else {}
     return store.tokens(batch_size, seed=seed, epochs=None, start_step=start_step, positions=True, **options)
 
 

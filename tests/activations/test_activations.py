@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
+from other_device import DEVICE, OtherDevice
 from tiny import Changed
 
-from patchsae_utils.activations import extraction
+from patchsae_utils.activations import extraction, mixing
 from patchsae_utils.activations.extraction import extract_activations, plan_shards
 from patchsae_utils.activations.store import ActivationStore
 from patchsae_utils.data import batches, load_dataset
@@ -251,6 +253,37 @@ def test_an_epoch_of_shuffled_tokens_is_a_permutation(store, buffer_bytes):
     assert in_order(shuffled) == in_order(stored)
     same, other = (next(with_buffer(store, buffer_bytes).tokens(100, seed=seed)) for seed in (3, 4))
     assert torch.equal(same, shuffled[:100]) and not torch.equal(other, shuffled[:100]), "the order is the seed's alone"
+
+
+@pytest.mark.parametrize("start_step", [0, 7, 30])
+def test_batches_on_a_device_are_those_of_the_processor_bit_for_bit(store, start_step):
+    small = with_buffer(store, 2 * ONE_SHARD)
+    options = {"seed": 3, "epochs": 2, "start_step": start_step, "positions": True}
+    here = list(small.tokens(100, **options))
+    with OtherDevice():
+        there = list(small.tokens(100, **options, device=torch.device(DEVICE)))
+        assert len(there) == len(here) and all(part.device.type == DEVICE for batch in there for part in batch)
+        there = [[part.cpu() for part in batch] for batch in there]
+    assert all(torch.equal(a, b) for left, right in zip(here, there, strict=True) for a, b in zip(left, right, strict=True))
+
+
+def test_the_next_buffer_is_read_while_one_is_emptied_and_no_more():
+    began, events = [], [threading.Event() for _ in range(3)]
+
+    def buffers():
+        for number, event in enumerate(events):
+            began.append(number)
+            event.set()
+            yield torch.full((4, 2), float(number)), torch.arange(4)
+        raise OSError("the disk is gone")
+
+    ahead = mixing._ahead(buffers(), torch.device("cpu"))
+    for number in range(2):
+        assert next(ahead)[0].unique().tolist() == [number]
+        assert events[number + 1].wait(60) and began == list(range(number + 2)), "read without being asked for, and not the one behind"
+    next(ahead)
+    with pytest.raises(OSError, match="disk is gone"):
+        next(ahead)
 
 
 def test_epochs_differ_and_batches_run_across_them(store):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_training import CONFIG, assert_same, weights
 
-from patchsae_utils.activations.mixing import choose_tokens
+from patchsae_utils.activations.mixing import TOKENS
 from patchsae_utils.activations.streaming import TokenStream
 from patchsae_utils.sae.model import SparseAutoencoder
 from patchsae_utils.sae.trainer import train_sae, training_log
@@ -29,7 +29,7 @@ def test_an_epoch_holds_what_the_store_holds(stream, tiny_store, tokens):
     # Sums are blind to the order; the batches of the forward passes differ, so bfloat16 may round another way here and there.
     torch.testing.assert_close(order[0].sum(0), order[1].sum(0), rtol=1e-3, atol=0.05)
     places = torch.cat([p for _, p in mine])
-    expected = torch.arange(197)[choose_tokens("all", tokens)]
+    expected = torch.arange(197)[TOKENS[tokens]]
     assert torch.equal(places.sort().values, expected.repeat_interleave(24))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import sys
 
 import pytest
@@ -39,6 +40,7 @@ def one_process(monkeypatch):
 
 def test_a_side_has_a_process_of_its_own_and_a_failure_is_a_row(tmp_path):
     assert "No module named" in common.in_subprocess("benchmarks.no_such_benchmark", "ours", {})["error"]
+    assert common.in_subprocess("benchmarks.sae_step", "ours", TINY, python=shutil.which("echo")) == {"error": "exit status 0"}, "no JSON"
     measured = common.in_subprocess("benchmarks.sae_step", "ours", TINY, python=sys.executable)
     assert measured["seconds"] > 0 and measured["peak_memory_gb"] > measured["step_memory_gb"] >= 0
     assert measured["tokens_per_second"] == pytest.approx(TINY["tokens"] / measured["seconds"])
@@ -142,3 +144,16 @@ def test_one_command_measures_all_of_a_gpu_and_a_part_that_fails_costs_itself_al
     assert [(row["tokens"], set(row) - {"tokens", "target_l0"}) for row in result["ratios"]] == [
         (n, {"dense TF32", "dense bfloat16"}) for n in (32, 64)
     ]
+
+
+def test_a_run_that_is_ended_in_the_middle_keeps_what_it_has(tmp_path, monkeypatch, capsys):
+    def ended(run):
+        yield {"side": "first"}
+        raise KeyboardInterrupt
+
+    parts = {"one": lambda run: iter([{"side": "whole"}]), "two": ended, "three": ended}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main([*GPU.split(), "--json", str(tmp_path / "gpu.json")])
+    assert json.loads((tmp_path / "gpu.json").read_text())["parts"] == {"one": [{"side": "whole"}], "two": [{"side": "first"}]}
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]

@@ -254,6 +254,20 @@ def test_a_figure_is_drawn_saved_and_readable(name, inputs, repository):
     check_readable(fig)
 
 
+def test_figures_of_500_classes_are_readable_and_fit_a_page():
+    names = [f"{color} {thing}" for color in ("deep crimson", "pale yellow", "green", "blue", "white") for thing in range(100)]
+    rows = made(4000, base=(0, 0.3), adapted=(0, 0.3), link=["stayed", "vanished", "appeared"], latent=[*range(9000)])
+    links = rows.assign(**{"class": np.repeat(range(500), 8), "class_name": np.repeat(names, 8)})
+    masked = pd.concat([sweep(names, ("oracle",)).assign(model=model) for model in ("CLIP", "CLIP, adapted head", "adapted")])
+    masked = masked.assign(**{"class": masked["group"].map(names.index)})
+    latents = made(5000, base=(0, 60), adapted=(0, 60), group=["high", "high-to-low", "low-to-high"]).assign(task="a folder")
+    latents = latents.assign(**{"class": np.repeat(range(500), 10)})
+    for fig in (plots.class_links(links), plots.prediction_heat(masked), plots.class_scatter(latents)):
+        check_readable(fig)
+        assert fig.get_figheight() < 15
+    plt.close("all")
+
+
 def test_one_stage_of_the_method_stands_out():
     colored = [{text.get_color() for text in plots.method(stage).axes[0].texts[:5]} for stage in (None, "explorer", "concepts")]
     assert [len(colors) for colors in colored] == [1, 1, 2]

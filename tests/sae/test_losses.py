@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_saes import perturbed
+from tiny_saes import dense, perturbed
 
 from patchsae_utils.sae.losses import auxk_loss, auxk_size, objective, patchsae_loss
 from patchsae_utils.sae.model import ACTIVATIONS, SparseAutoencoder
@@ -143,6 +143,8 @@ def test_ghost_reads_pre_activations(tokens, dead):
         sae.zero_grad()
         patchsae_loss(sae, tokens, dead, WEIGHT, output=output).total.backward()
         assert sae.W_enc.grad[:, dead].any() == (not wrong)
+    by_mask, by_number = (patchsae_loss(sae, tokens, which, WEIGHT).ghost for which in (dead, dead.nonzero()[:, 0]))
+    assert torch.equal(by_mask, by_number) and by_mask > 0
 
 
 def test_all_zero_tokens_and_perfect_reconstructions_give_no_nan():
@@ -219,7 +221,7 @@ def test_sparse_equals_dense_in_value_and_gradient(activation, training, dead):
         output = sae(images, sparse=sparse)
         loss = objective(sae)(sae, images, dead, WEIGHT, 3.0, output=output)
         loss.total.backward()
-        latents = output.latents.dense().view(5, 7, S) if sparse else output.latents
+        latents = dense(output.latents).view(5, 7, S) if sparse else output.latents
         gradients = {name: parameter.grad for name, parameter in sae.named_parameters()}
         results.append([*loss, output.reconstruction, latents, gradients, sae.decode(output.latents).reshape(5, 7, D), sae.state_dict()])
         assert (output.pre_activations is None) == sparse

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_saes import dense
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from patchsae_utils.sae.losses import patchsae_loss
@@ -60,22 +61,22 @@ def test_values_and_all_gradients_are_those_of_dense_autograd(select, mask_of, p
     latents = encode(*parts[:3], select)
     reconstruction = decode(latents, *parts[3:])
     expected_latents, expected = dense_step(parts, mask_of)
-    torch.testing.assert_close(latents.dense(), expected_latents)
+    torch.testing.assert_close(dense(latents), expected_latents)
     torch.testing.assert_close(reconstruction, expected)
     towards = torch.randn(N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    ours = (reconstruction * towards).sum() + latents.dense().sum(1).square().sum() + latents.values.pow(3).sum()
-    dense = (expected * towards).sum() + expected_latents.sum(1).square().sum() + expected_latents.pow(3).sum()
-    for got, want in zip(torch.autograd.grad(ours, parts), torch.autograd.grad(dense, parts), strict=True):
+    ours = (reconstruction * towards).sum() + dense(latents).sum(1).square().sum() + latents.values.pow(3).sum()
+    theirs = (expected * towards).sum() + expected_latents.sum(1).square().sum() + expected_latents.pow(3).sum()
+    for got, want in zip(torch.autograd.grad(ours, parts), torch.autograd.grad(theirs, parts), strict=True):
         torch.testing.assert_close(got, want)
 
 
 def test_indices_ascend_within_tokens_and_the_summaries_are_those_of_the_dense_latents():
     latents = encode(*weights()[:3])
-    dense = latents.dense()
+    whole = dense(latents)
     assert latents.n_tokens == N
-    assert torch.equal(dense.nonzero(), torch.stack([latents.tokens(), latents.indices], 1))
-    assert torch.equal(latents.counts(), dense.count_nonzero(1))
-    assert torch.equal(latents.fired(), (dense > 0).any(0))
+    assert torch.equal(whole.nonzero(), torch.stack([latents.tokens(), latents.indices], 1))
+    assert torch.equal(latents.counts(), whole.count_nonzero(1))
+    assert torch.equal(latents.fired(), (whole > 0).any(0))
 
 
 def big(dtype=torch.float32, n=96, d=64, s=4096, l0=40):
@@ -90,7 +91,7 @@ def big(dtype=torch.float32, n=96, d=64, s=4096, l0=40):
 @pytest.mark.parametrize("select", [None, TopK(40), BatchTopK(40)], ids=["relu", "topk", "batchtopk"])
 def test_bfloat16_finds_the_latents_and_float32_gives_their_values(select):
     parts = big()
-    exact, found = (encode(*parts[:3], select, precision=precision).dense() for precision in ("float32", "bfloat16"))
+    exact, found = (dense(encode(*parts[:3], select, precision=precision)) for precision in ("float32", "bfloat16"))
     both = (exact > 0) & (found > 0)
     torch.testing.assert_close(found[both], exact[both], rtol=1e-5, atol=1e-5)
     missed = (exact > 0) ^ (found > 0)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tiny_saes import perturbed
+from tiny_saes import dense, perturbed
 from tiny_training import CONFIG, Store, assert_same, fresh, weights
 
 from patchsae_utils.run.artifacts import read_json
@@ -37,7 +37,7 @@ def test_folded_an_sae_reads_raw_tokens_as_it_read_normalised_ones(activation, k
     expected = plain(x)
     normalization.fold(sae)
     output = sae(X, sparse=sparse)
-    latents = output.latents.dense() if sparse and activation != "gated" else output.latents
+    latents = dense(output.latents) if sparse and activation != "gated" else output.latents
     torch.testing.assert_close(latents, unit * expected.latents, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(sae.encode(X), latents, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(output.reconstruction, normalization.mean + unit * expected.reconstruction, rtol=1e-6, atol=1e-5)

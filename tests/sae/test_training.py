@@ -154,7 +154,7 @@ def test_one_step_is_adam_on_the_projected_gradient_of_the_loss(tmp_path, cls_co
 
 def test_chunks_do_not_matter(tmp_path, uninterrupted, monkeypatch):
     monkeypatch.setattr(steps, "_CHUNK_TOKENS", 1)
-    monkeypatch.setattr(steps, "_CHUNK_CPU", 32 * 10)  # ten tokens at a time
+    monkeypatch.setattr(SparseAutoencoder, "tokens_at_once", 10)
     sae = train_sae(fresh(), Store(), CONFIG, tmp_path, progress=False)
     chunked = weights(sae)
     assert not torch.equal(chunked["W_enc"], uninterrupted[0]["W_enc"]), "sums in another order round another way: there were chunks"

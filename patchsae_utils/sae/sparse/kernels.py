@@ -65,11 +65,6 @@ class SparseLatents(NamedTuple):
         """[nnz] token number of each entry."""
         return _numbers(self.offsets, len(self.values))
 
-    def dense(self) -> Tensor:
-        """[N, S] with zeros filled in; differentiable."""
-        d_sae = len(self.entries.offsets) - 1
-        return self.values.new_zeros(self.n_tokens, d_sae).index_put((self.tokens(), self.indices), self.values)
-
     def counts(self) -> Tensor:
         """[N] active latents of each token."""
         return self.offsets.diff()
@@ -198,7 +193,7 @@ def best_of_batch(x: Tensor, W: Tensor, bias: Tensor, k: int, dtype: torch.dtype
         found, values = torch.cat([found, at + start * d_sae]), torch.cat([values, pre.view(-1)[at]])
         if len(values) > budget:
             values, best = values.topk(budget, sorted=False)
-            found, bound = found[best], float(values.min())
+            found, bound = found[best], values.min()
     return _ordered(found, d_sae)
 
 
