@@ -42,9 +42,8 @@ ADAPTER_PRECISION = "bf16"  # of the image tower while an adapter is fitted: hal
 
 def load_world(profile: Profile) -> tuple[ClipModel, int]:
     """The profile's CLIP and the layer that is studied (the block whose output is read, counted from 0)."""
-    clip = load_clip(
-        profile.model.name, profile.model.pretrained, precision={"float32": "fp32", "bfloat16": "bf16"}[profile.model.precision]
-    )
+    precision = "bf16" if profile.model.precision == "bfloat16" else "fp32"
+    clip = load_clip(profile.model.name, profile.model.pretrained, precision=precision)
     return clip, clip.layer_index(profile.model.layer)
 
 

@@ -32,12 +32,10 @@ def extract_activations(
     clip, dataset, layer: int, out: str | Path, *, tokens: str = "all", dtype: str = "bfloat16", batch_size: int = 64, n_per_shard: int = 512,
     progress: bool = True,
 ) -> ActivationStore:  # fmt: skip
-    """Write the residual stream after one block, over a whole data set, into a store.
+    """Write the residual stream after one block, over a whole data set, into a store; a finished one of the same inputs is opened at once.
 
-    A finished store of the same inputs is opened at once; of an unfinished one, only what is missing is computed; a store of other inputs
-    is replaced. Other files in the folder are left alone.
-
-    Under several processes (``accelerate launch``) all must call this; each writes its share of the shards. The store is, byte for byte, the same
+    Of an unfinished one, only what is missing is computed; a store of other inputs is replaced; other files in the folder are left alone. Under
+    several processes (``accelerate launch``) all must call this; each writes its share of the shards. The store is, byte for byte, the same
     however many there are and wherever a run was interrupted. A batch that doesn't fit the memory is halved, with a warning.
 
     Parameters
@@ -52,11 +50,8 @@ def extract_activations(
     tokens : {"all", "cls", "patches"}
     dtype : {"bfloat16", "float16"}
         bfloat16 keeps 8 bits of precision at any magnitude; float16 keeps 11 below 65,504.
-    batch_size : int
-        Images per forward pass, at most: the largest number up to it that divides a shard, so that the last bit doesn't depend on interruptions.
-    n_per_shard : int
-        Images per shard.
-    progress : bool
+    batch_size, n_per_shard, progress : int, int, bool
+        Images per forward pass, at most (the largest number up to it that divides a shard: no bit depends on interruptions), and per shard.
 
     Raises
     ------

@@ -37,11 +37,6 @@ class TokenStream(TokenSource):
     ------
     ValueError
         For an unknown layer (naming the valid ones), or an empty data set.
-
-    Examples
-    --------
-    >>> stream = TokenStream(clip, load_dataset("hf:owner/pictures", "train"), layer=-2)
-    >>> sae = train_sae(SparseAutoencoder(stream.d_in, 16 * stream.d_in), stream, TrainConfig(), "runs/mine/sae")
     """
 
     def __init__(self, clip, dataset, layer: int = -2, *, batch_size: int = 64, buffer_bytes: int = 2**31):

@@ -140,16 +140,9 @@ def class_links(links: pd.DataFrame) -> Figure:
     in the model that has more of it. Latents stand in the order of the classes that rest on them most. Of many classes, the 24 whose links
     changed most are shown.
     """
-    changed = (
-        links[links["link"] != "stayed"]
-        .groupby("class")[["base", "adapted"]]
-        .sum()
-        .sum(axis=1)
-        .reindex(links["class"].unique(), fill_value=0)
-    )
-    n_classes = len(changed)
-    links = links[links["class"].isin(changed.nlargest(_LINKED).index)]
     links = links.assign(size=links[["base", "adapted"]].max(axis=1)).sort_values("size", ascending=False)
+    change = links["size"].where(links["link"] != "stayed", 0).groupby(links["class"]).sum()
+    links = links[links["class"].isin(change.nlargest(_LINKED).index)]
     shown = links[links["latent"].isin(links.groupby("class").head(3)["latent"])]
     owner = shown.drop_duplicates("latent").sort_values(["class", "size"], ascending=[True, False])
     column = {latent: i for i, latent in enumerate(owner["latent"])}
@@ -161,7 +154,7 @@ def class_links(links: pd.DataFrame) -> Figure:
         spots = part["latent"].map(column), part["class"].map(classes.index.get_loc)
         ax.scatter(*spots, s=150 * part["size"] / largest, color=color, lw=0, zorder=3)
         handles.append(Line2D([], [], ms=7, color=color, label=f"{name} ({len(part)})", **disc))
-    some = f"; the {_LINKED} of {n_classes} classes whose links changed most" if n_classes > _LINKED else ""
+    some = f"; the {_LINKED} of {len(change)} classes whose links changed most" if len(change) > _LINKED else ""
     ax.set(xlabel=f"latent of CLIP's dictionary{some}", xlim=(-0.8, len(column) - 0.2), ylim=(len(classes) - 0.4, -0.6))
     ax.set_yticks(range(len(classes)), classes)
     ax.set_xticks(range(len(column)), list(column), rotation=90, fontsize=7)

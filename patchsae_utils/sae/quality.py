@@ -298,13 +298,8 @@ def dead_causes(sae: SparseAutoencoder, train: Iterable[Tensor], test: Iterable[
     largest, longest = map(torch.maximum, of_train, of_test)
     needed = 0 if sae.threshold is None else sae.threshold
     bound = (sae.W_enc.norm(dim=0) * longest + sae.b_enc - needed).cpu().numpy()
-    columns = {
-        "train_rate": train_rate.numpy(),
-        "test_rate": test_rate.numpy(),
-        "largest": (largest - needed).cpu().numpy(),
-        "bound": bound,
-    }
-    frame = pd.DataFrame({"cause": "starved", **columns})
+    rates = {"train_rate": train_rate.numpy(), "test_rate": test_rate.numpy()}
+    frame = pd.DataFrame({"cause": "starved", **rates, "largest": (largest - needed).cpu().numpy(), "bound": bound})
     frame.loc[largest.cpu().numpy() > 0, "cause"] = "outcompeted"
     frame.loc[bound <= 0, "cause"] = "bias"
     frame.loc[frame["train_rate"] > 0, "cause"] = "train_only"
