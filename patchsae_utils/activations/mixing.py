@@ -69,7 +69,8 @@ class TokenSource:
         """Batches of single tokens, mixed from many images; on a GPU as ``device`` whole buffers lie, the next one read and copied meanwhile."""
         if tokens not in TOKENS:
             raise ValueError(f"Unknown tokens {tokens!r}. Valid: {', '.join(TOKENS)}.")
-        wanted = (held := self.metadata.tokens) if tokens == "all" else tokens  # "all": whatever there is
+        held = self.metadata.tokens
+        wanted = held if tokens == "all" else tokens  # "all": whatever there is
         if held not in ("all", wanted):
             raise ValueError(f"There are no tokens {wanted!r} here, only {held!r}. Extract with tokens={wanted!r} or 'all'.")
         if batch_size < 1 or start_step < 0 or (epochs is not None and epochs < 1):
