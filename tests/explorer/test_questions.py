@@ -146,15 +146,10 @@ def test_what_a_latent_does_is_counted_over_the_images(tiny_clip, tiny_sae, tiny
     both = [tiny_clip.logits(tiny_clip.finish(r, -2), latents._reader.head).detach().double() for r in (residual, without)]
     effect = both[0] - both[1]
     mean = (effect - effect.mean(1, keepdim=True)).mean(0)
-    assert (
-        card.pushes[0][0] == tiny_dataset.class_names[int(mean.argmax())]
-        and card.pushes[-1][0] == tiny_dataset.class_names[int(mean.argmin())]
-    )
+    classes = tiny_dataset.class_names
+    assert [card.pushes[i][0] for i in (0, -1)] == [classes[int(mean.argmax())], classes[int(mean.argmin())]]
     for name, found in card.pushes:
-        assert (
-            found.value == pytest.approx(float(mean[tiny_dataset.class_names.index(name)]), abs=1e-4)
-            and found.low <= found.value <= found.high
-        )
+        assert found.value == pytest.approx(float(mean[classes.index(name)]), abs=1e-4) and found.low <= found.value <= found.high
 
 
 @pytest.fixture

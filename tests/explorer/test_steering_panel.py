@@ -48,15 +48,8 @@ def test_edits_act_where_the_panel_says(panel, where, place):
 
 
 def test_a_selection_is_kept_and_set_again(panel):
-    chosen = {
-        "image": 6,
-        "latents": [9, 3],
-        "latent": 3,
-        "patches": [4, 90],
-        "where": "selected",
-        "edits": [{"latent": 3, "op": "scale", "value": 2.0}],
-        "batch": [1, 2],
-    }
+    chosen = {"image": 6, "latents": [9, 3], "latent": 3, "patches": [4, 90], "where": "selected", "batch": [1, 2]}
+    chosen["edits"] = [{"latent": 3, "op": "scale", "value": 2.0}]
     panel.selection = dict(reversed(chosen.items()))  # another image takes edits back: the order of setting is the panel's
     assert panel.selection == chosen and panel.shown["image"] == 6 and panel.to_edits() == [Edit(3, "scale", 2.0, [4, 90])]
     panel.edits, panel.patches, panel.where = [], [], "all"
@@ -82,9 +75,8 @@ def test_another_image_starts_afresh(panel, tiny_clip, tiny_sae, tiny_dataset, h
     free = SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, head=head, image=1)
     for image in (1, 3):
         free.image = image
-        scores = image_attribution(tiny_clip, tiny_sae, tiny_clip.run_to(tiny_clip.preprocess(tiny_dataset[image].image)[None], -2), head)[
-            0
-        ]
+        residual = tiny_clip.run_to(tiny_clip.preprocess(tiny_dataset[image].image)[None], -2)
+        scores = image_attribution(tiny_clip, tiny_sae, residual, head)[0]
         assert free.latents == scores.topk(5).indices.tolist()
     free.latents = [0, 1]
     free.image = 5
