@@ -17,7 +17,7 @@ class TextSearch:
 
     A latent's score is the dot product of the text's embedding with the mean embedding of its reference images, less the mean over living
     latents, in standard deviations over them. ``embeddings`` [N, d_embed] are unit image features of the images of ``summary``. The text stands
-    in the two shortest of the templates: in all eighty of ImageNet's it would take seconds.
+    in the shortest of the templates: in all eighty of ImageNet's it would take seconds.
     """
 
     _shared: WeakValueDictionary[tuple, TextSearch] = WeakValueDictionary()
@@ -32,7 +32,7 @@ class TextSearch:
             n = len(embeddings)
             raise ValueError(f"The summary read {summary.n_images} images, and there are embeddings of {n}: give those of its data set.")
         self._parts = clip, summary, embeddings, templates  # held, so that no id is given again
-        self.clip, self.templates = clip, sorted(templates, key=len)[:2]
+        self.clip, self.templates = clip, [min(templates, key=len)]
         self.living = (~summary.dead).nonzero().flatten()
         images = summary.top_images[self.living]
         total = torch.zeros(len(images), embeddings.shape[1])

@@ -29,7 +29,7 @@ WORDS = ("red wheel", "blue bird", "green leaf")
 def likeness(tiny_clip, tiny_dataset, summary):
     """Embeddings in which the reference images of latents 3, 9 and 20 look like one text each, beside what all images share."""
     rng = np.random.default_rng(0)
-    texts = tiny_clip.zero_shot_head(WORDS, sorted(templates_for(tiny_dataset.spec), key=len)[:2]).cpu().double().numpy()
+    texts = tiny_clip.zero_shot_head(WORDS, ["a {}."]).cpu().double().numpy()
     inverse = np.linalg.pinv(texts)  # column w answers to text w alone
     shared = rng.standard_normal(16) + 0.3 * rng.standard_normal((24, 16))
     shared -= shared @ inverse @ texts
@@ -54,7 +54,7 @@ def planted(summary):
 def test_words_find_the_latents_whose_images_look_like_them(tiny_clip, tiny_dataset, planted, likeness):
     templates = templates_for(tiny_dataset.spec)
     search = TextSearch(tiny_clip, planted, likeness.embeddings, templates)
-    assert search.templates == ["a {}.", "there is a {}."]
+    assert search.templates == ["a {}."]
     living = [latent for latent in range(64) if latent != 5]
     means = np.array([likeness.embeddings[[i for i in planted.top_images[s].tolist() if i >= 0]].double().mean(0).numpy() for s in living])
     for text, latent in zip(WORDS, (3, 9, 20), strict=True):
