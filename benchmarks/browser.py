@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -57,6 +58,27 @@ def voila(notebook: Path, *options: str, paths: Sequence[Path] = ()) -> Iterator
     command = ["voila", notebook.name, "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1", "--show_tracebacks=True", *options]
     with server(command, notebook.parent, port, paths):
         yield f"http://127.0.0.1:{port}/"
+
+
+@contextlib.contextmanager
+def jupyterlab(notebook: Path, *, paths: Sequence[Path] = ()) -> Iterator[str]:
+    """JupyterLab on a notebook's folder. Yields the notebook's address, in a workspace that nobody has used."""
+    port, token = free_port(), secrets.token_hex(16)
+    command = ["jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1", "--expose-app-in-browser"]
+    with server([*command, f"--IdentityProvider.token={token}"], notebook.parent, port, paths):
+        yield f"http://127.0.0.1:{port}/lab/workspaces/{token[:8]}/tree/{notebook.name}?token={token}&reset"
+
+
+def run_in_lab(page: Any, address: str, timeout: float = 120) -> None:
+    """Open a notebook in JupyterLab and run all of it, once the command is there and its kernel connected and idle: before, it would be lost."""
+    page.goto(address)
+    ready = """() => {
+      const context = globalThis.jupyterapp?.shell?.currentWidget?.sessionContext;
+      const kernel = context?.isReady ? context.session?.kernel : null;
+      return kernel?.connectionStatus === 'connected' && kernel.status === 'idle' && jupyterapp.commands.hasCommand('notebook:run-all-cells');
+    }"""  # no promise: Playwright would take it for true
+    page.wait_for_function(ready, timeout=1000 * timeout)
+    page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells'); }")  # returning its promise would wait for ever
 
 
 @contextlib.contextmanager

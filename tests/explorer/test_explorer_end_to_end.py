@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 from pathlib import Path
 
 import nbformat
 import pytest
 from explorer_pages import BAD, picture_file, pixels, shoot
 
-from benchmarks.browser import free_port, server, voila
+from benchmarks.browser import jupyterlab, run_in_lab, voila
 
 pytest.importorskip("playwright", reason="the pages are tested with Playwright: pip install playwright")
 from benchmarks import explorer  # noqa: E402
@@ -44,27 +42,6 @@ links = ps.explorer.link(latents, patches, panel, adaptation)
 VIEWS = ("latents", "patches", "panel", "adaptation")
 
 
-@contextlib.contextmanager
-def jupyterlab(notebook, paths):
-    """JupyterLab on a notebook's folder. Yields the notebook's address, in a workspace that nobody has used."""
-    port, token = free_port(), secrets.token_hex(16)
-    command = ["jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1", "--expose-app-in-browser"]
-    with server([*command, f"--IdentityProvider.token={token}"], notebook.parent, port, paths):
-        yield f"http://127.0.0.1:{port}/lab/workspaces/{token[:8]}/tree/{notebook.name}?token={token}&reset"
-
-
-def run_in_lab(page, address):
-    """Open a notebook in JupyterLab and run all of it, once the command is there and its kernel connected and idle: before, it would be lost."""
-    page.goto(address)
-    ready = """() => {
-      const context = globalThis.jupyterapp?.shell?.currentWidget?.sessionContext;
-      const kernel = context?.isReady ? context.session?.kernel : null;
-      return kernel?.connectionStatus === 'connected' && kernel.status === 'idle' && jupyterapp.commands.hasCommand('notebook:run-all-cells');
-    }"""  # no promise: Playwright would take it for true
-    page.wait_for_function(ready, timeout=1000 * PATIENCE)
-    page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells'); }")  # returning its promise would wait for ever
-
-
 @pytest.fixture
 def notebook(tmp_path):
     cells = [nbformat.v4.new_code_cell(source) for source in (WORLD, *VIEWS)]
@@ -95,8 +72,8 @@ def test_explorers_answer(front, notebook, page):
             measure(page)
             page.close()  # before its server ends
     else:
-        with jupyterlab(notebook, here) as address:
-            run_in_lab(page, address)
+        with jupyterlab(notebook, paths=here) as address:
+            run_in_lab(page, address, PATIENCE)
             use(page, front)
             walk(page, front)
             page.close()
