@@ -116,7 +116,7 @@ class SaeConfig(_Section):
     activation: str = "relu"
     """The latents' nonlinearity; the paper's is ``relu``."""
     k: int | None = None
-    """Latents kept a token: of each (``topk``), or on average over a batch (``batchtopk``, ``matryoshka``)."""
+    """Latents kept per token: of each (``topk``), or on average over a batch (``batchtopk``, ``matryoshka``)."""
     groups: tuple[int, ...] = ()
     """Sizes of the nested dictionaries, rising, the last d_sae itself; for ``matryoshka`` alone, where empty means its default."""
     bandwidth: float | None = None
@@ -151,7 +151,7 @@ class TrainConfig(_Section):
     l1_warmup_steps: int = 0
     """Steps over which that weight rises linearly from 0."""
     target_l0: float | None = None
-    """Active latents a token at which ``relu``, ``jumprelu`` and ``gated`` should end: that weight is then moved until two thirds of the run, and kept."""
+    """Active latents per token at which ``relu``, ``jumprelu`` and ``gated`` should end: that weight is then moved until two thirds of the run, and kept."""
     cls_coefficient: float = 1.0
     """Weight of the CLS token's squared error."""
     start: str = "random"

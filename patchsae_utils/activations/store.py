@@ -76,7 +76,7 @@ class ActivationStore(TokenSource):
             "model": f"{m.model_name} (weights {m.weights_hash})",
             "layer": f"{m.layer}: after resblocks[{m.layer}], counted from 0",
             "data set": f"{m.dataset}, {m.split}, {m.n_images:,} images",
-            "tokens": f"{m.tokens}: {m.n_tokens} an image, {len(self):,} in all",
+            "tokens": f"{m.tokens}: {m.n_tokens} per image, {len(self):,} in all",
             "width": str(m.d_in),
             "on disk": f"{len(self._shards)} shards of {m.dtype}, {n_bytes / 1e6:,.0f} MB, format version {FORMAT_VERSION}",
             "fingerprint": self.fingerprint,

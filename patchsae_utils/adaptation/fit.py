@@ -1,4 +1,4 @@
-"""Adapting a CLIP from a few images a class, and the adapters on disk."""
+"""Adapting a CLIP from a few images per class, and the adapters on disk."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def fit_adapter(
     clip: ClipModel, kind: str, dataset: Any, config: AdapterConfig, out: str | Path | None = None, *, seed: int | None = None,
     precision: str | None = None, shuffle_labels: bool = False, progress: bool = True,
 ) -> AdaptedClip:  # fmt: skip
-    """Adapt a CLIP to a data set from a few images a class, flipped (and cropped) at random, by the kind's recipe (``RECIPES``).
+    """Adapt a CLIP to a data set from a few images per class, flipped (and cropped) at random, by the kind's recipe (``RECIPES``).
 
     Parameters
     ----------

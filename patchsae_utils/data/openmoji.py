@@ -85,7 +85,7 @@ class OpenMojiData(Dataset):
     split : {"train", "val", "test"}
     domain : {"color", "line", "gray", "night"}; ``scenes`` mixes them
     half : {"base", "novel"}, optional
-    n_images, seed : int; by default 20 a class
+    n_images, seed : int; by default 20 per class
 
     Anything unknown is a ``ValueError`` that names the valid ones.
     """

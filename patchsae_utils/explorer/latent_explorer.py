@@ -73,7 +73,7 @@ class LatentExplorer(_View):
     places = t.List(t.Unicode(), help="The names of ``elsewhere``.").tag(sync=True)
     place = t.Dict(help="The latent in one of these, once the page has asked.").tag(sync=True)
     kept = t.Dict(help="One's own words: latent, as text -> star, name, note.").tag(sync=True)
-    points = t.Bytes(help="Two bytes a latent, log frequency and log mean activation, 1 to 255; 0 0 for dead latents.").tag(sync=True)
+    points = t.Bytes(help="Two bytes per latent, log frequency and log mean activation, 1 to 255; 0 0 for dead latents.").tag(sync=True)
 
     def __init__(
         self, clip: Any, sae: Any, summary: Any, dataset: Any, names: Any = None, layer: int = -2, *, likeness: Any = None,

@@ -54,7 +54,7 @@ def adaptation_accuracy(table: pd.DataFrame) -> Figure:
 
 @drawn(latents=_SEVERAL % "Remapping.latents" + "; the groups' threshold is one half")
 def class_scatter(latents: pd.DataFrame) -> Figure:
-    """Each class's top latents: on how many tokens a picture they are active in CLIP, and in the adapted model; one panel a task."""
+    """Each class's top latents: on how many tokens per picture they are active in CLIP, and in the adapted model; one panel per task."""
     counts = latents[["base", "adapted"]].to_numpy()
     largest = float(counts.max()) * 1.6
     floor = max(float(counts[counts > 0].min()), largest / 4000)
