@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
+import subprocess
 import time
 
 import numpy as np
@@ -13,6 +15,8 @@ from PIL import Image
 
 from benchmarks.browser import ROOT, chromium, find_chromium
 
+FRONTEND = ROOT / "tests" / "explorer" / "frontend"
+"""What npm installs, and how eslint and tsc are set: for tests only."""
 SHOTS = ROOT / "runs" / "screenshots"
 """Kept by the build machine."""
 
@@ -43,6 +47,7 @@ window.start = async (code, state) => {
     },
     on: (name, call) => (calls[name] ??= []).push(call),
     off: (name, call) => (calls[name] = calls[name].filter((c) => c !== call)),
+    lose: () => (calls.comm_live_update ?? []).forEach((call) => call()), // as Jupyter does when the kernel has ended
     count: () => Object.values(calls).flat().length,
   };
   window.update = (got) => {
@@ -68,6 +73,26 @@ def wire(value):
     if isinstance(value, dict):
         return {k: wire(v) for k, v in value.items()}
     return [wire(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+@pytest.fixture(scope="session")
+def node_modules():
+    """The tools of ``frontend/package.json``, installed once by npm; or a skip that says what is missing."""
+    npm, home = shutil.which("npm"), ROOT / ".cache" / "frontend"
+    if npm is None:
+        pytest.skip("the modules are checked by tools of node, which is not installed (Debian: apt-get install nodejs npm)")
+    home.mkdir(parents=True, exist_ok=True)
+    package = (FRONTEND / "package.json").read_text()
+    if not (home / "node_modules").exists() or not (home / "package.json").exists() or (home / "package.json").read_text() != package:
+        shutil.rmtree(home / "node_modules", ignore_errors=True)
+        (home / "package.json").write_text(package)
+        command = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--no-package-lock"]
+        done = subprocess.run(command, cwd=home, capture_output=True, text=True)
+        if done.returncode:
+            shutil.rmtree(home / "node_modules", ignore_errors=True)
+            pytest.skip(f"npm could not install the tools that check the modules: {done.stderr.strip()[-300:]}")
+    shutil.copy(FRONTEND / "eslint.config.mjs", home)  # it imports from node_modules beside it
+    return home / "node_modules"
 
 
 @pytest.fixture(scope="module")

@@ -1,81 +1,95 @@
 // The gallery: a file of its own, without Python.
 
-import { LOOK, SIZE, controls, h, legendOf, lookOf, paint, pictureOf, select, titled } from "./explorer.js";
+import { LOOK, SIZE, controls, div, free, h, paint, select, shelfOf, sorted, split, titled, widget } from "./explorer.js";
+
+/** @import { Page } from "./explorer.js" */
 
 const unpack = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+const data = JSON.parse(document.getElementById("data")?.textContent ?? "{}");
 
-function galleryOf(data, root) {
-  const state = { tau: data.tau, opacity: 0.75, mode: "spotlight", contour: false, grid: data.grid, palette: unpack(data.palette), image: -1, sort: data.order };
-  const calls = {};
-  const page = {
-    get: (name) => state[name],
-    set(name, value) {
-      state[name] = value;
-      (calls[name] ?? []).forEach((call) => call());
-    },
-    on: (names, call) => names.forEach((name) => (calls[name] ??= []).push(call)),
-  };
-  const words = { frequency: "frequency", mean_activation: "mean activation", label_entropy: "label entropy", score: "score of its name" };
-  const has = Object.entries(words).filter(([name]) => data.latents.some((entry) => entry.sorts[name] !== null));
-  const box = h("input", { type: "search", placeholder: "name, number or class", "aria-label": "Search the latents by name, number or class" });
+/** @param {Page} page @param {HTMLElement} root */
+function galleryView(page, root) {
+  const has = Object.keys(data.latents[0].sorts).filter((name) => data.latents.some((entry) => entry.sorts[name] !== null));
+  const sorts = has.map((name) => [name, sorted(name)]);
+  const box = h("input", {
+    type: "search",
+    placeholder: "name, number or class",
+    "aria-label": "Search the latents by name, number or class",
+    oninput: arrange,
+  });
   const count = h("output", { "aria-live": "polite" });
-  const legend = legendOf(page);
+  const look = controls(page);
   const list = h("ol", { class: "psx-cards" });
-  const pictures = new Map(); // decoded once, and only when a card comes into view
+  const shelf = shelfOf(page, 300); // decoded when a card comes into view
   const shown = new Map();
-
-  function decoded(image) {
-    if (!pictures.has(image)) {
-      const blob = new Blob([unpack(data.pictures[image])], { type: "image/jpeg" });
-      pictures.set(image, createImageBitmap(blob).then(pictureOf));
-    }
-    return pictures.get(image);
-  }
   const cards = data.latents.map((entry) => {
-    const canvases = entry.images.map(([image, label, value]) => h("canvas", { role: "img", title: `${label}, ${value}`, "aria-label": `${label}, mean activation ${value}` }));
+    const canvases = entry.images.map(([, label, value]) =>
+      h("canvas", { role: "img", title: `${label}, ${value}`, "aria-label": `${label}, mean activation ${value}` }),
+    );
     const facts = entry.facts.filter(([name]) => name !== "Label std");
-    const element = h("li", {},
+    const element = h(
+      "li",
+      {},
       h("h3", {}, titled(entry.latent, entry.name)),
-      h("div", { class: "psx-strip" }, ...canvases),
+      div("psx-strip", ...canvases),
       h("p", { class: "psx-soft" }, facts.map((fact) => fact.join(" ").toLowerCase()).join(" · ")),
       h("p", { class: "psx-soft" }, `classes: ${entry.classes.join(", ") || "none"}`),
     );
-    const text = `${entry.name} ${entry.classes.join(" ")}`.toLowerCase();
-    return { entry, element, canvases, text, codes: unpack(entry.heats) };
+    return { entry, element, canvases, text: `${entry.name} ${entry.classes.join(" ")}`.toLowerCase(), codes: split(unpack(entry.heats), page) };
   });
   async function draw(card) {
-    const size = data.grid[0] * data.grid[1];
-    const all = await Promise.all(card.entry.images.map(([image]) => decoded(image)));
-    card.canvases.forEach((canvas, i) => paint(canvas, SIZE.reference, all[i], card.codes.subarray(i * size, (i + 1) * size), lookOf(page, card.entry.scale)));
+    const pictures = await shelf.decoded(card.entry.images.map(([image]) => [image, unpack(data.pictures[image])]));
+    if (!shown.has(card.element)) return;
+    card.canvases.forEach((canvas, i) => paint(page, canvas, SIZE.reference, pictures[i], card.codes[i], card.entry.scale));
     card.element.dataset.drawn = "true";
   }
   const watch = new IntersectionObserver(
-    (entries) =>
-      entries.forEach(({ target, isIntersecting }) => {
+    (entries) => {
+      for (const { target, isIntersecting } of entries) {
         const card = cards.find((one) => one.element === target);
-        if (isIntersecting) shown.set(target, card), draw(card).catch(console.error);
-        else if (shown.delete(target)) card.canvases.forEach((canvas) => (canvas.width = canvas.height = 0)); // two hundred latents would hold 490 MB
-      }),
+        if (isIntersecting) shown.set(target, card);
+        else if (shown.delete(target)) card.canvases.forEach(free); // two hundred latents would hold 490 MB
+        if (isIntersecting) page.run(() => draw(card));
+      }
+    },
     { rootMargin: "300px" },
   );
   const fits = (card, word) => (/^\d+$/.test(word) ? String(card.entry.latent) === word : card.text.includes(word));
   function arrange() {
     const word = box.value.trim().toLowerCase();
-    const sign = data.ascending.includes(state.sort) ? 1 : -1;
-    const key = (card) => card.entry.sorts[state.sort] ?? sign * Infinity;
+    const sign = data.ascending.includes(page.get("sort")) ? 1 : -1;
+    const key = (card) => card.entry.sorts[page.get("sort")] ?? sign * Infinity;
     const found = cards.filter((card) => !word || fits(card, word)).sort((a, b) => sign * (key(a) - key(b)) || 0);
     list.replaceChildren(...found.map((card) => card.element));
     count.textContent = word ? `${found.length} of ${cards.length} latents` : `${cards.length} latents`;
   }
-  box.addEventListener("input", arrange);
-  page.on(["sort"], arrange);
-  page.on(LOOK, () => shown.forEach((card) => draw(card).catch(console.error)));
-  root.append(
-    h("section", { class: "psx psx-gallery" }, h("div", { class: "psx-bar psx-top" }, h("label", {}, "Search", box), count, select(page, "sort", "Sort by", Object.fromEntries(has)), ...controls(page), legend.element), list),
-  );
-  legend.relative();
+  page.on(LOOK, () => shown.forEach((card) => page.run(() => draw(card))));
+  const find = div("psx-bar", h("label", {}, "Search", box), count, select(page, "sort", "Sort by", sorts));
+  root.append(div("psx-top", find, look.element), list);
+  look.show(0);
   cards.forEach((card) => watch.observe(card.element));
-  arrange();
+  page.follow(["sort"], arrange);
 }
 
-galleryOf(JSON.parse(document.getElementById("data").textContent), document.getElementById("gallery"));
+// In the place of a widget's model: what is chosen stays in the page.
+const state = {
+  kind: "gallery",
+  tau: data.tau,
+  opacity: 0.75,
+  mode: "spotlight",
+  contour: false,
+  grid: data.grid,
+  palette: unpack(data.palette),
+  sort: data.order,
+};
+const calls = {};
+const model = {
+  get: (name) => state[name],
+  set(name, value) {
+    state[name] = value;
+    (calls[`change:${name}`] ?? []).forEach((call) => call());
+  },
+  save_changes() {},
+  on: (name, call) => (calls[name] ??= []).push(call),
+};
+widget(galleryView).render({ model, el: document.getElementById("gallery") });

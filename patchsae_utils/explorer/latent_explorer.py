@@ -199,9 +199,8 @@ class LatentExplorer(_View):
         self.place = message | {"latent": latent, "place": content["place"], "note": note}
 
     def _on_prefetch(self, content: Mapping, buffers: list) -> None:
-        """The page is idle: look up what its next step would show, one by one, so that the likeliest is there first."""
-        for latent in content["latents"][:4]:
-            self.ahead = latent_message(self._card_of(self._within("latent", latent, self._reader.d_sae)), self._names)
+        """The page is idle: look up what a next step would show. One at a time, so that a click meanwhile waits for no other."""
+        self.ahead = latent_message(self._card_of(self._within("latent", content["latent"], self._reader.d_sae)), self._names)
 
 
 def latent_message(card: LatentCard | None, names: Mapping[int, Name]) -> dict[str, Any]:

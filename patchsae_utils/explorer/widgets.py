@@ -62,8 +62,7 @@ class _View(anywidget.AnyWidget):
     ALSO = ""  # and behind it
     IN_TURN = False  # choices are set one after the other, since the first changes what the next may be; otherwise with one message
 
-    # One sheet for all: with one each, the shared rules of the view that is drawn last would override the others' own.
-    _css = styles("latent.css", "patch.css", "steering.css", "adaptation.css")
+    _css = styles()
 
     kind = t.Unicode().tag(sync=True)
     latent = t.Int(-1, help="The chosen latent; -1 for none.").tag(sync=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pandas as pd
 import pytest
-from explorer_pages import BAD, browser, show  # noqa: F401 (fixtures)
+import torch
+from explorer_pages import BAD, browser, node_modules, show  # noqa: F401 (fixtures)
 
-from patchsae_utils.explorer import LatentExplorer, PatchExplorer
+from patchsae_utils.adaptation.prompts import VisualPrompt
+from patchsae_utils.explorer import AdaptationView, LatentExplorer, PatchExplorer
 from patchsae_utils.latents.reading import summarize_latents
 
 
@@ -29,3 +33,14 @@ def latents(tiny_clip, tiny_sae, summary, tiny_dataset, named):
 @pytest.fixture
 def patches(tiny_clip, tiny_sae, summary, tiny_dataset, named):
     return PatchExplorer(tiny_clip, tiny_sae, summary, tiny_dataset, named, image=0)
+
+
+@pytest.fixture
+def adaptation(tiny_clip, tiny_sae, tiny_dataset, named, summary):
+    other = copy.deepcopy(tiny_clip)  # differs more than a few prompts would make it
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        other.visual.positional_embedding += 0.5 * torch.randn_like(other.visual.positional_embedding)
+    adapters = {"tools": other, "more": VisualPrompt(tiny_clip, 2, 1, seed=1)}
+    datasets = {task: tiny_dataset for task in adapters}
+    return AdaptationView(tiny_clip, adapters, tiny_sae, named, summary=summary, datasets=datasets)

@@ -286,7 +286,7 @@ def test_page_slider_and_box_choose_a_latent(show, latents):
     page.select_option("label:has-text('Sort by') select", "label_entropy")
     rank = cards.living(latents._summary, "label_entropy").tolist().index(3)
     page.wait_for_function(f"document.querySelector('output').textContent.startsWith('{rank + 1} of')")
-    page.click("canvas.psx-scatter", position={"x": 20, "y": 20})
+    page.click(".psx-scatter canvas", position={"x": 20, "y": 20})
     page.wait_for_function("!document.querySelector('h3').textContent.startsWith('Latent 3 ')")
 
 

@@ -87,7 +87,7 @@ def use(page, front):
     # A patch is clicked, and its latents are listed; one is chosen, and lights up; the linked view shows the same one.
     page.click(".psx-patch .psx-stage", position={"x": 100, "y": 100})
     page.wait_for_selector(".psx-patch h4:has-text('Chosen patch')")
-    page.wait_for_selector(".psx-patch [aria-label='Latents: chosen patch'] .psx-pick")
+    page.wait_for_selector(".psx-patch [aria-label='Chosen patch'] .psx-pick")
     before = pixels(page, ".psx-patch .psx-stage")
     page.locator(".psx-patch .psx-pick").nth(1).click()
     chosen = page.wait_for_selector(".psx-patch h3:has-text('Latent ')").inner_text()
@@ -120,7 +120,7 @@ def walk(page, front):
     page.keyboard.press("Enter")
     frog = page.wait_for_selector(".psx-latent h3:has-text('· frog')").inner_text()
     page.click(".psx-latent summary")
-    page.wait_for_selector(".psx-does .psx-pushes li")
+    page.wait_for_selector(".psx-does .psx-odds li")
     page.wait_for_selector("[aria-label='Elsewhere: VPT'] .psx-ref")
     page.click("[aria-label='Star this latent']")
     page.wait_for_selector("[aria-label='Star this latent'][aria-pressed=true]")

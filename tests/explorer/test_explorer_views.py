@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import struct
@@ -16,21 +15,9 @@ import pytest
 import torch
 from explorer_pages import BAD, UNLABELLED, picture_file, pixels, wait_for_pixels, wire
 
-from patchsae_utils.adaptation.prompts import VisualPrompt
-from patchsae_utils.explorer import AdaptationView, LatentExplorer, cards, export_gallery, reader
+from patchsae_utils.explorer import LatentExplorer, cards, export_gallery, reader
 from patchsae_utils.interventions.tail import dataset_head
 from patchsae_utils.plots.heat import blend
-
-
-@pytest.fixture
-def adaptation(tiny_clip, tiny_sae, tiny_dataset, named, summary):
-    other = copy.deepcopy(tiny_clip)  # differs more than a few prompts would make it
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        other.visual.positional_embedding += 0.5 * torch.randn_like(other.visual.positional_embedding)
-    adapters = {"tools": other, "more": VisualPrompt(tiny_clip, 2, 1, seed=1)}
-    datasets = {task: tiny_dataset for task in adapters}
-    return AdaptationView(tiny_clip, adapters, tiny_sae, named, summary=summary, datasets=datasets)
 
 
 def test_neighbours_are_the_nearest_decoder_directions(latents, tiny_sae):
@@ -76,7 +63,7 @@ def test_a_contour_is_drawn_at_the_threshold_and_nowhere_else():
 def test_what_a_stranger_sends_is_ignored(latents, patches):
     for view in (latents, patches):
         before = view.shown
-        for content in (None, 3, [], {}, {"kind": "prefetch"}, {"kind": "prefetch", "latents": 4}, {"kind": "upload"}, {"kind": "rm"}):
+        for content in (None, 3, [], {}, {"kind": "prefetch"}, {"kind": "prefetch", "latent": "4"}, {"kind": "upload"}, {"kind": "rm"}):
             view._receive(content, [])
         assert view.shown is before
 
@@ -242,7 +229,7 @@ def test_page_takes_the_next_step_before_python_answers(show, latents):
     latents.latent = int(order[0])
     page = show(latents)
     for latent in order[[1, 2]].tolist():  # the page asks for one card after the other; a fake model brings the last one only
-        latents._receive({"kind": "prefetch", "latents": [latent]}, [])
+        latents._receive({"kind": "prefetch", "latent": latent}, [])
         page.evaluate("([card]) => window.update({ ahead: card })", [wire(latents.ahead)])
     before = pixels(page, ".psx-ref canvas")
     page.evaluate("void (window.answer = window.python, window.python = async () => '{}')")
@@ -318,11 +305,11 @@ def test_page_takes_uploads_as_text_and_tells_of_broken_ones(show, patches):
 
 def test_page_of_two_models(show, adaptation):
     page = show(adaptation)
-    page.wait_for_selector(".psx-twins .psx-pick")
+    page.wait_for_selector(".psx-adaptation .psx-pick")
     before = [pixels(page, f".psx-pair > div:nth-child({i}) canvas") for i in (1, 2)]
     assert (before[0] == before[1]).all()  # one picture, no latent yet
     page.evaluate("window.asked = window.python; window.python = async () => '{}'")  # masks need no answer
-    page.locator(".psx-twins .psx-pick").last.click()
+    page.locator(".psx-adaptation .psx-pick").last.click()
     page.wait_for_selector(".psx-pick[aria-pressed='true']")
     after = [pixels(page, f".psx-pair > div:nth-child({i}) canvas") for i in (1, 2)]
     assert (after[0] != after[1]).any()

@@ -196,9 +196,9 @@ def test_page_tells_what_a_latent_does(show, latents):
     page.click("summary")
     page.wait_for_selector(".psx-does .psx-ref")
     assert page.locator(".psx-hist div").count() == len(EDGES) - 1
-    assert page.locator(".psx-pushes li").count() == len(latents.does.pushes) > 0
+    assert page.locator(".psx-does .psx-odds li").count() == len(latents.does.pushes) > 0
     before = page.inner_text(".psx-does")
-    page.locator(".psx-does .psx-chip").first.click()
+    page.locator(".psx-does .psx-chips .psx-pick").first.click()
     page.wait_for_function(
         "before => document.querySelector('.psx-does').innerText !== before && model.get('effect').latent === model.get('latent')",
         arg=before,
