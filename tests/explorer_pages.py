@@ -83,7 +83,8 @@ def node_modules():
         pytest.skip("the modules are checked by tools of node, which is not installed (Debian: apt-get install nodejs npm)")
     home.mkdir(parents=True, exist_ok=True)
     package = (FRONTEND / "package.json").read_text()
-    if not (home / "node_modules").exists() or not (home / "package.json").exists() or (home / "package.json").read_text() != package:
+    done = (home / "node_modules" / ".package-lock.json").exists()  # which npm writes last
+    if not done or (home / "package.json").read_text() != package:
         shutil.rmtree(home / "node_modules", ignore_errors=True)
         (home / "package.json").write_text(package)
         command = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--no-package-lock"]

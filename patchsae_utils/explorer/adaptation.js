@@ -1,27 +1,14 @@
 // The adaptation view.
 
+// prettier-ignore
 import {
-  bytes,
-  controls,
-  div,
-  finderOf,
-  h,
-  imageSteps,
-  listOf,
-  namesOf,
-  placeOf,
-  select,
-  split,
-  stageOf,
-  strongest,
-  three,
-  titled,
-  widget,
+  bytes, controls, div, finderOf, h, imageSteps, listOf, namesOf, placeOf, select, short, split, stageOf, strongest, three, titled, widget,
 } from "./explorer.js";
 
 export default widget(adaptationView);
 
 const MARKS = ["psx-base", "psx-adapted"];
+const GROUPS = ["common", "base", "adapted"];
 
 /** @import { Page } from "./explorer.js" */
 
@@ -37,7 +24,7 @@ function adaptationView(page, root) {
     const side = { title: h("h4", { class: mark }), most: h("p", { class: "psx-soft" }) };
     return { ...side, stage: stageOf(page, { title: side.title, chosen, choose, heat: () => heat(i) }) };
   });
-  const groups = ["common", "base", "adapted"].map((name) => ({ name, list: listOf(page, "", { marks: MARKS, word: "activation in CLIP and adapted" }) }));
+  const groups = GROUPS.map(() => listOf(page, "", { marks: MARKS, word: "activation in CLIP and adapted" }));
   const odds = listOf(page, "Class probabilities", { look: "psx-odds", marks: MARKS });
   const key = MARKS.map((mark) => h("span", { class: mark }));
   const look = controls(page);
@@ -45,7 +32,7 @@ function adaptationView(page, root) {
   const body = div(
     "psx-body",
     div("", title, pair, said),
-    div("psx-side", div("", odds.element, h("p", { class: "psx-key" }, ...key)), ranked, ...groups.map((group) => group.list.element)),
+    div("psx-side", div("", odds.element, h("p", { class: "psx-key" }, ...key)), ranked, ...groups.map((group) => group.element)),
   );
   const tasks = Object.fromEntries(page.get("tasks").map((task) => [task, task]));
   root.append(div("psx-bar", select(page, "task", "Task", tasks), ...imageSteps(page), finderOf(page)), look.element, body);
@@ -70,11 +57,7 @@ function adaptationView(page, root) {
       stage.draw();
     });
   }
-  const wait = () =>
-    page.busy(
-      body,
-      ["image", "task"].some((name) => card?.[name] !== page.get(name)),
-    );
+  const wait = () => page.busy(body, card?.image !== page.get("image") || card?.task !== page.get("task"));
   page.on(["image", "task"], wait);
   page.on(["latent"], showSelection);
   page.follow(["shown"], async () => {
@@ -84,30 +67,17 @@ function adaptationView(page, root) {
     card = next;
     wait();
     title.textContent = `Image ${next.image} · ${next.label}`;
-    const where =
-      next.patch < 0
-        ? "Latents by their mean activation in this image (click a patch for its own)"
-        : `${placeOf(next.patch, page.get("grid")[1])}: latents by their activation there`;
+    const place = placeOf(next.patch, page.get("grid")[1]);
+    const where = next.patch < 0 ? "Latents by their mean activation in this image (click a patch for its own)" : `${place}: latents by their activation there`;
     ranked.textContent = `${where}; each list has its own scale.`;
-    const texts = {
-      common: "Common: strong in both",
-      base: `CLIP only: at least halved by ${next.adapter}`,
-      adapted: `${next.adapter} only: at least doubled`,
-    };
-    for (const { name, list } of groups) {
-      const rows = next.groups[name].map(([latent, word, ...values]) => ({
-        latent,
-        name: word,
-        values,
-        text: values.map((value) => value.toPrecision(2)).join(" | "),
-      }));
-      list.show(rows, { now: texts[name], nothing: "none" });
-    }
-    const bars = next.bars.map(([name, ...both]) => ({
-      name: name === next.label ? `✓ ${name}` : name,
-      values: both,
-      text: both.map((share) => `${Math.round(100 * share)} %`).join(" | "),
-    }));
+    const texts = ["Common: strong in both", `CLIP only: at least halved by ${next.adapter}`, `${next.adapter} only: at least doubled`];
+    const both = (values, form) => ({ values, text: values.map(form).join(" | ") });
+    GROUPS.forEach((group, i) => {
+      const rows = next.groups[group].map(([latent, name, ...values]) => ({ latent, name, ...both(values, short) }));
+      groups[i].show(rows, { now: texts[i], nothing: "none" });
+    });
+    const percent = (share) => `${Math.round(100 * share)} %`;
+    const bars = next.bars.map(([name, ...values]) => ({ name: name === next.label ? `✓ ${name}` : name, ...both(values, percent) }));
     odds.show(bars, { scale: 1 });
     showSelection();
   });

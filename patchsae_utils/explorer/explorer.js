@@ -312,8 +312,7 @@ export function finderOf(page, take = (latent) => page.set("latent", latent)) {
 
 /**
  * A list of { name, values, text }, with a bar for each value; or of { latent, name, values, text }: then each row is a button that chooses it.
- * @param {Page} page
- * @param {string} heading
+ * @param {Page} page @param {string} heading
  * @param {{ look?: string, marks?: string[], word?: string }} [options] a class of the list; a class for each bar; what the text says
  */
 export function listOf(page, heading, { look = "psx-picks", marks = [""], word = "" } = {}) {
@@ -458,11 +457,13 @@ export function controls(page) {
   };
 }
 
-/** A choice between options: { value: text } or [[value, text], ...]. @param {Page} page */
-export function select(page, trait, label, options) {
+/** Of a choice: { value: text } or [[value, text], ...]. */
+export const options = (rows) => (Array.isArray(rows) ? rows : Object.entries(rows)).map(([value, text]) => h("option", { value }, text));
+
+/** A box that chooses a trait. @param {Page} page */
+export function select(page, trait, label, rows) {
   const parsed = typeof page.get(trait) === "number" ? Number : String;
-  const rows = Array.isArray(options) ? options : Object.entries(options);
-  const box = h("select", { onchange: () => page.set(trait, parsed(box.value)) }, ...rows.map(([value, text]) => h("option", { value }, text)));
+  const box = h("select", { onchange: () => page.set(trait, parsed(box.value)) }, ...options(rows));
   page.follow([trait], () => (box.value = page.get(trait)));
   return h("label", {}, label, box);
 }
@@ -509,18 +510,14 @@ export function shelfOf(page, limit) {
 
 /**
  * A picture and, over it, one byte a patch: activation = scale * (byte / 255)^2. heat.py's `overlay` is the same in Python.
- * @param {Page} page
- * @param {HTMLCanvasElement} canvas
- * @param {number} size
- * @param {ImageBitmap} picture
- * @param {Uint8Array | null} codes
- * @param {number} scale
+ * @param {Page} page @param {HTMLCanvasElement} canvas @param {number} size @param {ImageBitmap} picture @param {Uint8Array | null} codes @param {number} scale
  */
 export function paint(page, canvas, size, picture, codes, scale) {
   const side = Math.round(size * Math.min(2, globalThis.devicePixelRatio || 1));
   if (canvas.width !== side || canvas.height !== side) canvas.width = canvas.height = side;
   const context = contextOf(canvas);
   const [tau, opacity, mode, contour] = LOOK.map(page.get);
+  const palette = bytes(page.get("palette"));
   context.drawImage(picture, 0, 0, side, side);
   if (!codes) return context;
   if (mode === "heat") {
@@ -537,7 +534,7 @@ export function paint(page, canvas, size, picture, codes, scale) {
     const root = codes[i] / 255;
     if (mode === "heat") {
       const color = 3 * Math.round(255 * root * root);
-      image.data.set(bytes(page.get("palette")).subarray(color, color + 3), 4 * i);
+      image.data.set(palette.subarray(color, color + 3), 4 * i);
       image.data[4 * i + 3] = shown(i) ? Math.round(255 * opacity * root) : 0;
     } else image.data[4 * i + 3] = Math.round(255 * opacity * (shown(i) ? 1 - root : 1));
   }
@@ -593,15 +590,10 @@ export function split(codes, page) {
 
 /**
  * A picture whose patches pointer and keys choose: each click or drag takes several where `several`, elsewhere with Shift, Control or Command.
+ * `heat()` is what lies over the picture, and its scale; `choose(patches, last)` and `pointed()` are called.
  * @param {Page} page
- * @param {object} view
- * @param {() => any[]} view.heat what lies over the picture, and its scale
- * @param {(patches: number[], last: number) => void} view.choose
- * @param {() => number[]} [view.chosen]
- * @param {boolean} [view.several]
- * @param {string} [view.hint]
- * @param {HTMLElement} [view.title]
- * @param {() => void} [view.pointed] the pointer has moved to another patch
+ * @param {{ heat: () => any[], choose: (patches: number[], last: number) => void, chosen?: () => number[], several?: boolean, hint?: string,
+ *   title?: HTMLElement, pointed?: () => void }} view
  */
 export function stageOf(page, { heat, choose, chosen = () => page.get("patches"), several = false, hint = "", title = h("h3"), pointed = () => {} }) {
   const grid = page.get("grid");

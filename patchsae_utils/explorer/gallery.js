@@ -9,23 +9,17 @@ const data = JSON.parse(document.getElementById("data")?.textContent ?? "{}");
 
 /** @param {Page} page @param {HTMLElement} root */
 function galleryView(page, root) {
-  const has = Object.keys(data.latents[0].sorts).filter((name) => data.latents.some((entry) => entry.sorts[name] !== null));
+  const has = Object.keys(data.latents[0]?.sorts ?? {}).filter((name) => data.latents.some((entry) => entry.sorts[name] !== null));
   const sorts = has.map((name) => [name, sorted(name)]);
-  const box = h("input", {
-    type: "search",
-    placeholder: "name, number or class",
-    "aria-label": "Search the latents by name, number or class",
-    oninput: arrange,
-  });
+  const ways = "name, number or class";
+  const box = h("input", { type: "search", placeholder: ways, "aria-label": `Search the latents by ${ways}`, oninput: arrange });
   const count = h("output", { "aria-live": "polite" });
   const look = controls(page);
   const list = h("ol", { class: "psx-cards" });
   const shelf = shelfOf(page, 300); // decoded when a card comes into view
   const shown = new Map();
   const cards = data.latents.map((entry) => {
-    const canvases = entry.images.map(([, label, value]) =>
-      h("canvas", { role: "img", title: `${label}, ${value}`, "aria-label": `${label}, mean activation ${value}` }),
-    );
+    const canvases = entry.images.map(([, label, value]) => h("canvas", { role: "img", title: `${label}, mean activation ${value}` }));
     const facts = entry.facts.filter(([name]) => name !== "Label std");
     const element = h(
       "li",
@@ -72,16 +66,7 @@ function galleryView(page, root) {
 }
 
 // In the place of a widget's model: what is chosen stays in the page.
-const state = {
-  kind: "gallery",
-  tau: data.tau,
-  opacity: 0.75,
-  mode: "spotlight",
-  contour: false,
-  grid: data.grid,
-  palette: unpack(data.palette),
-  sort: data.order,
-};
+const state = { ...data, kind: "gallery", palette: unpack(data.palette), sort: data.order, opacity: 0.75, mode: "spotlight", contour: false };
 const calls = {};
 const model = {
   get: (name) => state[name],

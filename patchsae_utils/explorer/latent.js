@@ -1,25 +1,9 @@
 // The latent explorer.
 
+// prettier-ignore
 import {
-  ARROWS,
-  act,
-  bytes,
-  contextOf,
-  controls,
-  div,
-  finderOf,
-  h,
-  listOf,
-  namesOf,
-  referencesOf,
-  rowsIn,
-  select,
-  short,
-  signed,
-  sorted,
-  titled,
-  widget,
-  words,
+  ARROWS, act, bytes, contextOf, controls, div, finderOf, h, listOf, namesOf, referencesOf, rowsIn, select, short, signed, sorted, titled,
+  widget, words,
 } from "./explorer.js";
 
 export default widget(latentView);

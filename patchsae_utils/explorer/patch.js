@@ -1,24 +1,9 @@
 // The patch explorer.
 
+// prettier-ignore
 import {
-  bytes,
-  controls,
-  div,
-  h,
-  imageSteps,
-  listOf,
-  namesOf,
-  placeOf,
-  referencesOf,
-  select,
-  shownOf,
-  split,
-  stageOf,
-  three,
-  titled,
-  uploadOf,
-  widget,
-  words,
+  bytes, controls, div, h, imageSteps, listOf, namesOf, placeOf, referencesOf, select, shownOf, split, stageOf, three, titled, uploadOf,
+  widget, words,
 } from "./explorer.js";
 
 export default widget(patchView);
@@ -31,12 +16,8 @@ const HINT = "Point at a patch to see its latents, click to choose it; Shift and
 /** @param {Page} page @param {HTMLElement} root */
 function patchView(page, root) {
   const columns = page.get("grid")[1];
-  const rank = select(
-    page,
-    "rank",
-    "List by",
-    page.get("ranks").map((name) => [name, RANKS[name]]),
-  );
+  const ranks = page.get("ranks").map((name) => [name, RANKS[name]]);
+  const rank = select(page, "rank", "List by", ranks);
   const target = select(page, "target", "Class", [[-1, "the predicted one"], ...page.get("classes").map((name, i) => [i, name])]);
   const names = namesOf(page);
   const title = h("h3");
@@ -63,9 +44,8 @@ function patchView(page, root) {
     const [which, value] = [words(latents, Uint32Array), words(values, Float32Array)].map((all) => [...all.subarray(patch * n, (patch + 1) * n)]);
     const owed = page.get("rank") === "prediction";
     const text = (one) => (owed ? `${one > 0 ? "+" : ""}${one.toPrecision(2)}` : three(one));
-    return which
-      .map((latent, i) => ({ latent, name: names.of(latent), values: [value[i]], text: text(value[i]) }))
-      .filter((_, i) => (owed ? value[i] !== 0 : value[i] > 0));
+    const rows = which.map((latent, i) => ({ latent, name: names.of(latent), values: [value[i]], text: text(value[i]) }));
+    return rows.filter((_, i) => (owed ? value[i] !== 0 : value[i] > 0));
   }
   const entries = (latents) => latents.map(({ latent, name, value, text }) => ({ latent, name, values: [value], text }));
   function showLists() {
@@ -77,20 +57,17 @@ function patchView(page, root) {
     const now = pointed ? "Patch under the pointer" : chosen.length > 1 ? `${chosen.length} chosen patches, mean` : "Chosen patch";
     const patch = pointed ? under : (chosen[0] ?? -1);
     page.busy(here.element, told && card.patches.length !== chosen.length); // of other patches still
-    here.show(told ? entries(card.patch_latents) : patch < 0 ? [] : topsOf(patch), {
-      now,
-      nothing: patch < 0 ? "None yet: point at the image." : "No latent is active here.",
-    });
+    const nothing = patch < 0 ? "None yet: point at the image." : "No latent is active here.";
+    here.show(told ? entries(card.patch_latents) : patch < 0 ? [] : topsOf(patch), { now, nothing });
   }
   function showSelection() {
     if (!card) return;
     const latent = page.get("latent");
-    const wanted = latent < 0 || card.latent === latent;
     target.hidden = page.get("rank") !== "prediction";
     page.busy(body, card.image !== page.get("image") || card.uploaded !== page.get("uploaded"));
     title.textContent = latent < 0 ? "" : titled(latent, names.of(latent));
-    most.textContent =
-      latent < 0 ? "Choose a latent to see where it is." : wanted ? `In this image: at most ${card.most} on a patch, ${card.cls} at CLS.` : "\u00a0";
+    const peak = card.latent === latent ? `In this image: at most ${card.most} on a patch, ${card.cls} at CLS.` : "\u00a0";
+    most.textContent = latent < 0 ? "Choose a latent to see where it is." : peak;
     whole.show(entries(card.image_latents), { now: card.said || "Whole image", nothing: "No latent is active." });
     look.show(heat()[1]);
     showLists();

@@ -1,25 +1,9 @@
 // The steering panel.
 
+// prettier-ignore
 import {
-  act,
-  bytes,
-  controls,
-  copier,
-  div,
-  finderOf,
-  h,
-  imageSteps,
-  listOf,
-  referencesOf,
-  rowsIn,
-  select,
-  short,
-  shownOf,
-  signed,
-  stageOf,
-  titled,
-  uploadOf,
-  widget,
+  act, bytes, controls, copier, div, finderOf, h, imageSteps, listOf, options, referencesOf, rowsIn, select, short, shownOf, signed, stageOf,
+  titled, uploadOf, widget,
 } from "./explorer.js";
 
 export default widget(steeringView);
@@ -38,13 +22,14 @@ function steeringView(page, root) {
   const odds = listOf(page, "Class probabilities", { look: "psx-odds", marks: ["psx-before", "psx-after"] });
   const said = h("p", { class: "psx-hidden", "aria-live": "polite" });
   const code = h("code", { tabindex: 0, role: "textbox", "aria-readonly": "true", "aria-label": "This edit as a line of Python" });
+  const copy = copier(page, "Copy", () => code.textContent);
   const look = controls(page);
   const stage = stageOf(page, { several: true, hint: HINT, choose, heat: () => [card.latent < 0 ? null : bytes(card.heat), card.scale] });
   const seen = h("p", { class: "psx-status" });
   const sliders = slidersOf(page, () => card.latent);
   const key = h("p", { class: "psx-key" }, h("span", { class: "psx-before" }, "before"), h("span", { class: "psx-after" }, "after"));
-  const options = Object.entries(BATCH).map(([value, text]) => h("option", { value }, text));
-  const batch = h("select", { "aria-label": "Images that the edits act on", onchange: () => page.send({ kind: "batch", of: batch.value }) }, ...options);
+  const ask = () => page.send({ kind: "batch", of: batch.value });
+  const batch = h("select", { "aria-label": "Images that the edits act on", onchange: ask }, ...options(BATCH));
   const others = referencesOf(page, "The same edits on other images", "probability of its class");
   const body = div(
     "psx-body",
@@ -54,22 +39,13 @@ function steeringView(page, root) {
       div("", h("h4", {}, "Latents: 1 leaves them as they are, 0 turns them off"), sliders.element, div("psx-bar", finder, here)),
       div("", odds.element, key, said),
       others.element,
-      div(
-        "",
-        h("h4", {}, "The same in Python"),
-        div(
-          "psx-code",
-          code,
-          copier(page, "Copy", () => code.textContent),
-        ),
-      ),
+      div("", h("h4", {}, "The same in Python"), div("psx-code", code, copy)),
     ),
   );
   root.append(div("psx-bar", ...imageSteps(page), ...uploadOf(page, root), select(page, "where", "Edit", WHERE), batch, reset), look.element, body);
   let card = null;
   const percent = (share) => `${(100 * share).toFixed(share > 0.0995 || share === 0 ? 0 : 1)} %`;
-  const points = (change) =>
-    Math.abs(change) < 0.0005 ? "" : ` (${change < 0 ? "−" : "+"}${(100 * Math.abs(change)).toFixed(Math.abs(change) < 0.0995 ? 1 : 0)})`;
+  const points = (change) => (Math.abs(change) < 0.0005 ? "" : ` (${signed(100 * change)})`);
 
   // A selection is made to be edited: the first one turns the edits to it.
   function choose(patches) {
@@ -92,16 +68,12 @@ function steeringView(page, root) {
       : ` is active on no patch of this image${next.edited ? " as edited" : ""}.`;
     seen.textContent = next.latent < 0 ? "Choose a latent by its number to see where it is active." : what + where;
     sliders.show(next.sliders);
-    odds.show(
-      next.bars.map(([name, before, after]) => ({ name, values: [before, after], text: `${percent(before)} → ${percent(after)}${points(after - before)}` })),
-      { scale: 1 },
-    );
-    said.textContent = next.sliders.some((slider) => slider.edited)
-      ? next.bars
-          .slice(0, 2)
-          .map(([name, before, after]) => `${name} ${percent(before)}, now ${percent(after)}`)
-          .join(". ")
-      : "";
+    const text = (before, after) => `${percent(before)} → ${percent(after)}${points(after - before)}`;
+    const bars = next.bars.map(([name, ...both]) => ({ name, values: both, text: text(...both) }));
+    odds.show(bars, { scale: 1 });
+    const edited = next.sliders.some((slider) => slider.edited);
+    const spoken = bars.slice(0, edited ? 2 : 0).map((bar) => `${bar.name} ${bar.text}`);
+    said.textContent = spoken.join(". ");
     stage.draw();
   });
   page.follow(["others"], async () => {
@@ -130,26 +102,13 @@ function slidersOf(page, seen) {
   }
   const make = () => {
     const row = { number: h("b"), name: h("span"), value: h("output") };
-    row.pick = h(
-      "button",
-      { class: "psx-pick", type: "button", onclick: () => page.set("latent", page.get("latent") === row.latent ? -1 : row.latent) },
-      row.number,
-      row.name,
-    );
-    row.op = h(
-      "select",
-      { onchange: () => change(row, row.op.value, row.op.value === "scale" ? 1 : 0) },
-      h("option", { value: "scale" }, "×"),
-      h("option", { value: "add" }, "+"),
-    );
+    const pick = () => page.set("latent", page.get("latent") === row.latent ? -1 : row.latent);
+    row.pick = h("button", { class: "psx-pick", type: "button", onclick: pick }, row.number, row.name);
+    row.op = h("select", { onchange: () => change(row, row.op.value, row.op.value === "scale" ? 1 : 0) }, ...options({ scale: "×", add: "+" }));
     row.range = h("input", { type: "range", oninput: () => change(row, row.op.value, Number(row.range.value)) });
     row.off = act("off", () => change(row, "scale", 0));
-    row.remove = act("✕", () =>
-      page.set(
-        "latents",
-        page.get("latents").filter((latent) => latent !== row.latent),
-      ),
-    );
+    const others = () => page.get("latents").filter((latent) => latent !== row.latent);
+    row.remove = act("✕", () => page.set("latents", others()));
     row.element = h("li", {}, row.pick, row.op, row.range, row.value, row.off, row.remove);
     return row;
   };
