@@ -668,7 +668,7 @@ export function stageOf(page, { heat, choose, chosen = () => page.get("patches")
       if (!step) pick(cursor, !chosen().includes(cursor));
       else if (event.shiftKey) pick(cursor, true);
       else if (!several) choose([cursor], cursor);
-      live.textContent = `${placeOf(cursor, columns)}, ${chosen().includes(cursor) ? "chosen" : "not chosen"}`;
+      live.textContent = `${placeOf(cursor, columns)}, ${chosen().includes(cursor) ? "selected" : "not selected"}`;
       draw();
     },
   });

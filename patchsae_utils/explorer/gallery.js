@@ -19,7 +19,8 @@ function galleryView(page, root) {
   const shelf = shelfOf(page, 300); // decoded when a card comes into view
   const shown = new Map();
   const cards = data.latents.map((entry) => {
-    const canvases = entry.images.map(([, label, value]) => h("canvas", { role: "img", title: `${label}, mean activation ${value}` }));
+    const said = (label, value) => ({ title: `${label}, ${value}`, "aria-label": `${label}, mean activation ${value}` });
+    const canvases = entry.images.map(([, label, value]) => h("canvas", { role: "img", ...said(label, value) }));
     const facts = entry.facts.filter(([name]) => name !== "Label std");
     const element = h(
       "li",

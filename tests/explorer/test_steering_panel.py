@@ -253,7 +253,7 @@ def test_page_shows_a_latents_place_and_its_name_as_text(show, panel):
     page = show(panel)
     page.wait_for_selector(".psx-odds li")
     bare = pixels(page, ".psx-stage")
-    page.click("[aria-label^='Show where latent 5']")
+    page.click("[title^='Show where latent 5']")
     page.wait_for_selector(".psx-pick[aria-pressed='true']")
     assert panel.latent == 5
     assert np.abs(pixels(page, ".psx-stage").astype(int) - bare).mean() > 1
