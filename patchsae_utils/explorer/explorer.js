@@ -59,6 +59,8 @@ function pageOf(model, root) {
     },
     /** Whatever fails, now or in a promise, is told in the page. */
     run: (call) => attempt(call, fail),
+    /** The same after some milliseconds, unless the view is gone by then. */
+    after: (patience, call) => setTimeout(() => root.isConnected && page.run(call), patience),
     tell(text) {
       notice.textContent = text;
       notice.hidden = !text;
@@ -68,7 +70,7 @@ function pageOf(model, root) {
       clearTimeout(waiting.get(element));
       waiting.delete(element);
       element.classList.toggle("psx-busy", waits);
-      if (waits) waiting.set(element, setTimeout(silent, PATIENCE));
+      if (waits) waiting.set(element, page.after(PATIENCE, silent));
       else if (notice.textContent === SILENT) page.tell(""); // it was only slow
     },
     ending: (call) => void ends.push(call),
@@ -143,7 +145,7 @@ export function copier(page, label, text) {
     try {
       await navigator.clipboard.writeText(text());
       button.textContent = "Copied";
-      setTimeout(() => (button.textContent = label), 1500);
+      page.after(1500, () => (button.textContent = label));
     } catch {
       page.tell(text());
     }

@@ -70,14 +70,13 @@ function latentView(page, root) {
   // While nothing happens Python sends what a next step would show, one card after the other: a click waits for one at most.
   function rest(patience) {
     clearTimeout(idle);
-    idle = setTimeout(() => {
+    idle = page.after(patience, () => {
       const rank = order.indexOf(page.get("latent"));
       const next = rank < 0 || card?.latent !== page.get("latent") ? [] : [1, -1, 2].map((step) => order[rank + step]);
       const latent = next.find((one) => one !== undefined && !known.has(one));
       if (latent !== undefined) page.send({ kind: "prefetch", latent });
-    }, patience);
+    });
   }
-  page.ending(() => clearTimeout(idle));
   page.follow(["order"], () => {
     order = words(page.get("order"), Uint32Array);
     slider.max = String(Math.max(0, order.length - 1));
@@ -125,10 +124,9 @@ function effectOf(page) {
     if (!element.open || page.get("latent") < 0 || page.get("effect").latent === page.get("latent")) return;
     status.textContent = content.hidden ? "Reading a sample of the images: some seconds, once." : "";
     page.busy(content, true);
-    later = setTimeout(() => page.send({ kind: "does", latent: page.get("latent") }), 250);
+    later = page.after(250, () => page.send({ kind: "does", latent: page.get("latent") }));
   };
   const element = h("details", { class: "psx-does", ontoggle: ask }, h("summary", {}, "What does it do?"), status, content);
-  page.ending(() => clearTimeout(later));
   page.on(["notice"], () => page.get("notice") && (status.textContent = "")); // it failed, and the page says why
   page.follow(["effect"], async () => {
     const next = page.get("effect");

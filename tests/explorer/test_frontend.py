@@ -53,6 +53,7 @@ def test_page_tells_what_fails_in_a_click_or_a_promise(show, latents):
     page.evaluate("model.send = () => { throw new Error('no wire') }")
     page.click("[aria-label='Star this latent']")
     page.wait_for_selector("[role=alert]:has-text('no wire')")
+    page.evaluate("void (model.send = () => {})")
     page.evaluate("card => window.update({ ahead: card })", {"latent": 9, "images": [{"index": 9999, "jpeg": {"$bytes": "bm8="}}]})
     page.wait_for_selector("[role=alert]:has-text('could not be decoded')")
 
@@ -76,13 +77,13 @@ def test_page_waits_for_no_kernel_that_is_gone_or_silent(show, latents):
 
 def test_page_looks_ahead_one_card_at_a_time_and_stops_at_a_click(show, latents):
     order = np.frombuffer(latents.order, np.uint32).tolist()
-    latents.latent = order[5]
+    latents.latent = order[0]
     page = show(latents)
     page.evaluate("void (window.sent = [], window.told = message, window.message = (text) => (sent.push(JSON.parse(text)[0]), told(text)))")
-    page.wait_for_function("model.get('ahead').latent === " + str(order[7]))
-    assert page.evaluate("sent") == [{"kind": "prefetch", "latent": order[rank]} for rank in (6, 4, 7)]
-    page.evaluate("void (sent.length = 0, window.python = async () => '{}')")
-    page.evaluate(f"model.set('latent', {order[20]})")  # while it is not answered, nothing else is asked for
+    page.evaluate(f"sent.length = 0, model.set('latent', {order[12]}), model.save_changes()")
+    page.wait_for_function("model.get('ahead').latent === " + str(order[14]))
+    assert page.evaluate("sent") == [{"kind": "prefetch", "latent": order[rank]} for rank in (13, 11, 14)]
+    page.evaluate(f"sent.length = 0, model.set('latent', {order[30]})")  # while it is not answered, nothing else is asked for
     page.wait_for_timeout(500)
     assert page.evaluate("sent") == []
 
