@@ -50,7 +50,7 @@ def test_axe_finds_nothing_serious_in_a_view_light_or_dark(node_modules, show, r
 
 def test_page_tells_what_fails_in_a_click_or_a_promise(show, latents):
     page = show(latents)
-    page.evaluate("model.send = () => { throw new Error('no wire') }")
+    page.evaluate("void (model.send = () => { throw new Error('no wire') })")
     page.click("[aria-label='Star this latent']")
     page.wait_for_selector("[role=alert]:has-text('no wire')")
     page.evaluate("void (model.send = () => {})")
@@ -90,11 +90,11 @@ def test_page_looks_ahead_one_card_at_a_time_and_stops_at_a_click(show, latents)
 
 def test_page_moves_among_the_points_by_keys_and_frees_its_canvases(show, latents):
     points = np.frombuffer(latents.points, np.uint8).reshape(-1, 2).astype(int)
-    start = int(np.argsort(points[:, 0])[32])
+    start = int(np.argsort(points[:, 1])[32])
     latents.latent = start
     page = show(latents)
     page.focus(".psx-scatter")
-    for key, axis, sign in (("ArrowRight", 0, 1), ("ArrowDown", 1, -1)):
+    for key, axis, sign in (("ArrowUp", 1, 1), ("ArrowLeft", 0, -1)):
         before = latents.latent
         page.keyboard.press(key)
         page.wait_for_function(f"model.get('shown').latent !== {before}")
