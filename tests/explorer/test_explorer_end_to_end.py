@@ -142,9 +142,10 @@ def walk(page, front):
     page.click("text=Add the patches' latent")
     number = frog.split()[1]
     page.wait_for_selector(f".psx-sliders [aria-label='Strength of latent {number}, frog']")
-    odds = page.inner_text(".psx-steering .psx-odds")
-    page.click(f"[aria-label='Turn off latent {number}, frog']")
-    page.wait_for_function("odds => document.querySelector('.psx-steering .psx-odds').innerText !== odds", arg=odds)
+    shares = "[...document.querySelectorAll('.psx-steering .psx-after')].map((bar) => bar.style.getPropertyValue('--share')).join()"
+    before = page.evaluate(shares)
+    page.click(f"[aria-label='Turn off latent {number}, frog']")  # on one patch: too little, perhaps, for the percentages
+    page.wait_for_function(f"before => {shares} !== before", arg=before)
     page.wait_for_selector(".psx-steering .psx-status:has-text('as edited')")
 
 
