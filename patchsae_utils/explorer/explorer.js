@@ -125,7 +125,7 @@ function sharing(page, root) {
     return `${location.href.split("#")[0]}#psx=${encodeURIComponent(JSON.stringify(all))}`;
   };
   const buttons = [copier(page, "Copy as Python", python)];
-  if (!globalThis.jupyterapp) buttons.push(copier(page, "Copy link", link)); // JupyterLab takes an address's end for its own
+  if ((globalThis.jupyterapp?.name ?? "Voila") === "Voila") buttons.push(copier(page, "Copy link", link)); // JupyterLab takes an address's end for its own
   for (const format of ["png", "svg"]) buttons.push(act(`Save as ${format.toUpperCase()}`, () => page.send({ kind: "export", format })));
   page.on(["exported"], () => {
     const file = page.get("exported");
