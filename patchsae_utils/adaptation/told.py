@@ -91,7 +91,7 @@ def experiments_sentence(experiments: pd.DataFrame) -> str:
     gain = experiments.pivot_table(index="task", columns="experiment", values="gain", sort=False)
     share = gain.div(gain["adapted"], axis=0)[gain["adapted"].abs() > 0.005]
     if share.empty:
-        return "On no task there is a gain of which these could be shares."
+        return "No task shows a gain of which these could be shares."
     return (
         f"CLIP's residual stream, read by the adapted model's later blocks and text head, reaches {_span(share['remapping only'], '{:.0%}')} "
         f"of the gain; the whole change of the stream, read by CLIP, reaches {_span(share['whole change of the stream'], '{:.0%}')}."
