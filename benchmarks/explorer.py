@@ -61,6 +61,7 @@ latents = ps.LatentExplorer(clip, sae, summary, data, names, layer, likeness=lik
 patches = ps.PatchExplorer(clip, sae, summary, data, names, layer)
 panel = ps.SteeringPanel(clip, sae, data, names, layer)
 links = ps.explorer.link(latents, patches, panel)
+patches.image = 0  # the next ones are new
 display(latents, patches, panel)
 """
 
@@ -290,6 +291,8 @@ class Visitor:
         """Another image, until the steering panel and the patch explorer, which are linked, have both drawn it."""
         self.settle()
         button = f".psx-steering [aria-label='{self.sides['image']}']"
+        if self.page.is_disabled(button):  # the last one
+            return self.known_image()
         return self.watched("text", [".psx-steering h3", ".psx-patch h3"], ["click"], lambda: self.page.click(button))
 
     def text_search(self) -> float:
