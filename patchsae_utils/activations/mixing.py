@@ -124,9 +124,12 @@ def _joined(pending: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def _ahead(buffers: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Buffers on a GPU: while one is emptied, a thread reads the next into pinned memory and lets it be copied."""
 
-    def following() -> tuple[Tensor, ...] | None:
+    def moved(part: Tensor) -> Tensor:
+        return (part.pin_memory() if device.type == "cuda" else part).to(device, non_blocking=True)
+
+    def following() -> tuple[Tensor, Tensor] | None:
         found = next(buffers, None)
-        return found and tuple((part.pin_memory() if device.type == "cuda" else part).to(device, non_blocking=True) for part in found)
+        return None if found is None else (moved(found[0]), moved(found[1]))
 
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(following)

@@ -157,9 +157,8 @@ def evaluation_sentence(frame: pd.DataFrame) -> str:
     said = []
     for name in frame["sae"].unique():
         of = rows.loc[name]
-        said.append(
-            f"{name} {percent(*of.loc['explained_variance'], digits=1)} of the variance with {of.value['l0']:.0f} latents per token"
-        )
+        value, low, high = of.loc["explained_variance"]
+        said.append(f"{name} {percent(value, low, high, 1)} of the variance with {of.value['l0']:.0f} latents per token")
         if "zero_shot_change" in of.index:
             said[-1] += f", CLIP's accuracy changed by {Interval(*100 * of.loc['zero_shot_change'])} points"
     return f"Explained on unseen pictures: {'; '.join(said)}."
