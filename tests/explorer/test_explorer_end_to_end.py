@@ -147,6 +147,7 @@ def walk(page, front):
     page.click(f"[aria-label='Turn off latent {number}, frog']")  # on one patch: too little, perhaps, for the percentages
     page.wait_for_function(f"before => {shares} !== before", arg=before)
     page.wait_for_selector(".psx-steering .psx-status:has-text('as edited')")
+    page.click(".psx-steering button:has-text('Reset')")  # edits act on all tokens again
 
 
 def follow(page, link, frog):
