@@ -33,6 +33,7 @@ from .matching import matched_cosine
 N_TEST, N_STATISTICS = 720, 1080
 KS = {"topk": (2, 4, 8, 16, 32, 64), "batchtopk": (8, 16, 32), "matryoshka": (8, 32)}
 L0S = {"relu": (10, 20, 40), "jumprelu": (10, 40), "gated": (10, 40)}  # active latents per token that those without a k are trained for
+ONE_OFF = ("seed", "layer", "expansion", "paper", "start", "topk")  # axes of which it is measured what turning one latent off changes
 _ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 
@@ -110,7 +111,7 @@ class Ablations:
             "axis": cell.axis, "value": cell.value, "layer": layer, "expansion": profile.sae.expansion_factor, "activation": profile.sae.activation,
             "k": profile.sae.k, "l1_coefficient": profile.training.l1_coefficient, "tokens": profile.training.tokens,
             "seed": profile.training.seed, "n_training_tokens": profile.training.n_tokens, **self._quality(sae, layer), **self._concepts(sae, layer),
-            **self._statistics(sae, layer, profile.training.tokens),
+            **self._statistics(sae, layer, profile.training.tokens, cell.axis in ONE_OFF),
         }  # fmt: skip
         if cell.axis == "seed" and cell.value != "0":
             found = matched_cosine(load_sae(self.folder / "seed-0", sae.W_enc.device), sae)
@@ -142,14 +143,14 @@ class Ablations:
         row = {f"{name}{end}": float(found.loc[key, column]) for name, key in keys.items() for end, column in _ENDS.items()}
         return {name: value for name, value in row.items() if name not in ("dead_fraction_low", "dead_fraction_high")}
 
-    def _statistics(self, sae, layer: int, tokens: str) -> dict[str, float]:
-        """Quantiles over alive latents of the paper's scatter, and what turning one off changes; of the tokens it was trained on."""
+    def _statistics(self, sae, layer: int, tokens: str, one_off: bool) -> dict[str, float]:
+        """Quantiles over alive latents of the paper's scatter, and, if wanted, what turning one off changes; of the tokens it was trained on."""
         summary = summarize_latents(self.clip, sae, self.labelled, layer, tokens=tokens, progress=False)
         alive = ~summary.dead
         if not alive.any():
             return {}
         row = {}
-        if tokens == "all" and self.clip.has_text and list(summary.class_names) == list(self.test.class_names):
+        if one_off and tokens == "all" and self.clip.has_text and list(summary.class_names) == list(self.test.class_names):
             found = summarize_effects(one_latent_off(self.clip, sae, self.test, summary, layer), ["change", "flip"]).set_index("kind")
             row = {f"one_latent_{name}{end}": float(found.loc["own", f"{name}{end}"]) for name in ("change", "flip") for end in _ENDS}
         values = (summary.frequency[alive].log10(), summary.mean_activation[alive].log10(), summary.label_entropy[alive])

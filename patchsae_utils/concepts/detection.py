@@ -278,7 +278,7 @@ def best_features(
     coarse: bool = False,
 ) -> tuple[pd.DataFrame, np.ndarray]:  # fmt: skip
     """The best of the features tried [K', n], ascending, for each concept on ``choose``; its AP on ``report``, and in resamples [K', R]."""
-    ap = precisions(choose, tried.ravel(), np.repeat(concepts, tried.shape[1]), coarse=True)[0].reshape(tried.shape)
+    ap = precisions(choose, tried.ravel(), np.repeat(concepts, tried.shape[1]), coarse=coarse)[0].reshape(tried.shape)
     best = np.take_along_axis(tried, ap.argmax(1)[:, None], 1)[:, 0]
     held_out, resampled = precisions(report, best, concepts, weights, coarse)
     frame = report.patches.concepts(concepts)

@@ -13,8 +13,9 @@ const SILENT = "Python has not answered for long: its kernel is busy, or gone.";
 export function widget(view) {
   return {
     render({ model, el }) {
-      // Jupyter leaves keys alone inside such an element.
+      // Jupyter leaves shortcuts alone inside such an element; but Enter it would take from a field, which then never says that it changed.
       const root = h("section", { class: `psx psx-${model.get("kind")}`, "data-lm-suppress-shortcuts": "true" });
+      root.addEventListener("keydown", (event) => event.key === "Enter" && event.stopPropagation());
       const page = pageOf(model, root);
       el.append(root);
       page.run(() => {
