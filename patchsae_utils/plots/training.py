@@ -138,6 +138,7 @@ def ablation_effects(table: pd.DataFrame) -> Figure:
     rows = table.assign(place=[f"{_AXES.get(row.axis, row.axis)} {row.value}" for row in table.itertuples()])
     effect = (rows["object_ap"] - main["object_ap"].mean()).abs().groupby(rows["axis"]).max().sort_values(ascending=False)
     axes_of = [axis for axis in effect.index if axis in _AXES]
+    rows = rows[rows["axis"].isin(axes_of)]
     order = {"main": f"main setting, {len(main)} seeds"}
     for axis in axes_of:  # groups with an empty line between them
         order |= {axis: ""} | {place: place for place in rows.loc[rows["axis"] == axis, "place"]}
