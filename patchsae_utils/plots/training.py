@@ -23,7 +23,7 @@ _VARIANTS = {
 }  # fmt: skip
 _AXES = {
     "layer": "layer", "expansion": "size", "paper": "paper,", "start": "start:", "dead": "dead latents:", "units": "units:", "rate": "rate:",
-    "length": "training:", "arithmetic": "arithmetic:", "tokens": "tokens:", "constraint": "decoder:",
+    "tokens": "tokens:", "constraint": "decoder:",
 }  # fmt: skip
 _MEASURES = {
     "object_ap": "Object\nAP", "explained_variance_all": "Explained\nvariance", "l0_all": "L0", "dead_fraction": "Dead\nlatents",
