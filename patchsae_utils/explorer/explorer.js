@@ -662,7 +662,6 @@ export function stageOf(page, { heat, choose, chosen = () => page.get("patches")
       if (!step && ![" ", "Enter", "Escape"].includes(event.key)) return;
       event.preventDefault();
       if (event.key === "Escape") return choose([], -1);
-      if (!several && page.get("patch") >= 0) cursor = page.get("patch");
       if (cursor < 0) cursor = Math.floor(rows / 2) * columns + Math.floor(columns / 2);
       else if (step) {
         const at = (place, by, n) => Math.min(n - 1, Math.max(0, place + by));
@@ -676,6 +675,8 @@ export function stageOf(page, { heat, choose, chosen = () => page.get("patches")
     },
   });
   page.on(["patch", "patches", ...LOOK], draw);
+  const follow = () => document.activeElement === canvas || (cursor = page.get("patch")); // while keys move it, answers are late
+  if (!several) page.follow(["patch"], follow);
   return {
     element: div("", title, canvas, ...(hint ? [h("p", { class: "psx-status" }, hint)] : []), live),
     draw,
