@@ -97,13 +97,13 @@ def planted_and_found(table: pd.DataFrame, method: str = "combined") -> dict[str
 
 def novelty_sentence(table: pd.DataFrame) -> str:
     """What the table "novelty" says of the combined verdict, what bounds it, and what the split's part outside the dictionary can't tell."""
-    found, ridge, held = (planted_and_found(table, method) for method in ("combined", "ridge", "any latent"))
+    found, change, held = (planted_and_found(table, method) for method in ("combined", "difference dictionary", "any latent"))
     share = table[table["method"] == "split of the gain"].groupby("kind")["new_share"].agg(["min", "max"])
     known, new = (f"{share.loc[kind, 'min']:.0%} to {share.loc[kind, 'max']:.0%}" for kind in ("null", "new"))
     return (
         f"The combined verdict finds {found['planted_recall']:.0%} of what was planted, {found['planted_precision']:.0%} of what it calls new is "
         f"planted, and on the null controls it calls {found['null_new_share']:.1%} of the latents new. More than {held['planted_recall']:.0%} can't "
-        "be found by any verdict on these latents: of the rest, the dictionary has none. A ridge regression from CLIP's stream alone finds "
-        f"{ridge['planted_recall']:.0%}, but it calls {ridge['null_new_share']:.0%} of the latents new where nothing is. Outside the dictionary lie "
+        "be found by any verdict on these latents: of the rest, the dictionary has none. A dictionary of the change, asked what CLIP's stream knew of its latents, "
+        f"finds {change['planted_recall']:.0%} ({change['planted_precision']:.0%} of what it calls new). Outside the dictionary lie "
         f"{known} of the gain where nothing is new, and {new} where something is: that share alone does not tell one from the other."
     )

@@ -25,7 +25,7 @@ from .joint import JointDictionary, norm_difference, train_joint
 
 NEW, BEFORE, UNDECIDED = "new", "as before", "undecided"
 RATIOS = (0.2, 0.5)  # below them, on error and reconstruction, Latent Scaling calls a latent the adapted model's own
-RELATED = 0.5  # correlation above which a latent has a partner, or is predicted
+RELATED = 0.5  # correlation above which a latent has a partner; share of it that CLIP's stream must predict
 NORMS = (0.1, 0.9)  # bounds of the relative norm difference: beyond them it is one model's alone
 RIDGE = 1e-3  # of the mean variance of the stream's dimensions
 _PICTURES = 8  # read at once
@@ -81,29 +81,40 @@ def difference(joint: JointDictionary, streams: Tensor, changes: JointDictionary
 
 @torch.no_grad()
 def predicted(joint: JointDictionary, streams: Tensor, train: Tensor) -> pd.DataFrame:
-    """Correlation with a ridge regression from CLIP's stream at the same token, fitted on the pictures ``train`` [N', T, 2, D]."""
-    centre = train[:, :, 0].mean((0, 1))
-    square, product = train.new_zeros(len(centre), len(centre)), train.new_zeros(len(centre), len(joint.b_enc))
+    """Correlation with a ridge regression from CLIP's stream at the same token, over that with one from the adapted model's own stream.
+
+    Both are fitted on the pictures ``train`` [N', T, 2, D]. No sparse latent is linear in a stream: the second is what the first could reach.
+    """
+    centre = train[:, :, :2].mean((0, 1))
+    square, product = train.new_zeros(2, *centre.shape[1:] * 2), train.new_zeros(*centre.shape, len(joint.b_enc))
     for x, f in read(joint, train):
-        z = (x[:, :, 0] - centre).flatten(0, 1)
-        square += z.T @ z
-        product += z.T @ f.flatten(0, 1)
-    square.diagonal().add_(RIDGE * square.diagonal().mean())
+        z = (x[:, :, :2] - centre).flatten(0, 1).transpose(0, 1)
+        square += z.transpose(1, 2) @ z
+        product += z.transpose(1, 2) @ f.flatten(0, 1)
+    for each in square:
+        each.diagonal().add_(RIDGE * each.diagonal().mean())
     weights = torch.linalg.solve(square.double(), product.double()).to(product)
-    return _related(correlations((f, (x[:, :, 0] - centre) @ weights) for x, f in read(joint, streams)))
+    return _related(correlations((f, *torch.einsum("btmd,mds->mbts", x[:, :, :2] - centre, weights)) for x, f in read(joint, streams)))
 
 
-def correlations(pairs: Iterator[tuple[Tensor, Tensor]]) -> Interval:
-    """Pearson correlation over tokens of activations f and g [B, T, S], by latent, resampling pictures; NaN where one is constant."""
-    parts = [torch.stack([each.sum(1) for each in (f, g, f * f, g * g, f * g, torch.ones_like(f))]) for f, g in pairs]
-    sums = torch.cat(parts, 1).double().cpu().numpy()  # [6, N, S]
+def correlations(parts: Iterator[tuple[Tensor, ...]]) -> Interval:
+    """Pearson correlation over tokens of f and g [B, T, S], by latent, resampling pictures; NaN where one is constant.
 
-    def pearson(weights: np.ndarray) -> np.ndarray:
-        f, g, ff, gg, fg, n = (weights @ each for each in sums)
+    Of tuples (f, g, h): over that of f and h.
+    """
+    sums = [
+        torch.stack([torch.stack([each.sum(1) for each in (f, g, f * f, g * g, f * g, torch.ones_like(f))]) for g in others])
+        for f, *others in parts
+    ]
+
+    def pearson(weights: np.ndarray, of: np.ndarray) -> np.ndarray:
+        f, g, ff, gg, fg, n = (weights @ each for each in of)
         with np.errstate(invalid="ignore"):
             return _over(fg - f * g / n, np.sqrt((ff - f * f / n).clip(0) * (gg - g * g / n).clip(0)))
 
-    return interval(pearson, sums.shape[1], "images")
+    moments = torch.cat(sums, 2).double().cpu().numpy()  # [1 or 2, 6, N, S]
+    ratio = lambda w: _over(*(pearson(w, of) for of in moments)) if len(moments) > 1 else pearson(w, moments[0])  # noqa: E731
+    return interval(ratio, moments.shape[2], "images")
 
 
 @torch.no_grad()
@@ -145,16 +156,14 @@ def _over(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 def verdicts(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """One verdict a latent from tables by measure: latent, verdict, and each measure's score and evidence.
 
-    "new": ``scaling`` says so, and ``matched`` or ``predicted``, and none the contrary. On controls these two together call much new that
-    was there, as no sparse latent is linear in a stream. "as before": two of the three say so, and none the contrary, or "changed" if
+    "new", or "as before": two of ``scaling``, ``matched`` and ``predicted`` say so, and none the contrary; "changed" in place of the second if
     ``difference`` or ``norms`` say that the change writes it; "undecided" where they disagree or don't know.
     """
     presence = [tables[name]["evidence"] for name in ("scaling", "matched", "predicted")]
     new, before = (sum((each == word).to_numpy().astype(int) for each in presence) for word in (NEW, BEFORE))
     moved = np.logical_or.reduce([(tables[name]["evidence"] == NEW).to_numpy() for name in ("difference", "norms") if name in tables])
     was = (before >= 2) & (new == 0)
-    sure = (tables["scaling"]["evidence"] == NEW).to_numpy() & (new >= 2) & (before == 0)
-    verdict = np.select([sure, was & moved, was], [NEW, "changed", BEFORE], UNDECIDED)
+    verdict = np.select([(new >= 2) & (before == 0), was & moved, was], [NEW, "changed", BEFORE], UNDECIDED)
     scores = {f"{name}{end}": table[column] for name, table in tables.items() for end, column in (("", "score"), ("_evidence", "evidence"))}
     return pd.DataFrame({"latent": range(len(verdict)), "verdict": verdict, **scores})
 
