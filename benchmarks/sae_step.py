@@ -25,7 +25,7 @@ from .common import in_subprocess, matmul_peak, parser, peak_memory, report, set
 
 L1, LR = 8e-5, 1e-7  # a rate so small that L0 stays where it was set
 TARGETS = {"dead ratio at 8 images": 8.0, "dead ratio at 32 images": 9.0, "peak memory at 8 images, share of the textbook's": 0.5}
-DEAD = 20  # in the rows of "dead" every such latent, 5 %, never fires, and the step has the ghost term
+DEAD = 20  # in the rows of "dead" every such latent, 5%, never fires, and the step has the ghost term
 PEERS = {"overcomplete": "overcomplete", "sparsify": "eai-sparsify", "sae_lens": "sae-lens"}
 
 

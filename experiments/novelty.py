@@ -67,9 +67,9 @@ CONTROLS = (
     Control("relabelled", "null", "finetune", "openmoji/animals:relabelled"),
     Control("unseen objects", "new", "finetune", "openmoji/unseen"),
     Control("line drawings", "new", "finetune", "openmoji/vehicles:line"),
-    Control("sign, 2 %", "new", "finetune", "openmoji/sign-2"),
-    Control("sign, 10 %", "new", "finetune", "openmoji/sign-10"),
-    Control("sign, 50 %", "new", "finetune", "openmoji/sign-50"),
+    Control("sign, 2%", "new", "finetune", "openmoji/sign-2"),
+    Control("sign, 10%", "new", "finetune", "openmoji/sign-10"),
+    Control("sign, 50%", "new", "finetune", "openmoji/sign-50"),
     Control("useless sign", "useless", "finetune", "openmoji/animals:sign-10"),
 )
 

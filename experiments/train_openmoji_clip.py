@@ -93,7 +93,7 @@ def _relation(a: openmoji.Placement, b: openmoji.Placement, rng: np.random.Gener
 
 
 def patch_owner(truth: openmoji.SceneTruth) -> np.ndarray:
-    """[196] class that covers at least half of a patch, or n_classes + background where at least 90 % is bare; else -100."""
+    """[196] class that covers at least half of a patch, or n_classes + background where at least 90% is bare; else -100."""
     owner = np.full((openmoji.GRID, openmoji.GRID), -100)
     owner[truth.background_share >= 0.9] = len(openmoji.class_table()) + truth.background
     for class_id, share in zip(truth.class_ids, truth.object_share, strict=True):
@@ -102,7 +102,7 @@ def patch_owner(truth: openmoji.SceneTruth) -> np.ndarray:
 
 
 def patch_color(truth: openmoji.SceneTruth) -> np.ndarray:
-    """[196] palette color that fills at least 40 % of a patch; else -100."""
+    """[196] palette color that fills at least 40% of a patch; else -100."""
     best = truth.color_share.argmax(0)
     return np.where(truth.color_share.max(0) >= 0.4, best, -100).ravel()
 

@@ -163,7 +163,7 @@ class TrainConfig(_Section):
     ghost: bool = True
     """Whether dead latents get a gradient at all: the ghost term of ``relu``, the auxiliary loss of ``topk`` and its kin."""
     restart_dead: bool = False
-    """Every ``dead_after_tokens``, in the first 80 % of the run, dead latents start anew at tokens that are badly reconstructed."""
+    """Every ``dead_after_tokens``, in the first 80% of the run, dead latents start anew at tokens that are badly reconstructed."""
     tokens: str = "all"
     """Train on all tokens of the store, its ``patches`` or its ``cls`` tokens alone."""
     normalize: str = "none"
@@ -219,7 +219,7 @@ class AdapterConfig(_Section):
     rank: int = 4
     """Rank of LoRA's changes."""
     random_crop: bool = False
-    """Fit on random crops of 8 to 100 % of a picture's area, as MaPLe does; small objects are often lost in them."""
+    """Fit on random crops of 8 to 100% of a picture's area, as MaPLe does; small objects are often lost in them."""
     seeds: tuple[int, ...] = (1,)
     """One adapter is trained for each: which shots, and their order."""
 

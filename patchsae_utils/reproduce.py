@@ -269,7 +269,7 @@ def _compare(profile: Profile, folder: Path, notebooks: Sequence[str]) -> None:
     table = beside_committed([entry for entry in read_json(folder / NUMBERS) if entry["notebook"] in notebooks], profile.folder("results"))
     write_table(profile.folder("results") / "reproduction.csv", table)
     print(table.drop(columns="notebook").to_string(index=False, float_format="{:.3f}".format))
-    print(f"{(table['inside'] == 'yes').sum()} of {len(table)} numbers lie inside their committed 95 % intervals.")
+    print(f"{(table['inside'] == 'yes').sum()} of {len(table)} numbers lie inside their committed 95% intervals.")
     print(f"Notebooks, figures and numbers of this run: {profile.root}")
 
 

@@ -169,7 +169,7 @@ def fresh_adapter(
 
 
 def random_crops(images: Tensor, generator: Generator) -> Tensor:
-    """A random part of each image [B, 3, H, W], enlarged to its size: 8 to 100 % of the area, sides 3:4 to 4:3 (Dassl's, and so MaPLe's)."""
+    """A random part of each image [B, 3, H, W], enlarged to its size: 8 to 100% of the area, sides 3:4 to 4:3 (Dassl's, and so MaPLe's)."""
     crop = RandomResizedCrop(images.shape[-2:], interpolation=InterpolationMode.BICUBIC)
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global state
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))

@@ -68,7 +68,7 @@ def overlap_sentence(groups: pd.DataFrame) -> str:
 
 
 def parts_table(parts: pd.DataFrame) -> pd.DataFrame:
-    """The parts of each gain in points of accuracy with 95 % intervals over pictures, one row a task and adapter."""
+    """The parts of each gain in points of accuracy with 95% intervals over pictures, one row a task and adapter."""
     rows = parts[parts["part"].isin(list(COLUMNS))]
     told = [f"{x:+z.0f} [{a:+z.0f}, {b:+z.0f}]" for x, a, b in (100 * rows[["gain", "low", "high"]]).itertuples(index=False)]
     table = rows.assign(told=told).pivot(index=["task", "adapter"], columns="part", values="told")

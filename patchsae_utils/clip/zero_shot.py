@@ -49,7 +49,7 @@ def zero_shot_predictions(clip, dataset, *, progress: bool = True) -> pd.DataFra
 
 
 def accuracy_table(predictions: pd.DataFrame, by: str | Sequence[str] = (), *, correct: str = "correct") -> pd.DataFrame:
-    """Accuracy, 95 % interval over resampled images, and chance level of each group of images.
+    """Accuracy, 95% interval over resampled images, and chance level of each group of images.
 
     Parameters
     ----------

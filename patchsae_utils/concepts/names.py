@@ -275,7 +275,7 @@ def name_agreement(sources: Mapping[str, pd.DataFrame], related: Mapping[str, Se
     related : mapping of str to sequence of str, optional
         Names that are no contradiction, as "dog" and "animal" (see :func:`related_names`).
 
-    Returns one row a pair: a, b, n_a, n_b (latents each names), n_both, agreement, low, high (95 %, Wilson, 1927), chance (one source's names
+    Returns one row a pair: a, b, n_a, n_b (latents each names), n_both, agreement, low, high (95%, Wilson, 1927), chance (one source's names
     shuffled), p (share of shuffles that agree as often), related, related_chance (names equal or related); NaN without a common latent.
     """
     named = {source: frame[frame["name"] != UNNAMED].set_index("latent")["name"] for source, frame in sources.items()}

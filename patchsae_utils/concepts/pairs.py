@@ -91,7 +91,7 @@ class Selectivity(NamedTuple):
     """Whether latents answer to what they are matched with, and to nothing else."""
 
     frame: pd.DataFrame
-    """One row each: dictionary, attribute, n_pairs, measure, value, low, high (95 %, over pairs). ``right``: share of changes in which the
+    """One row each: dictionary, attribute, n_pairs, measure, value, low, high (95%, over pairs). ``right``: share of changes in which the
     matched latent moves the right way. ``selectivity``: how often it does so by more than another latent moves either way, whose concept is
     nowhere near; 0.25 if all moved alike. ``first``: by more than every other."""
 

@@ -80,7 +80,7 @@ class Localization(NamedTuple):
     features: Activations  # on the reported scenes
 
     def table(self) -> pd.DataFrame:
-        """Means by kind of concept ("all" last): kind, n_concepts, ap, iou, pointing, pointing_chance; 95 % over images, centred."""
+        """Means by kind of concept ("all" last): kind, n_concepts, ap, iou, pointing, pointing_chance; 95% over images, centred."""
         rows = []
         for kind, group in [*self.concepts.groupby("kind", sort=False), ("all", self.concepts)]:
             row = {"kind": kind, "n_concepts": len(group), "ap": group["ap"].mean()}

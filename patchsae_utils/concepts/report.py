@@ -20,7 +20,7 @@ OWN = ("activations", "dense")  # how a dictionary is read where nothing else is
 class ComparisonReport:
     """How well each dictionary's best feature finds each concept, on scenes that it was not chosen on.
 
-    Intervals are of the reported images, 95 %, centred on the value. What is resampled is the report, not the choice.
+    Intervals are of the reported images, 95%, centred on the value. What is resampled is the report, not the choice.
     """
 
     detection: pd.DataFrame

@@ -229,7 +229,7 @@ def latent_facts(card: LatentCard) -> list[list[str]]:
     if card.dead:
         return [["State", "dead: active in no image"]]
     facts = [] if card.name is None or card.name.score is None else [["Score of its name", f"{card.name.score:.2f}"]]
-    facts += [["Active in", f"{100 * card.frequency:.3g} % of images"], ["Mean activation", f"{card.mean_activation:.3g}"]]
+    facts += [["Active in", f"{100 * card.frequency:.3g}% of images"], ["Mean activation", f"{card.mean_activation:.3g}"]]
     if not np.isnan(card.label_entropy):
         facts += [["Label entropy", f"{card.label_entropy:.2f} nats"], ["Label std", f"{card.label_std:.1f}"]]
     return facts + ([] if card.monosemanticity is None else [["Monosemanticity", f"{card.monosemanticity:.2f}"]])

@@ -32,7 +32,7 @@ MAIN_COLOR = 0.6  # share of the colored pixels on an object's patches that make
 
 
 def summarize_effects(frame: pd.DataFrame, columns: Sequence[str], by: Sequence[str] = ("kind",), over: str = "index") -> pd.DataFrame:
-    """Means with 95 % bootstrap intervals of what the experiments list row by row, and n (how many were resampled).
+    """Means with 95% bootstrap intervals of what the experiments list row by row, and n (how many were resampled).
 
     Parameters
     ----------

@@ -86,7 +86,7 @@ class Likeness(NamedTuple):
         return float((e.sum(0).square().sum() - e.square().sum()) / (len(e) * (len(e) - 1))) if len(e) > 1 else float("nan")
 
     def above_chance(self) -> pd.DataFrame:
-        """Mean score minus its null: judge, dictionary, n (features that have a score), null, excess, low, high (95 %, over features)."""
+        """Mean score minus its null: judge, dictionary, n (features that have a score), null, excess, low, high (95%, over features)."""
         rows = []
         for judge in self.vectors:
             for name, scores in self.table.dropna(subset="score").groupby("dictionary", sort=False)[_COLUMNS[judge]]:

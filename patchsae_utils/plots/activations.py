@@ -50,7 +50,7 @@ def _painted(truth: openmoji.SceneTruth) -> np.ndarray:
     by_task='DataFrame of ``accuracy_table(..., ["task", "domain"], correct="correct_in_task")``',
 )
 def zero_shot_accuracy(by_tier: pd.DataFrame, by_task: pd.DataFrame) -> Figure:
-    """Zero-shot accuracy with 95 % intervals: by domain and caption tier among all classes, by task and domain among the task's own."""
+    """Zero-shot accuracy with 95% intervals: by domain and caption tier among all classes, by task and domain among the task's own."""
     fig, (left, right) = figure(1.0, 4.2, ncols=2, width_ratios=(1, 1.25))
     intervals(left, by_tier.sort_values("tier", kind="stable"), "domain", "accuracy", "tier", scale=100, upright=True)
     first = by_task[by_task["domain"] == by_task["domain"].iloc[0]].sort_values("accuracy", ascending=False)
@@ -72,7 +72,7 @@ def residual_norms(table: pd.DataFrame, norms: Tensor, layer: int, grid: tuple[i
         band(left, table[table["token"] == token], "layer", "median", color, label=token)
         sns.histplot(values.ravel(), bins=bins, stat="density", element="step", color=color, alpha=0.5, label=token, ax=middle)
     left.axvline(layer, color=COLORS["gray"], ls=":", lw=1)
-    left.set(xlabel="after block", ylabel="norm of a token", title="Norms: median, 5-95 %", ylim=(0, None), xticks=table["layer"].unique())
+    left.set(xlabel="after block", ylabel="norm of a token", title="Norms: median, 5-95%", ylim=(0, None), xticks=table["layer"].unique())
     left.legend()
     limit = OUTLIER_FACTOR * table.set_index(["token", "layer"]).loc[("patch", layer), "median"]
     middle.axvline(limit, color=COLORS["red"], ls="--", lw=1.2)

@@ -42,7 +42,7 @@ _SEVERAL = "DataFrame of ``%s``, of several tasks (column ``task``) under each o
 
 @drawn(table=_SEVERAL % "base_to_novel")
 def adaptation_accuracy(table: pd.DataFrame) -> Figure:
-    """Accuracy on base and novel classes and their harmonic mean, one panel a task; bars are 95 % intervals."""
+    """Accuracy on base and novel classes and their harmonic mean, one panel a task; bars are 95% intervals."""
     table = table.assign(series=table["model"] + ", " + table["form"], half=table["half"].str.replace(" ", "\n"))
     colors = zip(table["model"].unique(), ("gray", "blue", "green", "purple"), strict=False)
     looks = {f"{model}, {form}": look(color, **options) for model, color in colors for form, options in _FORMS.items()}
@@ -80,7 +80,7 @@ def class_scatter(latents: pd.DataFrame) -> Figure:
 
 @drawn(comparisons=_SEVERAL % "Remapping.comparisons")
 def latent_groups(comparisons: pd.DataFrame) -> Figure:
-    """Latents per class in each group, and the overlap of top latents, beside the controls; bars are 95 % intervals over classes."""
+    """Latents per class in each group, and the overlap of top latents, beside the controls; bars are 95% intervals over classes."""
     height, panel = 1.1 + 0.62 * comparisons["task"].nunique(), {"measure": _MEASURES}
     fig, axes = interval_panels(comparisons, panel, "task", "value", "comparison", _COMPARISONS, height=height, ncols=2)
     for ax, measure in zip(axes, _MEASURES, strict=True):
@@ -99,7 +99,7 @@ def prediction_heat(table: pd.DataFrame) -> Figure:
     fig, axes = panels(titles, 0.9 + np.clip(0.155 * len(order), 1.2, 6), 3, size=9.5)
     for ax, (mode, model) in zip(axes, pairs, strict=True):
         rows = heats[mode, model].loc[order].rename(pretty)  # best read from few latents first
-        ticks = [f"{k}\n{mean:.0f} %" for k, mean in rows.mean().items()]
+        ticks = [f"{k}\n{mean:.0f}%" for k, mean in rows.mean().items()]
         heat(ax, rows, xticklabels=ticks, yticklabels=True if len(order) < 40 else "auto")
         ax.set(xlabel="", ylabel=_MODES[mode] if model == "CLIP" else "")
         ax.tick_params(labelsize=8)
@@ -111,7 +111,7 @@ def prediction_heat(table: pd.DataFrame) -> Figure:
 
 @drawn(parts="DataFrame of ``GainSplit.parts()``, of several models (columns ``task``, ``adapter``) under each other")
 def gain_parts(parts: pd.DataFrame) -> Figure:
-    """The parts of each gain in points of accuracy, one panel a task, the adapters beside each other, with 95 % intervals over pictures."""
+    """The parts of each gain in points of accuracy, one panel a task, the adapters beside each other, with 95% intervals over pictures."""
     parts, reach = parts[parts["part"].isin([*_PARTS])], 100 * max(parts["high"].max(), 0.05)
     looks = {name: look(color) for name, color in zip(parts["adapter"].unique(), ("blue", "orange", "green", "gray"), strict=False)}
     return interval_panels(
@@ -167,7 +167,7 @@ def class_links(links: pd.DataFrame) -> Figure:
 
 @drawn(table="DataFrame of ``load_protocol``")
 def adapter_table(table: pd.DataFrame) -> Figure:
-    """Points of raw accuracy that every adapter gains on every task, one panel a half; bars are 95 % intervals of its accuracy over pictures."""
+    """Points of raw accuracy that every adapter gains on every task, one panel a half; bars are 95% intervals of its accuracy over pictures."""
     table = table[table["form"] == "raw"]
     zero = table[table["kind"] == "zero-shot"].set_index(["task", "half"])["accuracy"]
     before = zero.reindex(pd.MultiIndex.from_frame(table[["task", "half"]])).to_numpy()
@@ -181,7 +181,7 @@ def adapter_table(table: pd.DataFrame) -> Figure:
 def remapped_concepts(found: Any) -> Figure:
     """Concepts by row: strongest pictures in CLIP and in the adapted model, dark where the latent is silent, and what its class loses without it.
 
-    Filled dots: the latent is turned off; hollow ones: another latent that is about as active is; bars are 95 % intervals over pictures.
+    Filled dots: the latent is turned off; hollow ones: another latent that is about as active is; bars are 95% intervals over pictures.
     """
     table, n, k = found.table, len(found.pictures), 3
     low, high = float(table[["change_low", "control_low"]].min(axis=None)), float(table[["change_high", "control_high"]].max(axis=None))

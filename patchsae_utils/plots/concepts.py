@@ -162,5 +162,5 @@ def by_axis(rows: pd.DataFrame) -> Figure:
             intervals(ax, rows, axis, f"{name}_q50", "main", looks, between=between, upright=True, spread=0)
     intervals(axes[-1], rows, axis, "object_ap", "main", thin, upright=True, spread=0)
     axes[-1].set_ylim(bottom=0)
-    fig.supxlabel(f"{axis} that an SAE reads; red: the main setting's; object AP with its 95 % interval", fontsize=9)
+    fig.supxlabel(f"{axis} that an SAE reads; red: the main setting's; object AP with its 95% interval", fontsize=9)
     return fig

@@ -167,7 +167,7 @@ def before_after(ax: Axes, names: Sequence[Any], before: Any, after: Any) -> Non
     """Probabilities of classes before and after an edit."""
     paired_bars(ax, names, {"before": before, "after": after}, [COLORS["gray"], COLORS["blue"]])
     for i, (old, new) in enumerate(zip(before, after, strict=True)):
-        ax.annotate(f"{100 * old:.0f} → {100 * new:.0f} %", (max(old, new), i), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        ax.annotate(f"{100 * old:.0f} → {100 * new:.0f}%", (max(old, new), i), (4, 0), textcoords="offset points", va="center", fontsize=8)
     ax.set(xlim=(0, 1.18), xticks=[0, 0.25, 0.5, 0.75, 1])
     ax.xaxis.set_major_formatter(PERCENT)
 

@@ -39,7 +39,7 @@ def latent(card: Any, summary: Any, **shown: Any) -> Figure:
     place.scatter(frequency, summary.mean_activation.numpy()[alive], s=3, color=COLORS["gray"], alpha=0.4, lw=0, rasterized=True)
     if not card.dead:
         place.scatter(card.frequency, card.mean_activation, s=60, color=COLORS["orange"], edgecolor=COLORS["black"], zorder=3)
-    facts = "dead: active in no image" if card.dead else f"{100 * card.frequency:.3g} % of images, entropy {card.label_entropy:.2f}"
+    facts = "dead: active in no image" if card.dead else f"{100 * card.frequency:.3g}% of images, entropy {card.label_entropy:.2f}"
     place.set(xscale="log", yscale="log", xlabel="frequency", ylabel="mean activation")
     place.set_title(facts, fontsize=9, weight="normal")
     if frequency.min(initial=1) > 0.05:  # less than two decades want more ticks than powers of ten
@@ -155,7 +155,7 @@ def steering(card: Mapping[str, Any], **shown: Any) -> Figure:
 
 @drawn(frame="DataFrame of ``point``")
 def pointing(frame: pd.DataFrame) -> Figure:
-    """How often a patch's latent finds the same thing in another image, with 95 % intervals; black: any patch of another image."""
+    """How often a patch's latent finds the same thing in another image, with 95% intervals; black: any patch of another image."""
     kinds = {kind: f"same {kind}" for kind in frame["kind"].unique()}
     fig, (ax,) = interval_panels(
         frame.assign(all=0), {"all": {0: ""}}, "kind", "hits", "answer", _ANSWERS, xlabel="% of asked patches, unseen images; black: any patch",

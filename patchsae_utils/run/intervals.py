@@ -17,7 +17,7 @@ N_RESAMPLES = 1000
 
 
 class Interval(NamedTuple):
-    """A number, its 95 % interval, and what was resampled; prints as "1.23 [1.10, 1.36]". Numbers are floats, or arrays of one shape."""
+    """A number, its 95% interval, and what was resampled; prints as "1.23 [1.10, 1.36]". Numbers are floats, or arrays of one shape."""
 
     value: Any
     low: Any
@@ -29,8 +29,8 @@ class Interval(NamedTuple):
 
 
 def percent(value: float, low: float, high: float, digits: int = 0) -> str:
-    """A share with its interval in words: "85 % [83, 88]"."""
-    return f"{100 * value:.{digits}f} % [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
+    """A share with its interval in words: "85% [83, 88]"."""
+    return f"{100 * value:.{digits}f}% [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
 
 
 def interval(statistic: Callable[[np.ndarray], np.ndarray], n: int, unit: str, *, seed: int = 0, centred: bool = False) -> Interval:

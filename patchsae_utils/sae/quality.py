@@ -43,7 +43,7 @@ def evaluate_sae(
     Returns
     -------
     DataFrame, tidy
-        ``sae``, ``variant``, ``tokens``, ``metric``, ``value``, ``low``, ``high`` (95 % over images; NaN for ``dead_fraction``). ``variant``
+        ``sae``, ``variant``, ``tokens``, ``metric``, ``value``, ``low``, ``high`` (95% over images; NaN for ``dead_fraction``). ``variant``
         is what went into the blocks behind ``layer``: ``raw``, the ``reconstruction``, or that with its error added back (``error_kept``);
         ``tokens`` which tokens were replaced (``none`` for raw). Of N tokens x of a type, x_hat their reconstructions, h their latents:
 
@@ -222,8 +222,8 @@ def readings_by_place(clip, sae: SparseAutoencoder, dataset, layer: int) -> pd.D
     clip, sae, layer : ClipModel, SparseAutoencoder and int
     dataset : OpenMojiData, or any with ``truth(i).background_share`` [rows, columns]: the share of each patch that no object covers
 
-    Returns ``place`` (``object``: at least half covered; ``background``: at least 90 % bare), ``metric`` (``l0`` or ``error``), ``value``,
-    ``low``, ``high``: means over patches, 95 % intervals over images.
+    Returns ``place`` (``object``: at least half covered; ``background``: at least 90% bare), ``metric`` (``l0`` or ``error``), ``value``,
+    ``low``, ``high``: means over patches, 95% intervals over images.
     """
     sums = []
     for batch in batches(dataset, clip.preprocess, 64, progress="readings"):

@@ -118,7 +118,7 @@ def centroids(x: Tensor, n: int, seed: int = 0) -> Tensor:
 def start_from(sae: SparseAutoencoder, directions: Tensor, x: Tensor) -> None:
     """Start latent i at direction i of [S, D], as seen from ``b_dec``: decoder row and encoder column are parallel to it.
 
-    A latent fires on 1 % of the tokens ``x`` [N, D], by its encoder bias or threshold; among ``k`` without a bias. One gain fits the sizes.
+    A latent fires on 1% of the tokens ``x`` [N, D], by its encoder bias or threshold; among ``k`` without a bias. One gain fits the sizes.
     """
     sae.W_dec.copy_(directions)
     sae.normalize_decoder()
@@ -155,7 +155,7 @@ class Archetypes(nn.Module):
     def __init__(self, points: Tensor):
         super().__init__()
         self.register_buffer("points", points)
-        # its own centroid gets 98 % of a row's weight at first
+        # its own centroid gets 98% of a row's weight at first
         self.weights = nn.Parameter((math.log(len(points)) + 4) * torch.eye(len(points), dtype=points.dtype, device=points.device))
         self.relaxation = nn.Parameter(torch.zeros_like(points))
 

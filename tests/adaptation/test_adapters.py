@@ -214,7 +214,7 @@ def test_the_learning_rate_is_constant_for_an_epoch_and_then_a_cosine(tiny_clip,
 
 
 def test_random_crops_are_those_of_maple():
-    """A ramp's slope in a crop tells how wide and high a box was enlarged: Dassl's 8 to 100 % of the area, sides 3:4 to 4:3, drawn until it fits."""
+    """A ramp's slope in a crop tells how wide and high a box was enlarged: Dassl's 8 to 100% of the area, sides 3:4 to 4:3, drawn until it fits."""
     ramp, state = torch.arange(64.0).expand(64, 64), torch.get_rng_state()
     pictures = torch.stack([ramp, ramp.T, torch.zeros(64, 64)]).half().expand(300, -1, -1, -1)
     crops, again = (random_crops(pictures, torch.Generator().manual_seed(0)) for _ in range(2))

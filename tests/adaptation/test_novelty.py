@@ -137,7 +137,7 @@ def test_correlations_and_ridge_in_slow_float64():
 
 @pytest.fixture(scope="module")
 def planted():
-    """Four features of the adapted model alone, on 0.3 to 2 % of the tokens, and a dictionary that CLIP's own features make."""
+    """Four features of the adapted model alone, on 0.3 to 2% of the tokens, and a dictionary that CLIP's own features make."""
     streams, new, rows = world((0.003, 0.005, 0.01, 0.02), changed=2.5)
     train, test = streams[::2].contiguous(), streams[1::2].contiguous()
     tokens = train.flatten(0, 1)

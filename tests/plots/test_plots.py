@@ -86,7 +86,7 @@ def changed_concepts() -> SimpleNamespace:
 
 
 def planted() -> pd.DataFrame:
-    table = grid("recall", control=["nonce names", "nothing changed", "a sign, 2 %"], method=["combined", "scaling", "random"])
+    table = grid("recall", control=["nonce names", "nothing changed", "a sign, 2%"], method=["combined", "scaling", "random"])
     table = table.rename(columns={"low": "recall_low", "high": "recall_high"})
     for name in ("precision", "new_share"):
         table = table.assign(**{name: 0.5, f"{name}_low": 0.4, f"{name}_high": 0.6})

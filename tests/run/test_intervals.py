@@ -34,7 +34,7 @@ def test_tokens_of_one_image_are_no_independent_evidence():
 
 
 def test_intervals_cover():
-    """95 % intervals of the mean of 60 exponential draws hold the true mean in about 95 of 100 samples."""
+    """95% intervals of the mean of 60 exponential draws hold the true mean in about 95 of 100 samples."""
     rng = np.random.default_rng(2)
     held = [found.low <= 1 <= found.high for found in (mean_interval(rng.exponential(size=60), seed=i) for i in range(300))]
     assert 0.88 <= np.mean(held) <= 0.98

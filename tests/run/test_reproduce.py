@@ -124,7 +124,7 @@ def test_each_quoted_number_stands_beside_its_committed_interval(repository, cap
     assert reproduce.main([]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line.split()[-2:] for line in shown[1:5]] == [["0.500", "yes"], ["0.250", "no"], ["not", "found"], ["not", "found"]]
-    assert "0.550 [0.450, 0.650]" in shown[1] and shown[5] == "1 of 4 numbers lie inside their committed 95 % intervals."
+    assert "0.550 [0.450, 0.650]" in shown[1] and shown[5] == "1 of 4 numbers lie inside their committed 95% intervals."
     assert {path: path.read_bytes() for path in (repository / "notebooks").iterdir()} == before and not (repository / "figures").exists()
     assert (
         (repository / "runs/openmoji/results/reproduction.csv")

@@ -16,8 +16,8 @@ def test_zero_shot_accuracy():
         "domain": ["color"] * 6 + ["line"] * 2, "tier": ["rare"] * 2 + ["common"] * 4 + ["rare"] * 2, "correct": [True] * 6 + [False] * 2,
         "n_classes": 4, "n_in_task": 2,
     })  # fmt: skip
-    words = "CLIP classifies 100 % [100, 100] of 6 unseen pictures correctly (guessing: 25.0%)."
-    tiers, others = "common 100 % [100, 100], rare 100 % [100, 100]", "line 0 % [0, 0]"
+    words = "CLIP classifies 100% [100, 100] of 6 unseen pictures correctly (guessing: 25.0%)."
+    tiers, others = "common 100% [100, 100], rare 100% [100, 100]", "line 0% [0, 0]"
     assert accuracy_sentence(predictions) == f"{words} How often captions named the class: {tiers}. Other domains: {others}."
     assert accuracy_sentence(predictions.query("domain == 'color'").assign(tier="all")) == words
 
@@ -28,8 +28,8 @@ def test_probes():
         [(*row, row[2] - 0.05, row[2] + 0.05, 0.01) for row in rows], columns=["layer", "token", "accuracy", "low", "high", "control"]
     )
     assert probe_sentence(probes, 4) == (
-        "At layer 4 a probe reads the class from a single patch in 80 % [75, 85] of cases (20% at layer 0, 1.0% with permuted labels), "
-        "and from CLS in 60 % [55, 65]."
+        "At layer 4 a probe reads the class from a single patch in 80% [75, 85] of cases (20% at layer 0, 1.0% with permuted labels), "
+        "and from CLS in 60% [55, 65]."
     )
 
 
@@ -37,15 +37,15 @@ def test_quality_of_an_sae_with_and_without_words():
     rows = [("SAE", "explained_variance", 0.9), ("SAE", "l0", 8.0), ("SAE", "zero_shot_change", -0.03)]
     frame = pd.DataFrame([("reconstruction", "all", *row, row[2] - 0.01, row[2] + 0.01) for row in rows])
     frame.columns = ["variant", "tokens", "sae", "metric", "value", "low", "high"]
-    kept = "Explained on unseen pictures: SAE 90.0 % [89.0, 91.0] of the variance with 8 latents per token"
+    kept = "Explained on unseen pictures: SAE 90.0% [89.0, 91.0] of the variance with 8 latents per token"
     assert evaluation_sentence(frame) == f"{kept}, CLIP's accuracy changed by -3.00 [-4.00, -2.00] points."
     assert evaluation_sentence(frame[:2]) == f"{kept}."
     readings = [("object", "l0", 8.0), ("object", "error", 0.3), ("background", "l0", 7.0), ("background", "error", 0.2)]
     places = pd.DataFrame([(*row, row[2], row[2]) for row in readings], columns=["place", "metric", "value", "low", "high"])
     said = places_sentence(places)
     assert said == (
-        "A patch of an object has 8.00 [8.00, 8.00] latents and an error of 30 % [30, 30] of its norm; "
-        "a patch of bare background 7.00 [7.00, 7.00] latents and an error of 20 % [20, 20] of its norm."
+        "A patch of an object has 8.00 [8.00, 8.00] latents and an error of 30% [30, 30] of its norm; "
+        "a patch of bare background 7.00 [7.00, 7.00] latents and an error of 20% [20, 20] of its norm."
     )
 
 
@@ -64,5 +64,5 @@ def test_pointing():
     answers = pd.DataFrame(
         [(*row, row[2] - 0.1, row[2] + 0.1, 0.004) for row in rows], columns=["kind", "answer", "hits", "low", "high", "chance"]
     )
-    found = "the same object in 80 % [70, 90] (the strongest: 70 % [60, 80]; any active latent: 20 % [10, 30]; any patch: 0.4%)"
+    found = "the same object in 80% [70, 90] (the strongest: 70% [60, 80]; any active latent: 20% [10, 30]; any patch: 0.4%)"
     assert pointing_sentence(answers) == f"Followed to another image, the most distinctive latent of a patch finds {found}."
