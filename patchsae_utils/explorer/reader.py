@@ -23,6 +23,7 @@ from ..data.pictures import as_rgb
 from ..interventions.attribution import logit_gradient
 from ..interventions.tail import Active, Tail, dataset_head, network_tail
 from ..latents.pictures import seen_image
+from ..run.memory import give_back
 from ..sae.dictionary import select_latents
 
 MAX_BYTES = 8 * 2**20  # of the file; a notebook server's messages end at 10 MiB
@@ -102,6 +103,8 @@ class Reader:
                 found[i] = (seen_image(self.clip, batch[k]).numpy(), one)
         for i in images:
             _remember(self._images, i, found[i], self._keep)
+        if missing:
+            give_back()
         parts = zip(*(found[i][1] for i in images), strict=True)
         return Residual(*(None if part[0] is None else torch.cat(part).to(self.clip.device) for part in parts))
 
