@@ -100,7 +100,8 @@ PAGE = """
 })()
 """
 
-SHOWN = """document.querySelector('.psx-patch:not([data-old]) .psx-pick') && document.querySelector('.psx-steering:not([data-old]) .psx-odds li')
+# A bool: Playwright's handle of an element would keep all that hangs on it.
+SHOWN = """!!document.querySelector('.psx-patch:not([data-old]) .psx-pick') && !!document.querySelector('.psx-steering:not([data-old]) .psx-odds li')
   || document.body.innerText.includes('Traceback (most recent call last)')"""
 
 
@@ -172,7 +173,7 @@ def wait_for_views(page: Any, timeout: float) -> None:
     """Until all three are drawn that were not there before."""
     try:
         page.wait_for_function(SHOWN)
-        page.wait_for_selector(".psx-latent:not([data-old]) .psx-ref", timeout=30_000)
+        page.locator(".psx-latent:not([data-old]) .psx-ref").first.wait_for(timeout=30_000)
     except playwright.sync_api.Error as error:
         raise RuntimeError(f"The explorers were not shown in {timeout:.0f} s. The page says: {page.inner_text('body')[-3000:]}") from error
 
@@ -360,7 +361,7 @@ def memory_over_reruns(page: Any, reruns: int, folder: Path, timeout: float) -> 
         page.evaluate("document.querySelectorAll('.psx').forEach((view) => void (view.dataset.old = true))")
         page.evaluate(RERUN)
         wait_for_views(page, timeout)
-        page.wait_for_selector("[data-old]", state="detached")
+        page.wait_for_function("!document.querySelector('[data-old]')")
         page.wait_for_timeout(PAUSE_MS)
     return growth("re-runs of a cell", reruns, [*looks, used()])
 
