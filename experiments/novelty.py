@@ -30,7 +30,7 @@ from patchsae_utils.adaptation.fit import RECIPES, fit_adapter
 from patchsae_utils.adaptation.gain import explain_gain
 from patchsae_utils.adaptation.joint import train_joint
 from patchsae_utils.adaptation.models import FineTuned
-from patchsae_utils.adaptation.novelty import NEW, fires, judge, matched, predicted, read, read_streams
+from patchsae_utils.adaptation.novelty import NEW, fires, judge, matched, read, read_streams
 from patchsae_utils.clip.model import ClipModel
 from patchsae_utils.config import Profile, load_profile
 from patchsae_utils.data import dataset_fingerprint, load_dataset
@@ -43,9 +43,7 @@ N_FIT = 300  # training pictures of each control; a class of 18 has 16 shots
 N_PICTURES, N_SPLIT = 400, 240  # test pictures: half of the first train the dictionaries; on the second number the gain is split
 SIZE = {"d_sae": 768, "k": 16, "n_tokens": 150_000}  # of each dictionary
 DIRECTIONS = {0.005: 4, 0.02: 4, 0.1: 4}  # share of pictures -> how many planted directions they show, each on six of a picture's tokens
-METHODS = {
-    "joint dictionary's norms": "norms_evidence", "Latent Scaling": "scaling_evidence", "two ridges": "predicted_evidence", "combined": "verdict",
-}  # fmt: skip
+METHODS = {"joint dictionary's norms": "norms_evidence", "Latent Scaling": "scaling_evidence", "two ridges": "predicted_evidence"}
 SPLIT = "split of the gain"
 
 
@@ -108,7 +106,7 @@ class Novelty:
     def inputs(self, cell: Cell) -> dict[str, Any]:
         tests = self.data(cell.control, "test", self.n_pictures if cell.what == "latents" else N_SPLIT)
         return {
-            "what": "novelty", "format": {"latents": 2, "split": 1}[cell.what], "clip": self.clip.fingerprint, "layer": self.layer, "cell": cell, "n_fit": self.n_fit,
+            "what": "novelty", "format": {"latents": 3, "split": 1}[cell.what], "clip": self.clip.fingerprint, "layer": self.layer, "cell": cell, "n_fit": self.n_fit,
             "settings": self.profile.adapters, "recipe": RECIPES.get(cell.control.how), "tests": dataset_fingerprint(tests),
             **({"size": self.size, "directions": list(DIRECTIONS.items())} if cell.what == "latents" else {"sae": self.sae.fingerprint}),
         }  # fmt: skip
@@ -204,31 +202,28 @@ def called_new(
     """What each method calls new on ``streams`` [N, T, 2, D]: bool [candidates], and to which of what is ``planted`` [N, T or 1, F] each
     candidate belongs, bool [candidates, F].
 
-    Beside the methods: a dictionary of the adapted model alone, each latent of which is new that has no partner in one of CLIP; one of the
-    streams' difference, each latent of which is new that CLIP's stream does not predict as the adapted one does ("two ridges"); of
-    the joint dictionary all latents ("any latent") and as many random ones as are called new, or planted; and as many principal components
-    of the streams' difference as are planted.
+    The methods are asked of the joint dictionary's latents, "two ridges" of the difference's as well ("difference dictionary"); "combined": the
+    verdict on both dictionaries. Beside them: a dictionary of the adapted model alone, each latent of which is new that has no partner in one
+    of CLIP; all latents of the two ("any latent"), as many random ones as are called new, or planted; and as many principal components of the
+    streams' difference as are planted.
     """
     tokens, options = train.flatten(0, 1), {"k": k, "n_tokens": n_tokens, "progress": progress}
     with torch.enable_grad():
         base, own = (train_joint(tokens[:, model : model + 1].contiguous(), d_sae, **options) for model in range(2))
     encode = lambda x: base.encode(x[:, :, None])  # noqa: E731
-    joint, table = judge(train, streams, base.rows(0), encode, d_sae=d_sae, **options)
-    inside = belongs((f for _, f in read(joint, streams)), planted)[table["latent"]]
-    found = {name: ((table[column] == NEW).to_numpy(), inside) for name, column in METHODS.items()}
+    both, table = judge(train, streams, base.rows(0), encode, d_sae=d_sae, **options)
+    inside = belongs((f for _, f in read(both, streams)), planted)[table["latent"]]
+    change = (table["dictionary"] == "the change").to_numpy()
+    found = {name: ((table[column] == NEW).to_numpy()[~change], inside[~change]) for name, column in METHODS.items()}
+    new = (table["verdict"] == NEW).to_numpy()
+    found |= {"difference dictionary": (new[change], inside[change]), "combined": (new, inside)}
     alive = fires(own, streams)
     unmatched = (matched(own, streams, base.rows(0), encode)["evidence"] == NEW).to_numpy()
     found["own dictionary"] = (unmatched[alive], belongs((f for _, f in read(own, streams)), planted)[alive])
-    many = max(1, planted.shape[2], int(found["combined"][0].sum()))
+    many = max(1, planted.shape[2], int(new.sum()))
     drawn = np.isin(np.arange(len(inside)), np.random.default_rng(0).permutation(len(inside))[:many])
     found |= {"any latent": (np.ones(len(inside), bool), inside), "random latents": (drawn, inside)}
     change, n_components = tokens[:, 1] - tokens[:, 0], max(1, planted.shape[2])
-    if change.any():
-        with torch.enable_grad():
-            changes = train_joint(change[:, None], d_sae, **options)
-        three = [torch.cat([x, x[:, :, 1:] - x[:, :, :1]], 2) for x in (train, streams)]
-        alive, new = fires(changes, three[1]), (predicted(changes, three[1], three[0])["evidence"] == NEW).to_numpy()
-        found["difference dictionary"] = (new[alive], belongs((f for _, f in read(changes, three[1])), planted)[alive])
     axes = torch.linalg.svd((change - change.mean(0)).T @ (change - change.mean(0)))[0][:, :n_components]
     projected = ((x[:, :, 1] - x[:, :, 0] - change.mean(0)) @ axes for x in streams.split(8))
     signed = (torch.cat([along.relu(), (-along).relu()], 2) for along in projected)

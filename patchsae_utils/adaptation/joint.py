@@ -7,6 +7,8 @@ crosscoders", 2024; Minder et al., "Overcoming sparsity artifacts in crosscoders
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Generator, Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -28,7 +30,8 @@ class JointDictionary(nn.Module):
         super().__init__()
         self.k, self.l1_coefficient = k, l1_coefficient
         self.register_buffer("mean", tokens.mean(0))
-        self.register_buffer("scale", (tokens - self.mean).square().mean().sqrt())
+        scale = (tokens - self.mean).square().mean().sqrt()
+        self.register_buffer("scale", scale.clamp_min(1e-12))  # where nothing changed, the difference is 0
         self.register_buffer("threshold", tokens.new_zeros(()))
         drawn = torch.randint(len(tokens), (d_sae,), generator=Generator().manual_seed(0))
         rows = nn.functional.normalize(self._scaled(tokens[drawn.to(tokens.device)]).flatten(1), dim=1).view(d_sae, *tokens.shape[1:])
@@ -56,6 +59,20 @@ class JointDictionary(nn.Module):
     def decode(self, f: Tensor) -> Tensor:
         """[..., M, D] what latents say of each stream, in its units."""
         return torch.stack([f @ rows for rows in self.W_dec], -2) * self.scale + self.mean
+
+    def beside(self, changes: JointDictionary) -> JointDictionary:
+        """Its latents and, after them, those of a dictionary of the difference of its two models' streams, in one code: the second model alone
+        writes these. What :meth:`decode` says then holds the difference twice."""
+        both, unit, rows = copy.deepcopy(self), changes.scale / self.scale, changes.W_dec[0] * changes.scale / self.scale
+        moved = (self.mean[1] - self.mean[0] - changes.mean[0]) / changes.scale @ changes.W_enc[0]
+        parts = {
+            "W_enc": (self.W_enc, torch.stack([-changes.W_enc[0], changes.W_enc[0]]) / unit, 2),
+            "W_dec": (self.W_dec, torch.stack([torch.zeros_like(rows), rows]), 1), "b_enc": (self.b_enc, changes.b_enc + moved, 0),
+        }  # fmt: skip
+        for name, (own, other, axis) in parts.items():
+            setattr(both, name, nn.Parameter(torch.cat([own, other], axis), requires_grad=False))
+        both.threshold = torch.cat([self.threshold.expand_as(self.b_enc), (changes.threshold * unit).expand_as(changes.b_enc)])
+        return both
 
     def loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The squared error on tokens [N, M, D], in units of the scale, plus the L1 penalty; and the smallest product f_s n_s that stayed."""

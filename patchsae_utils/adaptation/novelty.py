@@ -186,8 +186,9 @@ def new_latents(
 
     Returns
     -------
-    JointDictionary
-    DataFrame : as :func:`verdicts`; latents that fire on no measured picture are left out
+    JointDictionary : of both models, and after its latents those of the difference
+    DataFrame : as :func:`verdicts`, with the columns dictionary ("both models" or "the change") and latent; a latent of the change is new or
+        "changed" by the measure predicted alone. Latents that fire on no measured picture are left out
     """
     sae.check_model(base, layer)
     sae.check_model(adapted, layer)
@@ -210,8 +211,14 @@ def judge(
             train_joint(each, d_sae, k=k, n_tokens=n_tokens, l1_coefficient=l1_coefficient, progress=progress)
             for each in (tokens, tokens[:, 1:] - tokens[:, :1])
         )
+    n, both = len(joint.b_enc), joint.beside(changes)
+    ridges = predicted(both, streams, train)
     tables = {
         "norms": norms(joint), "difference": difference(joint, streams, changes), "scaling": scaling(joint, streams),
-        "matched": matched(joint, streams, rows, encode), "predicted": predicted(joint, streams, train),
+        "matched": matched(joint, streams, rows, encode), "predicted": ridges[:n],
     }  # fmt: skip
-    return joint, verdicts(tables)[fires(joint, streams)].reset_index(drop=True)
+    found = verdicts(tables).assign(dictionary="both models")
+    written = ridges[n:].rename(columns={"score": "predicted", "evidence": "predicted_evidence"})
+    verdict = written["predicted_evidence"].replace(BEFORE, "changed")
+    table = pd.concat([found, written[["latent", "predicted", "predicted_evidence"]].assign(verdict=verdict, dictionary="the change")])
+    return both, table[fires(both, streams)].reset_index(drop=True)

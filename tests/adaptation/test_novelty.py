@@ -164,6 +164,20 @@ def test_norms_alone_miss_planted_rare_features_and_latent_scaling_finds_them(pl
         assert (tables[name].loc[latents, "evidence"] == NEW).sum() >= at_least, name
 
 
+def test_latents_of_the_change_stand_beside_those_of_both_models():
+    """One code, as if the two dictionaries were read one after the other; the change writes nothing in CLIP."""
+    streams, _, _ = world((0.05,), n=24)
+    tokens = streams.flatten(0, 1)
+    joint = train_joint(tokens, 24, k=4, n_tokens=20_000, progress=False)
+    changes = train_joint(tokens[:, 1:] - tokens[:, :1], 8, k=1, n_tokens=20_000, progress=False)
+    both = joint.beside(changes)
+    expected = torch.cat([joint.encode(streams), changes.encode((streams[:, :, 1] - streams[:, :, 0])[:, :, None])], 2)
+    assert (expected[..., 24:] > 0).any()
+    torch.testing.assert_close(both.encode(streams), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(both.rows(1)[24:], changes.rows(0))
+    assert not both.rows(0)[24:].any()
+
+
 def test_the_verdict_finds_them_and_little_else(planted):
     tables, latents, f = planted
     table = verdicts(tables)
