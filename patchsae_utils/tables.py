@@ -97,13 +97,18 @@ def planted_and_found(table: pd.DataFrame, method: str = "combined") -> dict[str
 
 def novelty_sentence(table: pd.DataFrame) -> str:
     """What the table "novelty" says of the combined verdict, what bounds it, and what the split's part outside the dictionary can't tell."""
-    found, change, held = (planted_and_found(table, method) for method in ("combined", "difference dictionary", "any latent"))
+    alone = table["control"] == "planted directions"
+    directions, things, held = (
+        planted_and_found(rows, method)
+        for rows, method in ((table[alone], "combined"), (table[~alone], "combined"), (table[~alone], "any latent"))
+    )
     share = table[table["method"] == "split of the gain"].groupby("kind")["new_share"].agg(["min", "max"])
     known, new = (f"{share.loc[kind, 'min']:.0%} to {share.loc[kind, 'max']:.0%}" for kind in ("null", "new"))
     return (
-        f"The combined verdict finds {found['planted_recall']:.0%} of what was planted, {found['planted_precision']:.0%} of what it calls new is "
-        f"planted, and on the null controls it calls {found['null_new_share']:.1%} of the latents new. More than {held['planted_recall']:.0%} can't "
-        "be found by any verdict on these latents: of the rest, the dictionary has none. A dictionary of the change, asked what CLIP's stream knew of its latents, "
-        f"finds {change['planted_recall']:.0%} ({change['planted_precision']:.0%} of what it calls new). Outside the dictionary lie "
-        f"{known} of the gain where nothing is new, and {new} where something is: that share alone does not tell one from the other."
+        f"Of directions planted in the adapted model's stream alone, the combined verdict finds {directions['planted_recall']:.0%}, and "
+        f"{directions['planted_precision']:.0%} of what it calls new is planted. Where nothing is new it calls {things['null_new_share']:.1%} of "
+        f"the latents new. Of the unseen objects and signs that fine-tuning learned it finds {things['planted_recall']:.0%} "
+        f"({held['planted_recall']:.0%} have a latent at all): CLIP's own stream, which sees them as well, predicts most of these latents as well "
+        f"as the adapted one does. Outside the dictionary lie {known} of the gain where nothing is new, and {new} where something is: that share "
+        "alone does not tell one from the other."
     )
