@@ -22,9 +22,10 @@ from patchsae_utils.tables import read_table, table_path
 
 
 def current_commit() -> str:
-    """The commit of the code that runs, with a mark when files differ from it; "unknown" outside a repository."""
-    command = ["git", "describe", "--always", "--abbrev=10", "--dirty=+changes", "--exclude=*"]
-    return subprocess.run(command, cwd=repository_root(), capture_output=True, text=True).stdout.strip() or "unknown"
+    """The commit of the code that runs, with a mark when files other than the tables differ from it; "unknown" outside a repository."""
+    ask = lambda *words: subprocess.run(["git", *words], cwd=repository_root(), capture_output=True, text=True).stdout.strip()  # noqa: E731
+    changed = ask("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!*.csv")
+    return (ask("rev-parse", "--short=10", "HEAD") or "unknown") + ("+changes" if changed else "")
 
 
 def row(experiment: Any, cell: Any) -> dict[str, Any]:
