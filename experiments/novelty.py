@@ -154,8 +154,10 @@ class Novelty:
     def merged(before: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
         """The table, with rows of controls that it doesn't measure, in the order of :data:`CONTROLS`."""
         place = {control.name: i for i, control in enumerate(CONTROLS)}
-        rows = pd.concat([before.astype(object), table.astype(object)]).drop_duplicates(["control", "method"], keep="last")
-        return rows[rows["control"].isin(place)].sort_values("control", key=lambda names: names.map(place), kind="stable")
+        cells = [list(zip(rows["control"], rows["method"] == SPLIT, strict=True)) for rows in (before, table)]
+        kept = before[[cell not in cells[1] and cell[0] in place for cell in cells[0]]]
+        rows = pd.concat([kept.astype(object), table.astype(object)])
+        return rows.sort_values("control", key=lambda names: names.map(place), kind="stable")
 
 
 def trained_further(clip: ClipModel, n_steps: int, batch_size: int) -> FineTuned:
