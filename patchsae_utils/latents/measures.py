@@ -73,9 +73,8 @@ def contrasting_latents(frame: pd.DataFrame) -> dict[int, str]:
     ----------
     frame : DataFrame of ``LatentSummary.to_frame()``; latents that are not faint and have as many reference images as any are considered
 
-    Returns latent -> what it stands for: "one class" (lowest label entropy), "related classes" (label indices closest together, of more than
-    median entropy), "everywhere" (most frequent), "seldom, mixed" (least frequent in the tenth of highest entropy). Without labels "strongest"
-    (highest mean activation), "everywhere" and "seldom".
+    Returns latent -> what it stands for: "one class" (lowest label entropy), "related classes" (closest label indices, above median entropy),
+    "everywhere" (most frequent), "seldom, mixed" (rarest in the tenth of highest entropy); unlabelled: "strongest", "everywhere", "seldom".
     """
     full = frame[~frame["faint"]]
     full = full[full["n_reference"] == full["n_reference"].max()]
