@@ -73,7 +73,7 @@ def contrasting_latents(frame: pd.DataFrame) -> dict[int, str]:
     ----------
     frame : DataFrame of ``LatentSummary.to_frame()``; latents that are not faint and have as many reference images as any are considered
 
-    Returns latent -> what it stands for: "one class" (lowest label entropy), "related classes" (closest label indices, above median entropy),
+    Returns latent -> what it stands for: "one class" (lowest label entropy), "related classes" (close label indices, above median entropy),
     "everywhere" (most frequent), "seldom, mixed" (rarest in the tenth of highest entropy); unlabelled: "strongest", "everywhere", "seldom".
     """
     full = frame[~frame["faint"]]
