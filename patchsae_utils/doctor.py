@@ -40,7 +40,7 @@ def examine(profile: Profile) -> dict[str, Any]:
     try:
         clip, layer = stages.load_world(profile)
         size = sum(parameter.numel() for parameter in clip.model.parameters())
-        words = "" if clip.has_text else ", without a text tower: notebooks 04 and 05 are left out"
+        words = "" if clip.has_text else ", without a text tower: what needs one is left out of the notebooks"
         places = f"block {layer} of {clip.n_layers}, {clip.grid[0]} x {clip.grid[1]} patches"
         found["model"] = f"{clip.name}, {size / 1e6:.0f} million weights; {places}{words}"
     except (ValueError, OSError, ImportError) as error:

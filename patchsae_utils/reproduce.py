@@ -35,6 +35,7 @@ from .data.loader import has_truth
 from .run.artifacts import atomic_file, file_sha256, fingerprint, read_json, write_json, write_table
 from .run.notebooks import cells_for
 from .run.results import beside_committed, duration, measured_anew
+from .stages import has_classes
 
 NUMBERS = "numbers.json"  # beside the notebooks
 NOISE = "metadata.widgets cell.metadata.execution cell.metadata.papermill metadata.papermill metadata.language_info.version"
@@ -72,13 +73,14 @@ def given_by(profile: Profile) -> set[str]:
         "openmoji": all(spec.startswith("openmoji/") for spec in (data.train, data.statistics, data.evaluation)),
         "truth": has_truth(data.train),
         "words": not profile.model.name.startswith("timm:"),
+        "labels": has_classes(profile),
     }
     return {need for need, holds in met.items() if holds}
 
 
-def run_notebook(source: Path, target: Path, failed: Path, given: set[str]) -> str:
-    """Execute the cells that ``given`` allows, save them as ``target``, or as far as they came as ``failed``; why no text tower ended it early, or ""."""
-    notebook, why, number = cells_for(nbformat.read(source, as_version=4), given), "", 0
+def run_notebook(source: Path, target: Path, failed: Path, given: set[str]) -> None:
+    """Execute the cells that ``given`` allows, and save them as ``target``, or as far as they came as ``failed``."""
+    notebook, number = cells_for(nbformat.read(source, as_version=4), given), 0
     notebook = strip_output(notebook, keep_output=False, keep_count=False, keep_id=True)
 
     def begin(cell, cell_index: int) -> None:
@@ -98,13 +100,11 @@ def run_notebook(source: Path, target: Path, failed: Path, given: set[str]) -> s
         except (CellExecutionError, DeadKernelError) as error:
             why = "the kernel died, most often because memory ran out (or somebody ended the run)"
             if isinstance(error, CellExecutionError):
-                why = _COLOR.sub("", error.evalue if error.ename == "NoText" else f"{error.ename}: {error.evalue}")
-            if getattr(error, "ename", "") != "NoText":
-                _save(tidy(notebook), failed)
-                raise NotebookFailed(f"{source.stem}, cell {number}: {why}\nThe notebook up to there: {failed}") from error
+                why = _COLOR.sub("", f"{error.ename}: {error.evalue}")
+            _save(tidy(notebook), failed)
+            raise NotebookFailed(f"{source.stem}, cell {number}: {why}\nThe notebook up to there: {failed}") from error
     _save(tidy(notebook), target)
     failed.unlink(missing_ok=True)
-    return why
 
 
 def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -166,14 +166,14 @@ def run_key(source: Path, profile: Profile) -> str:
     return fingerprint(cells=cells, package=code, settings=settings)
 
 
-def _kept(stamp: Path, source: Path, target: Path, profile: Profile) -> bool:
+def _kept(stamp: Path, source: Path, target: Path, profile: Profile, given: set[str]) -> bool:
     """Whether the notebook has run with this code and these settings, and all it left is still there; then its text is the source's of today."""
     if not stamp.exists() or not target.exists():
         return False
     note = read_json(stamp)
     if note["key"] != run_key(source, profile) or not all(Path(profile.root, path).exists() for path in note["files"]):
         return False
-    notebook, ran = cells_for(nbformat.read(source, as_version=4), given_by(profile)), nbformat.read(target, as_version=4)
+    notebook, ran = cells_for(nbformat.read(source, as_version=4), given), nbformat.read(target, as_version=4)
     code, executed = ([cell for cell in cells if cell.cell_type == "code"] for cells in (notebook.cells, ran.cells))
     if [cell.source for cell in code] != [cell.source for cell in executed]:  # other cells are left out now
         return False
@@ -229,11 +229,12 @@ def _run(options: argparse.Namespace) -> int:
         )
     folder = (options.notebooks or repository_root() / "notebooks").resolve()
     notebooks, chosen = choose(folder, options.only)
+    given = given_by(profile)
     for source in chosen:
         label = f"[{notebooks.index(source) + 1}/{len(notebooks)}] {source.stem} ..."
         target = profile.folder("notebooks") / source.name
         stamp = profile.folder("stamps") / f"{source.stem}.json"
-        if not options.force and _kept(stamp, source, target, profile):
+        if not options.force and _kept(stamp, source, target, profile, given):
             print(f"{label} up to date", file=sys.stderr)
             continue
         for path in (stamp, *_figures(profile, source)):
@@ -241,11 +242,11 @@ def _run(options: argparse.Namespace) -> int:
         key, start = run_key(source, profile), time.monotonic()
         print(label, end=" ", file=sys.stderr, flush=True)
         try:
-            why = run_notebook(source, target, profile.folder("failed") / source.name, given_by(profile))
+            run_notebook(source, target, profile.folder("failed") / source.name, given)
         except BaseException:
             print("did not end", file=sys.stderr)
             raise
-        print(duration(time.monotonic() - start), *([f"(left out from there: {why})"] if why else []), file=sys.stderr)
+        print(duration(time.monotonic() - start), file=sys.stderr)
         left = [profile.folder("results") / f"{source.stem}.json", *_figures(profile, source)]
         write_json(stamp, {"key": key, "files": [os.path.relpath(path, profile.root) for path in left if path.exists()]})
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, kilobytes elsewhere

@@ -6,7 +6,10 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import pandas as pd
 
 from .activations.extraction import extract_activations
 from .activations.store import ActivationStore
@@ -18,7 +21,7 @@ from .concepts import detection
 from .concepts.baselines import sample_patches
 from .concepts.comparison import measure_dictionaries
 from .concepts.detection import ConceptPatches, measure_concepts
-from .concepts.names import label_latents
+from .concepts.names import NO_NAME, label_latents
 from .concepts.pairs import Selectivity, selectivity
 from .concepts.report import ComparisonReport, ConceptReport
 from .concepts.shipped import Shipped, open_shipped
@@ -64,13 +67,22 @@ def training_data(profile: Profile) -> ImageData | OpenMojiData:
 
 
 def statistics_data(profile: Profile) -> ImageData | OpenMojiData:
-    """Labelled images for statistics, reference images and rankings: the train split."""
+    """Images for statistics, reference images and rankings: the train split."""
     return open_data(profile, profile.data.statistics, "train", profile.data.n_statistics_images)
 
 
 def evaluation_data(profile: Profile) -> ImageData | OpenMojiData:
-    """Labelled images that nothing was trained or ranked on: the test split."""
+    """Images that nothing was trained or ranked on: the test split."""
     return open_data(profile, profile.data.evaluation, "test", profile.data.n_evaluation_images)
+
+
+def has_classes(profile: Profile) -> bool:
+    """Whether images for statistics, evaluation and adapters all have labels; those that can't be opened say so when they are needed."""
+    data, tasks = profile.data, dict.fromkeys(profile.adapters.tasks, ("train", None))
+    sets = tasks | {data.evaluation: ("test", data.n_evaluation_images), data.statistics: ("train", data.n_statistics_images)}
+    with suppress(ValueError, OSError, ImportError):
+        return all(load_dataset(spec, split, n_images=n, seed=data.seed).has_labels for spec, (split, n) in sets.items())
+    return True
 
 
 def training_store(profile: Profile, clip: ClipModel) -> ActivationStore:
@@ -117,7 +129,7 @@ def explorable(profile: Profile, clip: ClipModel) -> Shipped:
         return open_shipped()
     sae = trained_sae(profile, clip)
     summary = latent_summary(profile, clip, sae)
-    return Shipped(sae, summary, label_latents(summary, concept_report(profile, clip, sae)), latent_likeness(profile, clip, sae))
+    return Shipped(sae, summary, latent_names(summary, concept_report(profile, clip, sae)), latent_likeness(profile, clip, sae))
 
 
 def concept_scenes(profile: Profile, split: str) -> ImageData | OpenMojiData | None:
@@ -139,9 +151,14 @@ def concept_report(
     """Which latents find which ground-truth concepts; None where the data set knows none. ``patches``: :func:`concept_patches`, if at hand."""
     if not has_truth(profile.data.train):
         return None
-    choose, held_out = (concept_scenes(profile, split) for split in ("val", "test"))
-    out = profile.folder("latents") / "concepts"
-    return measure_concepts(clip, sae, choose, held_out, profile.model.layer, patches=patches, out=out)
+    scenes = (concept_scenes(profile, split) for split in ("val", "test"))
+    return measure_concepts(clip, sae, *scenes, profile.model.layer, patches=patches, out=profile.folder("latents") / "concepts")
+
+
+def latent_names(summary: LatentSummary, report: ConceptReport | None) -> pd.DataFrame:
+    """Names by ground truth, where there is a report, else by labels; without either, all latents are unnamed."""
+    nothing = None if report is not None or summary.class_names else pd.DataFrame([{"latent": 0, **NO_NAME}])
+    return label_latents(summary, report, text=nothing)
 
 
 def concept_comparison(
@@ -208,7 +225,7 @@ def artifacts(profile: Profile) -> dict[str, tuple[Path, str]]:
     kept["statistics of the latents"] = (folder("latents") / "statistics", "03_concept_labeling")
     if has_truth(profile.data.train):
         kept["names of the latents"] = (folder("latents") / "concepts", "03_concept_labeling")
-    if not profile.model.name.startswith("timm:"):  # they need class names in words
+    if not profile.model.name.startswith("timm:") and has_classes(profile):  # they need class names in words
         tasks, kind = profile.adapters.tasks, profile.adapters.kind
         shown = {f"adapter of {task}": (task, kind) for task in tasks} | {f"fine-tuned model of {tasks[-1]}": (tasks[-1], "finetune")}
         for what, (task, kind) in shown.items():

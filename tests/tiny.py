@@ -48,3 +48,13 @@ def loud(adapter, clip):
     for parameter in adapted.learned.parameters():
         parameter.mul_(20)
     return adapted
+
+
+def owed(clip, sae, residual, head, layer=-2, h=None):
+    """What the logit of the predicted class owes to each latent of each image, [B, S]."""
+    from patchsae_utils.interventions.attribution import latent_shares
+    from patchsae_utils.interventions.tail import network_tail
+
+    classes = clip.logits(clip.finish(residual, layer), head).argmax(1)
+    with torch.no_grad():
+        return latent_shares(clip, sae, network_tail(clip, layer, residual), residual, head, classes, h=h)

@@ -60,13 +60,14 @@ epochs = 1
 batch_size = 25
 """
 STAGES = {name: ["patchsae_utils", name] for name in ("extract", "train", "summarize", "sweep", "adapt")}
+NEED_LABELS = ("sweep", "adapt")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--classes", type=int, default=500, help="at most 500, and three images each")
+    parser.add_argument("--classes", type=int, default=500, help="at most 500, and three images each; 0: pictures without labels")
     parser.add_argument("--model", default="ViT-B-16", help="an architecture of open_clip (default: %(default)s)")
     parser.add_argument("--expansion", type=int, default=8, help="latents, times the model's width")
     options = parser.parse_args()
@@ -77,7 +78,8 @@ def main() -> int:
     sizes = {"fifth": fifth, "tenth": tenth, "tokens": 197 * fifth, "expansion": options.expansion}
     (out / "rehearsal.toml").write_text(PROFILE.format(out=out.as_posix(), **sizes))
     notebooks = {path.stem: ["patchsae_utils.reproduce", "--only", path.stem] for path in sorted((ROOT / "notebooks").glob("0*.ipynb"))}
-    rows = [measure(what, command, out) for what, command in (STAGES | notebooks).items()]
+    stages = {name: command for name, command in STAGES.items() if options.classes or name not in NEED_LABELS}
+    rows = [measure(what, command, out) for what, command in (stages | notebooks).items()]
     took = sum(row["seconds"] for row in rows)
     (out / "rehearsal.json").write_text(json.dumps({**vars(options), "cores": os.cpu_count(), "steps": rows}, indent=1, default=str))
     failed = [row["step"] for row in rows if row["status"]]
@@ -103,7 +105,7 @@ def measure(what: str, command: list[str], out: Path) -> dict:
 
 def write_pictures(folder: Path, n_images: int, n_classes: int) -> None:
     """JPEGs of coarse colours, alike within a class, as ``<class>/<image>``; those that lie there stay."""
-    names = [f"{color}_{thing}" for thing in THINGS.split() for color in COLORS.split()][:n_classes]
+    names = [f"{color}_{thing}" for thing in THINGS.split() for color in COLORS.split()][:n_classes] or ["."]
     for number in range(n_images):
         path = folder / names[number % len(names)] / f"{number:05d}.jpg"
         if path.exists():

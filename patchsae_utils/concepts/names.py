@@ -26,6 +26,7 @@ from ..latents.summary import LatentSummary
 from .report import ConceptReport
 
 UNNAMED = "unnamed"
+NO_NAME = {"name": UNNAMED, "kind": UNNAMED, "score": 0.0, "margin": 0.0, "p": 1.0, "runner_up": "", "class_index": -1}
 N_IMAGES, N_CROPS = 10, 3  # of a latent, that words are compared with
 N_RANDOM_CROPS, N_PERMUTATIONS = 600, 2000  # what scores are compared with
 CROP_MARGIN = 2  # patches around the strongest one on every side
@@ -66,7 +67,7 @@ def label_latents(
     -------
     DataFrame
         One row a latent: latent, name, kind ("dead", "unnamed", or of the name), score, margin, p, q, runner_up, class_index (-1 where the
-        name is no class), n_images (where it is active), frequency; from labels also ``entropy`` of its reference images' classes (nats).
+        name is no class), n_images (where it is active), frequency.
     """
     if report is not None and text is not None:
         raise ValueError("Names come from ground truth (report) or from text, not from both: call twice, and compare by name_agreement.")
@@ -80,9 +81,8 @@ def label_latents(
         frame, least = report.latents[["latent", "score", "margin", "p", "runner_up"]].assign(kind=kind[0], class_index=-1), 0.1
         frame.insert(1, "name", kind[2].where(kind[2] != "", kind[0]))
     elif text is not None:
-        empty = {"name": UNNAMED, "kind": UNNAMED, "score": 0.0, "margin": 0.0, "p": 1.0, "runner_up": "", "class_index": -1}
         frame = pd.DataFrame({"latent": np.arange(summary.n_latents)}).merge(text, on="latent", how="left")
-        frame, least = frame.fillna(empty).astype({"class_index": int})[["latent", *empty]], 0.5
+        frame, least = frame.fillna(NO_NAME).astype({"class_index": int})[["latent", *NO_NAME]], 0.5
     else:
         frame, least = _names_from_labels(summary), 2.0
     judged = ~dead if text is None else np.isin(frame["latent"], text["latent"]) & ~dead
@@ -125,7 +125,7 @@ def _names_from_labels(summary: LatentSummary) -> pd.DataFrame:
     names, score = unique_names(summary.class_names), lift[best, columns]
     said = {"latent": columns, "name": names[best], "kind": "class", "score": score, "margin": score - second, "p": np.minimum(tail, 1.0)}
     said |= {"runner_up": names[order[1]] if len(order) > 1 else "", "class_index": best}
-    return pd.DataFrame({**said, "entropy": summary.label_entropy.nan_to_num(float(np.log(len(base)))).numpy()})
+    return pd.DataFrame(said)
 
 
 class Vocabulary(NamedTuple):

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from ..data import openmoji
+from ..data.splits import require_labels
 from ..run.intervals import interval, percent
 from ..sae.dictionary import select_latents
 from .cards import Reader, distinctiveness
@@ -45,10 +46,11 @@ def point(clip: Any, sae: Any, summary: Any, dataset: Any, layer: int = -2) -> p
     Raises
     ------
     ValueError
-        If the data set has fewer than two images.
+        If the data set has fewer than two images, or no labels.
     """
     if len(dataset) < 2:
         raise ValueError(f"Pointing compares images: {dataset.spec!r} ({dataset.split}) has {len(dataset)}; give two or more.")
+    require_labels(dataset)
     rng = np.random.default_rng(0)
     labels = np.asarray(dataset.labels)
     classes = rng.permutation(np.unique(labels))[:N_CLASSES]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..clip.model import ClipModel, Residual
 from ..sae.model import SparseAutoencoder
-from .tail import Active, Tail, dataset_head, network_tail, read_batches
+from .tail import Active, Tail, dataset_head, read_batches
 
 N_CHECKED = 20  # latents of each image
 
@@ -51,16 +51,6 @@ def attribute_latents(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, lay
         sums.index_add_(0, read.labels, latent_shares(clip, sae, read.tail, read.residual, head, read.labels, all_others(head)))
     images = torch.bincount(torch.as_tensor(dataset.labels), minlength=len(sums))
     return Attribution(sums.cpu() / images.clamp_min(1)[:, None], tuple(dataset.class_names))
-
-
-@torch.no_grad()
-def image_attribution(
-    clip: ClipModel, sae: SparseAutoencoder, residual: Residual, head: Tensor, layer: int = -2, h: Tensor | None = None
-) -> Tensor:
-    """What the logit of the class that the model predicts owes to each latent of each image, [B, S]; ``h`` [B, T, S] if it is known."""
-    sae.check_model(clip, layer)
-    tail = network_tail(clip, layer, residual)
-    return latent_shares(clip, sae, tail, residual, head, clip.logits(tail(residual), head).argmax(1), h=h)
 
 
 def latent_shares(

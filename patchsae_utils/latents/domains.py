@@ -25,8 +25,8 @@ class CrossDomain(NamedTuple):
     """Some latents' reference images in several data sets."""
 
     references: dict[int, dict[str, References]]  # latent -> name of the data set -> its reference images there
-    # latent, domain, frequency, mean_activation; where all have the same classes also same_class (share of the reference images whose class
-    # is one of the first data set's references), chance (of all images) and correlation (of the classes' means)
+    # latent, domain, frequency; where all have the same classes also same_class (share of the reference images whose class
+    # is one of the first data set's references) and chance (of all images)
     table: pd.DataFrame
 
 
@@ -44,9 +44,10 @@ def cross_domain_references(
     """
     sae.check_model(clip, layer)
     latents = [int(s) for s in latents]
-    same_classes = len({tuple(data.class_names) for data in datasets.values()}) == 1
+    classes = {tuple(data.class_names) for data in datasets.values()}
+    same_classes = len(classes) == 1 and classes != {()}
     found: dict[int, dict[str, References]] = {int(latent): {} for latent in pictured}
-    tables, base = [], None
+    tables, first = [], None
     for name, data in datasets.items():
         means = torch.empty(len(data), len(latents))
         for _, _, places, stream in read_streams(clip, data, layer, progress=name):
@@ -57,20 +58,13 @@ def cross_domain_references(
         for latent in found:
             column = latents.index(latent)
             found[latent][name] = references(clip, sae, data, latent, images[column], values[column], layer)
-        active = (means > 0).double()
-        table = pd.DataFrame({"latent": latents, "domain": name, "frequency": active.mean(0).numpy()})
-        table["mean_activation"] = (means.double().sum(0) / active.sum(0).clamp_min(1)).numpy()
+        table = pd.DataFrame({"latent": latents, "domain": name, "frequency": (means > 0).double().mean(0).numpy()})
         if same_classes:
             labels = torch.as_tensor(data.labels)
-            sums = torch.zeros(len(data.class_names), len(latents), dtype=torch.float64).index_add_(0, labels, means.double())
-            profiles = (sums / torch.bincount(labels, minlength=len(sums)).clamp_min(1)[:, None]).numpy()
-            profiles -= profiles.mean(0)
             own = [labels[of[of >= 0]] for of in images]  # classes of each latent's references
-            base = base or (own, profiles)
-            table["same_class"] = [float(torch.isin(a, b).float().mean()) if len(a) else 0.0 for a, b in zip(own, base[0], strict=True)]
-            table["chance"] = [float(torch.isin(labels, first).float().mean()) for first in base[0]]
-            scale = np.sqrt((base[1] ** 2).sum(0) * (profiles**2).sum(0))  # 0 where either is constant
-            table["correlation"] = np.divide((base[1] * profiles).sum(0), scale, out=np.zeros(len(latents)), where=scale > 1e-12)
+            first = first or own
+            table["same_class"] = [float(torch.isin(a, b).float().mean()) if len(a) else 0.0 for a, b in zip(own, first, strict=True)]
+            table["chance"] = [float(torch.isin(labels, each).float().mean()) for each in first]
         tables.append(table)
     return CrossDomain(found, pd.concat(tables, ignore_index=True))
 
@@ -108,9 +102,8 @@ def word_scenes(class_names: Sequence[str], n_per_word: int = 4, size: tuple[int
 class TextAndImage(NamedTuple):
     """Which latents answer to a thing and to its written name.
 
-    The table has a row for each latent active on things, best score first: latent, label (class on whose pictures it is strongest), p (share
-    of all words on which it is at least as active as on that class's name), score (how far its mean on the class exceeds that on the others,
-    in standard deviations over classes, on pictures or on words, whichever is less; at least 0).
+    The table has a row for each latent active on things: latent, label (class on whose pictures it is strongest), p (share of all words on
+    which it is at least as active as on that class's name).
     """
 
     table: pd.DataFrame
@@ -150,17 +143,8 @@ def text_and_image_latents(clip, sae, objects, words, layer: int) -> TextAndImag
     dealt = [own, *(rng.permutation(n_classes)[own] for _ in range(N_SHUFFLES))]
     share, *by_chance = [float((rank[classes, columns] <= ALPHA).mean()) if len(alive) else 0.0 for classes in dealt]
     shuffled = np.array(by_chance)
-    score = np.minimum(*(_excess(values, own) for values in (thing, word))).clip(0)
-    table = pd.DataFrame({"latent": alive, "label": present[own], "p": rank[own, columns], "score": score})
-    table = table.sort_values(["score", "latent"], ascending=[False, True], ignore_index=True)
+    table = pd.DataFrame({"latent": alive, "label": present[own], "p": rank[own, columns]})
     return TextAndImage(table, share, shuffled, float((1 + (shuffled >= share).sum()) / (1 + N_SHUFFLES)))
-
-
-def _excess(values: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """How far each column of [C, S] exceeds the others at its own class, in standard deviations over classes; 0 where it is constant."""
-    at, spread = values[own, np.arange(len(own))], values.std(0)
-    others = (values.sum(0) - at) / (len(values) - 1)
-    return np.divide(at - others, spread, out=np.zeros(len(own)), where=spread > 1e-12)
 
 
 def _activation_by_class(clip, sae, data, layer: int) -> tuple[np.ndarray, np.ndarray]:

@@ -73,8 +73,8 @@ def contrasting_latents(frame: pd.DataFrame) -> dict[int, str]:
     ----------
     frame : DataFrame of ``LatentSummary.to_frame()``; latents that are not faint and have as many reference images as any are considered
 
-    Returns latent -> what it stands for: "one class" (lowest label entropy), "related classes" (label indices closest together, of more than
-    median entropy), "everywhere" (most frequent), "seldom, mixed" (least frequent in the tenth of highest entropy).
+    Returns latent -> what it stands for: "one class" (lowest label entropy), "related classes" (close label indices, above median entropy),
+    "everywhere" (most frequent), "seldom, mixed" (rarest in the tenth of highest entropy); unlabelled: "strongest", "everywhere", "seldom".
     """
     full = frame[~frame["faint"]]
     full = full[full["n_reference"] == full["n_reference"].max()]
@@ -85,6 +85,9 @@ def contrasting_latents(frame: pd.DataFrame) -> dict[int, str]:
         "everywhere": (full, ["frequency", "mean_activation"], [False, False]),
         "seldom, mixed": (above(0.9), ["frequency", "mean_activation"], [True, False]),
     }
+    if full["label_entropy"].isna().all():
+        strongest = (full, ["mean_activation", "frequency"], [False, False])
+        rules = {"strongest": strongest, "everywhere": rules["everywhere"], "seldom": (full, *rules["seldom, mixed"][1:])}
     chosen: dict[int, str] = {}
     for title, (rows, by, ascending) in rules.items():
         rest = rows[~rows["latent"].isin(list(chosen))].sort_values(by, ascending=ascending, kind="stable")

@@ -71,7 +71,7 @@ def references(clip, sae, dataset, latent: int, images: Tensor, values: Tensor, 
 
 
 class Levels(NamedTuple):
-    """One image's top latents at the four levels of Lim et al., section 3: patch, image, class, data set."""
+    """One image's top latents at the levels of Lim et al., section 3: patch, image, class (where there are labels), data set."""
 
     image: Tensor  # [H, W, 3] uint8, as CLIP saw it
     class_name: str
@@ -84,7 +84,7 @@ class Levels(NamedTuple):
 def activation_levels(clip, sae, dataset, index: int, layer: int, summary: LatentSummary) -> Levels:
     """Follow one image from a patch to the data set: the eight top latents of each level.
 
-    The patch is where the latent that most exceeds the data set on the image's class is most active.
+    The patch is where the latent that most exceeds the data set on the image's class (without labels: on the image) is most active.
 
     Parameters
     ----------
@@ -97,11 +97,11 @@ def activation_levels(clip, sae, dataset, index: int, layer: int, summary: Laten
     inputs = clip.preprocess(example.image)
     h = sae.encode(clip.residual(inputs[None], layer)[0, : clip.n_tokens].to(sae.W_enc.device)).cpu()
     grid = h[1:].T.unflatten(1, clip.grid)
-    per_class = summary.class_counts[example.label] / summary.class_images[example.label].clamp_min(1)
     per_dataset = (summary.dataset_counts / summary.n_images).float()
-    row, column = divmod(int(grid[(per_class - per_dataset).argmax()].argmax()), clip.grid[1])
-    image = (h[TOKENS[summary.tokens]] > summary.tau).sum(0).float()
-    levels = {"patch": grid[:, row, column], "image": image, "class": per_class, "data set": per_dataset}
+    image, label = (h[TOKENS[summary.tokens]] > summary.tau).sum(0).float(), example.label
+    of_class = {"class": summary.class_counts[label] / summary.class_images[label].clamp_min(1)} if summary.class_names else {}
+    row, column = divmod(int(grid[(of_class.get("class", image) - per_dataset).argmax()].argmax()), clip.grid[1])
+    levels = {"patch": grid[:, row, column], "image": image, **of_class, "data set": per_dataset}
     records = [
         (level, rank, latent, float(activation[latent]))
         for level, activation in levels.items()

@@ -20,12 +20,15 @@ _LOCAL = {"ap": "average precision", "iou": "intersection over union", "pointing
 
 @drawn(frame="DataFrame of ``LatentSummary.to_frame()``", annotate="mapping of int to str; latents to point at, and their names")
 def latent_statistics(frame: pd.DataFrame, annotate: Mapping[int, str]) -> Figure:
-    """How often each latent is active against how strongly, colored by label entropy."""
+    """How often each latent is active against how strongly, colored by label entropy, where there are labels."""
     fig, ax = figure(height=4.6)
-    points = ax.scatter(frame["frequency"], frame["mean_activation"], c=frame["label_entropy"], s=9, cmap="viridis", alpha=0.8, lw=0)
-    bar = fig.colorbar(points, ax=ax, pad=0.01, label="label entropy (nats)")
-    bar.outline.set_visible(False)
-    bar.solids.set_alpha(1)
+    labelled = frame["label_entropy"].notna().any()
+    color = {"c": frame["label_entropy"], "cmap": "viridis"} if labelled else {"color": COLORS["blue"]}
+    points = ax.scatter(frame["frequency"], frame["mean_activation"], s=9, alpha=0.8, lw=0, **color)
+    if labelled:
+        bar = fig.colorbar(points, ax=ax, pad=0.01, label="label entropy (nats)")
+        bar.outline.set_visible(False)
+        bar.solids.set_alpha(1)
     ax.set(xscale="log", yscale="log", xlabel="activated frequency (share of images)", ylabel="mean activation (over active images)")
     ax.set_title(f"{len(frame):,} living latents")
     at, red = frame.set_index("latent"), {"color": COLORS["red"], "weight": "bold", "path_effects": HALO}

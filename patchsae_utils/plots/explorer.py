@@ -39,13 +39,15 @@ def latent(card: Any, summary: Any, **shown: Any) -> Figure:
     place.scatter(frequency, summary.mean_activation.numpy()[alive], s=3, color=COLORS["gray"], alpha=0.4, lw=0, rasterized=True)
     if not card.dead:
         place.scatter(card.frequency, card.mean_activation, s=60, color=COLORS["orange"], edgecolor=COLORS["black"], zorder=3)
-    facts = "dead: active in no image" if card.dead else f"{100 * card.frequency:.3g}% of images, entropy {card.label_entropy:.2f}"
+    entropy = "" if np.isnan(card.label_entropy) else f", entropy {card.label_entropy:.2f}"  # without labels there is none
+    facts = "dead: active in no image" if card.dead else f"{100 * card.frequency:.3g}% of images{entropy}"
     place.set(xscale="log", yscale="log", xlabel="frequency", ylabel="mean activation")
     place.set_title(facts, fontsize=9, weight="normal")
     if frequency.min(initial=1) > 0.05:  # less than two decades want more ticks than powers of ten
         place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     plain_log(place.xaxis)
     words = [clip(name, 18) for name, _ in card.classes]
+    classes.set_visible(bool(words))
     classes.barh(range(len(words)), [100 * share for _, share in card.classes], color=COLORS["blue"], height=0.7)
     classes.set(yticks=range(len(words)), yticklabels=words, xlabel="% of its active tokens")
     classes.invert_yaxis()

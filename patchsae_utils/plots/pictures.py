@@ -48,9 +48,10 @@ def levels(found: Any, names: Mapping[int, str]) -> Figure:
     count = found.table.groupby("latent", sort=False)["level"].nunique()
     colors = {latent: COLORS[name] for latent, name in zip(count.index[count > 1], _SHARED, strict=False)}
     titles = {"patch": f"patch {tuple(found.patch)}", "class": f"class: {found.class_name}"}
-    fig, axes = figure(height=5.4, nrows=2, ncols=4, height_ratios=[1, 1.4])
+    units = {level: unit for level, unit in _LEVELS.items() if level != "class" or found.class_name}
+    fig, axes = figure(height=5.4, nrows=2, ncols=len(units), height_ratios=[1, 1.4])
     image = found.image.numpy()
-    for (level, unit), (top, bottom) in zip(_LEVELS.items(), axes.T, strict=True):
+    for (level, unit), (top, bottom) in zip(units.items(), axes.T, strict=True):
         rows = found.table[found.table["level"] == level]
         image_axes(top).set_title(titles.get(level, level))
         first = int(rows["latent"].iloc[0]) if len(rows) else -1

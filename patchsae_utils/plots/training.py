@@ -75,7 +75,7 @@ def reconstruction_quality(evaluation: pd.DataFrame) -> Figure:
     for ax, title in ((left, "Explained variance, centred"), (right, "Zero-shot accuracy with tokens replaced by the SAE")):
         ax.set_title(title)
         ax.yaxis.set_major_formatter(PERCENT)
-    if accuracy.empty:  # of a model without a text tower
+    if accuracy.empty:  # of a model without a text tower, or images without labels
         right.remove()
         legend(fig, left, ncols=len(looks))
         return fig
@@ -108,7 +108,7 @@ def firing_rates(rates: Mapping[str, Tensor], n_tokens: int) -> Figure:
     return fig
 
 
-@drawn(credit=True, l0="Tensor [n, rows, columns] of ``patch_readings``", error="Tensor [n, rows, columns] of ``patch_readings``")
+@drawn(credit=True, l0="Tensor [n, rows, columns], latents of each patch", error="Tensor [n, rows, columns], relative to its norm")
 def patch_maps(images: Sequence, l0: Tensor, error: Tensor) -> Figure:
     """Pictures, and under each how many latents every patch has and how large its error is."""
     return image_rows({"picture": images, "active latents": l0, "error / norm": error}, scaled=True)[0]

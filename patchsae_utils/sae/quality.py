@@ -30,7 +30,7 @@ _ENOUGH_IMAGES = 8  # to know their tokens' mean and spread
 def evaluate_sae(
     clip, sae: SparseAutoencoder | Mapping[str, SparseAutoencoder], dataset, layer: int, *, batch_size: int = 64, progress: bool = True
 ) -> pd.DataFrame:
-    """Measure SAEs on a labelled data set that they were not trained on.
+    """Measure SAEs on a data set that they were not trained on.
 
     Parameters
     ----------
@@ -50,8 +50,8 @@ def evaluate_sae(
         - ``mse`` = 1 / (N D) sum_x ||x_hat - x||^2 / ||x||, as in the paper's loss; ``l1``, ``l0``: means of sum_s h_s and #{s: h_s > 0}.
         - ``explained_variance`` = 1 - sum_x ||x - x_hat||^2 / sum_x ||x - m||^2, m the mean of x.
         - ``dead_fraction`` = 1 / S #{s: h_s = 0 for all x}.
-        - Where the model has a text tower, of an image's logits over the class prompts: ``contrastive_loss``, the mean cross-entropy in
-          nats; ``zero_shot_top1``, the share of hits; ``zero_shot_change``, that share minus the raw one.
+        - With a text tower, and labels, of an image's logits over the class prompts: ``contrastive_loss``, the mean cross-entropy in nats;
+          ``zero_shot_top1``, the share of hits; ``zero_shot_change``, that share minus the raw one.
 
     An SAE of another width, layer or model, activations unlike those of training, and an empty data set raise ``ValueError``.
     """
@@ -60,7 +60,7 @@ def evaluate_sae(
         each.check_model(clip, layer)
     if len(dataset) == 0:
         raise ValueError(f"The data set {dataset.spec!r} ({dataset.split}) is empty: there is nothing to evaluate on.")
-    head = clip.zero_shot_head(dataset.class_names, templates_for(dataset.spec)).to(clip.device) if clip.has_text else None
+    head = clip.zero_shot_head(dataset.class_names, templates_for(dataset.spec)) if clip.has_text and dataset.class_names else None
     tallies, first = {name: _Tally(each) for name, each in saes.items()}, True
 
     for batch in batches(dataset, clip.preprocess, batch_size, progress="evaluating the SAE" if progress else None):
@@ -111,7 +111,7 @@ class _Tally:
             yield "reconstruction", name, "dead_fraction", (~self.fired[name]).double().mean().item(), np.nan, np.nan
         raw = torch.cat(self.outcomes["raw", "none"])[:, 1:]
         if not raw.numel():
-            return  # a model without words
+            return  # a model without words, or images without labels
         for (variant, tokens), parts in self.outcomes.items():
             outcome = torch.cat(parts)
             table = torch.cat([outcome, outcome[:, 1:] - raw, torch.ones(len(outcome), 1)], 1).double().numpy()
@@ -206,16 +206,8 @@ def read_tokens(sae: SparseAutoencoder, x: Tensor) -> TokenReadings:
 
 
 @torch.no_grad()
-def patch_readings(clip, sae: SparseAutoencoder, images: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    """Active latents of each patch of images [B, 3, H, W], and ||x - x_hat|| / ||x||: [B, rows, columns] each."""
-    x = clip.residual(images, layer)
-    readings = read_tokens(sae, x)
-    error = (x - readings.reconstruction).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-12)
-    return tuple(values[:, 1:].float().unflatten(1, clip.grid) for values in (readings.l0, error))
-
-
 def readings_by_place(clip, sae: SparseAutoencoder, dataset, layer: int) -> pd.DataFrame:
-    """:func:`patch_readings` on objects and on bare background, by the ground truth.
+    """Active latents (l0) and errors ||x - x_hat|| / ||x|| of patches on objects and on bare background, by the ground truth.
 
     Parameters
     ----------
@@ -227,7 +219,9 @@ def readings_by_place(clip, sae: SparseAutoencoder, dataset, layer: int) -> pd.D
     """
     sums = []
     for batch in batches(dataset, clip.preprocess, 64, progress="readings"):
-        readings = torch.stack(patch_readings(clip, sae, batch.images, layer), 1).double().cpu().numpy()
+        read = read_tokens(sae, x := clip.residual(batch.images, layer))
+        error = (x - read.reconstruction).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-12)
+        readings = torch.stack([read.l0.float(), error], 1)[..., 1:].unflatten(2, clip.grid).double().cpu().numpy()
         bare = np.stack([dataset.truth(int(i)).background_share for i in batch.indices])
         places = np.stack([bare <= 0.5, bare >= 0.9], 1)  # [B, places, rows, columns]
         of_readings = (readings[:, None] * places[:, :, None]).sum((3, 4))

@@ -11,17 +11,20 @@ import torch
 from PIL import Image
 from tiny import picture_folder
 
+from patchsae_utils import plots
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.clip.zero_shot import zero_shot_predictions
 from patchsae_utils.concepts.names import label_latents
 from patchsae_utils.data import few_shot, load_dataset
 from patchsae_utils.data.loader import without_broken
-from patchsae_utils.explorer import LatentExplorer, PatchExplorer
+from patchsae_utils.explorer import LatentExplorer, PatchExplorer, point
 from patchsae_utils.interventions import sweep_masks
-from patchsae_utils.latents import latent_masks
+from patchsae_utils.latents import contrasting_latents, cross_domain_references, latent_masks
 from patchsae_utils.latents.pictures import activation_levels, reference_images
 from patchsae_utils.latents.reading import summarize_latents
 from patchsae_utils.latents.summary import LatentSummary
+from patchsae_utils.sae.quality import evaluate_sae
+from patchsae_utils.stages import latent_names
 
 
 def pictures(n, mode="RGB"):
@@ -89,11 +92,22 @@ def test_pictures_without_classes_are_data_and_what_needs_labels_says_so(tiny_cl
         assert torch.equal(getattr(summary, name), getattr(same, name)), name
     latent = int(summary.frequency.argmax())
     assert len(reference_images(tiny_clip, tiny_sae, data, summary, [latent], -2)[0].images) == 5
-    assert activation_levels(tiny_clip, tiny_sae, data, 0, -2, summary).class_name == ""
-    assert LatentExplorer(tiny_clip, tiny_sae, summary, data).card.classes == [] and PatchExplorer(tiny_clip, tiny_sae, summary, data)
+    levels = activation_levels(tiny_clip, tiny_sae, data, 0, -2, summary)
+    assert levels.class_name == "" and "class" not in set(levels.table["level"]) and len(plots.levels(levels, {}).axes) == 6
+    explorer = LatentExplorer(tiny_clip, tiny_sae, summary, data)
+    assert explorer.card.classes == [] and "entropy" not in str([ax.get_title() for ax in explorer.figure().axes])
+    assert PatchExplorer(tiny_clip, tiny_sae, summary, data) and (latent_names(summary, None)["kind"].isin(["unnamed", "dead"])).all()
+    chosen = contrasting_latents(summary.to_frame())
+    assert (
+        list(chosen.values()) == ["strongest", "everywhere", "seldom"]
+        and len(plots.latent_statistics(summary.to_frame(), chosen).axes) == 1
+    )
+    assert set(evaluate_sae(tiny_clip, tiny_sae, data, -2, progress=False)["variant"]) == {"reconstruction"}
+    assert "same_class" not in cross_domain_references(tiny_clip, tiny_sae, {"here": data}, [latent], -2).table
     for call in (
         lambda: few_shot(data, 1), lambda: load_dataset(str(tmp_path / "set"), "train", half="base"), lambda: label_latents(summary),
         lambda: zero_shot_predictions(tiny_clip, data), lambda: sweep_masks(tiny_clip, tiny_sae, data, [1], "random", layer=-2),
+        lambda: point(tiny_clip, tiny_sae, summary, data),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="has no labels, which are needed here"):
             call()

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from explorer_pages import shoot
-from tiny import loud
+from tiny import loud, owed
 
 import patchsae_utils as ps
 from patchsae_utils.adaptation.prompts import VisualPrompt
@@ -20,7 +20,6 @@ from patchsae_utils.data import load_dataset, templates_for
 from patchsae_utils.explorer import LatentExplorer, SteeringPanel
 from patchsae_utils.explorer.reader import EDGES
 from patchsae_utils.explorer.search import TextSearch
-from patchsae_utils.interventions.attribution import image_attribution
 
 WORDS = ("red wheel", "blue bird", "green leaf")
 
@@ -99,11 +98,11 @@ def test_marked_patches_list_latents_that_are_active_there_and_not_elsewhere(pat
 
 
 def test_a_prediction_is_owed_to_latents_with_their_signs(tiny_clip, tiny_sae, tiny_dataset, patches):
-    """Against finite differences of the logit in float64, and the sums over tokens that ``image_attribution`` gives."""
+    """Against finite differences of the logit in float64, and the sums over tokens that ``latent_shares`` gives."""
     patches.selection = {"image": 2, "patches": [30], "patch": 30, "rank": "prediction"}
     head, layer = patches._reader.head, -2
     residual = tiny_clip.run_to(tiny_clip.preprocess(tiny_dataset[2].image)[None], layer)
-    sums = image_attribution(tiny_clip, tiny_sae, residual, head)[0]
+    sums = owed(tiny_clip, tiny_sae, residual, head)[0]
     order = sums.abs().argsort(descending=True)[:8].tolist()
     assert [latent for latent, _ in patches.card.image_latents] == order
     assert [value for _, value in patches.card.image_latents] == pytest.approx(sums[order].tolist(), rel=1e-3, abs=1e-5)

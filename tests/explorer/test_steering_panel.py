@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from explorer_pages import BAD, picture_file, pixels
+from tiny import owed
 
 import patchsae_utils as ps
 from patchsae_utils.explorer import SteeringPanel
 from patchsae_utils.explorer.reader import read_upload
 from patchsae_utils.interventions import Edit, dataset_head, steer
-from patchsae_utils.interventions.attribution import image_attribution
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_another_image_starts_afresh(panel, tiny_clip, tiny_sae, tiny_dataset, h
     for image in (1, 3):
         free.image = image
         residual = tiny_clip.run_to(tiny_clip.preprocess(tiny_dataset[image].image)[None], -2)
-        scores = image_attribution(tiny_clip, tiny_sae, residual, head)[0]
+        scores = owed(tiny_clip, tiny_sae, residual, head)[0]
         assert free.latents == scores.topk(5).indices.tolist()
     free.latents = [0, 1]
     free.image = 5

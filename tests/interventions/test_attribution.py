@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny import owed
 
 from patchsae_utils.interventions import Edit, attribute_latents, attribution_check, steer, sweep_masks
-from patchsae_utils.interventions.attribution import all_others, image_attribution, latent_shares
+from patchsae_utils.interventions.attribution import all_others, latent_shares
 from patchsae_utils.interventions.tail import network_tail
 from patchsae_utils.sae.model import SparseAutoencoder
 
@@ -40,7 +41,7 @@ def test_gradient_times_activation_equals_dense_autograd(kind, target, tiny_clip
     predicted = clip.logits(clip.finish(residual, LAYER), head).argmax(1)
     of_predicted = dense(clip, sae, residual, head, predicted, "logit")
     for h in (None, sae.encode(residual.tokens)):
-        torch.testing.assert_close(image_attribution(clip, sae, residual, head, LAYER, h), of_predicted, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(owed(clip, sae, residual, head, LAYER, h), of_predicted, rtol=1e-3, atol=1e-4)
 
 
 def test_class_scores_are_means_over_the_classs_own_images(tiny_clip, sae, tiny_dataset, head):
@@ -58,7 +59,7 @@ def test_the_checks_exact_effect_is_that_of_steering_one_latent_off(tiny_clip, s
     assert len(check["exact"]) == len(check["estimate"]) == 20 * len(tiny_dataset)
     assert np.corrcoef(check["estimate"], check["exact"])[0, 1] > 0.5
     residual = tiny_clip.run_to(tiny_clip.preprocess(tiny_dataset[0].image)[None], LAYER)
-    best = image_attribution(tiny_clip, sae, residual, head, LAYER)[0].topk(10)
+    best = owed(tiny_clip, sae, residual, head, LAYER)[0].topk(10)
     np.testing.assert_allclose(check["estimate"][:10], best.values, atol=1e-4)
     for latent, exact in zip(best.indices.tolist(), check["exact"][:10], strict=True):
         steered = steer(tiny_clip, sae, residual, [Edit(latent)], LAYER, head)

@@ -12,7 +12,6 @@ from patchsae_utils import interventions
 from patchsae_utils.adaptation import MaPLe, VisualPrompt
 from patchsae_utils.clip.model import ClipModel
 from patchsae_utils.data import templates_for
-from patchsae_utils.interventions.attribution import image_attribution
 from patchsae_utils.interventions.concept_latents import ConceptLatents
 from patchsae_utils.interventions.tail import network_tail
 from patchsae_utils.sae.model import SparseAutoencoder
@@ -63,9 +62,6 @@ ENTRIES = {
     "steer": lambda clip, sae, data, head: interventions.steer(clip, sae, clip.preprocess(data[0].image)[None], []),
     "attribute_latents": lambda clip, sae, data, head: interventions.attribute_latents(clip, sae, data, head=head),
     "attribution_check": lambda clip, sae, data, head: interventions.attribution_check(clip, sae, data, head),
-    "image_attribution": lambda clip, sae, data, head: image_attribution(
-        clip, sae, clip.run_to(clip.preprocess(data[0].image)[None], -2), head
-    ),
     "rank_concepts": lambda clip, sae, data, head: interventions.rank_concepts(clip, sae, data),
     "concept_specificity": lambda clip, sae, data, head: interventions.concept_specificity(clip, sae, data, {"color:red": [1]}),
     "one_latent_off": lambda clip, sae, data, head: interventions.one_latent_off(clip, sae, data, None),
@@ -79,7 +75,7 @@ ENTRIES = {
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_faults_c8_an_sae_of_another_layer_or_model_is_refused(entry, metadata, tiny_clip, tiny_dataset, head):
     """FAULTS C8: width alone was checked, and the numbers were plausible nonsense."""
-    assert set(ENTRIES) - {"image_attribution"} == {
+    assert set(ENTRIES) == {
         name
         for name in interventions.__all__
         if name not in ("CHOICES", "Edit", "clearest_latents", "dataset_head", "quote", "summarize_effects")

@@ -212,20 +212,6 @@ def test_other_settings_reach_the_kernel_and_leave_the_committed_notebooks_alone
     assert json.loads((repository / "runs/quick/stamps/01_first.json").read_text())["files"] == []
 
 
-def test_what_needs_words_is_left_out_of_a_model_without_and_the_next_notebook_runs(repository, capsys):
-    """FAULTS C2: notebooks of a model without a text tower end where words begin, and say so."""
-    write(repository, "01_first", "1 + 1", "class NoText(ValueError): pass\nraise NoText('x has no text tower')", "1")
-    path = repository / "notebooks/01_first.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    notebook.cells[3].outputs, notebook.cells[3].execution_count = [new_output("stream", text="of an earlier run")], 3
-    nbformat.write(notebook, path)
-    assert reproduce.main([]) == 0
-    said = capsys.readouterr().err
-    assert "(left out from there: x has no text tower)" in said and executions(repository) == "2"
-    assert nbformat.read(own(repository, "01_first"), as_version=4).cells[3].outputs == []
-    assert reproduce.main([]) == 0 and "01_first ... up to date" in capsys.readouterr().err
-
-
 def test_dead_kernel_is_an_error(repository, capsys):
     write(repository, "01_first", "import os", "os._exit(1)")
     assert reproduce.main(["--only", "01"]) == 1

@@ -96,5 +96,8 @@ def test_a_missing_artifact_names_the_notebook_that_makes_it(tmp_path):
         assert len(missing_artifacts(default)) == len(told) - 1
         told = missing_artifacts(default)
     assert told == []
+    picture_folder(tmp_path / "flat", **{".": 4})
+    flat = load_profile("openmoji", {"data.statistics": str(tmp_path / "flat")})
+    assert len(missing_artifacts(dataclasses.replace(flat, root=tmp_path / "new"))) == 3, "no labels, no adapter"
     words = load_profile("openmoji", {"sae.path": "hf:a/b", "model.name": "timm:x"})
     assert len(missing_artifacts(dataclasses.replace(words, root=tmp_path / "new"))) == 2, "no SAE is made, and no adapter"

@@ -11,7 +11,7 @@ from patchsae_utils.sae import dead_causes, evaluate_sae, evaluation_table, firi
 from patchsae_utils.sae.dictionary import random_sae
 from patchsae_utils.sae.losses import patchsae_loss
 from patchsae_utils.sae.model import SparseAutoencoder
-from patchsae_utils.sae.quality import patch_readings, read_tokens
+from patchsae_utils.sae.quality import read_tokens
 from patchsae_utils.sae.starts import Normalization
 
 matplotlib.use("Agg")
@@ -105,19 +105,13 @@ def test_activations_unlike_those_of_training_are_refused(tiny_clip, tiny_datase
         measured(tiny_clip, sae, tiny_dataset)
 
 
-def test_patch_readings_leave_cls_out(tiny_clip, tiny_sae, tiny_images):
-    l0, error = patch_readings(tiny_clip, tiny_sae, tiny_images, LAYER)
-    x = tiny_clip.residual(tiny_images, LAYER)[:, 1:]
-    out = tiny_sae(x)
-    torch.testing.assert_close(l0.flatten(1), (out.latents > 0).sum(-1).float())
-    torch.testing.assert_close(error.flatten(1), (x - out.reconstruction).norm(dim=-1) / x.norm(dim=-1), rtol=1e-4, atol=1e-5)
-    assert l0.shape == (8, 14, 14)
-
-
-def test_readings_by_place_follow_the_ground_truth(tiny_clip, tiny_sae, tiny_dataset, tiny_images):
+def test_readings_by_place_follow_the_ground_truth_and_leave_cls_out(tiny_clip, tiny_sae, tiny_dataset):
     frame = readings_by_place(tiny_clip, tiny_sae, tiny_dataset, LAYER).set_index(["place", "metric"])
     images = torch.stack([tiny_clip.preprocess(tiny_dataset[i].image) for i in range(len(tiny_dataset))])
-    l0, error = patch_readings(tiny_clip, tiny_sae, images, LAYER)
+    x = tiny_clip.residual(images, LAYER)[:, 1:]
+    out = tiny_sae(x)
+    l0, error = (out.latents > 0).sum(-1).float(), (x - out.reconstruction).norm(dim=-1) / x.norm(dim=-1)
+    l0, error = (each.detach().unflatten(1, (14, 14)) for each in (l0, error))
     bare = np.stack([tiny_dataset.truth(i).background_share for i in range(len(tiny_dataset))])
     assert frame.loc[("object", "l0"), "value"] == pytest.approx(l0.numpy()[bare <= 0.5].mean(), rel=1e-5)
     assert frame.loc[("background", "error"), "value"] == pytest.approx(error.numpy()[bare >= 0.9].mean(), rel=1e-5)
