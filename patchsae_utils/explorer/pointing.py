@@ -41,7 +41,8 @@ def point(clip: Any, sae: Any, summary: Any, dataset: Any, layer: int = -2) -> p
     DataFrame
         Columns ``kind`` ("object", "category", "color", "background"; or "class"), ``answer`` ("distinctive": the latent of largest activation
         times log(1 / frequency); "strongest": of largest activation; "random": any active one), ``hits`` (share of asked patches), ``low``,
-        ``high``, ``chance`` (that a random patch of another image shows the same), ``n`` (patches asked).
+        ``high``, ``chance`` (that a random patch of another image shows the same), ``n`` (patches asked). Empty where no
+        class has two images.
 
     Raises
     ------
@@ -96,6 +97,8 @@ def pointing_sentence(answers: pd.DataFrame) -> str:
     answers : DataFrame
         Of :func:`point`.
     """
+    if answers.empty:
+        return "No two of the pictures show the same class: nothing can be followed from one to another."
     said = {(row.kind, row.answer): percent(row.hits, row.low, row.high) for row in answers.itertuples()}
     chance = answers.groupby("kind", sort=False)["chance"].mean()
     each = [

@@ -94,6 +94,8 @@ def test_pointing_needs_no_ground_truth(tiny_clip, tiny_sae, summary, tiny_datas
     frame = point(tiny_clip, tiny_sae, summary, Plain())
     assert list(frame["kind"].unique()) == ["class"]
     assert (frame["chance"] <= 1).all()
+    Plain.labels = tiny_dataset.labels  # one image of each class
+    assert "nothing can be followed" in pointing.pointing_sentence(point(tiny_clip, tiny_sae, summary, Plain()))
 
 
 @pytest.mark.parametrize("knows", [True, False])
