@@ -59,6 +59,18 @@ def at_matched_l0(rows: pd.DataFrame, l0: float) -> pd.DataFrame:
     return pd.DataFrame.from_dict(found, orient="index").rename_axis("variant")
 
 
+def frontier_sentence(rows: pd.DataFrame, l0: float) -> str:
+    """Of :func:`frontier`: the variants where they are as sparse, the SAE that finds objects best, and the dead latents that each leaves."""
+    equal, best = at_matched_l0(rows, l0).dropna().sort_values("object_ap", ascending=False), rows.loc[rows["object_ap"].idxmax()]
+    each = ", ".join(f"{name} {row.explained_variance_all:.1%} and {row.object_ap:.2f}" for name, row in equal.iterrows())
+    dead = rows.groupby("variant")["dead_fraction"].agg(["min", "max"]).sort_values("max")
+    left = ", ".join(f"{name} {low:.0%} to {high:.0%}" for name, low, high in dead.itertuples())
+    return (
+        f"At {l0:.0f} active latents per token (the main setting's), explained variance and object AP are: {each}. Of all, {best['variant']} with "
+        f"{best['l0_all']:.0f} latents finds objects best ({best['object_ap']:.2f}, at {best['explained_variance_all']:.0%} of the variance). Dead are: {left}."
+    )
+
+
 def ablation_sentence(table: pd.DataFrame) -> str:
     """The table of ablations in words: which changes of the main setting find objects better or worse than all of its seeds do."""
     main = _main(table)
