@@ -79,6 +79,10 @@ def errors(table: pd.DataFrame, value: str, between: tuple[str, str] | None = No
     return np.stack([table[value] - table[low], table[high] - table[value]]).clip(0)
 
 
+def _look(i: int) -> dict[str, Any]:
+    return {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)]}
+
+
 def intervals(
     ax: Axes, table: pd.DataFrame, place: str, value: str, hue: str, looks: Mapping[Any, Mapping] | None = None, *,
     order: Any = None, between: tuple[str, str] | None = None, scale: float = 1, upright: bool = False, bars: bool = False, spread: float = 0.6,
@@ -95,8 +99,7 @@ def intervals(
     for i, kind in enumerate(kinds):
         rows = scale * table[table[hue] == kind].set_index(place)[list({value, low, high})].reindex(list(order))
         at, middle, length = np.arange(n) + (i - (len(kinds) - 1) / 2) * step, rows[value], errors(rows, value, (low, high))
-        how: dict[str, Any] = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)], "label": kind}
-        how |= {"ls": "none", "elinewidth": 1.2, **(looks or {}).get(kind, {})}
+        how: dict[str, Any] = {"label": kind, "ls": "none", "elinewidth": 1.2, **_look(i), **(looks or {}).get(kind, {})}
         if bars:
             (ax.bar if upright else ax.barh)(at, middle, 0.9 * step, color=how["color"], label=how["label"])
             how = {"fmt": "none", "ecolor": "#4D4D4D", "elinewidth": 1.2}
@@ -124,6 +127,8 @@ def interval_panels(
     panel = panel if isinstance(panel, Mapping) else {panel: {each: pretty(each) for each in table[panel].unique()}}
     ((column, titles),) = panel.items()
     fig, axes = panels([*titles.values()], height, columns, xlabel, ylabel, **(subplots or {}))
+    given = looks or dict.fromkeys(table[hue].unique(), {})  # alike in all panels, whichever are shown there
+    looks = {kind: {**_look(i), **given[kind]} for i, kind in enumerate(given)}
     for ax, which in zip(axes, titles, strict=True):
         if xlim is not None:
             ax.set_xlim(xlim)

@@ -17,8 +17,8 @@ COLORS = {
     "blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "red": "#D55E00", "purple": "#CC79A7", "sky": "#56B4E9", "yellow": "#F0E442",
     "black": "#1A1A1A", "gray": "#8C8C8C",
 }  # fmt: skip
-CYCLE = [COLORS[name] for name in ("blue", "orange", "green", "red", "purple", "sky", "gray")]
-MARKERS = "osD^vPX"
+CYCLE = [COLORS[name] for name in ("blue", "orange", "green", "red", "purple", "sky", "gray", "black")]
+MARKERS = "osD^vPXp"
 HEAT, DIVERGING = "magma", "RdBu_r"
 PAGE_WIDTH = 9.0  # inches: 900 pixels in a notebook
 

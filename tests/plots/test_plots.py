@@ -16,6 +16,7 @@ from PIL import Image
 
 from patchsae_utils import plots
 from patchsae_utils.adaptation.compare import COMPARISONS
+from patchsae_utils.plots.drawing import interval_panels
 from patchsae_utils.tables import frontier
 
 ROOT = Path(__file__).parents[2]
@@ -281,3 +282,11 @@ def test_of_several_rankings_the_first_is_drawn_and_random_latents_have_none(inp
         assert {"random", "predicted class's", "no mask, raw"} <= set(ax.get_legend_handles_labels()[1])
         assert [len(line.get_xdata()) for line in ax.lines[1:]] == [4] * 4
     plt.close("all")
+
+
+def test_what_one_panel_lacks_takes_no_color_from_the_others():
+    table = grid("value", place=["here", "there"], kind=["a", "b", "c"])
+    table = table[(table["place"] == "here") | (table["kind"] != "b")]
+    _, axes = interval_panels(table.assign(at="x"), "place", "at", "value", "kind", height=2)
+    colors = [{line.get_label(): line[0].get_color() for line in ax.containers} for ax in axes]
+    assert len(set(colors[0].values())) == 3 and colors[1].items() < colors[0].items()
