@@ -16,6 +16,13 @@ from tiny import random_clip  # noqa: E402
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """With ``-n 2 --dist loadgroup`` a file's tests stay together, and all notebooks: each needs what those before it have made."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("notebooks" if item.path.suffix == ".ipynb" else str(item.path)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _default_settings():
     """The tests describe the default profile, whatever the shell that runs them has set."""
