@@ -38,7 +38,7 @@ refresh:
 
 test:
 	@$(PYTHON) tools/install.py test explore docs
-	env -u PATCHSAE_PROFILE -u PATCHSAE_SET $(PY) -m pytest tests notebooks -n 2 --dist loadgroup --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 $(PYTEST_ARGS)
+	env -u PATCHSAE_PROFILE -u PATCHSAE_SET $(PY) -m pytest tests notebooks -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 $(PYTEST_ARGS)
 
 # An hour or two on two cores; goes on where it was stopped.
 ablations:

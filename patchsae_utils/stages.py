@@ -151,8 +151,9 @@ def concept_report(
     """Which latents find which ground-truth concepts; None where the data set knows none. ``patches``: :func:`concept_patches`, if at hand."""
     if not has_truth(profile.data.train):
         return None
-    scenes = (concept_scenes(profile, split) for split in ("val", "test"))
-    return measure_concepts(clip, sae, *scenes, profile.model.layer, patches=patches, out=profile.folder("latents") / "concepts")
+    choose, held_out = (concept_scenes(profile, split) for split in ("val", "test"))
+    out = profile.folder("latents") / "concepts"
+    return measure_concepts(clip, sae, choose, held_out, profile.model.layer, patches=patches, out=out)
 
 
 def latent_names(summary: LatentSummary, report: ConceptReport | None) -> pd.DataFrame:

@@ -16,11 +16,16 @@ from tiny import random_clip  # noqa: E402
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """With ``-n 2 --dist loadgroup`` a file's tests stay together, and all notebooks: each needs what those before it have made."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("notebooks" if item.path.suffix == ".ipynb" else str(item.path)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Of two processes one takes all notebooks, in their order, since each needs what those before it have made; other tests go file by file."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "notebooks" if "ipynb" in nodeid else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -221,7 +221,8 @@ def planted_controls(table: pd.DataFrame) -> Figure:
     titles = {"recall": "Planted and found (%)", "precision": "Called new and planted (%)", "new_share": "Called new, of all (%)"}
     rows = measures(table, titles).dropna(subset="value")
     panel = {"measure": {name: title for name, title in titles.items() if (rows["measure"] == name).any()}}
-    height, methods = 1.2 + 0.12 * rows["method"].nunique() * rows["control"].nunique(), dict.fromkeys(table["method"].unique(), {})
+    height = 1.2 + 0.12 * rows["method"].nunique() * rows["control"].nunique()
+    methods: dict[str, dict] = {method: {} for method in table["method"].unique()}
     return interval_panels(
         rows, panel, "control", "value", "method", methods, height=height, order=table["control"].unique(), scale=100, xlim=(-3, 103), spread=0.7,
     )[0]  # fmt: skip
