@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 
-# Before torch is loaded; the notebooks' kernels inherit them.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))))
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; the notebooks' kernels inherit it
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
