@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -240,6 +241,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW([{"params": ps, "weight_decay": w} for w, ps in groups.items()], betas=(0.9, 0.98), fused=True)
 
     args.out.mkdir(parents=True, exist_ok=True)
+    shutil.copy(EMBEDDED / "open_clip_config.json", args.out)  # so that the folder opens as ``load_clip(folder)``
     state_path, log_path = args.out / "state.pt", args.out / "training_log.csv"
     seen, elapsed = 0, 0.0
     if state_path.exists():

@@ -27,7 +27,7 @@ _CHUNK_DEAD = 1 << 26  # on the sparse path only the dead latents' pre-activatio
 # sparse="auto": a smaller dictionary's dense step is short, and stays dense. Density is the mean over so many rows of the log.
 _SPARSE_FROM, _DENSITY_ROWS = 8192, 5
 _RESTART_SHARE = 0.8  # of the run: later, a latent would not find its place
-_RESTART_SIZE = 0.2  # of the living encoder columns' mean norm, as in the source
+_RESTART_SIZE = 0.2  # of the living encoder columns' mean norm, as in the source; all of it where others compete, or a threshold is learned
 _THRESHOLD_RATE = 10  # of ``jumprelu``'s thresholds, times the others'
 _CONTROL, _CONTROL_SHARE = 0.05, 2 / 3  # the weight of sparsity follows a target L0 by so much a step, for this share of the run
 
@@ -165,7 +165,7 @@ class Steps:
     @torch.no_grad()
     def _restart(self, x: Tensor, dead: Tensor) -> None:
         """Dead latents start anew at tokens [N, D], drawn by their squared loss. Source: Bricken et al., 2023, "Neuron Resampling"."""
-        sae, index = self.sae, dead.nonzero().squeeze(1)[: len(x) // 4]
+        sae, index = self.sae, dead.nonzero().squeeze(1)[: len(x) // 2]
         if not len(index) or dead.all():
             return
         parts = x.split(self._chunk(len(x), 0, False))
@@ -173,7 +173,7 @@ class Steps:
         generator = torch.Generator().manual_seed(self.config.seed + self.step)
         drawn = torch.multinomial(error.square().clamp_min(1e-30), len(index), generator=generator).to(x.device)
         rows = torch.nn.functional.normalize(x[drawn] - sae.b_dec, dim=1)
-        size = sae.W_enc[:, ~dead].norm(dim=0).mean() * (1.0 if sae.k is not None else _RESTART_SIZE)
+        size = sae.W_enc[:, ~dead].norm(dim=0).mean() * (_RESTART_SIZE if sae.variant.control == "bias" else 1.0)
         starts = {"W_dec": (rows, (index,)), "W_enc": (rows.T * size, (slice(None), index)), "b_enc": (0, (index,))}
         if sae.variant.gate:
             starts |= {"b_mag": (0, (index,)), "r_mag": (0, (index,))}

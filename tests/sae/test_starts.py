@@ -9,9 +9,11 @@ from tiny_saes import dense, perturbed
 from tiny_training import CONFIG, Store, assert_same, fresh, weights
 
 from patchsae_utils.run.artifacts import read_json
+from patchsae_utils.run.processes import Processes
 from patchsae_utils.sae.files import load_sae, save_sae
 from patchsae_utils.sae.model import ACTIVATIONS, SparseAutoencoder
 from patchsae_utils.sae.starts import ARCHETYPE_RELAXATION, SOFT_COSINE, Archetypes, Normalization, centroids, start_from
+from patchsae_utils.sae.steps import Steps
 from patchsae_utils.sae.trainer import train_sae, training_log
 from patchsae_utils.sae.variants import keep_topk
 
@@ -215,3 +217,18 @@ def test_dead_latents_start_anew_and_a_resumed_run_is_the_same(tmp_path, sparse)
     assert_same(weights(train(anew, "resumed")), weights(restarted))
     held = dataclasses.replace(anew, constraint="frozen_decoder")
     assert_same(weights(train(held, "held")), weights(train(dataclasses.replace(held, restart_dead=False), "held_left")))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_latent_that_starts_anew_fires_on_the_token_it_starts_at(activation):
+    """FAULTS D6: at a fifth of the others' size, as a ReLU's, it stays below the thresholds that others have learned."""
+    sae = perturbed(activation=activation, d_sae=40, **K.get(activation, {})).double().train()
+    x, dead = Normalization.of(X, "token_norm").apply(X), torch.arange(40) % 4 == 0
+    with torch.no_grad():
+        sae.W_enc[:, dead] = 0
+        sae.b_dec.zero_()
+        if sae.threshold is not None:
+            size = x.norm(dim=1).mean() * sae.W_enc[:, ~dead].norm(dim=0).mean()
+            sae.threshold.copy_(torch.where(dead, 9.0, 0.5 * size) if sae.threshold.ndim else 0.5 * size)
+    Steps(sae, dataclasses.replace(CONFIG, restart_dead=True), Processes())._restart(x, dead)
+    assert (sae.eval().encode(x)[:, dead] > 0).any(0).all()
