@@ -151,7 +151,7 @@ class TrainConfig(_Section):
     l1_warmup_steps: int = 0
     """Steps over which that weight rises linearly from 0."""
     target_l0: float | None = None
-    """Active latents per token at which ``relu``, ``jumprelu`` and ``gated`` should end: that weight is then moved until two thirds of the run, and kept."""
+    """Active latents per token at which ``relu``, ``jumprelu`` and ``gated`` should end: that weight is then moved for four fifths of the run, and kept."""
     cls_coefficient: float = 1.0
     """Weight of the CLS token's squared error."""
     start: str = "random"

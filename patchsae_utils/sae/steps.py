@@ -26,10 +26,10 @@ _CLUSTERED = 128, 400_000  # tokens per centroid that k-means sees, and at most,
 _CHUNK_DEAD = 1 << 26  # on the sparse path only the dead latents' pre-activations are computed whole, for the term that wakes them
 # sparse="auto": a smaller dictionary's dense step is short, and stays dense. Density is the mean over so many rows of the log.
 _SPARSE_FROM, _DENSITY_ROWS = 8192, 5
-_RESTART_SHARE = 0.8  # of the run: later, a latent would not find its place
+_SOUGHT = 0.8  # share of the run in which dead latents start anew, and a target L0 is followed: later, none would find its place
 _RESTART_SIZE = 0.2  # of the living encoder columns' mean norm, as in the source; all of it where others compete, or a threshold is learned
-_THRESHOLD_RATE = 10  # of ``jumprelu``'s thresholds, times the others'
-_CONTROL, _CONTROL_SHARE = 0.05, 2 / 3  # the weight of sparsity follows a target L0 by so much a step, for this share of the run
+_THRESHOLD_RATE = 30  # of ``jumprelu``'s thresholds, times the others'
+_CONTROL, _AHEAD = 0.05, 50  # the weight of sparsity follows a target L0 by so much a step, and looks so many steps ahead
 
 
 class Steps:
@@ -43,7 +43,7 @@ class Steps:
         self.rows: list[dict[str, Any]] = []  # of the log
         self.n_sparse = 0  # steps on the sparse path
         self.l1_factor = 1.0  # by which a target L0 has moved the weight of sparsity
-        self.off_target = 0.0  # how far the last batch was from it, as a logarithm
+        self.off_target = self.trend = 0.0  # how far the last batch was from it, as a logarithm, and how fast that changes
         self.normalization: Normalization | None = Normalization.of(sae.b_dec[None], "none")
         self.archetypes: Archetypes | None = None
         self.anchor: Tensor | None = None
@@ -142,7 +142,7 @@ class Steps:
                 share = len(part) / len(x)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                     output = sae(part, sparse=True) if sparse else sae(part)
-                    weight = l1_weight(self.step, config) * self.l1_factor * math.exp(self.off_target)
+                    weight = l1_weight(self.step, config) * self.l1_factor * math.exp(_clamped(self.off_target))
                     loss = self.loss(sae, part, dead, weight, config.cls_coefficient, is_cls=part_is_cls, output=output, ghost=config.ghost)
                 (loss.total * share).backward()
                 with torch.no_grad():
@@ -154,7 +154,7 @@ class Steps:
                         sums += share * torch.stack([*(term.double() for term in loss), (n_active / len(part)).double(), residual])
         self._update(fired, sums, sparse, rows_of)
         self.silent_for = torch.where(fired, 0, self.silent_for + len(x))
-        may_restart = config.restart_dead and config.constraint == "none" and self.step < _RESTART_SHARE * self.n_steps
+        may_restart = config.restart_dead and config.constraint == "none" and self.step < _SOUGHT * self.n_steps
         if may_restart and (self.step + 1) * len(x) % max(1, config.dead_after_tokens) < len(x):
             self._restart(x, self.silent_for > config.dead_after_tokens)
         terms = dict(zip(TERMS, sums.tolist(), strict=True)) if logged else None
@@ -187,10 +187,16 @@ class Steps:
         self.silent_for[index] = 0
 
     def _control(self, l0: float) -> None:
-        """Move the weight of sparsity after the step's L0, at once and for good; at the end of control it stays what it has become."""
-        controls = self.step < _CONTROL_SHARE * self.n_steps
-        self.off_target = max(-1.0, min(1.0, math.log(max(l0, 1e-3) / self.config.target_l0))) if controls else 0.0
-        self.l1_factor *= math.exp(_CONTROL * self.off_target)
+        """Move the weight of sparsity after the step's L0, at once and for good; at the end of control it stays what it has become.
+
+        For good, it moves after where L0 is heading: latents follow late, and a weight that grew until they arrive would kill them.
+        """
+        before, self.off_target = self.off_target, math.log(max(l0, 1e-3) / self.config.target_l0)
+        if self.step >= _SOUGHT * self.n_steps:
+            self.off_target = 0.0
+            return
+        self.trend += 0.1 * (self.off_target - before - self.trend)
+        self.l1_factor *= math.exp(_CONTROL * _clamped(self.off_target + _AHEAD * self.trend))
 
     def _update(self, fired: Tensor, sums: Tensor, sparse: bool, rows_of: Tensor | None) -> None:
         """Gradients of all processes together, projected and clipped, and Adam's step."""
@@ -240,3 +246,7 @@ class Steps:
         self.processes.add_up(counts)
         fired.copy_(counts[: len(fired)] > 0)
         sums.copy_(counts[len(fired) :])
+
+
+def _clamped(logarithm: float) -> float:
+    return max(-1.0, min(1.0, logarithm))

@@ -36,7 +36,7 @@ Tokens = ActivationStore | TokenStream
 CHECKPOINT, MANIFEST, LOG, SUMMARY = "checkpoint.pt", "manifest.json", "training_log.csv", "summary.json"
 LOG_COLUMNS = ("step", "tokens", "lr", "loss", "mse", "l1", "ghost", "l0", "explained_variance", "dead_fraction", "tokens_per_second")
 _SHOWN = ("loss", "l0", "explained_variance", "dead_fraction", "tokens_per_second")  # in the bar
-_FORMAT = 3
+_FORMAT = 4
 _ORIGIN = ("model_name", "weights_hash", "layer", "tokens", "grid", "preprocessing", "dataset", "split", "seed", "n_images")
 
 
@@ -249,7 +249,7 @@ class Training(Steps):
         state = {
             "format": _FORMAT, "inputs": self.inputs, "step": self.step, "sae": self.sae.state_dict(),
             "optimizer": self.optimizer.state_dict(), "silent_for": self.silent_for, "rows": self.rows, "unit_rows": self.unit_rows,
-            "effort": [self.seconds, self.n_starts, self.n_sparse], "control": [self.l1_factor, self.off_target], "normalization": list(self.normalization),
+            "effort": [self.seconds, self.n_starts, self.n_sparse], "control": [self.l1_factor, self.off_target, self.trend], "normalization": list(self.normalization),
             "archetypes": None if self.archetypes is None else self.archetypes.state_dict(), "anchor": self.anchor,
         }  # fmt: skip
         temporary = self.out / f".{CHECKPOINT}.tmp"  # one name for all: a killed run leaves one file at most
@@ -285,7 +285,7 @@ class Training(Steps):
         self.optimizer.load_state_dict(state["optimizer"])
         for name in ("silent_for", "step", "rows", "unit_rows"):
             setattr(self, name, state[name])
-        self.l1_factor, self.off_target = state["control"]
+        self.l1_factor, self.off_target, self.trend = state["control"]
         self.seconds, self.n_starts, self.n_sparse = state["effort"]
         self.restored = True
 
