@@ -1,7 +1,5 @@
 """A tiny world for the tests: random weights, a few scenes, seconds instead of minutes."""
 
-from __future__ import annotations
-
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; the notebooks' kernels inherit it

@@ -1,7 +1,5 @@
 """Explorers' pages in headless Chromium without Jupyter: a fake model stands between the page and a widget in this process."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """The house keeps its shape: lower folders import no upper ones, nothing runs in a circle, and public names are documented and used."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import json

@@ -1,7 +1,5 @@
 """A vision transformer without text: its residual stream is timm's own, edits of it finish as they should, and words are refused by name."""
 
-from __future__ import annotations
-
 import pytest
 import timm
 import torch

@@ -1,7 +1,5 @@
 """Baselines: each dictionary against scikit-learn or the definition, the probe against its optimum, the comparison against its parts."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Ground truth: average precision as scikit-learn's, choice and report on different scenes, names whose null is fair to rare latents."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

@@ -1,7 +1,5 @@
 """Names: permutation p-values that hold their level, words found where they are planted, agreement against chance."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

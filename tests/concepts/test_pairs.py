@@ -1,7 +1,5 @@
 """Pairs of scenes that differ in one thing, and latents that know it: planted ones, shuffled ones, random ones."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

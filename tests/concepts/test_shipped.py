@@ -1,7 +1,5 @@
 """The dictionary that ships: small, whole, and that of a fresh run."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pandas as pd

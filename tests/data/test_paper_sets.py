@@ -1,7 +1,5 @@
 """The paper's eleven data sets: found in CoOp's layout and in torchvision's, split and named as CoOp does; CoOp's split files; the hub's streams."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import sys

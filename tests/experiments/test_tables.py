@@ -1,7 +1,5 @@
 """The tables of the experiments, read: which rows are compared, on made-up tables; the figures."""
 
-from __future__ import annotations
-
 import pandas as pd
 import pytest
 

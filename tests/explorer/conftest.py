@@ -1,7 +1,5 @@
 """The two explorers of latents and of patches, over one summary, with names that a stranger may have chosen; their pages in Chromium."""
 
-from __future__ import annotations
-
 import copy
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """The explorers in two layers: their traits in Python, and their page in headless Chromium with a fake model. No Jupyter in either."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import re

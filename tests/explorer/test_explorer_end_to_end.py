@@ -1,7 +1,5 @@
 """The explorers end to end: a kernel, Voila's or JupyterLab's server, Chromium. Skipped, with the reason, where one of them is missing."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

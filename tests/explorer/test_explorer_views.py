@@ -1,7 +1,5 @@
 """What the explorers do beyond looking: search, several patches, uploads of strangers, two models side by side, and the gallery file."""
 
-from __future__ import annotations
-
 import json
 import re
 import struct

@@ -1,7 +1,5 @@
 """The pages by their trade's habits: eslint, prettier, tsc and axe-core through npm, which tests alone need; no error is lost, no wait endless."""
 
-from __future__ import annotations
-
 import subprocess
 
 import numpy as np

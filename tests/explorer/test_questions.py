@@ -1,7 +1,5 @@
 """Latents found by words, by marked patches and by a prediction; what they do; links that open it again."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """The steering panel in two layers: its traits in Python, and its page in headless Chromium with a fake model."""
 
-from __future__ import annotations
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest

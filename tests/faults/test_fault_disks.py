@@ -1,7 +1,5 @@
 """Disks that fill up in the middle of a file, and folders in which nothing may be written: what is said, and that nothing is lost."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import resource

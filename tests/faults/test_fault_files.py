@@ -1,7 +1,5 @@
 """Files as disks and people treat them: flipped bits, cut ends, NaN, two writers, no permission, odd names. What is damaged is named."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import random

@@ -1,7 +1,5 @@
 """Pictures as people have them: every kind opens as it looks, and a broken one is named."""
 
-from __future__ import annotations
-
 import io
 import warnings
 

@@ -1,7 +1,5 @@
 """SIGKILL in the middle of statistics and of a notebook run (of training: test_resume.py, of extraction: test_activations.py): nothing is lost."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Memory that runs out: batches are halved, once it is said, and nothing changes; where that is impossible, what to set."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

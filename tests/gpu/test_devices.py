@@ -3,8 +3,6 @@
 The latter (:mod:`other_device`) finds what would fail on any GPU: tensors of two devices in one operation, and ``.numpy()`` of one that isn't here.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace

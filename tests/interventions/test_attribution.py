@@ -1,7 +1,5 @@
 """Attribution of class logits to latents: against dense autograd, and against turning latents off one by one."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Effects in scenes whose every patch is known: concepts, doses, swapped colors, removed objects; each is what ``steer`` does."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Masks: exact, blind to labels, the same for adapted models, and beside controls that are what they say."""
 
-from __future__ import annotations
-
 import warnings
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Edits of single latents: what they do to the residual stream, where, and in what order."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Behind the hook: the quick tail is the network's, sparse sums are dense ones, and no SAE of another model or layer gets through."""
 
-from __future__ import annotations
-
 import open_clip
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """An SAE with sparse and dead latents, some pictures, and what it says of them, for all tests of this folder."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Latents in other domains, layers, kinds of tokens and written words: against slow references, and on latents made for the purpose."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

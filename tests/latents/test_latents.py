@@ -1,7 +1,5 @@
 """Statistics of latents, each against a slow float64 reference."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

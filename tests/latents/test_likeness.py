@@ -1,7 +1,5 @@
 """Monosemanticity against the sum over pairs, alone and beside the statistics."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Reference images, masks and levels; masks lie where CLIP really looked."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Artifacts: nothing half-written stays, and equal inputs are recognised."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """The command line: a model folder and a folder of pictures go through the stages; errors are sentences, with the exit status that says so."""
 
-from __future__ import annotations
-
 import json
 import runpy
 import sys

@@ -1,7 +1,5 @@
 """Prose that knows its data (issue 20.6): which cells a profile runs."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Files of torch.save are read as data: what torch wrote comes out; whatever else a pickle asks for, nothing runs."""
 
-from __future__ import annotations
-
 import builtins
 import io
 import os

@@ -3,8 +3,6 @@
 On CPUs ``accelerate launch`` starts several processes through MPI only; torch's own launcher, which accelerate understands as well, needs nothing.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

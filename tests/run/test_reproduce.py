@@ -1,7 +1,5 @@
 """The notebook runner, on a folder of throwaway notebooks."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

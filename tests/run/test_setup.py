@@ -1,7 +1,5 @@
 """What a newcomer meets first: the set-up files agree with each other, and the committed notebooks are fit to be read."""
 
-from __future__ import annotations
-
 import ast
 import fnmatch
 import importlib.metadata

@@ -1,7 +1,5 @@
 """Dictionaries: both signs of a dimension, single latents read as all of them, random controls as sparse as the SAE."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -3,8 +3,6 @@
 The equations stand in this file alone, straight from the programs' sources; nothing of the package computes what is expected.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import types
