@@ -51,15 +51,12 @@ def test_steer_reports_probabilities_and_what_moved(tiny_clip, sae, tiny_images,
         _ = steer(tiny_clip, sae, tiny_images, [], LAYER).probabilities
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Edit(0, "scale", -1.0), "not negative"),
-        (lambda: Edit(0, patches="corner").apply(torch.ones(1, 5)), "Valid: None"),
-        (lambda: Edit(0, patches=[4]).apply(torch.ones(1, 5)), "between 0 and 3"),
-        (lambda: Edit(0, patches=torch.ones(2, 4, dtype=torch.bool)).apply(torch.ones(2, 5)), r"\[2, 4\]"),
-    ],
-)
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: Edit(0, "scale", -1.0), "not negative"),
+    (lambda: Edit(0, patches="corner").apply(torch.ones(1, 5)), "Valid: None"),
+    (lambda: Edit(0, patches=[4]).apply(torch.ones(1, 5)), "between 0 and 3"),
+    (lambda: Edit(0, patches=torch.ones(2, 4, dtype=torch.bool)).apply(torch.ones(2, 5)), r"\[2, 4\]"),
+])  # fmt: skip
 def test_bad_edits(make, message):
     with pytest.raises(ValueError, match=message):
         make()
