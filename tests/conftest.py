@@ -1,7 +1,5 @@
 """A tiny world for the tests: random weights, a few scenes, seconds instead of minutes."""
 
-from __future__ import annotations
-
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; the notebooks' kernels inherit it
@@ -9,7 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; t
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from tiny import random_clip  # noqa: E402
+from tiny import inputs, random_clip  # noqa: E402
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -51,9 +49,40 @@ def tiny_dataset():
 
 
 @pytest.fixture(scope="session")
-def tiny_images(tiny_clip, tiny_dataset):
-    """The first eight scenes, preprocessed: [8, 3, 112, 112]."""
-    return torch.stack([tiny_clip.preprocess(tiny_dataset[i].image) for i in range(8)])
+def tiny_inputs(tiny_clip, tiny_dataset):
+    """All scenes, preprocessed: [24, 3, 112, 112]."""
+    return inputs(tiny_clip, tiny_dataset)
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tiny_inputs):
+    """The first eight of them."""
+    return tiny_inputs[:8]
+
+
+@pytest.fixture(scope="session")
+def head(tiny_clip, tiny_dataset):
+    """Zero-shot head of the scenes' classes, [C, 16]."""
+    from patchsae_utils.interventions import dataset_head
+
+    return dataset_head(tiny_clip, tiny_dataset)
+
+
+@pytest.fixture(scope="session")
+def summary(tiny_clip, tiny_sae, tiny_dataset):
+    """What ``tiny_sae`` says of the scenes."""
+    from patchsae_utils.latents.reading import summarize_latents
+
+    return summarize_latents(tiny_clip, tiny_sae, tiny_dataset, -2, k=6, progress=False)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """As in processes that a test starts: sums are split between threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """Explorers' pages in headless Chromium without Jupyter: a fake model stands between the page and a widget in this process."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -9,6 +7,7 @@ import shutil
 import subprocess
 import time
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
@@ -150,6 +149,27 @@ def show(browser):
     for page in pages:
         assert page.errors == []
         page.close()
+
+
+SEARCH, IMAGE = "input[type=search]", "input[aria-label='Image, by its index']"
+
+
+def enter(page, field, text):
+    page.fill(field, text)
+    page.keyboard.press("Enter")
+
+
+def place(page, row, column):
+    """Where the middle of a patch lies on the page."""
+    box = page.locator(".psx-stage").last.bounding_box()
+    return box["x"] + box["width"] * (column + 0.5) / 14, box["y"] + box["height"] * (row + 0.5) / 14
+
+
+def figure_text(view):
+    """All words of a view's figure."""
+    fig = view.figure()
+    plt.close(fig)
+    return " ".join(text.get_text() for text in fig.findobj(plt.Text))
 
 
 UNLABELLED = """[...document.querySelectorAll('input, select, button, [role]:not([role=alert])')]

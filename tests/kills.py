@@ -4,8 +4,6 @@ A parent that has imported torch, and nothing more, forks a child for every atte
 would; the parent watches its log, waits until it has got some random way further, and sends SIGKILL. Prints how often, and where.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -4,8 +4,6 @@ Every operation is computed on the processor by torch's own kernels. As on a GPU
 on tensors of two devices, but for what CUDA allows: scalars of no dimension, copies, and indices that lie on the processor.
 """
 
-from __future__ import annotations
-
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 

@@ -1,7 +1,5 @@
 """Run by test_processes.py, by a launcher or alone: extracts and summarises the same data in however many processes there are."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

@@ -1,10 +1,21 @@
-"""What several tests make of random weights: sizes of a CLIP, and adapters that matter."""
+"""What several tests make of random weights: sizes of a CLIP, and adapters that matter; processes, and the files that they leave."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from PIL import Image
 
 TINY_VISION = {"image_size": 112, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16}
 TINY_TEXT = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+
+
+HERE = Path(__file__).parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+"""Of processes that import the package and what lies beside this file."""
 
 
 def random_clip():
@@ -30,6 +41,27 @@ def picture_folder(root, **classes):
         for i in range(n):
             Image.new("RGB", (8, 8), (40 * c, 9 * i % 256, 0)).save(root / name / f"{i}.png")
     return root
+
+
+def inputs(clip, data, rows=None):
+    """Pictures of a data set as the model reads them, [n, 3, H, W]."""
+    return torch.stack([clip.preprocess(data[int(i)].image) for i in (range(len(data)) if rows is None else rows)])
+
+
+def assert_same_files(one, other):
+    """Byte for byte, in all folders below two."""
+    ours, theirs = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()} for folder in (one, other)
+    )
+    assert ours.keys() == theirs.keys() and [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def killed(out, what):
+    """What ``kills.py`` says of its runs into ``out``."""
+    command = [sys.executable, HERE / "kills.py", out, json.dumps(what)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 class Changed:

@@ -6,6 +6,7 @@ import torch
 
 from patchsae_utils.config import TrainConfig
 from patchsae_utils.sae.model import SparseAutoencoder
+from patchsae_utils.sae.trainer import train_sae
 
 CONFIG = TrainConfig(
     n_tokens=40 * 64, batch_tokens=64, lr=3e-3, warmup_steps=5, l1_coefficient=1e-3, dead_after_tokens=4 * 64, log_every=3,
@@ -49,10 +50,27 @@ def fresh(**options):
     return SparseAutoencoder(8, 32, seed=0, **options)
 
 
+def run(out, config=CONFIG, store=None, **options):
+    """A fresh SAE trained on the toy tokens into ``out``."""
+    return train_sae(fresh(**options), store or Store(), config, out, progress=False)
+
+
+def cut_off(out, config, *stops, store=Store, **options):
+    """Such runs, one after the other, each interrupted before a step."""
+    for stop in stops:
+        try:
+            run(out, config, store(stop_at=stop), **options)
+        except KeyboardInterrupt:
+            continue
+        raise AssertionError(f"the run was to end before step {stop}")
+
+
 def weights(sae):
     return {name: value.clone() for name, value in sae.state_dict().items()}
 
 
 def assert_same(left, right):
+    """Of two SAEs or their weights, every bit."""
+    left, right = (each if isinstance(each, dict) else weights(each) for each in (left, right))
     for name in left:
         torch.testing.assert_close(left[name], right[name], rtol=0, atol=0)

@@ -1,7 +1,5 @@
 """Run by shares.py: trains the same SAEs in however many processes there are."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

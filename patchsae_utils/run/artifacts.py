@@ -41,7 +41,7 @@ def read_json(path: str | Path, content: bytes | None = None) -> Any:
     """Read a JSON file, or its bytes; a damaged one is a ``ValueError`` that names it."""
     try:
         return json.loads((Path(path).read_bytes() if content is None else content).decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}). Delete it and run the stage that writes it again.") from error
 
 

@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
@@ -25,6 +26,8 @@ _SETTINGS = {"argparse", "collections", "copyreg", "datetime", "decimal", "enum"
 _PYTHON = sys.stdlib_module_names | {"__builtin__", "commands", "exceptions", "nt", "posix"}
 _CONTAINERS = {"builtins.frozenset": frozenset, "builtins.list": list, "builtins.dict": dict, "collections.defaultdict": lambda *_: {}}
 _ALLOWED = {*_CONTAINERS, "builtins.set", "builtins.bytearray", "builtins.complex", "_codecs.encode"}  # the latter by torch itself
+_SCALARS = "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"  # older and newer; read as plain values
+_CONTAINERS |= dict.fromkeys(_SCALARS, lambda kind, data: np.frombuffer(data, kind.arguments[0])[0].item())
 
 
 class Record:

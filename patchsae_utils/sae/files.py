@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import tempfile
+import warnings
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..run.artifacts import read_json, shortened
 from ..run.pickles import Record, is_torch_archive, read_torch
 from .formats import FORMATS, write
-from .formats.weights import Weights, check_settings, shapes
+from .formats.weights import SIZES, Weights, check_settings, shapes
 from .model import SparseAutoencoder
 
 CONFIG, WEIGHTS = FORMATS["saelens"].config, FORMATS["saelens"].weights
@@ -82,7 +83,12 @@ def read(path: str | Path) -> tuple[SparseAutoencoder, str, dict[str, Any], list
     if form != "saelens":
         weights = weights._replace(metadata={**weights.metadata, "converted_from": form})
         understood = {name: value for name, value in understood.items() if name != "patchsae" and value is not None}
-    return SparseAutoencoder.from_weights(weights, path).eval(), form, understood, ignored
+    sae = SparseAutoencoder.from_weights(weights, path).eval()
+    for name, size in SIZES.items():
+        if settings.get(name) not in (None, 0, getattr(sae, size)):
+            what = f"{file} holds an SAE {sae.d_in} -> {sae.d_sae}; its settings, in {config.name}, say {name}={settings[name]!r}."
+            raise ValueError(f"{what} The two don't belong together.")
+    return sae, form, understood, ignored
 
 
 _KNOWN_FORMS = """PatchSAE's .pt, ViT-Prisma's weights.pt with config.json, saev's sae.pt, sparsify's cfg.json with sae.safetensors, \
@@ -94,10 +100,14 @@ _VISAEBENCH = ("sae.pt", "model.safetensors", "model.pt"), ("config.json", "conf
 
 def find(path: Path) -> tuple[str, Path]:
     """The form of an SAE on disk, and its weights' file; refuses what is none."""
+    folder = path if path.is_dir() else path.parent
+    pairs = {form: folder / names[1] for form, names in _PAIRS.items() if all((folder / name).is_file() for name in names)}
     if path.is_dir():
-        for form, names in _PAIRS.items():
-            if all((path / name).is_file() for name in names):
-                return form, path / names[1]
+        files = [file.name for file in pairs.values()] + ["sae.pt"] * (path / "sae.pt").is_file()
+        if len(files) > 1:
+            warnings.warn(f"{path} holds the SAEs of several programs, {', '.join(files)}; the first is opened. Name a file.", stacklevel=4)
+        if pairs:
+            return next(iter(pairs.items()))
         for name in _VISAEBENCH[0]:
             if (path / name).is_file() and (name == "sae.pt" or _beside(path / name) is not None):
                 return find(path / name)
@@ -110,9 +120,9 @@ def find(path: Path) -> tuple[str, Path]:
     if not path.is_file():
         what = f"No SAE at {path}: expected a folder with cfg.json and sae_weights.safetensors, as train_sae writes it, or one of:"
         raise FileNotFoundError(f"{what} {_KNOWN_FORMS}.")
-    for form, names in _PAIRS.items():
-        if path.name in names and all((path.parent / name).is_file() for name in names):
-            return form, path.parent / names[1]
+    for form, file in pairs.items():
+        if path.name in _PAIRS[form]:
+            return form, file
     if path.name in _VISAEBENCH[1]:
         return find(next((path.parent / name for name in _VISAEBENCH[0] if (path.parent / name).is_file()), path.parent))
     with open(path, "rb") as file:
@@ -153,7 +163,7 @@ def _open(form: str, file: Path, config: Path) -> tuple[dict[str, Any], Any]:
                 header = json.loads(opened.readline(1 << 20))
             if "d_vit" not in header or "schema" in header:  # before schemas, the header was the settings
                 header["cfg"].get("activation")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{file} begins with no header of saev ({type(error).__name__}): a line of JSON with schema, cfg.") from error
         return header, read_torch(file)
     beside = {} if config == file else _object(config)

@@ -1,7 +1,5 @@
 """Stores behind URLs: written, gone on with, read and checked as those in folders are."""
 
-from __future__ import annotations
-
 import json
 
 import fsspec

@@ -33,10 +33,9 @@ def test_an_epoch_holds_what_the_store_holds(stream, tiny_store, tokens):
     assert torch.equal(places.sort().values, expected.repeat_interleave(24))
 
 
-def test_positions_are_those_of_the_tokens(stream, tiny_clip, tiny_dataset):
+def test_positions_are_those_of_the_tokens(stream, tiny_clip, tiny_inputs):
     """The token at a position, of one image among 24, is what the model says there."""
-    images = torch.stack([tiny_clip.preprocess(tiny_dataset[i].image) for i in range(24)])
-    truth = tiny_clip.residual(images, -2)
+    truth = tiny_clip.residual(tiny_inputs, -2)
     x, places = next(stream.tokens(64, seed=1, positions=True))
     distances = (truth[:, places] - x).abs().amax(-1).amin(0)
     assert distances.max() < 0.02 * truth.abs().max()

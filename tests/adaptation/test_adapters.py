@@ -1,7 +1,5 @@
 """Adapters: MaPLe is MaPLe, prompts never reach tokens, nothing loads that does not fit."""
 
-from __future__ import annotations
-
 import builtins
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """Remapping: what can't change does not, what is counted is what the statistics count, and the groups are what they say."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

@@ -1,7 +1,5 @@
 """Concepts that adaptation changed: the strongest links are chosen, turning one off is arithmetic, and sentences count what tables say."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

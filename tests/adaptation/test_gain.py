@@ -1,7 +1,5 @@
 """The split of a gain: its parts sum to it, what can't change has no part in it, and slow float64 arithmetic says the same."""
 
-from __future__ import annotations
-
 import copy
 from itertools import permutations, product
 

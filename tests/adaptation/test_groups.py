@@ -1,7 +1,5 @@
 """Top latents of two models: rank-biased overlap against the infinite sum that it stands for, and groups on small examples."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Which latents are new: each measure against slow float64 arithmetic, its known traps by construction, and planted rare features."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

@@ -1,7 +1,5 @@
 """Predictions over k of CLIP and an adapted model: the same latents for all, and what is equal stays equal."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

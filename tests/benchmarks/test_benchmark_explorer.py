@@ -1,7 +1,5 @@
 """The explorers' benchmark: what it reports. Its interactions are tried in test_explorer_end_to_end.py, where a page is open anyway."""
 
-from __future__ import annotations
-
 import ast
 import json
 

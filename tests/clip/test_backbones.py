@@ -1,7 +1,5 @@
 """A vision transformer without text: its residual stream is timm's own, edits of it finish as they should, and words are refused by name."""
 
-from __future__ import annotations
-
 import pytest
 import timm
 import torch
@@ -100,14 +98,11 @@ def test_wrong_names_sizes_and_files_are_answered():
         load_clip("timm:test_vit", "/nowhere.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda state: {key: value for key, value in state.items() if "blocks.1" not in key}, "Missing key.*blocks.1"),
-        (lambda state: state | {"blocks.99.norm1.weight": torch.ones(3)}, "Unexpected key.*blocks.99.norm1.weight"),
-        (lambda state: state | {"norm.weight": torch.ones(3)}, "size mismatch for norm.weight"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda state: {key: value for key, value in state.items() if "blocks.1" not in key}, "Missing key.*blocks.1"),
+    (lambda state: state | {"blocks.99.norm1.weight": torch.ones(3)}, "Unexpected key.*blocks.99.norm1.weight"),
+    (lambda state: state | {"norm.weight": torch.ones(3)}, "size mismatch for norm.weight"),
+])  # fmt: skip
 def test_weights_of_another_model_are_refused_where_timm_would_leave_some_random(tmp_path, change, message):
     network = timm.create_model("test_vit", num_classes=3)
     state, images = network.state_dict(), torch.randn(2, 3, *network.patch_embed.img_size)

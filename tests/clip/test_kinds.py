@@ -1,7 +1,5 @@
 """Every kind of image tower that open_clip and timm know, built small: read, split, finished and edited as its own forward pass, or refused by name."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import json

@@ -1,7 +1,5 @@
 """The small CLIP's training: its schedule, its patch terms, and that the shipped weights are the ones the log describes."""
 
-from __future__ import annotations
-
 import csv
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Baselines: each dictionary against scikit-learn or the definition, the probe against its optimum, the comparison against its parts."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np
@@ -14,25 +12,9 @@ from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.metrics import average_precision_score
 
 from patchsae_utils.activations.extraction import extract_activations
-from patchsae_utils.concepts import baselines, detection, probes
-from patchsae_utils.concepts.baselines import (
-    ica_dictionary,
-    kmeans_dictionary,
-    nmf_dictionary,
-    pca_dictionary,
-    random_clip,
-    random_weights_sae,
-    sample_patches,
-    split_signs,
-)
-from patchsae_utils.concepts.comparison import (
-    Competitor,
-    compare,
-    kmeans_competitor,
-    measure_dictionaries,
-    plain_competitor,
-    sae_competitor,
-)
+from patchsae_utils.concepts import baselines, comparison, detection, probes
+from patchsae_utils.concepts.baselines import ica_dictionary, kmeans_dictionary, nmf_dictionary, pca_dictionary, random_clip
+from patchsae_utils.concepts.comparison import Competitor, compare, kmeans_competitor, plain_competitor, sae_competitor
 from patchsae_utils.concepts.detection import ConceptPatches, average_precision, concept_masks, concept_patches, detect_concepts
 from patchsae_utils.concepts.probes import fit_probes, logistic_probes, moments, probe_dictionary, train_probes
 from patchsae_utils.config import TrainConfig
@@ -98,7 +80,7 @@ def test_kmeans_finds_the_directions(cosine):
 def test_nmf_reads_both_signs_and_explains_the_data():
     x = blobs(400)
     z = x - x.mean(0)
-    torch.testing.assert_close(split_signs(z)[:, :6] - split_signs(z)[:, 6:], z)
+    torch.testing.assert_close(baselines.split_signs(z)[:, :6] - baselines.split_signs(z)[:, 6:], z)
     found = nmf_dictionary(x)
     h = found.encode(x, None)
     assert h.shape == (400, 6) and h.min() >= 0
@@ -120,11 +102,11 @@ def store(tiny_clip, training, tmp_path_factory):
 
 def test_sampled_patches_are_patches_of_the_store(store, tiny_clip):
     every = torch.cat([x for x, _, _ in store.images()])[:, 1:].flatten(0, 1).float()
-    some = sample_patches(store, 50)
+    some = baselines.sample_patches(store, 50)
     assert some.shape == (50, tiny_clip.width)
     assert all((every == row).all(1).any() for row in some)
-    assert torch.equal(some, sample_patches(store, 50))
-    torch.testing.assert_close(sample_patches(store, 10**9), every)
+    assert torch.equal(some, baselines.sample_patches(store, 50))
+    torch.testing.assert_close(baselines.sample_patches(store, 10**9), every)
 
 
 def test_random_clip_has_other_weights_and_the_same_form(tiny_clip, tiny_images, monkeypatch):
@@ -307,15 +289,15 @@ def test_from_scenes_to_the_table(tiny_clip, tiny_sae, store, training, tmp_path
     recipe = TrainConfig(n_tokens=2048, batch_tokens=512, start="data", warmup_steps=1)
     settings = dict(random_weights=recipe, random_scenes=training, out=tmp_path)
     arguments = (tiny_clip, tiny_sae, store, training, choose, report, LAYER)
-    found = measure_dictionaries(*arguments, **settings)
+    found = comparison.measure_dictionaries(*arguments, **settings)
     assert set(found.detection["dictionary"]) == {
         "SAE", "single dimensions", "PCA", "ICA", "NMF", "k-means", "k-means, cosine", "random SAE", "SAE on random weights", "linear probe",
     }  # fmt: skip
     assert found.detection["ap"].between(0, 1).all() and found.headline()["ceiling"] == "linear probe"
     monkeypatch.setattr(detection, "read_patches", lambda *_, **__: pytest.fail("the scenes were read again"))
-    assert measure_dictionaries(*arguments, **settings).headline() == pytest.approx(found.headline())
+    assert comparison.measure_dictionaries(*arguments, **settings).headline() == pytest.approx(found.headline())
     monkeypatch.setattr(baselines, "train_sae", lambda *_, **__: pytest.fail("trained again"))
-    control, trained = random_weights_sae(tiny_clip, training, LAYER, tiny_sae, recipe, tmp_path / "random_weights")
+    control, trained = baselines.random_weights_sae(tiny_clip, training, LAYER, tiny_sae, recipe, tmp_path / "random_weights")
     assert trained.d_sae == tiny_sae.d_sae and control.fingerprint == random_clip(tiny_clip).fingerprint
     with pytest.raises(ValueError, match="Give 3 splits"):
-        measure_dictionaries(tiny_clip, tiny_sae, store, training, choose, choose, LAYER, **settings)
+        comparison.measure_dictionaries(tiny_clip, tiny_sae, store, training, choose, choose, LAYER, **settings)

@@ -1,7 +1,5 @@
 """Ground truth: average precision as scikit-learn's, choice and report on different scenes, names whose null is fair to rare latents."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,18 +8,7 @@ from scipy import sparse
 from sklearn.metrics import average_precision_score
 
 from patchsae_utils.concepts import detection
-from patchsae_utils.concepts.detection import (
-    Activations,
-    ConceptPatches,
-    answers,
-    average_precision,
-    concept_correlations,
-    concept_patches,
-    detect_concepts,
-    different_scenes,
-    measure_concepts,
-    resampled_precision,
-)
+from patchsae_utils.concepts.detection import Activations, ConceptPatches, average_precision, concept_patches, detect_concepts
 from patchsae_utils.concepts.names import UNNAMED, label_latents, unique_names
 from patchsae_utils.concepts.places import concept_examples
 from patchsae_utils.data import load_dataset, openmoji
@@ -74,26 +61,26 @@ def test_weighted_precision_is_that_of_repeated_images(kind):
     positive = rng.choice(200, 31, replace=False)
     truth = np.isin(np.arange(200), positive)
     weights = np.stack([np.ones(20), *rng.multinomial(20, np.full(20, 0.05), 4)]).astype(float)
-    found = resampled_precision(scores, positive, images, weights)
+    found = detection.resampled_precision(scores, positive, images, weights)
     expected = [average_precision_score(truth, scores, sample_weight=w[images]) for w in weights]
     np.testing.assert_allclose(found, expected, atol=1e-12)
-    np.testing.assert_allclose(resampled_precision(scores, positive, images, weights.astype(np.float32)), expected, atol=1e-6)
-    np.testing.assert_allclose(resampled_precision(scores, positive, images, weights, coarse=True), expected, atol=0.06)
+    np.testing.assert_allclose(detection.resampled_precision(scores, positive, images, weights.astype(np.float32)), expected, atol=1e-6)
+    np.testing.assert_allclose(detection.resampled_precision(scores, positive, images, weights, coarse=True), expected, atol=0.06)
     many = np.repeat(np.arange(100), 300)
     noise = rng.normal(size=30_000)
     shown = np.flatnonzero(rng.random(100)[many] * rng.random(30_000) > 0.9)
     noise[shown] += 1 + rng.normal(size=100)[many][shown]
     drawn = rng.multinomial(100, np.full(100, 0.01), 500).astype(np.float32)
-    fine, coarse = (resampled_precision(noise, shown, many, drawn, coarse=each) for each in (False, True))
+    fine, coarse = (detection.resampled_precision(noise, shown, many, drawn, coarse=each) for each in (False, True))
     assert coarse.std() == pytest.approx(fine.std(), rel=0.1) and np.corrcoef(fine, coarse)[0, 1] > 0.98  # what a centred interval needs
     none = np.zeros((1, 20))
-    assert np.isnan(resampled_precision(scores, positive, images, none)).all()
+    assert np.isnan(detection.resampled_precision(scores, positive, images, none)).all()
 
 
 def test_correlation_equals_numpys_and_is_zero_for_dead_latents():
     data = planted(0)
     order = np.random.default_rng(0).permutation(len(data.tokens))
-    found, spread = concept_correlations(Activations(IDENTITY, data), data.masks[order])
+    found, spread = detection.concept_correlations(Activations(IDENTITY, data), data.masks[order])
     for r, dense in zip(found, (data.masks.toarray(), data.masks.toarray()[order]), strict=True):
         for concept in range(4):
             for feature in range(12):
@@ -111,7 +98,7 @@ def test_p_of_rare_latents_holds_its_level():
     shuffled, held_out = (size * rng.normal(size=(30, 2000)) for _ in range(2))
     score = shuffled[:, rng.permutation(400)].max(0)  # as high as shuffled pictures make it
     held_out[:, :400] = score
-    found = answers(
+    found = detection.answers(
         held_out, held_out, shuffled, np.where(rare, 2.0, 200.0) + rng.random(2000), np.array([f"color:{i}" for i in range(30)])
     )
     assert 0.01 < (found["p"][:400] <= 0.05).mean() < 0.09 and found["p"][:400].min() > 0
@@ -191,16 +178,16 @@ def test_patches_carry_the_ground_truth(tiny_clip, scenes):
 
 def test_measurement_on_scenes(tiny_clip, tiny_sae, scenes, tmp_path, monkeypatch):
     patches = [concept_patches(tiny_clip, each, LAYER, progress=False) for each in scenes]
-    found = measure_concepts(tiny_clip, tiny_sae, *scenes, LAYER, out=tmp_path / "r")
+    found = detection.measure_concepts(tiny_clip, tiny_sae, *scenes, LAYER, out=tmp_path / "r")
     assert {"object", "background", "color", "outline"} <= set(found.detection["kind"])
     assert found.detection["ap"].between(0, 1).all() and found.replicates.shape == (len(found.detection), 1000)
-    alone = measure_concepts(tiny_clip, tiny_sae, *scenes, LAYER, patches=patches, out=tmp_path / "alone")
+    alone = detection.measure_concepts(tiny_clip, tiny_sae, *scenes, LAYER, patches=patches, out=tmp_path / "alone")
     pd.testing.assert_frame_equal(alone.detection, found.detection)
     monkeypatch.setattr(detection, "concept_patches", lambda *_, **__: pytest.fail("the scenes were read again"))
-    again = measure_concepts(tiny_clip, tiny_sae, *scenes, LAYER, out=tmp_path / "r")
+    again = detection.measure_concepts(tiny_clip, tiny_sae, *scenes, LAYER, out=tmp_path / "r")
     pd.testing.assert_frame_equal(again.latents, found.latents)
     with pytest.raises(ValueError, match="read these scenes"):
-        measure_concepts(tiny_clip, tiny_sae, *scenes, LAYER, patches=[patches[0], planted(0)], out=tmp_path / "other")
+        detection.measure_concepts(tiny_clip, tiny_sae, *scenes, LAYER, patches=[patches[0], planted(0)], out=tmp_path / "other")
     wanted = ["outline", found.detection["concept"].iloc[0]]
     for example in concept_examples(tiny_clip, tiny_sae, scenes[1], LAYER, found, wanted):
         column = openmoji.concept_names().index(example.concept)
@@ -209,9 +196,9 @@ def test_measurement_on_scenes(tiny_clip, tiny_sae, scenes, tmp_path, monkeypatc
 
 
 def test_choosing_and_reporting_on_the_same_scenes_is_refused(scenes):
-    assert len(set(different_scenes(*scenes))) == 2
+    assert len(set(detection.different_scenes(*scenes))) == 2
     with pytest.raises(ValueError, match="Give 2 splits"):
-        different_scenes(scenes[0], load_dataset("openmoji/all", "val", n_images=8))
+        detection.different_scenes(scenes[0], load_dataset("openmoji/all", "val", n_images=8))
 
 
 def summary_of(hits: np.ndarray, class_images: list[int], class_names: list[str]) -> LatentSummary:
@@ -240,13 +227,8 @@ def test_names_from_ground_truth(report):
 
 def test_names_from_labels_are_lift_over_the_base_rate():
     class_images = [10, 10, 1, 19]
-    hits = np.array([
-        # own class, everywhere, one-image class, dead, weak
-        [9, 10, 0, 0, 2],
-        [0, 10, 0, 0, 1],
-        [0, 1, 1, 0, 0],
-        [1, 19, 0, 0, 1],
-    ])  # fmt: skip
+    # of latents of their own class, of all, of the class of one image, of none, and weak
+    hits = np.array([[9, 10, 0, 0, 2], [0, 10, 0, 0, 1], [0, 1, 1, 0, 0], [1, 19, 0, 0, 1]])
     names = label_latents(summary_of(hits, class_images, ["missile", "crane", "dog", "crane"])).set_index("latent")
     assert names.loc[0, ["name", "kind", "class_index"]].tolist() == ["missile", "class", 0]
     assert names.loc[0, "score"] == pytest.approx((9 / 10) / (10 / 40))

@@ -1,7 +1,5 @@
 """Pairs of scenes that differ in one thing, and latents that know it: planted ones, shuffled ones, random ones."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -91,11 +89,6 @@ def test_silent_and_shuffled_latents_are_not_selective_and_random_ones_are_at_ch
     _, noise = measured(scenes, monkeypatch, np.arange(len(NAMES)), lambda masks: rng.random(masks.shape, np.float32))
     assert noise["right"].between(0.2, 0.8).all() and noise["first"].max() < 0.1
     assert noise["selectivity"].between(0.1, 0.4).all() and noise["selectivity"].mean() == pytest.approx(0.25, abs=0.06)
+    other = pd.DataFrame({"dictionary": ["x"], "readout": "activations", "concept": "a", "latent": 0})
     with pytest.raises(ValueError, match="no dictionary 'SAE'"):
-        selectivity(
-            None,
-            {"SAE": None},
-            ComparisonReport(pd.DataFrame({"dictionary": ["x"], "readout": "activations", "concept": "a", "latent": 0}), np.zeros(0)),
-            scenes,
-            0,
-        )
+        selectivity(None, {"SAE": None}, ComparisonReport(other, np.zeros(0)), scenes, 0)

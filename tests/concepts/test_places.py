@@ -1,7 +1,5 @@
 """Localisation against definitions written out for one latent and one concept at a time."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

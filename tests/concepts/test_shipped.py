@@ -1,7 +1,5 @@
 """The dictionary that ships: small, whole, and that of a fresh run."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pandas as pd
@@ -12,13 +10,11 @@ import patchsae_utils as ps
 from patchsae_utils.concepts import shipped
 from patchsae_utils.config import load_profile
 from patchsae_utils.latents.likeness import Likeness
-from patchsae_utils.latents.reading import summarize_latents
 from patchsae_utils.sae import files
 
 
 @pytest.fixture(scope="module")
-def parts(tiny_clip, tiny_sae, tiny_dataset):
-    summary = summarize_latents(tiny_clip, tiny_sae, tiny_dataset, -2, k=6, progress=False)
+def parts(tiny_sae, summary):
     names = pd.DataFrame([(3, "red", "color", 0.51234), (5, "unnamed", "unnamed", 0.1)], columns=["latent", "name", "kind", "score"])
     table = pd.DataFrame({"dictionary": ["SAE"] * 64 + ["single dimensions"], "latent": [*range(64), 0], "score": torch.rand(65).numpy()})
     return shipped.Shipped(tiny_sae, summary, names, Likeness(table, {"clip": torch.rand(24, 16)}))

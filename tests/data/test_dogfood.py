@@ -1,7 +1,5 @@
 """Data as people have it, from disk and from the package ``datasets``, through the statistics of a tiny CLIP and SAE."""
 
-from __future__ import annotations
-
 import warnings
 
 import datasets

@@ -1,7 +1,5 @@
 """Worker processes, broken images: the same batches however they are opened; what can't be read is left out, reported, and shifts no label."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

@@ -1,7 +1,5 @@
 """The paper's eleven data sets: found in CoOp's layout and in torchvision's, split and named as CoOp does; CoOp's split files; the hub's streams."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import sys
@@ -36,14 +34,11 @@ def split_file(path, base, names, per_class=(2, 1, 1)):
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize(
-    ("name", "folder", "images"),
-    [
-        ("caltech101", "caltech-101", "101_ObjectCategories"), ("oxford_pets", "oxford_pets", "images"), ("stanford_cars", "stanford_cars", ""),
-        ("flowers102", "oxford_flowers", "jpg"), ("food101", "food-101", "images"), ("sun397", "sun397", "SUN397"), ("dtd", "dtd", "images"),
-        ("eurosat", "eurosat", "2750"), ("ucf101", "ucf101", "UCF-101-midframes"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "folder", "images"), [
+    ("caltech101", "caltech-101", "101_ObjectCategories"), ("oxford_pets", "oxford_pets", "images"), ("stanford_cars", "stanford_cars", ""),
+    ("flowers102", "oxford_flowers", "jpg"), ("food101", "food-101", "images"), ("sun397", "sun397", "SUN397"), ("dtd", "dtd", "images"),
+    ("eurosat", "eurosat", "2750"), ("ucf101", "ucf101", "UCF-101-midframes"),
+])  # fmt: skip
 def test_coops_split_files_are_followed(tmp_path, monkeypatch, name, folder, images):
     base = tmp_path / folder
     split_file((base / images).mkdir(parents=True) or base / f"split_zhou_{name}.json", base / images, ["crane", "blue_jay", "crane"])
@@ -61,17 +56,14 @@ def test_coops_split_files_are_followed(tmp_path, monkeypatch, name, folder, ima
     assert templates_for(name) == (PAPER_SETS[name].template,) == templates_for(str(base))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"train": []}, "must hold an object with train, val and test"),
-        ({"train": [["a.png", "0", "crane"]], "val": [], "test": []}, r"train: expected \[path, label, class name\], got"),
-        ({"train": [["0/0.png", 0, "crane"], ["1/0.png", 0, "jay"]], "val": [], "test": []}, "class 0 is called 'crane' and 'jay'"),
-        ({"train": [["0/0.png", 1, "crane"]], "val": [], "test": []}, r"without gaps; there is none numbered \[0\]"),
-        ({"train": [["0/0.png", 0, "crane"]], "val": [], "test": []}, "names the image '0/0.png', which is neither in"),
-        ({"train": [], "val": [["0/0.png", 0, "crane"]], "test": []}, "has no images for split 'train'"),
-    ],
-)
+@pytest.mark.parametrize(("content", "message"), [
+    ({"train": []}, "must hold an object with train, val and test"),
+    ({"train": [["a.png", "0", "crane"]], "val": [], "test": []}, r"train: expected \[path, label, class name\], got"),
+    ({"train": [["0/0.png", 0, "crane"], ["1/0.png", 0, "jay"]], "val": [], "test": []}, "class 0 is called 'crane' and 'jay'"),
+    ({"train": [["0/0.png", 1, "crane"]], "val": [], "test": []}, r"without gaps; there is none numbered \[0\]"),
+    ({"train": [["0/0.png", 0, "crane"]], "val": [], "test": []}, "names the image '0/0.png', which is neither in"),
+    ({"train": [], "val": [["0/0.png", 0, "crane"]], "test": []}, "has no images for split 'train'"),
+])  # fmt: skip
 def test_a_wrong_split_file_says_what_is_wrong(tmp_path, content, message):
     (tmp_path / "split_zhou_X.json").write_text(json.dumps(content))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -170,13 +162,10 @@ def imagenet(root):
     return ["crane", "crane"], (2, 2, 2), [0, 20]
 
 
-@pytest.mark.parametrize(
-    ("name", "make"),
-    [
-        ("caltech101", caltech), ("oxford_pets", pets), ("stanford_cars", cars), ("food101", food), ("fgvc_aircraft", aircraft),
-        ("fgvc_aircraft", lambda root: aircraft(root, root / "fgvc_aircraft")), ("sun397", sun), ("dtd", textures), ("eurosat", satellite), ("imagenet", imagenet),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "make"), [
+    ("caltech101", caltech), ("oxford_pets", pets), ("stanford_cars", cars), ("food101", food), ("fgvc_aircraft", aircraft),
+    ("fgvc_aircraft", lambda root: aircraft(root, root / "fgvc_aircraft")), ("sun397", sun), ("dtd", textures), ("eurosat", satellite), ("imagenet", imagenet),
+])  # fmt: skip
 def test_torchvisions_layouts_are_read_with_coops_names(tmp_path, monkeypatch, name, make):
     names, sizes, reds = make(tmp_path)
     monkeypatch.setenv("PATCHSAE_DATA", str(tmp_path))

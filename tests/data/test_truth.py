@@ -1,7 +1,5 @@
 """Ground truth of pictures: masks of COCO's form and label images give what the embedded world itself knows, whatever the crop."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 

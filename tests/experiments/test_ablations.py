@@ -1,7 +1,5 @@
 """The grid of ablations: each cell changes one thing, and what was measured is not measured again."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

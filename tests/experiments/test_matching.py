@@ -1,7 +1,5 @@
 """Matching of dictionaries: by brute force on small ones, exact on permuted ones, and against the random baseline."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

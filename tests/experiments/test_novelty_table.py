@@ -1,7 +1,5 @@
 """Controls with a known answer: what is planted is where it is said to be, scores count it, and a cell is measured once."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Base to novel: a cell is measured once, the table says what its cells say, and frozen image towers share their features."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Rates are compared on the same pictures, and the recipes are what the committed table says."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

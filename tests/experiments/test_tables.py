@@ -1,7 +1,5 @@
 """The tables of the experiments, read: which rows are compared, on made-up tables; the figures."""
 
-from __future__ import annotations
-
 import pandas as pd
 import pytest
 
@@ -24,11 +22,8 @@ def row(axis: str, value: str, l0: float = 30.0, ap: float = 0.3, layer: int = 4
 def table():
     rows = [row("seed", "0", 28.0), row("seed", "1", 30.0), row("seed", "2", 32.0)]
     rows += [row("layer", str(layer), layer=layer, ap=0.1 + 0.05 * layer) for layer in (0, 1, 2, 3, 5)]
-    rows += [
-        row("expansion", "x32", 30.0, 0.9),
-        row("tokens", "cls", 80.0, 0.05, tokens="cls"),
-        row("tokens", "patches", 31.0, 0.35, tokens="patches"),
-    ]
+    rows += [row("tokens", "cls", 80.0, 0.05, tokens="cls"), row("tokens", "patches", 31.0, 0.35, tokens="patches")]
+    rows += [row("expansion", "x32", 30.0, 0.9)]
     return pd.DataFrame(rows)
 
 
@@ -77,7 +72,7 @@ def test_what_planted_features_say_over_controls():
     shares = pd.DataFrame([("null", 0.0), ("null", 0.3), ("new", 0.4)], columns=["kind", "new_share"]).assign(method="split of the gain")
     said = tables.novelty_sentence(pd.concat([table, shares]))
     for words in (
-        "verdict finds 75%, and 90% of what",
+        "finds 75%, and 90% of what",
         "calls 0.6% of the latents",
         "learned it finds 100% (85% have",
         "lie 0% to 30% of",

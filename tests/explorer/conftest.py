@@ -1,7 +1,5 @@
 """The two explorers of latents and of patches, over one summary, with names that a stranger may have chosen; their pages in Chromium."""
 
-from __future__ import annotations
-
 import copy
 
 import pandas as pd
@@ -10,13 +8,7 @@ import torch
 from explorer_pages import BAD, browser, node_modules, show  # noqa: F401 (fixtures)
 
 from patchsae_utils.adaptation.prompts import VisualPrompt
-from patchsae_utils.explorer import AdaptationView, LatentExplorer, PatchExplorer
-from patchsae_utils.latents.reading import summarize_latents
-
-
-@pytest.fixture(scope="package")
-def summary(tiny_clip, tiny_sae, tiny_dataset):
-    return summarize_latents(tiny_clip, tiny_sae, tiny_dataset, -2, k=6, progress=False)
+from patchsae_utils.explorer import AdaptationView, LatentExplorer, PatchExplorer, SteeringPanel
 
 
 @pytest.fixture
@@ -33,6 +25,11 @@ def latents(tiny_clip, tiny_sae, summary, tiny_dataset, named):
 @pytest.fixture
 def patches(tiny_clip, tiny_sae, summary, tiny_dataset, named):
     return PatchExplorer(tiny_clip, tiny_sae, summary, tiny_dataset, named, image=0)
+
+
+@pytest.fixture
+def panel(tiny_clip, tiny_sae, tiny_dataset, head):
+    return SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, {3: "a wheel", 5: BAD}, head=head, latents=[3, 5, 9])
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """The explorers in two layers: their traits in Python, and their page in headless Chromium with a fake model. No Jupyter in either."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import re
@@ -13,39 +11,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from explorer_pages import BAD, check_that_it_fits, picture_file, pixels, wire
+from explorer_pages import BAD, IMAGE, SEARCH, check_that_it_fits, enter, figure_text, picture_file, pixels, place, wire
 from PIL import Image
 
 from patchsae_utils.data import load_dataset
-from patchsae_utils.explorer import (
-    AdaptationView,
-    LatentExplorer,
-    PatchExplorer,
-    SteeringPanel,
-    cards,
-    latent_slider,
-    link,
-    point,
-    pointing,
-    slider,
-    widgets,
-)
+from patchsae_utils.explorer import AdaptationView, LatentExplorer, PatchExplorer, SteeringPanel, cards, point, pointing, widgets
+from patchsae_utils.explorer.sliders import latent_slider, slider
+from patchsae_utils.explorer.widgets import link
 from patchsae_utils.latents.reading import latent_masks
 from patchsae_utils.plots import heat as heat_map
 from patchsae_utils.sae.model import SparseAutoencoder
 
 
-def decode_heats(data, scale, grid):
-    """What the page does with the bytes."""
-    return scale * (np.frombuffer(data, np.uint8).reshape(-1, *grid) / np.float32(255)) ** 2
-
-
 def test_heat_maps_travel_as_one_byte_a_patch_and_come_back_close():
     heats = np.random.default_rng(0).exponential(2, (3, 14, 14)).astype(np.float32)
     data, scale = cards.encode_heats(heats)
-    assert len(data) == 3 * 196
-    assert scale == heats.max()
-    back = decode_heats(data, scale, (14, 14))
+    assert len(data) == 3 * 196 and scale == heats.max()
+    back = scale * (np.frombuffer(data, np.uint8).reshape(-1, 14, 14) / np.float32(255)) ** 2  # what the page does with the bytes
     assert np.abs(np.sqrt(back) - np.sqrt(heats)).max() <= 0.51 / 255 * np.sqrt(scale)
 
 
@@ -118,14 +100,25 @@ def test_pointing_counts_a_latent_that_knows_one_background(tiny_clip, tiny_sae,
         assert (frame["hits"] == 0).all()
 
 
-@pytest.mark.parametrize(("trait", "value"), [("latent", 64), ("latent", -2), ("image", 24), ("opacity", 1.5), ("tau", -1.0)])
-def test_choices_that_do_not_exist_are_refused_and_change_nothing(latents, trait, value):
-    before = getattr(latents, trait)
-    with pytest.raises(ValueError, match=trait):
-        setattr(latents, trait, value)
-    with pytest.raises(ValueError, match=trait):
-        latents.set_state({trait: value})
-    assert getattr(latents, trait) == before
+WRONG = [
+    ("latents", "latent", 64, "latent"), ("latents", "latent", -2, "latent"), ("latents", "image", 24, "image"), ("latents", "opacity", 1.5, "opacity"),
+    ("latents", "tau", -1.0, "tau"), ("adaptation", "patch", 196, "no patch 196"), ("patches", "patches", [4, 196], "0 to 195"),
+    ("panel", "image", 24, "no image 24"), ("panel", "latents", [64], "no latent 64"), ("panel", "batch", [24], "no image 24"),
+    ("panel", "patches", [196], "0 to 195"), ("panel", "edits", [{"latent": 64, "op": "scale", "value": 1.0}], "no latent 64"),
+    ("panel", "edits", [{"latent": 3, "op": "set", "value": 1.0}], "scale"), ("panel", "edits", [{"latent": 3, "op": "scale", "value": -1.0}], "0 or more"),
+    ("panel", "edits", [{"latent": 3, "op": "add", "value": "many"}], "finite"), ("panel", "edits", [{"latent": 3}], "An edit is"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "trait", "value", "message"), WRONG)
+def test_choices_that_do_not_exist_are_refused_and_change_nothing(request, kind, trait, value, message):
+    view = request.getfixturevalue(kind)
+    before = getattr(view, trait)
+    with pytest.raises(ValueError, match=message):
+        setattr(view, trait, value)
+    with pytest.raises(ValueError, match=message):
+        view.set_state({trait: value})
+    assert getattr(view, trait) == before
 
 
 def test_without_a_summary_patches_are_listed_by_activation_only(tiny_clip, tiny_sae, tiny_dataset):
@@ -260,11 +253,7 @@ def test_a_summary_of_other_images_is_refused(tiny_clip, tiny_sae, summary):
 def test_figures_show_what_is_on_screen(latents, patches):
     latents.latent = 3
     patches.patch, patches.latent = 20, 3
-    for view, words in ((latents, "red (color)"), (patches, "This patch")):
-        fig = view.figure()
-        texts = [t.get_text() for t in fig.findobj(plt.Text)]
-        assert any(words in text for text in texts)
-        plt.close(fig)
+    assert "red (color)" in figure_text(latents) and "This patch" in figure_text(patches)
     latents.latent = -1
     with pytest.raises(ValueError, match="latent"):
         latents.figure()
@@ -278,11 +267,9 @@ def test_page_slider_and_box_choose_a_latent(show, latents):
     page.keyboard.press("ArrowRight")
     page.wait_for_selector(f"h3:has-text('Latent {order[1]}')")
     assert latents.latent == order[1]
-    page.fill("input[type=search]", "3")
-    page.keyboard.press("Enter")
+    enter(page, SEARCH, "3")
     page.wait_for_selector("h3:has-text('Latent 3 · red (color)')")
-    page.fill("input[type=search]", "9999")  # there is none: nothing happens
-    page.keyboard.press("Enter")
+    enter(page, SEARCH, "9999")  # there is none: nothing happens
     assert latents.latent == 3
     page.keyboard.press("Escape")
     page.select_option("label:has-text('Sort by') select", "label_entropy")
@@ -336,8 +323,7 @@ def test_page_says_that_a_latent_is_dead(show, tiny_clip, tiny_sae, summary, tin
 def test_page_mouse_and_keys_choose_a_patch(show, patches):
     page = show(patches)
     page.wait_for_selector(".psx-pick")
-    box = page.locator(".psx-stage").bounding_box()
-    page.mouse.click(box["x"] + box["width"] * 3.5 / 14, box["y"] + box["height"] * 2.5 / 14)
+    page.mouse.click(*place(page, 2, 3))
     page.wait_for_function("window.model.get('shown').patch === 31")
     for key in ("ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp", "ArrowUp", "ArrowUp", "ArrowUp"):
         page.keyboard.press(key)
@@ -354,12 +340,10 @@ def test_page_steps_through_images(show, patches):
     page = show(patches)
     page.click("[aria-label='Next image']")
     page.wait_for_selector("h3:has-text('Image 1 ·')")
-    page.fill("input[aria-label='Image, by its index']", "5")
-    page.keyboard.press("Enter")
+    enter(page, IMAGE, "5")
     page.wait_for_selector("h3:has-text('Image 5 ·')")
-    page.fill("input[aria-label='Image, by its index']", "99")
-    page.keyboard.press("Enter")
-    assert patches.image == 5 and page.input_value("input[aria-label='Image, by its index']") == "5"
+    enter(page, IMAGE, "99")
+    assert patches.image == 5 and page.input_value(IMAGE) == "5"
 
 
 @pytest.mark.parametrize("dark", [False, True])

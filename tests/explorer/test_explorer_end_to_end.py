@@ -1,13 +1,11 @@
 """The explorers end to end: a kernel, Voila's or JupyterLab's server, Chromium. Skipped, with the reason, where one of them is missing."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
 import nbformat
 import pytest
-from explorer_pages import BAD, picture_file, pixels, shoot
+from explorer_pages import BAD, IMAGE, SEARCH, enter, picture_file, pixels, shoot
 
 from benchmarks.browser import jupyterlab, run_in_lab, voila
 
@@ -63,20 +61,14 @@ def page(browser):
 @pytest.mark.parametrize("front", ["voila", "jupyterlab"])
 def test_explorers_answer(front, notebook, page):
     pytest.importorskip(front, reason=f"this test needs {front}: pip install -e .[explore]")
-    here = [Path(__file__).parents[1]]
-    if front == "voila":
-        with voila(notebook, paths=here) as address:
-            page.goto(address)
-            use(page, front)
-            walk(page, front)
+    serve = {"voila": voila, "jupyterlab": jupyterlab}[front]
+    with serve(notebook, paths=[Path(__file__).parents[1]]) as address:
+        page.goto(address) if front == "voila" else run_in_lab(page, address, PATIENCE)
+        use(page, front)
+        walk(page, front)
+        if front == "voila":
             measure(page)
-            page.close()  # before its server ends
-    else:
-        with jupyterlab(notebook, paths=here) as address:
-            run_in_lab(page, address, PATIENCE)
-            use(page, front)
-            walk(page, front)
-            page.close()
+        page.close()  # before its server ends
 
 
 def use(page, front):
@@ -116,8 +108,7 @@ def use(page, front):
 
 def walk(page, front):
     """Search a latent by its name, read what it does, keep it, open its link on a new page, and steer it from a patch."""
-    page.fill(".psx-latent input[type=search]", "frog")
-    page.keyboard.press("Enter")
+    enter(page, ".psx-latent " + SEARCH, "frog")
     frog = page.wait_for_selector(".psx-latent h3:has-text('· frog')").inner_text()
     page.click(".psx-latent summary")
     page.wait_for_selector(".psx-does .psx-odds li")
@@ -133,8 +124,7 @@ def walk(page, front):
         page.wait_for_function("window.copied")
         follow(page, page.evaluate("window.copied"), frog)
 
-    page.fill(".psx-steering [aria-label='Image, by its index']", "2")
-    page.keyboard.press("Enter")
+    enter(page, ".psx-steering " + IMAGE, "2")
     page.wait_for_selector(".psx-steering h3:has-text('Image 2 ·')")
     stage = page.locator(".psx-steering .psx-stage")
     box = stage.bounding_box()

@@ -1,19 +1,16 @@
 """What the explorers do beyond looking: search, several patches, uploads of strangers, two models side by side, and the gallery file."""
 
-from __future__ import annotations
-
 import json
 import re
 import struct
 import zlib
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from explorer_pages import BAD, UNLABELLED, picture_file, pixels, wait_for_pixels, wire
+from explorer_pages import BAD, IMAGE, UNLABELLED, enter, figure_text, picture_file, pixels, place, wait_for_pixels, wire
 
 from patchsae_utils.explorer import LatentExplorer, cards, export_gallery, reader
 from patchsae_utils.interventions.tail import dataset_head
@@ -43,10 +40,9 @@ def test_latents_can_be_sorted_by_what_was_given_only(latents, tiny_clip, tiny_s
     assert np.frombuffer(view.order, np.uint32)[0] == np.flatnonzero(~summary.dead.numpy())[-1]
     view.latent = 9
     assert ["Monosemanticity", f"{scores[9]:.2f}"] in view.shown["facts"]
+    likeness.table = table[:9]
     with pytest.raises(ValueError, match="has 64"):
-        LatentExplorer(
-            tiny_clip, tiny_sae, summary, tiny_dataset, likeness=SimpleNamespace(table=table[:9], embeddings=likeness.embeddings)
-        )
+        LatentExplorer(tiny_clip, tiny_sae, summary, tiny_dataset, likeness=likeness)
 
 
 def test_a_contour_is_drawn_at_the_threshold_and_nowhere_else():
@@ -79,8 +75,6 @@ def test_several_patches_are_listed_by_their_mean(patches, tiny_clip, tiny_sae, 
     assert patches.patches == []
     patches.patches = [4, 9]
     assert patches.patch == 9
-    with pytest.raises(ValueError, match="0 to 195"):
-        patches.patches = [4, 196]
 
 
 @pytest.mark.parametrize("kind", reader.FORMATS)
@@ -157,16 +151,13 @@ def test_a_patch_is_read_by_both_models(show, adaptation, tiny_clip, tiny_sae, t
     assert card.groups["base"] and all(base[i] > 0 and adapted[i] <= base[i] / 2 for i in card.groups["base"])
     page = show(adaptation)
     page.wait_for_selector("text=Row 3, column 4: latents by their activation there")
-    box = page.locator(".psx-stage").last.bounding_box()
-    page.mouse.click(box["x"] + box["width"] * 5.5 / 14, box["y"] + box["height"] * 2.5 / 14)
+    page.mouse.click(*place(page, 2, 5))
     page.wait_for_selector("text=Row 3, column 6")
     page.keyboard.press("ArrowDown")
     page.wait_for_selector("text=Row 4, column 6")
     assert adaptation.patch == 3 * 14 + 5
     page.keyboard.press("Escape")
     page.wait_for_selector("text=Latents by their mean activation")
-    with pytest.raises(ValueError, match="no patch 196"):
-        adaptation.patch = 196
 
 
 def test_probabilities_are_those_of_each_model(adaptation, tiny_clip, tiny_images, tiny_dataset):
@@ -178,11 +169,8 @@ def test_probabilities_are_those_of_each_model(adaptation, tiny_clip, tiny_image
 
 def test_figure_of_two_models(adaptation):
     adaptation.task, adaptation.latent = "more", 3
-    fig = adaptation.figure()
-    texts = " ".join(t.get_text() for t in fig.findobj(plt.Text))
-    for words in ("CLIP", "VPT", "latent 3 · red", "in both", "Artwork"):
-        assert words in texts
-    plt.close(fig)
+    text = figure_text(adaptation)
+    assert all(words in text for words in ("CLIP", "VPT", "latent 3 · red", "in both", "Artwork"))
 
 
 def test_page_finds_latents_by_name(show, latents):
@@ -297,8 +285,7 @@ def test_page_takes_uploads_as_text_and_tells_of_broken_ones(show, patches):
     page.evaluate(drop, ["dropped.png", list(picture_file(color=(0, 200, 0)))])
     page.wait_for_selector("h3:has-text('dropped.png')")
     assert patches.uploaded == "dropped.png"
-    page.fill("input[aria-label='Image, by its index']", "3")
-    page.keyboard.press("Enter")
+    enter(page, IMAGE, "3")
     page.wait_for_selector("h3:has-text('Image 3 ·')")
     assert patches.uploaded == ""
 

@@ -1,14 +1,10 @@
 """The pages by their trade's habits: eslint, prettier, tsc and axe-core through npm, which tests alone need; no error is lost, no wait endless."""
 
-from __future__ import annotations
-
 import subprocess
 
 import numpy as np
 import pytest
 from explorer_pages import DARK, FRONTEND, ROOT
-
-from patchsae_utils.explorer import SteeringPanel
 
 MODULES = "patchsae_utils/explorer/*.js"
 CHECKS = {
@@ -23,11 +19,6 @@ CHECKS = {
 def test_modules_pass_the_checks_of_their_trade(node_modules, tool):
     done = subprocess.run([node_modules / ".bin" / tool, *CHECKS[tool]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.fixture
-def panel(tiny_clip, tiny_sae, tiny_dataset, named):
-    return SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, named, latents=[3, 5, 9], latent=3)
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """Latents found by words, by marked patches and by a prediction; what they do; links that open it again."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -12,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from explorer_pages import shoot
-from tiny import loud, owed
+from tiny import inputs, loud, owed
 
 import patchsae_utils as ps
 from patchsae_utils.adaptation.prompts import VisualPrompt
@@ -124,11 +122,10 @@ def test_a_prediction_is_owed_to_latents_with_their_signs(tiny_clip, tiny_sae, t
         patches.target = 99
 
 
-def test_what_a_latent_does_is_counted_over_the_images(tiny_clip, tiny_sae, tiny_dataset, summary, latents):
+def test_what_a_latent_does_is_counted_over_the_images(tiny_clip, tiny_sae, tiny_dataset, tiny_inputs, summary, latents):
     latents.latent = 3
     card = latents.does
-    inputs = torch.stack([tiny_clip.preprocess(tiny_dataset[i].image) for i in range(24)])
-    h = tiny_sae.encode(tiny_clip.residual(inputs, -2)).detach().double()
+    h = tiny_sae.encode(tiny_clip.residual(tiny_inputs, -2)).detach().double()
     column = h[..., 3].flatten()
     assert card.counts.sum() == (column > 0).sum() and card.n_images == 24 and card.n_active == (h[..., 3].mean(1) > 0).sum()
     np.testing.assert_array_equal(card.counts, np.histogram(column[column > 0].clamp(EDGES[0], EDGES[-1] - 1e-6), EDGES)[0])
@@ -140,7 +137,7 @@ def test_what_a_latent_does_is_counted_over_the_images(tiny_clip, tiny_sae, tiny
     assert [r for _, r in card.together] == pytest.approx([alike[s] for s, _ in card.together], abs=1e-4)
 
     shown = [int(i) for i in summary.top_images[3] if i >= 0]
-    residual = tiny_clip.run_to(inputs[shown], -2)
+    residual = tiny_clip.run_to(tiny_inputs[shown], -2)
     without = residual._replace(tokens=residual.tokens - h[shown][..., 3:4].float() * tiny_sae.W_dec[3].detach())
     both = [tiny_clip.logits(tiny_clip.finish(r, -2), latents._reader.head).detach().double() for r in (residual, without)]
     effect = both[0] - both[1]
@@ -155,18 +152,16 @@ def test_what_a_latent_does_is_counted_over_the_images(tiny_clip, tiny_sae, tiny
 def elsewhere(tiny_clip, tiny_sae, summary, tiny_dataset):
     line = load_dataset("openmoji/tools:line", "test", n_images=12)
     adapted = loud(VisualPrompt, tiny_clip)
-    view = LatentExplorer(
-        tiny_clip, tiny_sae, summary, tiny_dataset, elsewhere={"line": line, "adapted": (adapted, tiny_dataset)}, latent=3
-    )
-    return view, {"line": (tiny_clip, line), "adapted": (adapted, tiny_dataset)}
+    places = {"line": line, "adapted": (adapted, tiny_dataset)}
+    view = LatentExplorer(tiny_clip, tiny_sae, summary, tiny_dataset, elsewhere=places, latent=3)
+    return view, places | {"line": (tiny_clip, line)}
 
 
 def test_a_latent_is_followed_to_other_images_and_models(elsewhere, tiny_sae, latents):
     view, places = elsewhere
     here = view._reader.sample.means[:, 3].double().numpy()
     for name, (model, data) in places.items():
-        inputs = torch.stack([model.preprocess(data[i].image) for i in range(len(data))])
-        h = tiny_sae.encode(model.residual(inputs, -2)).detach().double()[..., 3]
+        h = tiny_sae.encode(model.residual(inputs(model, data), -2)).detach().double()[..., 3]
         card, means = view.elsewhere[name], h.mean(1).numpy()
         assert (card.n_active, card.n_images) == ((means > 0).sum(), len(data))
         order = np.argsort(-means)[:5]

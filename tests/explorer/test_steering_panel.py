@@ -1,28 +1,15 @@
 """The steering panel in two layers: its traits in Python, and its page in headless Chromium with a fake model."""
 
-from __future__ import annotations
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from explorer_pages import BAD, picture_file, pixels
+from explorer_pages import BAD, SEARCH, enter, figure_text, picture_file, pixels, place
 from tiny import owed
 
 import patchsae_utils as ps
 from patchsae_utils.explorer import SteeringPanel
 from patchsae_utils.explorer.reader import read_upload
-from patchsae_utils.interventions import Edit, dataset_head, steer
-
-
-@pytest.fixture(scope="module")
-def head(tiny_clip, tiny_dataset):
-    return dataset_head(tiny_clip, tiny_dataset)
-
-
-@pytest.fixture
-def panel(tiny_clip, tiny_sae, tiny_dataset, head):
-    return SteeringPanel(tiny_clip, tiny_sae, tiny_dataset, {3: "a wheel", 5: BAD}, head=head, latents=[3, 5, 9])
+from patchsae_utils.interventions import Edit, steer
 
 
 def test_moving_a_slider_steers_the_image(panel, tiny_clip, tiny_sae, tiny_images, tiny_dataset, head):
@@ -134,34 +121,11 @@ def test_page_steers_uploads_and_other_images(show, panel):
     assert panel.batch == [] and panel.edits
 
 
-@pytest.mark.parametrize(("trait", "value", "message"), [
-    ("image", 24, "no image 24"),
-    ("latents", [64], "no latent 64"),
-    ("batch", [24], "no image 24"),
-    ("patches", [196], "0 to 195"),
-    ("edits", [{"latent": 64, "op": "scale", "value": 1.0}], "no latent 64"),
-    ("edits", [{"latent": 3, "op": "set", "value": 1.0}], "scale"),
-    ("edits", [{"latent": 3, "op": "scale", "value": -1.0}], "0 or more"),
-    ("edits", [{"latent": 3, "op": "add", "value": "many"}], "finite"),
-    ("edits", [{"latent": 3}], "An edit is"),
-])  # fmt: skip
-def test_choices_that_do_not_exist_are_refused_and_change_nothing(panel, trait, value, message):
-    before = getattr(panel, trait)
-    with pytest.raises(ValueError, match=message):
-        setattr(panel, trait, value)
-    with pytest.raises(ValueError, match=message):
-        panel.set_state({trait: value})
-    assert getattr(panel, trait) == before
-
-
 def test_figure_shows_what_is_on_screen(panel):
     panel.where, panel.patches, panel.latent = "selected", [3, 4], 3
     panel.edits = [{"latent": 3, "op": "scale", "value": 2.5}]
-    fig = panel.figure()
-    texts = " ".join(t.get_text() for t in fig.findobj(plt.Text))
-    for words in ("a wheel", "×2.5", "2 selected patches", "Artwork", panel.shown["bars"][0][0]):
-        assert words in texts
-    plt.close(fig)
+    text = figure_text(panel)
+    assert all(words in text for words in ("a wheel", "×2.5", "2 selected patches", "Artwork", panel.shown["bars"][0][0]))
     assert repr(panel).startswith("SteeringPanel(") and len(panel._repr_mimebundle_()[0]["text/plain"]) < 120
 
 
@@ -200,11 +164,9 @@ def test_page_off_add_and_remove(show, panel):
     page.click("[aria-label^='Remove the slider of latent 3']")
     page.wait_for_function("window.model.get('shown').sliders.length === 2")
     assert [edit["latent"] for edit in panel.edits] == [9]
-    page.fill("input[type=search]", "wheel")  # by name
-    page.keyboard.press("Enter")
+    enter(page, SEARCH, "wheel")  # by name
     page.wait_for_selector(strength(3))
-    page.fill("input[type=search]", "999")  # there is none: nothing happens
-    page.keyboard.press("Enter")
+    enter(page, SEARCH, "999")  # there is none: nothing happens
     assert panel.latents == [5, 9, 3]
 
 
@@ -230,11 +192,9 @@ def test_page_selects_patches_by_mouse_and_keys(show, panel):
     page = show(panel)
     page.wait_for_selector(".psx-odds li")
     bare = pixels(page, ".psx-stage")
-    box = page.locator(".psx-stage").bounding_box()
-    at = lambda row, column: (box["x"] + box["width"] * (column + 0.5) / 14, box["y"] + box["height"] * (row + 0.5) / 14)  # noqa: E731
-    page.mouse.move(*at(2, 3))
+    page.mouse.move(*place(page, 2, 3))
     page.mouse.down()
-    page.mouse.move(*at(2, 5), steps=12)
+    page.mouse.move(*place(page, 2, 5), steps=12)
     page.mouse.up()
     page.wait_for_function("window.model.get('shown').patches.length === 3")
     assert panel.patches == [31, 32, 33] and panel.where == "selected"

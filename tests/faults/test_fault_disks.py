@@ -1,7 +1,5 @@
 """Disks that fill up in the middle of a file, and folders in which nothing may be written: what is said, and that nothing is lost."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import resource
@@ -10,13 +8,14 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from tiny import assert_same_files
 from tiny_saes import trained
-from tiny_training import CONFIG, Store, assert_same, fresh, weights
+from tiny_training import CONFIG, assert_same, cut_off, run
 
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.latents.reading import summarize_latents
 from patchsae_utils.sae.model import SparseAutoencoder
-from patchsae_utils.sae.trainer import CHECKPOINT, train_sae
+from patchsae_utils.sae.trainer import CHECKPOINT
 
 LAYER = -2
 
@@ -34,15 +33,13 @@ def files_of_at_most(n_bytes: int):
 
 def test_training_on_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     """The first checkpoint fits, the next doesn't: the folder stays a run that goes on."""
-    with pytest.raises(KeyboardInterrupt):
-        train_sae(fresh(), Store(stop_at=20), CONFIG, tmp_path / "run", progress=False)
+    cut_off(tmp_path / "run", CONFIG, 20)
     checkpoint = (tmp_path / "run" / CHECKPOINT).read_bytes()
     with files_of_at_most(2000), pytest.raises(OSError, match="File too large, while this file was being written|No space left on device"):
-        train_sae(fresh(), Store(), CONFIG, tmp_path / "run", progress=False)
+        run(tmp_path / "run")
     assert (tmp_path / "run" / CHECKPOINT).read_bytes() == checkpoint
     assert not list((tmp_path / "run").glob(".*")), "what was half written is gone, and so is the lock"
-    ended = train_sae(fresh(), Store(), CONFIG, tmp_path / "run", progress=False)
-    assert_same(weights(ended), weights(train_sae(fresh(), Store(), CONFIG, tmp_path / "whole", progress=False)))
+    assert_same(run(tmp_path / "run"), run(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("make", ["store", "statistics", "sae"])
@@ -59,8 +56,7 @@ def test_a_file_that_may_not_grow_is_named_and_the_same_call_goes_on(tiny_clip, 
     assert left == []
     calls[make](tmp_path / "out")
     calls[make](tmp_path / "again")
-    for path in (tmp_path / "again").iterdir():
-        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert_same_files(tmp_path / "out", tmp_path / "again")
 
 
 # -- read-only folders -----------------------------------------------------------------------------------------------------
@@ -102,7 +98,7 @@ def test_a_read_only_folder_is_read_and_refuses_what_is_new(tiny_clip, tiny_sae,
         lambda: extract_activations(tiny_clip, tiny_dataset, 0, read_only / "store", progress=False),
         lambda: extract_activations(tiny_clip, tiny_dataset, LAYER, read_only / "other", progress=False),
         lambda: summarize_latents(tiny_clip, tiny_sae, tiny_dataset, 0, out=read_only / "statistics", progress=False),
-        lambda: train_sae(fresh(), Store(), CONFIG, read_only / "run", progress=False),
+        lambda: run(read_only / "run"),
     ):
         with pytest.raises(PermissionError, match="Permission denied: '.*read only"):
             call()

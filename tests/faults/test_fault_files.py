@@ -1,7 +1,5 @@
 """Files as disks and people treat them: flipped bits, cut ends, NaN, two writers, no permission, odd names. What is damaged is named."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import random
@@ -26,7 +24,6 @@ from patchsae_utils.run import artifacts
 from patchsae_utils.run.artifacts import folder_lock
 from patchsae_utils.sae.files import CONFIG, WEIGHTS, load_sae, save_sae
 from patchsae_utils.sae.formats import FORMATS
-from patchsae_utils.sae.trainer import train_sae
 
 
 def flipped(content: bytes, place: int, draw: random.Random) -> bytes:
@@ -189,7 +186,7 @@ def test_activations_that_are_no_numbers_are_not_learned(tmp_path, value):
                 yield x.masked_fill(torch.full_like(x, i == 3, dtype=torch.bool), value), positions
 
     with pytest.raises(ValueError, match=r"The loss is (nan|inf) at step 3. Look for NaN or infinite activations in the store"):
-        train_sae(tiny_training.fresh(), Bad(), dataclasses.replace(tiny_training.CONFIG, log_every=1), tmp_path, progress=False)
+        tiny_training.run(tmp_path, dataclasses.replace(tiny_training.CONFIG, log_every=1), Bad())
 
 
 def test_two_runs_in_one_folder_are_not_mixed(tiny_clip, tiny_sae, tiny_dataset, tmp_path):

@@ -1,7 +1,5 @@
 """Settings and file contents at random: only documented errors come out."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from importlib import resources

@@ -1,8 +1,5 @@
 """SIGKILL in the middle of statistics and of a notebook run (of training: test_resume.py, of extraction: test_activations.py): nothing is lost."""
 
-from __future__ import annotations
-
-import json
 import os
 import signal
 import subprocess
@@ -13,38 +10,19 @@ from pathlib import Path
 import nbformat
 import pytest
 import shares
-import torch
 from nbformat.v4 import new_code_cell, new_notebook
 from safetensors.torch import load_file, save_file
+from tiny import ENVIRONMENT, assert_same_files, killed
 
 from patchsae_utils.latents import passes
 from patchsae_utils.run.artifacts import read_json
 
-HERE = Path(__file__).parent
-PATHS = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parent.parent)])
-
-
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 def test_statistics_killed_at_random_moments_end_bit_for_bit_as_if_they_had_not_been(tmp_path, one_thread):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
     (tmp_path / "killed").mkdir()
-    command = [sys.executable, HERE.parent / "kills.py", tmp_path / "killed", "2"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout.splitlines()[-1]) == {"kills": 2, "status": 0}
+    assert killed(tmp_path / "killed", 2) == {"kills": 2, "status": 0}
     shares.statistics(tmp_path / "whole", shares.Pictures())
-    found, expected = (
-        {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
-        for name in ("killed", "whole")
-    )
-    assert found.keys() == expected.keys() and [name for name in expected if found[name] != expected[name]] == []
+    assert_same_files(tmp_path / "killed", tmp_path / "whole")
 
 
 @pytest.fixture
@@ -120,7 +98,7 @@ def test_a_killed_notebook_run_leaves_the_notebook_as_it_was_and_no_kernel(tmp_p
     source.parent.mkdir()
     nbformat.write(new_notebook(cells=[new_code_cell("x = 1"), new_code_cell(SLOW)]), source)
     before = source.read_bytes()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PATCHSAE_")} | {"PYTHONPATH": PATHS}
+    environment = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("PATCHSAE_")}
     command = [sys.executable, "-m", "patchsae_utils.reproduce", "--notebooks", source.parent]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 150

@@ -1,13 +1,11 @@
 """Memory that runs out: batches are halved, once it is said, and nothing changes; where that is impossible, what to set."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest
 import torch
-from tiny import Changed
-from tiny_training import CONFIG, Store, fresh, weights
+from tiny import Changed, assert_same_files
+from tiny_training import Store, assert_same, run
 
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.adaptation import fit
@@ -19,7 +17,6 @@ from patchsae_utils.latents.likeness import Likeness, LikenessObserver
 from patchsae_utils.latents.reading import summarize_latents
 from patchsae_utils.run.memory import out_of_memory
 from patchsae_utils.sae import trainer as training
-from patchsae_utils.sae.trainer import train_sae
 
 LAYER = -2
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore about it")
@@ -54,8 +51,7 @@ def test_extraction_halves_a_batch_says_so_once_and_gives_the_same(tiny_clip, ti
     ]
     assert small.sizes == [16, 8] + [4] * 6, "what fits is remembered"
     expected = extract_activations(tiny_clip, tiny_dataset, LAYER, tmp_path / "whole", batch_size=4, progress=False)
-    for path in expected.folder.iterdir():
-        assert (found.folder / path.name).read_bytes() == path.read_bytes()
+    assert_same_files(found.folder, expected.folder)
 
 
 def test_statistics_halve_a_batch_and_count_nothing_twice(tiny_clip, tiny_sae, tiny_dataset, tmp_path):
@@ -105,13 +101,11 @@ def test_training_says_which_setting_to_lower_and_keeps_its_checkpoint(tmp_path,
     monkeypatch.setattr(training.Training, "move", full)
     message = r"training steps of \d+ tokens \(CUDA out of memory.*\)\. Set training\.batch_tokens or sae\.expansion_factor lower"
     with pytest.raises(MemoryError, match=message):
-        train_sae(fresh(), Store(), CONFIG, tmp_path / "run", progress=False)
+        run(tmp_path / "run")
     monkeypatch.undo()
-    store = Store()
-    ended = train_sae(fresh(), store, CONFIG, tmp_path / "run", progress=False)
+    ended = run(tmp_path / "run", store=(store := Store()))
     assert store.asked[0][2] == 14, "it goes on from the checkpoint"
-    whole = train_sae(fresh(), Store(), CONFIG, tmp_path / "whole", progress=False)
-    assert all(torch.equal(weights(ended)[name], value) for name, value in weights(whole).items())
+    assert_same(ended, run(tmp_path / "whole"))
 
 
 def test_sweeps_and_adapters_say_which_setting_to_lower(tiny_clip, tiny_sae, tiny_dataset, monkeypatch):

@@ -3,8 +3,6 @@
 The latter (:mod:`other_device`) finds what would fail on any GPU: tensors of two devices in one operation, and ``.numpy()`` of one that isn't here.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -98,6 +96,12 @@ def read(w):
     return [view.residual([0, 1]).tokens.cpu(), view.heats([0, 2], 3), view.latents(1), view.nearest(2, 3, np.zeros(64, bool))]
 
 
+def sweep(w):
+    choose = ["oracle", "predicted", "random", "matched"]
+    return ps.sweep_masks(w.clip, w.sae, w.data, [2, 8], choose, [True, False], LAYER, class_counts=w.summary)[["accuracy", "logit"]]
+
+
+EDITS = [ps.Edit(3, "add", 2.0), ps.Edit(5, "scale", 0.0, "patches")]
 STAGES = {
     "store": lambda w: next(iter(w.store.tokens(64))),
     "stream": lambda w: next(iter(TokenStream(w.clip, w.data, LAYER, batch_size=4).tokens(64))),
@@ -116,20 +120,9 @@ STAGES = {
     "latent masks": lambda w: ps.latent_masks(w.clip, w.sae, w.pictures, [1, 5], LAYER),
     "references": lambda w: [r.masks for r in ps.latents.reference_images(w.clip, w.sae, w.data, w.summary, [1, 5], LAYER)],
     "concepts": concepts,
-    "sweep": lambda w: ps.sweep_masks(
-        w.clip, w.sae, w.data, [2, 8], ["oracle", "predicted", "random", "matched"], [True, False], LAYER, class_counts=w.summary
-    )[["accuracy", "logit"]],
+    "sweep": sweep,
     "attribution": lambda w: ps.interventions.attribute_latents(w.clip, w.sae, w.data, LAYER).scores,
-    "steering": lambda w: (
-        ps.steer(
-            w.clip,
-            w.sae,
-            w.pictures,
-            [ps.Edit(3, "add", 2.0), ps.Edit(5, "scale", 0.0, "patches")],
-            LAYER,
-            ps.interventions.dataset_head(w.clip, w.data),
-        ).probabilities
-    ),
+    "steering": lambda w: ps.steer(w.clip, w.sae, w.pictures, EDITS, LAYER, ps.interventions.dataset_head(w.clip, w.data)).probabilities,
     "one latent off": lambda w: ps.interventions.one_latent_off(w.clip, w.sae, w.data, w.summary, LAYER)[["change"]].fillna(-2),
     **{f"fitting {kind}": partial(adapt, kind=kind) for kind in ADAPTERS},
     "adapted features": lambda w: [loud(kind, w.clip).encode_image(w.pictures) for kind in (MaPLe, CoOp, VisualPrompt)],

@@ -1,18 +1,12 @@
-"""What the tests of interventions share: a head, an SAE with biases, a model with prompts, rankings."""
+"""What the tests of interventions share: an SAE with biases, a model with prompts, rankings."""
 
 import pytest
 import torch
 
 from patchsae_utils.adaptation import MaPLe
-from patchsae_utils.interventions import dataset_head
 from patchsae_utils.sae.model import SparseAutoencoder
 
 LAYER = -2
-
-
-@pytest.fixture(scope="session")
-def head(tiny_clip, tiny_dataset):
-    return dataset_head(tiny_clip, tiny_dataset)
 
 
 @pytest.fixture(scope="session")

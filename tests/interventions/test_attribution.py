@@ -1,7 +1,5 @@
 """Attribution of class logits to latents: against dense autograd, and against turning latents off one by one."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -44,9 +42,9 @@ def test_gradient_times_activation_equals_dense_autograd(kind, target, tiny_clip
         torch.testing.assert_close(owed(clip, sae, residual, head, LAYER, h), of_predicted, rtol=1e-3, atol=1e-4)
 
 
-def test_class_scores_are_means_over_the_classs_own_images(tiny_clip, sae, tiny_dataset, head):
+def test_class_scores_are_means_over_the_classs_own_images(tiny_clip, sae, tiny_dataset, tiny_inputs, head):
     scores = attribute_latents(tiny_clip, sae, tiny_dataset, LAYER, head=head)
-    residual = tiny_clip.run_to(torch.stack([tiny_clip.preprocess(tiny_dataset[i].image) for i in range(len(tiny_dataset))]), LAYER)
+    residual = tiny_clip.run_to(tiny_inputs, LAYER)
     each = dense(tiny_clip, sae, residual, head, tiny_dataset.labels, "margin")
     for label in range(len(head)):
         mine = each[tiny_dataset.labels == label]

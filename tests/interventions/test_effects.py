@@ -1,7 +1,5 @@
 """Effects in scenes whose every patch is known: concepts, doses, swapped colors, removed objects; each is what ``steer`` does."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,20 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from patchsae_utils.data import load_dataset, openmoji
-from patchsae_utils.interventions import (
-    Edit,
-    clearest_latents,
-    concept_latents,
-    concept_specificity,
-    dose_response,
-    effects,
-    one_latent_off,
-    rank_concepts,
-    remove_objects,
-    steer,
-    summarize_effects,
-    swap_colors,
-)
+from patchsae_utils.interventions import Edit, concept_latents, effects, rank_concepts, steer
 from patchsae_utils.interventions.concept_latents import ConceptLatents, concept_head, concept_prompts
 from patchsae_utils.interventions.effects import object_patches
 from patchsae_utils.latents.classes import class_scores
@@ -121,20 +106,20 @@ def test_ranking_by_attribution_is_the_margins_gradient_in_the_latents(tiny_clip
 def test_clearest_latents_give_each_latent_to_one_class(monkeypatch):
     monkeypatch.setattr(effects, "class_scores", lambda scores: scores)
     scores = torch.tensor([[9.0, 0.0, 1.0], [3.0, 0.0, 0.5], [0.0, 5.0, 0.0], [0.0, 0.0, 0.0]])
-    assert clearest_latents(scores, 5) == {0: 0, 2: 1} and clearest_latents(scores, 1) == {0: 0}
+    assert effects.clearest_latents(scores, 5) == {0: 0, 2: 1} and effects.clearest_latents(scores, 1) == {0: 0}
 
 
 def test_concept_specificity_measures_what_steer_does(tiny_clip, sae, scenes):
     shown = openmoji.BACKGROUND_KINDS[scenes.truth(0).background]
     other = next(name for name in openmoji.BACKGROUND_KINDS if name != shown)
     latents = {f"background:{shown}": [7, 11], f"background:{other}": [3, 4], "color:red": [5, 6]}
-    frame = concept_specificity(tiny_clip, sae, scenes, latents, LAYER, n_images=3)
+    frame = effects.concept_specificity(tiny_clip, sae, scenes, latents, LAYER, n_images=3)
     assert set(frame["kind"]) == {"own", "control"} and frame.notna().all(axis=None)
     row = frame.query("kind == 'own' and index == 0 and concept_kind == 'background'").iloc[0]
     change = steered(tiny_clip, sae, scenes, 0, [Edit(7), Edit(11)], quick_head(tiny_clip, list(latents)))
     assert row["own"] == pytest.approx(float(change[0]), abs=1e-4)
     assert row["others"] == pytest.approx(float(change[1]), abs=1e-4)  # the other background, not the color
-    table = summarize_effects(frame, ["own", "others"], over="concept")
+    table = effects.summarize_effects(frame, ["own", "others"], over="concept")
     assert table["own"].tolist() == pytest.approx(
         [frame.query("kind == @k").groupby("concept")["own"].mean().mean() for k in table["kind"]]
     )
@@ -144,15 +129,15 @@ def test_summarize_effects_resamples_what_it_is_told():
     frame = pd.DataFrame(
         {"kind": ["a"] * 4 + ["b"] * 4, "class": [0, 0, 0, 1] * 2, "index": [0, 1, 2, 3] * 2, "own": [1.0, 1, 1, 5, 0, 0, np.nan, 0]}
     )
-    by_image, by_class = summarize_effects(frame, ["own"]), summarize_effects(frame, ["own"], over="class")
+    by_image, by_class = effects.summarize_effects(frame, ["own"]), effects.summarize_effects(frame, ["own"], over="class")
     assert by_image["own"].tolist() == [2.0, 0.0] and by_class["own"].tolist() == [3.0, 0.0]
     assert by_image["n"].tolist() == [4, 3] and by_class["n"].tolist() == [2, 2]  # what has no control is left out
     assert by_class.loc[0, ["own_low", "own_high"]].tolist() == [1.0, 5.0]
-    assert summarize_effects(frame.assign(own=np.nan), ["own"])[["own", "own_low"]].isna().all(axis=None)
+    assert effects.summarize_effects(frame.assign(own=np.nan), ["own"])[["own", "own_low"]].isna().all(axis=None)
 
 
 def test_dose_response_is_zero_at_the_untouched_image_and_steers_elsewhere(tiny_clip, sae, tiny_dataset, head):
-    table = dose_response(tiny_clip, sae, tiny_dataset, {0: 11, 4: 7, 9: 3}, LAYER, head=head)
+    table = effects.dose_response(tiny_clip, sae, tiny_dataset, {0: 11, 4: 7, 9: 3}, LAYER, head=head)
     assert len(table) == 3 * 2 * len(effects.DOSES)
     for scenes, dose in (("show it", 1.0), ("show another", 0.0)):
         untouched = table[(table["scenes"] == scenes) & (table["dose"] == dose)]
@@ -168,7 +153,7 @@ def test_dose_response_is_zero_at_the_untouched_image_and_steers_elsewhere(tiny_
 def test_faults_d22_one_latent_off_is_an_edit_of_steer(tiny_clip, sae, tiny_dataset, head):
     """FAULTS D22: how little the best latent of a class carries stands beside every dictionary."""
     summary = summarize_latents(tiny_clip, sae, tiny_dataset, LAYER, progress=False)
-    table = one_latent_off(tiny_clip, sae, tiny_dataset, summary, LAYER)
+    table = effects.one_latent_off(tiny_clip, sae, tiny_dataset, summary, LAYER)
     assert len(table) == 2 * len(tiny_dataset) and set(table["kind"]) == {"own", "control"}
     best = class_scores(summary).argmax(1)
     head = effects.dataset_head(tiny_clip, tiny_dataset)
@@ -182,7 +167,7 @@ def test_faults_d22_one_latent_off_is_an_edit_of_steer(tiny_clip, sae, tiny_data
     merged = table.pivot(index="index", columns="kind", values="latent")
     assert (merged["own"] != merged["control"]).all()
     with pytest.raises(ValueError, match="must be of the"):
-        one_latent_off(tiny_clip, sae, load_dataset("openmoji/meals", "test", n_images=2), summary, LAYER)
+        effects.one_latent_off(tiny_clip, sae, load_dataset("openmoji/meals", "test", n_images=2), summary, LAYER)
 
 
 @pytest.mark.parametrize("edit_cls", [False, True])
@@ -193,7 +178,7 @@ def test_swapped_colors_are_edits_of_steer(edit_cls, tiny_clip, sae, scenes):
     own = torch.arange(2 * len(names)).view(-1, 2)
     levels = torch.rand(own.shape, generator=torch.Generator().manual_seed(0)) + 0.5
     ranked = ConceptLatents(tuple(f"color:{name}" for name in names), own, levels, levels.flip(0), torch.full((len(names),), 50))
-    frame = swap_colors(tiny_clip, sae, scenes, ranked, LAYER, doses=[1.5], edit_cls=edit_cls, n_scenes=4)
+    frame = effects.swap_colors(tiny_clip, sae, scenes, ranked, LAYER, doses=[1.5], edit_cls=edit_cls, n_scenes=4)
     assert len(frame) == 8 and frame["target_change"].abs().max() > 1e-4 and (frame["source"] != frame["target"]).all()
     head = quick_head(tiny_clip, list(ranked.concepts))
     for row in frame[frame["kind"] == "own"].itertuples():
@@ -211,7 +196,7 @@ def test_swapped_colors_are_edits_of_steer(edit_cls, tiny_clip, sae, scenes):
 def test_remove_objects_edits_the_objects_patches_alone(tiny_clip, sae):
     scenes = load_dataset("openmoji/scenes", "test", n_images=40)
     latents = [torch.randperm(64, generator=torch.Generator().manual_seed(i))[: 5 - i % 2].tolist() for i in range(len(scenes.class_names))]
-    frame = remove_objects(tiny_clip, sae, scenes, latents, LAYER, n_scenes=3)
+    frame = effects.remove_objects(tiny_clip, sae, scenes, latents, LAYER, n_scenes=3)
     assert len(frame) == 3 * 2 * 2 and (frame["removed"] != frame["stays"]).all() and frame.notna().all(axis=None)
     head = effects.dataset_head(tiny_clip, scenes)
     for row in frame[frame["kind"] == "own"].itertuples():
@@ -228,12 +213,15 @@ def test_what_they_cannot_do_is_refused(tiny_clip, sae, scenes):
     for call, message in (
         (lambda: rank_concepts(tiny_clip, sae, plain, LAYER), "no ground truth"),
         (
-            lambda: concept_specificity(tiny_clip, sae, scenes, {"color:red": [1], "color:green": [64, 2]}),
+            lambda: effects.concept_specificity(tiny_clip, sae, scenes, {"color:red": [1], "color:green": [64, 2]}),
             "0 to 63., the same number for each",
         ),
-        (lambda: concept_specificity(tiny_clip, sae, type(scenes)("tools", "train", n_images=1), {"object:dog": [1]}), "shows none"),
-        (lambda: dose_response(tiny_clip, sae, scenes, {0: 1}, head=torch.eye(1)), "two classes"),
-        (lambda: remove_objects(tiny_clip, sae, pairs, [[1]] * 400, n_scenes=5), "hold [012]"),
+        (
+            lambda: effects.concept_specificity(tiny_clip, sae, type(scenes)("tools", "train", n_images=1), {"object:dog": [1]}),
+            "shows none",
+        ),
+        (lambda: effects.dose_response(tiny_clip, sae, scenes, {0: 1}, head=torch.eye(1)), "two classes"),
+        (lambda: effects.remove_objects(tiny_clip, sae, pairs, [[1]] * 400, n_scenes=5), "hold [012]"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

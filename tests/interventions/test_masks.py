@@ -1,12 +1,11 @@
 """Masks: exact, blind to labels, the same for adapted models, and beside controls that are what they say."""
 
-from __future__ import annotations
-
 import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from patchsae_utils.adaptation import CoOp, MaPLe, VisualPrompt
@@ -30,22 +29,15 @@ class Changed:
         return self._dataset[i]._replace(label=int(self.labels[i]))
 
 
-class Recorder:
+class Recorder(tiny.Changed):
     """A model that remembers every residual stream it is asked to finish: raw, reconstructed, error kept, then on and off of each choice."""
 
     def __init__(self, clip):
-        self._clip, self.seen = clip, []
-
-    def __getattr__(self, name):
-        return getattr(self._clip, name)
+        super().__init__(clip, seen=[])
 
     def finish(self, residual, layer):
         self.seen.append(residual)
-        return self._clip.finish(residual, layer)
-
-
-def images_of(clip, dataset):
-    return torch.stack([clip.preprocess(dataset[i].image) for i in range(len(dataset))])
+        return self.original.finish(residual, layer)
 
 
 def row(table, **where):
@@ -61,7 +53,7 @@ def test_sparse_edits_equal_dense_masks(tiny_clip, sae, tiny_dataset, counts, he
         tiny_clip, sae, tiny_dataset, ks, choose=["oracle", "dataset"], class_counts=counts, head=head,
         keep_error=[True, False], where=["all", "cls", "patches"], batch_size=10,
     )  # fmt: skip
-    z = tiny_clip.residual(images_of(tiny_clip, tiny_dataset), LAYER)
+    z = tiny_clip.residual(tiny.inputs(tiny_clip, tiny_dataset), LAYER)
     h = sae.encode(z)
     error = z - sae.decode(h)
     for choose in ("oracle", "dataset"):
@@ -120,7 +112,7 @@ def test_trap_2_masking_adds_no_constant(tiny_clip, sae, tiny_dataset, counts, h
 def test_trap_16_raw_reconstructed_and_error_kept_stand_side_by_side(tiny_clip, sae, tiny_dataset, head):
     table = sweep_masks(tiny_clip, sae, tiny_dataset, [1], "random", head=head)
     assert table["mode"].head(3).tolist() == ["raw", "reconstructed", "error_kept"]
-    z, labels = tiny_clip.residual(images_of(tiny_clip, tiny_dataset), LAYER), tiny_dataset.labels[:, None]
+    z, labels = tiny_clip.residual(tiny.inputs(tiny_clip, tiny_dataset), LAYER), tiny_dataset.labels[:, None]
     raw, rebuilt = (tiny_clip.logits(tiny_clip.finish(t, LAYER), head).gather(1, labels).mean().item() for t in (z, sae(z).reconstruction))
     assert table["logit"].head(3).tolist() == pytest.approx([raw, rebuilt, raw], abs=1e-4)
     assert abs(raw - rebuilt) > 0.1
@@ -140,7 +132,7 @@ def test_trap_3_only_the_oracle_reads_evaluation_labels(tiny_clip, sae, tiny_dat
 def test_wrong_is_never_the_predicted_class(tiny_clip, sae, tiny_dataset, counts, head):
     """Class c ranks latent c first, so the latent that disappears tells whose mask it was."""
     clip, ranked = Recorder(tiny_clip), torch.eye(*counts.shape)
-    predicted = tiny_clip.logits(tiny_clip.encode_image(images_of(tiny_clip, tiny_dataset)), head).argmax(1)
+    predicted = tiny_clip.logits(tiny_clip.encode_image(tiny.inputs(tiny_clip, tiny_dataset)), head).argmax(1)
     sweep_masks(clip, sae, tiny_dataset, [1], ["predicted", "wrong"], True, -3, class_counts=ranked, head=head)
     z, by_predicted, by_wrong = (clip.seen[i].tokens for i in (0, 4, 6))
     parts = sae.encode(z)[..., : len(ranked), None] * sae.W_dec[: len(ranked)]  # [B, T, C, D]
@@ -232,7 +224,7 @@ def test_traps_1_and_4_adapted_models_run_and_their_prompts_are_left_alone(maple
     clip, read, encode = Recorder(maple), [], sae.encode
     monkeypatch.setattr(sae, "encode", lambda x: read.append(x.shape[1]) or encode(x))
     table = sweep_masks(clip, sae, tiny_dataset, [4], CHOICES, class_counts=counts, layer=-3)
-    before = maple.run_to(images_of(maple, tiny_dataset), -3)
+    before = maple.run_to(tiny.inputs(maple, tiny_dataset), -3)
     assert before.extra.shape[1] == 2 and set(read) == {maple.n_tokens} == {197}
     assert all(residual.tokens.shape[1] == 197 and torch.equal(residual.extra, before.extra) for residual in clip.seen)
     assert table["accuracy"].between(0, 1).all()
@@ -268,16 +260,13 @@ def test_trap_13_rows_for_each_class_keep_equal_names_apart(tiny_clip, sae, tiny
     assert (raw["accuracy"] * raw["n"]).sum() / raw["n"].sum() == pytest.approx(row(table[table["class"] < 0], mode="raw")["accuracy"])
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"choose": "best"}, "choose=.*Valid: oracle"),
-        ({"ks": [65]}, "d_sae=64"),
-        ({"class_counts": None}, "class_counts=summarize_latents"),
-        ({"class_counts": torch.zeros(3, 64)}, r"\[3, 64\]"),
-        ({"groups": ["a", "b"]}, r"each of the .* classes .* got \['a', 'b'\]"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"choose": "best"}, "choose=.*Valid: oracle"),
+    ({"ks": [65]}, "d_sae=64"),
+    ({"class_counts": None}, "class_counts=summarize_latents"),
+    ({"class_counts": torch.zeros(3, 64)}, r"\[3, 64\]"),
+    ({"groups": ["a", "b"]}, r"each of the .* classes .* got \['a', 'b'\]"),
+])  # fmt: skip
 def test_bad_input_to_sweep(options, message, tiny_clip, sae, tiny_dataset, counts, head):
     with pytest.raises(ValueError, match=message):
         sweep_masks(tiny_clip, sae, tiny_dataset, **{"ks": [1], "choose": "predicted", "class_counts": counts, "head": head, **options})

@@ -1,7 +1,5 @@
 """Edits of single latents: what they do to the residual stream, where, and in what order."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -53,15 +51,12 @@ def test_steer_reports_probabilities_and_what_moved(tiny_clip, sae, tiny_images,
         _ = steer(tiny_clip, sae, tiny_images, [], LAYER).probabilities
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Edit(0, "scale", -1.0), "not negative"),
-        (lambda: Edit(0, patches="corner").apply(torch.ones(1, 5)), "Valid: None"),
-        (lambda: Edit(0, patches=[4]).apply(torch.ones(1, 5)), "between 0 and 3"),
-        (lambda: Edit(0, patches=torch.ones(2, 4, dtype=torch.bool)).apply(torch.ones(2, 5)), r"\[2, 4\]"),
-    ],
-)
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: Edit(0, "scale", -1.0), "not negative"),
+    (lambda: Edit(0, patches="corner").apply(torch.ones(1, 5)), "Valid: None"),
+    (lambda: Edit(0, patches=[4]).apply(torch.ones(1, 5)), "between 0 and 3"),
+    (lambda: Edit(0, patches=torch.ones(2, 4, dtype=torch.bool)).apply(torch.ones(2, 5)), r"\[2, 4\]"),
+])  # fmt: skip
 def test_bad_edits(make, message):
     with pytest.raises(ValueError, match=message):
         make()

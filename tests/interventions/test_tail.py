@@ -1,7 +1,5 @@
 """Behind the hook: the quick tail is the network's, sparse sums are dense ones, and no SAE of another model or layer gets through."""
 
-from __future__ import annotations
-
 import open_clip
 import pytest
 import torch
@@ -31,7 +29,7 @@ def test_tail_equals_finish(depth, tiny_clip, tiny_images):
                 torch.testing.assert_close(tail(edited), clip.finish(edited, layer), rtol=1e-4, atol=1e-5)
 
 
-def test_faults_c4_an_attentional_pool_reads_all_tokens(tiny_clip, sae, tiny_dataset):
+def test_faults_c4_an_attentional_pool_reads_all_tokens(tiny_clip, sae, tiny_dataset, tiny_inputs):
     """FAULTS C4: open_clip's CoCa (``coca_ViT-B-32``) ended in a RuntimeError; now its whole network runs."""
     vision = TINY_VISION | {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 9, "output_tokens": True}
     text = TINY_TEXT | {"embed_cls": True, "output_tokens": True}
@@ -42,10 +40,9 @@ def test_faults_c4_an_attentional_pool_reads_all_tokens(tiny_clip, sae, tiny_dat
     coca = ClipModel(model, preprocess=tiny_clip.preprocess, tokenizer=None, name="coca")
     head = F.normalize(torch.randn(len(tiny_dataset.class_names), coca.d_embed, generator=torch.Generator().manual_seed(0)), dim=1)
     table = interventions.sweep_masks(coca, sae, tiny_dataset, [3], "random", head=head, keep_error=True)
-    images = torch.stack([coca.preprocess(tiny_dataset[i].image) for i in range(len(tiny_dataset))])
-    expected = coca.logits(coca.encode_image(images), head).gather(1, tiny_dataset.labels[:, None]).mean()
+    expected = coca.logits(coca.encode_image(tiny_inputs), head).gather(1, tiny_dataset.labels[:, None]).mean()
     assert table["logit"][0] == pytest.approx(float(expected), abs=1e-4)
-    assert network_tail(coca, -2, coca.run_to(images[:2], -2)).__name__ == "whole"
+    assert network_tail(coca, -2, coca.run_to(tiny_inputs[:2], -2)).__name__ == "whole"
 
 
 def test_trap_12_the_head_is_renormalised_after_averaging_templates(tiny_clip, tiny_dataset, head):

@@ -1,11 +1,10 @@
 """An SAE with sparse and dead latents, some pictures, and what it says of them, for all tests of this folder."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import inputs
 
 from patchsae_utils.data import ImageData
 from patchsae_utils.latents.reading import summarize_latents
@@ -39,6 +38,5 @@ def summary(tiny_clip, sae, data):
 @pytest.fixture(scope="package")
 def all_latents(tiny_clip, sae, data):
     """[12, 197, 24] in float64, all at once."""
-    inputs = torch.stack([tiny_clip.preprocess(data[i].image) for i in range(len(data))])
     with torch.no_grad():
-        return sae.encode(tiny_clip.residual(inputs, 1)).double()
+        return sae.encode(tiny_clip.residual(inputs(tiny_clip, data), 1)).double()

@@ -1,7 +1,5 @@
 """Latents that are characteristic of a class."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

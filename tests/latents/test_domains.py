@@ -1,11 +1,10 @@
 """Latents in other domains, layers, kinds of tokens and written words: against slow references, and on latents made for the purpose."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import inputs
 
 from patchsae_utils.data import ImageData, load_dataset
 from patchsae_utils.latents import domains as module
@@ -21,9 +20,8 @@ def worlds():
 
 
 def encode(clip, sae, data):
-    inputs = torch.stack([clip.preprocess(data[i].image) for i in range(len(data))])
     with torch.no_grad():
-        return sae.encode(clip.residual(inputs, LAYER))
+        return sae.encode(clip.residual(inputs(clip, data), LAYER))
 
 
 def test_references_in_every_domain_equal_the_slow_reference(tiny_clip, sae, worlds, monkeypatch):

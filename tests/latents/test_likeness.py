@@ -1,7 +1,5 @@
 """Monosemanticity against the sum over pairs, alone and beside the statistics."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np
@@ -50,7 +48,7 @@ def test_score_is_the_sum_over_pairs_whatever_the_scale_and_batches():
     np.testing.assert_allclose(scores(1e3 * a, e, batch=7), found, rtol=1e-9)
 
 
-def test_the_statistics_pass_scores_latents_and_controls(tiny_clip, tiny_sae, tiny_dataset, tmp_path):
+def test_the_statistics_pass_scores_latents_and_controls(tiny_clip, tiny_sae, tiny_dataset, tiny_inputs, tmp_path):
     """Every kind of feature against all pairs of images in float64, from one pass over the images; the summary is what it is without."""
     sae = copy.deepcopy(tiny_sae).requires_grad_(False)
     sae.b_enc.fill_(-0.5)
@@ -61,17 +59,16 @@ def test_the_statistics_pass_scores_latents_and_controls(tiny_clip, tiny_sae, ti
     summary = summarize_latents(tiny_clip, sae, tiny_dataset, 1, observers=observers, **settings)
     assert torch.equal(plain.top_images, summary.top_images) and torch.equal(plain.class_counts, summary.class_counts)
     found = Likeness.load(tmp_path / "l")
-    inputs = torch.stack([tiny_clip.preprocess(example.image) for example in tiny_dataset])
-    images = torch.nn.functional.normalize(tiny_clip.encode_image(inputs), dim=1)
+    images = torch.nn.functional.normalize(tiny_clip.encode_image(tiny_inputs), dim=1)
     torch.testing.assert_close(found.embeddings, images, rtol=1e-4, atol=1e-5)
     e = {
         column: found.vectors[judge].double().numpy() for judge, column in (("clip", "score"), ("pixels", "pixels"), ("objects", "objects"))
     }
     areas = np.stack([concept_masks(tiny_dataset, i, tiny_clip).sum((1, 2)) for i in range(24)])[:, : e["objects"].shape[1]]
     np.testing.assert_allclose(e["objects"], unit(areas + 1e-30), atol=1e-6)
-    blocks = inputs.view(24, 3, 8, 14, 8, 14).mean((3, 5)).flatten(1)
+    blocks = tiny_inputs.view(24, 3, 8, 14, 8, 14).mean((3, 5)).flatten(1)
     torch.testing.assert_close(found.vectors["pixels"], torch.nn.functional.normalize(blocks, dim=1), rtol=1e-4, atol=1e-5)
-    tokens = torch.stack([tiny_clip.residual(tiny_clip.preprocess(example.image)[None], 1)[0] for example in tiny_dataset]).detach()
+    tokens = tiny_clip.residual(tiny_inputs, 1).detach()
     control = random_sae(sae, tokens.flatten(0, 1)[::3])
     centred = tokens - sae.b_dec
     means = {

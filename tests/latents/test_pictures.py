@@ -1,11 +1,10 @@
 """Reference images, masks and levels; masks lie where CLIP really looked."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import inputs
 from torchvision import transforms
 
 from patchsae_utils.data import ImageData
@@ -21,7 +20,7 @@ LAYER = 1
 @pytest.mark.parametrize("activation, k", [("relu", None), ("topk", 5)])
 def test_latent_masks_are_the_latents_on_the_grid(tiny_clip, data, activation, k):
     sae = SparseAutoencoder(tiny_clip.width, 24, activation, k=k, seed=2)
-    images = torch.stack([tiny_clip.preprocess(data[i].image) for i in range(3)])
+    images = inputs(tiny_clip, data, range(3))
     masks = latent_masks(tiny_clip, sae, images, [9, 0, 9], LAYER)
     assert masks.shape == (3, 3, 14, 14) and not masks.requires_grad
     with torch.no_grad():
@@ -36,14 +35,13 @@ def test_seen_image_is_the_crop_that_clip_saw(tiny_clip):
     """PAPER.md, trap 14: a wide picture whose sides are red: after resize and centre crop no red is left, so masks don't lie over it."""
 
     class Cropping:
-        preprocess = transforms.Compose(
-            [
-                transforms.Resize(112),
-                transforms.CenterCrop(112),
-                transforms.ToTensor(),
-                transforms.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)),
-            ]
+        steps = (
+            transforms.Resize(112),
+            transforms.CenterCrop(112),
+            transforms.ToTensor(),
+            transforms.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)),
         )
+        preprocess = transforms.Compose(steps)
 
     picture = np.zeros((112, 336, 3), np.uint8)
     picture[:, :100, 0] = picture[:, -100:, 0] = 255

@@ -1,7 +1,5 @@
 """Every figure draws from a small made-up table of the right columns, is saved, and can be read at 900 pixels' width."""
 
-from __future__ import annotations
-
 import json
 from itertools import product
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Artifacts: nothing half-written stays, and equal inputs are recognised."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -29,12 +27,8 @@ class _Settings:
 def test_a_fingerprint_depends_on_every_input_and_on_no_order():
     one = fingerprint(a=1, settings=_Settings(0.1, Path("x")), names=["p", "q"])
     assert one == fingerprint(names=["p", "q"], settings=_Settings(0.1, Path("x")), a=1)
-    others = [
-        fingerprint(a=2, settings=_Settings(0.1, Path("x")), names=["p", "q"]),
-        fingerprint(a=1, settings=_Settings(0.2, Path("x")), names=["p", "q"]),
-        fingerprint(a=1, settings=_Settings(0.1, Path("y")), names=["p", "q"]),
-        fingerprint(a=1, settings=_Settings(0.1, Path("x")), names=["q", "p"]),
-    ]
+    changes = {"a": 2}, {"settings": _Settings(0.2, Path("x"))}, {"settings": _Settings(0.1, Path("y"))}, {"names": ["q", "p"]}
+    others = [fingerprint(**{"a": 1, "settings": _Settings(0.1, Path("x")), "names": ["p", "q"]} | change) for change in changes]
     assert len({one, *others}) == 5
     with pytest.raises(TypeError, match="function"):
         fingerprint(f=lambda: 0)

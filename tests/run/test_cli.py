@@ -1,7 +1,5 @@
 """The command line: a model folder and a folder of pictures go through the stages; errors are sentences, with the exit status that says so."""
 
-from __future__ import annotations
-
 import json
 import runpy
 import sys
@@ -79,9 +77,7 @@ def test_all_stages_by_commands(run, world):
     status, found, _ = run("train")
     assert status == 0 and load_sae(found["sae"]).fingerprint == found["fingerprint"] and found["l0"] > 0
     status, small, _ = run("train", "--set", "sae.expansion_factor=1", "--set", "name=small; training.n_tokens=300")
-    assert status == 0 and small["size"] == "32 -> 32" and small["sae"].endswith("runs/small/sae"), (
-        "settings are changed from the command line"
-    )
+    assert status == 0 and small["size"] == "32 -> 32" and small["sae"].endswith("runs/small/sae")
     status, found, _ = run("summarize")
     assert status == 0 and found["latents"] == 64 and 0 < found["alive"] <= 64
     assert len((world / "runs" / "mine" / "results" / "latents.csv").read_text().splitlines()) == found["alive"] + 1
@@ -99,23 +95,12 @@ def test_all_stages_by_commands(run, world):
 def test_the_doctor_says_what_is_there_and_how_long_it_takes_and_leaves_nothing(run, world):
     status, found, _ = run("doctor", "--set", "name=ill")
     assert status == 0 and found["missing"] == [] and "block 1 of 3, 4 x 4 patches" in found["model"]
-    assert [(row["data"], row["images"], row["classes"]) for row in found["data"]] == [
-        ("train", 168, 4),
-        ("statistics", 168, 4),
-        ("evaluation", 20, 4),
-    ]
+    data = [(row["data"], row["images"], row["classes"]) for row in found["data"]]
+    assert data == [("train", 168, 4), ("statistics", 168, 4), ("evaluation", 20, 4)]
     takes = {row["stage"]: (row["is"], row["takes"]) for row in found["stages"]}
-    assert set(takes) == {
-        "activations",
-        "SAE",
-        "statistics of the latents",
-        f"adapter of {world / 'pictures'}",
-        f"fine-tuned model of {world / 'pictures'}",
-    }
-    assert all(
-        takes[stage][1].startswith("about ") and takes[stage][0] == "not made"
-        for stage in ("activations", "SAE", "statistics of the latents")
-    )
+    timed = {"activations", "SAE", "statistics of the latents"}
+    assert set(takes) == {*timed, f"adapter of {world / 'pictures'}", f"fine-tuned model of {world / 'pictures'}"}
+    assert all(takes[stage][0] == "not made" and takes[stage][1].startswith("about ") for stage in timed)
     needs = {row["stage"]: row["needs"] for row in found["stages"]}
     assert needs["activations"] == "0.0 GB of disk" and needs["SAE"] == "0.0 GB of memory"
     assert not (world / "runs" / "ill").exists()

@@ -1,7 +1,5 @@
 """Profiles: what they hold, how they are changed, and what bad input gets."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import tomllib

@@ -1,7 +1,5 @@
 """docs/formats.md is true: with nothing but it, a reader written from scratch gets the same numbers."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import struct

@@ -1,7 +1,5 @@
 """Prose that knows its data (issue 20.6): which cells a profile runs."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -14,27 +12,14 @@ from patchsae_utils import reproduce
 from patchsae_utils.config import load_profile
 from patchsae_utils.run.notebooks import cells_for
 
-
-def tagged(cell, *tags):
-    cell.metadata["tags"] = list(tags)
-    return cell
-
-
+CELLS = [
+    ("always", []), ("Scenes of OpenMoji.\n\n<!-- any\nYour own pictures.\n-->", ["openmoji"]),
+    ("Found on scenes.\n\n<!-- any\nFound by masks.\n-->", ["openmoji", "truth"]), ("## A section about colors", ["truth"]),
+    ("colors()", ["truth", "nbval-ignore-output"]), ("names()", ["openmoji", "words"]),
+    ("Scenes by class.\n\n<!-- any\nPictures by class.\n-->\n\n<!-- else words\nPictures.\n-->", ["openmoji", "labels"]), ("last()", []),
+]  # fmt: skip
 NOTEBOOK = new_notebook(
-    cells=[
-        new_markdown_cell("always"),
-        tagged(new_markdown_cell("Scenes of OpenMoji.\n\n<!-- any\nYour own pictures.\n-->"), "openmoji"),
-        tagged(new_markdown_cell("Found on scenes.\n\n<!-- any\nFound by masks.\n-->"), "openmoji", "truth"),
-        tagged(new_markdown_cell("## A section about colors"), "truth"),
-        tagged(new_code_cell("colors()"), "truth", "nbval-ignore-output"),
-        tagged(new_code_cell("names()"), "openmoji", "words"),
-        tagged(
-            new_markdown_cell("Scenes by class.\n\n<!-- any\nPictures by class.\n-->\n\n<!-- else words\nPictures.\n-->"),
-            "openmoji",
-            "labels",
-        ),
-        new_code_cell("last()"),
-    ]
+    cells=[(new_code_cell if "()" in text else new_markdown_cell)(text, metadata={"tags": tags} if tags else {}) for text, tags in CELLS]
 )
 
 

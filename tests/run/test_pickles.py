@@ -1,7 +1,5 @@
 """Files of torch.save are read as data: what torch wrote comes out; whatever else a pickle asks for, nothing runs."""
 
-from __future__ import annotations
-
 import builtins
 import io
 import os
@@ -77,14 +75,16 @@ def test_tensors_and_plain_values_come_out_as_they_were(tmp_path):
 
 def test_objects_of_any_class_come_out_as_records(tmp_path):
     settings = Settings(d_in=768, path=PurePosixPath("a/b"), inner=Settings(x=[1, 2]), of=defaultdict(list, a=[1]))
-    torch.save({"cfg": settings, "args": Namespace(lr=0.1), "loss": np.float64(0.5), "rng": np.arange(3)}, tmp_path / "x.pt")
+    scalars = [np.float64(0.5), np.float32(1.5), np.int64(-2), np.bool_(True), np.str_("é")]
+    torch.save({"cfg": settings, "args": Namespace(lr=0.1), "loss": scalars, "rng": np.arange(3)}, tmp_path / "x.pt")
     found = read_torch(tmp_path / "x.pt")
     record = found["cfg"]
     assert isinstance(record, Record) and record.name.endswith(".Settings")
     assert record.state["d_in"] == 768 and record.state["inner"].state == {"x": [1, 2]} and record.state["of"] == {"a": [1]}
     assert record.state["path"].arguments == ("a", "b")
     assert found["args"].state == {"lr": 0.1}
-    assert [found[name].name.partition(".")[0] for name in ("args", "loss", "rng")] == ["argparse", "numpy", "numpy"]
+    assert [found[name].name.partition(".")[0] for name in ("args", "rng")] == ["argparse", "numpy"]
+    assert found["loss"] == [0.5, 1.5, -2, True, "é"] and [*map(type, found["loss"])] == [float, float, int, bool, str]
 
 
 def test_files_from_before_the_archive_are_read_as_far_as_they_are_plain(tmp_path):

@@ -1,7 +1,5 @@
 """The notebook runner, on a folder of throwaway notebooks."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -35,6 +33,9 @@ print(Path.cwd(), total)
 SECOND = "with open('../executions', 'a') as file:\n    file.write('2')\nimport ipywidgets\nipywidgets.IntSlider(value=3)"
 
 
+INTERVAL = ("value", "low", "high")
+
+
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """A folder that looks like the repository, with two notebooks that have not been run."""
@@ -55,10 +56,7 @@ def write(repository, name, *sources):
 
 def quote(repository, **committed):
     """numbers.json with a number for each place in the first notebook's results, and its committed [value, low, high]."""
-    entries = [
-        {"notebook": "01_first", "number": at, "at": at, **dict(zip(("value", "low", "high"), said, strict=True))}
-        for at, said in committed.items()
-    ]
+    entries = [{"notebook": "01_first", "number": at, "at": at} | dict(zip(INTERVAL, said, strict=True)) for at, said in committed.items()]
     (repository / "notebooks/numbers.json").write_text(json.dumps(entries))
 
 
@@ -109,12 +107,8 @@ def test_notebooks_run_in_order_leave_no_trace_of_the_machine_and_are_skipped_wh
     assert reproduce.run_key(sources[0], load_profile(overrides={"training.seed": 1})) != key, "settings count as well"
 
 
-PLACES = {
-    "share": [0.55, 0.45, 0.65],
-    "rows[k=1, error=kept].change": [0.5, 0.4, 0.6],
-    "rows[error=kept].change": [1, 0, 2],
-    "gone.for.good": [1, 0, 2],
-}
+PLACES = {"share": [0.55, 0.45, 0.65], "rows[k=1, error=kept].change": [0.5, 0.4, 0.6]}
+PLACES |= {"rows[error=kept].change": [1, 0, 2], "gone.for.good": [1, 0, 2]}
 
 
 def test_each_quoted_number_stands_beside_its_committed_interval(repository, capsys):
@@ -126,11 +120,8 @@ def test_each_quoted_number_stands_beside_its_committed_interval(repository, cap
     assert [line.split()[-2:] for line in shown[1:5]] == [["0.500", "yes"], ["0.250", "no"], ["not", "found"], ["not", "found"]]
     assert "0.550 [0.450, 0.650]" in shown[1] and shown[5] == "1 of 4 numbers lie inside their committed 95% intervals."
     assert {path: path.read_bytes() for path in (repository / "notebooks").iterdir()} == before and not (repository / "figures").exists()
-    assert (
-        (repository / "runs/openmoji/results/reproduction.csv")
-        .read_text()
-        .startswith("notebook,number,committed,yours,inside\n01_first,share,")
-    )
+    table = (repository / "runs/openmoji/results/reproduction.csv").read_text()
+    assert table.startswith("notebook,number,committed,yours,inside\n01_first,share,")
     assert reproduce.main(["--only", "02"]) == 0 and "0 of 0 numbers" in capsys.readouterr().out, "of the notebooks that were chosen"
 
 
@@ -149,15 +140,10 @@ def test_a_refresh_takes_over_what_a_run_left(repository, capsys):
     taken = nbformat.read(repository / "notebooks/01_first.ipynb", as_version=4)
     assert taken.cells[0].source == "# Another title" and taken.cells[1].execution_count == 1 and taken.cells[1].outputs
     assert nbformat.read(repository / "notebooks/02_second.ipynb", as_version=4).cells[1].execution_count is None
-    assert {path.stem: path.read_bytes() for path in (repository / "figures").iterdir()} == {
-        "01_drawn": b"new",
-        "02_kept": b"old",
-        "method": b"old",
-    }
-    made = {
-        entry["at"]: [entry[name] for name in ("value", "low", "high")]
-        for entry in json.loads((repository / "notebooks/numbers.json").read_text())
-    }
+    figures = {path.stem: path.read_bytes() for path in (repository / "figures").iterdir()}
+    assert figures == {"01_drawn": b"new", "02_kept": b"old", "method": b"old"}
+    entries = json.loads((repository / "notebooks/numbers.json").read_text())
+    made = {entry["at"]: [entry[name] for name in INTERVAL] for entry in entries}
     assert made == {"share": [0.5, 0.4, 0.6], "rows[k=1, error=kept].change": [0.25, 0.2, 0.3], "gone.for.good": [1, 0, 2]}
     assert reproduce.main(["--refresh", "--set", "name=quick"]) == 1 and "for the default profile" in capsys.readouterr().err
 
@@ -194,21 +180,15 @@ def test_failure_names_notebook_cell_and_error_and_leaves_the_notebook_alone(rep
 @pytest.mark.parametrize("given", [None, "active"])
 def test_other_settings_reach_the_kernel_and_leave_the_committed_notebooks_alone(repository, monkeypatch, given):
     """FAULTS D18: beside any other program, threads that spin at barriers slow everything five to ten times; so they wait passively unless told."""
-    write(
-        repository,
-        "01_first",
-        "import os\nprint(*(os.environ[f'PATCHSAE_{x}'] for x in ('PROFILE', 'SET')), os.environ['OMP_WAIT_POLICY'])",
-    )
+    write(repository, "01_first", "from os import environ as e\nprint(e['PATCHSAE_PROFILE'], e['PATCHSAE_SET'], e['OMP_WAIT_POLICY'])")
     monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
     if given is None:
         monkeypatch.delenv("OMP_WAIT_POLICY")
     before = (repository / "notebooks/01_first.ipynb").read_bytes()
     assert reproduce.main(["--only", "01", "--set", "name=quick", "--set", "training.n_tokens=1000"]) == 0
     assert (repository / "notebooks/01_first.ipynb").read_bytes() == before
-    assert (
-        nbformat.read(own(repository, "01_first", "quick"), as_version=4).cells[1].outputs[0].text
-        == f"openmoji name=quick; training.n_tokens=1000 {given or 'passive'}\n"
-    )
+    (output,) = nbformat.read(own(repository, "01_first", "quick"), as_version=4).cells[1].outputs
+    assert output.text == f"openmoji name=quick; training.n_tokens=1000 {given or 'passive'}\n"
     assert json.loads((repository / "runs/quick/stamps/01_first.json").read_text())["files"] == []
 
 

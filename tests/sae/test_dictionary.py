@@ -1,12 +1,9 @@
-"""Dictionaries: both signs of a dimension, single latents read as all of them, random controls as sparse as the SAE."""
+"""Random controls are as sparse as the SAE."""
 
-from __future__ import annotations
-
-import numpy as np
 import pytest
 import torch
 
-from patchsae_utils.sae.dictionary import random_sae, sae_dictionary
+from patchsae_utils.sae.dictionary import random_sae
 from patchsae_utils.sae.model import ACTIVATIONS, SparseAutoencoder
 
 
@@ -42,10 +39,3 @@ def test_a_random_sae_of_a_silent_sae_is_silent():
     sae.threshold.fill_(1e6)
     x = torch.randn(50, 6)
     assert not random_sae(sae, x).encode(x).any()
-
-
-@pytest.mark.parametrize("activation, k", [("relu", None), ("topk", 3)])
-def test_a_dictionary_reads_single_latents_as_all_of_them(activation, k):
-    sae = SparseAutoencoder(6, 20, activation, k=k).requires_grad_(False)
-    x, read = torch.randn(9, 6), sae_dictionary(sae)
-    torch.testing.assert_close(read.encode(x, np.array([7, 2])), read.encode(x, None)[:, [7, 2]])

@@ -118,7 +118,11 @@ def test_damage_is_noticed(folder):
     (directory / WEIGHTS).write_bytes(content[:200])
     with pytest.raises(ValueError, match="no valid safetensors"):
         load_sae(directory)
-    for config, message in (('{"architecture": ', "not valid JSON"), ("[]", "must hold a JSON object, got a list")):
+    for config, message in (
+        ('{"architecture": ', "not valid JSON"),
+        ("[" * 10**5, "not valid JSON"),
+        ("[]", "must hold a JSON object, got a list"),
+    ):
         (directory / CONFIG).write_text(config)
         with pytest.raises(ValueError, match=message):
             load_sae(directory)

@@ -3,8 +3,6 @@
 The equations stand in this file alone, straight from the programs' sources; nothing of the package computes what is expected.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import types
@@ -104,8 +102,11 @@ def sparsify(folder, state=None, **changes):
     return folder
 
 
-def dictionary(folder, kind, state, **trainer):
-    settings = {"trainer": {"dict_class": kind, "layer": 8, "lm_name": "EleutherAI/pythia-70m", **trainer}, "buffer": {"d_submodule": D}}
+def dictionary(folder, kind, state, io="out", **trainer):
+    settings = {
+        "trainer": {"dict_class": kind, "layer": 8, "lm_name": "EleutherAI/pythia-70m", **trainer},
+        "buffer": {"d_submodule": D, "io": io},
+    }
     return with_config("ae.pt", state, settings, folder)
 
 
@@ -155,6 +156,11 @@ READ = {
     "saelens 5 FAULTS B4": (
         lambda f: saelens(f, activation_fn_str="topk", activation_fn_kwargs={"k": K}, normalize_activations="none", sae_lens_version="5.10.5"),
         top(CENTRED)),
+    "saelens 5 topk by its architecture": (
+        lambda f: saelens(f, architecture="topk", activation_fn_str="topk", activation_fn_kwargs={"k": K}, normalize_activations="none"), top(CENTRED)),
+    "saelens 6 topk, k a float": (lambda f: saelens(f, architecture="topk", k=3.0, metadata={"sae_lens_version": "6.18.0"}), top(CENTRED)),
+    "saelens 6 jumprelu with topk's norms": (  # which SAELens reads of topk alone
+        lambda f: saelens(f, FOUR | {"threshold": THRESHOLD}, architecture="jumprelu", rescale_acts_by_decoder_norm=True), above(CENTRED, THRESHOLD)),
     # ViT-Prisma
     "prisma relu": (lambda f: prisma(f), torch.relu(CENTRED)),
     "prisma topk": (lambda f: prisma(f, activation_fn_str="topk", activation_fn_kwargs={"k": K}), top(CENTRED)),
@@ -198,9 +204,13 @@ READ = {
     "dictionary_learning Matryoshka": (
         lambda f: dictionary(f, "MatryoshkaBatchTopKSAE", FOUR | BATCH_DL | {"group_sizes": torch.tensor([5, 5, 10])}, group_weights=[1, 1, 1]),
         above(CENTRED, 1.5)),
+    "dictionary_learning Matroyshka, as it was spelt": (
+        lambda f: dictionary(f, "MatroyshkaBatchTopKSAE", FOUR | BATCH_DL | {"group_sizes": torch.tensor([5, 15])}, weights_temperature=1.0),
+        above(CENTRED, 1.5)),
     # VISAEBench, and overcomplete's own tensors: at least the threshold, and no bias is subtracted
     "visaebench topk": (lambda f: visaebench(f, activation="topk", k=K, expansion_factor=4, backbone="clip_vitb16"), top(PLAIN)),
     "visaebench batchtopk": (lambda f: visaebench(f, sae_type="BatchTopK", k=K, threshold=1.5, fvu=0.2), above(PLAIN, 1.5)),
+    "visaebench batchtopk, k of a whole batch": (lambda f: visaebench(f, activation="batchtopk", top_k=4096, threshold=1.5), above(PLAIN, 1.5)),
     "visaebench batchtopk at a latent": (  # that equals the threshold
         lambda f: visaebench(f, {"encoder.bias": W["b_enc"]}, activation="batchtopk", threshold=float(PLAIN[0].max())),
         torch.where(PLAIN >= PLAIN[0].max(), PLAIN, 0)),
@@ -304,10 +314,13 @@ REFUSED = [
     (saelens, {"architecture": "matryoshka_batchtopk"}, "states of training"),
     (saelens, {"architecture": "abstopk", "k": 3}, "architecture 'abstopk'"),
     (saelens, {"input_shift": 3.0}, "says input_shift=3.0, a setting that is not known"),
+    (saelens, {"apply_b_dec_to_input": None}, "says apply_b_dec_to_input=None; only True or False is read"),
     (patchsae, {"gated_sae": True}, "says gated_sae=True; only False is read: any other decides by a gate"),
     (patchsae, {"module_name": "mlp"}, "module_name='mlp'"),
     (patchsae, {"custom_clip_ckpt_path": "maple.pt"}, "custom_clip_ckpt_path='maple.pt'.*adapted CLIP"),
     (patchsae, {"state": FOUR | {"r_mag": THRESHOLD}}, "holds the weights r_mag"),
+    (patchsae, {"input_scale": torch.tensor(2.0)}, r"says input_scale=tensor\(2.\), a setting that is not known"),
+    (patchsae, {"d_sae": 99}, "holds an SAE 6 -> 20; its settings, in sae.pt, say d_sae=99. The two don't belong together"),
     (prisma, {"normalize_activations": "layer_norm"}, "says normalize_activations='layer_norm'; only 'none' is read"),
     (prisma, {"is_transcoder": True}, "is_transcoder=True"),
     (prisma, {"architecture": "jumprelu"}, "architecture 'jumprelu' with 'relu'. Valid: standard or gated, relu or topk"),
@@ -321,11 +334,13 @@ REFUSED = [
     (saev, {"header": schema(5, "Sigmoid")}, "activation 'Sigmoid'. Valid: Relu, TopK, BatchTopK"),
     (saev, {"header": {"schema": 4, "cfg": {"d_model": D}}}, "activation None"),
     (saev, {"header": schema(5, "Relu"), "state": FOUR | {"W_skip": W["W_dec"]}}, "holds the weights W_skip"),
+    (sparsify, {"num_latents": 99}, "in cfg.json, say num_latents=99"),
     (sparsify, {"signed": True}, "says signed=True; .*changes which latents are active"),
     (sparsify, {"activation": "groupmax"}, "says activation='groupmax'"),
     (sparsify, {"transcode": True}, "says transcode=True"),
     (sparsify, {"skip_connection": True}, "says skip_connection=True"),
     (sparsify, {"k": "left out"}, "k between 1 and d_sae=20, got k=32"),  # its default
+    (dictionary, {"kind": "JumpReluAutoEncoder", "state": FOUR | {"threshold": THRESHOLD}, "io": "in_and_out"}, "says io='in_and_out'; only 'out'"),
     (dictionary, {"kind": "CrossCoder", "state": FOUR}, "dict_class='CrossCoder'. Valid: AutoEncoder, .*JumpReluAutoEncoder"),
     (dictionary, {"kind": "AutoEncoderTopK", "state": LINEAR | BATCH_DL, "k": 9}, "keeps k=3 latents, its config.json k=9"),
     (dictionary, {"kind": "BatchTopKSAE", "state": LINEAR | {"b_dec": W["b_dec"], "k": COUNT}}, "lacks the weights threshold"),
@@ -333,6 +348,7 @@ REFUSED = [
     (visaebench, {"activation": "topk"}, "needs k between"),
     (visaebench, {"activation": "topk", "k": K, "encoder_module": "mlp_ln_1"}, "encoder_module='mlp_ln_1'"),
     (visaebench, {"activation": "topk", "k": K, "normalize_input": True}, "normalize_input=True"),
+    (visaebench, {"activation": "topk", "k": K, "standardize": True}, "standardize=True"),
     (overcomplete, {"activation": "topk", "k": K, "state": ROWS | {"encoder.final_block.1.weight": THRESHOLD}}, "weights encoder.final_block.1.weight"),
     (overcomplete, {"activation": "topk", "k": K, "state": ROWS | {"encoder.mlp_blocks.0.0.weight": W["W_enc"]}}, "encoder.mlp_blocks.0.0.weight"),
     (prisma, {"state": {name: W[name] for name in ("W_enc", "W_dec", "b_dec")}}, r"lacks the weights b_enc; it holds .*'W_dec': \(20, 6\)"),
@@ -356,6 +372,7 @@ def test_places_and_tokens_are_kept(tmp_path):
         (("cls_token_only", False), ("use_patches_only", True)): ("tokens", "patches"),
         (("layer_subtype", "hook_resid_pre"),): ("layer", 6),
         (("layer_subtype", "hook_mlp_out"),): ("hook_name", "blocks.7.hook_mlp_out"),
+        (("layer_subtype", "hook_resid_pre"), ("hook_point_layer", 0)): ("hook_name", "blocks.0.hook_resid_pre"),
         (("hook_point_head_index", 3),): ("hook_name", "blocks.7.hook_resid_post.3"),
         (("layer_subtype", "left out"),): ("layer", None),
     }
@@ -369,6 +386,45 @@ def test_places_and_tokens_are_kept(tmp_path):
     assert (bench["model_name"], bench["layer"], bench["tokens"]) == ("ViT-B-16-quickgelu", 11, "patches")
     old = load_sae(saelens(tmp_path, **OLD_SAELENS)).metadata
     assert (old["layer"], old["model_name"], old["hook_name"]) == (7, "gpt2-small", "blocks.8.hook_resid_pre")
+
+
+@pytest.mark.parametrize("hook", [
+    "blocks.3.hook_resid_post", "blocks.4.hook_resid_pre", "vision_model.encoder.layers.3", "blocks.0.hook_resid_pre", "blocks.3.hook_mlp_out", "tokens",
+])  # fmt: skip
+def test_an_sae_of_another_place_does_not_fit_a_blocks_output(tmp_path, hook):
+    """FAULTS B7, C8: widths agree, so nothing else would notice; through Prisma's form, too."""
+    sae = load_sae(saelens(tmp_path, metadata={"sae_lens_version": "6.18.0", "hook_name": hook, "model_name": "ViT-B-16"}))
+    store = SimpleNamespace(d_in=D, metadata=SimpleNamespace(layer=3, model_name="ViT-B-16"))
+    if sae.metadata.get("layer") is not None:
+        return sae.check_store(store)
+    for each in (sae, load_sae(save_sae(sae, tmp_path / "prisma", format="prisma"))) if "." in hook else (sae,):
+        with pytest.raises(ValueError, match=f"The SAE reads '{hook}'; this store is the output of a block of 'ViT-B-16', layer 3"):
+            each.check_store(store)
+
+
+def test_places_that_other_programs_name(tmp_path):
+    for folder, layer, hook in (("layers.3", 3, None), ("layers.3.mlp", None, "blocks.3.mlp"), ("mine", None, None)):
+        (tmp_path / folder).mkdir()
+        metadata = load_sae(sparsify(tmp_path / folder)).metadata
+        assert (metadata.get("layer"), metadata.get("hook_name")) == (layer, hook)
+    state = LINEAR | {"decoder.bias": W["b_dec"]}
+    for submodule, layer in (("resid_post_layer_8", 8), ("", 8), ("mlp_out_layer_8", None), ("resid_pre_layer_8", None)):
+        assert load_sae(dictionary(tmp_path, "AutoEncoderNew", state, submodule_name=submodule)).metadata.get("layer") == layer
+
+
+def test_a_folder_of_two_saes_says_which_is_opened(tmp_path):
+    prisma(saelens(tmp_path))
+    with pytest.warns(UserWarning, match=r"several programs, sae_weights.safetensors, weights.pt; the first is opened"):
+        load_sae(tmp_path)
+    assert load_sae(tmp_path / "weights.pt").metadata["converted_from"] == "prisma"
+
+
+def test_where_writing_fails_an_older_sae_stays_whole(tmp_path, monkeypatch):
+    sae = load_sae(save_sae(trained({}), tmp_path, format="prisma"))
+    monkeypatch.setattr("patchsae_utils.sae.formats.write_json", lambda *_: json.loads("no space left"))
+    with pytest.raises(ValueError, match="Expecting value"):
+        save_sae(trained(VARIANTS[1]), tmp_path, format="prisma")
+    assert load_sae(tmp_path).fingerprint == sae.fingerprint and len([*tmp_path.iterdir()]) == 2
 
 
 def test_yaml_and_other_names_of_visaebenchs_files(tmp_path):

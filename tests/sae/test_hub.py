@@ -1,7 +1,5 @@
 """The hub, played by a small server of ours that speaks the client's protocol: what is pushed is what is loaded."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

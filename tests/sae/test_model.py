@@ -125,22 +125,19 @@ def test_fingerprint_of_the_first_variants_is_what_it_always_was(options, expect
     assert sae.fingerprint == expected
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"d_in": 0}, "must be positive"),
-        ({"activation": "tanh"}, "Unknown activation 'tanh'. Valid: relu, topk"),
-        ({"activation": "topk"}, "needs k between 1 and d_sae=4"),
-        ({"activation": "topk", "k": 5}, "needs k between 1 and d_sae=4"),
-        ({"k": 2}, "no meaning for activation='relu'"),
-        ({"activation": "batchtopk"}, "activation='batchtopk' needs k between 1 and d_sae=4"),
-        ({"groups": (2, 4)}, "groups=.* no meaning for activation='relu'.*'matryoshka'"),
-        ({"bandwidth": 0.1}, "bandwidth=0.1 has no meaning"),
-        ({"activation": "jumprelu", "bandwidth": -1.0}, "bandwidth must be positive"),
-        ({"activation": "matryoshka", "k": 1, "groups": (3, 2, 4)}, r"rise from at least 1 to d_sae=4, got \(3, 2, 4\)"),
-        ({"activation": "matryoshka", "k": 1, "groups": (2, 3)}, "rise from at least 1 to d_sae=4"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"d_in": 0}, "must be positive"),
+    ({"activation": "tanh"}, "Unknown activation 'tanh'. Valid: relu, topk"),
+    ({"activation": "topk"}, "needs k between 1 and d_sae=4"),
+    ({"activation": "topk", "k": 5}, "needs k between 1 and d_sae=4"),
+    ({"k": 2}, "no meaning for activation='relu'"),
+    ({"activation": "batchtopk"}, "activation='batchtopk' needs k between 1 and d_sae=4"),
+    ({"groups": (2, 4)}, "groups=.* no meaning for activation='relu'.*'matryoshka'"),
+    ({"bandwidth": 0.1}, "bandwidth=0.1 has no meaning"),
+    ({"activation": "jumprelu", "bandwidth": -1.0}, "bandwidth must be positive"),
+    ({"activation": "matryoshka", "k": 1, "groups": (3, 2, 4)}, r"rise from at least 1 to d_sae=4, got \(3, 2, 4\)"),
+    ({"activation": "matryoshka", "k": 1, "groups": (2, 3)}, "rise from at least 1 to d_sae=4"),
+])  # fmt: skip
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         SparseAutoencoder(**{"d_in": 4, "d_sae": 4} | arguments)
@@ -153,18 +150,15 @@ def store(d_in=4, **known):
 KNOWN = {"model_name": "ViT-B-16", "layer": 4, "weights_hash": "aaaa", "tokens": "patches", "preprocessing": "Resize(224)"}
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"d_in": 5}, "reads 4-dimensional .* this store holds 5-dimensional"),
-        ({"layer": 3}, "of 'ViT-B-16', layer 4; this store holds .* of 'ViT-B-16', layer 3. Extract again with layer=4"),
-        ({"weights_hash": "bbbb"}, "of 'ViT-B-16', layer 4, weights aaaa; this store holds .* layer 4, weights bbbb"),
-        ({"tokens": "cls"}, "tokens patches; this store .* tokens cls"),
-        ({"preprocessing": "Resize(\n  336)"}, r"preprocessing Resize\(224\); this store .* preprocessing Resize\( 336\)"),
-        ({"model_name": "ViT-L-14", "weights_hash": "bbbb"}, "of 'ViT-B-16', layer 4; this store holds .*'ViT-L-14'"),
-        ({"model_name": "ViT-L-14", "weights_hash": None}, "of 'ViT-B-16', layer 4; this store holds .*'ViT-L-14'"),
-    ],
-)
+@pytest.mark.parametrize(("given", "message"), [
+    ({"d_in": 5}, "reads 4-dimensional .* this store holds 5-dimensional"),
+    ({"layer": 3}, "of 'ViT-B-16', layer 4; this store holds .* of 'ViT-B-16', layer 3. Extract again with layer=4"),
+    ({"weights_hash": "bbbb"}, "of 'ViT-B-16', layer 4, weights aaaa; this store holds .* layer 4, weights bbbb"),
+    ({"tokens": "cls"}, "tokens patches; this store .* tokens cls"),
+    ({"preprocessing": "Resize(\n  336)"}, r"preprocessing Resize\(224\); this store .* preprocessing Resize\( 336\)"),
+    ({"model_name": "ViT-L-14", "weights_hash": "bbbb"}, "of 'ViT-B-16', layer 4; this store holds .*'ViT-L-14'"),
+    ({"model_name": "ViT-L-14", "weights_hash": None}, "of 'ViT-B-16', layer 4; this store holds .*'ViT-L-14'"),
+])  # fmt: skip
 def test_what_an_sae_says_of_itself_is_compared(given, message):
     sae = SparseAutoencoder(4, 8, metadata=KNOWN)
     sae.check_store(store(**KNOWN))

@@ -1,6 +1,5 @@
 """The measures: centred, by token type, on all tokens, with intervals; and the splice into CLIP."""
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +13,6 @@ from patchsae_utils.sae.model import SparseAutoencoder
 from patchsae_utils.sae.quality import read_tokens
 from patchsae_utils.sae.starts import Normalization
 
-matplotlib.use("Agg")
 LAYER = -2
 
 
@@ -25,9 +23,8 @@ def measured(clip, sae, dataset, **options):
 
 
 @pytest.fixture(scope="module")
-def residual(tiny_clip, tiny_dataset):
-    images = torch.stack([tiny_clip.preprocess(tiny_dataset[i].image) for i in range(len(tiny_dataset))])
-    return tiny_clip.residual(images, LAYER)
+def residual(tiny_clip, tiny_inputs):
+    return tiny_clip.residual(tiny_inputs, LAYER)
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +102,9 @@ def test_activations_unlike_those_of_training_are_refused(tiny_clip, tiny_datase
         measured(tiny_clip, sae, tiny_dataset)
 
 
-def test_readings_by_place_follow_the_ground_truth_and_leave_cls_out(tiny_clip, tiny_sae, tiny_dataset):
+def test_readings_by_place_follow_the_ground_truth_and_leave_cls_out(tiny_clip, tiny_sae, tiny_dataset, residual):
     frame = readings_by_place(tiny_clip, tiny_sae, tiny_dataset, LAYER).set_index(["place", "metric"])
-    images = torch.stack([tiny_clip.preprocess(tiny_dataset[i].image) for i in range(len(tiny_dataset))])
-    x = tiny_clip.residual(images, LAYER)[:, 1:]
+    x = residual[:, 1:]
     out = tiny_sae(x)
     l0, error = (out.latents > 0).sum(-1).float(), (x - out.reconstruction).norm(dim=-1) / x.norm(dim=-1)
     l0, error = (each.detach().unflatten(1, (14, 14)) for each in (l0, error))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_saes import dense, perturbed
-from tiny_training import CONFIG, Store, assert_same, fresh, weights
+from tiny_training import CONFIG, Store, assert_same, cut_off, fresh, run
 
 from patchsae_utils.run.artifacts import read_json
 from patchsae_utils.run.processes import Processes
@@ -14,7 +14,7 @@ from patchsae_utils.sae.files import load_sae, save_sae
 from patchsae_utils.sae.model import ACTIVATIONS, SparseAutoencoder
 from patchsae_utils.sae.starts import ARCHETYPE_RELAXATION, SOFT_COSINE, Archetypes, Normalization, centroids, start_from
 from patchsae_utils.sae.steps import Steps
-from patchsae_utils.sae.trainer import train_sae, training_log
+from patchsae_utils.sae.trainer import training_log
 from patchsae_utils.sae.variants import keep_topk
 
 K = {name: {"k": 3} for name in ("topk", "batchtopk", "matryoshka")}
@@ -44,7 +44,7 @@ def test_folded_an_sae_reads_raw_tokens_as_it_read_normalised_ones(activation, k
     torch.testing.assert_close(sae.encode(X), latents, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(output.reconstruction, normalization.mean + unit * expected.reconstruction, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(sae.decode(latents), output.reconstruction)
-    torch.testing.assert_close(sae.encode(X, torch.tensor([3, 7])), latents[:, [3, 7]], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sae.encode(X, torch.tensor([3, 7])), latents[:, [3, 7]], rtol=1e-6, atol=1e-6)  # of a folded one, too
     assert sae.token_norm == (kind == "token_norm") and sae.normalizes == (kind != "none")
     if kind != "token_norm":
         normalization.unfold(sae)
@@ -86,10 +86,8 @@ class Moved(Store):
 def test_training_knows_no_units(tmp_path, activation, kind):
     """FAULTS D4: under Adam, biases and thresholds stepped in raw units; now the same data in other units give the same SAE in those units."""
     config = dataclasses.replace(CONFIG, normalize=kind, start="data", n_tokens=30 * 64, l1_coefficient=1e-2, ghost=False)
-    one, other = (
-        train_sae(fresh(activation=activation, **K.get(activation, {})), store, config, tmp_path / str(i), progress=False)
-        for i, store in enumerate((Store(), Moved()))
-    )
+    options = {"activation": activation, **K.get(activation, {})}
+    one, other = (run(tmp_path / str(i), config, store, **options) for i, store in enumerate((Store(), Moved())))
     x = next(Store().tokens(200, seed=5, epochs=None, start_step=0, positions=True))[0]
     logs = [training_log(tmp_path / str(i)) for i in (0, 1)]
     same = slice(0, 1 if kind == "token_norm" else None)  # tokens near the mean make rounding large, and Adam magnifies it
@@ -157,10 +155,9 @@ CONSTRAINTS = ["frozen_decoder", "soft_decoder", "frozen_encoder", "archetypal"]
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 def test_a_constraint_holds_to_the_end_over_an_interruption(tmp_path, constraint, sparse):
     config = dataclasses.replace(CONFIG, constraint=constraint, sparse=sparse, lr=3e-2)
-    trained = train_sae(fresh(), Store(), config, tmp_path / "whole", progress=False)
-    with pytest.raises(KeyboardInterrupt):
-        train_sae(fresh(), Store(stop_at=20), config, tmp_path / "cut", progress=False)
-    assert_same(weights(train_sae(fresh(), Store(), config, tmp_path / "cut", progress=False)), weights(trained))
+    trained = run(tmp_path / "whole", config)
+    cut_off(tmp_path / "cut", config, 20)
+    assert_same(run(tmp_path / "cut", config), trained)
     start, cosine = fresh(), (trained.W_dec * fresh().W_dec).sum(1)
     assert training_log(tmp_path / "whole")["explained_variance"].diff().sum() > 0
     if constraint == "frozen_encoder":
@@ -178,15 +175,14 @@ def test_a_target_l0_is_met_from_any_weight(tmp_path, activation):
     for start in (1e-2, 1e-1):
         config = dataclasses.replace(CONFIG, n_tokens=1500 * 64, l1_coefficient=start, target_l0=1.5, checkpoint_every=400)
         config = dataclasses.replace(config, normalize="mean_and_norm", start="data")
-        sae = train_sae(fresh(activation=activation), Store(), config, tmp_path / str(start), progress=False)
+        sae = run(tmp_path / str(start), config, activation=activation)
         found.append(training_log(tmp_path / str(start))["l0"].iloc[-100:].mean())
         assert sae.metadata["l1_coefficient"] != start
     assert found == pytest.approx([1.5, 1.5], rel=0.15)
-    with pytest.raises(KeyboardInterrupt):
-        train_sae(fresh(activation=activation), Store(stop_at=500), config, tmp_path / "cut", progress=False)
-    assert_same(weights(train_sae(fresh(activation=activation), Store(), config, tmp_path / "cut", progress=False)), weights(sae))
+    cut_off(tmp_path / "cut", config, 500, activation=activation)
+    assert_same(run(tmp_path / "cut", config, activation=activation), sae)
     with pytest.raises(ValueError, match="target_l0=1.5 has no meaning for activation='topk', whose k=3"):
-        train_sae(fresh(activation="topk", k=3), Store(), config, tmp_path / "topk", progress=False)
+        run(tmp_path / "topk", config, activation="topk", k=3)
 
 
 class Clustered(Store):
@@ -204,19 +200,18 @@ def test_dead_latents_start_anew_and_a_resumed_run_is_the_same(tmp_path, sparse)
     config = dataclasses.replace(config, sparse=sparse, checkpoint_every=17, warmup_steps=0)
     anew = dataclasses.replace(config, restart_dead=True)
 
-    def train(config, name, store=None, **options):
-        return train_sae(fresh(activation="topk", k=2), store or Clustered(), config, tmp_path / name, progress=False, **options)
+    def train(config, name):
+        return run(tmp_path / name, config, Clustered(), activation="topk", k=2)
 
     left, restarted = train(config, "left"), train(anew, "anew")
     x = torch.cat([next(Clustered().tokens(2048, seed=9, epochs=None, start_step=0, positions=True))[0]])
     alive = [(sae.encode(x) > 0).any(0).sum() for sae in (left, restarted)]
     assert alive[1] > alive[0]
 
-    with pytest.raises(KeyboardInterrupt):
-        train(anew, "resumed", Clustered(stop_at=40))
-    assert_same(weights(train(anew, "resumed")), weights(restarted))
+    cut_off(tmp_path / "resumed", anew, 40, store=Clustered, activation="topk", k=2)
+    assert_same(train(anew, "resumed"), restarted)
     held = dataclasses.replace(anew, constraint="frozen_decoder")
-    assert_same(weights(train(held, "held")), weights(train(dataclasses.replace(held, restart_dead=False), "held_left")))
+    assert_same(train(held, "held"), train(dataclasses.replace(held, restart_dead=False), "held_left"))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -1,13 +1,11 @@
 """The trainer: what a step does, what is saved, and that a killed run goes on bit for bit."""
 
 import dataclasses
-from contextlib import nullcontext
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
-from tiny_training import CONFIG, Store, assert_same, fresh, weights
+from tiny_training import CONFIG, Store, assert_same, cut_off, fresh, run, weights
 
 from patchsae_utils.activations.extraction import extract_activations
 from patchsae_utils.sae import steps
@@ -18,13 +16,11 @@ from patchsae_utils.sae.model import SparseAutoencoder
 from patchsae_utils.sae.starts import geometric_median
 from patchsae_utils.sae.trainer import LOG_COLUMNS, train_sae, training_log
 
-matplotlib.use("Agg")
-
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
-    return weights(train_sae(fresh(), Store(), CONFIG, out, progress=False)), training_log(out)
+    return weights(run(out)), training_log(out)
 
 
 def test_a_kill_while_the_checkpoint_is_written_loses_nothing(tmp_path, uninterrupted, monkeypatch):
@@ -39,9 +35,9 @@ def test_a_kill_while_the_checkpoint_is_written_loses_nothing(tmp_path, uninterr
 
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(KeyboardInterrupt):
-        train_sae(fresh(), Store(), CONFIG, tmp_path, progress=False)
+        run(tmp_path)
     store = Store()
-    assert_same(weights(train_sae(fresh(), store, CONFIG, tmp_path, progress=False)), uninterrupted[0])
+    assert_same(run(tmp_path, store=store), uninterrupted[0])
     assert store.asked[0][2] == 7
     assert not list(tmp_path.glob(".*")), "nothing is left lying about"
 
@@ -56,12 +52,12 @@ def test_an_object_that_its_run_has_moved_still_names_that_run(tmp_path, uninter
         with pytest.raises(FileNotFoundError):
             load_sae(tmp_path)  # unfinished: nothing that looks finished
     store = Store()
-    assert_same(weights(train_sae(sae, store, CONFIG, tmp_path, progress=False)), uninterrupted[0])
+    assert_same(train_sae(sae, store, CONFIG, tmp_path, progress=False), uninterrupted[0])
     assert store.asked == [(64, 0, 14)]
     for _ in range(3):  # what was trained, and then what was opened
         store = Store(stop_at=0)
         sae = train_sae(sae, store, CONFIG, tmp_path, progress=False)
-        assert_same(weights(sae), uninterrupted[0])
+        assert_same(sae, uninterrupted[0])
         assert store.asked == []
     further = train_sae(sae, Store(), CONFIG, tmp_path / "further", progress=False)  # in another folder it is a start like any other
     assert not torch.equal(further.W_enc, load_sae(tmp_path).W_enc)
@@ -77,8 +73,7 @@ OTHERS = {
 @pytest.mark.parametrize("stop", [None, 20, 3])
 def test_a_folder_of_another_run_is_never_deleted(tmp_path, stop):
     """FAULTS D1: whether that run has finished, been interrupted, or was no run of ours."""
-    with nullcontext() if stop is None else pytest.raises(KeyboardInterrupt):
-        train_sae(fresh(), Store(stop_at=stop), CONFIG, tmp_path, progress=False)
+    run(tmp_path) if stop is None else cut_off(tmp_path, CONFIG, stop)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for message, make in OTHERS.items():
         with pytest.raises(ValueError, match=f"holds another run, which differs in {message}. Choose another folder"):
@@ -86,23 +81,24 @@ def test_a_folder_of_another_run_is_never_deleted(tmp_path, stop):
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     fresh().save(tmp_path / "own")
     with pytest.raises(ValueError, match="holds an SAE that no run of train_sae has left there"):
-        train_sae(fresh(), Store(), CONFIG, tmp_path / "own", progress=False)
+        run(tmp_path / "own")
 
 
 @pytest.mark.parametrize("start", ["data", "kmeans"])
 def test_a_start_from_data_leaves_loaded_and_trained_weights_alone(tmp_path, start):
     """FAULTS D2."""
     config = dataclasses.replace(CONFIG, start=start)
-    trained = train_sae(fresh(), Store(), config, tmp_path / "one", progress=False)
+    trained = run(tmp_path / "one", config)
     for sae in (load_sae(tmp_path / "one"), trained):
         with pytest.raises(ValueError, match=f"start='{start}' would overwrite the weights of this SAE"):
             train_sae(sae, Store(), config, tmp_path / "two", progress=False)
-        assert_same(weights(sae), weights(load_sae(tmp_path / "one"))) and not (tmp_path / "two" / "cfg.json").exists()
+        assert_same(sae, load_sae(tmp_path / "one"))
+        assert not (tmp_path / "two" / "cfg.json").exists()
     tuned = train_sae(load_sae(tmp_path / "one"), Store(), dataclasses.replace(CONFIG, n_tokens=64), tmp_path / "tuned", progress=False)
     assert (tuned.W_dec - trained.W_dec).abs().max() < 0.01
     with pytest.raises(KeyboardInterrupt):
         train_sae(sae := fresh(), Store(stop_at=20), config, tmp_path / "cut", progress=False)
-    assert_same(weights(train_sae(sae, Store(), config, tmp_path / "cut", progress=False)), weights(trained))  # not once more
+    assert_same(train_sae(sae, Store(), config, tmp_path / "cut", progress=False), trained)  # not once more
 
 
 @pytest.mark.parametrize("log_every", [1, 3, 40])
@@ -118,16 +114,16 @@ def test_what_is_no_number_is_never_kept(tmp_path, uninterrupted, log_every):
     config = dataclasses.replace(CONFIG, log_every=log_every)
     for _ in range(2):
         with pytest.raises(ValueError, match="(The loss is nan at step|Weights are NaN or infinite after step 1).*lower lr"):
-            train_sae(fresh(), Broken(), config, tmp_path, progress=False)
+            run(tmp_path, config, Broken())
         state = torch.load(tmp_path / training.CHECKPOINT, weights_only=True)
         assert state["step"] == 7 and all(torch.isfinite(value).all() for value in state["sae"].values())
-    assert_same(weights(train_sae(fresh(), Store(), config, tmp_path, progress=False)), uninterrupted[0])
+    assert_same(run(tmp_path, config), uninterrupted[0])
 
 
 def test_without_resume_everything_is_done_again(tmp_path, uninterrupted):
-    train_sae(fresh(), Store(), CONFIG, tmp_path, progress=False)
+    run(tmp_path)
     store = Store()
-    assert_same(weights(train_sae(fresh(), store, CONFIG, tmp_path, resume=False, progress=False)), uninterrupted[0])
+    assert_same(train_sae(fresh(), store, CONFIG, tmp_path, resume=False, progress=False), uninterrupted[0])
     assert store.asked == [(64, 0, 0)]
 
 
@@ -135,8 +131,7 @@ def test_without_resume_everything_is_done_again(tmp_path, uninterrupted):
 def test_one_step_is_adam_on_the_projected_gradient_of_the_loss(tmp_path, cls_coefficient):
     """Against a step written out with plain Adam; the batch is split in chunks, which must not matter."""
     config = dataclasses.replace(CONFIG, n_tokens=64, warmup_steps=0, cls_coefficient=cls_coefficient)
-    sae = train_sae(fresh(), Store(), config, tmp_path, progress=False)
-
+    sae = run(tmp_path, config)
     expected = fresh()
     x, positions = next(Store().tokens(64, seed=0, epochs=None, start_step=0, positions=True))
     expected.b_dec.data.copy_(geometric_median(x))
@@ -155,8 +150,7 @@ def test_one_step_is_adam_on_the_projected_gradient_of_the_loss(tmp_path, cls_co
 def test_chunks_do_not_matter(tmp_path, uninterrupted, monkeypatch):
     monkeypatch.setattr(steps, "_CHUNK_TOKENS", 1)
     monkeypatch.setattr(SparseAutoencoder, "tokens_at_once", 10)
-    sae = train_sae(fresh(), Store(), CONFIG, tmp_path, progress=False)
-    chunked = weights(sae)
+    chunked = weights(run(tmp_path))
     assert not torch.equal(chunked["W_enc"], uninterrupted[0]["W_enc"]), "sums in another order round another way: there were chunks"
     for name, value in chunked.items():
         torch.testing.assert_close(value, uninterrupted[0][name], rtol=1e-2, atol=1e-3)
@@ -176,7 +170,7 @@ def test_the_log_has_its_rows_and_columns(uninterrupted):
 
 def test_the_logged_explained_variance_is_centred(tmp_path):
     """At step 0, before any update: 1 - residual / variance of the very batch."""
-    train_sae(fresh(), Store(), dataclasses.replace(CONFIG, n_tokens=64), tmp_path, progress=False)
+    run(tmp_path, dataclasses.replace(CONFIG, n_tokens=64))
     log_row = training_log(tmp_path).iloc[0]
     sae = fresh()
     x, _ = next(Store().tokens(64, seed=0, epochs=None, start_step=0, positions=True))
@@ -259,8 +253,8 @@ def test_several_dictionaries_read_each_batch_once_and_are_those_trained_one_aft
     assert store.n_read == 40 - 28 + 40 and store.asked[0][2] == 28
     outs = (folders(tmp_path, name) for name in ("one", "all", "cut"))
     for one, other, third, *logs in zip(single, together, resumed, *outs, strict=True):
-        assert_same(weights(one), weights(other))
-        assert_same(weights(one), weights(third))
+        assert_same(one, other)
+        assert_same(one, third)
         found = [training_log(out).drop(columns="tokens_per_second") for out in logs]
         assert found[0].equals(found[1]) and found[0].equals(found[2])
     with pytest.raises(ValueError, match="each as an object of its own"):

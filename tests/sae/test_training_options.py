@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_training import CONFIG, METADATA, Store, assert_same, fresh, weights
+from tiny_training import CONFIG, METADATA, Store, assert_same, cut_off, fresh, run
 
 from patchsae_utils.config import TrainConfig
 from patchsae_utils.run.artifacts import read_json
@@ -14,7 +14,7 @@ from patchsae_utils.sae import steps
 from patchsae_utils.sae import trainer as training
 from patchsae_utils.sae.files import load_sae
 from patchsae_utils.sae.sparse.adam import l1_weight, learning_rate
-from patchsae_utils.sae.starts import geometric_median, start_bias
+from patchsae_utils.sae.starts import geometric_median
 from patchsae_utils.sae.trainer import train_sae, training_log
 
 NEW = dataclasses.replace(CONFIG, n_tokens=12 * 64, log_every=1)
@@ -82,11 +82,6 @@ def test_the_geometric_median_minimises_the_sum_of_distances():
 
 def test_b_dec_starts_where_it_is_told(tmp_path):
     """FAULTS D2: also where the latents start from data."""
-    x = next(Store().tokens(64, seed=0, epochs=None, start_step=0, positions=True))[0]
-    for kind, expected in (("median", geometric_median(x)), ("mean", x.mean(0)), ("zero", torch.zeros(8))):
-        sae = fresh()
-        start_bias(sae, x, kind)
-        torch.testing.assert_close(sae.b_dec.detach(), expected)
     stay = {"n_tokens": 64, "lr": 1e-12, "start": "data"}
     middles = [train(tmp_path, b_dec_start=kind, **stay)[0].b_dec.detach() for kind in ("median", "mean", "zero")]
     sample = next(Store().tokens(20_000, seed=1, epochs=None, start_step=0, positions=True))[0][:4096]
@@ -125,7 +120,7 @@ def test_every_variant_learns_and_comes_back_from_disk(tmp_path, activation):
     logs = {}
     for how in ("never", "always"):
         out = tmp_path / how
-        sae = train_sae(fresh(activation=activation, **options), Store(), dataclasses.replace(config, sparse=how), out, progress=False)
+        sae = run(out, dataclasses.replace(config, sparse=how), activation=activation, **options)
         logs[how] = training_log(out)
         assert not sae.training
         x = next(Store().tokens(64, seed=9, epochs=None, start_step=0, positions=True))[0]
@@ -161,8 +156,5 @@ def test_auto_goes_on_bit_for_bit_over_the_change(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "worthwhile", lambda density, device: density < 0.2)
     config = dataclasses.replace(NEW, n_tokens=40 * 64, l1_coefficient=0.05, lr=1e-2, sparse="auto", checkpoint_every=5)
     whole, _ = train(tmp_path, config=config)
-    out = tmp_path / "cut"
-    for stop in (12, 23, 34):
-        with pytest.raises(KeyboardInterrupt):
-            train_sae(fresh(), Store(stop_at=stop), config, out, progress=False)
-    assert_same(weights(train_sae(fresh(), Store(), config, out, progress=False)), weights(whole))
+    cut_off(tmp_path / "cut", config, 12, 23, 34)
+    assert_same(run(tmp_path / "cut", config), whole)

@@ -42,8 +42,9 @@ _NO_SKIP = Allowed((False, None), "adds a linear path around the latents")
 FORMATS = {
     "saelens": Format(
         "cfg.json", "sae_weights.safetensors", tuple(VARIANTS), programs.read_saelens, programs.write_saelens,
-        "architecture d_in d_sae k apply_b_dec_to_input rescale_acts_by_decoder_norm metadata",
+        "architecture d_in d_sae k metadata",
         {
+            **dict.fromkeys(("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"), Allowed((True, False), "is no answer")),
             "normalize_activations": Allowed(("none",), _SCALES), "reshape_activations": Allowed(("none",), _OTHER_PLACE),
             "finetuning_scaling_factor": Allowed((False, None), "scales latents before they are decoded"),
             "activation_fn_str": Allowed(("relu", None), "is another function than relu"),
@@ -92,8 +93,9 @@ FORMATS = {
     ),
     "dictionary_learning": Format(
         "config.json", "ae.pt", tuple(VARIANTS), programs.read_dictionary_learning, programs.write_dictionary_learning,
-        "dict_class k layer lm_name activation_dim dict_size patchsae", {},
-        "trainer_class|threshold_(beta|start_step)|group_.*|top_k_aux|p_.*|n_sparsity_updates|target_l0|anneal_.*|initial_.*|.*_penalty",
+        "dict_class k layer lm_name submodule_name activation_dim dict_size patchsae",
+        {"io": Allowed(("out", None), "reads what enters a submodule, or predicts what leaves it")},
+        "trainer_class|threshold_(beta|start_step)|group_.*|top_k_aux|p_.*|n_sparsity_updates|target_l0|anneal_.*|initial_.*|.*_penalty|weights_temperature",
         programs.dictionary_learning_defaults,
     ),
     "visaebench": Format(
@@ -135,7 +137,6 @@ def write(weights: Weights, path: Path, form: str) -> Path:
                 torch.save({"cfg": settings, "state_dict": tensors} if form == "patchsae" else tensors, opened)
         if form == "saelens":
             settings["metadata"]["weights_sha256"] = file_sha256(temporary)
-    if this.config is None:
-        return file
-    write_json(path / this.config, settings)
-    return path
+        if this.config is not None:
+            write_json(path / this.config, settings)  # before the weights are in place: where it fails, both stay as they were
+    return file if this.config is None else path

@@ -17,7 +17,7 @@ from ... import __version__
 from ...clip.model import preprocessing_fingerprint
 from ...run.artifacts import file_sha256
 from ..variants import VARIANTS
-from .sources import place
+from .sources import layer_and_kind, place
 from .weights import STATISTICS, Weights, as_json, centred, named, plain, renamed, shapes, unit_rows
 
 _SAELENS_VERSION = "6.18.0"  # the form of the folder; older versions convert it and lose the metadata
@@ -44,7 +44,8 @@ def _own(settings: Mapping[str, Any], else_: Mapping[str, Any]) -> Mapping[str, 
 
 
 def _k(settings: Any, name: str = "k") -> dict[str, Any]:
-    return {"k": settings.get(name) if isinstance(settings, Mapping) else None}
+    k = settings.get(name) if isinstance(settings, Mapping) else None
+    return {"k": int(k) if isinstance(k, float) and k.is_integer() else k}
 
 
 _SAELENS_ARCHITECTURES = {variant.architecture: name for name, variant in reversed(VARIANTS.items()) if name != "batchtopk"}
@@ -69,7 +70,7 @@ def saelens_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     function = settings.pop("activation_fn", None)
     function = settings["activation_fn_str"] = settings.get("activation_fn_str") or function or "relu"
     settings["architecture"] = settings.get("architecture") or "standard"
-    if function == "topk" and settings["architecture"] == "standard":
+    if "topk" in (function, settings["architecture"]) and settings["architecture"] in ("standard", "topk"):
         settings |= {"architecture": "topk", "activation_fn_str": "relu", "k": settings.get("k") or _k(kwargs)["k"]}
     if not isinstance(settings.get("metadata"), dict | str | list):
         names = ("model_name", "hook_name", "hook_layer", "hook_head_index", "dataset_path", "context_size", "neuronpedia_id")
@@ -97,9 +98,8 @@ def read_saelens(settings: dict[str, Any], state: Mapping[str, Any], file: Path)
     factor = state.pop("scaling_factor", None)  # written for a while, whatever its use
     if factor is not None and not torch.allclose(factor.float(), torch.ones(())):
         raise ValueError(f"{file} holds a scaling_factor other than 1, which scales latents before they are decoded: it is not read.")
-    if set(state) != set(names) or tuple(state["W_enc"].shape) != (settings["d_in"], settings["d_sae"]):
-        asked = f"{', '.join(names)} of an SAE {settings['d_in']!r} -> {settings['d_sae']!r}"
-        raise ValueError(f"{file} holds {shapes(state)}; its {config.name} asks for {asked}. The two files don't belong together.")
+    if set(state) != set(names):
+        raise ValueError(f"{file} holds {shapes(state)}, its {config.name} wants {', '.join(names)}. The two files don't belong together.")
     if not isinstance(own := metadata.pop("patchsae", {}), dict):
         raise ValueError(f"{config} can't be read: the entry 'patchsae' of its metadata must be an object, got {own!r}.")
     activation = own.get("activation", _SAELENS_ARCHITECTURES[architecture])
@@ -112,12 +112,12 @@ def read_saelens(settings: dict[str, Any], state: Mapping[str, Any], file: Path)
         tensors["threshold"] = tensors["threshold"].flatten()[0]
     if not settings.get("apply_b_dec_to_input", True):
         tensors = centred(tensors)
-    if settings.get("rescale_acts_by_decoder_norm", False):  # latents are what they are times their rows' norms
+    if architecture == "topk" and settings.get("rescale_acts_by_decoder_norm"):  # latents are what they are times their rows' norms
         tensors = unit_rows(tensors)
-    hook = re.fullmatch(r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_post)", str(metadata.get("hook_name")))
-    if hook and metadata.get("hook_head_index") is None:
-        metadata = place(None, int(hook[1]), hook[2]) | metadata
-    options = {name: own[name] for name in ("k", "groups", "bandwidth") if name in own} | (_k(settings) if architecture == "topk" else {})
+    if metadata.get("hook_head_index") is None:
+        metadata = place(None, *layer_and_kind(metadata.get("hook_name"))) | metadata
+    options = {name: own[name] for name in ("k", "groups", "bandwidth") if name in own}
+    options |= _k({"k": 100, **settings}) if architecture == "topk" else {}
     statistics = {name: own[name] for name in STATISTICS if name in own} | ({"token_norm": True} if architecture != named_so else {})
     return Weights(tensors, activation, options, metadata, statistics)
 
@@ -184,11 +184,12 @@ def read_prisma(settings: dict[str, Any], state: Mapping[str, Any], file: Path) 
 
 def write_prisma(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
     gated, (d_in, d_sae), known = weights.activation == "gated", weights.tensors["W_enc"].shape, weights.metadata
+    layer, kind = layer_and_kind(known.get("hook_name")) if known.get("layer") is None else (known["layer"], "")
     settings = {
         "architecture": "gated" if gated else "standard", "d_in": d_in, "expansion_factor": d_sae // d_in,
         "activation_fn_str": "topk" if weights.activation == "topk" else "relu", "activation_fn_kwargs": dict(weights.options),
         "normalize_activations": "none", "is_transcoder": False, "model_name": known.get("model_name"),
-        "hook_point_layer": known.get("layer"), "layer_subtype": "hook_resid_post", "cls_token_only": known.get("tokens") == "cls",
+        "hook_point_layer": layer, "layer_subtype": kind or "hook_resid_post", "cls_token_only": known.get("tokens") == "cls",
         "use_patches_only": known.get("tokens") == "patches",
     }  # fmt: skip
     return settings, named(weights.tensors, _GATED if gated else _FOUR)
@@ -241,7 +242,8 @@ _SPARSIFY = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec
 
 
 def read_sparsify(settings: dict[str, Any], state: Mapping[str, Any], file: Path) -> Weights:
-    return Weights(renamed(state, _SPARSIFY, file), "topk", _k(settings), _own(settings, {}))
+    model = place(None, *layer_and_kind(file.parent.name))  # it names a folder by its hookpoint
+    return Weights(renamed(state, _SPARSIFY, file), "topk", _k(settings), _own(settings, model))
 
 
 def write_sparsify(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -271,6 +273,7 @@ _CLASSES = {  # to write, the first of an activation
     "AutoEncoderTopK": _Class("topk", _LINEAR | {"b_dec": "b_dec"}, unused=("k", "threshold")),
     "BatchTopKSAE": _Class("batchtopk", _LINEAR | {"b_dec": "b_dec", "threshold": "threshold"}, unused=("k",)),
     "MatryoshkaBatchTopKSAE": _Class("matryoshka", _THRESHOLD, unused=("k", "group_sizes")),
+    "MatroyshkaBatchTopKSAE": _Class("matryoshka", _THRESHOLD, unused=("k", "group_sizes")),  # so spelt before 17 January 2025
 }
 
 
@@ -284,9 +287,9 @@ def _norms_count(kind: str, trainer: Mapping[str, Any]) -> bool:
 
 
 def dictionary_learning_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """The trainer's settings, which hold what matters, beside ours."""
-    trainer = settings.get("trainer")
-    return {"patchsae": settings.get("patchsae")} | (trainer if isinstance(trainer, dict) else {})
+    """The trainer's settings beside the others, and what of a submodule its data were."""
+    parts = [part if isinstance(part := settings.get(name), dict) else {} for name in ("trainer", "buffer")]
+    return {name: value for name, value in settings.items() if name not in ("trainer", "buffer")} | parts[0] | {"io": parts[1].get("io")}
 
 
 def read_dictionary_learning(trainer: dict[str, Any], state: Mapping[str, Any], file: Path) -> Weights:
@@ -309,7 +312,9 @@ def read_dictionary_learning(trainer: dict[str, Any], state: Mapping[str, Any], 
         tensors = unit_rows(tensors)
     if "threshold" in tensors:
         tensors["threshold"] = tensors["threshold"].float().clamp_min(0)  # -1: not learned yet
-    model = place(trainer.get("lm_name"), trainer.get("layer")) | plain(trainer, "lr", "seed", "steps")
+    submodule = str(trainer.get("submodule_name") or "resid_post")
+    kind = "hook_resid_post" if re.search("resid(?!.*pre)", submodule) else submodule
+    model = place(trainer.get("lm_name"), trainer.get("layer"), kind) | plain(trainer, "lr", "seed", "steps")
     return Weights(tensors, activation, options, _own(trainer, model))
 
 
@@ -380,7 +385,7 @@ def read_visaebench(settings: dict[str, Any], state: Mapping[str, Any], file: Pa
         threshold = settings["threshold"] if settings.get("threshold") is not None else state.get("_running_threshold", 0.0)
         tensors["threshold"] = just_below(torch.as_tensor(threshold).float().reshape(())).clamp_min(0)
         options = _k(settings)
-        if settings["k"] is None:  # then it is known by its threshold alone
+        if not 0 < (options["k"] or 0) <= d_sae:  # none, or of a whole batch: then it is known by its threshold alone
             kind, options, tensors["threshold"] = "jumprelu", {}, tensors["threshold"].expand(d_sae)
     else:
         values = torch.full((d_sae,), 0.01) if thresholds is None else state[thresholds].float()

@@ -43,7 +43,7 @@ def place(name: Any, layer: Any = None, kind: str = "hook_resid_post", **more: A
         depth = (get_model_config(translated[0]) or {}).get("vision_cfg", {}).get("layers")
         if layer is not None and isinstance(depth, int):
             layer %= depth
-    if kind == "hook_resid_pre" and layer is not None:
+    if kind == "hook_resid_pre" and layer:
         layer, kind = layer - 1, "hook_resid_post"
     if kind == "hook_resid_post":
         known["layer"] = layer if layer is not None and layer >= 0 else None
@@ -52,11 +52,20 @@ def place(name: Any, layer: Any = None, kind: str = "hook_resid_post", **more: A
     return {key: value for key, value in (known | more).items() if value is not None}
 
 
+def layer_and_kind(hook: Any) -> tuple[int | None, str]:
+    """What the name of a module or hook says for :func:`place`, such as ``blocks.3.hook_resid_pre``, ``encoder.layers.3``, ``layers.3.mlp``."""
+    found = re.fullmatch(r"(?:.*\.)?(?:blocks|resblocks|layers?|h)\.(\d+)(?:\.(.+))?", str(hook))
+    return (int(found[1]), found[2] or "hook_resid_post") if found else (None, "")
+
+
 def check_source(reads: int, own: Mapping[str, Any], d_in: int, source: str, given: Mapping[str, Any]) -> None:
     """Refuse activations that an SAE, which ``reads`` so many dimensions and has metadata ``own``, was not trained on.
 
     Hashes decide on the model where both are known, else names, translated to open_clip's, else a warning; ``all`` fits any tokens.
     """
+    if own.get("hook_name") and own.get("layer") is None and given.get("layer") is not None:
+        what = f"The SAE reads {own['hook_name']!r}; {source} is the output of a block{described(given)}. Where that is the same place,"
+        raise ValueError(f"{what} say so: sae.metadata['layer'] = {given['layer']}.")
     both: dict[str, tuple[Any, ...]] = {name: (own.get(name), given.get(name)) for name in SOURCE}
     known = {name: pair for name, pair in both.items() if all(value is not None and value != "" for value in pair)}
     hashes, _ = known.pop("weights_hash", None), known.pop("pretrained", None)

@@ -82,8 +82,12 @@ _TRAINING = set(
     "tokenized tokenizer tokens train trainer training trust update updates val validation verbose version wandb warm warmup window workers".split()
 )
 _TOUCHING = re.compile(
-    r"activation|bias|cent(er|re)|clamp|decoder|encoder|gat(e|ing)|layers|\bln_|mean|norm|post|relu|rescal|reshap|scal|sign|skip|std|temperature|thresh|tie|top_?k|transcod|whiten"
+    r"activation|bias|cent(er|re)|clamp|decoder|encoder|gat(e|ing)|layers|\bln_|mean|norm|offset|post|relu|rescal|reshap|scal|shift|sign|skip|standard|std|subtract|temperature|thresh|tie|top_?k|transcod|whiten|z_?score"
 )
+
+
+SIZES = dict.fromkeys("d_in d_model d_vit activation_dim input_dim".split(), "d_in")  # settings that say them, and our names
+SIZES |= dict.fromkeys("d_sae num_latents dict_size hidden_dim".split(), "d_sae")
 
 
 class Allowed(NamedTuple):
@@ -102,12 +106,13 @@ def check_settings(
         if name in allowed:
             values, changes = allowed[name]
             if not any(type(value) is type(valid) and value == valid for valid in values):
-                what = f"{file} says {name}={value!r}; only {values[0]!r} is read: any other {changes}."
+                valid = " or ".join(repr(valid) for valid in values if valid is not None)
+                what = f"{file} says {name}={value!r}; only {valid} is read: any other {changes}."
                 raise ValueError(f"{what} Such an SAE would give wrong latents here.")
         elif name not in read:
             words = set(re.split(r"[_.]+", name.strip("_").lower()))
-            about_training = (words & _TRAINING or not documented) and not _TOUCHING.search(name.lower())
-            known = about_training or re.fullmatch(harmless, name) or not isinstance(value, str | int | float | list | dict)
+            opaque = not isinstance(value, str | int | float | list | dict)
+            known = (words & _TRAINING or opaque or not documented) and not _TOUCHING.search(name.lower()) or re.fullmatch(harmless, name)
             if not known and not any(type(value) is type(neutral) and value == neutral for neutral in _NEUTRAL):
                 what = f"{file} says {name}={value!r}, a setting that is not known here. If it changes the equation, the SAE would give"
                 raise ValueError(f"{what} wrong latents; if it is about training alone, take it out of the settings.")
