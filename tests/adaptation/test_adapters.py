@@ -32,7 +32,7 @@ def maple(tiny_clip):
 
 
 @pytest.fixture(scope="module")
-def few(tiny_clip):
+def few():
     return load_dataset("openmoji/tools", "train", n_images=18, half="base")
 
 
@@ -195,7 +195,7 @@ def test_adapters_leave_the_base_alone(tiny_clip, tiny_images, few, kind):
     torch.testing.assert_close(tiny_clip.encode_text(["a hammer."]), before[2], rtol=0, atol=0)
 
 
-def test_impossible_settings_say_what_is_possible(tiny_clip, few):
+def test_impossible_settings_say_what_is_possible(tiny_clip):
     for call, message in (
         (lambda: MaPLe(tiny_clip, depth=9), "depth must be 1 to 3; got 9"),
         (lambda: fit_adapter(tiny_clip, "bitfit", None, CONFIG), "Valid: maple, coop, vpt, lora, finetune, linear"),

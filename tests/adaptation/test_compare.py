@@ -5,23 +5,11 @@ import pandas as pd
 import pytest
 import torch
 
-from patchsae_utils.adaptation import base_to_novel, compare_models, stack
+from patchsae_utils.adaptation import base_to_novel, stack
 from patchsae_utils.adaptation.compare import APART, COMPARISONS, FORMS, GROUPS, OTHER, OVERLAPS, RANDOM, SAME, TWICE
-from patchsae_utils.data import load_dataset
 from patchsae_utils.latents.reading import summarize_latents
 
 LAYER = -2
-
-
-@pytest.fixture(scope="module")
-def scenes():
-    return load_dataset("openmoji/tools", "test", n_images=36, half="base")
-
-
-@pytest.fixture(scope="module")
-def compared(tiny_clip, tiny_sae, scenes, models):
-    kinds = ("itself", "maple", "coop")
-    return {name: compare_models(tiny_clip, models[name], tiny_sae, scenes, LAYER, progress=False) for name in kinds}
 
 
 def measure(remapping, comparison, name):

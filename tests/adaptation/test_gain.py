@@ -7,23 +7,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import inputs
 
 from patchsae_utils.adaptation import gain
 from patchsae_utils.adaptation.compare import compare_models
 from patchsae_utils.adaptation.gain import CONCEPTS, EXPERIMENTS, MEASURES, PARTS, TOWER_PARTS, explain_gain, owen_values, share_of
 from patchsae_utils.adaptation.links import evidence, shared_evidence
 from patchsae_utils.adaptation.prompts import CoOp
-from patchsae_utils.data import load_dataset
 from patchsae_utils.interventions.attribution import attribute_latents
 from patchsae_utils.interventions.tail import dataset_head
 from patchsae_utils.sae.model import SparseAutoencoder
 
 LAYER = -2
-
-
-@pytest.fixture(scope="module")
-def scenes():
-    return load_dataset("openmoji/tools", "test", n_images=18, half="base")
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +43,9 @@ def test_parts_sum_to_the_gain_picture_by_picture(found, name, measure):
     assert sum(table[part] for part in TOWER_PARTS) == pytest.approx(table["image tower"], abs=1e-12)
 
 
-def test_faults_d16_the_parts_are_those_of_the_crossed_towers_and_heads(tiny_clip, tiny_sae, scenes, models, found):
+def test_faults_d16_the_parts_are_those_of_the_crossed_towers_and_heads(compared, found):
     """With the tower's parts put together it is the Shapley value of two players, tower and head; the head's parts are template and learning."""
-    crossed = compare_models(tiny_clip, models["maple"], tiny_sae, scenes, LAYER, progress=False)
-    bb, ba, ab, aa = (crossed.right(tower, head).mean() for tower in ("base", "adapted") for head in ("base", "adapted"))
+    bb, ba, ab, aa = (compared["maple"].right(tower, head).mean() for tower in ("base", "adapted") for head in ("base", "adapted"))
     table = gains(found["maple"], "accuracy")
     expected = {"image tower": (ab - bb + aa - ba) / 2, "text head": (ba - bb + aa - ab) / 2, "both": aa - bb}
     assert table[list(expected)].to_dict() == pytest.approx(expected, abs=1e-12)
@@ -106,8 +100,9 @@ def test_experiments_start_with_clip_and_end_with_the_adapted_model(tiny_clip, m
     table = found["maple"].split.experiments().set_index("experiment")
     for name, model in (("CLIP", tiny_clip), ("adapted", models["maple"])):
         head = dataset_head(model, scenes)
-        images = torch.stack([tiny_clip.preprocess(scenes[i].image) for i in range(len(scenes))])
-        right = (model.logits(model.encode_image(images), head).argmax(1) == torch.as_tensor(scenes.labels)).double().mean()
+        right = (
+            (model.logits(model.encode_image(inputs(tiny_clip, scenes)), head).argmax(1) == torch.as_tensor(scenes.labels)).double().mean()
+        )
         assert table.loc[name, "value"] == pytest.approx(right.item())
     assert len(table) == len(EXPERIMENTS) == len(set(EXPERIMENTS.values()))
 
@@ -119,7 +114,7 @@ def test_slow_float64_arithmetic_gives_the_same_split(tiny_clip, tiny_sae, scene
     block, visual = double.visual.transformer.resblocks[-1], double.visual
     heads = [dataset_head(model, scenes).double() for model in (tiny_clip, adapted)]
     fast = found["maple"].split.outcomes[1]
-    for n in range(0, len(scenes), 5):
+    for n in range(0, len(scenes), 9):
         image = tiny_clip.preprocess(scenes[n].image)[None]
         before, after = (model.run_to(image, LAYER) for model in (tiny_clip, adapted))
         z = [residual.tokens.double()[0] for residual in (before, after)]

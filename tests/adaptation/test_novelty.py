@@ -103,9 +103,8 @@ def test_shrunken_and_decoupled_latents_only_look_new_and_an_undertrained_one_on
     eye = torch.eye(4)
     shrunken, decoupled, undertrained, new = eye
     first = torch.stack([0 * shrunken, 0 * decoupled, undertrained, 0 * new, decoupled])
-    joint = by_hand(
-        torch.stack([first, torch.stack([*eye, 0 * decoupled])])
-    )  # the last latent says in CLIP what the second does in the other
+    second = torch.stack([*eye, 0 * decoupled])  # the last latent says in CLIP what the second does in the other
+    joint = by_hand(torch.stack([first, second]))
     joint.W_enc.zero_()
     joint.W_enc[1, range(4), range(4)] = 1  # the latents are the features
     joint.W_enc[0, 1, 4] = 1

@@ -38,7 +38,7 @@ def one_process(monkeypatch):
     logging.disable(logging.NOTSET)
 
 
-def test_a_side_has_a_process_of_its_own_and_a_failure_is_a_row(tmp_path):
+def test_a_side_has_a_process_of_its_own_and_a_failure_is_a_row():
     assert "No module named" in common.in_subprocess("benchmarks.no_such_benchmark", "ours", {})["error"]
     assert common.in_subprocess("benchmarks.sae_step", "ours", TINY, python=shutil.which("echo")) == {"error": "exit status 0"}, "no JSON"
     measured = common.in_subprocess("benchmarks.sae_step", "ours", TINY, python=sys.executable)
@@ -110,9 +110,6 @@ def test_the_mask_sweep_refuses_sides_that_disagree(monkeypatch):
 
 
 WEIGHTS = str(EMBEDDED / "open_clip_model.safetensors")
-SMALL = ["--model", "openmoji", "--images", "1", "--repeats", "1", "--threads", "1", "--device", "cpu"]
-
-
 GPU = "--device cpu --threads 1 --model openmoji --d-in 24 --d-sae 256 --tokens 32,64 --l0s 8 --images 1 --steps 1 --repeats 1 --product 64"
 GPU += f" --pretrained {WEIGHTS} --sweep-images 1 --summary-images 2"
 
@@ -146,7 +143,7 @@ def test_one_command_measures_all_of_a_gpu_and_a_part_that_fails_costs_itself_al
     ]
 
 
-def test_a_run_that_is_ended_in_the_middle_keeps_what_it_has(tmp_path, monkeypatch, capsys):
+def test_a_run_that_is_ended_in_the_middle_keeps_what_it_has(tmp_path, monkeypatch):
     def ended(run):
         yield {"side": "first"}
         raise KeyboardInterrupt

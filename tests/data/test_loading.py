@@ -132,7 +132,7 @@ def test_a_worker_that_dies_is_an_error_that_says_what_to_do(how):
     assert torch.cat(list(load(Dies(how).__getitem__, 12, 2, workers=0))).tolist() == list(range(12))
 
 
-def test_extraction_goes_on_after_a_worker_has_died(tiny_clip, pictures, tmp_path, monkeypatch):
+def test_extraction_goes_on_after_a_worker_has_died(tiny_clip, pictures, tmp_path):
     data, _ = cleaned(load_dataset(str(pictures), "train"), tmp_path / "report.json")
     opener, main = data.opener, os.getpid()
 

@@ -23,7 +23,7 @@ def small(tmp_path):
     return dataclasses.replace(profile, root=tmp_path)
 
 
-def test_cells_are_fitted_measured_and_kept(small, tiny_clip, tiny_sae, tmp_path, monkeypatch):
+def test_cells_are_fitted_measured_and_kept(small, tiny_clip, tiny_sae, monkeypatch):
     read = []
     monkeypatch.setattr(protocol, "feature_forms", lambda clip, *rest: read.append(clip) or feature_forms(clip, *rest))
     monkeypatch.setattr(grid, "current_commit", lambda: "abc")

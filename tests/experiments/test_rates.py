@@ -12,7 +12,7 @@ from patchsae_utils.config import load_profile
 from patchsae_utils.tables import load_table
 
 
-def test_rates_are_compared_on_the_same_pictures(tiny_clip, tmp_path, monkeypatch):
+def test_rates_are_compared_on_the_same_pictures(tiny_clip, tmp_path):
     profile = load_profile(overrides={"adapters.n_shots": 1, "adapters.epochs": 2, "adapters.depth": 2})
     rates = Rates(dataclasses.replace(profile, root=tmp_path), tiny_clip, n_images=18, progress=False)
     chosen = [Cell(TASKS[0], "linear", factor) for factor in (1.0, 3.0)]

@@ -35,7 +35,7 @@ def test_an_axis_is_the_main_setting_once_and_what_differs_in_it_alone(table):
     assert by_axis(table, "tokens")[["tokens", "main"]].values.tolist() == [["all", True], ["cls", False], ["patches", False]]
 
 
-def test_the_committed_tables_and_benchmarks_are_found(tmp_path):
+def test_the_committed_tables_and_benchmarks_are_found():
     assert len(load_table(load_profile(), "ablations")) > 20 and load_benchmark("sae_step")
     assert set(load_table(load_profile(), "adaptation")["kind"]) > {"zero-shot", "maple"}
     assert load_table(load_profile(overrides={"training.seed": 3, "name": "another"}), "ablations") is None

@@ -23,7 +23,7 @@ WORDS = ("red wheel", "blue bird", "green leaf")
 
 
 @pytest.fixture(scope="module")
-def likeness(tiny_clip, tiny_dataset, summary):
+def likeness(tiny_clip):
     """Embeddings in which the reference images of latents 3, 9 and 20 look like one text each, beside what all images share."""
     rng = np.random.default_rng(0)
     texts = tiny_clip.zero_shot_head(WORDS, ["a {}."]).cpu().double().numpy()

@@ -209,17 +209,12 @@ def test_remove_objects_edits_the_objects_patches_alone(tiny_clip, sae):
 
 def test_what_they_cannot_do_is_refused(tiny_clip, sae, scenes):
     plain = SimpleNamespace(spec="plain", split="test", class_names=scenes.class_names, labels=scenes.labels)
-    pairs = load_dataset("openmoji/scenes", "test", n_images=2)
+    pairs, one = load_dataset("openmoji/scenes", "test", n_images=2), type(scenes)("tools", "train", n_images=1)
+    uneven = {"color:red": [1], "color:green": [64, 2]}
     for call, message in (
         (lambda: rank_concepts(tiny_clip, sae, plain, LAYER), "no ground truth"),
-        (
-            lambda: effects.concept_specificity(tiny_clip, sae, scenes, {"color:red": [1], "color:green": [64, 2]}),
-            "0 to 63., the same number for each",
-        ),
-        (
-            lambda: effects.concept_specificity(tiny_clip, sae, type(scenes)("tools", "train", n_images=1), {"object:dog": [1]}),
-            "shows none",
-        ),
+        (lambda: effects.concept_specificity(tiny_clip, sae, scenes, uneven), "0 to 63., the same number for each"),
+        (lambda: effects.concept_specificity(tiny_clip, sae, one, {"object:dog": [1]}), "shows none"),
         (lambda: effects.dose_response(tiny_clip, sae, scenes, {0: 1}, head=torch.eye(1)), "two classes"),
         (lambda: effects.remove_objects(tiny_clip, sae, pairs, [[1]] * 400, n_scenes=5), "hold [012]"),
     ):

@@ -31,7 +31,7 @@ def test_latent_masks_are_the_latents_on_the_grid(tiny_clip, data, activation, k
         latent_masks(tiny_clip, sae, images, [0, 24], LAYER)
 
 
-def test_seen_image_is_the_crop_that_clip_saw(tiny_clip):
+def test_seen_image_is_the_crop_that_clip_saw():
     """PAPER.md, trap 14: a wide picture whose sides are red: after resize and centre crop no red is left, so masks don't lie over it."""
 
     class Cropping:

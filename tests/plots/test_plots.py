@@ -198,7 +198,7 @@ OPTIONS = {"residual_pca": {"credit": True}, "steered": {"grid": (14, 14)}}
 
 
 @pytest.fixture(scope="module")
-def inputs(tiny_dataset):
+def inputs():
     from patchsae_utils.data import load_dataset
 
     world = load_dataset("openmoji/scenes", "test", n_images=60)
@@ -275,7 +275,7 @@ def test_one_stage_of_the_method_stands_out():
     plt.close("all")
 
 
-def test_of_several_rankings_the_first_is_drawn_and_random_latents_have_none(inputs):
+def test_of_several_rankings_the_first_is_drawn_and_random_latents_have_none():
     for ax in plots.mask_curves(sweep(ranks=("attribution", "count"))).axes:
         assert {"random", "predicted class's", "no mask, raw"} <= set(ax.get_legend_handles_labels()[1])
         assert [len(line.get_xdata()) for line in ax.lines[1:]] == [4] * 4

@@ -196,7 +196,7 @@ def test_a_threshold_below_0_lets_no_negative_through_and_comes_back():
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_cls_coefficient_weighs_squared_errors_alone(activation, dead):
+def test_cls_coefficient_weighs_squared_errors_alone(activation):
     """Of token 0 of every image, not of image 0: by linearity, weights 1 and 10 differ by nine times the CLS tokens' share."""
     sae = variant(activation).eval()
     images = torch.randn(4, 3, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

@@ -12,7 +12,6 @@ from patchsae_utils.config import TrainConfig
 from patchsae_utils.run.artifacts import read_json
 from patchsae_utils.sae import steps
 from patchsae_utils.sae import trainer as training
-from patchsae_utils.sae.files import load_sae
 from patchsae_utils.sae.sparse.adam import l1_weight, learning_rate
 from patchsae_utils.sae.starts import geometric_median
 from patchsae_utils.sae.trainer import train_sae, training_log
@@ -114,7 +113,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("activation", VARIANTS)
-def test_every_variant_learns_and_comes_back_from_disk(tmp_path, activation):
+def test_every_variant_learns(tmp_path, activation):
     options, weight = VARIANTS[activation]
     config = dataclasses.replace(NEW, n_tokens=200 * 64, log_every=20, l1_coefficient=weight, normalize="mean_and_norm")
     logs = {}
@@ -123,10 +122,6 @@ def test_every_variant_learns_and_comes_back_from_disk(tmp_path, activation):
         sae = run(out, dataclasses.replace(config, sparse=how), activation=activation, **options)
         logs[how] = training_log(out)
         assert not sae.training
-        x = next(Store().tokens(64, seed=9, epochs=None, start_step=0, positions=True))[0]
-        loaded = load_sae(out)
-        torch.testing.assert_close(loaded.encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(loaded(x).reconstruction, sae(x).reconstruction, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(32), rtol=0, atol=1e-6)
         assert read_json(out / "summary.json")["sparse_steps"] == (200 if how == "always" and activation != "gated" else 0)
     assert logs["never"]["explained_variance"].iloc[-1] > 0.7 > logs["never"]["explained_variance"].iloc[0]
