@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -125,8 +124,3 @@ def check_settings(
 def plain(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """Those settings that are there, as far as they are plain values."""
     return {name: settings[name] for name in names if isinstance(settings.get(name), str | int | float)}
-
-
-def as_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata as plain values that every reader takes."""
-    return json.loads(json.dumps(dict(metadata)))
