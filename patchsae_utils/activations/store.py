@@ -140,7 +140,7 @@ class ActivationStore(TokenSource):
 
 
 def write_manifest(folder: Folder, manifest: dict[str, Any], name: str = MANIFEST) -> None:
-    folder.write(name, f"{json.dumps(with_checksum(manifest), indent=2, ensure_ascii=False)}\n".encode())
+    folder.write(name, f"{json.dumps(with_checksum(manifest), indent=2, ensure_ascii=False)}\n".encode(errors="backslashreplace"))
 
 
 def read_manifest(folder: Folder, name: str = MANIFEST) -> dict[str, Any]:

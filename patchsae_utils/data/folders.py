@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mimetypes
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from .dataset import Listing
 from .pictures import ImageFiles, is_picture
 from .splits import SHARES, SPLITS, UNLABELLED, class_names, find_split
 
-_NO_CLASSES = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}  # left by operating systems
+_NO_CLASSES = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "#recycle", "System Volume Information"}  # left by operating systems
 
 
 def read_folder(root: Path, split: str, names: Callable[[Sequence[str]], list[str]] = class_names) -> Listing:
@@ -24,10 +26,13 @@ def read_folder(root: Path, split: str, names: Callable[[Sequence[str]], list[st
         )
     if (split_file := find_split_file(root)) is not None:
         return read_split_file(split_file, split)
-    known = {name for names in SPLITS.values() for name in names}
-    present = [name for name in _look(root)[1] if name.lower() in known] or ["."]
-    parts, shared = find_split(split, present, str(root))
-    inside = {part: {name: _look(root / part / name) for name in _look(root / part)[1]} for part in present}
+    beside, folders, _ = _look(root)
+    present = [found[0] for own in SPLITS.values() if (found := [name for each in own for name in folders if name.lower() == each])]
+    aside = [name for name in folders if name not in present] if present else []
+    left_out = {"..": len(beside) * bool(present)} | {f"../{name}": len(pictures_below(root / name)) for name in aside}
+    parts, shared = find_split(split, present or ["."], str(root))
+    looked = {part: _look(root / part) for part in present or ["."]}
+    inside = {part: {name: _look(root / part / name) for name in looked[part][1]} for part in looked}
     part = next((part for part in parts if inside[part]), parts[0])
     if part != parts[0]:
         warnings.warn(f"{root / parts[0]} has no class folders; {root / part} is read instead.", stacklevel=3)
@@ -35,48 +40,51 @@ def read_folder(root: Path, split: str, names: Callable[[Sequence[str]], list[st
     classes = sorted({name for each in inside.values() for name, found in each.items() if any(found[:2]) or not found[2]})
     base, labels = root / part, []
     files: list[str] = []
-    left_out: dict[str, int] = {}
     for label, name in enumerate(classes):
-        pictures, deeper, _ = inside[part].get(name, ([], [], 0))
+        pictures, deeper, _ = inside[part].get(name, ([], [], []))
         files += [f"{name}/{picture}" for picture in pictures]
         labels += [label] * len(pictures)
         left_out |= {f"{name}/{folder}": len(pictures_below(base / name / folder)) for folder in deeper}
-    loose = _look(base)[0]
+    loose = looked[part][0]
     if loose and not files:  # no classes
         files, labels, classes = loose, [UNLABELLED] * len(loose), []
     elif loose:
         left_out["."] = len(loose)
-    others, n = [name for name, n in left_out.items() if n], sum(left_out.values())
-    said = f"{n:,} images of {base} lie in no class folder or deeper than one ({', '.join(others[:3])})" if others else ""
+    kinds = [mimetypes.guess_type(name)[0] or "" for found in (looked[part], *inside[part].values()) for name in found[2]]
+    unread = Counter(kind for kind in kinds if kind.startswith("image/"))
+    reasons = ("lie in no class folder or deeper than one", left_out), ("are of a kind that Pillow can't open", unread)
+    named = ((why, n.total(), ", ".join(list(n)[:3])) for why, each in reasons if (n := +Counter(each)))
+    said = "; ".join(f"{n:,} images of {base} {why} ({places})" for why, n, places in named)
     if not files:
         expected = f"{base}/<class>/<image> with endings such as .jpg, .png, .webp"
         raise FileNotFoundError(f"{base} holds no images for split {split!r}: expected {expected}. {said}")
-    if others:
+    if said:
         warnings.warn(f"{said} and are left out; expected {base}/<class>/<image>, of which there are {len(files):,}.", stacklevel=3)
     return Listing(names(classes), labels, ImageFiles(base, files), SHARES if shared else None)
 
 
-def _look(folder: Path) -> tuple[list[str], list[str], int]:
-    """Pictures and folders in a folder, sorted, and how many others; nothing hidden, no link that leads back, which would never end."""
-    pictures, folders, others = [], [], 0
+def _look(folder: Path) -> tuple[list[str], list[str], list[str]]:
+    """Pictures, folders and others in a folder, sorted; nothing hidden, no link that leads back, which would never end."""
+    found: tuple[list[str], list[str], list[str]] = [], [], []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith(".") or entry.name in _NO_CLASSES:
-            continue
-        if entry.is_symlink() and (os.path.realpath(folder) + os.sep).startswith(os.path.realpath(entry.path) + os.sep):
-            continue
-        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-            folders.append(entry.name)
-        elif is_picture(entry.name):
-            pictures.append(entry.name)
-        else:
-            others += 1
-    return pictures, folders, others
+        leads_back = entry.is_symlink() and (os.path.realpath(folder) + os.sep).startswith(os.path.realpath(entry.path) + os.sep)
+        if not leads_back and not _is_hidden(entry.name):
+            is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+            found[1 if is_folder else 0 if is_picture(entry.name) else 2].append(entry.name)
+    return found
 
 
 def pictures_below(folder: Path) -> list[str]:
     """Of a folder and all that it holds, relative to it, sorted."""
-    paths = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names if is_picture(name))
-    return sorted(os.path.relpath(path, folder) for path in paths)
+    found: list[str] = []
+    for at, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        found += [os.path.relpath(os.path.join(at, name), folder) for name in names if is_picture(name)]
+    return sorted(found)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in _NO_CLASSES
 
 
 def read_list(path: Path) -> Listing:
@@ -109,7 +117,7 @@ def read_split_file(path: Path, split: str) -> Listing:
     Source: Zhou et al., "Learning to prompt for vision-language models", IJCV 2022 (github.com/KaiyangZhou/CoOp, DATASETS.md).
     """
     content = read_json(path)
-    if not isinstance(content, dict) or not {"train", "val", "test"} <= content.keys():
+    if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in SPLITS):
         wanted = "an object with train, val and test, as CoOp's files do"
         raise ValueError(f"{path} must hold {wanted}. Take it away to have the folder split anew.")
     names: dict[int, str] = {}
@@ -119,7 +127,7 @@ def read_split_file(path: Path, split: str) -> Listing:
                 raise ValueError(f"{path}, {part}: expected [path, label, class name], got {item!r}.")
             if names.setdefault(item[1], item[2]) != item[2]:
                 raise ValueError(f"{path}: class {item[1]} is called {names[item[1]]!r} and {item[2]!r}.")
-    if missing := sorted(set(range(1 + max(names, default=0))) - names.keys()):
+    if missing := sorted(set(range(len(names))) - names.keys()):
         raise ValueError(f"{path}: classes must be numbered from 0 without gaps; there is none numbered {missing[:5]}.")
     if not content[split]:
         raise ValueError(f"{path} has no images for split {split!r}.")

@@ -6,7 +6,9 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from glob import glob
 from numbers import Real
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -45,14 +47,15 @@ def read_hub(given: str, split: str) -> Listing:
         if any(each != UNLABELLED for each in labels):
             break
         warnings.warn(f"{spec}: no row of split {own!r} has a label.", stacklevel=3)
-    rows = Rows(f"{spec} ({split})", data, image, getattr(data, "_fingerprint", None))
+    rows = Rows(f"{spec} ({split})", source.encoded(data, image), image, getattr(data, "_fingerprint", None))
     return Listing(names, labels, rows, SHARES if shared else None)
 
 
 def read_stream(given: str, split: str, n_images: int | None, half: str | None, seed: int) -> Listing:
     """As many images as are asked for (of a half of the classes), mixed with ``seed``; they become files under :func:`~.paper_sets.data_root`."""
     spec, n_wanted = f"hf-stream:{given}", STREAMED if n_images is None else n_images
-    key = fingerprint(repository=given, split=split, n_images=n_wanted, half=half, seed=seed, shuffled=_SHUFFLED, version=2)
+    here = _files_here(given.partition("?")[0])
+    key = fingerprint(repository=given, split=split, n_images=n_wanted, half=half, seed=seed, shuffled=_SHUFFLED, version=2, **here)
     folder = data_root() / "streams" / f"{re.sub(r'[^A-Za-z0-9]+', '-', given).strip('-')}-{split}-{key}"
     if not (folder / "description.json").exists():
         source = _Source(spec)
@@ -62,12 +65,20 @@ def read_stream(given: str, split: str, n_images: int | None, half: str | None, 
                 write_json(temporary / "description.json", _save(source, own, tenths, n_wanted, half, seed, temporary))
                 break
         else:
-            raise ValueError(f"{spec} ({split}) gave no images with a label.")
+            few = "; of its one part eight of ten rows are train, one is val and one is test" if shared else ""
+            raise ValueError(f"{spec} ({split}) gave no images with a label{few}.")
     description = read_json(folder / "description.json")
     labels = description["labels"]
     if n_images is None and len(labels) == STREAMED:
         warnings.warn(f"The first {STREAMED:,} images of {spec} ({split}) are read; ask for more by n_images.", stacklevel=3)
     return Listing(description["class_names"], labels, ImageFiles(folder, list(map(_file, range(len(labels))))))
+
+
+def _files_here(repository: str) -> dict[str, str]:
+    """What lies in the files of a local repository, or of shards, which may be exchanged for others."""
+    places = [Path(place) for place in glob(repository) or glob(repository.rpartition(":")[0])]
+    files = sorted(str(path.absolute()) for place in places for path in (place.rglob("*") if place.is_dir() else [place]) if path.is_file())
+    return {"contents": ImageFiles("/", files).contents(range(len(files)))} if files else {}
 
 
 class _NoLabels(Exception):
@@ -82,6 +93,8 @@ def _save(source: _Source, own: str, tenths: Sequence[int], n_images: int, half:
     """Write a stream's pictures as they come; what they are."""
     with _reaching(source.spec):
         stream = source.load(own, streaming=True)
+        if stream.features is None:
+            raise OSError(f"the columns of split {own!r} can't be told")
     image, label = source.columns(stream.features)
     if label is not None and not hasattr(stream.features[label], "names"):
         said = f"{source.spec}: the classes in column {label!r} are not known beforehand; images are read without labels."
@@ -89,10 +102,10 @@ def _save(source: _Source, own: str, tenths: Sequence[int], n_images: int, half:
         label = None
     names = [] if label is None else class_names(stream.features[label].names)
     unwanted = set(range(len(names))) - set(half_of_classes(len(names), half))
-    stream = stream.cast_column(image, source.datasets.Image(decode=False)).shuffle(seed=seed, buffer_size=_SHUFFLED)
+    stream = source.encoded(stream, image, *([] if label is None else [label])).shuffle(seed=seed, buffer_size=_SHUFFLED)
     labels: list[int] = []
     without: list[int] = []
-    with tqdm(total=n_images, desc=f"streaming {source.spec}", unit="image", leave=False) as bar:
+    with _reaching(source.spec), tqdm(total=n_images, desc=f"streaming {source.spec}", unit="image", leave=False) as bar:
         for i, row in enumerate(stream if n_images else ()):
             found = UNLABELLED if label is None else row[label]
             if i % 10 not in tenths or found in unwanted:
@@ -152,7 +165,7 @@ class _Source:
                 self.present = self.datasets.get_dataset_split_names(*self._given, **self._files)
             except ValueError as error:  # several configurations, and none of them is the default
                 valid = self.datasets.get_dataset_config_names(self.repository)
-                raise ValueError(self._choose(valid) if len(valid) > 1 else str(error)) from error
+                raise (ValueError(self._choose(valid)) if len(valid) > 1 else OSError(str(error))) from error
         names, shared = find_split(split, self.present, self.spec)
         return ((name, shared) for name in names)
 
@@ -162,6 +175,10 @@ class _Source:
 
     def load(self, own_split: str, **options: Any):
         return self.datasets.load_dataset(*self._given, split=own_split, **self._files, **options)
+
+    def encoded(self, data, image: str, *others: str):
+        """Some columns alone, with pictures as bytes or paths, which one function opens: ``datasets`` has another way."""
+        return data.select_columns([image, *others]).cast_column(image, self.datasets.Image(decode=False))
 
     def columns(self, features) -> tuple[str, str | None]:
         """Of the image and of its label, where there is one."""
@@ -199,7 +216,10 @@ class _Source:
 def _reaching(spec: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:  # DatasetNotFoundError and all that requests and huggingface_hub raise
+    except Exception as error:
+        # OSError: DatasetNotFoundError and all that requests and huggingface_hub raise; RuntimeError: a script in place of data
+        if not isinstance(error, OSError | RuntimeError) and not type(error).__module__.startswith("datasets."):
+            raise
         raise FileNotFoundError(
             f"{spec} could not be read ({type(error).__name__}: {shortened(error)}). Give the name of a repository of huggingface.co/datasets (private and gated "
             "ones need `hf auth login`) or of a local folder that `datasets` reads; without a network, a folder of images, <class>/<image>, will do."

@@ -60,7 +60,7 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
         For anything unknown (naming the valid ones), a wrong label, classes too small to be split, or a half where there are no labels; for a
         missing folder (says what is expected in it).
     """
-    check_split(split)
+    check_split(split, n_images)
     if spec.startswith("openmoji/"):
         task, _, domain = spec.removeprefix("openmoji/").partition(":")
         if controls.is_control(task, domain):
@@ -143,6 +143,8 @@ def _preprocessed(dataset, preprocess, places: Sequence[int], i: int) -> tuple[T
 
 def load(read: Callable[[int], Any], n: int, batch_size: int, workers: int | None, collate: Callable = default_collate) -> Iterator:
     """``read(0)`` to ``read(n - 1)``, in batches, by torch's DataLoader, with errors for people."""
+    if workers is not None and (not isinstance(workers, int) or workers < 0):
+        raise ValueError(f"workers must be a whole number from 0 on, or None for as many as suit the machine, got {workers!r}.")
     n_batches, workers = -(-n // batch_size), automatic_workers() if workers is None else workers
     workers = min(workers, n_batches) if n_batches > 1 else 0  # starting a process takes longer than opening a batch
     loader: DataLoader = DataLoader(

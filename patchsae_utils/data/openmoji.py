@@ -97,7 +97,7 @@ class OpenMojiData(Dataset):
         table, valid = class_table(), ["all", "scenes", *tasks()]
         if task not in valid:
             raise ValueError(f"Unknown task {task!r} of the embedded world. Valid: {', '.join(valid)}.")
-        check_split(split)
+        check_split(split, n_images)
         if domain not in DOMAINS:
             raise ValueError(f"Unknown domain {domain!r}. Valid: {', '.join(DOMAINS)}.")
         half_of_classes(0, half)  # refuses an unknown half

@@ -164,8 +164,8 @@ def _open(name: str, root: Path, options: Mapping[str, str | bool]) -> Any:
         ) from error
 
 
-def _label(given: Any) -> int:
-    return UNLABELLED if given is None else int(given)
+def _label(given: Any) -> Any:
+    return UNLABELLED if given is None else given.tolist() if hasattr(given, "tolist") else given
 
 
 def _first(data: Any, *attributes: str) -> Any:
@@ -185,11 +185,11 @@ def _listing(data: Any, kind: str, root: Path, split: str, ends, renamed: Callab
     pairs = None if pairs is None else list(pairs)
     if not pairs or not isinstance(pairs[0][0], str | os.PathLike):
         opener: ImageFiles | Rows = Rows(f"torchvision:{kind} ({split})", data, 0)
-        labels = [_label(data[i][1]) for i in range(len(data))] if labels is None else [*map(_label, labels)]
+        labels = [*map(_label, (data[i][1] for i in range(len(data))) if labels is None else labels)]
     else:
         rows = sorted((os.path.relpath(path, root), _label(label)) for path, label in pairs)
         opener, labels = ImageFiles(root, [path for path, _ in rows]), [label for _, label in rows]
-    names = range(1 + max(labels)) if names is None else names
+    names = range(1 + max((each for each in labels if isinstance(each, int)), default=0)) if names is None else names
     return Listing(class_names(renamed(name) if isinstance(name, str) else name for name in names), labels, opener, ends)
 
 

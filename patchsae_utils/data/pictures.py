@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 GROUND = "white"  # shows through the transparent parts of a picture
+_DEPTHS = (255, 1023, 4095, 16383, 65535)  # largest numbers of 8 to 16 bits
 _NO_PICTURES = frozenset("BUFR EPS GRIB HDF5 IPTC MPEG PALM PDF WMF".split())  # what Pillow has endings for, and can't decode
 
 
@@ -31,27 +32,37 @@ class BrokenImage(ValueError):
         )
 
 
-def open_picture(source: Any, where: str | None = None, draft: bool = False) -> Image.Image:
-    """A path, bytes, a PIL image, an array, or what a function returns of these, by :func:`as_rgb`; ``draft``: a JPEG at an eighth of its size."""
+def open_picture(source: Any, where: str | None = None, draft: bool = False, convert: Callable | None = None) -> Image.Image:
+    """A path, bytes, either as ``datasets`` has it, a PIL image, an array, or what a function returns of these, as :func:`as_rgb` or ``convert``
+    makes it; ``draft``: a JPEG at an eighth of its size."""
     try:
         source = source() if callable(source) else source
+        source = (source["path"] if source["bytes"] is None else source["bytes"]) if isinstance(source, dict) else source
         if source is None:
             raise ValueError("there is none")
-        source = io.BytesIO(source) if isinstance(source, bytes) else source
         if isinstance(source, np.ndarray):
-            fractions = source.ndim == 3 and source.dtype.kind == "f" and source.min() >= 0 and source.max() <= 1
-            source = Image.fromarray((255 * source).round().astype(np.uint8) if fractions else source)
+            source = _drawn(source)
+        source = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
+        if not isinstance(source, str | os.PathLike | Image.Image) and not hasattr(source, "read"):
+            raise TypeError(f"it is a {type(source).__name__}; expected a path, bytes, a PIL image or an array")
         with source if isinstance(source, Image.Image) else Image.open(source) as image:
             if draft:
                 image.draft(None, (1, 1))
-            return as_rgb(image)
+            return (convert or as_rgb)(image)
     except Exception as error:  # decoders of damaged files raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = ((getattr(error, "strerror", None) or str(error)).splitlines() or [type(error).__name__])[0].rstrip(".")
         path = Path(source) if isinstance(source, str | os.PathLike) else None
         where = where or str(path or "A picture")
         if path and path.exists():
             where += f" ({path.stat().st_size:,} bytes)"
-        raise BrokenImage(where, reason.replace(f" {str(source)!r}", "")) from error
+        raise BrokenImage(where, reason.replace(f" {source if path is None else str(source)!r}", "")) from error
+
+
+def _drawn(values: np.ndarray) -> Image.Image:
+    if not values.size or values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (1, 3, 4)):
+        raise ValueError(f"it is an array of shape {list(values.shape)}; expected [H, W] or [H, W, channels], of 1, 3 or 4 channels")
+    values = values[..., 0] if values.shape[2:] == (1,) else values
+    return Image.fromarray(values if values.dtype == np.uint8 else _eight_bits(values))
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -60,18 +71,17 @@ def as_rgb(image: Image.Image) -> Image.Image:
     with suppress(Exception):  # damaged EXIF of a picture that is whole
         image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
-        image = _eight_bits(image)
+        image = Image.fromarray(_eight_bits(np.asarray(image), image.info.get("transparency")))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, GROUND), image)
     return image.convert("RGB")
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """A gray picture of 16 bits; of whole numbers up to 255 or 65,535; of fractions up to 1, 255 or 65,535: the smallest range that holds them."""
-    values, clear = np.asarray(image).astype(np.float64), image.info.get("transparency")
-    fractions = image.mode == "F"
-    ranges = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535) if fractions else (255, 65535)
+def _eight_bits(numbers: np.ndarray, clear: Any = None) -> np.ndarray:
+    """Numbers of 16 bits; others by the smallest range that holds them: that of so many bits, and of fractions up to 1; ``clear`` ones are white."""
+    values, fractions = numbers.astype(np.float64), numbers.dtype.kind == "f"
+    ranges = _DEPTHS[-1:] if numbers.dtype.str[1:] == "u2" else {"b": (1,), "f": (1, *_DEPTHS)}.get(numbers.dtype.kind, _DEPTHS)
     low, high, slack = values.min(), values.max(), 0.05 if fractions else 0  # resampling overshoots
     top = next((top for top in ranges if high <= (1 + slack) * top), None)
     if top is None or low < -slack * top:
@@ -80,7 +90,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     scaled = (values * (255 / top)).clip(0, 255).round().astype(np.uint8)
     if isinstance(clear, int):
         scaled[values == clear] = 255
-    return Image.fromarray(scaled)
+    return scaled
 
 
 def is_picture(name: str) -> bool:

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from numbers import Integral
 from typing import Any
 
-import numpy as np
 import torch
 from open_clip import IMAGENET_CLASSNAMES
 from timm.data import ImageNetInfo
 from torch import Tensor
 
 # What sources call our splits, in small letters or large.
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev", "eval"), "test": ("test", "testing")}
 SHARES = (0.8, 0.9, 1.0)  # where the shares of train, val and test end, of a class that is split here
 UNLABELLED = -1
 
 
-def check_split(split: str) -> None:
+def check_split(split: str, n_images: int | None) -> None:
     if split not in SPLITS:
         raise ValueError(f"Unknown split {split!r}. Valid: {', '.join(SPLITS)}.")
+    if n_images is not None and (not isinstance(n_images, Integral) or n_images < 0):
+        raise ValueError(f"n_images must be a whole number from 0 on, or None for all, got {n_images!r}.")
 
 
 def find_split(split: str, present: Sequence[str], source: str) -> tuple[Sequence[str], bool]:
@@ -31,6 +34,9 @@ def find_split(split: str, present: Sequence[str], source: str) -> tuple[Sequenc
     own = {kind: [name for each in names for name in present if name.lower() == each] for kind, names in SPLITS.items()}
     held_out = {"val": [*own["val"], *own["test"]], "test": [*own["test"], *own["val"]]}
     if not held_out["val"] and (own["train"] or len(present) == 1):
+        if others := [name for name in present if name not in (own["train"] or present)]:
+            said = f"{source} has no split val or test: {own['train'][0]} is split 80/10/10. Not read: {', '.join(others)}."
+            warnings.warn(said, stacklevel=4)
         return own["train"] or present, True
     found = {"train": own["train"], **held_out}[split]
     if not found:
@@ -104,29 +110,27 @@ def few_shot(dataset, n_shots: int, seed: int = 0) -> list[int]:
 
 
 def class_names(given: Iterable[Any]) -> list[str]:
-    """What prompts call classes: CLIP's names for WordNet ids and ImageNet's own names, else the first of synonyms that no two classes share."""
+    """What prompts call classes: CLIP's names for ImageNet's; of synonyms the first, where classes would share it all, or else what was given."""
     names = [", ".join(map(str, name)) if isinstance(name, tuple | list) else str(name) for name in given]
-    if names and all(re.fullmatch(r"n\d{8}", name) for name in names):
-        return [_wordnet().get(wnid, wnid) for wnid in names]
-    first = [name.split(",")[0].strip() for name in names]
-    if len(names) == 1000 and first == [text.split(",")[0] for text in ImageNetInfo().label_descriptions()]:
+    names = [_wordnet().get(name, name) if re.fullmatch(r"n\d{8}", name) else name for name in names]
+    forms = [[name.split(",")[0].replace("_", " ").strip() for name in names], [name.replace("_", " ").strip() for name in names], names]
+    if len(names) == 1000 and forms[0] == [text.split(",")[0] for text in ImageNetInfo().label_descriptions()]:
         return list(IMAGENET_CLASSNAMES)
-    whole = {name for name in first if first.count(name) > 1}
-    return [(name if short in whole else short).replace("_", " ").strip() for name, short in zip(names, first, strict=True)]
+    counts, rows = [Counter(each) for each in forms], zip(*forms, strict=True)
+    return [next((name for name, n in zip(row, counts, strict=True) if name and n[name] == 1), row[1]) for row in rows]
 
 
 @lru_cache
 def _wordnet() -> dict[str, str]:
     others = ImageNetInfo("imagenet-22k")
-    names = {wnid: others.label_name_to_description(wnid).split(",")[0] for wnid in others.label_names()}
+    names = {wnid: others.label_name_to_description(wnid) for wnid in others.label_names()}
     return names | dict(zip(ImageNetInfo().label_names(), IMAGENET_CLASSNAMES, strict=True))
 
 
 def checked_labels(labels: Sequence[Any] | Tensor, n_classes: int, where: Callable[[int], str]) -> Tensor:
     """Labels [N] in range(C), or :data:`UNLABELLED`; an error names the first row (``where``) that has anything else."""
-    if isinstance(labels, Tensor | np.ndarray):
-        labels = labels.tolist()
-    labels, valid = [each.item() if isinstance(each, Tensor | np.generic) else each for each in labels], range(UNLABELLED, n_classes)
+    labels = labels.tolist() if hasattr(labels, "tolist") else labels
+    labels, valid = [each.tolist() if hasattr(each, "tolist") else each for each in labels], range(UNLABELLED, n_classes)
     for row, label in enumerate(labels):
         if not isinstance(label, Integral) or label not in valid:
             expected = f"a whole number in range({n_classes}), or {UNLABELLED} for one without label"

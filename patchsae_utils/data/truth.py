@@ -23,7 +23,7 @@ from torchvision.transforms import InterpolationMode
 from ..run.artifacts import fingerprint, read_json
 from .dataset import ImageData, Listing
 from .folders import pictures_below
-from .pictures import ImageFiles
+from .pictures import ImageFiles, open_picture
 from .splits import SHARES, SPLITS, UNLABELLED, class_names, find_split
 
 THRESHOLD = 0.5  # share of a patch's pixels from which on it shows a concept
@@ -214,9 +214,8 @@ class _LabelImages:
         self.contents = files.contents
 
     def regions(self, row: int) -> Regions:
-        with Image.open(self._files(row)) as image:
-            pixels = np.asarray(ImageOps.exif_transpose(image))
-        if pixels.ndim != 2:
+        image = open_picture(self._files(row), convert=ImageOps.exif_transpose)
+        if (pixels := np.asarray(image)).ndim != 2:
             raise ValueError(f"{self._files(row)} is a picture of colors (mode {image.mode}); a label image has one number a pixel.")
         values = [value for value in np.unique(pixels).tolist() if value not in self._void]
         if unknown := [value for value in values if value not in self._places]:

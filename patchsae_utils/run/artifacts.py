@@ -88,7 +88,7 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write JSON by :func:`atomic_file`; NaN and infinities, which JSON doesn't know, become null."""
     text = json.dumps(as_json(value), indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_file(path) as temporary:
-        temporary.write_text(f"{text}\n", encoding="utf-8")
+        temporary.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
 
 
 def write_table(path: str | Path, table: pd.DataFrame) -> None:

@@ -26,8 +26,7 @@ _SETTINGS = {"argparse", "collections", "copyreg", "datetime", "decimal", "enum"
 _PYTHON = sys.stdlib_module_names | {"__builtin__", "commands", "exceptions", "nt", "posix"}
 _CONTAINERS = {"builtins.frozenset": frozenset, "builtins.list": list, "builtins.dict": dict, "collections.defaultdict": lambda *_: {}}
 _ALLOWED = {*_CONTAINERS, "builtins.set", "builtins.bytearray", "builtins.complex", "_codecs.encode"}  # the latter by torch itself
-_SCALARS = "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"  # older and newer; read as plain values
-_CONTAINERS |= dict.fromkeys(_SCALARS, lambda kind, data: np.frombuffer(data, kind.arguments[0])[0].item())
+_SCALARS = "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"  # older and newer
 
 
 class Record:
@@ -52,6 +51,14 @@ class Record:
 
     def __repr__(self) -> str:
         return f"Record({self.name!r}, {sorted(map(str, self.state))})"
+
+
+def _number(kind: Record, data: bytes) -> Any:
+    """A number or text of numpy's as a plain one."""
+    return np.frombuffer(data, kind.arguments[0])[0].item() if kind.arguments[0][0] in "biufcU" else Record(kind, data)
+
+
+_CONTAINERS |= dict.fromkeys(_SCALARS, _number)
 
 
 class _Refused(Exception):

@@ -86,7 +86,7 @@ class SparseAutoencoder(nn.Module):
         if activation not in VARIANTS:
             raise ValueError(f"Unknown activation {activation!r}. Valid: {', '.join(VARIANTS)}.")
         options = VARIANTS[activation].options
-        if "k" in options and not (isinstance(k, Integral) and 0 < k <= d_sae):
+        if "k" in options and not (isinstance(k, Integral) and k is not True and 0 < k <= d_sae):
             raise ValueError(f"activation={activation!r} needs k between 1 and d_sae={d_sae}, got k={k}.")
         for name, value in (("k", k), ("groups", groups), ("bandwidth", bandwidth)):
             if value is not None and name not in options:

@@ -1,5 +1,7 @@
 """Data as people have it, from disk and from the package ``datasets``, through the statistics of a tiny CLIP and SAE."""
 
+import os
+import sys
 import warnings
 
 import datasets
@@ -76,6 +78,19 @@ def test_each_layout_of_folders_is_read_and_summarised(tiny_clip, tiny_sae, tmp_
     summary = summarize_latents(tiny_clip, tiny_sae, train, -2, out=tmp_path / "summary", progress=False)
     assert summary.n_images == len(train) and summary.class_names == tuple(names) and summary.frequency.max() == 1
     assert LatentSummary.load(tmp_path / "summary").n_images == len(train)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' files have names in UTF-8 alone")
+def test_names_that_are_not_utf8_are_written_and_read_again(tiny_clip, tmp_path):
+    name = os.fsdecode(b"caf\xe9_noir")
+    picture_folder(tmp_path / "set", **{f"train/{name}": 5, "train/b": 5, "val/b": 1})
+    data = load_dataset(str(tmp_path / "set"), "train")
+    stores = [extract_activations(tiny_clip, data, -2, tmp_path / "store", progress=False) for _ in range(2)]
+    assert data.class_names[1] == name.replace("_", " ") and stores[0].fingerprint == stores[1].fingerprint
+    (tmp_path / "set" / "train" / name / "0\udce9.png").write_bytes(b"broken")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="1 of 11 images .* can't be read"):
+            assert len(without_broken(load_dataset(str(tmp_path / "set"), "train"), tmp_path / "report.json", 1, progress=False)) == 10
 
 
 def test_pictures_without_classes_are_data_and_what_needs_labels_says_so(tiny_clip, tiny_sae, tmp_path):

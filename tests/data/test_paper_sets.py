@@ -3,6 +3,7 @@
 import json
 import pickle
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -57,7 +58,8 @@ def test_coops_split_files_are_followed(tmp_path, monkeypatch, name, folder, ima
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ({"train": []}, "must hold an object with train, val and test"),
+    ({"train": []}, "must hold an object with train, val and test"), ({"train": 5, "val": [], "test": []}, "must hold an object with train"),
+    ({"train": [["0/0.png", -1, "a"], ["1/0.png", 0, "b"]], "val": [], "test": []}, r"without gaps; there is none numbered \[1\]"),
     ({"train": [["a.png", "0", "crane"]], "val": [], "test": []}, r"train: expected \[path, label, class name\], got"),
     ({"train": [["0/0.png", 0, "crane"], ["1/0.png", 0, "jay"]], "val": [], "test": []}, "class 0 is called 'crane' and 'jay'"),
     ({"train": [["0/0.png", 1, "crane"]], "val": [], "test": []}, r"without gaps; there is none numbered \[0\]"),
@@ -255,14 +257,15 @@ def test_what_the_hub_cannot_give_is_said(hub, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"{kind}:somebody/birds needs a column of images .of datasets.Image.; it has .*picture"):
             load_dataset(f"{kind}:somebody/birds", "train")
 
-    def offline(repository, **_):
-        raise ConnectionError(f"Couldn't reach '{repository}' on the Hub\n(LocalEntryNotFoundError)")
-
-    monkeypatch.setattr(module, "load_dataset", offline)
-    for kind in ("hf", "hf-stream"):
-        message = f"{kind}:somebody/birds could not be read .ConnectionError: Couldn't reach .*hf auth login"
-        with pytest.raises(FileNotFoundError, match=message):
-            load_dataset(f"{kind}:somebody/birds", "train")
+    for error in (
+        ConnectionError("Couldn't reach\n(LocalEntryNotFoundError)"), RuntimeError("Couldn't reach: a script"),
+        module.exceptions.DatasetGenerationError("Couldn't reach"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, "load_dataset", Mock(side_effect=error))
+        for kind in ("hf", "hf-stream"):
+            message = f"{kind}:somebody/birds could not be read .{type(error).__name__}: Couldn't reach.*hf auth login"
+            with pytest.raises(FileNotFoundError, match=message):
+                load_dataset(f"{kind}:somebody/birds", "train")
     monkeypatch.setitem(sys.modules, "datasets", None)
     for kind in ("hf", "hf-stream"):
         with pytest.raises(ImportError, match=f"{kind}:somebody/birds needs the package `datasets`: pip install datasets"):

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision import transforms
 
 from patchsae_utils.concepts.detection import Activations, concept_patches, detect_concepts, precisions
-from patchsae_utils.data import ImageData, dataset_fingerprint, load_dataset, openmoji
+from patchsae_utils.data import BrokenImage, ImageData, dataset_fingerprint, load_dataset, openmoji
 from patchsae_utils.data.truth import concept_masks, patch_shares, seen_pixels
 from patchsae_utils.sae.dictionary import sae_dictionary
 
@@ -222,6 +222,10 @@ def test_label_images_in_every_form(tmp_path):
         (tmp_path / "names.txt").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_dataset(f"{spec}:{tmp_path}/names.txt", "train").truth(0)
+    whole = (tmp_path / "labels" / "training" / "a" / "L.png").read_bytes()
+    (tmp_path / "labels" / "training" / "a" / "L.png").write_bytes(whole[:-30])
+    with pytest.raises(BrokenImage, match=r"labels/training/a/L.png \(\d+ bytes\) can't be read as an image"):
+        load_dataset(spec, "train").truth(0)
     with pytest.raises(FileNotFoundError, match="Label images of .*validation: none of 1 is there"):
         load_dataset(spec, "val")
 

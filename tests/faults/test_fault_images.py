@@ -3,6 +3,7 @@
 import io
 import warnings
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -154,7 +155,7 @@ def test_A1_rows_without_label_are_left_out():
         ImageData("x", "test", ["cat", "dog"], [-1, -1], opened)
 
 
-@pytest.mark.parametrize("wrong", [2, -2, None, 0.5, 1.0, float("nan"), "cat"])
+@pytest.mark.parametrize("wrong", [2, -2, None, 0.5, 1.0, float("nan"), "cat", "1", [0, 1], torch.tensor([0, 1]), np.eye(2), 2**70])
 @pytest.mark.parametrize("half", [None, "base"])
 def test_A1_a_wrong_label_is_named_with_its_row(wrong, half):
     """FAULTS A1: what is no class is no class of any half."""
@@ -162,11 +163,22 @@ def test_A1_a_wrong_label_is_named_with_its_row(wrong, half):
         ImageData("x", "test", ["cat", "dog"], [0, wrong, 1], opened, half)
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([0, 1]), np.array([0, 1], np.uint8), [torch.tensor(0), np.int64(1)]])
+@pytest.mark.parametrize("labels", [torch.tensor([0, 1]), np.array([0, 1], np.uint8), [torch.tensor(0), np.array(1)], [False, np.True_]])
 def test_A1_whole_numbers_of_any_kind_are_labels(labels):
     assert ImageData("x", "test", ["cat", "dog"], labels, opened).labels.tolist() == [0, 1]
     with pytest.raises(ValueError, match="row 0 has the label 0.5"):
         ImageData("x", "test", ["cat", "dog"], torch.tensor([0.5, 1]), opened)
+
+
+@pytest.mark.parametrize("wrong", [0.5, "1", torch.zeros(3), (0, 1)])
+def test_A1_labels_of_torchvision_are_checked_and_not_rounded(monkeypatch, wrong):
+    class Odd(list):
+        def __init__(self, root, train):
+            super().__init__([(opened(0), 0), (opened(1), wrong)])
+
+    monkeypatch.setattr("torchvision.datasets.Odd", Odd, raising=False)
+    with pytest.raises(ValueError, match=r"torchvision:Odd \(train\), row 1 has the label .*; expected a whole number"):
+        load_dataset("torchvision:Odd", "train")
 
 
 def test_A1_a_labelled_split_of_the_hub_is_preferred(hub, tmp_path):
@@ -216,6 +228,13 @@ def test_A2_missing_splits_are_made_up_for_in_one_way(hub, tmp_path, monkeypatch
         assert (len(train), len(val)) == (20, len(test))
         assert [val[i].image.tobytes() for i in range(6)] == [test[i].image.tobytes() for i in range(6)]
     assert [len(load_dataset(str(tmp_path / "loud"), split)) for split in ("train", "val", "test")] == [6, 2, 2]
+    picture_folder(tmp_path / "dev" / "train", a=3, b=3), picture_folder(tmp_path / "dev" / "Dev", a=1)
+    hub["rows"] = {"train": twenty, "dev": twenty[:1]}
+    for spec, n in ((str(tmp_path / "dev"), 6), ("hf:somebody/birds", 20)):
+        assert [len(load_dataset(spec, split)) for split in ("train", "val", "test")] == [n, 1, 1]
+    hub["rows"] = {"train": twenty, "holdout": twenty}
+    with pytest.warns(UserWarning, match="no split val or test: train is split 80/10/10. Not read: holdout"):
+        assert len(load_dataset("hf:somebody/birds", "val")) == 2
     hub["rows"] = {"test": twenty}
     message = "hf:somebody/birds has no split 'train'; it has test. Where a source has no split val, its test serves"
     with pytest.raises(ValueError, match=message):
@@ -262,6 +281,13 @@ def test_A5_pictures_that_lie_deeper_are_counted(tmp_path):
     with pytest.warns(UserWarning, match=message):
         data = load_dataset(str(tmp_path), "train")
     assert len(data) == 4 and data.class_names == ["cat", "dog"]
+    beside = picture_folder(tmp_path / "beside", **{"train/a": 2, "val/a": 1, "valid/a": 1, "more/b/.old": 3, "more/b": 2, ".": 1})
+    with pytest.warns(UserWarning, match=r"4 images of \S+train lie in .* \(.., ../more, ../valid\) and are left out"):
+        load_dataset(str(beside), "train")
+    phone = picture_folder(tmp_path / "phone", cat=3, dog=0)
+    (phone / "cat" / "a.HEIC").write_bytes(b"heic"), (phone / "dog" / "b.heic").write_bytes(b"heic")
+    with pytest.warns(UserWarning, match=r"2 images of \S+phone are of a kind that Pillow can't open \(image/heic\) and are left out"):
+        assert load_dataset(str(phone), "train").class_names == ["cat"]
     picture_folder(tmp_path / "deep", **{"animals/cat": 3})
     with pytest.raises(FileNotFoundError, match=r"holds no images for split 'train': expected .*3 images of .*\(animals/cat\)"):
         load_dataset(str(tmp_path / "deep"), "train")
@@ -269,7 +295,7 @@ def test_A5_pictures_that_lie_deeper_are_counted(tmp_path):
 
 def test_A6_hidden_files_and_other_kinds_are_no_pictures(tmp_path):
     """FAULTS A6: what macOS, archives and other programs leave is no picture and no class."""
-    picture_folder(tmp_path, cat=3, dog=3, **{"__MACOSX": 3, ".cache": 3, "__MACOSX/cat": 3, "notes": 0})
+    picture_folder(tmp_path, cat=3, dog=3, **{"__MACOSX": 3, "#recycle": 1, ".cache": 3, "__MACOSX/cat": 3, "notes": 0})
     (tmp_path / "notes" / "readme.txt").write_text("no class")
     for name in (".DS_Store", "._0.png", ".hidden.jpg", "paper.pdf", "tokens.h5", "notes.txt", "figure.eps", "film.mpeg", "Thumbs.db"):
         (tmp_path / "cat" / name).write_bytes(b"no picture")
@@ -285,13 +311,15 @@ RAMP = np.linspace(0, 1, 256).reshape(16, 16)
 @pytest.mark.parametrize(("values", "ending"), [
     (RAMP.astype(np.float32), "tiff"), ((RAMP * 1.02 - 0.01).astype(np.float32), "tiff"), ((RAMP * 255).astype(np.float32), "tiff"),
     ((RAMP * 255).round().astype(np.int32), "tiff"), ((RAMP * 65535).astype(np.int32), "tiff"), ((RAMP * 65535).astype(np.uint16), "png"),
+    ((RAMP * 4095).astype(np.int32), "tiff"), ((RAMP * 1023).astype(np.float32), "tiff"),
     ((RAMP * 65535).astype(np.uint16), "tiff"), ((RAMP * 65535).astype(np.float32), "tiff"), ((RAMP * 255).round().astype(np.uint8), "png"),
 ])  # fmt: skip
 def test_A7_A8_numbers_of_any_depth_are_scaled_everywhere_alike(tmp_path, values, ending):
     """FAULTS A7, A8: floats, whole numbers and 16 bits, in a folder, from memory and as an upload."""
     path = tmp_path / f"ramp.{ending}"
     Image.fromarray(values).save(path)
-    found = [open_picture(given) for given in (path, path.read_bytes(), Image.open(path), lambda: Image.fromarray(values))]
+    arrays = values, values[..., None], np.stack([values] * 3, -1)
+    found = [open_picture(given) for given in (path, path.read_bytes(), Image.open(path), lambda: Image.fromarray(values), *arrays)]
     found += [read_upload(path.read_bytes())[0]] if ending == "png" else []
     for image in found:
         np.testing.assert_allclose(np.asarray(image)[..., 0], (255 * RAMP).round(), atol=3)
@@ -301,8 +329,22 @@ def test_A7_A8_numbers_of_any_depth_are_scaled_everywhere_alike(tmp_path, values
 def test_A7_numbers_of_no_known_range_are_refused(tmp_path, values):
     """FAULTS A7: what can't be told is said, and not made black."""
     Image.fromarray(values.astype(np.float32)).save(tmp_path / "odd.tiff")
-    with pytest.raises(ValueError, match="odd.tiff .*its values lie between .*fractions from 0 to 1 are read"):
-        open_picture(tmp_path / "odd.tiff")
+    for given in (tmp_path / "odd.tiff", values, np.stack([values] * 3, -1)):
+        with pytest.raises(ValueError, match="its values lie between .*fractions from 0 to 1 are read"):
+            open_picture(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (np.zeros((3, 8, 9)), r"it is an array of shape \[3, 8, 9\]; expected \[H, W\]"), (np.zeros((0, 8)), "it is an array of shape"),
+        (torch.zeros(3, 8, 8), "it is a Tensor; expected a path, bytes, a PIL image or an array"), ([[0]], "it is a list; expected a path"),
+        (b"", "cannot identify image file. Replace it"), ("none.png", "No such file or directory. Replace it"),
+    ],
+)  # fmt: skip
+def test_A7_what_is_no_picture_is_refused_by_its_kind(given, reason):
+    with pytest.raises(ValueError, match=f"can't be read as an image: {reason}"):
+        open_picture(given)
 
 
 def test_A8_transparent_parts_are_white_everywhere(tmp_path, hub):
@@ -315,8 +357,11 @@ def test_A8_transparent_parts_are_white_everywhere(tmp_path, hub):
         for image in (open_picture(path), open_picture(Image.open(path)), read_upload(path.read_bytes())[0]):
             assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255), mode
     assert open_picture(clear).getpixel((3, 3)) == (200, 0, 0)
-    for kind in ("hf", "hf-stream"):
-        assert load_dataset(f"{kind}:somebody/birds", "train")[0].image.getpixel((0, 0)) == (255, 255, 255)
+    for i, feature in enumerate((datasets.Image(), datasets.Image(mode="RGB"), datasets.Image(decode=False))):
+        hub["features"] = {"picture": feature, "species": datasets.ClassLabel(names=["crane", "jay"])}
+        for kind in ("hf", "hf-stream"):
+            data = load_dataset(f"{kind}:somebody/birds", "train", n_images=4, seed=i)
+            assert data[0].image.getpixel((0, 0)) == (255, 255, 255), (kind, feature)
     deep = io.BytesIO()
     Image.fromarray(np.array([[0, 65535], [300, 300]], np.uint16)).save(deep, "png", transparency=300)
     assert np.asarray(open_picture(deep.getvalue()))[..., 0].tolist() == [[0, 255], [255, 255]]
@@ -358,6 +403,10 @@ def test_A10_class_names_of_every_source_are_made_in_one_way(hub, tmp_path):
     assert load_dataset("hf:somebody/food", "train").class_names == hub["names"]
     picture_folder(tmp_path / "ids", n01440764=3, n01443537=3, n02084071=3)
     assert load_dataset(str(tmp_path / "ids"), "train").class_names == ["tench", "goldfish", "dog"]
+    assert class_names(["n01440764", "back_ground"]) == ["tench", "back ground"] and class_names(["_", ", x", "b"]) == ["_", ", x", "b"]
+    assert class_names(["hot_dog, food", "hot dog, pup"]) == ["hot dog, food", "hot dog, pup"]
+    assert class_names(["hot_dog", "hot dog"]) == ["hot_dog", "hot dog"], "prompts of two classes differ where they can"
+    assert class_names(["n00468480", "n03378765"]) == ["football, football game", "football"]
     assert class_names(ImageNetInfo().label_descriptions()) == class_names(ImageNetInfo().label_names()) == list(IMAGENET_CLASSNAMES)
 
 
@@ -367,6 +416,9 @@ def test_A12_a_stream_gives_as_many_images_as_are_asked_for(hub, monkeypatch):
         data = load_dataset("hf-stream:somebody/birds", "train", n_images=n, half=half)
         assert len(data) == n and (half is None or len(data.class_names) == 1)
         assert all(data[i].image.getpixel((0, 0))[0] // 10 % 2 == (half == "novel") for i in range(n) if half)
+    for spec in ("hf-stream:somebody/birds", "hf:somebody/birds", "openmoji/tools"):
+        with pytest.raises(ValueError, match="n_images must be a whole number from 0 on, or None for all, got -1"):
+            load_dataset(spec, "train", n_images=-1)
     monkeypatch.setattr(hub_sets, "STREAMED", 5)
     with pytest.warns(UserWarning, match=r"The first 5 images of hf-stream:somebody/birds \(train\) are read; ask for more by n_images"):
         assert len(load_dataset("hf-stream:somebody/birds", "train")) == 5
@@ -383,3 +435,6 @@ def test_A13_no_workers_means_none(tiny_clip, monkeypatch):
         data.workers = own
         list(batches(data, tiny_clip.preprocess, 4, given))
     assert used == [0, 2, 1, 3, 0, 0]
+    for wrong in (-1, "auto", 1.5):
+        with pytest.raises(ValueError, match="workers must be a whole number from 0 on, or None .*, got"):
+            list(batches(data, tiny_clip.preprocess, 64, wrong))

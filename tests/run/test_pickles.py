@@ -75,7 +75,7 @@ def test_tensors_and_plain_values_come_out_as_they_were(tmp_path):
 
 def test_objects_of_any_class_come_out_as_records(tmp_path):
     settings = Settings(d_in=768, path=PurePosixPath("a/b"), inner=Settings(x=[1, 2]), of=defaultdict(list, a=[1]))
-    scalars = [np.float64(0.5), np.float32(1.5), np.int64(-2), np.bool_(True), np.str_("é")]
+    scalars = [np.float64(0.5), np.float32(1.5), np.int64(-2), np.bool_(True), np.str_("é"), np.datetime64("2020-01-01")]
     torch.save({"cfg": settings, "args": Namespace(lr=0.1), "loss": scalars, "rng": np.arange(3)}, tmp_path / "x.pt")
     found = read_torch(tmp_path / "x.pt")
     record = found["cfg"]
@@ -84,7 +84,7 @@ def test_objects_of_any_class_come_out_as_records(tmp_path):
     assert record.state["path"].arguments == ("a", "b")
     assert found["args"].state == {"lr": 0.1}
     assert [found[name].name.partition(".")[0] for name in ("args", "rng")] == ["argparse", "numpy"]
-    assert found["loss"] == [0.5, 1.5, -2, True, "é"] and [*map(type, found["loss"])] == [float, float, int, bool, str]
+    assert found["loss"][:-1] == [0.5, 1.5, -2, True, "é"] and [*map(type, found["loss"])] == [float, float, int, bool, str, Record]
 
 
 def test_files_from_before_the_archive_are_read_as_far_as_they_are_plain(tmp_path):

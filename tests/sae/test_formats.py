@@ -319,6 +319,7 @@ REFUSED = [
     (patchsae, {"module_name": "mlp"}, "module_name='mlp'"),
     (patchsae, {"custom_clip_ckpt_path": "maple.pt"}, "custom_clip_ckpt_path='maple.pt'.*adapted CLIP"),
     (patchsae, {"state": FOUR | {"r_mag": THRESHOLD}}, "holds the weights r_mag"),
+    (patchsae, {"state": FOUR | {"scale": 2.0}}, "holds the weights scale"),
     (patchsae, {"input_scale": torch.tensor(2.0)}, r"says input_scale=tensor\(2.\), a setting that is not known"),
     (patchsae, {"d_sae": 99}, "holds an SAE 6 -> 20; its settings, in sae.pt, say d_sae=99. The two don't belong together"),
     (prisma, {"normalize_activations": "layer_norm"}, "says normalize_activations='layer_norm'; only 'none' is read"),

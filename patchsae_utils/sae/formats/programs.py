@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ... import __version__
 from ...clip.model import preprocessing_fingerprint
-from ...run.artifacts import file_sha256
+from ...run.artifacts import as_json, file_sha256
 from ..variants import VARIANTS
 from .sources import layer_and_kind, place
-from .weights import STATISTICS, Weights, as_json, centred, named, plain, renamed, shapes, unit_rows
+from .weights import STATISTICS, Weights, centred, named, plain, renamed, shapes, unit_rows
 
 _SAELENS_VERSION = "6.18.0"  # the form of the folder; older versions convert it and lose the metadata
 

@@ -42,7 +42,7 @@ def place(name: Any, layer: Any = None, kind: str = "hook_resid_post", **more: A
         known["model_name"], known["pretrained"] = translated
         depth = (get_model_config(translated[0]) or {}).get("vision_cfg", {}).get("layers")
         if layer is not None and isinstance(depth, int):
-            layer %= depth
+            layer += depth * (layer < 0)
     if kind == "hook_resid_pre" and layer:
         layer, kind = layer - 1, "hook_resid_post"
     if kind == "hook_resid_post":

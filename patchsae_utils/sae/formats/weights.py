@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -32,7 +31,8 @@ def renamed(state: Any, names: Mapping[str, str], file: Path, unused: Iterable[s
     tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)} if isinstance(state, dict) else {}
     if missing := [name for name in names if name not in tensors]:
         raise ValueError(f"{file} lacks the weights {', '.join(missing)}; it holds {shapes(tensors)}.")
-    if more := sorted(set(tensors) - set(names) - set(unused)):
+    numbers = {str(name) for name, value in state.items() if isinstance(value, int | float)}
+    if more := sorted({*tensors, *numbers} - {*names, *unused}):
         what = f"{file} holds the weights {', '.join(more[:8])}, for which an SAE of the kind that its settings name has no use."
         raise ValueError(f"{what} What they change is not known here, so such an SAE would give wrong latents.")
     return {ours: tensors[name].T if name in transposed else tensors[name] for name, ours in names.items()}
@@ -125,8 +125,3 @@ def check_settings(
 def plain(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """Those settings that are there, as far as they are plain values."""
     return {name: settings[name] for name in names if isinstance(settings.get(name), str | int | float)}
-
-
-def as_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata as plain values that every reader takes."""
-    return json.loads(json.dumps(dict(metadata)))
