@@ -33,7 +33,7 @@ _SHOWN, _SAVE_EVERY = 5, 60.0  # images that a message names; seconds between tw
 PREFETCH = 2  # batches that each process has ready at most: the bound on memory
 
 
-def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: str | None = None, seed: int = 0) -> Any:
+def load_dataset(spec: str | Path, split: str, *, n_images: int | None = None, half: str | None = None, seed: int = 0) -> Any:
     """Open a data set.
 
     A missing ``val`` is the ``test``, and the other way round; where there is neither, the one part is split 80/10/10 within each class, drawn with
@@ -41,7 +41,7 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
 
     Parameters
     ----------
-    spec : str
+    spec : str, or path
         ``openmoji/<task>[:<domain>]``, or a task whose answer is known: ``openmoji/unseen``, ``openmoji/sign-<2, 10 or 50>``,
         ``openmoji/<task>:<nonce, relabelled or a sign>``; a folder (``[<split>/]<class>/<image>``, without labels ``[<split>/]<image>``); ``list:<file>``, or a ``.txt``
         file, that names a picture a line; one of the paper's eleven (``caltech101``, ``oxford_pets``, ``stanford_cars``, ``flowers102``, ``food101``,
@@ -60,6 +60,7 @@ def load_dataset(spec: str, split: str, *, n_images: int | None = None, half: st
         For anything unknown (naming the valid ones), a wrong label, classes too small to be split, or a half where there are no labels; for a
         missing folder (says what is expected in it).
     """
+    spec = str(spec)
     check_split(split, n_images)
     if spec.startswith("openmoji/"):
         task, _, domain = spec.removeprefix("openmoji/").partition(":")

@@ -157,7 +157,12 @@ class _Coco:
         found: dict[int, list] = {}
         for concepts, shape in self._shapes[row]:
             is_encoded = isinstance(shape, dict) and isinstance(shape["counts"], str | bytes)
-            encoded = shape if is_encoded else mask.frPyObjects(shape, *self._sizes[row])
+            try:
+                encoded = shape if is_encoded else mask.frPyObjects(shape, *self._sizes[row])
+            except Exception as error:  # its own are of no class
+                raise ValueError(
+                    f"{self._files[0]}: {str(shape)[:60]} is no mask: neither polygons of 6 numbers or more nor runs."
+                ) from error
             for concept in concepts:
                 found.setdefault(concept, []).extend(encoded if isinstance(encoded, list) else [encoded])
         masks = [mask.decode(mask.merge(parts)).astype(bool) for parts in found.values()]
@@ -242,7 +247,7 @@ def _read_label_images(base: Path, labels: Path, split: str, names: Path | None 
 
 def _read_names(path: Path) -> dict[int, str]:
     """Value -> name: "<value> <name>" in each line (of several columns the last), or names alone, from 1, or 0 if the first is "background"."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines() if line.strip()]
     lines = lines[1:] if lines and lines[0].split("\t")[0].lower() in ("idx", "id", "value") else lines
     numbered = [re.fullmatch(r"(\d+)[\s:,]+(.+)", line) for line in lines]
     if any(numbered):

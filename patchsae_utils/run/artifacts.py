@@ -40,9 +40,9 @@ def _again(path: str | Path) -> str:
 def read_json(path: str | Path, content: bytes | None = None) -> Any:
     """Read a JSON file, or its bytes; a damaged one is a ``ValueError`` that names it."""
     try:
-        return json.loads((Path(path).read_bytes() if content is None else content).decode("utf-8"))
+        return json.loads((Path(path).read_bytes() if content is None else content).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Delete it and run the stage that writes it again.") from error
+        raise ValueError(f"{path} is not valid JSON ({error}). If a stage wrote it, delete it and run that stage again.") from error
 
 
 MANIFEST = "manifest.json"

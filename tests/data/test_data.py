@@ -61,7 +61,7 @@ def test_halves_share_the_classes_and_no_class_is_in_both():
 
 def test_a_subset_is_drawn_by_its_seed(folder):
     def draw(seed):
-        data = load_dataset(str(folder), "train", n_images=6, seed=seed)
+        data = load_dataset(folder, "train", n_images=6, seed=seed)
         return [data[i].image.getpixel((0, 0)) for i in range(len(data))]
 
     assert len(draw(0)) == 6 and draw(0) == draw(0) != draw(1)

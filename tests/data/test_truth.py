@@ -244,6 +244,10 @@ def test_what_is_wrong_with_annotations_is_said(tmp_path):
     Image.new("RGB", (30, 40)).save(data.where(data.rows.tolist().index(1)))
     with pytest.raises(ValueError, match="1.png has 30 x 40 pixels, its ground truth 16 x 16"):
         data.truth(data.rows.tolist().index(1))
+    spec = coco(tmp_path / "e.json", [(16, 16)] * 3, [(i, 1, [[0, 0, 4, 4]]) for i in range(3)], categories)
+    (tmp_path / "e.json").write_text((tmp_path / "e.json").read_text(), encoding="utf-8-sig")
+    with pytest.raises(ValueError, match=r"e.json: \[\[0, 0, 4, 4\]\] is no mask: neither polygons"):
+        load_dataset(spec, "train").truth(0)
     (tmp_path / "p.json").write_text(json.dumps({"images": [], "categories": [], "annotations": [{"segments_info": []}]}))
     for spec, error, message in (
         (f"coco:{tmp_path}:{tmp_path}/p.json", ValueError, "panoptic form"), (f"coco:{tmp_path}", ValueError, "not of the form coco:"),
