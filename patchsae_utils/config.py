@@ -17,6 +17,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 DEFAULT_PROFILE = "openmoji"
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {  # of settings, by name; None passes all
@@ -26,7 +28,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {  # of settings, by name
         (lambda value: value > 0, "positive"),
     ),
     **dict.fromkeys(
-        "workers warmup_steps l1_coefficient l1_warmup_steps cls_coefficient dead_after_tokens clip_gradient".split(),
+        "seed workers warmup_steps l1_coefficient l1_warmup_steps cls_coefficient dead_after_tokens clip_gradient".split(),
         (lambda value: value >= 0, "0 or more"),
     ),
     **dict.fromkeys(("max_broken", "lr_end"), (lambda value: 0 <= value <= 1, "a share, between 0 and 1")),
@@ -48,11 +50,12 @@ _CHOICES = {
 
 
 class _Section:
-    """Settings whose values are checked by :data:`_RULES` and :data:`_CHOICES`, however they were made."""
+    """Settings whose values are checked by their types, :data:`_RULES` and :data:`_CHOICES`, however they were made."""
 
     def __post_init__(self):
-        for item in dataclasses.fields(self):
-            name, value = item.name, getattr(self, item.name)
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value = _typed(getattr(self, name), hint, name)
+            object.__setattr__(self, name, value)  # plain numbers, which checkpoints and JSON can hold
             holds, words = _RULES.get(name, (lambda _: True, ""))
             if value is not None and not holds(value):
                 raise ValueError(f"{name} must be {words}, got {value!r}.")
@@ -332,20 +335,21 @@ def _build_profile(label: str, settings: Mapping[str, Any]) -> Profile:
     parts: dict[str, Any] = {}
     for key, cls in _SECTIONS.items():
         values, where = _expanded(settings.get(key, {}), label, needs), f"Profile {label!r}, section [{key}]"
-        hints = typing.get_type_hints(cls)
-        if unknown := sorted(set(values) - set(hints)):
-            raise ValueError(f"{where}: unknown setting {unknown[0]!r}. Valid: {', '.join(hints)}.")
-        if missing := [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]:
+        fields = dataclasses.fields(cls)
+        if unknown := sorted(set(values) - {f.name for f in fields}):
+            raise ValueError(f"{where}: unknown setting {unknown[0]!r}. Valid: {', '.join(f.name for f in fields)}.")
+        if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]:
             raise ValueError(f"{where}: {', '.join(missing)} must be given.")
         try:
-            parts[key] = cls(**{name: _typed(value, hints[name], name) for name, value in values.items()})
+            parts[key] = cls(**values)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     return Profile(name=name, root=repository_root() / "runs" / name, **parts)
 
 
 def _typed(value: Any, hint: Any, name: str) -> Any:
-    """The value as the annotated type, where that loses nothing; "all" and "auto" are None."""
+    """The value as the annotated type, where that loses nothing (numpy's numbers, too); "all" and "auto" are None."""
+    value = value.item() if isinstance(value, np.generic) else value
     if typing.get_origin(hint) is types.UnionType:
         if value is None or value in ("all", "auto"):
             return None

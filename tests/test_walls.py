@@ -6,13 +6,17 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import grimp
 import networkx
+import pandas as pd
 import pytest
 from importlinter.cli import lint_imports
 
 import patchsae_utils
+from patchsae_utils.latents import summarize_latents
+from patchsae_utils.sae.model import SparseAutoencoder
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("run", "data", "clip", "activations", "sae", "latents", "concepts", "interventions", "adaptation", "plots", "explorer")
@@ -63,6 +67,44 @@ def test_public_names_say_what_they_take(where, name, thing):
     described = re.split(r"\n(?:Returns|Yields|Raises|Attributes|Notes)\n-+", text.partition("Parameters\n----------\n")[2])[0]
     names = {word.strip(" *") for line in re.findall(r"^\S[^:\n]*", described, re.M) for word in line.split(",")}
     assert {p.name for p in parameters} <= names, "parameters without a description"
+
+
+READERS = {
+    f"{where}.{name}": thing
+    for where, name, thing in public_names()
+    if where in FOLDERS and callable(thing) and not (inspect.isclass(thing) and issubclass(thing, tuple | Exception))
+    if {"clip", "base"} & (given := {*inspect.signature(thing).parameters}) and "sae" in given
+}
+STRANGERS = {
+    "layer": {"layer": 2}, "weights": {"weights_hash": "0" * 16}, "model": {"model_name": "another"}, "preprocessing": {"preprocessing": "Resize(3)"},
+    "kind of tokens": {"tokens": "cls"}, "width": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", READERS)
+def test_an_sae_that_reads_something_else_is_refused_everywhere(entry, tiny_clip, tiny_sae, tiny_dataset, tiny_images, tmp_path):
+    """FAULTS C8 and B7: width alone was checked, and the numbers were plausible nonsense."""
+    parameters = inspect.signature(READERS[entry]).parameters
+    known = {
+        **dict.fromkeys(("clip", "base", "adapted"), tiny_clip), **dict.fromkeys(("dataset", "train", "test", "objects"), tiny_dataset),
+        "datasets": {"tools": tiny_dataset}, "adapters": {"tools": tiny_clip}, "images": tiny_images[:2], "layer": -2, "latents": [1], "ks": [1],
+        "choose": "random", "edits": [], "words": ["axe"], "path": tmp_path, "concepts": ["color:red"],
+        "report": SimpleNamespace(detection=pd.DataFrame([{"concept": "color:red", "latent": 1, "ap": 0.5}])),
+    }  # fmt: skip
+    if "summary" in parameters:
+        known["summary"] = summarize_latents(tiny_clip, tiny_sae, tiny_dataset, -2, progress=False)
+    if entry == "adaptation.explain_gain":
+        known["adapted"] = {"itself": tiny_clip}
+    arguments = {
+        name: known.get(name) for name, each in parameters.items() if each.default is each.empty or name in ("layer", "ks", "datasets")
+    }
+    for what, metadata in STRANGERS.items():
+        if (entry, what) == ("sae.evaluate_sae", "kind of tokens"):  # it tells them apart
+            continue
+        width = tiny_clip.width // 2 if what == "width" else tiny_clip.width
+        arguments["sae"] = SparseAutoencoder(width, 64, metadata={"model_name": "tiny", **metadata}).requires_grad_(False)
+        with pytest.raises(ValueError, match=f"The SAE reads {width}-dimensional .*the residual stream of 'tiny' holds 32-dimensional"):
+            READERS[entry](**arguments)
 
 
 def words_of(paths):

@@ -13,6 +13,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from ..data import batches
+from ..data.truth import patch_shares
 from ..run.intervals import mean_interval, percent
 
 OUTLIER_FACTOR = 2.0  # a patch is an outlier when its norm exceeds so many times the median patch's of its layer
@@ -43,11 +44,11 @@ def survey_residuals(clip, dataset, *, progress: bool = True) -> ResidualSurvey:
         With ground truth, the patches are drawn among those that an object covers by half or more.
     progress : bool
     """
-    n_places, parts = clip.n_tokens - 1, []
+    parts = []
     for batch in batches(dataset, clip.preprocess, progress="residual stream" if progress else None):
         stream = clip.residuals(batch.images).cpu()
-        owners = torch.stack([_owners(dataset, int(i), int(label), n_places) for i, label in zip(batch.indices, batch.labels, strict=True)])
-        noise = torch.stack([torch.from_numpy(np.random.default_rng([0, int(i)]).random(n_places)) for i in batch.indices])
+        owners = torch.stack([_owners(clip, dataset, int(i), int(label)) for i, label in zip(batch.indices, batch.labels, strict=True)])
+        noise = torch.stack([torch.from_numpy(np.random.default_rng([0, int(i)]).random(owners.shape[1])) for i in batch.indices])
         chosen = (noise + (owners < 0)).argsort(1)[:, :_N_PATCHES]  # labelled patches first, in random order
         patches = stream[:, :, 1:].gather(2, chosen[None, ..., None].expand(len(stream), -1, -1, stream.shape[-1]))
         parts.append((stream.norm(dim=-1), stream[:, :, 0], patches, chosen, owners.gather(1, chosen), batch.labels))
@@ -186,13 +187,13 @@ def _labelled(survey: ResidualSurvey, i: int, token: str) -> tuple[Tensor, Tenso
     return x[known], y[known], (torch.arange(len(y)) // (len(y) // len(survey.labels)))[known]
 
 
-def _owners(dataset, index: int, label: int, n_places: int) -> Tensor:
+def _owners(clip, dataset, index: int, label: int) -> Tensor:
     """LongTensor [P]: label of what covers at least half of each patch, -1 where nothing does."""
     if not hasattr(dataset, "class_ids"):  # no scenes of the embedded world
-        return torch.full((n_places,), label)
+        return torch.full((clip.n_tokens - 1,), label)
     truth = dataset.truth(index)
     to_label = {int(class_id): i for i, class_id in enumerate(dataset.class_ids)}
-    owners = np.full(truth.object_share.shape[1:], -1)
-    for class_id, share in zip(truth.class_ids, truth.object_share, strict=True):
+    owners = np.full(clip.grid, -1)
+    for class_id, share in zip(truth.class_ids, patch_shares(truth.object_share, clip), strict=True):
         owners[share >= 0.5] = to_label.get(int(class_id), -1)
     return torch.from_numpy(owners).flatten()

@@ -95,7 +95,7 @@ def fit_adapter(
     settings |= {"rank": config.rank} if kind == LoRA.kind else {}
     data = {"spec": dataset.spec, "split": dataset.split, "class_names": names, "fingerprint": dataset_fingerprint(dataset)}
     fp = artifacts.fingerprint(version=FORMAT_VERSION, kind=kind, clip=clip.fingerprint, data=data, recipe=settings, seed=seed)
-    if out is not None and artifacts.is_current(out, fp):
+    if out is not None and artifacts.is_current(out, fp, holds="adapter.safetensors"):
         return load_adapter(out, clip)
 
     templates = templates_for(dataset.spec)
@@ -248,6 +248,8 @@ def load_adapter(path: str | Path, clip: ClipModel | None = None, *, template: s
         if clip is None:
             raise ValueError(f"{path} does not say which model it adapts: give clip=, e.g. load_clip('ViT-B-16-quickgelu', 'openai').")
         return read_official(path, clip, template)
+    if template is not None:
+        raise ValueError(f"template={template!r} is for official checkpoints; the adapter in {path} keeps the prompt it was fitted with.")
     if not (path / "manifest.json").exists():
         raise FileNotFoundError(f"{path} holds no adapter (manifest.json). Fit one: fit_adapter(clip, kind, dataset, config, out).")
     version = artifacts.read_checked_json(path / "manifest.json").get("format_version")

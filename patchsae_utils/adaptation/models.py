@@ -12,7 +12,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Generator, Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..clip.model import ClipModel, hash_of
+from ..clip.model import ClipModel, check_template, hash_of
 
 TEMPLATE = "a photo of a {}."
 
@@ -27,12 +27,13 @@ class AdaptedClip(ClipModel):
     log: Sequence[dict[str, Any]] = ()  # an entry for each epoch of fitting: epoch, lr, loss, accuracy on the training images
 
     def __init__(self, clip: ClipModel, *, model: nn.Module | None = None, seed: int = 1, template: str = TEMPLATE):
+        if isinstance(clip, AdaptedClip):  # what it does beside its weights would be lost
+            raise ValueError(f"Adapters change a CLIP as it came, and {clip!r} is adapted already: give its base, .base.")
         if not isinstance(clip.visual, VisionTransformer):
             raise ValueError(f"Adapters change open_clip's own VisionTransformer, as 'ViT-B-16' has; {clip.name!r} has a tower of timm.")
         model = clip.model if model is None else model
         super().__init__(model, clip.preprocess, clip._tokenizer, clip.name, clip.pretrained, clip.device, clip.precision)
-        if "{}" not in template:
-            raise ValueError(f"The template {template!r} has no '{{}}' where the class name goes.")
+        check_template(template)
         self.base, self.seed, self.template = clip, seed, template
 
     @property

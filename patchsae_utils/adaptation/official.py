@@ -24,7 +24,8 @@ _NEAR = 0.05  # of its norm: how far half precision moves a word's embedding
 def read_official(path: Path, clip: ClipModel, template: str | None = None) -> AdaptedClip:
     """``prompt_learner/model.pth.tar-*`` of CoOp, or ``MultiModalPromptLearner/model.pth.tar-*`` of MaPLe."""
     state = read_torch(path)
-    state = state.get("state_dict", {}) if isinstance(state, dict) else {}
+    found = state.get("state_dict") if isinstance(state, dict) else None
+    state = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, dict) else {}
     prefix, bare = "prompt_learner.", ("ctx", "token_prefix", "token_suffix")
     held = {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix) or k in bare}
     tensors = {k: v for k, v in held.items() if not k.startswith("token_")}
@@ -61,9 +62,9 @@ def read_official(path: Path, clip: ClipModel, template: str | None = None) -> A
 def _words(adapted: PromptedClip, suffix: Tensor) -> list[list[int]]:
     """Token ids of some prompts behind the learned words, up to the end, from embeddings [C, n, d]; none if they are not this model's."""
     table = text_tower(adapted.model).token_embedding.weight
-    some = suffix[:: -(-len(suffix) // _N_READ)].to(table)
-    if some.shape[2] != table.shape[1]:
+    if suffix.ndim != 3 or not len(suffix) or suffix.shape[2] != table.shape[1]:
         return []
+    some = suffix[:: -(-len(suffix) // _N_READ)].to(table)
     each, places = some.flatten(0, 1).unique(dim=0, return_inverse=True)
     distance, ids = torch.cdist(each, table).min(1)
     ids[distance > _NEAR * each.norm(dim=1)] = -1
@@ -110,5 +111,7 @@ def filled(adapted: AdaptedClip, tensors: Mapping[str, Tensor], path: Path) -> A
         wrong = sorted(key for key in expected.keys() | given.keys() if expected.get(key) != given.get(key))
         said = [f"{key} is {given.get(key, 'missing')}, expected {expected.get(key, 'nothing of that name')}" for key in wrong[:4]]
         raise ValueError(f"{path} does not fit {adapted.name!r}: {'; '.join(said)}. Load the model that it was trained on.")
+    if wrong := [key for key, value in tensors.items() if not value.isfinite().all()]:
+        raise ValueError(f"{path}: {', '.join(wrong[:4])} hold NaN or infinite values. Fit it, or copy it, again.")
     adapted.learned.load_state_dict(tensors, strict=True)
     return adapted

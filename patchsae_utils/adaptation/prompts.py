@@ -44,9 +44,13 @@ class PromptedClip(AdaptedClip):
             raise ValueError(f"n_ctx must be 1 or more, got {n_ctx}.")
         self.n_ctx, self.depth = n_ctx, depth
         start, _, end = template.partition("{}")
-        self._from_words = n_ctx <= int((clip.tokenize(start.strip())[0] != 0).sum()) - 2  # without the tokens of start and end
-        self.template = template if self._from_words else " ".join(["X"] * n_ctx) + " {}" + end
+        tokens = clip.tokenize(start.strip())[0]
+        self._from_words = n_ctx <= int((tokens != 0).sum()) - 2  # without the tokens of start and end
         self.learned = self._make_prompts(Generator().manual_seed(seed)).to(self.device).requires_grad_(False)
+        if self.text_prompts() and not self._from_words:
+            self.template = " ".join(["X"] * n_ctx) + " {}" + end
+            if n_ctx > len(tokens) - 3:
+                raise ValueError(f"n_ctx={n_ctx} leaves no room for a class name: {clip.name!r} reads texts of {len(tokens)} tokens.")
 
     def _make_prompts(self, generator: Generator) -> nn.Module:
         """The module of what is learned."""

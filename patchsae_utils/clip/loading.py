@@ -30,15 +30,17 @@ EMBEDDED = Path(__file__).parent / "openmoji_clip"  # the small CLIP, in the for
 _TIMM = "timm:"
 
 
-def load_clip(model: str = "openmoji", pretrained: str | None = None, device: str | None = None, precision: str = "fp32") -> ClipModel:
+def load_clip(
+    model: str | Path = "openmoji", pretrained: str | Path | None = None, device: str | None = None, precision: str = "fp32"
+) -> ClipModel:
     """Load a CLIP, or a vision transformer without text, with its preprocessing and tokenizer.
 
     Parameters
     ----------
-    model : str
+    model : str or Path
         ``"openmoji"`` (the embedded world's small CLIP), a name that open_clip knows, a folder with ``open_clip_config.json`` and weights, or
         ``timm:<name>`` for a vision transformer without text. ``<name>@<pixels>``: another image size (positions are resampled).
-    pretrained : str, optional
+    pretrained : str or Path, optional
         A tag that open_clip knows (``"openai"``; it opens the ``-quickgelu`` model where it needs one), a weight file (``.safetensors``, ``.pt``,
         ``.bin``), or ``"random"``. Default: the weights of the folder, or timm's own; a model of open_clip needs one of the three.
     device : str, optional; a GPU when there is one, else the CPU
@@ -51,6 +53,7 @@ def load_clip(model: str = "openmoji", pretrained: str | None = None, device: st
         weights that are missing or can't be fetched (says what to provide and where); for a package that the model needs.
     """
     where = {"device": device or default_device(), "precision": precision}
+    model, pretrained = str(model), None if pretrained is None else str(pretrained)
     folder = EMBEDDED if model == "openmoji" else Path(model) if Path(model).is_dir() else None
     name, at, pixels = (model, "", "") if folder else model.partition("@")
     if at and not pixels.isdigit():

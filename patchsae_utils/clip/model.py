@@ -58,7 +58,7 @@ class ClipModel:
         if precision not in PRECISIONS:
             raise ValueError(f"Unknown precision {precision!r}. Valid: {', '.join(PRECISIONS)}.")
         self._check(model, name)
-        self.model = model.to(device).eval().requires_grad_(False)
+        self.model = model.to(device).float().eval().requires_grad_(False)
         self.preprocess, self.name, self.pretrained = preprocess, name, pretrained
         self.device, self.precision = torch.device(device), precision
         self._tokenizer: Any = tokenizer
@@ -129,10 +129,10 @@ class ClipModel:
 
     def layer_index(self, layer: int) -> int:
         """A block's index, negative ones counted from the end, as a non-negative one."""
-        if not -self.n_layers <= layer < self.n_layers:
+        if layer not in range(-self.n_layers, self.n_layers):
             valid = f"0 to {self.n_layers - 1}, or -{self.n_layers} to -1"
-            raise ValueError(f"{self.name!r} has no layer {layer}. Valid: {valid} (a layer is the block whose output is read).")
-        return layer % self.n_layers
+            raise ValueError(f"{self.name!r} has no layer {layer!r}. Valid: {valid} (a layer is the block whose output is read).")
+        return int(layer) % self.n_layers
 
     def __repr__(self) -> str:
         return f"ClipModel({self.name!r}, pretrained={self.pretrained!r}, {self.n_layers} layers, width {self.width}, grid {self.grid[0]}x{self.grid[1]})"
@@ -225,13 +225,23 @@ class ClipModel:
         if not class_names or not templates:
             given = f"{len(class_names)} names and {len(templates)} templates"
             raise ValueError(f"A zero-shot head needs class names and templates; got {given}.")
-        if wrong := [template for template in templates if "{}" not in template]:
-            raise ValueError(f"The template {wrong[0]!r} has no '{{}}' where the class name goes.")
+        for template in templates:
+            check_template(template)
         return open_clip.build_zero_shot_classifier(self, self.tokenize, [*class_names], [*templates], 64, self.device).T.contiguous()
 
     def logits(self, features: Tensor, head: Tensor) -> Tensor:
         """Class logits [B, C]: ``logit_scale`` times the cosine of image features [B, d_embed] and head rows [C, d_embed] (no bias of SigLIP's)."""
+        if features.shape[-1] != head.shape[-1]:
+            raise ValueError(
+                f"Features have {features.shape[-1]} dimensions, rows of the head {head.shape[-1]}: take this model's own head."
+            )
         return self.logit_scale * F.normalize(features, dim=-1) @ head.to(features.device).T
+
+
+def check_template(template: str) -> None:
+    """Refuse a prompt that doesn't say in one place where the class name goes."""
+    if template.count("{}") != 1 or {*"{}"} & {*template.replace("{}", "")}:
+        raise ValueError(f"A template has one '{{}}' where the class name goes, and no other brace; got {template!r}.")
 
 
 def hash_of(tensors: Mapping[str, Tensor]) -> str:

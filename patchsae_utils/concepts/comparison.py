@@ -203,7 +203,7 @@ def measure_dictionaries(
         data=detection.different_scenes(training, choose, report), layer=clip.layer_index(layer), random_weights=random_weights,
         random_scenes=dataset_fingerprint(random_scenes), controls={name: each.fingerprint for name, each in controls.items()},
     )  # fmt: skip
-    if is_current(out / "report", key):
+    if is_current(out / "report", key, holds="replicates.npy"):
         return ComparisonReport.load(out / "report")
     sae.check_model(clip, layer)
     patches = detection.read_patches(clip, (choose, report), layer, patches)

@@ -301,7 +301,7 @@ def measure_concepts(
         stage="concepts", version=FORMAT_VERSION, clip=clip.fingerprint, sae=sae.fingerprint, data=different_scenes(choose, report),
         layer=clip.layer_index(layer),
     )  # fmt: skip
-    if is_current(out, key):
+    if is_current(out, key, holds="replicates.npy"):
         return ConceptReport.load(out)
     sae.check_model(clip, layer)
     result = detect_concepts(sae_dictionary(sae), *read_patches(clip, (choose, report), layer, patches))

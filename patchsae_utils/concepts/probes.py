@@ -32,7 +32,7 @@ def fit_probes(store, dataset, choose: ConceptPatches, out: str | Path, clip) ->
         stage="probes", version=2, store=store.fingerprint, data=dataset_fingerprint(dataset), n_choose=choose.n_images,
         first=choose.tokens[:8].double().sum().item(), logistic=[EPOCHS, BATCH, LR], ridge=RIDGE,
     )  # fmt: skip
-    if is_current(out, key):
+    if is_current(out, key, holds="probes.safetensors"):
         read_folder_manifest(out)
         parts = load_file(out / "probes.safetensors")
         return probe_dictionary(parts["weights"], parts["bias"])

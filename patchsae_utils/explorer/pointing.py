@@ -11,6 +11,7 @@ import torch
 
 from ..data import openmoji
 from ..data.splits import require_labels
+from ..data.truth import patch_shares
 from ..run.intervals import interval, percent
 from ..sae.dictionary import select_latents
 from .cards import Reader, distinctiveness
@@ -58,7 +59,7 @@ def point(clip: Any, sae: Any, summary: Any, dataset: Any, layer: int = -2) -> p
     images = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:PER_CLASS] for c in classes]).tolist()
     reader = Reader(clip, sae, dataset, layer)
     tokens = reader.residual(images).tokens[:, 1:]
-    shown = [_shown(dataset, image, reader.grid) for image in images]
+    shown = [_shown(dataset, image, clip) for image in images]
     drawn = np.bincount(labels[images])
 
     weights = torch.from_numpy(distinctiveness(summary))
@@ -123,20 +124,21 @@ def _summarise(records: pd.DataFrame, n_images: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["kind", "answer", "hits", "low", "high", "chance", "n"])
 
 
-def _shown(dataset: Any, image: int, grid: tuple[int, int]) -> dict[str, np.ndarray]:
+def _shown(dataset: Any, image: int, clip: Any) -> dict[str, np.ndarray]:
     """What every patch shows, by kind: int [P], -1 where it shows nothing of the kind."""
     label = int(dataset.labels[image])
     if not hasattr(dataset, "class_ids"):  # no scenes of the embedded world
-        return {"class": np.full(grid[0] * grid[1], label)}
+        return {"class": np.full(clip.n_tokens - 1, label)}
     truth, table = dataset.truth(image), openmoji.class_table()
-    objects = _most(truth.object_share, np.asarray(truth.class_ids))
+    shares, colors, bare = (patch_shares(each, clip) for each in (truth.object_share, truth.color_share, truth.background_share[None]))
+    objects = _most(shares, np.asarray(truth.class_ids))
     categories = pd.factorize(table["category"], sort=True)[0]
     return {
         "object": objects,
         "category": np.where(objects < 0, -1, categories[objects]),
-        "color": _most(truth.color_share, np.arange(len(truth.color_share))),
-        "background": np.where(truth.background_share.ravel() == 1, truth.background, -1),
-        "main": (truth.object_share * (truth.class_ids == dataset.class_ids[label])[:, None, None]).sum(0).ravel(),
+        "color": _most(colors, np.arange(len(colors))),
+        "background": np.where(bare.ravel() == 1, truth.background, -1),
+        "main": (shares * (truth.class_ids == dataset.class_ids[label])[:, None, None]).sum(0).ravel(),
     }
 
 

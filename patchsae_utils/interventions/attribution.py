@@ -45,7 +45,7 @@ def attribute_latents(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, lay
     head : Tensor [C, d_embed], by default of the data set's classes
     """
     sae.check_model(clip, layer)
-    head = dataset_head(clip, dataset) if head is None else head
+    head = dataset_head(clip, dataset, head)
     sums = torch.zeros(len(dataset.class_names), sae.d_sae, device=clip.device)
     for read in read_batches(clip, dataset, layer, "attribution"):
         sums.index_add_(0, read.labels, latent_shares(clip, sae, read.tail, read.residual, head, read.labels, all_others(head)))
@@ -96,6 +96,7 @@ def attribution_check(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, hea
     head : Tensor [C, d_embed]
     """
     sae.check_model(clip, layer)
+    head = dataset_head(clip, dataset, head)
     rng, parts = np.random.default_rng(0), []
     for read in read_batches(clip, dataset, layer, "attribution's check", batch_size=1):
         before = clip.logits(read.tail(read.residual), head)

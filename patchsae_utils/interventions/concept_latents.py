@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..clip.model import ClipModel
 from ..data import openmoji
+from ..data.truth import concept_masks
 from ..latents.classes import class_scores
 from ..sae.model import SparseAutoencoder
 from .attribution import latent_shares
@@ -87,7 +88,7 @@ def rank_concepts(
     sums, cls_sums, shares = torch.zeros(3, len(kept), sae.d_sae)
     for read in read_batches(clip, dataset, layer, "concepts"):
         h = sae.encode(read.residual.tokens)
-        masks = torch.from_numpy(np.stack([openmoji.concept_masks(dataset.truth(i))[kept] for i in read.indices.tolist()])).flatten(2)
+        masks = torch.from_numpy(np.stack([concept_masks(dataset, i, clip)[kept] for i in read.indices.tolist()])).flatten(2)
         shown = masks.sum(2) >= MIN_PATCHES
         for grids, many, activation in zip(masks, shown, h.cpu(), strict=True):
             some = grids.any(1)

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from ..clip.model import ClipModel
 from ..data import openmoji
+from ..data.truth import patch_shares
 from ..latents.classes import class_scores
 from ..latents.summary import LatentSummary
 from ..run.intervals import Interval, mean_interval
+from ..sae.dictionary import numbers_of
 from ..sae.model import SparseAutoencoder
 from .choosing import SILENT, matched_latents
 from .concept_latents import MIN_PATCHES, ConceptLatents, check_truth, concept_head, same_kind
@@ -90,9 +92,9 @@ def concept_specificity(
     """
     check_truth(dataset)
     sae.check_model(clip, layer)
-    if len({len(each) for each in latents.values()}) != 1 or not all(0 <= i < sae.d_sae for each in latents.values() for i in each):
-        raise ValueError(f"latents must map concepts to latents (0 to {sae.d_sae - 1}), the same number for each; got {latents}.")
-    concepts, own = list(latents), torch.tensor(list(latents.values()))
+    if len({len(each) for each in latents.values()}) != 1:
+        raise ValueError(f"latents must map concepts to latents, the same number for each; got {latents}.")
+    concepts, own = list(latents), numbers_of(sae, list(latents.values()))
     head, peers, scenes = concept_head(clip, concepts), same_kind(concepts), _scenes_of(dataset, concepts, n_images)
     parts = []
     for read in read_batches(clip, dataset, layer, "concepts", indices=list(scenes)):
@@ -161,8 +163,9 @@ def one_latent_off(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, summar
     another class is predicted than before).
     """
     sae.check_model(clip, layer)
-    if list(summary.class_names) != list(dataset.class_names):
-        raise ValueError(f"The summary must be of the {len(dataset.class_names)} classes of {dataset.spec!r}, from its train split.")
+    if list(summary.class_names) != list(dataset.class_names) or summary.n_latents != sae.d_sae:
+        what = f"{len(dataset.class_names)} classes of {dataset.spec!r} (its train split) and {sae.d_sae} latents"
+        raise ValueError(f"The summary must be of the {what}, got {len(summary.class_names)} and {summary.n_latents}.")
     best, head, parts = class_scores(summary).max(1), dataset_head(clip, dataset), []
     chosen = best.indices.masked_fill(best.values <= 0, SILENT)
     for read in read_batches(clip, dataset, layer, "one latent off"):
@@ -198,7 +201,8 @@ def dose_response(
     image), others, others_low, others_high (mean change of the other logits), n.
     """
     sae.check_model(clip, layer)
-    labels = np.asarray(dataset.labels)
+    numbers_of(sae, list(latents.values()))
+    head, labels = dataset_head(clip, dataset, head), np.asarray(dataset.labels)
     by_class = [np.flatnonzero(labels == label)[:n_images].tolist() for label in sorted(latents)]
     if len(latents) < 2 or not all(by_class):
         raise ValueError(f"dose_response needs two classes or more with images in {dataset.spec!r} ({dataset.split}); got {dict(latents)}.")
@@ -262,7 +266,7 @@ def swap_colors(
         h, features = sae.encode(z), read.features(z)
         before, before_objects = clip.logits(features, colors).cpu(), clip.logits(features, objects)
         source, target = torch.tensor([[names.index(color) for color in scenes[i]] for i in indices]).T
-        grids = torch.stack([object_patches(dataset.truth(i), -1) for i in indices])
+        grids = torch.stack([object_patches(dataset.truth(i), -1, clip) for i in indices])
         here = torch.cat([torch.full((len(grids), 1), edit_cls), grids], 1).to(h)[..., None]
         local = h * here
         amounts = torch.cat([cls_levels[target][:, None], levels[target][:, None].expand(-1, grids.shape[1], -1)], 1).to(h) * here
@@ -314,6 +318,9 @@ def remove_objects(
     """
     check_truth(dataset)
     sae.check_model(clip, layer)
+    numbers_of(sae, [latent for each in latents for latent in each])
+    if len(latents) != len(dataset.class_names):
+        raise ValueError(f"Latents of each of the {len(dataset.class_names)} classes of {dataset.spec!r} are needed, got {len(latents)}.")
     scenes = _first_scenes(dataset, n_scenes, lambda index: _two_objects(dataset, index), "of two objects")
     head, longest = dataset_head(clip, dataset), max(map(len, latents))
     table = torch.tensor([[*each, *[SILENT] * (longest - len(each))] for each in latents])
@@ -324,7 +331,7 @@ def remove_objects(
         truths = [dataset.truth(index) for index in read.indices.tolist()]
         for which in range(2):
             removed, stays = (torch.tensor([truth.class_ids[i] for truth in truths]) for i in (which, 1 - which))
-            masks = torch.stack([object_patches(truth, which) for truth in truths])
+            masks = torch.stack([object_patches(truth, which, clip) for truth in truths])
             local = h * torch.cat([torch.zeros(len(masks), 1), masks], 1).to(h)[..., None]
             for kind, chosen in (("own", table[removed]), ("control", matched_latents(table[removed], local.sum(1), read.indices))):
                 after = clip.logits(read.features(z - contribution(sae.W_dec, local, chosen)), head).cpu()
@@ -345,9 +352,10 @@ def _two_objects(dataset: Any, index: int) -> bool | None:
     return all(int(object_patches(truth, which).sum()) >= MIN_OBJECT for which in range(2)) or None
 
 
-def object_patches(truth: Any, which: int) -> Tensor:
-    """Patches [P] (bool) that an object of a scene fills by half or more; ``truth`` is a ``SceneTruth``."""
-    return torch.from_numpy(truth.object_share[which].reshape(-1) >= 0.5)
+def object_patches(truth: Any, which: int, clip: ClipModel | None = None) -> Tensor:
+    """Patches [P] (bool), of a model or of the scene's own, that an object of a scene fills by half or more; ``truth`` is a ``SceneTruth``."""
+    shares = truth.object_share[which][None]
+    return torch.from_numpy((shares if clip is None else patch_shares(shares, clip)).reshape(-1) >= 0.5)
 
 
 def _first_scenes(dataset: Any, n: int, told: Callable[[int], Any], what: str) -> dict[int, Any]:

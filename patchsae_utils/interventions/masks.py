@@ -74,13 +74,15 @@ def sweep_masks(
     ks = sorted({int(k) for k in ks})
     if not ks or ks[0] < 0 or ks[-1] > sae.d_sae or len(ks) > 254:
         raise ValueError(f"ks must be 1 to 254 numbers between 0 and d_sae={sae.d_sae}, got {ks}.")
+    if not errors or n_random < 1:
+        raise ValueError(f"keep_error must be one or two bools and n_random at least 1, got {keep_error} and {n_random}.")
     if len(dataset) == 0:
         raise ValueError(f"The data set {dataset.spec!r} ({dataset.split}) is empty: there is nothing to measure on.")
     sae.check_model(clip, layer)
     clip.check_class_token(*where)
     scores, frequency = _rankings(class_counts, attribution, rank_by, choose, dataset.class_names, sae.d_sae)
     members = _members(groups, dataset)
-    head = dataset_head(clip, dataset) if head is None else head
+    head = dataset_head(clip, dataset, head)
     choosing = Choosing(scores, ks, frequency, (len(dataset), len(head), sae.d_sae), n_random)
     conditions = [(c, r) for c in choose for r in (rank_by if c != "random" else ["none"])]
     outcomes: dict[tuple, list[Tensor]] = defaultdict(list)

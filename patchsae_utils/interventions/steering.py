@@ -117,7 +117,8 @@ def steer(
     tail : callable, optional
         What ``network_tail`` gave, where it was asked before.
     """
-    sae.check_model(clip, layer)
+    for tokens in {"cls" if isinstance(edit.patches, str) and edit.patches == "cls" else "all" for edit in edits} or {"all"}:
+        sae.check_model(clip, layer, tokens)
     clip.check_class_token(*(edit.patches for edit in edits))
     latents = list(dict.fromkeys(edit.latent for edit in edits))
     before = images if isinstance(images, Residual) else clip.run_to(images, layer)

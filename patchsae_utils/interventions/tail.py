@@ -87,15 +87,21 @@ def network_tail(clip: ClipModel, layer: int, sample: Residual) -> Tail:
     return class_token_alone if torch.allclose(fast, slow, rtol=0, atol=1e-4) else whole
 
 
-def dataset_head(clip: ClipModel, dataset: Any) -> Tensor:
+def dataset_head(clip: ClipModel, dataset: Any, head: Tensor | None = None) -> Tensor:
     """The zero-shot head [C, d_embed] of a data set's classes, by its own templates or an adapted model's learned prompts.
 
     Parameters
     ----------
     clip, dataset : ClipModel, and ImageData or OpenMojiData
+    head : Tensor, optional; one that is at hand: another size than of these classes and this model is a ``ValueError``
     """
     require_labels(dataset)
-    return clip.zero_shot_head(dataset.class_names, templates_for(dataset.spec))
+    if head is None:
+        return clip.zero_shot_head(dataset.class_names, templates_for(dataset.spec))
+    if tuple(head.shape) != (len(dataset.class_names), clip.d_embed):
+        wanted = f"[{len(dataset.class_names)}, {clip.d_embed}], a row for each class of {dataset.spec!r}"
+        raise ValueError(f"The head must be {wanted}, got {list(head.shape)}. dataset_head(clip, dataset) makes one.")
+    return head
 
 
 class Active(NamedTuple):

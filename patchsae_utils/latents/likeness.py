@@ -135,7 +135,7 @@ class LikenessObserver(Observer):
         self.scores = {name: RunningScores(n, widths) for name, n in sizes.items()}
 
     def is_complete(self) -> bool:
-        return is_current(self.out, self.key)
+        return is_current(self.out, self.key, holds="embeddings.safetensors")
 
     @cached_property
     def control(self):

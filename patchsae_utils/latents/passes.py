@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..clip.model import Residual
 from ..data.loader import batches
-from ..run.artifacts import file_sha256, fingerprint, folder_lock
+from ..run.artifacts import disk_errors, file_sha256, fingerprint, folder_lock
 from ..run.memory import HalvedBatches
 from ..run.processes import Processes
 
@@ -171,7 +171,8 @@ class SavedCounts:
             return
         state = {f"{i}/{name}": value.cpu().contiguous() for i, each in enumerate(self.observers) for name, value in each.state().items()}
         temporary = self.folder / f".counted-{self.index}.tmp"
-        save_file({**state, "done": self.done.to(torch.uint8)}, temporary, {"key": self.key})
+        with disk_errors(temporary):
+            save_file({**state, "done": self.done.to(torch.uint8)}, temporary, {"key": self.key})
         own = self.folder / f"counted-{self.index}-{file_sha256(temporary)[:16]}.safetensors"
         os.replace(temporary, own)
         for path in set(self.folder.glob(replaced or f"counted-{self.index}-*")) - {own}:

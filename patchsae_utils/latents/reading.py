@@ -46,9 +46,9 @@ def summarize_latents(
 
     An SAE that does not fit model and layer, a label without class name, and NaN in an image's residual stream raise ``ValueError``.
     """
-    sae.check_model(clip, layer)
     if tokens not in TOKENS:
         raise ValueError(f"Unknown tokens {tokens!r}. Valid: {', '.join(TOKENS)}.")
+    sae.check_model(clip, layer, tokens)
     if k < 1 or tau < 0:
         raise ValueError(f"k must be at least 1 and tau at least 0; got k={k}, tau={tau}.")
     if len(dataset) == 0:

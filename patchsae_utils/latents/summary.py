@@ -160,7 +160,7 @@ class RunningSummary(Observer):
         self.tops = {kind: torch.zeros(n_latents, k, dtype=torch.long, device=device) for kind in kinds}
 
     def is_complete(self) -> bool:
-        return self.out is not None and is_current(self.out, self.key)
+        return self.out is not None and is_current(self.out, self.key, holds="latents.safetensors")
 
     def add(self, h: Tensor, labels: Tensor, places: Tensor) -> None:
         h, labels = h[:, TOKENS[self.tokens]], labels.clamp_min(0)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def write_table(path: str | Path, table: pd.DataFrame) -> None:
 
 @contextmanager
 def atomic_folder(out: str | Path) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that takes its place when the block ends well, and disappears when it doesn't."""
+    """A temporary folder beside ``out`` that replaces it when the block ends well, unless files of others were lost, and disappears when it doesn't."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(out)
@@ -110,12 +110,20 @@ def atomic_folder(out: str | Path) -> Iterator[Path]:
             yield temporary
         for path in filter(Path.is_file, temporary.rglob("*")):
             _let_read(path, mode)
+        _refuse_others(out, [path.name for path in temporary.iterdir()])
         if out.exists():
             shutil.rmtree(out)
         os.replace(temporary, out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _refuse_others(folder: Path, own: Iterable[str]) -> None:
+    """An error if a folder that would be replaced holds what is none of one's ``own`` files."""
+    if folder.is_dir() and (others := sorted({path.name for path in folder.glob("[!.]*")} - set(own))):
+        what = f"{folder} holds {', '.join(others[:3])}{' and more' if len(others) > 3 else ''}, which would be lost"
+        raise ValueError(f"{what}: what is written there replaces the whole folder. Choose a folder of its own, or delete this one.")
 
 
 def _beside(path: Path) -> Path:
@@ -211,11 +219,16 @@ def shortened(error: Exception, length: int = 240) -> str:
     return text if len(text) <= length else f"{text[:length]} ..."
 
 
-def is_current(folder: str | Path, fp: str, name: str = MANIFEST) -> bool:
-    """Whether a folder holds the finished artifact of these inputs (see :func:`fingerprint`)."""
+def is_current(folder: str | Path, fp: str, name: str = MANIFEST, holds: str | None = None) -> bool:
+    """Whether a folder holds the finished artifact of these inputs; one that is to be replaced, and doesn't ``hold`` its file alone, is refused."""
     path = Path(folder) / name
     manifest = read_checked_json(path) if path.exists() else {}
-    return manifest.get("fingerprint") == fp and manifest.get("complete", True)
+    current = manifest.get("fingerprint") == fp and manifest.get("complete", True)
+    if holds is not None and not current:
+        with damage_named(path):
+            files = {**manifest.get("files", {})}
+        _refuse_others(Path(folder), {name, *files} if holds in files else ())
+    return current
 
 
 def as_json(value: Any) -> Any:

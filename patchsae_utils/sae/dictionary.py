@@ -93,12 +93,18 @@ def random_sae(sae: SparseAutoencoder, tokens: Tensor) -> SparseAutoencoder:
     return control
 
 
+def numbers_of(sae: SparseAutoencoder, latents: Tensor | Sequence[int]) -> Tensor:
+    """Latents as a LongTensor; refuses what is no latent."""
+    given = torch.as_tensor(latents)
+    numbers = given.long()
+    if len(wrong := given[(numbers < 0) | (numbers >= sae.d_sae) | (numbers != given)]):
+        raise ValueError(f"There is no latent {wrong[0].item()}: latents must lie in range({sae.d_sae}).")
+    return numbers
+
+
 def select_latents(sae: SparseAutoencoder, x: Tensor, latents: Tensor | Sequence[int]) -> Tensor:
-    """Activations of some latents alone, in chunks: [..., d_in] -> [..., n]; top-k must compute all of them. Refuses what is no latent."""
-    latents = torch.as_tensor(latents, dtype=torch.long)
-    if len(wrong := latents[(latents < 0) | (latents >= sae.d_sae)]):
-        raise ValueError(f"There is no latent {int(wrong[0])}: latents must lie in range({sae.d_sae}).")
-    latents = latents.to(sae.W_enc.device)
+    """Activations of some latents alone, in chunks: [..., d_in] -> [..., n]; top-k must compute all of them."""
+    latents = numbers_of(sae, latents).to(sae.W_enc.device)
     flat = x.to(sae.W_enc.device).reshape(-1, x.shape[-1])
     width = sae.d_sae if sae.variant.competes == "token" else max(len(latents), flat.shape[1])
     step = max(1, _CHUNK_BYTES // (4 * width))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..run.artifacts import read_json, shortened
 from ..run.pickles import Record, is_torch_archive, read_torch
+from ..run.processes import default_device
 from .formats import FORMATS, write
 from .formats.weights import SIZES, Weights, check_settings, shapes
 from .model import SparseAutoencoder
@@ -43,7 +44,7 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, format: str = "saele
     return write(sae.to_weights(), Path(directory), format)
 
 
-def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
+def load_sae(path: str | Path, device: str | torch.device | None = None) -> SparseAutoencoder:
     """Open an SAE of this package, SAELens, PatchSAE, ViT-Prisma, saev, sparsify, dictionary_learning or VISAEBench; it detects the format.
 
     It comes in our equations, with the same latents, in ``eval()`` mode.
@@ -52,7 +53,7 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAuto
     ----------
     path : str or Path
         A folder, a file, ``hf:<owner>/<repository>[/<folder or file>][@<revision>]`` on the hub, or ``"openmoji"``, which ships.
-    device : str or torch.device
+    device : str or torch.device, optional; a GPU when there is one, else the CPU, as of ``load_clip``
 
     Raises
     ------
@@ -60,7 +61,7 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SparseAuto
         If nothing is there, or files are missing in the folder; if it is of another format or architecture, damaged, or holds code, or a setting
         changes the equation to one that is not known here.
     """
-    return read(path)[0].to(device)
+    return read(path)[0].to(default_device() if device is None else device)
 
 
 def read(path: str | Path) -> tuple[SparseAutoencoder, str, dict[str, Any], list[str]]:

@@ -81,6 +81,7 @@ class SparseAutoencoder(nn.Module):
         bandwidth: float | None = None, metadata: Mapping[str, Any] | None = None, seed: int = 0,
     ):  # fmt: skip
         super().__init__()
+        d_in, d_sae, k = int(d_in), int(d_sae), None if k is None else int(k)  # numpy's numbers are no JSON
         if d_in < 1 or d_sae < 1:
             raise ValueError(f"d_in and d_sae must be positive, got d_in={d_in}, d_sae={d_sae}.")
         if activation not in VARIANTS:
@@ -280,12 +281,16 @@ class SparseAutoencoder(nn.Module):
         """Refuse a store or stream of activations of another width, model, layer, kind of tokens or preprocessing than those of training."""
         check_source(self.d_in, self.metadata, store.d_in, "this store", {name: getattr(store.metadata, name, None) for name in SOURCE})
 
-    def check_model(self, clip: Any, layer: int) -> None:
-        """Refuse a residual stream that training didn't see, as far as both sides know it; an adapted model counts as its base."""
+    def check_model(self, clip: Any, layer: int, tokens: str = "all") -> None:
+        """Refuse a residual stream that training didn't see, as far as both sides know it; an adapted model counts as its base.
+
+        So are ``tokens`` of a kind that training didn't see, but for the one CLS token among all patches.
+        """
         base, trained_on = getattr(clip, "base", clip), self.metadata.get("weights_hash")
+        read = None if tokens == "all" and self.metadata.get("tokens") == "patches" else tokens
         same_base = trained_on and trained_on.partition("+")[0] == base.weights_hash
         given = {
-            "model_name": base.name, "pretrained": base.pretrained, "layer": clip.layer_index(layer),
+            "model_name": base.name, "pretrained": base.pretrained, "layer": clip.layer_index(layer), "tokens": "cls and patches" if read == "all" else read,
             "preprocessing": repr(base.preprocess), "weights_hash": trained_on if same_base or not trained_on else base.weights_hash,
         }  # fmt: skip
         check_source(self.d_in, self.metadata, clip.width, f"the residual stream of {clip.name!r}", given)

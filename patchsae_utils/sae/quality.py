@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import batches, templates_for
+from ..data.truth import patch_shares
 from ..run.intervals import Interval, interval, percent
 from .losses import normalized_squared_error
 from .model import SparseAutoencoder
@@ -57,7 +58,7 @@ def evaluate_sae(
     """
     layer, saes = clip.layer_index(layer), {"SAE": sae} if isinstance(sae, SparseAutoencoder) else dict(sae)
     for each in saes.values():
-        each.check_model(clip, layer)
+        each.check_model(clip, layer, each.metadata.get("tokens") or "all")  # kinds of tokens are told apart
     if len(dataset) == 0:
         raise ValueError(f"The data set {dataset.spec!r} ({dataset.split}) is empty: there is nothing to evaluate on.")
     head = clip.zero_shot_head(dataset.class_names, templates_for(dataset.spec)) if clip.has_text and dataset.class_names else None
@@ -217,12 +218,13 @@ def readings_by_place(clip, sae: SparseAutoencoder, dataset, layer: int) -> pd.D
     Returns ``place`` (``object``: at least half covered; ``background``: at least 90% bare), ``metric`` (``l0`` or ``error``), ``value``,
     ``low``, ``high``: means over patches, 95% intervals over images.
     """
+    sae.check_model(clip, layer)
     sums = []
     for batch in batches(dataset, clip.preprocess, 64, progress="readings"):
         read = read_tokens(sae, x := clip.residual(batch.images, layer))
         error = (x - read.reconstruction).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-12)
         readings = torch.stack([read.l0.float(), error], 1)[..., 1:].unflatten(2, clip.grid).double().cpu().numpy()
-        bare = np.stack([dataset.truth(int(i)).background_share for i in batch.indices])
+        bare = patch_shares(np.stack([dataset.truth(int(i)).background_share for i in batch.indices]), clip)
         places = np.stack([bare <= 0.5, bare >= 0.9], 1)  # [B, places, rows, columns]
         of_readings = (readings[:, None] * places[:, :, None]).sum((3, 4))
         sums.append(np.concatenate([places.sum((2, 3))[..., None], of_readings], 2).reshape(len(bare), -1))

@@ -86,9 +86,6 @@ class Steps:
             if not sae.is_fresh:
                 self.normalization.unfold(sae)
             x = self.normalization.apply(x)
-            if config.start != "random" and len(x) < sae.d_sae:
-                needs = f"start={config.start!r} needs a token for each of the {sae.d_sae} latents; got {len(x)}."
-                raise ValueError(f"{needs} Extract more images, or use start='random'.")
             if config.normalize != "token_norm" and (config.start != "random" or clusters):
                 start_bias(sae, x[:4096], config.b_dec_start)
             points = centroids(x - sae.b_dec, sae.d_sae, config.seed) if clusters else x[: sae.d_sae] - sae.b_dec

@@ -78,6 +78,9 @@ def train_sae(
     if isinstance(sae, SparseAutoencoder):
         return train_sae([sae], store, config, [out], resume, progress)[0]
     configs = [config] * len(sae) if isinstance(config, TrainConfig) else config
+    if isinstance(out, str | Path) or not len(sae) == len(configs) == len(out):
+        n_out = "one folder" if isinstance(out, str | Path) else f"{len(out)} folders"
+        raise ValueError(f"Each of several SAEs needs a folder and a config: got {len(sae)} SAEs, {len(configs)} configs, {n_out}.")
     jobs = [(each, own, Path(folder)) for each, own, folder in zip(sae, configs, out, strict=True)]
     if len({id(each) for each in sae}) < len(jobs):
         raise ValueError("Several SAEs are trained in place: give each as an object of its own.")
@@ -155,6 +158,11 @@ def _run(
             raise ValueError(f"{what} Use start='random' on the stream's own units, which keeps them, or give a fresh SparseAutoencoder.")
         if config.target_l0 is not None and sae.k is not None:
             raise ValueError(f"target_l0={config.target_l0} has no meaning for activation={sae.activation!r}, whose k={sae.k} sets it.")
+        if config.start != "random" or config.constraint == "archetypal":
+            n_tokens = len(store) if kept is None else store.n_images if kept == "cls" else len(store) - store.n_images
+            if n_tokens < sae.d_sae:
+                needs = f"start={config.start!r}, constraint={config.constraint!r} need a token for each of {sae.d_sae} latents; there are {n_tokens}."
+                raise ValueError(f"{needs} Extract more images, take fewer latents, or start='random' without that constraint.")
         for name in (MANIFEST, SUMMARY, CONFIG, WEIGHTS, *(() if resume else (CHECKPOINT,))):  # what lies there now is not finished
             processes.on_main(partial((out / name).unlink, missing_ok=True))
         values = {name: getattr(store.metadata, name) for name in _ORIGIN}
@@ -367,4 +375,5 @@ class Training(Steps):
 
 def _write_rows(rows: list[dict[str, Any]], path: Path, **options: Any) -> None:
     """Rows of the log as CSV."""
-    pd.DataFrame(rows, columns=LOG_COLUMNS).to_csv(path, index=False, float_format="%.6g", **options)
+    with disk_errors(path):
+        pd.DataFrame(rows, columns=LOG_COLUMNS).to_csv(path, index=False, float_format="%.6g", **options)

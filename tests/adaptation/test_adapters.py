@@ -15,7 +15,7 @@ from torch import Tensor
 from patchsae_utils.adaptation import fit
 from patchsae_utils.adaptation.fit import ADAPTERS, RECIPES, fit_adapter, fresh_adapter, load_adapter, random_crops, save_adapter
 from patchsae_utils.adaptation.models import FineTuned, LinearHead
-from patchsae_utils.adaptation.prompts import CoOp, MaPLe
+from patchsae_utils.adaptation.prompts import CoOp, MaPLe, VisualPrompt
 from patchsae_utils.clip.model import ClipModel
 from patchsae_utils.config import AdapterConfig
 from patchsae_utils.data import load_dataset
@@ -199,10 +199,20 @@ def test_impossible_settings_say_what_is_possible(tiny_clip):
     for call, message in (
         (lambda: MaPLe(tiny_clip, depth=9), "depth must be 1 to 3; got 9"),
         (lambda: fit_adapter(tiny_clip, "bitfit", None, CONFIG), "Valid: maple, coop, vpt, lora, finetune, linear"),
-        (lambda: LinearHead(tiny_clip, NAMES, template="a hammer"), "has no '{}'"),
+        (lambda: LinearHead(tiny_clip, NAMES, template="a hammer"), "has one '{}'"),
+        (lambda: CoOp(tiny_clip, 22), "n_ctx=22 leaves no room for a class name: 'tiny' reads texts of 24 tokens"),
+        # The inner one's prompts were left out, silently.
+        (lambda: LinearHead(MaPLe(tiny_clip), NAMES), "MaPLe.* is adapted already: give its base"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_image_prompts_leave_the_texts_alone(tiny_clip):
+    """More of them than the template has words put placeholders into the text."""
+    adapted = VisualPrompt(tiny_clip, 30)
+    assert adapted.template == "a photo of a {}."
+    torch.testing.assert_close(adapted.zero_shot_head(NAMES), tiny_clip.zero_shot_head(NAMES, ["a photo of a {}."]), rtol=0, atol=0)
 
 
 def test_the_learning_rate_is_constant_for_an_epoch_and_then_a_cosine(tiny_clip, few):
@@ -368,6 +378,9 @@ def test_an_official_checkpoint_that_lacks_a_layer_or_is_of_another_model_or_pro
         (ctx | {"prompt_learner.meta_net.linear1.weight": torch.zeros(2)}, "but meta_net"),  # CoCoOp
         (ctx | {"image_encoder.transformer.resblocks.1.VPT_shallow": torch.zeros(2)}, "but .*VPT"),  # PromptSRC
         ({"ctx": torch.zeros(3, 2, 32)}, "a context for each class"),
+        ({"ctx": [1, 2]}, "holds no prompts"),
+        ({"ctx": torch.full((2, 32), torch.nan)}, "ctx hold NaN"),
+        *(({"ctx": torch.zeros(2, 32), "token_suffix": torch.zeros(size)}, "does not know") for size in ((0, 3, 32), (3, 32))),
     ):
         torch.save({"state_dict": state}, path)
         with pytest.raises(ValueError, match=message):

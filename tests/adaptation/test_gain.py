@@ -140,22 +140,6 @@ def test_slow_float64_arithmetic_gives_the_same_split(tiny_clip, tiny_sae, scene
         assert {part: float(quick[part]) for part in PARTS} == pytest.approx(slow, abs=5e-3)
 
 
-@pytest.mark.parametrize(
-    "refuse", [lambda base, adapted, *rest, **options: explain_gain(base, {"": adapted}, *rest, **options), compare_models]
-)
-def test_an_sae_of_another_layer_weights_or_width_is_refused(tiny_clip, scenes, models, refuse):
-    """FAULTS C8: width alone was checked."""
-    adapted = models["maple"]
-    for metadata, width, match in (
-        ({"model_name": "tiny", "layer": 0, "weights_hash": tiny_clip.weights_hash}, 32, "layer 0"),
-        ({"model_name": "tiny", "layer": 1, "weights_hash": "0123456789abcdef"}, 32, "weights"),
-        ({}, 16, "16-dimensional"),
-    ):
-        sae = SparseAutoencoder(width, 2 * width, metadata=metadata)
-        with pytest.raises(ValueError, match=match):
-            refuse(tiny_clip, adapted, sae, scenes, LAYER, progress=False)
-
-
 def test_links_are_attributions(tiny_clip, tiny_sae, scenes, models, found):
     for name in ("maple", "coop", "vpt"):
         links = found[name].links

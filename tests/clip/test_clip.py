@@ -1,5 +1,6 @@
 """Any open_clip vision transformer: the split forward pass is the whole one, heads are unit vectors, wrong names are answered."""
 
+import copy
 import json
 from argparse import Namespace
 
@@ -77,14 +78,22 @@ def test_edits_of_the_residual_reach_the_features_and_gradients_the_edit_but_no_
 
 def test_unknown_layers_and_wrong_shapes_are_answered(clip, images):
     assert [clip.layer_index(layer) for layer in (-4, -2, 0, 3)] == [0, 2, 0, 3]
-    for layer in (4, -5):
-        with pytest.raises(ValueError, match=f"no layer {layer}. Valid: 0 to 3, or -4 to -1"):
+    assert type(clip.layer_index(np.int64(-2))) is int  # JSON knows no other
+    for layer in (4, -5, 1.5, "1", None):
+        with pytest.raises(ValueError, match=f"no layer {layer!r}. Valid: 0 to 3, or -4 to -1"):
             clip.residual(images, layer)
         with pytest.raises(ValueError, match="Valid: 0 to 3"):
             clip.finish(torch.zeros(1, 17, 32), layer)
     for wrong in (images[0], images[..., :24], images[:, :1]):
         with pytest.raises(ValueError, match=r"reads images \[B, 3, 32, 32\].*clip.preprocess"):
             clip.residual(wrong, -2)
+
+
+def test_a_model_in_half_precision_is_read_in_single(clip, images):
+    for dtype in (torch.float16, torch.bfloat16):
+        half = ClipModel(copy.deepcopy(clip.model).to(dtype), clip.preprocess, clip._tokenizer, "half")
+        torch.testing.assert_close(half.encode_image(images), clip.encode_image(images), rtol=0.05, atol=0.05)
+        torch.testing.assert_close(half.zero_shot_head(["cat"], ["a {}."]), clip.zero_shot_head(["cat"], ["a {}."]), rtol=0.1, atol=0.1)
 
 
 TEMPLATES = ("a {}.", "a picture of a {}.", "many {} on grass.")
@@ -104,7 +113,9 @@ def test_head_rows_are_unit_vectors_of_the_mean_direction(clip):
     many = [f"thing {i}" for i in range(70)]  # more than one chunk
     torch.testing.assert_close(clip.zero_shot_head(many, TEMPLATES)[65:], clip.zero_shot_head(many[65:], TEMPLATES), rtol=0, atol=1e-6)
     for names, templates, message in (
-        (["cat"], ["a photo"], "no '{}' where the class name goes"),
+        (["cat"], ["a photo"], "one '{}' where the class name goes, and no other brace; got 'a photo'"),
+        (["cat"], ["a {} of {}"], "one '{}' where the class name goes"),
+        (["cat"], ["{c}: {}"], "one '{}' where the class name goes"),
         ([], TEMPLATES, "needs class names and templates"),
         (["cat"], [], "needs class names and templates"),
     ):
@@ -241,7 +252,7 @@ def test_a_folder_in_open_clips_form_loads(clip, images, tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     save_file(clip.model.state_dict(), tmp_path / "open_clip_model.safetensors")
     loaded = load_clip(str(tmp_path), device="cpu")
-    assert loaded.weights_hash == clip.weights_hash
+    assert loaded.weights_hash == clip.weights_hash and load_clip(tmp_path, device="cpu").fingerprint == loaded.fingerprint
     torch.testing.assert_close(loaded.encode_image(images), clip.encode_image(images))
     whole = (weights := tmp_path / "open_clip_model.safetensors").read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])

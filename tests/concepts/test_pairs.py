@@ -68,6 +68,7 @@ def measured(scenes, monkeypatch, matched, read):
         return torch.stack([torch.from_numpy(read(mask.astype(np.float32))) for mask in masks]).unflatten(0, (-1, 2))
 
     monkeypatch.setattr(module, "_tokens", tokens)
+    monkeypatch.setattr(SparseAutoencoder, "check_model", lambda *_: None)  # no model is asked
     sae = SparseAutoencoder(len(NAMES), len(NAMES)).requires_grad_(False)
     sae.W_enc.copy_(torch.eye(len(NAMES)))
     frame = pd.DataFrame({"dictionary": "SAE", "readout": "activations", "concept": NAMES, "latent": matched})

@@ -1,18 +1,21 @@
 """Disks that fill up in the middle of a file, and folders in which nothing may be written: what is said, and that nothing is lost."""
 
 import contextlib
+import errno
 import os
 import resource
 import shutil
 import tempfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from tiny import assert_same_files
 from tiny_saes import trained
 from tiny_training import CONFIG, assert_same, cut_off, run
 
 from patchsae_utils.activations.extraction import extract_activations
+from patchsae_utils.latents import passes
 from patchsae_utils.latents.reading import summarize_latents
 from patchsae_utils.sae.model import SparseAutoencoder
 from patchsae_utils.sae.trainer import CHECKPOINT
@@ -57,6 +60,21 @@ def test_a_file_that_may_not_grow_is_named_and_the_same_call_goes_on(tiny_clip, 
     calls[make](tmp_path / "out")
     calls[make](tmp_path / "again")
     assert_same_files(tmp_path / "out", tmp_path / "again")
+
+
+def test_a_full_disk_is_named_by_what_is_written_bit_by_bit_too(tiny_clip, tiny_sae, tiny_dataset, tmp_path, monkeypatch):
+    """The log of a training and the counts of a pass ended in a bare "No space left on device"."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(passes, "save_file", full)
+    monkeypatch.setattr(passes, "SAVE_SECONDS", 0)
+    with pytest.raises(OSError, match="free some space.*s-unfinished"):
+        summarize_latents(tiny_clip, tiny_sae, tiny_dataset, LAYER, out=tmp_path / "s", progress=False)
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    with pytest.raises(OSError, match="free some space.*training_log.csv"):
+        train_sae(fresh(), Store(), CONFIG, tmp_path / "run", progress=False)
 
 
 # -- read-only folders -----------------------------------------------------------------------------------------------------

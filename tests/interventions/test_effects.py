@@ -3,17 +3,22 @@
 from types import SimpleNamespace
 
 import numpy as np
+import open_clip
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import TINY_TEXT, TINY_VISION
 
+from patchsae_utils.activations import survey_residuals
+from patchsae_utils.clip.model import ClipModel
 from patchsae_utils.data import load_dataset, openmoji
 from patchsae_utils.interventions import Edit, concept_latents, effects, rank_concepts, steer
 from patchsae_utils.interventions.concept_latents import ConceptLatents, concept_head, concept_prompts
 from patchsae_utils.interventions.effects import object_patches
 from patchsae_utils.latents.classes import class_scores
 from patchsae_utils.latents.reading import summarize_latents
+from patchsae_utils.sae import readings_by_place
 
 LAYER = -2
 
@@ -28,7 +33,8 @@ def quick_head(clip, concepts):
 def _quick(monkeypatch):
     for module in (concept_latents, effects):
         monkeypatch.setattr(module, "concept_head", quick_head)
-    monkeypatch.setattr(effects, "dataset_head", lambda clip, d: quick_head(clip, [f"object:{name}" for name in d.class_names]))
+    own_head = lambda clip, d, head=None: quick_head(clip, [f"object:{name}" for name in d.class_names]) if head is None else head  # noqa: E731
+    monkeypatch.setattr(effects, "dataset_head", own_head)
 
 
 @pytest.fixture(scope="module")
@@ -207,16 +213,42 @@ def test_remove_objects_edits_the_objects_patches_alone(tiny_clip, sae):
         assert row.stays_change == pytest.approx(float(change[row.stays]), abs=1e-4)
 
 
+def test_a_model_of_any_grid_meets_the_scenes_truth(tiny_clip, sae, scenes):
+    """Scenes know their own 14 x 14 patches: models of other patches ended in errors of shapes, from the survey of norms on."""
+    model = open_clip.CLIP(16, TINY_VISION | {"patch_size": 16}, TINY_TEXT)
+    coarse = ClipModel(model, tiny_clip.preprocess, tiny_clip._tokenizer, "coarse")
+    assert coarse.grid == (7, 7)
+    found = rank_concepts(coarse, sae, scenes, LAYER)
+    halves = [openmoji.scene_truth(scenes.scene(i)) for i in range(len(scenes))]
+    names, shown = openmoji.concept_names(), np.zeros(len(openmoji.concept_names()), int)
+    for truth in halves:
+        shown[truth.concepts] += (truth.masks.reshape(-1, 7, 16, 7, 16).mean((2, 4)) >= 0.5).sum((1, 2))
+    assert found.n_patches.tolist() == [shown[names.index(concept)] for concept in found.concepts]
+    share = halves[0].object_share.reshape(-1, 7, 2, 7, 2).mean((2, 4))
+    assert torch.equal(object_patches(halves[0], -1, coarse), torch.from_numpy(share[-1].ravel() >= 0.5))
+    survey = survey_residuals(coarse, scenes, progress=False)
+    covered = {int(scenes.class_ids[label]) for label in survey.patch_labels[0].tolist() if label >= 0}
+    assert covered <= {int(c) for c, each in zip(halves[0].class_ids, share, strict=True) if (each >= 0.5).any()}
+    pairs = load_dataset("openmoji/scenes", "test", n_images=40)
+    assert effects.remove_objects(coarse, sae, pairs, [[1]] * len(pairs.class_names), LAYER, n_scenes=1)["removed_change"].notna().any()
+    assert len(effects.swap_colors(coarse, sae, scenes, rank_concepts(coarse, sae, scenes, LAYER, kinds=["color"]), LAYER, n_scenes=1)) == 2
+    assert set(readings_by_place(coarse, sae, scenes, LAYER)["place"]) == {"object", "background"}
+
+
 def test_what_they_cannot_do_is_refused(tiny_clip, sae, scenes):
     plain = SimpleNamespace(spec="plain", split="test", class_names=scenes.class_names, labels=scenes.labels)
     pairs, one = load_dataset("openmoji/scenes", "test", n_images=2), type(scenes)("tools", "train", n_images=1)
     uneven = {"color:red": [1], "color:green": [64, 2]}
     for call, message in (
         (lambda: rank_concepts(tiny_clip, sae, plain, LAYER), "no ground truth"),
-        (lambda: effects.concept_specificity(tiny_clip, sae, scenes, uneven), "0 to 63., the same number for each"),
+        (lambda: effects.concept_specificity(tiny_clip, sae, scenes, uneven), "the same number for each"),
+        (lambda: effects.concept_specificity(tiny_clip, sae, scenes, {"color:red": [64]}), "There is no latent 64"),
+        (lambda: effects.dose_response(tiny_clip, sae, scenes, {0: 1, 1: -1}, head=torch.eye(1)), "There is no latent -1"),
+        (lambda: effects.remove_objects(tiny_clip, sae, pairs, [[1], [64]]), "There is no latent 64"),
+        (lambda: effects.remove_objects(tiny_clip, sae, pairs, [[1]]), f"each of the {len(pairs.class_names)} classes .*, got 1"),
         (lambda: effects.concept_specificity(tiny_clip, sae, one, {"object:dog": [1]}), "shows none"),
         (lambda: effects.dose_response(tiny_clip, sae, scenes, {0: 1}, head=torch.eye(1)), "two classes"),
-        (lambda: effects.remove_objects(tiny_clip, sae, pairs, [[1]] * 400, n_scenes=5), "hold [012]"),
+        (lambda: effects.remove_objects(tiny_clip, sae, pairs, [[1]] * len(pairs.class_names), n_scenes=5), "hold [012]"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -265,6 +265,9 @@ def test_trap_13_rows_for_each_class_keep_equal_names_apart(tiny_clip, sae, tiny
     ({"ks": [65]}, "d_sae=64"),
     ({"class_counts": None}, "class_counts=summarize_latents"),
     ({"class_counts": torch.zeros(3, 64)}, r"\[3, 64\]"),
+    ({"head": torch.ones(3, 16)}, r"The head must be \[\d+, 16\], a row for each class .* got \[3, 16\]"),
+    ({"head": torch.ones(35, 8)}, r"got \[35, 8\]"),
+    ({"n_random": 0}, "n_random at least 1, got False and 0"),
     ({"groups": ["a", "b"]}, r"each of the .* classes .* got \['a', 'b'\]"),
 ])  # fmt: skip
 def test_bad_input_to_sweep(options, message, tiny_clip, sae, tiny_dataset, counts, head):

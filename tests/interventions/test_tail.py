@@ -10,9 +10,7 @@ from patchsae_utils import interventions
 from patchsae_utils.adaptation import MaPLe, VisualPrompt
 from patchsae_utils.clip.model import ClipModel
 from patchsae_utils.data import templates_for
-from patchsae_utils.interventions.concept_latents import ConceptLatents
 from patchsae_utils.interventions.tail import network_tail
-from patchsae_utils.sae.model import SparseAutoencoder
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -52,31 +50,3 @@ def test_trap_12_the_head_is_renormalised_after_averaging_templates(tiny_clip, t
     prompts = F.normalize(prompts, dim=-1)
     assert prompts.mean(0).norm() < 1 - 1e-4  # so that forgetting it would show
     torch.testing.assert_close(head[5], F.normalize(prompts.mean(0), dim=0), rtol=0, atol=1e-5)
-
-
-ENTRIES = {
-    "sweep_masks": lambda clip, sae, data, head: interventions.sweep_masks(clip, sae, data, [1], "random", head=head),
-    "steer": lambda clip, sae, data, head: interventions.steer(clip, sae, clip.preprocess(data[0].image)[None], []),
-    "attribute_latents": lambda clip, sae, data, head: interventions.attribute_latents(clip, sae, data, head=head),
-    "attribution_check": lambda clip, sae, data, head: interventions.attribution_check(clip, sae, data, head),
-    "rank_concepts": lambda clip, sae, data, head: interventions.rank_concepts(clip, sae, data),
-    "concept_specificity": lambda clip, sae, data, head: interventions.concept_specificity(clip, sae, data, {"color:red": [1]}),
-    "one_latent_off": lambda clip, sae, data, head: interventions.one_latent_off(clip, sae, data, None),
-    "dose_response": lambda clip, sae, data, head: interventions.dose_response(clip, sae, data, {0: 1, 1: 2}, head=head),
-    "swap_colors": lambda clip, sae, data, head: interventions.swap_colors(clip, sae, data, ConceptLatents((), *[torch.zeros(0, 1)] * 4)),
-    "remove_objects": lambda clip, sae, data, head: interventions.remove_objects(clip, sae, data, [[1]]),
-}
-
-
-@pytest.mark.parametrize("metadata", [{"layer": 0}, {"weights_hash": "0" * 16}, {"model_name": "another"}])
-@pytest.mark.parametrize("entry", ENTRIES)
-def test_faults_c8_an_sae_of_another_layer_or_model_is_refused(entry, metadata, tiny_clip, tiny_dataset, head):
-    """FAULTS C8: width alone was checked, and the numbers were plausible nonsense."""
-    reads_no_sae = {"CHOICES", "Edit", "clearest_latents", "dataset_head", "quote", "summarize_effects"}
-    assert set(ENTRIES) == set(interventions.__all__) - reads_no_sae
-    stranger = SparseAutoencoder(tiny_clip.width, 64, metadata={"model_name": "tiny", "layer": 1, **metadata})
-    message = "The SAE reads 32-dimensional activations of '(tiny|another)'.*the residual stream of 'tiny' holds"
-    with pytest.raises(ValueError, match=message):
-        ENTRIES[entry](tiny_clip, stranger, tiny_dataset, head)
-    with pytest.raises(ValueError, match="The SAE reads 16-dimensional.*the residual stream of 'tiny' holds 32-dimensional"):
-        ENTRIES[entry](tiny_clip, SparseAutoencoder(16, 64), tiny_dataset, head)

@@ -9,9 +9,8 @@ from torchvision import transforms
 
 from patchsae_utils.data import ImageData
 from patchsae_utils.latents import pictures as module
-from patchsae_utils.latents.domains import cross_domain_references, text_and_image_latents, word_scenes
 from patchsae_utils.latents.pictures import activation_levels, reference_images, seen_image
-from patchsae_utils.latents.reading import latent_masks, summarize_latents
+from patchsae_utils.latents.reading import latent_masks
 from patchsae_utils.sae.model import SparseAutoencoder
 
 LAYER = 1
@@ -84,19 +83,3 @@ def test_levels_count_what_they_say(tiny_clip, sae, data, summary, all_latents, 
             assert value.get((level, latent), 0.0) == pytest.approx(float(activation[latent]), rel=1e-4)
     for _, rows in found.table.groupby("level"):
         assert rows["value"].is_monotonic_decreasing
-
-
-def test_an_sae_of_another_layer_is_refused_by_everything_that_reads_latents(tiny_clip, data, summary):
-    """FAULTS C8: the width alone was checked."""
-    other = SparseAutoencoder(tiny_clip.width, 24, metadata={"layer": 0})
-    words = word_scenes(data.class_names)
-    for call in (
-        lambda: summarize_latents(tiny_clip, other, data, LAYER),
-        lambda: latent_masks(tiny_clip, other, torch.zeros(1, 3, 112, 112), [0], LAYER),
-        lambda: reference_images(tiny_clip, other, data, summary, [int((~summary.dead).nonzero()[0])], LAYER),
-        lambda: activation_levels(tiny_clip, other, data, 0, LAYER, summary),
-        lambda: cross_domain_references(tiny_clip, other, {"noise": data}, [0], LAYER),
-        lambda: text_and_image_latents(tiny_clip, other, data, words, LAYER),
-    ):
-        with pytest.raises(ValueError, match="layer 0"):
-            call()

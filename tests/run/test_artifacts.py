@@ -13,7 +13,10 @@ import pandas as pd
 import pytest
 import torch
 
-from patchsae_utils.config import load_profile
+from patchsae_utils.adaptation import fit_adapter
+from patchsae_utils.config import AdapterConfig, load_profile
+from patchsae_utils.data import load_dataset
+from patchsae_utils.latents import summarize_latents
 from patchsae_utils.run.artifacts import atomic_folder, fingerprint, folder_lock, is_current, read_json, write_json
 from patchsae_utils.run.results import check_claims, results
 
@@ -56,8 +59,31 @@ def test_a_folder_appears_only_when_it_is_finished(tmp_path):
         raise ValueError
     assert (out / "first").read_text() == "1"
     with atomic_folder(out) as folder:
+        (folder / "first").write_text("2")
         (folder / "second").write_text("2")
-    assert [p.name for p in out.iterdir()] == ["second"]
+    assert {p.name: p.read_text() for p in out.iterdir()} == {"first": "2", "second": "2"}
+
+
+def test_what_others_keep_in_a_folder_is_never_deleted(tiny_clip, tiny_sae, tiny_dataset, tmp_path):
+    """Whoever gave a folder with anything in it, such as a trained SAE, as ``out`` lost it all; now before the work, and in ``save`` too."""
+    count = lambda out, layer=-2: summarize_latents(tiny_clip, tiny_sae, tiny_dataset, layer, out=out, progress=False)  # noqa: E731
+    summary = count(tmp_path / "statistics")
+    tiny_sae.save(tmp_path / "sae")
+    (tmp_path / "statistics" / "notes.txt").write_text("mine")
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    base = load_dataset("openmoji/tools", "train", half="base", n_images=40)
+    config = AdapterConfig(tasks=("openmoji/tools",), n_shots=1, epochs=1)
+    for out, call in {
+        "sae": count,
+        "statistics": lambda out: fit_adapter(tiny_clip, "coop", base, config, out, progress=False),
+        ".": summary.save,
+    }.items():
+        with pytest.raises(ValueError, match="which would be lost: .*Choose a folder of its own"):
+            call(tmp_path / out)
+    with pytest.raises(ValueError, match="statistics holds notes.txt, which would be lost"):
+        count(tmp_path / "statistics", 0)
+    assert count(tmp_path / "statistics").n_images == len(tiny_dataset), "what is read is not replaced"
+    assert kept == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_others_may_read_what_their_umask_lets_them(tmp_path, tiny_sae):

@@ -8,6 +8,7 @@ import torch
 from tiny_training import CONFIG, Store, assert_same, cut_off, fresh, run, weights
 
 from patchsae_utils.activations.extraction import extract_activations
+from patchsae_utils.config import TrainConfig
 from patchsae_utils.sae import steps
 from patchsae_utils.sae import trainer as training
 from patchsae_utils.sae.files import load_sae
@@ -40,6 +41,18 @@ def test_a_kill_while_the_checkpoint_is_written_loses_nothing(tmp_path, uninterr
     assert_same(run(tmp_path, store=store), uninterrupted[0])
     assert store.asked[0][2] == 7
     assert not list(tmp_path.glob(".*")), "nothing is left lying about"
+
+
+def test_a_checkpoint_of_numpys_numbers_is_read(tmp_path):
+    """A sweep over ``np.logspace`` kept numbers that torch refuses to read: an interrupted run was lost."""
+    config = TrainConfig(**vars(CONFIG) | {"l1_coefficient": np.logspace(-3, -2, 2)[0], "batch_tokens": np.int64(64), "seed": 0.0})
+    assert config == CONFIG and type(config.l1_coefficient) is float and type(config.seed) is int
+    numpys = SparseAutoencoder(np.int64(8), np.int64(32), "topk", k=np.int64(3))
+    assert numpys.fingerprint == fresh(activation="topk", k=3).fingerprint
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(fresh(), Store(stop_at=20), config, tmp_path / "cut", progress=False)
+    again = train_sae(fresh(), store := Store(), CONFIG, tmp_path / "cut", progress=False)
+    assert store.asked[0][2] == 14 and again.trained_in
 
 
 def test_an_object_that_its_run_has_moved_still_names_that_run(tmp_path, uninterrupted):
@@ -259,6 +272,9 @@ def test_several_dictionaries_read_each_batch_once_and_are_those_trained_one_aft
         assert found[0].equals(found[1]) and found[0].equals(found[2])
     with pytest.raises(ValueError, match="each as an object of its own"):
         train_sae([single[0]] * 2, Store(), CONFIG, folders(tmp_path, "x")[:2], progress=False)
+    for outs, said in ((str(tmp_path), "one folder"), (tmp_path, "one folder"), (folders(tmp_path, "x")[:2], "2 folders")):
+        with pytest.raises(ValueError, match=f"needs a folder .*got 6 SAEs, 6 configs, {said}"):
+            train_sae(several(), Store(), CONFIG, outs, progress=False)
 
 
 def folders(parent, name):

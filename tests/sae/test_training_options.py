@@ -12,6 +12,7 @@ from patchsae_utils.config import TrainConfig
 from patchsae_utils.run.artifacts import read_json
 from patchsae_utils.sae import steps
 from patchsae_utils.sae import trainer as training
+from patchsae_utils.sae.model import SparseAutoencoder
 from patchsae_utils.sae.sparse.adam import l1_weight, learning_rate
 from patchsae_utils.sae.starts import geometric_median
 from patchsae_utils.sae.trainer import train_sae, training_log
@@ -104,6 +105,12 @@ def test_token_types_are_chosen_from_the_store(tmp_path):
     store.metadata = SimpleNamespace(**vars(METADATA) | {"tokens": "cls"})
     with pytest.raises(ValueError, match="tokens='patches' can't be had from a store of 'cls' tokens. Extract with"):
         train(tmp_path, store=store, tokens="patches")
+    store.n_images, KindStore.__len__ = 20, lambda _: 100
+    for kind, n in (("patches", 80), ("cls", 20), ("all", 100)):
+        store.metadata, config = METADATA, dataclasses.replace(NEW, tokens=kind, start="data")
+        with pytest.raises(ValueError, match=f"start='data', constraint='none' need a token for each of 128 latents; there are {n}"):
+            train_sae(SparseAutoencoder(8, 128), store, config, tmp_path / kind, progress=False)
+        assert not list((tmp_path / kind).iterdir())
 
 
 VARIANTS = {
