@@ -114,12 +114,12 @@ def selectivity(
     appears, minus that where it disappears, over the latent's mean activation where it is active. The matched latent is the one that the
     report chose on other scenes. The others are those matched to concepts which none of these patches shows, before or after.
     """
-    for sae in saes.values():
-        sae.check_model(clip, layer)
     chosen = report.detection.query("readout == 'activations'")
     matched = {name: chosen[chosen["dictionary"] == name].set_index("concept")["latent"] for name in saes}
     if unknown := [name for name, latents in matched.items() if latents.empty]:
         raise ValueError(f"The report holds no dictionary {unknown[0]!r}. Valid: {', '.join(chosen['dictionary'].unique())}.")
+    for sae in saes.values():
+        sae.check_model(clip, layer)
     rows = []
     for attribute in ATTRIBUTES:
         pairs = scene_pairs(dataset, attribute, n_pairs)

@@ -74,7 +74,7 @@ def test_a_full_disk_is_named_by_what_is_written_bit_by_bit_too(tiny_clip, tiny_
         summarize_latents(tiny_clip, tiny_sae, tiny_dataset, LAYER, out=tmp_path / "s", progress=False)
     monkeypatch.setattr(pd.DataFrame, "to_csv", full)
     with pytest.raises(OSError, match="free some space.*training_log.csv"):
-        train_sae(fresh(), Store(), CONFIG, tmp_path / "run", progress=False)
+        run(tmp_path / "run")
 
 
 # -- read-only folders -----------------------------------------------------------------------------------------------------
