@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from tiny import inputs
 
 from patchsae_utils.adaptation import gain
-from patchsae_utils.adaptation.compare import compare_models
 from patchsae_utils.adaptation.gain import CONCEPTS, EXPERIMENTS, MEASURES, PARTS, TOWER_PARTS, explain_gain, owen_values, share_of
 from patchsae_utils.adaptation.links import evidence, shared_evidence
 from patchsae_utils.adaptation.prompts import CoOp
