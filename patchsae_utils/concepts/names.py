@@ -172,7 +172,8 @@ def score_words(clip, dataset, summary: LatentSummary, vocabulary: Vocabulary, l
 
     A word's similarity to a picture is the cosine of their embeddings, in standard deviations from its mean over all images (crops: over
     random crops); its score is the mean over the latent's images and that over its crops, averaged. p: how often as many random images and
-    crops give *some* word as high a score (Westfall and Young, 1993). Returns latent, name, kind, score, margin, p, runner_up, class_index.
+    crops of these give *some* word as high a score (Westfall and Young, 1993). Returns latent, name, kind, score, margin, p, runner_up,
+    class_index.
 
     Parameters
     ----------
@@ -202,7 +203,8 @@ def score_words(clip, dataset, summary: LatentSummary, vocabulary: Vocabulary, l
         cut = np.full(real.shape, -1)
         cut[real] = np.arange(real.sum())
         parts.append(_means((seen[N_RANDOM_CROPS:] - mean) / std, cut))
-        nulls.append((random_crops, cut))
+        images, first = np.unique(chance[:, 0], return_index=True)  # a latent's crops are of its own images: so are the null's
+        nulls = [(pool[images], rows), (random_crops[first], cut)]
     scores = np.mean(parts, 0)
     p = _permutation_p(scores.max(1), nulls, rng)
     order, at = np.argsort(-scores, axis=1, kind="stable")[:, :2], np.arange(len(scores))
@@ -249,17 +251,18 @@ def _means(values: Tensor, rows: np.ndarray) -> np.ndarray:
 
 
 def _permutation_p(observed: np.ndarray, nulls: list[tuple[Tensor, np.ndarray]], rng: np.random.Generator) -> np.ndarray:
-    """Share of random sets, of the same numbers of images and crops, whose best word scores at least as high; it counts as one."""
+    """Share of random sets of images, with as many crops of the first of them, whose best word scores at least as high; it counts as one.
+
+    The pools have a row for each image: of itself, and of a crop of it.
+    """
     sizes = np.stack([(rows >= 0).sum(1) for _, rows in nulls], 1)
-    drawn = []
-    for pool, rows in nulls:
-        size = min(rows.shape[1], len(pool))
-        drawn.append(np.array([rng.choice(len(pool), size, replace=False) for _ in range(N_PERMUTATIONS)]).reshape(N_PERMUTATIONS, size))
+    n, most = len(nulls[0][0]), max(rows.shape[1] for _, rows in nulls)
+    drawn = np.array([rng.choice(n, min(most, n), replace=False) for _ in range(N_PERMUTATIONS)])
     p = np.ones(len(observed))
     for size in np.unique(sizes, axis=0):
         if not size.any():
             continue
-        null = np.mean([_means(pool, some[:, :n]) for (pool, _), some, n in zip(nulls, drawn, size, strict=True)], 0)
+        null = np.mean([_means(pool, drawn[:, :n]) for (pool, _), n in zip(nulls, size, strict=True)], 0)
         ordered = np.sort(null.max(1))
         same = (sizes == size).all(1)
         p[same] = (1 + len(ordered) - np.searchsorted(ordered, observed[same], "left")) / (1 + len(ordered))

@@ -45,6 +45,19 @@ def test_p_values_are_uniform_when_nothing_is_there():
         assert abs((part < 0.05).mean() - 0.05) < 0.04
 
 
+def test_faults_d15_the_null_has_crops_of_its_own_images():
+    """FAULTS D15: crops drawn apart from the images made one in eight latents significant at 5%, and one in twenty at 1%."""
+    rng = np.random.default_rng(1)
+    images = rng.normal(size=(400, 12))
+    crop = lambda of: torch.from_numpy(0.7 * images[of] + 0.7 * rng.normal(size=(len(of), 12)))  # noqa: E731
+    sets = np.array([rng.choice(400, 10, replace=False) for _ in range(600)])
+    cut, pool, own, chance = np.arange(1800).reshape(600, 3), torch.from_numpy(images), crop(sets[:, :3].ravel()), crop(np.arange(400))
+    chance, mean, std = naming._standardized(chance)
+    scores = (naming._means(pool, sets) + naming._means((own - mean) / std, cut)) / 2
+    p = _permutation_p(scores.max(1), [(pool, sets), (chance, cut)], rng)
+    assert 0.02 < (p < 0.05).mean() < 0.08 and (p < 0.01).mean() < 0.025
+
+
 def test_the_planted_word_is_found_and_noise_stays_unnamed(summary, tiny_dataset):
     latent = int((~summary.dead & ~summary.faint).nonzero()[0])
     words, images = planted(summary, tiny_dataset, latent, 3)
