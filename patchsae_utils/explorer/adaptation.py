@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..activations.mixing import TOKENS
 from ..adaptation.fit import NAMES
+from ..data.splits import require_labels
 from ..interventions.tail import check_same_tower
 from .cards import distinctiveness, encode_heats, encode_picture
 from .reader import Reader
@@ -80,8 +81,9 @@ class AdaptationView(_View):
             raise ValueError(
                 "AdaptationView needs for each task an adapted model, {task: stages.adapter(profile, clip, task)}, and images."
             )
-        for model in adapters.values():
+        for task, model in adapters.items():
             check_same_tower(clip, model)
+            require_labels(datasets[task])
         self._clip, self._adapters, self._datasets, self._layer = clip, dict(adapters), datasets, layer
         self._opened: dict[str, list[Reader]] = {}
         self._sae, self._ready = sae, False  # until all that changes has changed: one picture for all

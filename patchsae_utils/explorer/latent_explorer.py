@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pandas as pd
 import traitlets as t
 
 from ..data import templates_for
-from ..run.artifacts import atomic_file
+from ..run.artifacts import atomic_file, folder_lock
 from .cards import (
     ORDERS,
     EffectCard,
@@ -23,9 +24,8 @@ from .cards import (
     latent_card,
     living,
     place_card,
-    read_names,
     reference_message,
-)  # fmt: skip
+)
 from .reader import EDGES, Reader
 from .search import TextSearch
 from .widgets import SelectionError, _View, encode_names, measures_of, module
@@ -84,11 +84,9 @@ class LatentExplorer(_View):
         pairs = {name: value if isinstance(value, tuple) else (clip, value) for name, value in (elsewhere or {}).items()}
         self._elsewhere = {name: Reader.shared(model, sae, data, layer) for name, (model, data) in pairs.items()}
         self.places = list(self._elsewhere)
-        self._notes = None if notes is None else Path(notes)
+        self._notes, self._given = None if notes is None else Path(notes), self._names
         if self._notes is not None and self._notes.exists():
-            table = pd.read_csv(self._notes, dtype={"name": str, "note": str}, keep_default_na=False)
-            self._rename(read_names(table, self._reader.d_sae))
-            self.kept = {str(row.pop("latent")): row for row in table[list(NOTES)].to_dict("records")}
+            self._take(read_notes(self._notes, self._reader.d_sae))
         self._measures = measures_of(self._names, likeness, self._reader.d_sae)
         searches = likeness is not None and clip.has_text
         self._find = TextSearch.shared(clip, summary, likeness.embeddings, templates_for(dataset.spec)) if searches else None
@@ -120,41 +118,32 @@ class LatentExplorer(_View):
         return {name: place_card(reader, self._reader, self.latent) for name, reader in self._elsewhere.items() if self.latent >= 0}
 
     def find(self, text: str) -> list[tuple[int, float]]:
-        """The latents whose reference images look most like a text, and how far above the mean latent, in standard deviations.
-
-        Parameters
-        ----------
-        text : str
-            Any words: ``"red wheel"``.
-        """
+        """The latents whose reference images look most like any words, and how far above the mean latent, in standard deviations."""
         if self._find is None:
             raise SelectionError("Finding latents by words needs likeness=, and a model with a text tower.")
         return self._find(text)
 
     def keep(self, latent: int, **words: Any) -> None:
-        """Keep one's own words on a latent, and write them to the file of ``notes``.
-
-        Parameters
-        ----------
-        latent : int
-        **words
-            ``star`` (bool), ``name`` (replaces the latent's name in this view), ``note``.
-        """
-        latent = self._within("latent", latent, self._reader.d_sae)
-        row: dict[str, Any] = {"star": False, "name": "", "note": "", **self.kept.get(str(latent), {})}
-        row |= {name: value for name, value in words.items() if name in row}
-        row = {"star": bool(row["star"]), "name": " ".join(str(row["name"]).split())[:80], "note": str(row["note"]).strip()[:2000]}
-        self.kept = {**self.kept, str(latent): row}
-        if row["name"]:
-            self._rename({latent: Name(row["name"])})
+        """Keep ``star`` (bool), ``name`` (which replaces the latent's in this view) or ``note``, and write them to the file of ``notes``."""
+        (latent,), notes = self._known([latent]), self._notes
+        with contextlib.nullcontext() if notes is None else folder_lock(notes.parent, wait=True):
+            written = notes is not None and notes.exists()  # by others, too
+            kept = read_notes(notes, self._reader.d_sae) if written else self.kept
+            row: dict[str, Any] = {"star": False, "name": "", "note": "", **kept.get(str(latent), {})}
+            row |= {name: value for name, value in words.items() if name in row}
+            name, note = (str(row[word]).encode(errors="replace").decode() for word in ("name", "note"))  # a page may send half a character
+            kept = {**kept, str(latent): {"star": bool(row["star"]), "name": " ".join(name.split())[:80], "note": note.strip()[:2000]}}
+            if notes is not None:
+                table = pd.DataFrame([{"latent": int(latent), **row} for latent, row in kept.items()], columns=list(NOTES))
+                with atomic_file(notes) as temporary:
+                    table.sort_values("latent").to_csv(temporary, index=False)
+        self._take(kept)
         self._show()
-        if self._notes is not None:
-            table = pd.DataFrame([{"latent": int(latent), **row} for latent, row in self.kept.items()], columns=list(NOTES))
-            with atomic_file(self._notes) as temporary:
-                table.sort_values("latent").to_csv(temporary, index=False)
 
-    def _rename(self, names: Mapping[int, Name]) -> None:
-        self._names |= names
+    def _take(self, kept: dict[str, dict[str, Any]]) -> None:
+        """One's own words; a name of one's own stands before the one that was given."""
+        self.kept = kept
+        self._names = self._given | {int(latent): Name(row["name"]) for latent, row in kept.items() if row["name"]}
         self.names = encode_names(self._names)
 
     def _look(self) -> dict[str, Any]:
@@ -187,11 +176,11 @@ class LatentExplorer(_View):
         self.hits = {"text": content["text"], "latents": [[i, str(self._names.get(i) or ""), score] for i, score in found]}
 
     def _on_does(self, content: Mapping, buffers: list) -> None:
-        latent = self._within("latent", content["latent"], self._reader.d_sae)
+        (latent,) = self._known([content["latent"]])
         self.effect = effect_message(effect_card(self._reader, self._summary, latent), self._names)
 
     def _on_elsewhere(self, content: Mapping, buffers: list) -> None:
-        latent, reader = self._within("latent", content["latent"], self._reader.d_sae), self._elsewhere[content["place"]]
+        (latent,), reader = self._known([content["latent"]]), self._elsewhere[content["place"]]
         card = place_card(reader, self._reader, latent)
         said = "" if card.correlation is None else f" Image by image, as here: r = {card.correlation:.2f}."
         message = reference_message(card, own=reader.dataset is self.dataset)
@@ -200,7 +189,20 @@ class LatentExplorer(_View):
 
     def _on_prefetch(self, content: Mapping, buffers: list) -> None:
         """The page is idle: look up what a next step would show. One at a time, so that a click meanwhile waits for no other."""
-        self.ahead = latent_message(self._card_of(self._within("latent", content["latent"], self._reader.d_sae)), self._names)
+        self.ahead = latent_message(self._card_of(*self._known([content["latent"]])), self._names)
+
+
+def read_notes(path: Path, d_sae: int) -> dict[str, dict[str, Any]]:
+    """What :meth:`LatentExplorer.keep` wrote: latent, as text -> star, name, note; each of these may be missing."""
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        latents, table = table["latent"].astype(float), table.reindex(columns=list(NOTES), fill_value="")
+        if not latents.between(0, d_sae - 1).all() or (latents % 1).any():
+            raise ValueError(f"there are latents 0 to {d_sae - 1}")
+    except Exception as error:  # whatever pandas makes of a damaged file
+        raise ValueError(f"{path} holds no notes, columns {', '.join(NOTES)}: {error}. Mend it, or name another file.") from error
+    rows = zip(latents.astype(int), table["star"].str.lower().isin(["true", "1", "1.0"]), table["name"], table["note"], strict=True)
+    return {str(latent): {"star": bool(star), "name": name, "note": note} for latent, star, name, note in rows}
 
 
 def latent_message(card: LatentCard | None, names: Mapping[int, Name]) -> dict[str, Any]:

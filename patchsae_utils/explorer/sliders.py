@@ -58,12 +58,14 @@ def latent_slider(clip: Any, sae: Any, summary: Any, dataset: Any, names: Any = 
         As for :class:`LatentExplorer`.
     """
     reader, known = Reader.shared(clip, sae, dataset, layer), read_names(names, sae.W_enc.shape[1])
+    if not len(latents := living(summary, "frequency").tolist()):
+        raise ValueError(f"No image of {dataset.spec!r} activates a latent: there is nothing to slide over.")
 
     def draw(latent: int) -> np.ndarray:
         card = latent_card(reader, summary, latent, known, k=6, n_neighbors=0)
         pairs = zip(card.pictures, card.heats, strict=True)
         return np.hstack([blend(picture, heat, card.heats.max(), 0.0, 0.6, size=150) for picture, heat in pairs])
 
-    box = slider(draw, latent=[(f"{latent} {known.get(latent, '')}".strip(), latent) for latent in living(summary, "frequency").tolist()])
+    box = slider(draw, latent=[(f"{latent} {known.get(latent, '')}".strip(), latent) for latent in latents])
     box.children[0].value = first_sight(summary, known)
     return box

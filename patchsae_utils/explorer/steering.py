@@ -23,6 +23,7 @@ WHERE = ("all", "cls", "patches", "selected")
 N_CLASSES = 6  # classes with bars: the most probable ones before and after
 N_SLIDERS = 5  # unless latents are given
 N_BATCH = 10  # other images that the page asks for at once
+MOST = 1e6  # of an edit's value: far beyond, float32 ends, and probabilities are no numbers
 
 
 class BatchCard(NamedTuple):
@@ -87,7 +88,7 @@ class SteeringPanel(_ImageView):
         if len(self._head) != len(dataset.class_names):
             raise ValueError(f"head must have a row for each of the {len(dataset.class_names)} classes, got {len(self._head)}.")
         self._own = latents is not None
-        self.latents = self._check(latents) if self._own else self._suggested()
+        self.latents = self._known(latents) if self._own else self._suggested()
         self._ready, self._seen = True, self._shown_image
         self._show()
         self.observe(self._new_image, ["image", "uploaded"])
@@ -96,7 +97,7 @@ class SteeringPanel(_ImageView):
 
     @t.validate("latents")
     def _check_latents(self, proposal: Any) -> list[int]:
-        return self._check(proposal["value"])
+        return self._known(proposal["value"])
 
     @t.validate("edits")
     def _check_edits(self, proposal: Any) -> list[dict[str, Any]]:
@@ -105,21 +106,15 @@ class SteeringPanel(_ImageView):
             if not isinstance(edit, Mapping) or set(edit) != {"latent", "op", "value"} or edit["op"] not in OPERATIONS:
                 known = " or ".join(map(repr, OPERATIONS))
                 raise SelectionError(f'An edit is {{"latent": number, "op": {known}, "value": number}}, got {edit!r}.')
-            latent, op, value = self._check([edit["latent"]])[0], edit["op"], edit["value"]
-            if not isinstance(value, int | float) or not np.isfinite(value) or (op == "scale" and value < 0):
-                raise SelectionError(f"The value of {op!r} must be a finite number{', 0 or more' if op == 'scale' else ''}; got {value!r}.")
+            latent, op, value = self._known([edit["latent"]])[0], edit["op"], edit["value"]
+            if not isinstance(value, int | float) or not abs(value) <= MOST or (op == "scale" and value < 0):
+                raise SelectionError(f"{op!r} takes a finite number up to {MOST:g}{', 0 or more' if op == 'scale' else ''}; got {value!r}.")
             edits[latent] = {"latent": latent, "op": op, "value": float(value)}
         return list(edits.values())
 
     @t.validate("batch")
     def _check_batch(self, proposal: Any) -> list[int]:
         return [self._within("image", image, self.n_images) for image in dict.fromkeys(proposal["value"]) if image >= 0]
-
-    def _check(self, latents: Sequence[int]) -> list[int]:
-        for latent in latents:
-            if not isinstance(latent, int | np.integer) or not 0 <= latent < self._reader.d_sae:
-                raise SelectionError(f"There is no latent {latent!r}; valid are 0 to {self._reader.d_sae - 1}.")
-        return list(dict.fromkeys(int(latent) for latent in latents))
 
     def to_edits(self) -> list[Edit]:
         """The sliders' edits, for :func:`~patchsae_utils.interventions.steering.steer`."""

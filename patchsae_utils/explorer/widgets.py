@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def styles(*files: str) -> str:
 def encode_names(names: Mapping[int, Name]) -> bytes:
     """Names as UTF-8 lines "latent, tab, name", the best-fitting first: sent once, searched in the page."""
     order = sorted(names, key=lambda latent: -(names[latent].score or 0))
-    return "\n".join(f"{latent}\t{' '.join(str(names[latent]).split())}" for latent in order).encode()
+    return "\n".join(f"{latent}\t{' '.join(str(names[latent]).split())}" for latent in order).encode(errors="replace")
 
 
 class _View(anywidget.AnyWidget):
@@ -175,6 +175,13 @@ class _View(anywidget.AnyWidget):
             raise SelectionError(f"There is no {what} {value}; valid are 0 to {n - 1}, or -1 for none.")
         return value
 
+    def _known(self, latents: Sequence[Any]) -> list[int]:
+        """Latents that exist, each once."""
+        for latent in latents:
+            if isinstance(latent, bool) or not isinstance(latent, int | np.integer) or not 0 <= latent < self._reader.d_sae:
+                raise SelectionError(f"There is no latent {latent!r}; valid are 0 to {self._reader.d_sae - 1}.")
+        return list(dict.fromkeys(int(latent) for latent in latents))
+
     def figure(self, save: str | None = None) -> Figure:
         """A static picture of what is on screen; ``save`` names a file in ``runs/<profile>/figures``, without ending."""
         if self.card is None:
@@ -222,18 +229,9 @@ class _ImageView(_View):
         self.observe(lambda _: setattr(self, "uploaded", ""), "image")
 
     def upload(self, data: bytes, name: str = "") -> None:
-        """Show a picture that is not in the data set.
+        """Show a picture that is not in the data set, from the bytes of a PNG, JPEG, WebP, GIF or BMP file.
 
-        Parameters
-        ----------
-        data : bytes
-            A PNG, JPEG, WebP, GIF or BMP file.
-        name : str
-
-        Raises
-        ------
-        UploadError
-            If it is too large or can't be read; the view then shows what it showed before.
+        One that is too large or can't be read is an ``UploadError``; the view then shows what it showed before.
         """
         picture, name = read_upload(data, name)
         self._upload = (self._reader.upload(picture, name, self._upload[0]), name)

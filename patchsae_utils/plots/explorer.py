@@ -41,7 +41,8 @@ def latent(card: Any, summary: Any, **shown: Any) -> Figure:
         place.scatter(card.frequency, card.mean_activation, s=60, color=COLORS["orange"], edgecolor=COLORS["black"], zorder=3)
     entropy = "" if np.isnan(card.label_entropy) else f", entropy {card.label_entropy:.2f}"  # without labels there is none
     facts = "dead: active in no image" if card.dead else f"{100 * card.frequency:.3g}% of images{entropy}"
-    place.set(xscale="log", yscale="log", xlabel="frequency", ylabel="mean activation")
+    axis = "log" if alive.any() else "linear"
+    place.set(xscale=axis, yscale=axis, xlabel="frequency", ylabel="mean activation")
     place.set_title(facts, fontsize=9, weight="normal")
     if frequency.min(initial=1) > 0.05:  # less than two decades want more ticks than powers of ten
         place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

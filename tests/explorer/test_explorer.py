@@ -107,6 +107,10 @@ WRONG = [
     ("panel", "patches", [196], "0 to 195"), ("panel", "edits", [{"latent": 64, "op": "scale", "value": 1.0}], "no latent 64"),
     ("panel", "edits", [{"latent": 3, "op": "set", "value": 1.0}], "scale"), ("panel", "edits", [{"latent": 3, "op": "scale", "value": -1.0}], "0 or more"),
     ("panel", "edits", [{"latent": 3, "op": "add", "value": "many"}], "finite"), ("panel", "edits", [{"latent": 3}], "An edit is"),
+    ("panel", "edits", [{"latent": 3, "op": "add", "value": float("nan")}], "finite"),
+    ("panel", "edits", [{"latent": 3, "op": "add", "value": 1e38}], "up to 1e"),  # made probabilities of NaN
+    ("panel", "edits", [{"latent": 3, "op": "scale", "value": 10**400}], "up to 1e"),
+    ("panel", "edits", [{"latent": True, "op": "add", "value": 1.0}], "no latent True"),
 ]  # fmt: skip
 
 

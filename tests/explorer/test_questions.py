@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 import torch
 from explorer_pages import shoot
-from tiny import inputs, loud, owed
+from tiny import Changed, inputs, loud, owed
 
 import patchsae_utils as ps
 from patchsae_utils.adaptation.prompts import VisualPrompt
 from patchsae_utils.data import load_dataset, templates_for
-from patchsae_utils.explorer import LatentExplorer, SteeringPanel
+from patchsae_utils.explorer import AdaptationView, LatentExplorer, SteeringPanel
 from patchsae_utils.explorer.reader import EDGES
 from patchsae_utils.explorer.search import TextSearch
 
@@ -226,3 +226,77 @@ def test_a_link_opens_what_was_shown_and_python_makes_it_again(show, tiny_clip, 
     page.click("text=Copy as Python")  # no leave to write: told in the page
     text = page.wait_for_selector("[role=alert]:has-text('ps.PatchExplorer')").inner_text()
     assert eval(text, names).selection == patches.selection  # noqa: S307
+
+
+@pytest.fixture
+def noting(tiny_clip, tiny_sae, summary, tiny_dataset, named, tmp_path):
+    return lambda file="notes.csv": LatentExplorer(tiny_clip, tiny_sae, summary, tiny_dataset, named, notes=tmp_path / file)
+
+
+def test_two_explorers_keep_notes_in_one_file(noting):
+    """The second wrote what it knew alone: the first one's notes were gone."""
+    first, second = noting(), noting()
+    first.keep(1, note="mine", star=True)
+    second.keep(2, note="yours")
+    second.keep(1, note="both")
+    kept = {"1": {"star": True, "name": "", "note": "both"}, "2": {"star": False, "name": "", "note": "yours"}}
+    assert second.kept == noting().kept == kept
+    first.keep(7, name="my own")
+    assert str(first._names[7]) == "my own" == str(noting()._names[7])
+    first.keep(7, name="")
+    assert first._names[7].name == "redwood" == noting()._names[7].name  # the given name is back
+
+
+@pytest.mark.parametrize("latent", [-1, 64, 1.5, True, "3", None])
+def test_words_on_a_latent_that_does_not_exist_are_not_kept(noting, latent):
+    """Once they were, no note could be saved any more, or the file not be opened."""
+    explorer = noting()
+    for kind in ("keep", "does", "prefetch"):
+        explorer._receive({"kind": kind, "latent": latent, "note": "x"}, [])
+        assert "There is no latent" in explorer.notice
+    explorer.keep(np.int64(3), note="still kept")
+    assert list(explorer.kept) == ["3"] == list(noting().kept)
+
+
+def test_half_a_character_spoils_no_note(noting):
+    explorer = noting()
+    explorer.keep(3, name="half \ud83d", note="\ud83d\n'\"<b>\U0001f600,")
+    explorer.keep(4, note="whole")
+    assert noting().kept == explorer.kept and explorer.kept["3"]["note"] == "?\n'\"<b>\U0001f600,"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "\x00\x01", "a,b\n1,2\n", "latent;star;name\n3;True;x\n", "latent,name\nabc,x\n", "latent,name\n64,x\n", 'latent,note\n3,"x'],
+)
+def test_a_file_that_holds_no_notes_is_refused_and_stays(noting, tmp_path, text):
+    (tmp_path / "odd.csv").write_text(text)
+    with pytest.raises(ValueError, match="odd.csv holds no notes, columns latent, star, name, note: .*Mend it"):
+        noting("odd.csv")
+    explorer = noting()
+    explorer._notes = tmp_path / "odd.csv"  # spoilt later
+    with pytest.raises(ValueError, match="odd.csv holds no notes"):
+        explorer.keep(3, note="x")
+    assert (tmp_path / "odd.csv").read_text() == text
+
+
+def test_notes_that_a_spreadsheet_wrote(noting, tmp_path):
+    (tmp_path / "sheet.csv").write_text("name,latent,star\nbird,3.0,FALSE\n,4,\nfish,9,1\n", encoding="utf-8-sig")
+    explorer = noting("sheet.csv")
+    assert {latent: row["star"] for latent, row in explorer.kept.items()} == {"3": False, "4": False, "9": True}
+    explorer.keep(4, note="x")
+    assert noting("sheet.csv").kept == explorer.kept and str(explorer._names[9]) == "fish"
+
+
+def test_what_there_is_nothing_of_is_said(tiny_clip, tiny_sae, tiny_dataset, summary):
+    silent = dataclasses.replace(summary, dead=torch.ones_like(summary.dead))
+    with pytest.raises(ValueError, match="nothing to slide over"):
+        ps.explorer.latent_slider(tiny_clip, tiny_sae, silent, tiny_dataset)
+    explorer = LatentExplorer(tiny_clip, tiny_sae, silent, tiny_dataset)
+    assert explorer.latent == -1
+    explorer.latent = 3
+    explorer._receive({"kind": "export", "format": "svg"}, [])
+    assert explorer.exported["name"] == "latent.svg" and not explorer.notice
+    unlabelled = Changed(tiny_dataset, class_names=[], labels=[-1] * len(tiny_dataset))
+    with pytest.raises(ValueError, match="no labels"):
+        AdaptationView(tiny_clip, {"a": tiny_clip}, tiny_sae, datasets={"a": unlabelled})
