@@ -114,7 +114,7 @@ def compare(
         for mine, given in zip(sets, (choose, report), strict=True):
             if mine is not given and (mine.masks.shape != given.masks.shape or (mine.masks != given.masks).nnz):
                 raise ValueError(f"The patches of {name!r} are of other scenes than the others'. Read the same data sets.")
-        qualities = {written: quality(written, sets[1].tokens) for written in {*(reconstruct or {}).values()}}
+        qualities = {written: quality(written, sets[1]) for written in {*(reconstruct or {}).values()}}
         for i, (way, dictionary) in enumerate(readouts.items()):
             choose_from, report_on = (Activations(dictionary, each) for each in sets)
             l0, explained = qualities.get((reconstruct or {}).get(way), (np.nan, np.nan))
@@ -131,16 +131,16 @@ def compare(
     return ComparisonReport(pd.concat(frames, ignore_index=True), np.concatenate(replicates))
 
 
-def quality(reconstruct: Reconstruct, tokens: Tensor) -> tuple[float, float]:
-    """L0 and explained variance of tokens [N, D]: 1 - ||x - x'||^2 / ||x - mean||^2, summed over at most some 40,000."""
-    tokens = tokens[:: len(tokens) // 40_000 | 1]  # an odd step: not the same patches of every image
+def quality(reconstruct: Reconstruct, patches: ConceptPatches) -> tuple[float, float]:
+    """L0 and explained variance of patches' tokens: 1 - ||x - x'||^2 / ||x - mean||^2, summed over at most some 40,000."""
+    tokens = patches.tokens[detection.evenly(n := len(patches.tokens), patches.n_images, n // 40_000 | 1)]
     mean, error, total, active = tokens.double().mean(0), 0.0, 0.0, 0.0
     for x in tokens.split(_STEP):
         written, n = reconstruct(x)
         error += float((x - written).double().square().sum())
         total += float((x - mean).square().sum())
         active += float(n.sum())
-    return active / len(tokens), 1 - error / total
+    return active / len(tokens), 1 - error / total if total else float("nan")
 
 
 def sparse_probes(choose: Activations, report: Activations, concepts: np.ndarray, tried: np.ndarray, weights: np.ndarray):
@@ -162,10 +162,10 @@ def sparse_probes(choose: Activations, report: Activations, concepts: np.ndarray
 
 def _added(x: np.ndarray, positive: np.ndarray, sizes: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray]]:
     """Least squares of a mask on ever more of the features x [n, N]: those picked and their weights, at each of the sizes."""
-    mean, share = x.mean(1, dtype=np.float64), len(positive) / x.shape[1]
-    gram = np.asarray(x @ x.T, np.float64) / x.shape[1] - np.outer(mean, mean)
+    x = x - x.mean(1, dtype=np.float64, keepdims=True)
+    gram = x @ x.T / x.shape[1]
     gram += 1e-6 * max(np.trace(gram) / len(gram), np.finfo(float).tiny) * np.eye(len(gram))
-    cross = x[:, positive].sum(1, dtype=np.float64) / x.shape[1] - mean * share
+    cross = x[:, positive].sum(1) / x.shape[1]
     picked: list[int] = []
     while len(picked) < max(sizes):
         tried = [[*picked, i] for i in range(len(x)) if i not in picked]

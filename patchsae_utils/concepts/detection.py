@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,6 +130,13 @@ def average_precision(scores: np.ndarray, positive: np.ndarray, ascending: np.nd
     return float((mine * hits / every).sum() / mine.sum()) if len(mine) else float("nan")
 
 
+@lru_cache(maxsize=4)
+def evenly(n: int, n_images: int, step: int) -> np.ndarray:
+    """One in ``step`` of n patches, of all places in turn: where images would have the same few, each begins one later than that before it."""
+    at, per_image = np.arange(n), n // n_images
+    return np.flatnonzero((at if gcd(step, per_image) == 1 else at % per_image + at // per_image) % step == 0)
+
+
 def resampled_precision(
     scores: np.ndarray, positive: np.ndarray, images: np.ndarray, weights: np.ndarray, coarse: bool = False
 ) -> np.ndarray:
@@ -222,7 +231,7 @@ def precisions(
     thin = coarse and not len(weights) and len(patches.tokens) > MANY
 
     def of_one(scores: np.ndarray, mine: np.ndarray) -> None:
-        ascending = np.sort(scores[::THIN] if thin else scores)  # once for all its concepts
+        ascending = np.sort(scores[evenly(len(scores), patches.n_images, THIN)] if thin else scores)  # once for all its concepts
         for i in mine:
             ap[i] = average_precision(scores, rows[concepts[i]], ascending)
             if len(weights):
@@ -250,7 +259,7 @@ def concept_correlations(features: Activations, *more: sparse.csr_matrix) -> tup
         n_rows = h.shape[0]
         in_image = sparse.csr_matrix((np.ones(n_rows, np.float32), (np.arange(n_rows) // per_image, np.arange(n_rows))))
         a += np.asarray(h.sum(0, dtype=np.float64)).ravel()
-        a2 += np.asarray(h.multiply(h).sum(0, dtype=np.float64)).ravel() if sparse.issparse(h) else np.einsum("ns,ns->s", h, h)
+        a2 += np.asarray(h.multiply(h).sum(0, dtype=np.float64)).ravel() if sparse.issparse(h) else np.square(h, dtype=float).sum(0)
         by_image = in_image @ h
         images2 += np.asarray(by_image.multiply(by_image).sum(0)).ravel() if sparse.issparse(by_image) else (by_image**2).sum(0)
         for total, mask in zip(am, masks, strict=True):

@@ -123,14 +123,15 @@ def selectivity(
     rows = []
     for attribute in ATTRIBUTES:
         pairs = scene_pairs(dataset, attribute, n_pairs)
-        tokens = torch.cat(
-            [_tokens(clip, pairs[i : i + _BATCH], layer) for i in tqdm(range(0, len(pairs), _BATCH), desc=f"pairs: {attribute}")]
-        )
+        tokens = [_tokens(clip, pairs[i : i + _BATCH], layer) for i in tqdm(range(0, len(pairs), _BATCH), desc=f"pairs: {attribute}")]
         for name, sae in saes.items():
-            of_pair, *measures = np.array(_movements(pairs, tokens, sae, matched[name])).T
-            for measure, values in zip(("right", "selectivity", "first"), measures, strict=True):
-                found = mean_interval(values, "pairs", groups=of_pair)
-                rows.append([name, attribute, len(np.unique(of_pair)), measure, *found[:3]])
+            movements = np.array(_movements(pairs, torch.cat(tokens), sae, matched[name]) if tokens else [])
+            for column, measure in enumerate(("right", "selectivity", "first") if len(movements) else (), 1):
+                found = mean_interval(movements[:, column], "pairs", groups=movements[:, 0])
+                rows.append([name, attribute, len(np.unique(movements[:, 0])), measure, *found[:3]])
+    if not rows:
+        what = f"No scene of {dataset.spec!r} ({dataset.split}) can be changed in what two latents of the report are matched to"
+        raise ValueError(f"{what}: give scenes in color, and a report of more concepts.")
     return Selectivity(pd.DataFrame(rows, columns=["dictionary", "attribute", "n_pairs", "measure", "value", "low", "high"]))
 
 
@@ -156,7 +157,8 @@ def _movements(pairs: Sequence[ScenePair], tokens: Tensor, sae: SparseAutoencode
             if concept not in at:
                 continue
             moved = sum(sign * change[i][mask.ravel()].mean(0) for sign, mask in ((1, gained), (-1, lost)) if mask.sum() >= MIN_PATCHES)
-            away = np.abs(moved[others[others != at[concept]]])
+            if not len(away := np.abs(moved[others[others != at[concept]]])):
+                continue  # nothing to compare it with
             mine = moved[at[concept]]
-            found.append((i, mine > 0, mine > 0 and (mine > away).mean(), mine > away.max(initial=0)))
+            found.append((i, mine > 0, mine > 0 and (mine > away).mean(), mine > away.max()))
     return found

@@ -97,7 +97,7 @@ def attribution_check(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, hea
     """
     sae.check_model(clip, layer)
     head = dataset_head(clip, dataset, head)
-    rng, parts = np.random.default_rng(0), []
+    rng, parts = np.random.default_rng(0), [np.zeros((2, 0), np.float32)]
     for read in read_batches(clip, dataset, layer, "attribution's check", batch_size=1):
         before = clip.logits(read.tail(read.residual), head)
         label = before.argmax(1)
@@ -105,6 +105,8 @@ def attribution_check(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, hea
         active = estimate.nonzero()[0]
         best = active[np.argsort(-estimate[active])][: N_CHECKED // 2]
         rest = np.setdiff1d(active, best)
+        if not len(active):
+            continue
         drawn = np.concatenate([best, rng.choice(rest, min(len(rest), N_CHECKED - len(best)), replace=False)]).astype(int)
         tokens, columns = read.residual.tokens, torch.from_numpy(drawn).to(clip.device)
         h = sae.encode(tokens)[0, :, columns]

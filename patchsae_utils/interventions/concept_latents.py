@@ -16,6 +16,7 @@ from ..data.truth import concept_masks
 from ..latents.classes import class_scores
 from ..sae.model import SparseAutoencoder
 from .attribution import latent_shares
+from .choosing import SILENT
 from .tail import BATCH, read_batches
 
 KINDS = ("object", "category", "color", "background")
@@ -45,8 +46,8 @@ def concept_head(clip: ClipModel, concepts: Sequence[str]) -> Tensor:
 
 
 class ConceptLatents(NamedTuple):
-    """Each "kind:name" [K] and its most characteristic latents [K, k], best first, with their mean activation on the patches that show it, at
-    CLS in scenes that show it, both [K, k], and the number of these patches [K]."""
+    """Each "kind:name" [K] and its most characteristic latents [K, k], best first, -1 behind the last of positive score; with their mean
+    activation on the patches that show it, at CLS in scenes that show it, both [K, k], and the number of these patches [K]."""
 
     concepts: tuple[str, ...]
     latents: Tensor
@@ -105,8 +106,9 @@ def rank_concepts(
     for kind in kinds if head is None else ():
         rows = [i for i, concept in enumerate(concepts) if concept.split(":")[0] == kind]
         score[rows] = class_scores(rate[rows])
-    latents = score.argsort(dim=1, descending=True, stable=True)[:, :N_LATENTS]
-    return ConceptLatents(tuple(concepts), latents, rate.gather(1, latents), cls_rate.gather(1, latents), n_patches)
+    best, latents = (part[:, :N_LATENTS] for part in score.sort(dim=1, descending=True, stable=True))
+    levels, cls_levels = (each.gather(1, latents).masked_fill(best <= 0, 0) for each in (rate, cls_rate))
+    return ConceptLatents(tuple(concepts), latents.masked_fill(best <= 0, SILENT), levels, cls_levels, n_patches)
 
 
 def same_kind(concepts: Sequence[str]) -> Tensor:

@@ -94,7 +94,8 @@ def concept_specificity(
     sae.check_model(clip, layer)
     if len({len(each) for each in latents.values()}) != 1:
         raise ValueError(f"latents must map concepts to latents, the same number for each; got {latents}.")
-    concepts, own = list(latents), numbers_of(sae, list(latents.values()))
+    concepts, own = list(latents), torch.tensor(list(latents.values()))
+    numbers_of(sae, own[own != SILENT])  # behind a concept's last one there may be none
     head, peers, scenes = concept_head(clip, concepts), same_kind(concepts), _scenes_of(dataset, concepts, n_images)
     parts = []
     for read in read_batches(clip, dataset, layer, "concepts", indices=list(scenes)):
@@ -260,6 +261,8 @@ def swap_colors(
     rows = [latents.concepts.index(f"color:{name}") for name in names]
     table, levels, cls_levels = (part[rows] for part in (latents.latents, latents.levels, latents.cls_levels))
     spare = np.setdiff1d(np.arange(sae.d_sae), table)
+    if len(spare) < table.shape[1]:
+        raise ValueError(f"Controls are {table.shape[1]} latents of no color: of {sae.d_sae} there are {len(spare)}. Train a larger SAE.")
     parts = []
     for read in read_batches(clip, dataset, layer, "colors", indices=list(scenes)):
         indices, z = read.indices.tolist(), read.residual.tokens

@@ -244,3 +244,23 @@ def test_classes_of_equal_name_are_told_apart():
     hits = np.array([[0, 9], [9, 0], [0, 0]])
     names = label_latents(summary_of(hits, [10, 10, 10], ["crane", "crane", "dog"]))
     assert names["name"].tolist() == ["crane (1)", "crane (0)"]
+
+
+def test_a_part_of_the_patches_comes_from_all_places_of_an_image():
+    """Every seventh of 49 patches, or every fifth of 225, is of the same few columns in each image: a part that is not like the whole."""
+    for per_image, step in ((49, 7), (225, 5), (196, 5), (300, 15), (35, 15), (1, 3)):
+        part = detection.evenly(300 * per_image, 300, step)
+        assert len(part) == pytest.approx(300 * per_image / step, abs=1)
+        assert set((part % per_image).tolist()) == set(range(per_image))
+    np.testing.assert_array_equal(detection.evenly(9 * 196, 9, 5), np.arange(0, 9 * 196, 5))  # as it was, where that was right
+
+
+def test_correlations_of_dense_features_far_from_zero():
+    rng = np.random.default_rng(0)
+    masks, x = rng.random((60 * 49, 2)) < 0.1, rng.normal(size=(60 * 49, 3))
+    x[:, 0] += 2 * masks[:, 0]
+    x = (x + 3000).astype(np.float32)
+    patches = ConceptPatches(torch.from_numpy(x), np.repeat(np.arange(60), 49), sparse.csr_matrix(masks.astype(np.float32)), ("a:1", "a:2"))
+    (found,), _ = concept_correlations(Activations(Dictionary("x", 3, lambda x, some: x if some is None else x[:, some]), patches))
+    slow = [[np.corrcoef(masks[:, k], x[:, s].astype(float))[0, 1] for s in range(3)] for k in range(2)]
+    np.testing.assert_allclose(found, slow, atol=2e-3)

@@ -93,3 +93,11 @@ def test_silent_and_shuffled_latents_are_not_selective_and_random_ones_are_at_ch
     other = pd.DataFrame({"dictionary": ["x"], "readout": "activations", "concept": "a", "latent": 0})
     with pytest.raises(ValueError, match="no dictionary 'SAE'"):
         selectivity(None, {"SAE": None}, ComparisonReport(other, np.zeros(0)), scenes, 0)
+
+
+def test_what_nothing_can_be_compared_with_is_left_out_and_said(scenes, monkeypatch):
+    with pytest.raises(ValueError, match="give scenes in color, and a report of more concepts"):  # one latent for all: it has no others
+        measured(scenes, monkeypatch, np.zeros(len(NAMES), int), lambda masks: masks)
+    lines = load_dataset("openmoji/tools:line", "test", n_images=3)
+    with pytest.raises(ValueError, match="give scenes in color, and a report of more concepts"):
+        measured(lines, monkeypatch, np.arange(len(NAMES)), lambda masks: masks)

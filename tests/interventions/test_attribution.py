@@ -83,3 +83,10 @@ def test_sweeps_rank_by_attribution(tiny_clip, sae, tiny_dataset, head):
     )
     assert best["rank"] == worst["rank"] == "attribution" and best["mode"] == "off"
     assert best["logit"] < worst["logit"] - 0.1
+
+
+def test_images_without_active_latents_have_nothing_to_check(tiny_clip, tiny_dataset, head):
+    silent = SparseAutoencoder(tiny_clip.width, 8).requires_grad_(False)
+    silent.b_enc.fill_(-1e6)
+    check = attribution_check(tiny_clip, silent, tiny_dataset, head, LAYER)
+    assert check["estimate"].shape == check["exact"].shape == (0,)

@@ -14,6 +14,7 @@ from patchsae_utils.activations import survey_residuals
 from patchsae_utils.clip.model import ClipModel
 from patchsae_utils.data import load_dataset, openmoji
 from patchsae_utils.interventions import Edit, concept_latents, effects, rank_concepts, steer
+from patchsae_utils.interventions.choosing import SILENT
 from patchsae_utils.interventions.concept_latents import ConceptLatents, concept_head, concept_prompts
 from patchsae_utils.interventions.effects import object_patches
 from patchsae_utils.latents.classes import class_scores
@@ -90,6 +91,8 @@ def test_ranking_by_activity_equals_a_loop_over_patches(tiny_clip, sae, scenes):
     some = found.mapping()
     assert set(some) == {c for c, n in zip(found.concepts, counts, strict=True) if n >= 20}
     assert {len(each) for each in some.values()} == {10}
+    assert (found.latents[counts == 0] == SILENT).all()  # ties of nothing are no latents: the kind of FAULTS D10
+    assert not found.levels[counts == 0].any() and (counts == 0).any()
 
 
 def test_ranking_by_attribution_is_the_margins_gradient_in_the_latents(tiny_clip, sae, scenes):
@@ -238,6 +241,9 @@ def test_a_model_of_any_grid_meets_the_scenes_truth(tiny_clip, sae, scenes):
 def test_what_they_cannot_do_is_refused(tiny_clip, sae, scenes):
     plain = SimpleNamespace(spec="plain", split="test", class_names=scenes.class_names, labels=scenes.labels)
     pairs, one = load_dataset("openmoji/scenes", "test", n_images=2), type(scenes)("tools", "train", n_images=1)
+    colors = tuple(f"color:{name}" for name in openmoji.COLORS)
+    own = torch.arange(5 * len(colors)).view(-1, 5) % 64
+    every = ConceptLatents(colors, own, torch.ones(own.shape), torch.ones(own.shape), own[:, 0] + 50)
     uneven = {"color:red": [1], "color:green": [64, 2]}
     for call, message in (
         (lambda: rank_concepts(tiny_clip, sae, plain, LAYER), "no ground truth"),
@@ -247,6 +253,7 @@ def test_what_they_cannot_do_is_refused(tiny_clip, sae, scenes):
         (lambda: effects.remove_objects(tiny_clip, sae, pairs, [[1], [64]]), "There is no latent 64"),
         (lambda: effects.remove_objects(tiny_clip, sae, pairs, [[1]]), f"each of the {len(pairs.class_names)} classes .*, got 1"),
         (lambda: effects.concept_specificity(tiny_clip, sae, one, {"object:dog": [1]}), "shows none"),
+        (lambda: effects.swap_colors(tiny_clip, sae, scenes, every, LAYER, n_scenes=1), "5 latents of no color: of 64 there are 0"),
         (lambda: effects.dose_response(tiny_clip, sae, scenes, {0: 1}, head=torch.eye(1)), "two classes"),
         (lambda: effects.remove_objects(tiny_clip, sae, pairs, [[1]] * len(pairs.class_names), n_scenes=5), "hold [012]"),
     ):
