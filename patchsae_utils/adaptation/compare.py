@@ -90,16 +90,21 @@ class Remapping:
     def comparisons(self) -> pd.DataFrame:
         """What became of each class's top latents, mean over classes: comparison, measure (a group, "jaccard", "rbo"), value, low, high.
 
-        Latents are ranked by how far their count on the class exceeds the mean over classes. Of as many random active latents, groups have
-        one draw for both models, overlaps a draw and an order for each.
+        Classes without pictures, or with one where others are compared, are left out; NaN where that leaves none. Latents are ranked by how
+        far their count on the class exceeds the mean over classes. Of as many random active latents, groups have one draw for both models,
+        overlaps a draw and an order for each.
         """
-        base, adapted, rank = self.base.mean_counts, self.adapted.mean_counts, "specific"
-        rng = np.random.default_rng(0)
-        pairs = {SAME: (base, adapted), APART: (self.base.counts[0], self.adapted.counts[1]), TWICE: tuple(self.base.counts)}
+        images, rank, rng = self.base.class_images, "specific", np.random.default_rng(0)
+        some = images.sum(0) > 0
+        base, adapted = self.base.mean_counts[some], self.adapted.mean_counts[some]
+        first, second = self.base.counts[:, some], self.adapted.counts[:, some]
+        pairs = {SAME: (base, adapted), APART: (first[0], second[1]), TWICE: tuple(first)}
         if len(base) > 1:
             shift = int(rng.integers(1, len(base)))  # every class meets another one
             pairs[OTHER] = (base, adapted.roll(shift, 0))
         tables = {name: count_groups(*pair, rank=rank) for name, pair in pairs.items()}
+        for name in (APART, TWICE):
+            tables[name] = tables[name][(images[:, some] > 0).all(0).numpy()]  # a single picture of a class has no others
         active = (base > 0) | (adapted > 0)
         union = top_of_either(base, adapted, rank=rank)
         lottery = torch.from_numpy(rng.random(tuple(active.shape))) * active
@@ -108,7 +113,7 @@ class Remapping:
         by_luck = overlaps(ranked_latents(lottery), ranked_latents(again))
         tables[RANDOM] = count_groups(base, adapted, rank=rank, members=drawn).assign(**by_luck)
         values = {(name, measure): table[measure].dropna() for name, table in tables.items() for measure in (*GROUPS, *OVERLAPS)}
-        records = [(*key, *mean_interval(found, "classes")[:3]) for key, found in values.items() if len(found)]
+        records = [(*key, *(mean_interval(found, "classes")[:3] if len(found) else (np.nan,) * 3)) for key, found in values.items()]
         return pd.DataFrame(records, columns=["comparison", "measure", "value", "low", "high"])
 
     def reconstruction(self) -> pd.DataFrame:

@@ -142,12 +142,11 @@ def _turned_off(clip: ClipModel, read: Read, h: Tensor, rows: Tensor, head: Tens
     """Change of the class's log-odds in some images [n] without the latent, and without another about as active: [2, n]."""
     z, own = read.residual.tokens[images], torch.full((len(images), 1), each.latent)
     other = matched_latents(own, h[images].sum(1), read.indices[images.cpu()])
-    odds = []
+    odds, others = [], torch.arange(len(head), device=head.device) != each.label
     for latents in (None, own, other):
         tokens = z if latents is None else z - contribution(rows, h[images], latents)
-        p = clip.logits(read.features(tokens, images), head).double().log_softmax(1)
-        here = p[:, each.label]
-        odds.append(here - (-here.exp()).log1p())
+        logits = clip.logits(read.features(tokens, images), head).double()
+        odds.append(logits[:, each.label] - logits[:, others].logsumexp(1))
     return torch.stack(odds[1:]).cpu() - odds[0].cpu()
 
 

@@ -102,17 +102,18 @@ def correlations(parts: Iterator[tuple[Tensor, ...]]) -> Interval:
 
     Of tuples (f, g, h): over that of f and h.
     """
-    sums = [
-        torch.stack([torch.stack([each.sum(1) for each in (f, g, f * f, g * g, f * g, torch.ones_like(f))]) for g in others])
-        for f, *others in parts
-    ]
+
+    def sums(f: Tensor, g: Tensor) -> Tensor:
+        f, g = f.double(), g.double()  # float32 squares hide the spread of a latent that is always active
+        return torch.stack([f.sum(1), g.sum(1), (f * f).sum(1), (g * g).sum(1), (f * g).sum(1), torch.full_like(f[:, 0], f.shape[1])])
+
+    moments = torch.cat([torch.stack([sums(f, g) for g in others]) for f, *others in parts], 2).cpu().numpy()  # [1 or 2, 6, N, S]
 
     def pearson(weights: np.ndarray, of: np.ndarray) -> np.ndarray:
         f, g, ff, gg, fg, n = (weights @ each for each in of)
         with np.errstate(invalid="ignore"):
             return _over(fg - f * g / n, np.sqrt((ff - f * f / n).clip(0) * (gg - g * g / n).clip(0)))
 
-    moments = torch.cat(sums, 2).double().cpu().numpy()  # [1 or 2, 6, N, S]
     ratio = lambda w: _over(*(pearson(w, of) for of in moments)) if len(moments) > 1 else pearson(w, moments[0])  # noqa: E731
     return interval(ratio, moments.shape[2], "images")
 

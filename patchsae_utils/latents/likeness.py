@@ -37,12 +37,13 @@ class RunningScores:
     """The score's sums over images, for n features and embeddings of some widths: float64.
 
     MS = (||sum_i a_i e_i||^2 - sum_i a_i^2) / ((sum_i a_i)^2 - sum_i a_i^2), for activations a_i and unit embeddings e_i: their mean cosine
-    over pairs of images, by a_i a_j. Source: Pach et al., "Sparse autoencoders learn monosemantic features in vision-language
-    models", 2025.
+    over pairs of images, by a_i a_j. Zero vectors, of images that show nothing, are like no other. Source: Pach et al., "Sparse autoencoders
+    learn monosemantic features in vision-language models", 2025.
     """
 
     def __init__(self, n: int, widths: Mapping[str, int]):
-        self.widths, shapes = widths, {**dict.fromkeys(("total", "squares", "count"), (n,)), **{name: (n, d) for name, d in widths.items()}}
+        self.widths, single = widths, ("total", "squares", "count", *(f"{name} itself" for name in widths))
+        shapes = {**dict.fromkeys(single, (n,)), **{name: (n, d) for name, d in widths.items()}}
         self.sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
     def add(self, activations: Tensor, embeddings: Mapping[str, Tensor]) -> None:
@@ -52,13 +53,14 @@ class RunningScores:
             self.sums[name] += value.sum(0)
         for name, e in embeddings.items():
             self.sums[name] += a.T @ e.to(a)
+            self.sums[f"{name} itself"] += a.square().T @ e.to(a).square().sum(1)
 
     def finish(self) -> dict[str, Tensor]:
         """Scores [n] in [-1, 1] for each embedding; NaN for features that are active in fewer than two images."""
         total, squares = self.sums["total"].square(), self.sums["squares"]
         pairs = total - squares
         defined = (self.sums["count"] >= 2) & (pairs > 1e-12 * total)  # rounding must not decide a score
-        above = {name: self.sums[name].square().sum(1) - squares for name in self.widths}
+        above = {name: self.sums[name].square().sum(1) - self.sums[f"{name} itself"] for name in self.widths}
         return {name: torch.where(defined, each / torch.where(defined, pairs, 1.0), torch.nan).clamp(-1, 1) for name, each in above.items()}
 
 

@@ -55,7 +55,7 @@ class Observer:
         """Add entries of another's :meth:`state`, which counted other images."""
         own = self.state()
         for name, value in state.items():
-            own[name].add_(value.to(own[name].device))
+            own[name].add_(value.to(own[name]))
 
     def finish(self) -> None:
         """After the last image, in the main process: write what was counted."""

@@ -53,9 +53,8 @@ def summarize_latents(
         raise ValueError(f"k must be at least 1 and tau at least 0; got k={k}, tau={tau}.")
     if len(dataset) == 0:
         raise ValueError(f"The data set {getattr(dataset, 'spec', dataset)!r} is empty: no statistics can be made.")
-    n_patches = clip.n_tokens - 1
-    if len(dataset) * n_patches >= 2**32:
-        raise ValueError(f"{len(dataset):,} images of {n_patches} patches are more than 2**32 patches: summarise a part of the data set.")
+    if len(dataset) * clip.n_tokens >= 2**31:
+        raise ValueError(f"{len(dataset):,} images of {clip.n_tokens} tokens are more than 2**31 tokens: summarise a part of the data set.")
     settings = dict(stage="latents", version=FORMAT_VERSION, k=k, tau=tau, tokens=tokens)
     key = "" if out is None else fingerprint(**pass_inputs(clip, sae, dataset, layer), **settings)
     running = RunningSummary(clip, sae, dataset, k, tau, tokens, out, key)

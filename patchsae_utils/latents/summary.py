@@ -153,7 +153,7 @@ class RunningSummary(Observer):
         n_classes, n_latents, device = max(1, len(self.class_names)), sae.W_enc.shape[1], sae.W_enc.device
         self.sums = {
             "sum_mean": torch.zeros(2, n_latents, dtype=torch.float64, device=device),
-            **{name: torch.zeros(n_classes, n_latents, device=device) for name in _COUNTS},
+            **{name: torch.zeros(n_classes, n_latents, dtype=torch.int32, device=device) for name in _COUNTS},  # float32: to 2**24
             "class_images": torch.zeros(n_classes, dtype=torch.long, device=device),
         }
         kinds = ("top",) if tokens == "cls" else ("top", "top_patches")
@@ -165,10 +165,10 @@ class RunningSummary(Observer):
     def add(self, h: Tensor, labels: Tensor, places: Tensor) -> None:
         h, labels = h[:, TOKENS[self.tokens]], labels.clamp_min(0)
         means = h.mean(1)
-        counts = (h > self.tau).to(h.dtype).sum(1)  # faster than summing booleans, and exact
+        counts = (h > self.tau).to(h.dtype).sum(1).int()  # faster than summing booleans, and exact
         self.sums["sum_mean"] += exact_sums(means)
         self.sums["class_counts"].index_add_(0, labels, counts)
-        self.sums["class_hits"].index_add_(0, labels, (means > 0).to(h.dtype))
+        self.sums["class_hits"].index_add_(0, labels, (means > 0).int())
         self.sums["class_images"] += torch.bincount(labels, minlength=len(self.sums["class_images"]))
         merge_keys(self.tops["top"], pack_top(means.T, places.expand(means.shape[1], -1)))
         if "top_patches" in self.tops:
@@ -216,7 +216,7 @@ class RunningSummary(Observer):
             label_entropy=label_entropy(values, top_labels, len(self.class_names)) if self.class_names else unlabelled.clone(),
             label_std=label_std(values, top_labels) if self.class_names else unlabelled,
             top_images=images, top_values=values, top_labels=top_labels, dead=active == 0,
-            **{name: counted[name] for name in ("class_counts", "class_hits", "class_images")},
+            **{name: counted[name].float() for name in _COUNTS}, class_images=counted["class_images"],
             class_names=self.class_names, tau=self.tau, tokens=self.tokens,
             top_patch_images=of, top_patches=at, top_patch_values=peaks,
         )  # fmt: skip

@@ -96,6 +96,8 @@ def random_sae(sae: SparseAutoencoder, tokens: Tensor) -> SparseAutoencoder:
 def numbers_of(sae: SparseAutoencoder, latents: Tensor | Sequence[int]) -> Tensor:
     """Latents as a LongTensor; refuses what is no latent."""
     given = torch.as_tensor(latents)
+    if given.dtype == torch.bool:
+        raise ValueError("Latents are given by their numbers, not by a mask: mask.nonzero().flatten().")
     numbers = given.long()
     if len(wrong := given[(numbers < 0) | (numbers >= sae.d_sae) | (numbers != given)]):
         raise ValueError(f"There is no latent {wrong[0].item()}: latents must lie in range({sae.d_sae}).")

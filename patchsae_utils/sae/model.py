@@ -128,13 +128,13 @@ class SparseAutoencoder(nn.Module):
     def pre_activations(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
         """(x - b_dec) W_enc + b_enc: [..., D] -> [..., S], or [..., n] for the n ``latents`` given by number; of unit-size tokens if ``token_norm``."""
         self.check_width(x)
-        centre = self.b_dec.detach()
+        centre = self.b_dec if self.token_norm else self.b_dec.detach()
         centred = (x - centre) / self.sizes(x) if self.token_norm else x - centre
-        # The centre moves into the bias for the backward pass alone (its value there is 0): b_dec's gradient then costs no [N, S] x [S, D] product.
+        # Else the centre moves into the bias for the backward pass alone (its value there is 0): b_dec's gradient then costs no [N, S] x [S, D] product.
         if latents is None:
             return F.linear(centred, self.W_enc.T, self.b_enc - (self.b_dec - centre) @ self.W_enc)
         W_enc = take_rows(self.W_enc.T, latents)
-        return F.linear(centred, W_enc, self.b_enc.index_select(0, latents) - centre_product(self.b_dec, W_enc.T))
+        return F.linear(centred, W_enc, self.b_enc.index_select(0, latents) - centre_product(self.b_dec - centre, W_enc.T))
 
     def activate(self, pre_activations: Tensor, latents: Tensor | None = None) -> Tensor:
         """The activation function, of one token: [..., S] -> [..., S]; ``latents`` says which columns are given, where not all are."""
@@ -196,8 +196,9 @@ class SparseAutoencoder(nn.Module):
             select = (sparse_kernels.BatchTopK if in_batch else sparse_kernels.TopK)(self.k)
         elif variant.threshold == "each":
             select = (self.threshold - self.bandwidth / 2).detach()
-        centred, sizes = x - self.b_dec.detach(), self.sizes(x) if self.token_norm else None
-        bias = self.b_enc - centre_product(self.b_dec, self.W_enc)
+        centre = self.b_dec if self.token_norm else self.b_dec.detach()
+        centred, sizes = x - centre, self.sizes(x) if self.token_norm else None
+        bias = self.b_enc - centre_product(self.b_dec - centre, self.W_enc)
         precision = "bfloat16" if torch.is_autocast_enabled(x.device.type) else "float32"
         flat = (centred if sizes is None else centred / sizes).reshape(-1, self.d_in)
         latents = sparse_kernels.encode(flat, self.W_enc, bias, select, precision=precision)

@@ -317,5 +317,6 @@ def _reconstruction_metrics(total: np.ndarray) -> list[np.ndarray]:
     """The first four of ``RECONSTRUCTION_METRICS`` from sums [R, 6 + D]."""
     n, mse, l1, l0, error, square = (total[:, i] for i in range(6))
     variance = square - (total[:, 6:] ** 2).sum(-1) / n
-    explained = 1 - np.divide(error, variance, out=np.full_like(variance, np.nan), where=variance > 0)
+    known = variance > 1e-12 * square  # else rounding would decide
+    explained = 1 - np.divide(error, variance, out=np.full_like(variance, np.nan), where=known)
     return [mse / n, l1 / n, l0 / n, explained]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from patchsae_utils.adaptation import base_to_novel, stack
-from patchsae_utils.adaptation.compare import APART, COMPARISONS, FORMS, GROUPS, OTHER, OVERLAPS, RANDOM, SAME, TWICE
+from patchsae_utils.adaptation.compare import APART, COMPARISONS, FORMS, GROUPS, OTHER, OVERLAPS, RANDOM, SAME, TWICE, Reading, Remapping
 from patchsae_utils.latents.reading import summarize_latents
 
 LAYER = -2
@@ -80,3 +80,19 @@ def test_stack_names_its_parts():
     stacked = stack({("a", "base"): frame, ("b", "novel"): frame}, ["task", "half"])
     assert stacked.columns.tolist() == ["task", "half", "x"] and stacked["task"].tolist() == ["a", "a", "b", "b"]
     assert stack({"a": frame}, "task")["task"].tolist() == ["a", "a"]
+
+
+def test_classes_of_one_picture_or_none_are_compared_with_nothing():
+    """Where a class has one picture there are no others: CLIP shared 'half' of its latents with itself, of two classes the second with one."""
+    own = torch.block_diag(*torch.arange(36, 0, -1.0, dtype=torch.float64).view(3, 1, 12))
+
+    def compare(*images):
+        images = torch.tensor(images)
+        reading = Reading(own[None] * (images > 0)[..., None], images, np.zeros(1, int), {}, {})
+        return Remapping("x", "y", ["a", "b", "c"], reading, reading)
+
+    remapping = compare([5, 1, 0], [5, 0, 0])
+    assert measure(remapping, TWICE, "jaccard") == measure(remapping, APART, "rbo") == 1
+    assert measure(remapping, TWICE, "high") == measure(remapping, SAME, "high") == 10  # not diluted by classes without pictures
+    alone = compare([1, 1, 1], [0, 0, 0])
+    assert np.isnan(measure(alone, TWICE, "jaccard")) and measure(alone, SAME, "jaccard") == 1

@@ -208,3 +208,12 @@ def test_a_model_that_did_not_change_has_nothing_new(tiny_clip, models, tiny_sae
     streams = novelty.read_streams(tiny_clip, models["vpt"], pictures, -2, progress=False)
     expected = models["vpt"].residual(tiny_clip.preprocess(pictures[3].image)[None], -2)[0]
     torch.testing.assert_close(streams[3, :, 1], expected, rtol=0, atol=1e-4)
+
+
+def test_a_latent_that_is_always_active_has_the_correlation_of_its_changes():
+    """A mean 5,000 times the spread: float32 squares made correlations of 1.13 and NaN of it."""
+    rng = np.random.default_rng(0)
+    f, g = (torch.from_numpy(50 + 0.01 * (noise + rng.normal(size=(6, 40, 3)))).float() for noise in [rng.normal(size=(6, 40, 3))] * 2)
+    found = novelty.correlations(iter([(f[:4], g[:4]), (f[4:], g[4:])]))
+    slow = [np.corrcoef(f[..., s].double().flatten(), g[..., s].double().flatten())[0, 1] for s in range(3)]
+    np.testing.assert_allclose(found.value, slow, atol=1e-6)

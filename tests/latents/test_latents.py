@@ -13,7 +13,7 @@ from patchsae_utils.latents import passes
 from patchsae_utils.latents.measures import contrasting_latents, label_entropy, merge_keys, pack_top, shuffled_label_entropy, unpack_top
 from patchsae_utils.latents.passes import latent_chunks
 from patchsae_utils.latents.reading import latent_masks, summarize_latents
-from patchsae_utils.latents.summary import LatentSummary
+from patchsae_utils.latents.summary import LatentSummary, RunningSummary
 from patchsae_utils.sae.model import SparseAutoencoder
 
 LAYER = 1
@@ -228,3 +228,17 @@ def test_large_tables_are_written_sparse_and_come_back_whole(summary, tmp_path):
 def test_unknown_tokens_name_the_valid_ones(tiny_clip, sae, data):
     with pytest.raises(ValueError, match="Valid: all, cls, patches"):
         summarize_latents(tiny_clip, sae, data, LAYER, tokens="image")
+
+
+def test_counts_go_on_beyond_the_whole_numbers_of_float32(tiny_clip):
+    """A float32 to which ones are added stands still at 2**24 = 16.8 million tokens: 85,000 images without labels, for a latent that is always on."""
+    data = ImageData("x", "test", [], [-1] * 8, None)
+    running = RunningSummary(tiny_clip, SparseAutoencoder(tiny_clip.width, 2), data, 1, 0.2, "all", None, "")
+    for name in ("class_counts", "class_hits"):
+        running.sums[name][0, 0] = 2**24
+    h = torch.zeros(8, 197, 2)
+    h[:, 0, 0] = 1.0
+    for image in range(8):  # one at a time
+        running.add(h[image : image + 1], torch.tensor([-1]), torch.tensor([image]))
+    found = running.summary()
+    assert found.class_counts[0].tolist() == [2**24 + 8, 0] == found.class_hits[0].tolist()

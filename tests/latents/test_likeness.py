@@ -48,6 +48,13 @@ def test_score_is_the_sum_over_pairs_whatever_the_scale_and_batches():
     np.testing.assert_allclose(scores(1e3 * a, e, batch=7), found, rtol=1e-9)
 
 
+def test_images_that_show_nothing_are_like_no_other():
+    """Their vectors are zero: two of them are not opposites, and one doesn't count as unlike itself."""
+    a, e = np.ones((4, 1)), np.array([[1.0, 0], [1, 0], [0, 0], [0, 0]])
+    assert scores(a, e)[0] == pytest.approx(2 / 12)
+    assert scores(a[2:], e[2:])[0] == 0
+
+
 def test_the_statistics_pass_scores_latents_and_controls(tiny_clip, tiny_sae, tiny_dataset, tiny_inputs, tmp_path):
     """Every kind of feature against all pairs of images in float64, from one pass over the images; the summary is what it is without."""
     sae = copy.deepcopy(tiny_sae).requires_grad_(False)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from patchsae_utils.sae.dictionary import random_sae
+from patchsae_utils.sae.dictionary import random_sae, select_latents
 from patchsae_utils.sae.model import ACTIVATIONS, SparseAutoencoder
 
 
@@ -39,3 +39,10 @@ def test_a_random_sae_of_a_silent_sae_is_silent():
     sae.threshold.fill_(1e6)
     x = torch.randn(50, 6)
     assert not random_sae(sae, x).encode(x).any()
+
+
+@pytest.mark.parametrize("latents", [np.array([1.7]), torch.ones(20, dtype=torch.bool), np.arange(20) > 3])
+def test_a_mask_of_latents_is_no_list_of_their_numbers(latents):
+    """It was read as the latents 0 and 1, over and over."""
+    with pytest.raises(ValueError, match="no latent 1.7|by their numbers"):
+        select_latents(SparseAutoencoder(6, 20), torch.randn(3, 6), latents)

@@ -27,6 +27,25 @@ def test_forward_is_the_papers_equation():
     torch.testing.assert_close(sae.decode(out.latents), out.reconstruction, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gated"])
+def test_the_centre_of_unit_size_tokens_gets_its_gradient(activation, sparse):
+    """Finite differences: with ``token_norm`` the centre is divided by each token's size, too; its gradient was a quarter off."""
+    sae = perturbed(activation=activation)
+    sae.token_norm = True
+    x = torch.randn(5, sae.d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    total = lambda: sae(x, sparse=sparse).reconstruction.square().sum()  # noqa: E731
+    total().backward()
+    for i, gradient in enumerate(sae.b_dec.grad.tolist()):
+        with torch.no_grad():
+            ends = []
+            for step in (1e-6, -2e-6):
+                sae.b_dec[i] += step
+                ends.append(float(total()))
+            sae.b_dec[i] += 1e-6
+        assert gradient == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-5, abs=1e-6)
+
+
 def test_batchtopk_keeps_the_largest_of_the_batch_in_training_and_what_exceeds_its_threshold_afterwards():
     sae = perturbed(activation="batchtopk", k=3)
     x = torch.randn(4, 10, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

@@ -10,7 +10,7 @@ from patchsae_utils.sae import dead_causes, evaluate_sae, evaluation_table, firi
 from patchsae_utils.sae.dictionary import random_sae
 from patchsae_utils.sae.losses import patchsae_loss
 from patchsae_utils.sae.model import SparseAutoencoder
-from patchsae_utils.sae.quality import read_tokens
+from patchsae_utils.sae.quality import TokenReadings, _image_sums, _reconstruction_metrics, read_tokens
 from patchsae_utils.sae.starts import Normalization
 
 LAYER = -2
@@ -68,6 +68,14 @@ def test_explained_variance_of_the_mean_is_zero(tiny_clip, tiny_dataset, residua
     assert frame.loc[("reconstruction", "cls", "explained_variance"), "value"] < 0
     assert (frame.xs("dead_fraction", level="metric")["value"] == 1).all()
     assert frame["value"].notna().all()  # dead latents make no NaN
+
+
+def test_tokens_that_do_not_differ_have_no_explained_variance():
+    """What rounding leaves of their variance made it -4e13; in resamples of few images the class token is the same, too."""
+    x = 30 * torch.ones(3, 7, 1) + torch.randn(7, 1, 8, generator=torch.Generator().manual_seed(0))[0]
+    read = TokenReadings(x + 0.1, torch.ones(3, 7), torch.ones(3, 7), {})
+    found = _reconstruction_metrics(np.random.default_rng(0).multinomial(3, [1 / 3] * 3, 50) @ _image_sums(x, read, slice(None)))
+    assert np.isnan(found[3]).all() and np.isfinite(found[0]).all()
 
 
 def test_error_kept_is_raw_and_replacing_hits_its_tokens_alone(tiny_clip, good_sae, tiny_dataset, residual, frame):
