@@ -261,6 +261,8 @@ def test_correlations_of_dense_features_far_from_zero():
     x[:, 0] += 2 * masks[:, 0]
     x = (x + 3000).astype(np.float32)
     patches = ConceptPatches(torch.from_numpy(x), np.repeat(np.arange(60), 49), sparse.csr_matrix(masks.astype(np.float32)), ("a:1", "a:2"))
-    (found,), _ = concept_correlations(Activations(Dictionary("x", 3, lambda x, some: x if some is None else x[:, some]), patches))
+    (found,), _ = detection.concept_correlations(
+        Activations(Dictionary("x", 3, lambda x, some: x if some is None else x[:, some]), patches)
+    )
     slow = [[np.corrcoef(masks[:, k], x[:, s].astype(float))[0, 1] for s in range(3)] for k in range(2)]
     np.testing.assert_allclose(found, slow, atol=2e-3)

@@ -54,7 +54,7 @@ def test_faults_d15_the_null_has_crops_of_its_own_images():
     cut, pool, own, chance = np.arange(1800).reshape(600, 3), torch.from_numpy(images), crop(sets[:, :3].ravel()), crop(np.arange(400))
     chance, mean, std = naming._standardized(chance)
     scores = (naming._means(pool, sets) + naming._means((own - mean) / std, cut)) / 2
-    p = _permutation_p(scores.max(1), [(pool, sets), (chance, cut)], rng)
+    p = naming._permutation_p(scores.max(1), [(pool, sets), (chance, cut)], rng)
     assert 0.02 < (p < 0.05).mean() < 0.08 and (p < 0.01).mean() < 0.025
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import Changed
 
+from patchsae_utils.data import ImageData
 from patchsae_utils.latents import passes
 from patchsae_utils.latents.measures import contrasting_latents, label_entropy, merge_keys, pack_top, shuffled_label_entropy, unpack_top
 from patchsae_utils.latents.passes import latent_chunks

@@ -1,5 +1,6 @@
 """Random controls are as sparse as the SAE."""
 
+import numpy as np
 import pytest
 import torch
 
