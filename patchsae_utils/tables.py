@@ -64,11 +64,15 @@ def frontier_sentence(rows: pd.DataFrame, l0: float) -> str:
     """Of :func:`frontier`: the variants where they are as sparse, the SAE that finds objects best, and the dead latents that each leaves."""
     equal, best = at_matched_l0(rows, l0).dropna().sort_values("object_ap", ascending=False), rows.loc[rows["object_ap"].idxmax()]
     each = ", ".join(f"{name} {row.explained_variance_all:.1%} and {row.object_ap:.2f}" for name, row in equal.iterrows())
-    dead = rows.groupby("variant")["dead_fraction"].agg(["min", "max"]).sort_values("max")
-    left = ", ".join(f"{name} {low:.0%} to {high:.0%}" for name, low, high in dead.itertuples())
+    trained, unseen = (rows.groupby("variant")[name].agg(["min", "max"]) for name in ("dead_in_training", "dead_fraction"))
+    left = ", ".join(
+        f"{name} {row['min']:.0%} to {row['max']:.0%} ({unseen.loc[name, 'min']:.0%} to {unseen.loc[name, 'max']:.0%})"
+        for name, row in trained.sort_values("max").iterrows()
+    )
     return (
         f"At {l0:.0f} active latents per token (the main setting's), explained variance and object AP are: {each}. Of all, {best['variant']} with "
-        f"{best['l0_all']:.0f} latents finds objects best ({best['object_ap']:.2f}, at {best['explained_variance_all']:.0%} of the variance). Dead are: {left}."
+        f"{best['l0_all']:.0f} latents finds objects best ({best['object_ap']:.2f}, at {best['explained_variance_all']:.0%} of the variance). "
+        f"Dead when training ends (and on unseen pictures) are: {left}."
     )
 
 

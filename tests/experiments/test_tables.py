@@ -55,9 +55,9 @@ def test_variants_are_compared_where_they_are_as_sparse():
     found = at_matched_l0(table, 20)["object_ap"]
     assert found["relu"] == pytest.approx(0.6)  # 20 is half-way between 10 and 40 on a logarithmic scale
     assert 0.8 < found["topk"] < 0.9 and pd.isna(found["gated"])
-    said = tables.frontier_sentence(table.assign(dead_fraction=[0.1, 0.3, 0.0, 0.0, 0.2]), 20)
+    said = tables.frontier_sentence(table.assign(dead_fraction=[0.1, 0.3, 0.0, 0.0, 0.2], dead_in_training=[0.0, 0.2, 0.0, 0.0, 0.1]), 20)
     assert "are: topk 100.0% and 0.83, relu 100.0% and 0.60. Of all, topk with 32 latents finds objects best (0.90, at 100%" in said
-    assert said.endswith("Dead are: topk 0% to 0%, gated 20% to 20%, relu 10% to 30%.")
+    assert said.endswith("are: topk 0% to 0% (0% to 0%), gated 10% to 10% (20% to 20%), relu 0% to 20% (10% to 30%).")
 
 
 def test_what_planted_features_say_over_controls():
