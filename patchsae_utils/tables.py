@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .config import Profile, repository_root
+from .run.intervals import Interval, percent
 
 STATISTICS = ("log_frequency", "log_mean_activation", "label_entropy")  # of the paper's scatter; logarithms to the base 10
 QUANTILES = (10, 25, 50, 75, 90)  # percent of the alive latents
@@ -128,3 +129,20 @@ def novelty_sentence(table: pd.DataFrame) -> str:
         f"as the adapted one does. Outside the dictionary lie {known} of the gain where nothing is new, and {new} where something is: that share "
         "alone does not tell one from the other."
     )
+
+
+def twin_sentence(table: pd.DataFrame) -> str:
+    """What the table "twin" says of a CLIP whose patches were taught, and of one that learned from captions alone."""
+    said = {
+        "zero-shot": ("classes", "classifies {} of the pictures"),
+        "token probe": ("patch", "a probe reads the object from {} of its patches"),
+    }
+    words = []
+    for name, rows in table.groupby("clip", sort=False):
+        numbers = rows.set_index(["measure", "of"])[["value", "low", "high"]]
+        parts = [text.format(percent(*numbers.loc[measure, of])) for measure, (of, text) in said.items()]
+        sae, ceiling = (numbers.loc["AP", f"{dictionary}, object"] for dictionary in ("SAE", "linear probe"))
+        words.append(
+            f"{name}: CLIP {parts[0]}, {parts[1]}; best latents find objects with an AP of {Interval(*sae)}, probes with {Interval(*ceiling)}"
+        )
+    return ". ".join(word[0].upper() + word[1:] for word in words) + "."

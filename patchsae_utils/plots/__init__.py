@@ -11,7 +11,7 @@ from .adaptation import (
     prediction_heat, remapped_concepts,
 )  # fmt: skip
 from .concepts import (
-    by_axis, concept_families, coverage_curves, latent_statistics, localization, monosemanticity, name_agreement,
+    by_axis, concept_families, coverage_curves, latent_statistics, localization, monosemanticity, name_agreement, twins,
 )  # fmt: skip
 from .explorer import pointing
 from .interventions import (
@@ -30,6 +30,6 @@ __all__ = [
     "figure", "firing_rates", "gain_experiments", "gain_parts", "latent_groups", "latent_statistics", "levels", "localization",
     "mask_curves", "mask_tasks", "method", "monosemanticity", "name_agreement", "object_removal", "patch_maps", "patch_probe",
     "planted_controls", "pointing", "prediction_heat", "reconstruction_frontier", "reconstruction_quality", "reference_images",
-    "remapped_concepts", "residual_norms", "residual_pca", "save", "steered", "step_costs", "text_and_image", "training_curves",
+    "remapped_concepts", "residual_norms", "residual_pca", "save", "steered", "step_costs", "text_and_image", "training_curves", "twins",
     "zero_shot_accuracy",
 ]  # fmt: skip

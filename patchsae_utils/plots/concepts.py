@@ -72,6 +72,23 @@ def concept_families(table: pd.DataFrame) -> Figure:
     return fig
 
 
+@drawn(table='DataFrame of ``load_table(profile, "twin")``')
+def twins(table: pd.DataFrame) -> Figure:
+    """Mean average precision by kind of concept, for a CLIP whose patches were taught and one that learned from captions alone; 95% intervals."""
+    rows = table[table["measure"] == "AP"].reset_index(drop=True)
+    rows[["dictionary", "kind"]] = rows["of"].str.split(", (?=[^,]+$)", expand=True, regex=True).to_numpy()
+    looks = {name: look(color, marker) for name, color, marker in zip(rows["clip"].unique(), ("blue", "orange"), "os", strict=False)}
+    titles = {"dictionary": {"SAE": "Best latent of the SAE", "k-means, cosine": "Best centroid", "linear probe": "Supervised probe"}}
+    words: dict[str, Any] = {
+        "columns": 3,
+        "xlim": (0, 1),
+        "text": "{:.2f}",
+        "xlabel": "mean average precision",
+        "subplots": {"sharex": True},
+    }
+    return interval_panels(rows, titles, "kind", "value", "clip", looks, height=3.2, ncols=2, **words)[0]
+
+
 @drawn(coverage="DataFrame of ``ComparisonReport.coverage(thresholds)``, of the dictionaries that are to be drawn; seven can be told apart")
 def coverage_curves(coverage: pd.DataFrame) -> Figure:
     """Share of concepts found with an AP above a threshold, over the threshold; named at the side, with the share at 0.5."""
