@@ -79,3 +79,14 @@ def test_what_planted_features_say_over_controls():
         "40% to 40%",
     ):
         assert words in said
+
+
+def test_what_is_said_of_a_clip_and_its_twin():
+    table = load_table(load_profile("openmoji"), "twin")
+    rows = table.set_index(["clip", "measure", "of"])["value"].unstack("clip")
+    said = tables.twin_sentence(table)
+    for name in ("patches taught", "captions alone"):
+        probe, latents = rows.loc[("token probe", "patch"), name], rows.loc[("AP", "SAE, object"), name]
+        mine = said[said.lower().index(name) :].split(". ")[0]
+        assert f"the object from {probe:.0%}"[:-1] in mine and f"objects with an AP of {latents:.2f}" in said[said.lower().index(name) :]
+    assert said.startswith("Patches taught: CLIP classifies ") and said.count("CLIP classifies") == 2

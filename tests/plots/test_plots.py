@@ -173,6 +173,7 @@ def figures(world) -> dict:
         "cross_domain": (domains,),
         "text_and_image": (words,),
         "by_axis": (layers,),
+        "twins": (pd.read_csv(ROOT / "experiments" / "results" / "twin.csv"),),
         "mask_curves": (sweep(errors=("dropped", "kept")),),
         "mask_tasks": (sweep(["all", "animals", "birds sea", "clothing", "home", "instruments", "meals", "tools"], ("oracle", "predicted", "wrong", "matched", "random")),),
         "steered": (pictures(2).numpy(), [steered(), steered()], WORDS, ["hedgehog's latents off", "and computer mouse's added"]),
