@@ -21,6 +21,7 @@ from patchsae_utils.concepts.comparison import compare, kmeans_competitor, plain
 from patchsae_utils.concepts.probes import fit_probes
 from patchsae_utils.config import Profile, load_profile
 from patchsae_utils.run.artifacts import read_json
+from patchsae_utils.sae.dictionary import random_sae
 from patchsae_utils.sae.quality import evaluate_sae
 
 from . import grid
@@ -46,7 +47,7 @@ class Twins:
     def inputs(self, cell: Cell) -> dict[str, Any]:
         clip, layer = stages.load_world(cell.profile)
         same = {"data": cell.profile.data.choice(), "sae": cell.profile.sae, "training": cell.profile.training, "layer": layer}
-        return {"what": "twin", "format": 1, "clip": clip.fingerprint} | same
+        return {"what": "twin", "format": 2, "clip": clip.fingerprint} | same
 
     def measure(self, cell: Cell, folder: Path) -> dict[str, Any]:
         profile = cell.profile
@@ -62,9 +63,15 @@ class Twins:
         quality = quality[quality["metric"].isin(["l0", "explained_variance", "zero_shot_change", "dead_fraction"])]
         x = next(store.tokens(400_000, seed=1)).float()
         ceiling = plain_competitor(fit_probes(store, training, patches[0], profile.folder("latents") / "probes", clip), "ceiling")
-        ap = compare([sae_competitor(sae), kmeans_competitor(x, sae.d_sae), ceiling], *patches).table().rename(columns={"ap": "value"})
+        by_chance = sae_competitor(random_sae(sae, x), "random SAE", "baseline")
+        ap = (
+            compare([sae_competitor(sae), by_chance, kmeans_competitor(x, sae.d_sae), ceiling], *patches)
+            .table()
+            .rename(columns={"ap": "value"})
+        )
         parts = {
             "zero-shot": zero_shot.assign(of="classes"), "token probe": probes.rename(columns={"token": "of"}),
+            "token probe, permuted labels": probes.assign(value=probes["control"], low=None, high=None).rename(columns={"token": "of"}),
             "SAE": quality.rename(columns={"metric": "of"}), "AP": ap.assign(of=ap["dictionary"] + ", " + ap["kind"]),
         }  # fmt: skip
         rows = [table.assign(measure=name)[["measure", "of", *_ENDS]] for name, table in parts.items()]
