@@ -340,14 +340,8 @@ ACTS = {
 def memory_over(visitor: Visitor, interactions: int, kernel: int) -> dict[str, Any]:
     """Memory of the page and of the kernel's process over interactions of all kinds."""
     used = memory_of(visitor.page, kernel)
-    acts = [
-        visitor.heat_map,
-        visitor.patch_latents,
-        visitor.steering_step,
-        visitor.several_patches,
-        visitor.known_image,
-        visitor.text_search,
-    ]
+    acts = [visitor.heat_map, visitor.patch_latents, visitor.steering_step, visitor.several_patches, visitor.known_image]
+    acts.append(visitor.text_search)
     looks = []
     for done in range(interactions):
         if done in (0, interactions // 2):

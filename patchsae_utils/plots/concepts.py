@@ -79,14 +79,10 @@ def twins(table: pd.DataFrame) -> Figure:
     rows[["dictionary", "kind"]] = rows["of"].str.split(", (?=[^,]+$)", expand=True, regex=True).to_numpy()
     looks = {name: look(color, marker) for name, color, marker in zip(rows["clip"].unique(), ("blue", "orange"), "os", strict=False)}
     titles = {"dictionary": {"SAE": "Best latent of the SAE", "k-means, cosine": "Best centroid", "linear probe": "Supervised probe"}}
-    words: dict[str, Any] = {
-        "columns": 3,
-        "xlim": (0, 1),
-        "text": "{:.2f}",
-        "xlabel": "mean average precision",
-        "subplots": {"sharex": True},
-    }
-    return interval_panels(rows, titles, "kind", "value", "clip", looks, height=3.2, ncols=2, **words)[0]
+    return interval_panels(
+        rows, titles, "kind", "value", "clip", looks, height=3.2, columns=3, ncols=2, xlim=(0, 1), text="{:.2f}",
+        xlabel="mean average precision", subplots={"sharex": True},
+    )[0]  # fmt: skip
 
 
 @drawn(coverage="DataFrame of ``ComparisonReport.coverage(thresholds)``, of the dictionaries that are to be drawn; seven can be told apart")
