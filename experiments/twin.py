@@ -64,15 +64,12 @@ class Twins:
         x = next(store.tokens(400_000, seed=1)).float()
         ceiling = plain_competitor(fit_probes(store, training, patches[0], profile.folder("latents") / "probes", clip), "ceiling")
         by_chance = sae_competitor(random_sae(sae, x), "random SAE", "baseline")
-        ap = (
-            compare([sae_competitor(sae), by_chance, kmeans_competitor(x, sae.d_sae), ceiling], *patches)
-            .table()
-            .rename(columns={"ap": "value"})
-        )
+        compared = compare([sae_competitor(sae), by_chance, kmeans_competitor(x, sae.d_sae), ceiling], *patches).table()
+        ap = compared.assign(of=compared["dictionary"] + ", " + compared["kind"]).rename(columns={"ap": "value"})
         parts = {
             "zero-shot": zero_shot.assign(of="classes"), "token probe": probes.rename(columns={"token": "of"}),
             "token probe, permuted labels": probes.assign(value=probes["control"], low=None, high=None).rename(columns={"token": "of"}),
-            "SAE": quality.rename(columns={"metric": "of"}), "AP": ap.assign(of=ap["dictionary"] + ", " + ap["kind"]),
+            "SAE": quality.rename(columns={"metric": "of"}), "AP": ap,
         }  # fmt: skip
         rows = [table.assign(measure=name)[["measure", "of", *_ENDS]] for name, table in parts.items()]
         return {"rows": pd.concat(rows).astype({"value": float, "low": float, "high": float}).to_dict("records")}
