@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHOWN = (
     "*.md", "LICENSE", "CITATION.cff", "docs/*.md", "docs/api/*.md", "notebooks/0*.ipynb", "figures/*.png", "patchsae_utils/profiles/*.toml",
     "patchsae_utils/clip/openmoji_clip/README.md", "patchsae_utils/clip/openmoji_clip/training_log.csv",
+    "experiments/results/*.csv",
 )  # fmt: skip
 
 
