@@ -141,8 +141,7 @@ def twin_sentence(table: pd.DataFrame) -> str:
     for name, rows in table.groupby("clip", sort=False):
         numbers = rows.set_index(["measure", "of"])[["value", "low", "high"]]
         parts = [text.format(percent(*numbers.loc[measure, of])) for measure, (of, text) in said.items()]
-        sae, ceiling = (numbers.loc["AP", f"{dictionary}, object"] for dictionary in ("SAE", "linear probe"))
-        words.append(
-            f"{name}: CLIP {parts[0]}, {parts[1]}; best latents find objects with an AP of {Interval(*sae)}, probes with {Interval(*ceiling)}"
-        )
+        found = [Interval(*numbers.loc["AP", f"{dictionary}, object"]) for dictionary in ("SAE", "random SAE", "linear probe")]
+        aps = "best latents find objects with an AP of {}, a random SAE's with {}, probes with {}".format(*found)
+        words.append(f"{name}: CLIP {parts[0]}, {parts[1]}; {aps}")
     return ". ".join(word[0].upper() + word[1:] for word in words) + "."

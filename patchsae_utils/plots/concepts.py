@@ -6,6 +6,7 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
@@ -78,9 +79,10 @@ def twins(table: pd.DataFrame) -> Figure:
     rows = table[table["measure"] == "AP"].reset_index(drop=True)
     rows[["dictionary", "kind"]] = rows["of"].str.split(", (?=[^,]+$)", expand=True, regex=True).to_numpy()
     looks = {name: look(color, marker) for name, color, marker in zip(rows["clip"].unique(), ("blue", "orange"), "os", strict=False)}
-    titles = {"dictionary": {"SAE": "Best latent of the SAE", "k-means, cosine": "Best centroid", "linear probe": "Supervised probe"}}
+    names = {"SAE": "Best latent of the SAE", "random SAE": "Best latent of a random SAE"}
+    titles = {"dictionary": names | {"k-means, cosine": "Best k-means centroid", "linear probe": "Supervised probe"}}
     return interval_panels(
-        rows, titles, "kind", "value", "clip", looks, height=3.2, columns=3, ncols=2, xlim=(0, 1), text="{:.2f}",
+        rows, titles, "kind", "value", "clip", looks, height=2.8, columns=2, ncols=2, xlim=(0, 1), text="{:.2f}",
         xlabel="mean average precision", subplots={"sharex": True},
     )[0]  # fmt: skip
 
@@ -107,16 +109,16 @@ def coverage_curves(coverage: pd.DataFrame) -> Figure:
 def localization(concepts: pd.DataFrame) -> Figure:
     """Average precision, IoU and the pointing game by family: every concept a dot, the mean a bar; dotted gray for the pointing of a random patch."""
     counts, means = concepts["kind"].value_counts(sort=False), concepts.groupby("kind", sort=False)[[*_LOCAL, "pointing_chance"]].mean()
+    places = pd.Categorical(concepts["kind"], counts.index).codes + np.random.default_rng(0).uniform(-0.26, 0.26, len(concepts))
     fig, axes = panels([*_LOCAL.values()], 0.42 * len(counts) + 1.2)
     for ax, metric in zip(axes, _LOCAL, strict=True):
-        dots: dict[str, Any] = {"s": 3, "color": COLORS["blue"], "alpha": 0.4, "jitter": 0.26, "ax": ax}
-        sns.stripplot(concepts, x=metric, y="kind", order=counts.index, **dots)
+        ax.scatter(concepts[metric], places, s=9, lw=0, color=COLORS["blue"], alpha=0.4)
         for y, mean in enumerate(means[metric]):
             ax.vlines(mean, y - 0.38, y + 0.38, color=COLORS["red"], lw=2.4, zorder=3)
             ax.annotate(f"{mean:.2f}", (1.03, y), annotation_clip=False, va="center", fontsize=8, color=COLORS["red"])
             if metric == "pointing":
                 ax.vlines(means["pointing_chance"].iloc[y], y - 0.38, y + 0.38, color=COLORS["gray"], lw=1.6, ls=":")
-        ax.set(xlim=(-0.02, 1.02), xlabel="", ylabel="")
+        ax.set(xlim=(-0.02, 1.02), ylim=(len(counts) - 0.5, -0.5))
         ax.set_yticks(range(len(counts)), [f"{kind} ({n})" for kind, n in counts.items()])
     return fig
 
