@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from math import gcd
 from pathlib import Path
@@ -177,7 +176,7 @@ class Activations:
     @torch.no_grad()
     def __init__(self, dictionary: Dictionary, patches: ConceptPatches):
         self.dictionary, self.patches, self.n = dictionary, patches, dictionary.n
-        self.kept: Any = None  # csc_matrix, array or neither
+        self.kept: Any = None  # csc_matrix [N, n], array [n, N] or neither
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         step = len(patches.tokens) // patches.n_images  # an image at a time stays in a cache, and in memory that was used before
         for start, some in zip(range(0, len(patches.tokens), step), patches.tokens.split(step), strict=True):
@@ -185,7 +184,7 @@ class Activations:
             row, column = h.nonzero(as_tuple=True)
             if not parts and len(row) > DENSE * h.numel():
                 if dictionary.n * len(patches.tokens) <= _KEPT:
-                    self.kept = dictionary.encode(patches.tokens, None).cpu().numpy()
+                    self.kept = dictionary.encode(patches.tokens, None).T.contiguous().cpu().numpy()
                 return
             parts.append((h[row, column], (row + start).int(), column.int()))
         values, rows, columns = (torch.cat(each).numpy() for each in zip(*parts, strict=True))
@@ -195,8 +194,7 @@ class Activations:
         """Some features, one row each: [m, N]."""
         if self.kept is None:
             return self.dictionary.encode(self.patches.tokens, features).T.contiguous().cpu().numpy()
-        some = self.kept[:, features]
-        return np.ascontiguousarray((some.toarray() if sparse.issparse(some) else some).T)
+        return np.ascontiguousarray(self.kept[:, features].toarray().T) if sparse.issparse(self.kept) else self.kept[features]
 
     def active(self, feature: int) -> tuple[np.ndarray, np.ndarray]:
         """Patches where a feature is not 0, ascending, and its values there."""
@@ -214,14 +212,15 @@ class Activations:
         step = len(self.patches.tokens) // self.patches.n_images
         for start in range(0, len(self.patches.tokens), step):
             rows = slice(start, start + step)
-            yield rows, self.dictionary.encode(self.patches.tokens[rows], None).cpu().numpy() if self.kept is None else self.kept[rows]
+            h = self.dictionary.encode(self.patches.tokens[rows], None).cpu().numpy() if self.kept is None else self.kept[:, rows].T
+            yield rows, h
 
 
 @torch.no_grad()
 def precisions(
     features: Activations, some: np.ndarray, concepts: np.ndarray, weights: np.ndarray | None = None, coarse: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Average precision of pairs of feature and concept, [m], and with weights [R, n_images] in every resample, [m, R]. On all cores.
+    """Average precision of pairs of feature and concept, [m], and with weights [R, n_images] in every resample, [m, R].
 
     ``coarse``: in resamples as :func:`resampled_precision`; without weights, to choose by, a part of the patches stands for all.
     """
@@ -237,10 +236,9 @@ def precisions(
             if len(weights):
                 resampled[i] = resampled_precision(scores, rows[concepts[i]], patches.images, weights, coarse)
 
-    with ThreadPoolExecutor() as pool:  # numpy lets go of the interpreter while it sorts and multiplies
-        for start in range(0, len(each), features.block):
-            read = features.columns(each[start : start + features.block])
-            list(pool.map(of_one, read, [np.flatnonzero(which == start + i) for i in range(len(read))]))
+    for start in range(0, len(each), features.block):
+        for i, scores in enumerate(features.columns(each[start : start + features.block]), start):
+            of_one(scores, np.flatnonzero(which == i))
     return ap, resampled
 
 
