@@ -84,11 +84,10 @@ def open_shipped(folder: Path = SHIPPED) -> Shipped | None:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     embeddings, scores = tensors.pop("embeddings").float(), tensors.pop("likeness").numpy()
     plain["class_names"] = tuple(plain["class_names"])
-    summary = LatentSummary(**plain, **{name: value.to(getattr(torch, kinds[name])) for name, value in tensors.items()})
+    sae, tensors = load_sae(folder), {name: value.to(getattr(torch, kinds[name])) for name, value in tensors.items()}
+    summary = LatentSummary(**plain | {"sae": sae.fingerprint}, **tensors)  # of these weights, as they were before they were rounded
     table = pd.DataFrame({"dictionary": "SAE", "latent": range(len(scores)), "score": scores})
-    return Shipped(
-        load_sae(folder), summary, pd.read_csv(folder / "names.csv", keep_default_na=False), Likeness(table, {"clip": embeddings})
-    )
+    return Shipped(sae, summary, pd.read_csv(folder / "names.csv", keep_default_na=False), Likeness(table, {"clip": embeddings}))
 
 
 def _small(values: Tensor) -> Tensor:

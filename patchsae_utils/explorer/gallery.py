@@ -56,6 +56,7 @@ def export_gallery(
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}.")
     reader, known = Reader.shared(clip, sae, dataset, layer), read_names(names, sae.W_enc.shape[1])
+    summary.check(sae, dataset)
     chosen = living(summary, order, measures_of(known, None, reader.d_sae))[:n]
     pictures: dict[int, str] = {}
     entries = []

@@ -58,6 +58,7 @@ def point(clip: Any, sae: Any, summary: Any, dataset: Any, layer: int = -2) -> p
     classes = rng.permutation(np.unique(labels))[:N_CLASSES]
     images = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:PER_CLASS] for c in classes]).tolist()
     reader = Reader(clip, sae, dataset, layer)
+    summary.check(sae)
     tokens = reader.residual(images).tokens[:, 1:]
     shown = [_shown(dataset, image, clip) for image in images]
     drawn = np.bincount(labels[images])

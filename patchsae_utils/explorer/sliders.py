@@ -58,6 +58,7 @@ def latent_slider(clip: Any, sae: Any, summary: Any, dataset: Any, names: Any = 
         As for :class:`LatentExplorer`.
     """
     reader, known = Reader.shared(clip, sae, dataset, layer), read_names(names, sae.W_enc.shape[1])
+    summary.check(sae, dataset)
     if not len(latents := living(summary, "frequency").tolist()):
         raise ValueError(f"No image of {dataset.spec!r} activates a latent: there is nothing to slide over.")
 

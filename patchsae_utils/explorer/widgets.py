@@ -82,13 +82,11 @@ class _View(anywidget.AnyWidget):
     notice = t.Unicode("", help="What went wrong last, for the person at the page.").tag(sync=True)
 
     def __init__(self, clip: Any, sae: Any, summary: Any, dataset: Any, names: Any = None, layer: int = -2, **traits: Any):
-        if summary is not None and summary.n_images != len(dataset):
-            what = f"The summary was made from {summary.n_images} images, but {dataset.spec!r} ({dataset.split}) has {len(dataset)}. "
-            raise ValueError(what + "Pass the data set that summarize_latents was given, so that its image indices mean the same.")
         self._reader = Reader.shared(clip, sae, dataset, layer)
         self._names = read_names(names, self._reader.d_sae)
         self._summary = summary
         if summary is not None:
+            summary.check(sae, dataset)
             traits.setdefault("tau", summary.tau)
         super().__init__(
             grid=self._reader.grid, n_latents=self._reader.d_sae, palette=palette(), names=encode_names(self._names),

@@ -24,6 +24,7 @@ class Attribution(NamedTuple):
 
     scores: Tensor
     class_names: tuple[str, ...]
+    sae: str = ""  # its fingerprint
 
     def top(self, k: int) -> Tensor:
         """Each class's k latents of highest score, best first: LongTensor [C, k]."""
@@ -50,7 +51,7 @@ def attribute_latents(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, lay
     for read in read_batches(clip, dataset, layer, "attribution"):
         sums.index_add_(0, read.labels, latent_shares(clip, sae, read.tail, read.residual, head, read.labels, all_others(head)))
     images = torch.bincount(torch.as_tensor(dataset.labels), minlength=len(sums))
-    return Attribution(sums.cpu() / images.clamp_min(1)[:, None], tuple(dataset.class_names))
+    return Attribution(sums.cpu() / images.clamp_min(1)[:, None], tuple(dataset.class_names), sae.fingerprint)
 
 
 def latent_shares(

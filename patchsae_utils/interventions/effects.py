@@ -164,9 +164,10 @@ def one_latent_off(clip: ClipModel, sae: SparseAutoencoder, dataset: Any, summar
     another class is predicted than before).
     """
     sae.check_model(clip, layer)
-    if list(summary.class_names) != list(dataset.class_names) or summary.n_latents != sae.d_sae:
-        what = f"{len(dataset.class_names)} classes of {dataset.spec!r} (its train split) and {sae.d_sae} latents"
-        raise ValueError(f"The summary must be of the {what}, got {len(summary.class_names)} and {summary.n_latents}.")
+    summary.check(sae)
+    if list(summary.class_names) != list(dataset.class_names):
+        what = f"{len(dataset.class_names)} classes of {dataset.spec!r} (its train split)"
+        raise ValueError(f"The summary must be of the {what}, got {len(summary.class_names)}.")
     best, head, parts = class_scores(summary).max(1), dataset_head(clip, dataset), []
     chosen = best.indices.masked_fill(best.values <= 0, SILENT)
     for read in read_batches(clip, dataset, layer, "one latent off"):

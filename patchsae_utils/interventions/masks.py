@@ -80,7 +80,7 @@ def sweep_masks(
         raise ValueError(f"The data set {dataset.spec!r} ({dataset.split}) is empty: there is nothing to measure on.")
     sae.check_model(clip, layer)
     clip.check_class_token(*where)
-    scores, frequency = _rankings(class_counts, attribution, rank_by, choose, dataset.class_names, sae.d_sae)
+    scores, frequency = _rankings(class_counts, attribution, rank_by, choose, dataset.class_names, sae)
     members = _members(groups, dataset)
     head = dataset_head(clip, dataset, head)
     choosing = Choosing(scores, ks, frequency, (len(dataset), len(head), sae.d_sae), n_random)
@@ -168,7 +168,7 @@ def _names(value: str | Sequence[str], valid: tuple[str, ...], what: str) -> lis
     return list(dict.fromkeys(names))
 
 
-def _rankings(counts, attribution, rank_by, choose, class_names, d_sae: int) -> tuple[dict[str, Tensor], Tensor | None]:
+def _rankings(counts, attribution, rank_by, choose, class_names, sae) -> tuple[dict[str, Tensor], Tensor | None]:
     """Each ranking's scores [C, S], and how often latents are active on the train split, [S]."""
     scores = {}
     kinds = (("class_counts", "class_counts", "summarize_latents"), ("attribution", "scores", "attribute_latents"))
@@ -177,10 +177,11 @@ def _rankings(counts, attribution, rank_by, choose, class_names, d_sae: int) -> 
         if table is not None:
             values = torch.as_tensor(getattr(table, attribute, table))
             same = list(getattr(table, "class_names", class_names)) == list(class_names)
-            if not same or tuple(values.shape) != (len(class_names), d_sae):
+            another = getattr(table, "sae", "") not in ("", sae.fingerprint)
+            if not same or another or tuple(values.shape) != (len(class_names), sae.d_sae):
                 raise ValueError(
-                    f"{name} must be of the {len(class_names)} classes of the evaluated data set and {d_sae} latents, got {list(values.shape)}"
-                    f"{'' if same else ' of other classes'}. Make it from the train split of the same data set with the same SAE: {make}."
+                    f"{name} must be of the {len(class_names)} classes of the evaluated data set and {sae.d_sae} latents, got {list(values.shape)}"
+                    f"{'' if same else ' of other classes'}{' of another SAE' if another else ''}. Make it from the train split of the same data set with the same SAE: {make}."
                 )
             scores[ranking] = values.float()
         elif ranking in rank_by and set(choose) != {"random"}:

@@ -54,8 +54,8 @@ def reference_images(clip, sae, dataset, summary: LatentSummary, latents: Sequen
     dataset, summary : the one that the LatentSummary was made from, and that
     latents : sequence of int
     """
-    if summary.n_images != len(dataset):
-        raise ValueError(f"The summary read {summary.n_images} images, this data set has {len(dataset)}: give the one that was summarised.")
+    sae.check_model(clip, layer)
+    summary.check(sae, dataset)
     images, values = summary.top_images[:, :N_REFERENCES], summary.top_values[:, :N_REFERENCES]
     return [references(clip, sae, dataset, latent, images[latent], values[latent], layer) for latent in map(int, latents)]
 
@@ -93,6 +93,7 @@ def activation_levels(clip, sae, dataset, index: int, layer: int, summary: Laten
     summary : LatentSummary
     """
     sae.check_model(clip, layer)
+    summary.check(sae)
     example = dataset[index]
     inputs = clip.preprocess(example.image)
     h = sae.encode(clip.residual(inputs[None], layer)[0, : clip.n_tokens].to(sae.W_enc.device)).cpu()

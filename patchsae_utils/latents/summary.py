@@ -58,6 +58,8 @@ class LatentSummary:
     """Threshold of the counts."""
     tokens: str
     """Tokens that were read: a key of ``TOKENS``."""
+    sae: str = ""
+    """The SAE's fingerprint; empty where it is not known."""
     top_patch_images: Tensor | None = None
     """[S, k] images of the strongest patches, each image once, strongest first; -1 is padding. None with ``tokens="cls"``."""
     top_patches: Tensor | None = None
@@ -72,6 +74,17 @@ class LatentSummary:
     @property
     def n_latents(self) -> int:
         return len(self.frequency)
+
+    def check(self, sae: Any, dataset: Any = None) -> None:
+        """ValueError unless the summary is of this SAE and, where one is given, of a data set of this size."""
+        if self.n_latents != sae.d_sae or self.sae not in ("", sae.fingerprint):
+            mine, given = f"{self.n_latents} latents, {self.sae or 'no fingerprint'}", f"{sae.d_sae} latents, {sae.fingerprint}"
+            raise ValueError(
+                f"The summary is of another SAE ({mine}) than this one ({given}): make it with this one, by summarize_latents."
+            )
+        if dataset is not None and self.n_images != len(dataset):
+            read = f"The summary was made from {self.n_images} images, but {dataset.spec!r} ({dataset.split}) has {len(dataset)}. "
+            raise ValueError(read + "Give the data set that summarize_latents was given, so that its image indices mean the same.")
 
     @property
     def dataset_counts(self) -> Tensor:
@@ -112,7 +125,7 @@ class LatentSummary:
         folder = Path(folder)
         manifest = open_manifest(folder, FORMAT_VERSION, f"summarize_latents(..., out={str(folder)!r})")
         with damage_named(folder / "manifest.json"):
-            fields = {**load_file(folder / "latents.safetensors"), **manifest, "class_names": tuple(manifest["class_names"])}
+            fields = {"sae": "", **load_file(folder / "latents.safetensors"), **manifest, "class_names": tuple(manifest["class_names"])}
             for name in _COUNTS:
                 if f"{name}.places" in fields:
                     table = torch.zeros(len(fields["class_images"]), len(fields["frequency"]))
@@ -149,7 +162,7 @@ class RunningSummary(Observer):
 
     def __init__(self, clip, sae, dataset, k: int, tau: float, tokens: str, out: str | Path | None, key: str):
         self.labels, self.class_names = torch.as_tensor(dataset.labels, dtype=torch.long), tuple(dataset.class_names)
-        self.tau, self.tokens, self.n_patches, self.out, self.key = tau, tokens, clip.n_tokens - 1, out, key
+        self.tau, self.tokens, self.n_patches, self.out, self.key, self.sae = tau, tokens, clip.n_tokens - 1, out, key, sae.fingerprint
         n_classes, n_latents, device = max(1, len(self.class_names)), sae.W_enc.shape[1], sae.W_enc.device
         self.sums = {
             "sum_mean": torch.zeros(2, n_latents, dtype=torch.float64, device=device),
@@ -217,6 +230,6 @@ class RunningSummary(Observer):
             label_std=label_std(values, top_labels) if self.class_names else unlabelled,
             top_images=images, top_values=values, top_labels=top_labels, dead=active == 0,
             **{name: counted[name].float() for name in _COUNTS}, class_images=counted["class_images"],
-            class_names=self.class_names, tau=self.tau, tokens=self.tokens,
+            class_names=self.class_names, tau=self.tau, tokens=self.tokens, sae=self.sae,
             top_patch_images=of, top_patches=at, top_patch_values=peaks,
         )  # fmt: skip

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +17,11 @@ from PIL import Image
 
 from patchsae_utils.data import load_dataset
 from patchsae_utils.explorer import AdaptationView, LatentExplorer, PatchExplorer, SteeringPanel, cards, point, pointing, widgets
+from patchsae_utils.explorer.gallery import export_gallery
 from patchsae_utils.explorer.sliders import latent_slider, slider
 from patchsae_utils.explorer.widgets import link
+from patchsae_utils.interventions import attribute_latents, one_latent_off, sweep_masks
+from patchsae_utils.latents import activation_levels, reference_images
 from patchsae_utils.latents.reading import latent_masks
 from patchsae_utils.plots import heat as heat_map
 from patchsae_utils.sae.model import SparseAutoencoder
@@ -249,9 +253,27 @@ def test_an_sae_of_another_width_or_layer_is_refused_by_every_view(tiny_clip, ti
             view()
 
 
-def test_a_summary_of_other_images_is_refused(tiny_clip, tiny_sae, summary):
-    with pytest.raises(ValueError, match="24 images"):
-        LatentExplorer(tiny_clip, tiny_sae, summary, load_dataset("openmoji/tools", "test", n_images=10))
+def test_a_summary_of_other_images_or_another_sae_is_refused(tiny_clip, tiny_sae, tiny_dataset, summary, tmp_path):
+    """FAULTS C8: an SAE of equal size has other latents by the same numbers."""
+    fewer = load_dataset("openmoji/tools", "test", n_images=10)
+    for view in (LatentExplorer, latent_slider):
+        with pytest.raises(ValueError, match="24 images"):
+            view(tiny_clip, tiny_sae, summary, fewer)
+    other, attribution = SparseAutoencoder(tiny_sae.d_in, tiny_sae.d_sae, seed=9), attribute_latents(tiny_clip, tiny_sae, tiny_dataset)
+    shown, sweep = (tiny_clip, other, summary, tiny_dataset), (tiny_clip, other, tiny_dataset, [1], "oracle")
+    for view in (
+        *(
+            partial(view, *shown)
+            for view in (LatentExplorer, PatchExplorer, latent_slider, partial(export_gallery, tmp_path / "gallery"), point)
+        ),
+        lambda: reference_images(tiny_clip, other, tiny_dataset, summary, [0], -2),
+        lambda: activation_levels(tiny_clip, other, tiny_dataset, 0, -2, summary),
+        lambda: one_latent_off(tiny_clip, other, tiny_dataset, summary),
+        lambda: sweep_masks(*sweep, class_counts=summary),
+        lambda: sweep_masks(*sweep, attribution=attribution, rank_by="attribution"),
+    ):
+        with pytest.raises(ValueError, match="another SAE"):
+            view()
 
 
 def test_figures_show_what_is_on_screen(latents, patches):

@@ -61,7 +61,7 @@ def test_reference_images_hold_no_padding(tiny_clip, sae, data, summary):
     assert (strong.images[0] == torch.from_numpy(np.array(data[int(strong.indices[0])].image))).all()
     assert dead.images.shape == (0, 112, 112, 3) and dead.masks.shape == (0, 14, 14) and len(dead.indices) == 0
     shorter = ImageData("noise", "test", ["a"], [0], lambda i: Image.new("RGB", (112, 112)))
-    with pytest.raises(ValueError, match="12 images, this data set has 1"):
+    with pytest.raises(ValueError, match="12 images, but 'noise' .test. has 1"):
         reference_images(tiny_clip, sae, shorter, summary, [0], LAYER)
 
 
