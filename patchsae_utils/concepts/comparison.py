@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -225,5 +226,6 @@ def measure_dictionaries(
         ],
         *patches,
     )
+    result = dataclasses.replace(result, sae=sae.fingerprint)
     result.save(out / "report", key)
     return result

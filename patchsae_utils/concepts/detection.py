@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from math import gcd
@@ -311,7 +312,8 @@ def measure_concepts(
     if is_current(out, key, holds="replicates.npy"):
         return ConceptReport.load(out)
     sae.check_model(clip, layer)
-    result = detect_concepts(sae_dictionary(sae), *read_patches(clip, (choose, report), layer, patches))
+    found = detect_concepts(sae_dictionary(sae), *read_patches(clip, (choose, report), layer, patches))
+    result = dataclasses.replace(found, sae=sae.fingerprint)
     result.save(out, key)
     return result
 

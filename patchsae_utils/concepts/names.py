@@ -71,8 +71,9 @@ def label_latents(
     """
     if report is not None and text is not None:
         raise ValueError("Names come from ground truth (report) or from text, not from both: call twice, and compare by name_agreement.")
-    if report is not None and len(report.latents) != summary.n_latents:
-        raise ValueError(f"The summary has {summary.n_latents} latents, the report {len(report.latents)}: they are of different SAEs.")
+    if report is not None and (len(report.latents) != summary.n_latents or summary.sae and report.sae and summary.sae != report.sae):
+        of = f"The summary ({summary.n_latents} latents, {summary.sae}) and the report ({len(report.latents)} latents, {report.sae})"
+        raise ValueError(f"{of} are of different SAEs.")
     if text is not None and len(text) and (last := text["latent"].max()) >= summary.n_latents:
         raise ValueError(f"The summary has {summary.n_latents} latents, the text scores latent {last}: they are of different SAEs.")
     dead = summary.dead.numpy()

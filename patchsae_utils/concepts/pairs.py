@@ -118,8 +118,10 @@ def selectivity(
     matched = {name: chosen[chosen["dictionary"] == name].set_index("concept")["latent"] for name in saes}
     if unknown := [name for name, latents in matched.items() if latents.empty]:
         raise ValueError(f"The report holds no dictionary {unknown[0]!r}. Valid: {', '.join(chosen['dictionary'].unique())}.")
-    for sae in saes.values():
+    for name, sae in saes.items():
         sae.check_model(clip, layer)
+        if report.sae and name in set(chosen.loc[chosen["role"] == "sae", "dictionary"]):
+            sae.check_own("The report", report.sae)
     rows = []
     for attribute in ATTRIBUTES:
         pairs = scene_pairs(dataset, attribute, n_pairs)

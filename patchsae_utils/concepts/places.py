@@ -230,6 +230,8 @@ def concept_examples(clip, sae, dataset, layer: int, report: ConceptReport, conc
     report : ConceptReport
     concepts : sequence of str, as in ``report.detection["concept"]``
     """
+    sae.check_model(clip, layer)
+    sae.check_own("The report", report.sae)
     best = report.detection.set_index("concept")
     if unknown := [c for c in concepts if c not in best.index]:
         raise ValueError(f"The report holds no concept {unknown[0]!r}. It holds {len(best)}, among them {', '.join(best.index[:5])}.")

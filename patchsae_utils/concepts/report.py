@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,8 @@ class ComparisonReport:
     explained_variance."""
     replicates: np.ndarray
     """[rows, R] average precision in R resamples of the reported images, the same for every row; NaN where no image shows the concept."""
+    sae: str = field(default="", kw_only=True)
+    """The SAE's fingerprint; empty where it is not known."""
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -141,24 +143,22 @@ class ComparisonReport:
     def save(self, folder: str | Path, key: str = "") -> None:
         """Write the tables, the replicates and a manifest with the fingerprint of the inputs, atomically."""
         with atomic_folder(folder) as temporary:
-            for field in fields(self):
-                part = getattr(self, field.name)
+            for name, part in ((each.name, getattr(self, each.name)) for each in fields(self)):
                 if isinstance(part, pd.DataFrame):
-                    part.to_csv(temporary / f"{field.name}.csv", index=False)
-                else:
-                    np.save(temporary / f"{field.name}.npy", part, allow_pickle=False)
-            write_folder_manifest(temporary, {"format_version": FORMAT_VERSION, "fingerprint": key, "complete": True})
+                    part.to_csv(temporary / f"{name}.csv", index=False)
+            np.save(temporary / "replicates.npy", self.replicates, allow_pickle=False)
+            write_folder_manifest(temporary, {"format_version": FORMAT_VERSION, "fingerprint": key, "complete": True, "sae": self.sae})
 
     @classmethod
     def load(cls, folder: str | Path):
         """Read what :meth:`save` wrote; another format version, or a damaged file, is a ``ValueError``."""
         folder = Path(folder)
-        version = read_folder_manifest(folder).get("format_version")
+        version = (manifest := read_folder_manifest(folder)).get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(f"{folder} has format version {version}, expected {FORMAT_VERSION}. Delete the folder and measure again.")
         numbers = {"l0": [""], "explained_variance": [""]}
         tables = {path.stem: pd.read_csv(path, keep_default_na=False, na_values=numbers) for path in folder.glob("*.csv")}
-        return cls(**tables, replicates=np.load(folder / "replicates.npy", allow_pickle=False))
+        return cls(**tables, replicates=np.load(folder / "replicates.npy", allow_pickle=False), sae=manifest.get("sae", ""))
 
     def _interval(self, value: float, draws: np.ndarray) -> Interval:
         return drawn_interval(value, draws, "images", centred=True)

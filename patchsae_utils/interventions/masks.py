@@ -177,12 +177,12 @@ def _rankings(counts, attribution, rank_by, choose, class_names, sae) -> tuple[d
         if table is not None:
             values = torch.as_tensor(getattr(table, attribute, table))
             same = list(getattr(table, "class_names", class_names)) == list(class_names)
-            another = getattr(table, "sae", "") not in ("", sae.fingerprint)
-            if not same or another or tuple(values.shape) != (len(class_names), sae.d_sae):
+            if not same or tuple(values.shape) != (len(class_names), sae.d_sae):
                 raise ValueError(
                     f"{name} must be of the {len(class_names)} classes of the evaluated data set and {sae.d_sae} latents, got {list(values.shape)}"
-                    f"{'' if same else ' of other classes'}{' of another SAE' if another else ''}. Make it from the train split of the same data set with the same SAE: {make}."
+                    f"{'' if same else ' of other classes'}. Make it from the train split of the same data set with the same SAE: {make}."
                 )
+            sae.check_own(name, getattr(table, "sae", ""))
             scores[ranking] = values.float()
         elif ranking in rank_by and set(choose) != {"random"}:
             raise ValueError(f"choose={choose} with rank_by={ranking!r} ranks latents by class: give {make}, or 'random' alone.")

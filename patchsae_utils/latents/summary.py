@@ -77,10 +77,10 @@ class LatentSummary:
 
     def check(self, sae: Any, dataset: Any = None) -> None:
         """ValueError unless the summary is of this SAE and, where one is given, of a data set of this size."""
-        if self.n_latents != sae.d_sae or self.sae not in ("", sae.fingerprint):
-            mine, given = f"{self.n_latents} latents, {self.sae or 'no fingerprint'}", f"{sae.d_sae} latents, {sae.fingerprint}"
+        sae.check_own("The summary", self.sae)
+        if self.n_latents != sae.d_sae:
             raise ValueError(
-                f"The summary is of another SAE ({mine}) than this one ({given}): make it with this one, by summarize_latents."
+                f"The summary has {self.n_latents} latents, this SAE {sae.d_sae}: make it with this one, by summarize_latents."
             )
         if dataset is not None and self.n_images != len(dataset):
             read = f"The summary was made from {self.n_images} images, but {dataset.spec!r} ({dataset.split}) has {len(dataset)}. "

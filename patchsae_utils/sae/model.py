@@ -296,6 +296,11 @@ class SparseAutoencoder(nn.Module):
         }  # fmt: skip
         check_source(self.d_in, self.metadata, clip.width, f"the residual stream of {clip.name!r}", given)
 
+    def check_own(self, what: str, fingerprint: str) -> None:
+        """ValueError if ``what`` was made with another SAE, by that one's fingerprint; an empty one is not known."""
+        if fingerprint not in ("", self.fingerprint):
+            raise ValueError(f"{what} is of another SAE ({fingerprint}) than this one ({self.fingerprint}). Make it with this one.")
+
     @property
     def fingerprint(self) -> str:
         """Sixteen hex digits of the SHA-256 of sizes, activation, weights and what else the outputs or the objective depend on."""

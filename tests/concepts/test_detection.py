@@ -10,10 +10,13 @@ from sklearn.metrics import average_precision_score
 from patchsae_utils.concepts import detection
 from patchsae_utils.concepts.detection import Activations, ConceptPatches, average_precision, concept_patches, detect_concepts
 from patchsae_utils.concepts.names import UNNAMED, label_latents, unique_names
+from patchsae_utils.concepts.pairs import selectivity
 from patchsae_utils.concepts.places import concept_examples
 from patchsae_utils.data import load_dataset, openmoji
+from patchsae_utils.latents.reading import summarize_latents
 from patchsae_utils.latents.summary import LatentSummary
 from patchsae_utils.sae.dictionary import Dictionary
+from patchsae_utils.sae.model import SparseAutoencoder
 
 LAYER = 1
 PER_IMAGE = 10
@@ -193,6 +196,13 @@ def test_measurement_on_scenes(tiny_clip, tiny_sae, scenes, tmp_path, monkeypatc
         column = openmoji.concept_names().index(example.concept)
         most = max(openmoji.concept_masks(scenes[1].truth(i))[column].sum() for i in range(76))
         assert example.truth.sum() == most and example.activation.shape == (14, 14) and example.image.shape == (112, 112, 3)
+    other = SparseAutoencoder(tiny_sae.d_in, tiny_sae.d_sae, seed=9)  # FAULTS C8: of equal size
+    with pytest.raises(ValueError, match="The report is of another SAE"):
+        concept_examples(tiny_clip, other, scenes[1], LAYER, again, wanted)
+    with pytest.raises(ValueError, match="The report is of another SAE"):
+        selectivity(tiny_clip, {"SAE": other}, again, scenes[1], LAYER)
+    with pytest.raises(ValueError, match="are of different SAEs"):
+        label_latents(summarize_latents(tiny_clip, other, scenes[1], LAYER, progress=False), again)
 
 
 def test_choosing_and_reporting_on_the_same_scenes_is_refused(scenes):
