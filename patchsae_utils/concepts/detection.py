@@ -230,16 +230,13 @@ def precisions(
     ap, resampled = np.zeros(len(some)), np.zeros((len(some), len(weights)), np.float32)
     thin = coarse and not len(weights) and len(patches.tokens) > MANY
 
-    def of_one(scores: np.ndarray, mine: np.ndarray) -> None:
-        ascending = np.sort(scores[evenly(len(scores), patches.n_images, THIN)] if thin else scores)  # once for all its concepts
-        for i in mine:
-            ap[i] = average_precision(scores, rows[concepts[i]], ascending)
-            if len(weights):
-                resampled[i] = resampled_precision(scores, rows[concepts[i]], patches.images, weights, coarse)
-
     for start in range(0, len(each), features.block):
-        for i, scores in enumerate(features.columns(each[start : start + features.block]), start):
-            of_one(scores, np.flatnonzero(which == i))
+        for at, scores in enumerate(features.columns(each[start : start + features.block]), start):
+            ascending = np.sort(scores[evenly(len(scores), patches.n_images, THIN)] if thin else scores)  # once for all its concepts
+            for i in np.flatnonzero(which == at):
+                ap[i] = average_precision(scores, rows[concepts[i]], ascending)
+                if len(weights):
+                    resampled[i] = resampled_precision(scores, rows[concepts[i]], patches.images, weights, coarse)
     return ap, resampled
 
 
